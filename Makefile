@@ -1,0 +1,59 @@
+# Debian 12 with python3, python3-venv and make is enough. `make PYTHON=python3.12 demo` takes another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INPUTS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench bench-peers clean clean-venv
+
+help:
+	@echo "make demo         install, then train a small language model: 2 workers, 2 servers, about 3 minutes"
+	@echo "make test         install, then ruff, mypy and pytest"
+	@echo "make bench        the figures of benchmarks/*.md on this machine"
+	@echo "make bench-peers  the same work on Gloo, Ray and TensorFlow, each in its own environment"
+	@echo "make lint         ruff and mypy only;  make format rewrites the layout"
+	@echo "make clean        remove caches and build output (make clean-venv: the environment too)"
+
+# A stamp per set of extras: a second call installs nothing unless pyproject.toml or constraints.txt changed.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: $(INPUTS) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[recipes]'
+	@touch $@
+
+$(VENV)/.installed-test: $(INPUTS) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[recipes,dev]'
+	@touch $@ $(VENV)/.installed-demo
+
+install: $(VENV)/.installed-test
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/headwater train lm
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-demo
+	$(BIN)/headwater bench
+
+bench-peers: $(VENV)/.installed-demo
+	$(BIN)/python benchmarks/peers/run.py
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-venv:
+	rm -rf $(VENV)

@@ -1,0 +1,117 @@
+"""Headwater: a model's parameters in one place, with one version history.
+
+The line that changes in a PyTorch script is the optimizer's::
+
+    opt = headwater.Optimizer(model, torch.optim.AdamW, lr=3e-4, sync=headwater.Bulk())
+
+Everything public is listed in ``__all__``. Names load on first use, so that ``import headwater`` costs
+neither torch nor a socket.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from headwater import errors
+from headwater.errors import (
+    AddressInUse,
+    AuthenticationFailed,
+    ClusterError,
+    DataError,
+    DeadlineExceeded,
+    GradientModified,
+    HeadwaterError,
+    InternalError,
+    LinkBroken,
+    LinkError,
+    NonFiniteGradient,
+    NotEnoughMemory,
+    ParameterModified,
+    ProtocolError,
+    RankTaken,
+    SessionExpired,
+    ShapeMismatch,
+    StaleEpoch,
+    TableConflict,
+    UnknownOptimizer,
+    UnknownTable,
+    Unreachable,
+    UsageError,
+    WorkerLost,
+)
+from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Stale, TableSpec
+
+if TYPE_CHECKING:
+    from headwater import init, launch
+    from headwater.client import Client, Dense, Table, Ticket, connect
+    from headwater.integrations.torch import Optimizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AddressInUse",
+    "Async",
+    "AuthenticationFailed",
+    "Bulk",
+    "Client",
+    "ClusterError",
+    "DataError",
+    "DeadlineExceeded",
+    "Dense",
+    "GradientModified",
+    "HeadwaterError",
+    "Init",
+    "InternalError",
+    "LinkBroken",
+    "LinkError",
+    "NonFiniteGradient",
+    "NotEnoughMemory",
+    "Optimizer",
+    "OptimizerSpec",
+    "ParameterModified",
+    "ParameterSpec",
+    "ProtocolError",
+    "RankTaken",
+    "SessionExpired",
+    "ShapeMismatch",
+    "Stale",
+    "StaleEpoch",
+    "Table",
+    "TableConflict",
+    "TableSpec",
+    "Ticket",
+    "UnknownOptimizer",
+    "UnknownTable",
+    "Unreachable",
+    "UsageError",
+    "WorkerLost",
+    "__version__",
+    "connect",
+    "errors",
+    "init",
+    "launch",
+]
+
+_LATE = {
+    "Client": "headwater.client",
+    "Dense": "headwater.client",
+    "Table": "headwater.client",
+    "Ticket": "headwater.client",
+    "connect": "headwater.client",
+    "Optimizer": "headwater.integrations.torch",
+}
+"""Public names that need torch: where each one lives."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("init", "launch"):
+        return importlib.import_module(f"headwater.{name}")
+    if name not in _LATE:
+        raise AttributeError(f"module 'headwater' has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(_LATE[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
