@@ -1,0 +1,308 @@
+"""One shard of a dense table: values, optimizer state, and the step that turns gradients into values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+
+from headwater.errors import ShapeMismatch, UnknownOptimizer
+from headwater.server.tables import initialise, norms
+from headwater.server.tables.generic import Generic, Slot, copy_part, no_slot
+from headwater.server.tables.kernels import FLAT, Kernel, Tensors, kernel
+from headwater.server.tables.plan import (
+    ALIGNMENT,
+    Contribution,
+    GroupKey,
+    Manner,
+    Memory,
+    Plan,
+    Planner,
+    Report,
+    Run,
+    fill,
+    source,
+)
+from headwater.types import ITEMSIZE, Hyper, Segment, TableSpec
+from headwater.wire import optimizers
+from headwater.wire.tensors import DTYPES
+
+REPORT = 4 << 20
+"""Bytes between two calls of ``after_block``."""
+
+
+class DenseShard:
+    """The memory of one shard and its optimizer.
+
+    ``values``: uint8, 1-D, ``size`` bytes, 64-byte aligned and zero-filled, owned by the caller; segments lie
+    in it at their offsets, and what lies between them is padding that stays zero. Not thread-safe: one loop
+    owns a shard.
+
+    ``after_block(lo, hi)``, if set, is called while a step with two or more contributions goes on, each time
+    some 4 MB (shard-local bytes lo:hi) of every gradient have been read for the last time.
+
+    Raises:
+        UnknownOptimizer: the servers cannot run the table's optimizer on its parameters.
+        ShapeMismatch: the segments do not fit the memory.
+    """
+
+    after_block: Callable[[int, int], None] | None = None
+
+    def __init__(self, spec: TableSpec, segments: Sequence[Segment], size: int, values: torch.Tensor) -> None:
+        optimizer = optimizers.check(spec)
+        _check_layout(spec, segments, size, values)
+        self.spec = spec
+        self.segments = tuple(segments)
+        self.size = size
+        self._groups = list(optimizer.groups)
+        self._memory = Memory(values)
+        self._planner = Planner(spec, segments, self._memory, self._manner)
+        self._of_parameter: dict[int, list[int]] = {}
+        for index, segment in enumerate(self._planner.segments):
+            self._of_parameter.setdefault(segment.parameter, []).append(index)
+        self._kernels: dict[GroupKey, Kernel] = {}
+        self._generic: Generic | None = None
+        if spec.optimizer.name in FLAT:
+            self._bind()
+        else:
+            self._generic = Generic(spec, self._groups, segments, values)
+
+    def initialise(self) -> None:
+        """Fill every parameter by its ``Init``: the same values however the table is cut into shards."""
+        for segment in self.segments:
+            parameter = self.spec.parameters[segment.parameter]
+            out = self._memory.values[segment.offset : segment.end].view(DTYPES[parameter.dtype])
+            initialise.fill(out, parameter, segment.start, self.spec.seed)
+
+    def set_groups(self, groups: Sequence[Mapping[str, Hyper]]) -> None:
+        """New hyperparameters, all or some of each group's, from the next step on.
+
+        Raises:
+            UnknownOptimizer: another number of groups, an unknown key or a bad value; nothing was changed.
+        """
+        name = self.spec.optimizer.name
+        if len(groups) != len(self._groups):
+            raise UnknownOptimizer(
+                f"table {self.spec.name!r} has {len(self._groups)} parameter group(s), not {len(groups)}; "
+                "nothing was changed"
+            )
+        merged = [
+            optimizers.complete(name, {**old, **optimizers.checked(name, new)})
+            for old, new in zip(self._groups, groups, strict=True)
+        ]
+        if merged == self._groups:
+            return
+        self._groups = merged
+        if self._generic is not None:
+            self._generic.set_groups(merged)
+        else:
+            self._bind()
+
+    def apply(self, contributions: Sequence[Contribution], divide: int = 1, scale: float | None = None) -> None:
+        """One optimizer step on what the contributions cover.
+
+        The gradient is their sum, in the given order, divided by ``divide`` and multiplied by ``scale``. A
+        parameter that no contribution covers is skipped: neither its value nor its step count changes.
+
+        Raises:
+            ShapeMismatch: a contribution does not fit the shard; nothing was applied.
+        """
+        plan = self._planner.plan(contributions)
+        report = _Report(self.after_block) if self.after_block and len(contributions) > 1 else None
+        if self._generic is not None:
+            self._generic.apply(plan, contributions, divide, scale, report)
+        else:
+            self._apply_flat(plan, contributions, divide, scale, report)
+        if report:
+            report.flush()
+
+    def square_norm(self, contributions: Sequence[Contribution], divide: int = 1) -> list[float]:
+        """The sum of squares of the aggregate gradient (before any scale) as an exact expansion.
+
+        ``wire.exact.merge`` over the expansions of all shards gives a float64 that does not depend on the
+        number of shards, nor on threads.
+
+        Raises:
+            ShapeMismatch: a contribution does not fit the shard.
+        """
+        return norms.square_norm(self._planner.plan(contributions), contributions, divide, self._memory)
+
+    @property
+    def slot_names(self) -> tuple[str, ...]:
+        """The names that ``read_slots`` gives now, as ``torch.optim`` names them."""
+        return tuple(dict.fromkeys(name for _, name, _, _ in self.read_slots()))
+
+    def read_slots(self) -> list[Slot]:
+        """The optimizer state of every parameter that has been stepped, with the names of ``torch.optim``.
+
+        A slot is (parameter index, name, first element, tensor). A 1-D tensor is the part of the flattened
+        slot from that element on; a 0-D tensor (``step``) or one in the shape that torch gives it (matrix
+        optimizers) is whole. Tensors are views where they can be: copy before the next step.
+        """
+        return list(self._read_flat()) if self._generic is None else self._generic.read_slots()
+
+    def write_slot(self, parameter: int, name: str, start: int, tensor: torch.Tensor) -> None:
+        """Set a part of the optimizer state, as ``read_slots`` gave it or any other part of the flat slot.
+
+        Elements that lie in other shards are ignored, so a client may send whole slots to every shard.
+        ``step`` sets the count of the parameter's steps.
+
+        Raises:
+            UnknownOptimizer: the optimizer, with these hyperparameters, has no such slot.
+            ShapeMismatch: a matrix optimizer's slot has another shape.
+        """
+        if self._generic is None:
+            self._write_flat(parameter, name, start, tensor)
+        else:
+            self._generic.write_slot(parameter, name, start, tensor)
+
+    def reset_slots(self) -> None:
+        """Forget the optimizer state: every parameter is as before its first step."""
+        if self._generic is not None:
+            self._generic.reset_slots()
+            return
+        self._planner.set_counts([0] * len(self._planner.segments))
+        for name, memory in self._memory.slots.items():
+            memory.zero_()
+            self._fill_initial(name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and optimizer state."""
+        slots = len(self._memory.slots) * self.size if self._generic is None else self._generic.nbytes
+        return self.size + slots
+
+    def _manner(self, key: GroupKey) -> Manner:
+        """How runs of a group are made; a generic optimizer needs them for norms and owners only."""
+        if self._generic is not None:
+            return Manner("padded", (), False)
+        step = self._kernels[key]
+        return Manner(step.cut, step.slots, step.counts)
+
+    def _bind(self) -> None:
+        """Make the kernels of the present hyperparameters and the slots they need."""
+        keys = tuple(dict.fromkeys(self._planner.keys))
+        before = [self._manner(key) for key in keys if self._kernels]
+        name = self.spec.optimizer.name
+        self._kernels = {key: kernel(name, self._groups[key[0]], DTYPES[key[1]]) for key in keys}
+        for slot in dict.fromkeys(slot for step in self._kernels.values() for slot in step.slots):
+            if slot not in self._memory.slots:
+                self._memory.slots[slot] = torch.zeros(self.size, dtype=torch.uint8)
+                self._fill_initial(slot)
+        if before != [self._manner(key) for key in keys]:
+            self._planner.forget()
+
+    def _fill_initial(self, slot: str) -> None:
+        for segment, key in zip(self._planner.segments, self._planner.keys, strict=True):
+            step = self._kernels[key]
+            if slot in step.slots and step.initial != 0.0:
+                self._flat(slot, segment).fill_(step.initial)
+
+    def _apply_flat(self, plan: Plan, contributions: Sequence[Contribution], divide: int, scale: float | None,
+                    report: Report | None) -> None:  # fmt: skip
+        for cohort in plan.cohorts:
+            cohort.advance()
+        plain = divide == 1 and scale is None
+        for run in plan.runs:
+            sources = [source(run, contributions[owner]) for owner in run.owners]
+            if plain and len(sources) == 1 and len(sources[0]) == run.elements:
+                self._kernels[run.key](run.params, run.gradients(sources[0]), run.slots, run.cohort)
+                if report:
+                    report(run.lo, run.hi)
+            else:
+                self._apply_blocks(run, sources, divide, scale, report)
+
+    def _apply_blocks(self, run: Run, sources: Tensors, divide: int, scale: float | None,
+                      report: Report | None) -> None:  # fmt: skip
+        step = self._kernels[run.key]
+        for block in run.blocks:
+            fill(block, sources, divide, scale)
+            step(block.params, block.grads, block.slots, run.cohort)
+            if report:
+                report(run.lo + block.lo * run.itemsize, run.lo + block.hi * run.itemsize)
+
+    def _flat(self, slot: str, segment: Segment) -> torch.Tensor:
+        dtype = DTYPES[self.spec.parameters[segment.parameter].dtype]
+        return self._memory.slots[slot][segment.offset : segment.end].view(dtype)
+
+    def _read_flat(self) -> Iterator[Slot]:
+        planner = self._planner
+        seen = set()
+        for segment, key, count in zip(planner.segments, planner.keys, planner.counts(), strict=True):
+            step = self._kernels[key]
+            if count and step.has_step and segment.parameter not in seen:
+                seen.add(segment.parameter)
+                yield segment.parameter, "step", 0, torch.tensor(float(count))
+            for name in step.slots if count else ():
+                yield segment.parameter, name, segment.start, self._flat(name, segment)
+
+    def _write_flat(self, parameter: int, name: str, start: int, tensor: torch.Tensor) -> None:
+        planner = self._planner
+        for index in self._of_parameter.get(parameter, ()):
+            segment, step = planner.segments[index], self._kernels[planner.keys[index]]
+            if name == "step" and step.has_step:
+                planner.set_count(index, int(tensor.item()))
+            elif name not in step.slots:
+                raise no_slot(self.spec, parameter, name, ("step", *step.slots) if step.has_step else step.slots)
+            elif copy_part(self._flat(name, segment), segment.start, tensor, start) and not step.has_step:
+                planner.set_count(index, 1)  # SGD keeps no step: what counts is that its buffer exists
+
+
+class _Report:
+    """Joins consumed byte ranges into some ``REPORT`` bytes each and passes those on."""
+
+    def __init__(self, after_block: Callable[[int, int], None]) -> None:
+        self._after_block = after_block
+        self._lo = self._hi = 0
+
+    def __call__(self, lo: int, hi: int) -> None:
+        if lo - self._hi >= ALIGNMENT or lo < self._hi:
+            self.flush()
+            self._lo = lo
+        self._hi = hi
+        if hi - self._lo >= REPORT:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._hi > self._lo:
+            self._after_block(self._lo, self._hi)
+        self._lo = self._hi
+
+
+def state_bytes(spec: TableSpec, segments: Sequence[Segment]) -> int:
+    """Bytes that a shard with these segments will take: values, optimizer state, and one gradient.
+
+    Computed before anything is allocated. Temporaries of matrix optimizers are not in it.
+
+    Raises:
+        UnknownOptimizer: the servers cannot run the table's optimizer on its parameters.
+    """
+    optimizer = optimizers.check(spec)
+    size = max((segment.end for segment in segments), default=0)
+    if optimizer.name in FLAT:
+        used = {spec.parameters[segment.parameter].group for segment in segments}
+        slots = max((optimizers.info(optimizer.name).slots(optimizer.groups[group]) for group in used), default=0)
+        return size * (2 + slots)
+    total = 2 * size
+    for segment in segments:
+        parameter = spec.parameters[segment.parameter]
+        hyper = optimizer.groups[parameter.group]
+        elements = optimizers.slot_elements(optimizer.name, hyper, parameter.shape, segment.stop - segment.start)
+        total += elements * ITEMSIZE[parameter.dtype]
+    return total
+
+
+def _check_layout(spec: TableSpec, segments: Sequence[Segment], size: int, values: torch.Tensor) -> None:
+    if values.dtype is not torch.uint8 or values.dim() != 1 or len(values) != size:
+        raise ShapeMismatch(f"values must be {size} bytes (uint8, 1-D), not {values.dtype} {tuple(values.shape)}")
+    whole = optimizers.info(spec.optimizer.name).whole_tensor
+    end = 0
+    for segment in segments:
+        parameter = spec.parameters[segment.parameter]
+        fits = 0 <= segment.start <= segment.stop <= parameter.numel
+        sized = segment.nbytes == (segment.stop - segment.start) * ITEMSIZE[parameter.dtype]
+        if not fits or not sized or segment.offset < end or segment.offset % ALIGNMENT or segment.end > size:
+            raise ShapeMismatch(f"{segment} of parameter {parameter.name!r} does not fit a shard of {size} bytes")
+        if whole and segment.stop - segment.start != parameter.numel:
+            raise ShapeMismatch(f"{spec.optimizer.name} needs parameter {parameter.name!r} whole, not {segment}")
+        end = segment.end

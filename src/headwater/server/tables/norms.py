@@ -1,0 +1,64 @@
+"""The squared norm of an aggregate gradient, the same to the last bit on any number of shards and threads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from headwater.server.tables.kernels import accumulator, aggregate
+from headwater.server.tables.plan import Contribution, Memory, Piece, Plan, Run, packed, source
+from headwater.wire.exact import exact_sum
+
+CHUNK = 16384
+"""Elements whose squares are summed by floating point; chunks count from each parameter's first element."""
+
+SPAN = 4 * CHUNK
+"""Elements converted to float64 at a time: half a megabyte, which stays in the second-level cache."""
+
+
+def square_norm(plan: Plan, contributions: Sequence[Contribution], divide: int, memory: Memory) -> list[float]:
+    """The sum of squares of (sum of contributions / divide), as an exact expansion of the chunks' sums.
+
+    A chunk is squared and summed in float64 by numpy's pairwise ``add.reduceat``: one thread, and an order
+    that depends on the chunk's length only.
+    """
+    sums: list[float] = []
+    for run in plan.runs:
+        sources = [source(run, contributions[owner]) for owner in run.owners]
+        wide = memory.scratch(torch.float64)
+        for chunks in packed(list(_chunks(run)), SPAN):
+            lo, hi = chunks[0].lo, chunks[-1].hi
+            parts = [part[lo:hi] for part in sources]
+            total = parts[0]
+            if divide > 1 or len(parts) > 1:
+                total = memory.scratch(accumulator(run.dtype))[SPAN : SPAN + hi - lo]
+                aggregate(total, parts, divide, None)
+            squares = wide[: hi - lo]
+            squares.copy_(total)
+            squares.mul_(squares)
+            sums += _sums(wide, chunks)
+    return exact_sum(sums) if all(map(math.isfinite, sums)) else [sum(sums)]
+
+
+def _sums(squares: torch.Tensor, chunks: list[Piece]) -> list[float]:
+    """The sum of each chunk; ``squares`` starts at the first one. Padding between them is left out."""
+    origin = chunks[0].lo
+    edges = [edge - origin for chunk in chunks for edge in chunk]
+    # reduceat sums from each edge to the next; every second result is a chunk, the others are padding. The
+    # last edge may equal the length, which reduceat refuses: one element more is in view, and is not used.
+    summed: list[float] = np.add.reduceat(squares[: edges[-1] + 1].numpy(), edges)[::2].tolist()
+    return summed
+
+
+def _chunks(run: Run) -> Iterator[Piece]:
+    """The run's chunks, in elements from its start."""
+    for segment in run.segments:
+        shift = (segment.offset - run.lo) // run.itemsize - segment.start
+        lo = segment.start
+        while lo < segment.stop:
+            hi = min(segment.stop, (lo // CHUNK + 1) * CHUNK)
+            yield Piece(lo + shift, hi + shift)
+            lo = hi
