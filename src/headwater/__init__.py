@@ -109,6 +109,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"headwater.{name}")
     if name not in _LATE:
         raise AttributeError(f"module 'headwater' has no attribute {name!r}")
+    importlib.import_module("headwater.launch.inproc")  # so that inproc:// addresses work
     found = globals()[name] = getattr(importlib.import_module(_LATE[name]), name)
     return found
 

@@ -1,0 +1,120 @@
+"""One client's ordered conversation with one shard: numbers its pushes, routes what comes back."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from headwater.errors import HeadwaterError, ProtocolError
+from headwater.transports.stream import Link
+from headwater.wire import messages as m
+from headwater.wire.frames import Frame, Kind
+
+_REQUEST = 1 << 62  # numbers of requests; pushes count from 1
+
+
+class TablePart(Protocol):
+    """A table's interest in one shard."""
+
+    def landing(self, frame: Frame) -> memoryview: ...
+    def acked(self, frame: Frame) -> None: ...
+    def arrived(self, frame: Frame) -> None: ...
+    def failed(self, frame: Frame, error: HeadwaterError) -> None: ...
+
+
+@dataclass(slots=True)
+class Answers:
+    """The replies to one request."""
+
+    replies: list[m.Reply] = field(default_factory=list)
+    fds: tuple[int, ...] = ()
+    error: HeadwaterError | None = None
+    done: bool = False
+
+
+class Session:
+    """``link`` is set once connected. Requests block; pushes and pulls do not."""
+
+    def __init__(self, name: str, number: int) -> None:
+        self.name = name  # for messages: "server 1", "coordinator"
+        self.number = number
+        self.link: Link | None = None
+        self.shard = 0
+        self.epoch = 0
+        self.seq = 0
+        self.parts: dict[int, TablePart] = {}
+        self.pushed_bytes = self.pulled_bytes = 0
+        self._requests: dict[int, Answers] = {}
+        self._ids = itertools.count(_REQUEST)
+
+    def next_seq(self) -> int:
+        self.seq += 1
+        return self.seq
+
+    def send(self, frame: Frame) -> None:
+        """Send a push, pull or assignment of this session."""
+        frame.session, frame.shard, frame.epoch = self.number, self.shard, self.epoch
+        assert self.link is not None
+        self.link.send(frame)
+
+    def request(self, message: m.Request, timeout: float, fds: tuple[int, ...] = ()) -> Answers:
+        """Ask, and wait for the whole answer. Raises what the other side refused with, or a deadline."""
+        assert self.link is not None
+        number = next(self._ids)
+        answers = self._requests[number] = Answers()
+        try:
+            self.link.send(Frame(Kind.REQUEST, session=self.number, seq=number, body=m.pack(message)), fds)
+            self.link.pump(lambda: answers.done, time.monotonic() + timeout)
+        finally:
+            del self._requests[number]
+        if answers.error is not None:
+            raise answers.error
+        return answers
+
+    def notify(self, message: m.Notice) -> None:
+        assert self.link is not None
+        self.link.send(Frame(Kind.NOTICE, body=m.pack(message)))
+
+    # ---- from the link -----------------------------------------------------------------------
+
+    def landing(self, frame: Frame) -> memoryview:
+        part = self.parts.get(frame.table)
+        if frame.kind != Kind.DATA or part is None:
+            raise ProtocolError(f"{self.name} sent {frame.kind.name} for table {frame.table}, which nobody asked for")
+        return part.landing(frame)
+
+    def receive(self, frame: Frame, fds: Sequence[int] = ()) -> None:
+        part = self.parts.get(frame.table)
+        if frame.kind == Kind.ACK and part is not None:
+            part.acked(frame)
+        elif frame.kind == Kind.DATA and part is not None:
+            self.pulled_bytes += frame.follows
+            part.arrived(frame)
+        elif frame.kind == Kind.REPLY:
+            self._replied(frame, tuple(fds))
+        elif frame.kind == Kind.ERROR:
+            self._failed(frame, part)
+        else:
+            raise ProtocolError(f"{self.name} sent an unexpected {frame.kind.name}")
+
+    def _replied(self, frame: Frame, fds: tuple[int, ...]) -> None:
+        answers = self._requests.get(frame.seq)
+        if answers is None:
+            return  # nobody waits any more
+        reply = m.unpack_reply(frame.body)
+        answers.replies.append(reply)
+        answers.fds += fds
+        answers.done = not (isinstance(reply, m.SlotPart) and reply.more)
+
+    def _failed(self, frame: Frame, part: TablePart | None) -> None:
+        error = m.read_error(frame.body)
+        answers = self._requests.get(frame.seq)
+        if answers is not None:
+            answers.error, answers.done = error, True
+        elif part is not None:
+            part.failed(frame, error)
+        else:
+            raise error

@@ -1,0 +1,395 @@
+"""A dense table at a client: the router between flat memories here and shards there."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from headwater.client.flat import Gradients, Mapped, plain, views
+from headwater.client.part import Part, Span
+from headwater.client.tickets import StepResult, Ticket
+from headwater.cluster.placement import Layout
+from headwater.errors import LinkBroken, ShapeMismatch, UsageError, WorkerLost
+from headwater.transports import memory
+from headwater.types import Async, Bulk, Hyper, ParameterSpec, Segment, TableSpec
+from headwater.wire import messages as m
+from headwater.wire.exact import clip_factor
+from headwater.wire.frames import Flag
+from headwater.wire.tensors import DTYPES, from_bytes, to_bytes
+
+if TYPE_CHECKING:
+    from headwater.client.client import Client
+
+Groups = Sequence[Mapping[str, Hyper]]
+_SLOTS = 4 << 20  # bytes of optimizer state per request
+
+
+class Table:
+    """Many parameters with one optimizer and one policy; what ``headwater.Optimizer`` uses.
+
+    ``gradients`` and ``values`` map names to CPU tensors of the parameters' shapes and dtypes, views of two flat
+    memories. With ``live`` the values are the servers' own memory: a pull copies nothing.
+    """
+
+    def __init__(self, client: Client, declared: m.Declared, layout: Layout) -> None:
+        self.spec = declared.spec
+        self.number = declared.table
+        self.layout = layout
+        self.clock = 0
+        self._client = client
+        self._members = declared.members
+        self._parts = [
+            Part(client.servers[shard], declared.table, layout.blocks_of(shard), layout.segments[shard])
+            for shard in layout.participants
+        ]
+        self._spans: dict[tuple[str, ...], list[list[Span]]] = {}
+        self._pushed: set[str] = set()
+        self._index = {p.name: i for i, p in enumerate(self.spec.parameters)}
+        self._open = False  # a step was ended and not yet waited for
+        self._uncopied = False
+        self._attach()
+
+    # ---- set-up ----------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        sharing = [part.session.link is not None and part.session.link.shared for part in self._parts]
+        self.live = all(sharing) and isinstance(self.spec.sync, Bulk)
+        self._gradients = Gradients(self.layout.size, any(sharing))
+        for part, shared in zip(self._parts, sharing, strict=True):
+            part.session.parts[self.number] = part
+            fds = (self._gradients.fd,) if shared else ()
+            answer = part.session.request(
+                m.Attach(self.number, shared, self.layout.size if shared else 0), self._client.timeout, fds
+            )
+            attached = answer.replies[0]
+            assert isinstance(attached, m.Attached)
+            if shared:
+                part.mapped = Mapped(answer.fds, attached.size)
+            self.clock = max(self.clock, attached.clock)
+            part.lsn = attached.lsn
+        self._gradients.close()
+        self._flat = self._map_live() if self.live else plain(self.layout.size)
+        self._views()
+
+    def _map_live(self) -> torch.Tensor:
+        """All shards' values side by side, copy-on-write: a stray in-place write stays in this process."""
+        by_shard = {part.session.shard: part for part in self._parts}
+        pieces = []
+        for block in self.layout.blocks:
+            mapped = by_shard[block.shard].mapped
+            assert mapped is not None
+            pieces.append(memory.Piece(mapped.fd, block.local, block.size))
+        self._region = memory.Region(pieces, private=True)
+        return torch.frombuffer(self._region.buffer, dtype=torch.uint8)[: self.layout.size]
+
+    def _views(self) -> None:
+        self.values = views(self._flat, self.spec, self.layout)
+        self.gradients = views(self._gradients.flat, self.spec, self.layout)
+        raw = memoryview(self._flat.numpy()).cast("B")  # type: ignore[arg-type]
+        for part in self._parts:
+            part.flat_values, part.flat_gradients = raw, self._gradients.bytes
+            if part.mapped is not None:
+                part.mapped.close()
+
+    def refresh(self) -> None:
+        """Throw away what stray in-place writes made of live values."""
+        if self.live:
+            self._region.drop(0, self._region.size)
+
+    # ---- steps -----------------------------------------------------------------------------------
+
+    def push(self, names: Sequence[str], groups: Groups | None = None) -> None:
+        """The gradients of ``names``, already written into ``gradients``, leave now as part of the current step.
+
+        ``groups``: hyperparameters that changed, one mapping per group. Raises ``UsageError`` for an unknown name.
+        """
+        self.settle()
+        body = m.pack(m.StepBody(tuple(dict(g) for g in groups))) if groups is not None else b""
+        for part, spans in zip(self._parts, self._spans_of(names), strict=True):
+            if spans or body:
+                part.push(spans, self.clock + 1, self._members, 0, body)
+        self._pushed.update(names)
+
+    def step(self, groups: Groups | None = None, skip: bool = False) -> Ticket:
+        """End the step: all pushed since the last one is this worker's contribution. Fresh values are on their way.
+
+        ``skip``: this worker's gradient is not finite; under Bulk the step is skipped by all.
+        """
+        self.settle()
+        return self._end([[] for _ in self._parts], groups, skip, Flag.NONE if self.live else Flag.WANT)
+
+    def push_step(self, names: Sequence[str], *, want: bool) -> Ticket:
+        """``push`` and ``step`` in one; ``want`` asks for fresh values."""
+        self.settle()
+        self._pushed.update(names)
+        return self._end(self._spans_of(names), None, False, Flag.WANT if want and not self.live else Flag.NONE)
+
+    def push_pull(self) -> Ticket:
+        """Push everything and get everything back, block by block as it is applied where the policy lets it."""
+        streams = isinstance(self.spec.sync, Async) and self.spec.sync.max_staleness is None
+        names = [p.name for p in self.spec.parameters]
+        if not streams or self.spec.max_grad_norm is not None or any(p.mapped for p in self._parts):
+            return self.push_step(names, want=True)
+        self.settle()
+        for part in self._parts:
+            part.push_pull(self.clock + 1, self._members, b"")
+        return self._ended(True)
+
+    def settle(self) -> None:
+        """Until the last step is acknowledged: then the memory of its gradients is free again."""
+        if self._open:
+            self._settle(None)
+
+    def _end(self, spans: list[list[Span]], groups: Groups | None, skip: bool, want: int) -> Ticket:
+        scale = norm = None
+        if self.spec.max_grad_norm is not None and not isinstance(self.spec.sync, Bulk) and not skip:
+            norm, scale = clip_factor(self.spec.max_grad_norm, self._square_norm())
+        body = b""
+        if groups is not None or norm is not None:
+            packed = tuple(dict(g) for g in groups) if groups is not None else None
+            body = m.pack(m.StepBody(packed, scale, norm))
+        flags = Flag.END | want | (Flag.SKIP if skip else Flag.NONE)
+        for part, own in zip(self._parts, spans, strict=True):
+            part.push(own, self.clock + 1, self._members, flags, body)
+        return self._ended(bool(want))
+
+    def _ended(self, want: bool) -> Ticket:
+        self.clock += 1
+        self._pushed.clear()
+        self._open = True
+        self._uncopied = self._uncopied or want
+        if want:
+            self._prefetch()
+        return Ticket(self._all_settled, self._settle)
+
+    def _square_norm(self) -> float:
+        """Of what this worker contributes, in float64."""
+        norms = [torch.linalg.vector_norm(self.gradients[n], dtype=torch.float64).item() for n in self._pushed]
+        return math.fsum(norm * norm for norm in norms)
+
+    def _prefetch(self) -> None:
+        for part in self._parts:
+            link = part.session.link
+            if link is not None and part.mapped is None and part.size > _SLOTS // 16:
+                link.prefetch(part.finished)
+
+    def _all_settled(self) -> bool:
+        return all(part.settled() for part in self._parts)
+
+    def _settle(self, timeout: float | None) -> StepResult:
+        """Wait until every shard has acknowledged the step. A failure takes the clock back: nothing was applied."""
+        self._pump("settled", timeout)
+        self._open = False
+        errors = [part.error for part in self._parts if part.error is not None]
+        self._members = max([self._members, *(part.members for part in self._parts)])
+        for part in self._parts:
+            part.error = None
+            part.acked_seq = part.sent_seq
+        if errors:
+            if any(isinstance(error, WorkerLost) for error in errors):
+                self.clock -= 1
+            self._uncopied = False
+            raise errors[0]
+        parts = self._parts
+        stale = max(part.staleness for part in parts)
+        self._client.observed(self.clock, stale, max(part.lag for part in parts))
+        return StepResult(
+            self.clock, not any(p.skipped for p in parts), parts[0].norm, stale, max(p.lsn for p in parts)
+        )
+
+    def _pump(self, what: str, timeout: float | None) -> None:
+        deadline = time.monotonic() + (self._client.timeout if timeout is None else timeout)
+        begun = time.monotonic()
+        for part in self._parts:
+            done = getattr(part, what)
+            if not done():
+                assert part.session.link is not None
+                try:
+                    part.session.link.pump(done, deadline)
+                except LinkBroken as error:
+                    raise LinkBroken(f"{part.session.name}: {error}") from None
+        self._client.waited(time.monotonic() - begun)
+
+    # ---- values ----------------------------------------------------------------------------------
+
+    def wait(self, names: Iterable[str] | None = None, timeout: float | None = None) -> None:
+        """Until ``values`` of these parameters (default all) are fresh after the last ``step`` or ``pull``."""
+        if self._open:
+            self._settle(timeout)
+        if not self._uncopied:
+            return
+        if names is not None and not any(part.mapped for part in self._parts):
+            self._wait_for(names, timeout)
+            return
+        self._pump("finished", timeout)
+        self._raise_failed()
+        for part in self._parts:
+            if part.mapped is not None and not self.live:
+                part.copy_out(self._flat)
+        self._uncopied = False
+
+    def _wait_for(self, names: Iterable[str], timeout: float | None) -> None:
+        """Streams: values arrive in the shards' order, so a parameter may be ready before the rest."""
+        wanted = {self._index[name] for name in names}
+        deadline = time.monotonic() + (self._client.timeout if timeout is None else timeout)
+        for part in self._parts:
+            upto = max((s.end for s in part.segments if s.parameter in wanted), default=0)
+            if upto and not part.current(upto):
+                assert part.session.link is not None
+                part.session.link.pump(lambda part=part, upto=upto: part.current(upto), deadline)  # type: ignore[misc]
+        self._raise_failed()
+        if all(part.current() for part in self._parts):
+            self._uncopied = False
+
+    def _raise_failed(self) -> None:
+        for part in self._parts:
+            if part.error is not None:
+                error, part.error = part.error, None
+                raise error
+
+    def pull(self) -> Ticket:
+        """Ask for the newest values; ``wait`` (of the ticket or the table) makes ``values`` fresh."""
+        self.settle()
+        if self.live:
+            return Ticket(_yes, lambda timeout: self._result())
+        for part in self._parts:
+            part.pull(self.clock)
+        self._uncopied = True
+        self._prefetch()
+        return Ticket(lambda: not self._uncopied, self._pulled)
+
+    def _pulled(self, timeout: float | None) -> StepResult:
+        self.wait(None, timeout)
+        return self._result()
+
+    def _result(self) -> StepResult:
+        return StepResult(self.clock, True, None, max(p.lag for p in self._parts), max(p.lsn for p in self._parts))
+
+    def _spans_of(self, names: Sequence[str]) -> list[list[Span]]:
+        """Per part, the local byte ranges of these parameters, neighbours joined."""
+        key = tuple(names)
+        found = self._spans.get(key)
+        if found is None:
+            unknown = [name for name in names if name not in self._index]
+            if unknown:
+                raise UsageError(f"table {self.spec.name!r} has no parameter {unknown[0]!r}; nothing was sent")
+            wanted = {self._index[name] for name in names}
+            found = self._spans[key] = [_join(part.segments, wanted) for part in self._parts]
+        return found
+
+    # ---- whole state -----------------------------------------------------------------------------
+
+    def assign(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Overwrite parameters on the servers, whatever the policy. Blocks until all have them.
+
+        Raises ``ShapeMismatch`` or ``UsageError``; nothing was sent then.
+        """
+        self.wait()
+        flats = {self._checked_index(name, value): _flat_bytes(value) for name, value in values.items()}
+        for part in self._parts:
+            pieces = []
+            for s in part.segments:
+                if s.parameter in flats:
+                    size = self.spec.parameters[s.parameter].nbytes // max(1, self.spec.parameters[s.parameter].numel)
+                    pieces.append((s, flats[s.parameter][s.start * size : s.stop * size]))
+            if pieces:
+                part.assign(pieces)
+        self._pump("assigned_or_failed", None)
+        self._raise_failed()
+        if not self.live:
+            self.pull().wait()
+
+    def _checked_index(self, name: str, value: torch.Tensor) -> int:
+        if name not in self._index:
+            raise UsageError(f"table {self.spec.name!r} has no parameter {name!r}; nothing was sent")
+        check_tensor(self.spec.parameters[self._index[name]], value)
+        return self._index[name]
+
+    def slots(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The optimizer state: by parameter and slot name, in the shapes of ``torch.optim``."""
+        self.wait()
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for part in self._parts:
+            answer = part.session.request(m.Slots(self.number), self._client.timeout)
+            for reply in answer.replies:
+                assert isinstance(reply, m.SlotPart)
+                for slot in reply.slots:
+                    self._place(found, slot)
+        for p in self.spec.parameters:
+            for name, value in found.get(p.name, {}).items():
+                if value.numel() == p.numel and value.ndim == 1:
+                    found[p.name][name] = value.view(p.shape)
+        return found
+
+    def _place(self, found: dict[str, dict[str, torch.Tensor]], slot: m.Slot) -> None:
+        p = self.spec.parameters[slot.parameter]
+        piece = from_bytes(slot.data, slot.dtype, slot.shape)
+        slots = found.setdefault(p.name, {})
+        if piece.ndim != 1 or piece.numel() == p.numel:
+            slots[slot.name] = piece
+            return
+        whole = slots.setdefault(slot.name, torch.zeros(p.numel, dtype=piece.dtype))
+        whole[slot.start : slot.start + piece.numel()] = piece
+
+    def assign_slots(self, slots: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Overwrite the optimizer state; the inverse of ``slots``."""
+        self.wait()
+        for part in self._parts:
+            batch: list[m.Slot] = []
+            size = 0
+            for slot in self._cut_slots(part.segments, slots):
+                batch.append(slot)
+                size += len(slot.data)
+                if size > _SLOTS:
+                    part.session.request(m.SlotPart(self.number, tuple(batch), True), self._client.timeout)
+                    batch, size = [], 0
+            part.session.request(m.SlotPart(self.number, tuple(batch), False), self._client.timeout)
+
+    def _cut_slots(
+        self, segments: tuple[Segment, ...], slots: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> Iterable[m.Slot]:
+        for segment in segments:
+            p = self.spec.parameters[segment.parameter]
+            for name, value in slots.get(p.name, {}).items():
+                piece = value
+                if value.numel() == p.numel and value.ndim and (segment.start, segment.stop) != (0, p.numel):
+                    piece = value.reshape(-1)[segment.start : segment.stop]
+                data, dtype = to_bytes(piece)
+                yield m.Slot(segment.parameter, name, segment.start, tuple(piece.shape), dtype, data)
+
+
+def _join(segments: tuple[Segment, ...], wanted: set[int]) -> list[Span]:
+    spans: list[Span] = []
+    last = -2
+    for i, segment in enumerate(segments):
+        if segment.parameter in wanted:
+            if last == i - 1:
+                spans[-1] = (spans[-1][0], segment.end)
+            else:
+                spans.append((segment.offset, segment.end))
+            last = i
+    return spans
+
+
+def _flat_bytes(value: torch.Tensor) -> memoryview:
+    flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy()).cast("B")  # type: ignore[arg-type]
+
+
+def check_tensor(p: ParameterSpec, value: torch.Tensor) -> None:
+    """Raises ``ShapeMismatch`` naming what differs."""
+    if tuple(value.shape) != p.shape or value.dtype != DTYPES[p.dtype] or value.device.type != "cpu":
+        raise ShapeMismatch(
+            f"{p.name!r} is {p.dtype} of shape {p.shape} on the cpu; this tensor is {value.dtype} of shape "
+            f"{tuple(value.shape)} on {value.device}; nothing was sent"
+        )
+
+
+def _yes() -> bool:
+    return True
+
+

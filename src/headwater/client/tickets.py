@@ -1,0 +1,45 @@
+"""What asynchronous calls return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What became of one step.
+
+    ``clock``: the worker's step number. ``applied``: False if the step was skipped for a gradient that was not
+    finite. ``grad_norm``: the global norm before clipping, if the table has ``max_grad_norm``. ``staleness``:
+    steps of others that were applied between this worker's last read and its push (0 under Bulk).
+    ``lsn``: the highest log sequence number that acknowledged it.
+    """
+
+    clock: int
+    applied: bool
+    grad_norm: float | None
+    staleness: int
+    lsn: int
+
+
+class Ticket:
+    """The future of a push, pull or step. Waiting twice gives the same answer."""
+
+    def __init__(self, done: Callable[[], bool], wait: Callable[[float | None], StepResult]) -> None:
+        self._done = done
+        self._wait = wait
+        self._result: StepResult | None = None
+
+    def done(self) -> bool:
+        """Whether ``wait`` would return at once. Receives nothing by itself."""
+        return self._result is not None or self._done()
+
+    def wait(self, timeout: float | None = None) -> StepResult:
+        """Block until the servers have answered; ``timeout`` in seconds, default the client's.
+
+        Raises a typed error: ``WorkerLost``, ``LinkBroken``, ``DeadlineExceeded``, …
+        """
+        if self._result is None:
+            self._result = self._wait(timeout)
+        return self._result

@@ -1,0 +1,144 @@
+"""Every exception that Headwater raises on purpose.
+
+HeadwaterError
+├── UsageError (also a ValueError)      the caller's call is wrong; nothing was sent
+│   ├── ShapeMismatch                   shape, dtype or device differs from the table's
+│   ├── GradientModified                a gradient changed after it left for the servers
+│   ├── ParameterModified               a parameter was changed in place outside the optimizer
+│   ├── NonFiniteGradient               NaN or Inf in a gradient, and the policy is "error"
+│   ├── UnknownOptimizer                not in the closed list, or a hyperparameter it lacks
+│   └── DataError                       a corpus that is empty, unreadable or not text; a run folder that exists
+├── ClusterError                        the cluster refused; it goes on
+│   ├── UnknownTable                    no table of that name or number
+│   ├── TableConflict                   the table exists with another shape, optimizer or policy
+│   ├── RankTaken                       another live worker holds this rank
+│   ├── NotEnoughMemory                 the table does not fit into a server's memory
+│   ├── StaleEpoch                      the view moved on; ask the coordinator again
+│   └── SessionExpired                  the server does not know the session: unacknowledged pushes are unknown
+├── LinkError (also a ConnectionError)  the way there
+│   ├── LinkBroken                      the connection ended; unacknowledged pushes are unknown
+│   ├── Unreachable                     nobody answers at the address
+│   ├── AddressInUse                    the port to listen on is taken
+│   ├── AuthenticationFailed            the token is wrong or missing
+│   └── ProtocolError                   a frame that FORMAT.md does not allow
+├── WorkerLost                          another worker died; the step was not applied on any shard
+├── DeadlineExceeded (also a TimeoutError)
+└── InternalError                       a bug in Headwater; the message tells what led to it
+"""
+
+from __future__ import annotations
+
+
+class HeadwaterError(Exception):
+    """Root of the tree. ``code`` names the class on the wire."""
+
+    @property
+    def code(self) -> str:
+        return type(self).__name__
+
+
+class UsageError(HeadwaterError, ValueError):
+    """The caller's call is wrong; nothing was sent."""
+
+
+class ShapeMismatch(UsageError):
+    """A tensor's shape, dtype or device differs from the table's."""
+
+
+class GradientModified(UsageError):
+    """A gradient was changed after it had left for the servers."""
+
+
+class ParameterModified(UsageError):
+    """A parameter was changed in place outside the optimizer."""
+
+
+class NonFiniteGradient(UsageError):
+    """A gradient holds NaN or Inf and the table's policy is "error"; the step was not pushed."""
+
+
+class UnknownOptimizer(UsageError):
+    """The optimizer is not in the closed list, or does not take this hyperparameter."""
+
+
+class DataError(UsageError):
+    """The data cannot be used: empty, unreadable, not text; or a run folder is in the way."""
+
+
+class ClusterError(HeadwaterError):
+    """The cluster refused the request and goes on."""
+
+
+class UnknownTable(ClusterError):
+    """No table of that name or number."""
+
+
+class TableConflict(ClusterError):
+    """The table exists with another shape, optimizer or policy."""
+
+
+class RankTaken(ClusterError):
+    """Another live worker holds this rank."""
+
+
+class NotEnoughMemory(ClusterError):
+    """The table does not fit into a server's memory; nothing was created."""
+
+
+class StaleEpoch(ClusterError):
+    """The shard's view moved on; nothing was applied."""
+
+
+class SessionExpired(ClusterError):
+    """The server does not know this session; pushes that were not acknowledged may or may not be applied."""
+
+
+class LinkError(HeadwaterError, ConnectionError):
+    """Something is wrong with the way to the other side."""
+
+
+class LinkBroken(LinkError):
+    """The connection ended; pushes that were not acknowledged may or may not be applied."""
+
+
+class Unreachable(LinkError):
+    """Nobody answers at the address."""
+
+
+class AddressInUse(LinkError):
+    """The address to listen on is taken."""
+
+
+class AuthenticationFailed(LinkError):
+    """The token is wrong or missing."""
+
+
+class ProtocolError(LinkError):
+    """A frame that wire/FORMAT.md does not allow; the connection was closed."""
+
+
+class WorkerLost(HeadwaterError):
+    """Another worker died; the step it belonged to was not applied on any shard."""
+
+
+class DeadlineExceeded(HeadwaterError, TimeoutError):
+    """The deadline passed; what was asked may still happen."""
+
+
+class InternalError(HeadwaterError):
+    """A bug in Headwater; the message tells what led to it."""
+
+
+def _tree(root: type[HeadwaterError]) -> dict[str, type[HeadwaterError]]:
+    found = {root.__name__: root}
+    for child in root.__subclasses__():
+        found.update(_tree(child))
+    return found
+
+
+_BY_CODE = _tree(HeadwaterError)
+
+
+def from_code(code: str, message: str) -> HeadwaterError:
+    """The exception that an ERROR frame names; an unknown code becomes a ``ClusterError``."""
+    return _BY_CODE.get(code, ClusterError)(message)

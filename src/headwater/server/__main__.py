@@ -1,0 +1,141 @@
+"""``python -m headwater.server --role coordinator|server``: one process of a cluster.
+
+The token comes from HEADWATER_TOKEN or HEADWATER_TOKEN_FILE, never from the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+
+from headwater.cluster.coordinator import Coordinator
+from headwater.errors import HeadwaterError, LinkBroken
+from headwater.server import COORDINATOR
+from headwater.server.loop import Loop, listen
+from headwater.transports import address as addresses
+from headwater.transports.receiver import Arrived, Receiver
+from headwater.transports.stream import connect
+from headwater.wire import messages as m
+from headwater.wire.auth import token_from_environment
+from headwater.wire.frames import Frame, Kind, encode
+
+JOIN = 60.0  # seconds until a server gives up joining
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m headwater.server", description=__doc__.split("\n")[0])
+    parser.add_argument("--role", choices=("coordinator", "server"), required=True)
+    parser.add_argument("--listen", default="tcp://127.0.0.1:0", help="tcp://HOST:PORT; port 0 takes any")
+    parser.add_argument("--coordinator", default=os.environ.get("HEADWATER_ADDRESS"), help="where it listens")
+    parser.add_argument("--servers", type=int, default=1, help="coordinator: how many servers the cluster has")
+    parser.add_argument("--ready-fd", type=int, help="a descriptor for one JSON line when connections are accepted")
+    parser.add_argument("--parent", type=int, help="end when this process is gone")
+    return parser.parse_args(argv)
+
+
+def _die_with_parent(parent: int | None) -> None:
+    """Ask the kernel for SIGTERM when the starting process dies; nothing is left behind after ``kill -9``."""
+    if parent is not None and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+        if os.getppid() != parent:
+            raise SystemExit(0)
+
+
+def _bound(sock: socket.socket, asked: addresses.Address) -> str:
+    return str(addresses.Address("tcp", asked.host, sock.getsockname()[1]))
+
+
+def _announce(fd: int | None, address: str) -> None:
+    line = json.dumps({"address": address, "pid": os.getpid()}) + "\n"
+    if fd is not None:
+        os.write(fd, line.encode())
+        os.close(fd)
+
+
+def run_coordinator(args: argparse.Namespace, token: bytes | None) -> None:
+    from headwater.server.hosts import CoordinatorHost
+
+    loop = Loop(CoordinatorHost(Coordinator(args.servers, time.monotonic())), token)
+    asked = addresses.parse(args.listen)
+    sock = listen(asked, token)
+    loop.serve(sock)
+    loop.stop_on_signals()
+    _announce(args.ready_fd, _bound(sock, asked))
+    loop.run()
+
+
+def run_server(args: argparse.Namespace, token: bytes | None) -> None:
+    from headwater.server.hosts import ServerHost, available_memory
+    from headwater.server.node import Node
+
+    asked = addresses.parse(args.listen)
+    tcp = listen(asked, token)
+    host = addresses.host_identity()
+    local = f"headwater-{secrets.token_hex(12)}" if host else ""
+    unix = listen(addresses.Address("local", local), token) if local else None
+    control = connect(addresses.parse(args.coordinator), token, JOIN)
+    join = m.Join(
+        "server", secrets.randbits(63), host, os.getpid(), address=_bound(tcp, asked), local=f"local://{local}" if local else ""
+    )
+    welcome, early = _join(control, join)
+    loop: Loop
+    checked = os.environ.get("HEADWATER_CHECKSUM") == "1"
+    node = Node(
+        welcome.shard, welcome.shards, welcome.epoch, share=bool(host), checked=checked,
+        available=available_memory, detach=lambda table, ranges: loop.detach(table, ranges),
+    )  # fmt: skip
+    loop = Loop(ServerHost(node, welcome.heartbeat, lambda: loop.stop()), token)
+    loop.serve(tcp)
+    if unix is not None:
+        loop.serve(unix)
+    loop.adopt(control, COORDINATOR)
+    for frame, _ in early:
+        loop.send(node.coordinator(frame))
+    loop.stop_on_signals()
+    _announce(args.ready_fd, join.address)
+    loop.run()
+
+
+def _join(control: socket.socket, join: m.Join) -> tuple[m.Welcome, list[Arrived]]:
+    """Join; returns the coordinator's answer and the frames that came with it."""
+    control.settimeout(JOIN)
+    control.sendall(encode(Frame(Kind.REQUEST, seq=1, body=m.pack(join))))
+    receiver = Receiver(control, lambda frame: memoryview(b""))
+    frames: list[Arrived] = []
+    while not frames:
+        frames = receiver.read()
+    first = frames[0][0]
+    if first.kind == Kind.ERROR:
+        raise m.read_error(first.body)
+    welcome = m.unpack_reply(first.body)
+    if not isinstance(welcome, m.Welcome):
+        raise LinkBroken(f"the coordinator answered {type(welcome).__name__} to a server that joins")
+    return welcome, frames[1:]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(argv)
+    logging.basicConfig(format=f"headwater {args.role} %(process)d: %(message)s", level=logging.INFO)
+    try:
+        _die_with_parent(args.parent)
+        token = token_from_environment()
+        if args.role == "coordinator":
+            run_coordinator(args, token)
+        else:
+            run_server(args, token)
+    except HeadwaterError as error:
+        print(f"headwater {args.role}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

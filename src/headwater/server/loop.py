@@ -1,0 +1,328 @@
+"""The I/O of a coordinator or server process: sockets, handshakes, time. The only file here that does any.
+
+One thread, one epoll. A host (coordinator or server) is a state machine that takes frames and gives frames.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import select
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from headwater.errors import AddressInUse, HeadwaterError, ProtocolError, UsageError
+from headwater.transports.address import Address, family
+from headwater.transports.receiver import Receiver, descriptors
+from headwater.wire import auth
+from headwater.wire import messages as m
+from headwater.wire.frames import MAX_BODY, Frame, Kind, Outgoing, encode
+
+log = logging.getLogger("headwater")
+
+TICK = 0.25  # seconds
+HANDSHAKE = 5.0  # seconds until a connection that has not proved itself is closed
+HELLO_LIMIT = 4096  # bytes of body before the peer has proved itself
+READS = 64  # receive calls per connection and turn, so that one flood does not starve the others
+VECTORS = 64  # buffers per send call
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+class Host(Protocol):
+    """A state machine that the loop serves. Peers are numbered by connection."""
+
+    def landing(self, peer: int, frame: Frame) -> memoryview: ...
+    def receive(self, peer: int, frame: Frame, fds: tuple[int, ...]) -> list[Outgoing]: ...
+    def closed(self, peer: int) -> list[Outgoing]: ...
+    def tick(self, now: float) -> list[Outgoing]: ...
+
+
+@dataclass(slots=True)
+class _Entry:
+    """Bytes on their way out; ``span`` says which values they are a view of, if they are."""
+
+    data: memoryview
+    fds: tuple[int, ...] = ()
+    span: tuple[int, int, int] | None = None  # table, start, stop
+
+
+@dataclass(slots=True)
+class _Connection:
+    peer: int
+    sock: socket.socket
+    deadline: float
+    receiver: Receiver = field(init=False)
+    outbox: deque[_Entry] = field(default_factory=deque)
+    client_nonce: bytes = b""
+    server_nonce: bytes = b""
+    stage: str = "hello"  # hello, proof, open
+    writing: bool = False
+    closing: bool = False
+
+
+def listen(address: Address, token: bytes | None) -> socket.socket:
+    """A listening socket. Raises ``AddressInUse``, or ``UsageError`` for an open port without a token."""
+    if not address.loopback and not token:
+        raise UsageError(
+            f"{address} can be reached from other hosts and no token is set; nothing was bound. "
+            "Set HEADWATER_TOKEN or HEADWATER_TOKEN_FILE, or listen on 127.0.0.1"
+        )
+    if address.scheme == "local":
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        target: object = "\0" + address.host
+    else:
+        sock = socket.socket(family(address), socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        target = (address.host, address.port)
+    try:
+        sock.bind(target)
+        sock.listen(128)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUse(f"{address} is in use by another process; choose another port, or 0 for any") from None
+        raise UsageError(f"cannot listen on {address}: {error.strerror}") from None
+    sock.setblocking(False)
+    return sock
+
+
+class Loop:
+    """Serves ``host`` on the listening sockets until ``stop`` or a signal."""
+
+    def __init__(self, host: Host, token: bytes | None) -> None:
+        self.host = host
+        self._token = token or b""
+        self._epoll = select.epoll()
+        self._listeners: dict[int, socket.socket] = {}
+        self._by_fd: dict[int, _Connection] = {}
+        self._by_peer: dict[int, _Connection] = {}
+        self._next_peer = 1
+        self._stopping = False
+        self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._epoll.register(self._wake_r, select.EPOLLIN)
+
+    def serve(self, sock: socket.socket) -> None:
+        """Accept connections on a listening socket."""
+        self._listeners[sock.fileno()] = sock
+        self._epoll.register(sock.fileno(), select.EPOLLIN)
+
+    def adopt(self, sock: socket.socket, peer: int) -> None:
+        """Take over a connection that this process made and that has shaken hands."""
+        connection = self._add(sock, peer)
+        connection.stage, connection.receiver.limit = "open", MAX_BODY
+
+    def stop_on_signals(self) -> None:
+        """SIGTERM and SIGINT end ``run`` cleanly."""
+        signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._stopping = True
+
+    def stop(self) -> None:
+        self._stopping = True
+        with contextlib.suppress(OSError):
+            os.write(self._wake_w, b"x")
+
+    # ---- the loop --------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until stopped, then close everything."""
+        next_tick = time.monotonic() + TICK
+        try:
+            while not self._stopping:
+                for fd, mask in self._epoll.poll(max(0.0, next_tick - time.monotonic())):
+                    self._event(fd, mask)
+                now = time.monotonic()
+                if now >= next_tick:
+                    next_tick = now + TICK
+                    self._expire(now)
+                    self.send(self.host.tick(now))
+        finally:
+            self._close_all()
+
+    def _event(self, fd: int, mask: int) -> None:
+        connection = self._by_fd.get(fd)
+        if connection is not None:
+            if mask & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
+                self._readable(connection)
+            if mask & select.EPOLLOUT and connection.sock.fileno() >= 0:
+                self._flush(connection)
+        elif fd in self._listeners:
+            self._accept(self._listeners[fd])
+        elif fd == self._wake_r:
+            with contextlib.suppress(BlockingIOError):
+                os.read(fd, 512)
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            sock, _ = listener.accept()
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._add(sock, self._next_peer)
+            self._next_peer += 1
+
+    def _add(self, sock: socket.socket, peer: int) -> _Connection:
+        sock.setblocking(False)
+        connection = _Connection(peer, sock, time.monotonic() + HANDSHAKE)
+        connection.receiver = Receiver(sock, lambda frame: self._landing(connection, frame), HELLO_LIMIT)
+        self._by_fd[sock.fileno()] = self._by_peer[peer] = connection
+        self._epoll.register(sock.fileno(), select.EPOLLIN)
+        return connection
+
+    def _landing(self, connection: _Connection, frame: Frame) -> memoryview:
+        if connection.stage != "open":
+            raise ProtocolError(f"{frame.kind.name} with a payload during the handshake")
+        return self.host.landing(connection.peer, frame)
+
+    def _readable(self, connection: _Connection) -> None:
+        """Receive what is there; a frame that is not allowed ends this connection and no other."""
+        try:
+            for _ in range(READS):
+                frames = connection.receiver.read()
+                for frame, fds in frames:
+                    self._frame(connection, frame, fds)
+                if frames and not connection.receiver.midway:
+                    break
+        except BlockingIOError:
+            return
+        except HeadwaterError as error:
+            if isinstance(error, ProtocolError):
+                log.warning("peer %d: %s", connection.peer, error)
+                self._put(connection, Frame(Kind.ERROR, body=m.error_body(error)))
+                self._flush(connection)
+            self._close(connection)
+
+    def _frame(self, connection: _Connection, frame: Frame, fds: tuple[int, ...]) -> None:
+        if connection.stage == "open":
+            self.send(self.host.receive(connection.peer, frame, fds))
+        else:
+            self._handshake(connection, frame)
+
+    def _handshake(self, connection: _Connection, frame: Frame) -> None:
+        """The server's side of FORMAT.md, section 3."""
+        if connection.stage == "hello" and frame.kind == Kind.HELLO:
+            connection.client_nonce = m.unpack(frame.body, m.Hello).nonce
+            connection.server_nonce = auth.nonce()
+            mine = auth.proof(self._token, "server", connection.client_nonce, connection.server_nonce)
+            connection.stage = "proof"
+            self._put(connection, Frame(Kind.CHALLENGE, body=m.pack(m.Challenge(connection.server_nonce, mine))))
+        elif connection.stage == "proof" and frame.kind == Kind.PROOF:
+            given = m.unpack(frame.body, m.Proof).proof
+            try:
+                auth.check(self._token, "client", connection.client_nonce, connection.server_nonce, given)
+            except HeadwaterError as error:
+                log.warning("peer %d: %s", connection.peer, error)
+                self._put(connection, Frame(Kind.ERROR, body=m.error_body(error)))
+                connection.closing = True
+            else:
+                connection.stage, connection.receiver.limit = "open", MAX_BODY
+                self._put(connection, Frame(Kind.WELCOME))
+        else:
+            raise ProtocolError(f"{frame.kind.name} instead of the handshake's next message")
+        self._flush(connection)
+
+    # ---- sending ---------------------------------------------------------------------------------
+
+    def send(self, outgoing: Iterable[Outgoing]) -> None:
+        """Carry out the host's instructions."""
+        touched: dict[int, _Connection] = {}
+        for out in outgoing:
+            connection = self._by_peer.get(out.peer)
+            if connection is None:
+                continue
+            self._put(connection, out.frame, out.fds)
+            connection.closing = connection.closing or out.close
+            touched[out.peer] = connection
+        for connection in touched.values():
+            self._flush(connection)
+
+    def _put(self, connection: _Connection, frame: Frame, fds: tuple[int, ...] = ()) -> None:
+        connection.outbox.append(_Entry(memoryview(encode(frame)), fds))
+        if frame.payload is not None and len(frame.payload):
+            span = (frame.table, frame.start, frame.start + frame.length)
+            connection.outbox.append(_Entry(frame.payload, (), span))
+
+    def _flush(self, connection: _Connection) -> None:
+        outbox = connection.outbox
+        try:
+            while outbox:
+                self._send_some(connection.sock, outbox)
+        except BlockingIOError:
+            self._want_write(connection, True)
+            return
+        except OSError:
+            self._close(connection)
+            return
+        self._want_write(connection, False)
+        if connection.closing:
+            self._close(connection)
+
+    def _send_some(self, sock: socket.socket, outbox: deque[_Entry]) -> None:
+        first = outbox[0]
+        if len(outbox) == 1 and not first.fds:
+            sent = sock.send(first.data)
+        else:
+            batch = [first.data]
+            for i in range(1, min(len(outbox), VECTORS)):
+                if outbox[i].fds:
+                    break
+                batch.append(outbox[i].data)
+            sent = sock.sendmsg(batch, descriptors(first.fds))
+        while sent:
+            entry = outbox[0]
+            if sent < len(entry.data):
+                entry.data, entry.fds = entry.data[sent:], ()
+                return
+            sent -= len(entry.data)
+            outbox.popleft()
+
+    def _want_write(self, connection: _Connection, wanted: bool) -> None:
+        if wanted != connection.writing:
+            connection.writing = wanted
+            mask = select.EPOLLIN | (select.EPOLLOUT if wanted else 0)
+            self._epoll.modify(connection.sock.fileno(), mask)
+
+    def detach(self, table: int, ranges: Ranges) -> None:
+        """Values are about to change: answers that still refer to them are copied out first."""
+        for connection in self._by_peer.values():
+            for entry in connection.outbox:
+                if entry.span is not None and entry.span[0] == table:
+                    _, start, stop = entry.span
+                    if any(start < b and a < stop for a, b in ranges):
+                        entry.data, entry.span = memoryview(bytes(entry.data)), None
+
+    # ---- ends ------------------------------------------------------------------------------------
+
+    def _expire(self, now: float) -> None:
+        for connection in [c for c in self._by_fd.values() if c.stage != "open" and now > c.deadline]:
+            self._close(connection)
+
+    def _close(self, connection: _Connection) -> None:
+        if self._by_peer.pop(connection.peer, None) is None:
+            return
+        self._by_fd.pop(connection.sock.fileno(), None)
+        with contextlib.suppress(OSError):
+            self._epoll.unregister(connection.sock.fileno())
+        connection.sock.close()
+        connection.receiver.close()
+        if connection.stage == "open":
+            self.send(self.host.closed(connection.peer))
+
+    def _close_all(self) -> None:
+        for sock in [*self._listeners.values(), *(c.sock for c in self._by_fd.values())]:
+            sock.close()
+        self._by_fd.clear()
+        self._by_peer.clear()
+        self._epoll.close()
+        os.close(self._wake_r)
+        os.close(self._wake_w)

@@ -1,0 +1,455 @@
+"""A shard: one slice of every table, as a state machine. Typed events in, typed instructions out.
+
+No sockets, no clock. A push goes `_push` → `_contribute` (bulk) or `_apply_now` (stale, async) →
+`tables.dense.DenseShard.apply` → torch's kernel. Every change of the values gets the next LSN.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from headwater.cluster.placement import BLOCK
+from headwater.errors import (
+    ClusterError,
+    HeadwaterError,
+    ProtocolError,
+    SessionExpired,
+    StaleEpoch,
+    UnknownTable,
+    WorkerLost,
+)
+from headwater.server import events as e
+from headwater.server.sync import Clocks, Gathering
+from headwater.server.sync.bulk import Part, union
+from headwater.server.tables.dense import Contribution, DenseShard
+from headwater.types import Bulk, TableSpec, Version
+from headwater.wire.frames import Flag
+from headwater.wire.messages import Commit, Members, Ready, StepBody
+
+
+@dataclass(slots=True)
+class Session:
+    """One client's ordered conversation with this shard."""
+
+    number: int
+    rank: int
+    seq: int = 0  # the last push that was accepted
+    gradients: dict[int, torch.Tensor] = field(default_factory=dict)  # by table: shared or staged
+
+
+class Table:
+    """One table's slice and what its policy remembers."""
+
+    def __init__(self, event: e.Created) -> None:
+        self.spec: TableSpec = event.spec
+        self.number = event.table
+        self.dense = DenseShard(event.spec, event.segments, event.values.numel(), event.values)
+        self.size = event.values.numel()
+        self.alone = event.alone
+        self.versions = event.versions
+        self.bulk = isinstance(event.spec.sync, Bulk)
+        self.gathering = Gathering()
+        self.clocks = Clocks(event.spec.sync)
+        self.groups: dict[int, tuple[dict[str, object], ...]] = {}
+        self.waiting: list[e.Pull] = []
+        self.held: list[e.Push] = []
+        self.staged: dict[int, list[tuple[int, int]]] = {}
+        self._starts = [s.offset for s in event.segments]
+        self._ends = [s.end for s in event.segments]
+        self._sound: set[tuple[int, int]] = {(0, 0), (0, self.size)}
+        sync = event.spec.sync
+        capped = getattr(sync, "max_staleness", None) is not None
+        self.eager = not self.bulk and not capped and event.spec.max_grad_norm is None
+        self.dense.initialise()
+
+    def check_range(self, start: int, stop: int) -> None:
+        """A range must begin and end on segments (padding included). Raises ``ProtocolError``."""
+        if (start, stop) in self._sound:
+            return
+        i, j = bisect_left(self._starts, start), bisect_right(self._ends, stop) - 1
+        begins = i < len(self._starts) and self._starts[i] == start
+        ends = j >= i and (j + 1 == len(self._starts) or self._starts[j + 1] >= stop)
+        if not (0 <= start < stop <= self.size and begins and ends):
+            raise ProtocolError(
+                f"bytes {start}:{stop} of table {self.spec.name!r} do not lie on whole segments of its "
+                f"{self.size} bytes here; nothing was applied"
+            )
+        self._sound.add((start, stop))
+
+    def touch(self, ranges: tuple[tuple[int, int], ...]) -> None:
+        """Turn the block versions of ``ranges``: odd before a write, even after."""
+        if self.versions is None:
+            return
+        for start, stop in ranges:
+            for block in range(start // BLOCK, -(-stop // BLOCK)):
+                self.versions[block] += 1
+
+
+def _nothing(table: int, ranges: tuple[tuple[int, int], ...]) -> None:
+    """No one needs to know before values change."""
+
+
+class Shard:
+    """``before_write(table, ranges)`` is called before values change, so that queued answers can be saved."""
+
+    def __init__(
+        self,
+        number: int,
+        epoch: int,
+        before_write: Callable[[int, tuple[tuple[int, int], ...]], None] = _nothing,
+    ) -> None:
+        self.number = number
+        self.epoch = epoch
+        self.lsn = 0
+        self.tables: dict[int, Table] = {}
+        self.sessions: dict[int, Session] = {}
+        self._members = Members(0, (), 0)
+        self._before_write = before_write
+        self._out: list[e.Instruction] = []
+
+    @property
+    def version(self) -> Version:
+        return Version(self.epoch, self.lsn)
+
+    @property
+    def members_epoch(self) -> int:
+        return self._members.epoch
+
+    def handle(self, event: e.Event) -> list[e.Instruction]:
+        """Take one event. Refusals of pushes and pulls are instructions; anything else raises a typed error."""
+        kind = type(event)
+        if kind is e.Push:
+            self._guard(self._push, event)
+        elif kind is e.Pull:
+            self._guard(self._pull, event)
+        else:
+            self._rare(event)
+        out, self._out = self._out, []
+        return out
+
+    def _rare(self, event: e.Event) -> None:
+        match event:
+            case Commit():
+                self._commit(event)
+            case Members():
+                self._members_changed(event)
+            case e.Created():
+                self._create(event)
+            case e.Opened():
+                self._open(event)
+            case e.Closed():
+                self._close(event)
+            case e.Attached():
+                self._attach(event)
+            case e.Assign():
+                self._assign(event)
+            case e.AssignSlots():
+                self._assign_slots(event)
+
+    def _guard(self, act: Callable[[e.Push | e.Pull], None], event: e.Push | e.Pull) -> None:
+        try:
+            act(event)
+        except HeadwaterError as error:
+            self._fail(event, error)
+
+    def _fail(self, event: e.Push | e.Pull, error: HeadwaterError) -> None:
+        number = event.seq if isinstance(event, e.Push) else event.request
+        self._out.append(e.Fail(event.session, number, event.table, event.clock, error.code, str(error)))
+
+    # ---- tables and sessions -------------------------------------------------------------------
+
+    def _create(self, event: e.Created) -> None:
+        table = Table(event)
+        self.tables[event.table] = table
+        self._seat(table)
+
+    def _open(self, event: e.Opened) -> None:
+        known = self.sessions.get(event.session)
+        if known is None:
+            self.sessions[event.session] = Session(event.session, event.rank)
+
+    def _close(self, event: e.Closed) -> None:
+        session = self.sessions.pop(event.session, None)
+        if session is None:
+            return
+        for table in self.tables.values():
+            table.waiting = [p for p in table.waiting if p.session != session.number]
+            table.held = [p for p in table.held if p.session != session.number]
+            table.staged.pop(session.number, None)
+
+    def _attach(self, event: e.Attached) -> None:
+        session = self._session(event.session)
+        self.table(event.table)
+        if event.gradients is not None:
+            session.gradients[event.table] = event.gradients
+
+    def table(self, number: int) -> Table:
+        """Raises ``UnknownTable``."""
+        found = self.tables.get(number)
+        if found is None:
+            raise UnknownTable(f"table {number} does not exist on shard {self.number}; declare it first")
+        return found
+
+    def _session(self, number: int) -> Session:
+        found = self.sessions.get(number)
+        if found is None:
+            raise SessionExpired(
+                f"shard {self.number} does not know session {number:016x}; "
+                "what it had not acknowledged may or may not be applied. Connect again"
+            )
+        return found
+
+    def staging(self, session: int, table: int) -> torch.Tensor:
+        """Where the bytes of a session's pushes wait when they cannot be applied on arrival."""
+        gradients = self._session(session).gradients
+        if table not in gradients:
+            gradients[table] = torch.zeros(self.table(table).size, dtype=torch.uint8)
+        return gradients[table]
+
+    # ---- pushes --------------------------------------------------------------------------------
+
+    def _push(self, event: e.Push) -> None:
+        session, table = self._session(event.session), self.table(event.table)
+        if event.epoch != self.epoch:
+            raise StaleEpoch(
+                f"push {event.seq} was sent to epoch {event.epoch} of shard {self.number}, which is in "
+                f"{self.epoch}; nothing was applied. Ask the coordinator for the view and send it again"
+            )
+        if event.seq <= session.seq:
+            self._again(session, table, event)
+            return
+        if event.seq != session.seq + 1:
+            raise ProtocolError(f"push {event.seq} came after {session.seq}: one in between is missing")
+        if session.rank < 0:
+            raise ClusterError("a reader cannot push; connect with role='worker'")
+        if event.length:
+            table.check_range(event.start, event.start + event.length)
+        session.seq = event.seq
+        if table.bulk:
+            self._contribute(session, table, event)
+        else:
+            self._apply_now(session, table, event)
+
+    def _again(self, session: Session, table: Table, event: e.Push) -> None:
+        """A duplicate: acknowledged again if it is applied, else the answer is still to come."""
+        part = table.gathering.parts.get(session.rank)
+        pending = part is not None and event.seq <= part.seq
+        if not pending and all(held.seq != event.seq for held in table.held):
+            self._out.append(e.Ack(session.number, event.seq, event.table, event.clock, self.lsn))
+
+    def _contribute(self, session: Session, table: Table, event: e.Push) -> None:
+        gathering = table.gathering
+        if event.members < gathering.lost:
+            raise WorkerLost(self._why_lost(event.clock))
+        if event.clock != gathering.clock + 1:
+            raise ProtocolError(
+                f"worker {session.rank} pushes step {event.clock} of table {table.spec.name!r}, "
+                f"which is at step {gathering.clock}; nothing was applied"
+            )
+        part = gathering.part(session.rank, session.number)
+        part.seq = event.seq
+        if event.length:
+            part.ranges.append((event.start, event.start + event.length))
+        if event.body is not None and event.body.groups is not None:
+            table.groups[session.rank] = event.body.groups  # type: ignore[assignment]
+        if event.flags & Flag.END:
+            part.ended, part.skip = True, bool(event.flags & Flag.SKIP)
+            part.wants = bool(event.flags & Flag.WANT)
+            self._check_complete(table)
+
+    def _why_lost(self, clock: int) -> str:
+        m = self._members
+        return (
+            f"{m.reason}; step {clock} was not applied on any shard and the parameters are those of the step "
+            f"before. {len(m.ranks)} workers remain: push the step again to go on with them"
+        )
+
+    def _check_complete(self, table: Table) -> None:
+        gathering = table.gathering
+        if gathering.announced or not gathering.complete():
+            return
+        gathering.announced = True
+        parts = gathering.parts
+        skip = any(part.skip for part in parts.values())
+        squares: tuple[float, ...] = ()
+        if table.spec.max_grad_norm is not None and not skip:
+            squares = tuple(table.dense.square_norm(self._contributions(table), self._divide(table)))
+        clock = gathering.clock + 1
+        ready = Ready(table.number, self.number, clock, gathering.members, squares, skip)
+        self._out.append(ready)
+
+    def _contributions(self, table: Table) -> list[Contribution]:
+        """In rank order, each with its union of ranges."""
+        found = []
+        for _, part in sorted(table.gathering.parts.items()):
+            session = self.sessions.get(part.session)
+            if session is not None and part.ranges:
+                found.append(Contribution(session.gradients[table.number], union(part.ranges)))
+        return found
+
+    def _divide(self, table: Table) -> int:
+        mean = isinstance(table.spec.sync, Bulk) and table.spec.sync.reduce == "mean"
+        return len(table.gathering.parts) if mean else 1
+
+    def _commit(self, event: Commit) -> None:
+        table = self.table(event.table)
+        gathering = table.gathering
+        if event.members != gathering.members or event.clock != gathering.clock + 1 or not gathering.complete():
+            return  # decided for a membership that is gone
+        if not event.skip:
+            self._set_groups(table)
+            self._apply(table, self._contributions(table), self._divide(table), event.scale)
+        parts = gathering.finish()
+        table.clocks.version += 1
+        for _, part in parts:
+            self._finish_part(table, part, event)
+
+    def _finish_part(self, table: Table, part: Part, event: Commit) -> None:
+        self._out.append(
+            e.Ack(part.session, part.seq, table.number, event.clock, self.lsn, 0, True, event.skip, event.norm)
+        )
+        if part.wants:
+            self._out.append(e.Send(part.session, 0, table.number, event.clock, self.lsn, 0, 0, table.size))
+
+    def _set_groups(self, table: Table) -> None:
+        """New hyperparameters of the lowest rank that sent any: all workers run the same schedule."""
+        if table.groups:
+            table.dense.set_groups(table.groups[min(table.groups)])  # type: ignore[arg-type]
+            table.groups = {}
+
+    def _apply(
+        self, table: Table, contributions: list[Contribution], divide: int = 1, scale: float | None = None
+    ) -> None:
+        """The one place where a gradient changes values."""
+        if contributions:
+            ranges = contributions[0].ranges
+            if len(contributions) > 1:
+                ranges = union([r for c in contributions for r in c.ranges])
+            self._before_write(table.number, ranges)
+            table.touch(ranges)
+            table.dense.apply(contributions, divide, scale)
+            table.touch(ranges)
+        self.lsn += 1
+
+    # ---- stale and asynchronous -----------------------------------------------------------------
+
+    def _apply_now(self, session: Session, table: Table, event: e.Push) -> None:
+        body = event.body
+        if body is not None and body.groups is not None:
+            table.dense.set_groups(body.groups)
+        if event.length:
+            span = (event.start, event.start + event.length)
+            if table.eager and event.gradient is not None:
+                self._apply(table, [Contribution(event.gradient, (span,), event.base)])
+                if event.flags & Flag.WANT and not event.flags & Flag.END:
+                    self._pull(e.Pull(session.number, 0, table.number, event.clock, event.start, event.length))
+            else:
+                table.staged.setdefault(session.number, []).append(span)
+        if not event.flags & Flag.END:
+            return
+        if table.clocks.may_apply(session.rank):
+            self._end_step(session, table, event)
+            self._progress(table)
+        else:
+            table.held.append(event)
+
+    def _end_step(self, session: Session, table: Table, event: e.Push) -> None:
+        ranges = table.staged.pop(session.number, None)
+        body = event.body or StepBody()
+        skip = bool(event.flags & Flag.SKIP)
+        if ranges and not skip:
+            gradients = session.gradients[table.number]
+            self._apply(table, [Contribution(gradients, union(ranges))], 1, body.scale)
+        staleness = table.clocks.pushed(session.rank, event.clock)
+        self._out.append(
+            e.Ack(session.number, event.seq, table.number, event.clock, self.lsn, staleness, True, skip, body.norm)
+        )
+        if event.flags & Flag.WANT:
+            self._pull(e.Pull(session.number, 0, table.number, event.clock, 0, table.size))
+
+    def _pull(self, event: e.Pull) -> None:
+        session, table = self._session(event.session), self.table(event.table)
+        if event.start + event.length > table.size:
+            raise ProtocolError(f"a pull past the end of table {table.spec.name!r} on shard {self.number}")
+        if not table.bulk and not table.clocks.may_read(session.rank, event.clock):
+            table.waiting.append(event)
+            return
+        clocks = table.clocks
+        staleness = 0 if table.bulk else max(clocks.clock.values(), default=0) - min(clocks.clock.values(), default=0)
+        clocks.was_read(session.rank)
+        self._out.append(
+            e.Send(event.session, event.request, event.table, event.clock, self.lsn, staleness, event.start, event.length)
+        )
+
+    def _progress(self, table: Table) -> None:
+        """Something was applied or someone left: what waited may go on now."""
+        moved = True
+        while moved:
+            moved = False
+            held, table.held = table.held, []
+            for push in held:
+                session = self.sessions.get(push.session)
+                if session is None:
+                    continue
+                if table.clocks.may_apply(session.rank):
+                    self._end_step(session, table, push)
+                    moved = True
+                else:
+                    table.held.append(push)
+            waiting, table.waiting = table.waiting, []
+            for pull in waiting:
+                self._guard(self._pull, pull)
+
+    # ---- membership ----------------------------------------------------------------------------
+
+    def _members_changed(self, event: Members) -> None:
+        self._members = event
+        for table in self.tables.values():
+            self._seat(table)
+
+    def _seat(self, table: Table) -> None:
+        m = self._members
+        for part in table.gathering.members_changed(m.epoch, m.ranks, m.lost):
+            table.groups = {}
+            if part.ended:
+                reason = self._why_lost(table.gathering.clock + 1)
+                clock = table.gathering.clock + 1
+                self._out.append(e.Fail(part.session, part.seq, table.number, clock, "WorkerLost", reason))
+        table.clocks.members(m.ranks)
+        self._check_complete(table)
+        self._progress(table)
+
+    # ---- assignments -----------------------------------------------------------------------------
+
+    def _assign(self, event: e.Assign) -> None:
+        table = self.table(event.table)
+        span = (event.start, event.start + event.data.numel())
+        if span[1] > table.size:
+            raise ProtocolError(f"an assignment past the end of table {table.spec.name!r} on shard {self.number}")
+        self._before_write(event.table, (span,))
+        table.touch((span,))
+        table.dense.values[span[0] : span[1]] = event.data
+        table.touch((span,))
+        self.lsn += 1
+        if event.last:
+            self._out.append(e.Ack(event.session, event.request, event.table, 0, self.lsn))
+
+    def _assign_slots(self, event: e.AssignSlots) -> None:
+        from headwater.wire.tensors import from_bytes
+
+        table = self.table(event.table)
+        for slot in event.slots:
+            table.dense.write_slot(slot.parameter, slot.name, slot.start, from_bytes(slot.data, slot.dtype, slot.shape))
+        self.lsn += 1
+
+    def validate(self) -> None:
+        """Invariants, for tests: raises ``AssertionError`` with the state that breaks one."""
+        for table in self.tables.values():
+            g = table.gathering
+            assert not (g.announced and not g.complete()), f"READY was said for an incomplete step: {g.parts}"
+            assert table.versions is None or all(v % 2 == 0 for v in table.versions), "a block was left half written"
+            assert not (table.bulk and (table.held or table.waiting)), "bulk steps neither hold nor delay"

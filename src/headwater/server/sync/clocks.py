@@ -1,0 +1,58 @@
+"""Stale-synchronous and asynchronous reading: each worker's clock, and the bound on how far reads lag.
+
+Source: Ho et al., "More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server", NIPS 2013.
+"""
+
+from __future__ import annotations
+
+from headwater.types import Async, Bulk, Stale
+
+
+class Clocks:
+    """Steps finished by each worker on one shard, and the version each worker last read.
+
+    ``version`` counts the steps applied on this shard. The staleness of a push is the number of others'
+    steps that were applied between the worker's last read and now.
+    """
+
+    def __init__(self, sync: Stale | Async | Bulk) -> None:
+        self.sync = sync
+        self.version = 0
+        self.clock: dict[int, int] = {}
+        self.read: dict[int, int] = {}
+        self._active: set[int] = set()  # ranks that have read and not yet pushed since
+
+    def members(self, ranks: tuple[int, ...]) -> None:
+        """Only these ranks count; a newcomer starts at the slowest clock."""
+        slowest = min(self.clock.values(), default=0)
+        self.clock = {rank: self.clock.get(rank, slowest) for rank in ranks}
+        self.read = {rank: self.read.get(rank, self.version) for rank in ranks}
+        self._active &= set(ranks)
+
+    def pushed(self, rank: int, clock: int) -> int:
+        """A worker's step was applied; returns its staleness in steps."""
+        staleness = self.version - self.read.get(rank, self.version)
+        self.version += 1
+        if rank in self.clock:
+            self.clock[rank] = max(self.clock[rank], clock)
+            self._active.discard(rank)
+        return staleness
+
+    def was_read(self, rank: int) -> None:
+        """A worker got fresh values."""
+        if rank in self.clock:
+            self.read[rank] = self.version
+            self._active.add(rank)
+
+    def may_read(self, rank: int, clock: int) -> bool:
+        """Stale(bound): a worker at ``clock`` reads once the slowest worker has reached ``clock - bound``."""
+        if not isinstance(self.sync, Stale) or rank not in self.clock:
+            return True
+        return min(self.clock.values()) >= clock - self.sync.bound
+
+    def may_apply(self, rank: int) -> bool:
+        """Async(max_staleness): whether one more step keeps every other worker's coming push within the cap."""
+        if not isinstance(self.sync, Async) or self.sync.max_staleness is None:
+            return True
+        cap = self.sync.max_staleness
+        return all(self.version + 1 - self.read[other] <= cap for other in self._active if other != rank)

@@ -1,0 +1,116 @@
+"""Shared memory without names: sealed memfds, mapped page by page side by side.
+
+A memfd leaves nothing behind after ``kill -9``: the kernel frees it with the last process that holds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import mmap
+import os
+import sys
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from headwater.errors import NotEnoughMemory, ProtocolError
+
+AVAILABLE = sys.platform == "linux" and hasattr(os, "memfd_create")
+_SEALS = 0x1 | 0x2 | 0x4  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW: a peer can never pull pages away under a reader
+_MAP_FIXED = 0x10
+_MADV_DONTNEED = 4
+_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def create(name: str, size: int) -> int:
+    """A new memfd of ``size`` zero bytes, sealed; the caller closes it.
+
+    Raises ``NotEnoughMemory`` now rather than a SIGBUS later.
+    """
+    fd = os.memfd_create(f"headwater:{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        if size:
+            os.posix_fallocate(fd, 0, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError as error:
+        os.close(fd)
+        raise NotEnoughMemory(
+            f"{size} bytes of shared memory for {name!r} were refused ({error.strerror}); nothing was created"
+        ) from None
+    return fd
+
+
+def verify(fd: int, size: int) -> None:
+    """Refuse a received descriptor that is smaller than agreed or could still shrink."""
+    seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    if seals & _SEALS != _SEALS or os.fstat(fd).st_size < size:
+        raise ProtocolError(
+            f"shared memory of {os.fstat(fd).st_size} bytes with seals {seals:#x} instead of {size} sealed bytes"
+        )
+
+
+class Piece(NamedTuple):
+    """``size`` bytes of ``fd`` from ``offset``; all page-aligned."""
+
+    fd: int
+    offset: int
+    size: int
+
+
+def _unmap(address: int, size: int) -> None:
+    _libc.munmap(address, size)
+
+
+class Region:
+    """Pieces of shared memory mapped side by side, as one buffer.
+
+    ``buffer`` keeps the mapping alive: it is unmapped when the last memoryview or tensor on it is gone.
+    ``private`` maps copy-on-write: a stray write stays in this process.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], *, writable: bool = True, private: bool = False) -> None:
+        self.size = sum(piece.size for piece in pieces)
+        reserve = max(self.size, mmap.PAGESIZE)
+        address = _libc.mmap(None, reserve, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        if address == _FAILED:
+            raise NotEnoughMemory(f"{reserve} bytes of address space were refused; nothing was mapped")
+        self.buffer = (ctypes.c_ubyte * reserve).from_address(address)
+        weakref.finalize(self.buffer, _unmap, address, reserve)
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable or private else 0)
+        flags = (mmap.MAP_PRIVATE if private else mmap.MAP_SHARED) | _MAP_FIXED
+        at = address
+        for piece in pieces:
+            if piece.size and _libc.mmap(at, piece.size, protection, flags, piece.fd, piece.offset) == _FAILED:
+                raise NotEnoughMemory(f"mapping {piece.size} bytes failed: {os.strerror(ctypes.get_errno())}")
+            at += piece.size
+        self._address = address
+
+    @property
+    def view(self) -> memoryview:
+        return memoryview(self.buffer).cast("B")[: self.size]
+
+    def drop(self, start: int, stop: int) -> None:
+        """Forget the page-table entries of ``start:stop`` (whole pages inside it).
+
+        The bytes stay in the memfd; this process just no longer counts them as resident. In a private
+        mapping this also throws away copies that stray writes made.
+        """
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:
+            _libc.madvise(self._address + first, last - first, _MADV_DONTNEED)
+
+
+def close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)

@@ -1,0 +1,267 @@
+"""The client's end of a socket: unix (same host) or TCP.
+
+Small frames are sent and received by the thread that wants them, without a hand-over. Bulk payloads are sent
+by a sender thread, and received by a prefetch thread while the caller computes. One thread at a time reads;
+others wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from headwater.errors import (
+    AuthenticationFailed,
+    DeadlineExceeded,
+    HeadwaterError,
+    LinkBroken,
+    ProtocolError,
+    Unreachable,
+)
+from headwater.transports.address import Address, family
+from headwater.transports.receiver import Arrived, Receiver, descriptors
+from headwater.wire import auth
+from headwater.wire import messages as m
+from headwater.wire.frames import Flag, Frame, Kind, checksum, encode
+
+INLINE = 128 << 10  # bytes: a larger payload is left to the sender thread
+TICK = 0.5  # seconds: how often a blocked call looks at its deadline
+HANDSHAKE = 10.0  # seconds
+
+
+class Handler(Protocol):
+    """Who a link talks to."""
+
+    def landing(self, frame: Frame) -> memoryview: ...
+    def receive(self, frame: Frame, fds: tuple[int, ...]) -> None: ...
+
+
+class Link(Protocol):
+    """One ordered connection to a coordinator or server."""
+
+    shared: bool  # memory can be passed along it
+
+    def send(self, frame: Frame, fds: tuple[int, ...] = ()) -> None: ...
+    def pump(self, done: Callable[[], bool], deadline: float) -> None: ...
+    def prefetch(self, done: Callable[[], bool]) -> None: ...
+    def close(self) -> None: ...
+
+
+def connect(address: Address, token: bytes | None, timeout: float) -> socket.socket:
+    """Connect and shake hands. Raises ``Unreachable`` or ``AuthenticationFailed``."""
+    try:
+        if address.scheme == "local":
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.settimeout(timeout)
+            sock.connect("\0" + address.host)
+        else:
+            sock = socket.socket(family(address), socket.SOCK_STREAM)
+            sock.settimeout(timeout)
+            sock.connect((address.host, address.port))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError as error:
+        sock.close()
+        raise Unreachable(
+            f"nobody answers at {address} ({error.strerror or error}); is the cluster running and the address right?"
+        ) from None
+    try:
+        _shake_hands(sock, token or b"")
+    except (OSError, BlockingIOError) as error:
+        sock.close()
+        if isinstance(error, HeadwaterError):
+            raise
+        raise Unreachable(f"{address} accepted the connection but did not finish the handshake: {error}") from None
+    return sock
+
+
+def _shake_hands(sock: socket.socket, token: bytes) -> None:
+    """The client's side of FORMAT.md, section 3: the server proves itself first."""
+    mine = auth.nonce()
+    sock.settimeout(HANDSHAKE)
+    receiver = Receiver(sock, _no_payload, limit=4096)
+    sock.sendall(encode(Frame(Kind.HELLO, body=m.pack(m.Hello(mine, "headwater")))))
+    challenge = m.unpack(_expect(receiver, Kind.CHALLENGE).body, m.Challenge)
+    auth.check(token, "server", mine, challenge.nonce, challenge.proof)
+    answer = auth.proof(token, "client", mine, challenge.nonce)
+    sock.sendall(encode(Frame(Kind.PROOF, body=m.pack(m.Proof(answer)))))
+    _expect(receiver, Kind.WELCOME)
+
+
+def _expect(receiver: Receiver, kind: Kind) -> Frame:
+    frames: list[Arrived] = []
+    while not frames:
+        frames = receiver.read()
+    frame = frames[0][0]
+    if frame.kind == Kind.ERROR:
+        raise m.read_error(frame.body)
+    if frame.kind != kind:
+        raise ProtocolError(f"{frame.kind.name} instead of {kind.name} in the handshake")
+    return frame
+
+
+def _no_payload(frame: Frame) -> memoryview:
+    raise ProtocolError(f"{frame.kind.name} with a payload during the handshake")
+
+
+class StreamLink:
+    """A connected, authenticated socket. ``pump`` must be called for anything to arrive."""
+
+    def __init__(self, sock: socket.socket, handler: Handler, checked: bool = False) -> None:
+        self.shared = sock.family == socket.AF_UNIX
+        self._sock = sock
+        self._handler = handler
+        self._checked = checked
+        self._receiver = Receiver(sock, handler.landing)
+        self._error: HeadwaterError | None = None
+        self._reading = threading.RLock()
+        self._arrived = threading.Condition()
+        self._waiters = 0
+        self._sending = threading.Lock()
+        self._backlog: deque[tuple[bytes, memoryview]] = deque()
+        self._has_backlog = threading.Condition(self._sending)
+        self._sender: threading.Thread | None = None
+        self._wanted: deque[Callable[[], bool]] = deque()
+        self._has_wanted = threading.Condition()
+        self._prefetcher: threading.Thread | None = None
+        sock.settimeout(None)
+        tick = struct.pack("ll", int(TICK), int(TICK % 1 * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
+
+    # ---- sending -------------------------------------------------------------------------------
+
+    def send(self, frame: Frame, fds: tuple[int, ...] = ()) -> None:
+        """Send, or queue behind what is being sent. The payload must stay unchanged until it is acknowledged."""
+        if self._error is not None:
+            raise self._error
+        payload = frame.payload
+        if payload is not None and self._checked:
+            frame.flags |= Flag.CHECKED
+            frame.check = checksum(payload)
+        head = encode(frame)
+        with self._sending:
+            if self._backlog or (payload is not None and len(payload) > INLINE):
+                self._backlog.append((head, payload if payload is not None else memoryview(b"")))
+                self._start_sender()
+                self._has_backlog.notify()
+                return
+            try:
+                self._send_now([memoryview(head)] + ([payload] if payload is not None else []), fds)
+            except OSError as error:
+                raise self._break(error) from None
+
+    def _send_now(self, parts: list[memoryview], fds: tuple[int, ...] = ()) -> None:
+        sent = self._sock.sendmsg(parts, descriptors(fds))
+        for part in parts:
+            if sent >= len(part):
+                sent -= len(part)
+            else:
+                self._sock.sendall(part[sent:])
+                sent = 0
+
+    def _start_sender(self) -> None:
+        if self._sender is None:
+            self._sender = threading.Thread(target=self._send_backlog, name="headwater-send", daemon=True)
+            self._sender.start()
+
+    def _send_backlog(self) -> None:
+        while True:
+            with self._sending:
+                while not self._backlog:
+                    if self._error is not None:
+                        return
+                    self._has_backlog.wait(TICK)
+                head, payload = self._backlog[0]
+            try:
+                # outside the lock: the entry stays in the backlog, so nobody overtakes it
+                self._send_now([memoryview(head), payload])
+            except OSError as error:
+                self._break(error)
+                return
+            with self._sending:
+                self._backlog.popleft()
+
+    # ---- receiving -------------------------------------------------------------------------------
+
+    def pump(self, done: Callable[[], bool], deadline: float) -> None:
+        """Receive until ``done()``. Raises ``DeadlineExceeded``, or what broke the link."""
+        while not done():
+            if self._error is not None:
+                raise self._error
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(
+                    "the other side did not answer in time; what was sent may still be applied. "
+                    "Is another worker slower than the timeout, or stopped?"
+                )
+            if self._reading.acquire(blocking=False):
+                try:
+                    if not done():
+                        self._read_once()
+                finally:
+                    self._reading.release()
+                    if self._waiters:
+                        with self._arrived:
+                            self._arrived.notify_all()
+            else:
+                with self._arrived:
+                    self._waiters += 1
+                    self._arrived.wait(0.01)
+                    self._waiters -= 1
+
+    def _read_once(self) -> None:
+        try:
+            for frame, fds in self._receiver.read():
+                self._handler.receive(frame, fds)
+        except BlockingIOError:
+            return
+        except LinkBroken as error:
+            raise self._break(error) from None
+        except ProtocolError as error:
+            self._break(error)
+            raise
+
+    def prefetch(self, done: Callable[[], bool]) -> None:
+        """Receive in the background until ``done()``: the caller computes meanwhile."""
+        with self._has_wanted:
+            self._wanted.append(done)
+            if self._prefetcher is None:
+                self._prefetcher = threading.Thread(target=self._prefetch, name="headwater-receive", daemon=True)
+                self._prefetcher.start()
+            self._has_wanted.notify()
+
+    def _prefetch(self) -> None:
+        while self._error is None:
+            with self._has_wanted:
+                while not self._wanted and self._error is None:
+                    self._has_wanted.wait(TICK)
+                done = self._wanted.popleft() if self._wanted else _true
+            with contextlib.suppress(HeadwaterError):  # whoever waits for the data is told
+                self.pump(done, time.monotonic() + 3600.0)
+
+    def _break(self, error: BaseException) -> HeadwaterError:
+        if self._error is None:
+            if isinstance(error, ProtocolError | AuthenticationFailed | LinkBroken):
+                self._error = error
+            else:
+                self._error = LinkBroken(f"the connection broke: {error}")
+            self._error.add_note("pushes that were not acknowledged may or may not be applied")
+            self.close()
+        return self._error
+
+    def close(self) -> None:
+        if self._error is None:
+            self._error = LinkBroken("this client has closed the connection")
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        with self._reading:
+            self._sock.close()
+            self._receiver.close()
+
+
+def _true() -> bool:
+    return True

@@ -1,0 +1,161 @@
+"""Frozen value types shared by every room. Light to import: no torch, no sockets."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import msgspec
+
+ITEMSIZE: dict[str, int] = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+"""Bytes per element of every dtype a dense table may hold."""
+
+Hyper = bool | int | float | str | None | tuple[float, ...]
+"""One hyperparameter of an optimizer group, as it travels (``betas`` is a tuple of floats)."""
+
+
+class Init(msgspec.Struct, frozen=True):
+    """How a server fills a parameter before the first push.
+
+    The value of an element depends on (seed, parameter name, element index) only, so the same table
+    is bit-identical on any number of servers.
+
+    ``kind`` is one of ``zeros``, ``ones``, ``constant(a)``, ``normal(mean=a, std=b)``,
+    ``truncated_normal(mean=a, std=b)`` (cut at two standard deviations), ``uniform(low=a, high=b)``,
+    ``xavier_uniform(gain=a)``, ``xavier_normal(gain=a)``, ``kaiming_uniform(a=a)``,
+    ``kaiming_normal(a=a)`` or ``values`` (a client assigns them).
+    """
+
+    kind: Literal[
+        "zeros",
+        "ones",
+        "constant",
+        "normal",
+        "truncated_normal",
+        "uniform",
+        "xavier_uniform",
+        "xavier_normal",
+        "kaiming_uniform",
+        "kaiming_normal",
+        "values",
+    ]
+    a: float = 0.0
+    b: float = 0.0
+
+
+class Bulk(msgspec.Struct, frozen=True, tag="bulk"):
+    """Bulk-synchronous (Valiant 1990): a step is applied when every worker has contributed to it.
+
+    ``reduce`` says what the contributions become, summed in rank order first: ``"mean"`` divides the
+    sum by their number, as DistributedDataParallel does; ``"sum"`` leaves it.
+    """
+
+    reduce: Literal["mean", "sum"] = "mean"
+
+
+class Stale(msgspec.Struct, frozen=True, tag="stale"):
+    """Stale-synchronous (Ho et al. 2013): a worker at clock c reads only once every worker has reached c - bound."""
+
+    bound: int = 1
+
+    def __post_init__(self) -> None:
+        if self.bound < 0:
+            raise ValueError(f"Stale(bound={self.bound}): the bound is a number of steps, 0 or more")
+
+
+class Async(msgspec.Struct, frozen=True, tag="async"):
+    """Asynchronous: a push is applied on arrival.
+
+    ``max_staleness`` caps how many steps of others may be applied between a worker's read and its push:
+    a step that would exceed it for some worker waits until that worker has pushed (back-pressure).
+    """
+
+    max_staleness: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_staleness is not None and self.max_staleness < 0:
+            raise ValueError(f"Async(max_staleness={self.max_staleness}): the cap is a number of steps, 0 or more")
+
+
+Sync = Bulk | Stale | Async
+"""The synchronisation policies. Local steps (DiLoCo) will be a fourth member."""
+
+
+class ParameterSpec(msgspec.Struct, frozen=True):
+    """One tensor of a dense table. ``group`` indexes ``OptimizerSpec.groups``."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    group: int = 0
+    init: Init = Init("zeros")
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEMSIZE[self.dtype]
+
+
+class OptimizerSpec(msgspec.Struct, frozen=True):
+    """A server-side optimizer: its name in the closed list and the hyperparameters of each group."""
+
+    name: str
+    groups: tuple[dict[str, Hyper], ...]
+
+
+class TableSpec(msgspec.Struct, frozen=True):
+    """A dense table: what every party must agree on before the first push."""
+
+    name: str
+    parameters: tuple[ParameterSpec, ...]
+    optimizer: OptimizerSpec
+    sync: Sync = Async()
+    max_grad_norm: float | None = None
+    nonfinite: Literal["error", "skip", "allow"] = "error"
+    seed: int = 0
+
+
+class Segment(msgspec.Struct, frozen=True):
+    """The part of one parameter that lies in one block of one shard.
+
+    Elements ``start:stop`` of the flattened parameter, at byte ``offset`` of the shard's own memory.
+    """
+
+    parameter: int
+    start: int
+    stop: int
+    offset: int
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+
+class PushId(msgspec.Struct, frozen=True):
+    """The identity of a push: applied once, however often it is sent."""
+
+    session: int
+    shard: int
+    seq: int
+
+
+class Version(msgspec.Struct, frozen=True, order=True):
+    """A point in a shard's history: reads of one session never go back."""
+
+    epoch: int
+    lsn: int

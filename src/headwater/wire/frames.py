@@ -1,0 +1,192 @@
+"""The frame: a fixed header, a bounded control body, and raw tensor bytes. FORMAT.md is the specification.
+
+Nothing here allocates by what a header asks for: ``decode_header`` refuses first.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing_extensions import Buffer
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from typing import NamedTuple
+
+import xxhash
+
+from headwater.errors import ProtocolError
+
+MAGIC = b"HWTR"
+VERSION = 1
+MAX_BODY = 16 << 20  # bytes: a table declaration with 100,000 parameters takes about 8 MiB
+MAX_PAYLOAD = 1 << 34  # bytes: one block; whole-tensor optimizers may send one tensor as one block
+
+_FIELDS = struct.Struct("<4sBBHIIQQQQQQQIII")  # magic … length, members, body, check
+_CRC = struct.Struct("<I")
+HEADER = _FIELDS.size + _CRC.size
+
+
+class Kind(IntEnum):
+    """What a frame is. Numbers are never reused."""
+
+    HELLO = 1
+    CHALLENGE = 2
+    PROOF = 3
+    WELCOME = 4
+    ERROR = 5
+    REQUEST = 6
+    REPLY = 7
+    NOTICE = 8
+    PUSH = 16
+    ACK = 17
+    PULL = 18
+    DATA = 19
+    ASSIGN = 20
+
+
+class Flag(IntFlag):
+    """Bits that refine a kind."""
+
+    NONE = 0
+    SHARED = 1  # PUSH: the bytes lie in shared memory, none follow
+    END = 2  # PUSH: the worker's step is complete; DATA: nothing more comes for this pull
+    WANT = 4  # PUSH with END: send fresh values as soon as the policy allows
+    SKIP = 8  # PUSH with END: this worker's gradient is not finite; ACK: the step was skipped
+    CHECKED = 16  # the payload's checksum is in `check`
+
+
+_KINDS = {int(kind): kind for kind in Kind}
+_FLAGS = sum(Flag)
+
+
+@dataclass(slots=True)
+class Frame:
+    """One message. ``start`` and ``length`` are shard-local bytes; ``payload`` holds ``length`` of them or none."""
+
+    kind: Kind
+    flags: int = 0
+    shard: int = 0
+    table: int = 0
+    session: int = 0
+    epoch: int = 0
+    seq: int = 0
+    lsn: int = 0
+    clock: int = 0
+    start: int = 0
+    length: int = 0
+    members: int = 0
+    body: bytes = b""
+    payload: memoryview | None = None
+    check: int = 0
+    body_length: int = 0  # what the header announced; set by decode_header only
+
+    @property
+    def follows(self) -> int:
+        """Payload bytes that follow header and body on a byte stream."""
+        if self.flags & Flag.SHARED or self.kind not in _CARRIERS:
+            return 0
+        return self.length
+
+
+class Outgoing(NamedTuple):
+    """An instruction of a state machine: send ``frame``, and descriptors beside it, to ``peer``; then maybe close."""
+
+    peer: int
+    frame: Frame
+    fds: tuple[int, ...] = ()
+    close: bool = False
+
+
+_CARRIERS = frozenset({Kind.PUSH, Kind.DATA, Kind.ASSIGN})
+
+
+def checksum(payload: Buffer) -> int:
+    """XXH3 of a payload, cut to 32 bits."""
+    return xxhash.xxh3_64_intdigest(payload) & 0xFFFFFFFF  # type: ignore[arg-type]
+
+
+def encode(frame: Frame) -> bytes:
+    """Header and body as bytes; the payload is sent behind them, uncopied. Raises ``ProtocolError`` over a bound."""
+    body = frame.body
+    if len(body) > MAX_BODY or frame.length > MAX_PAYLOAD:
+        raise ProtocolError(
+            f"{frame.kind.name} with a body of {len(body)} and a payload of {frame.length} bytes "
+            f"is over the bounds of {MAX_BODY} and {MAX_PAYLOAD}; it was not sent"
+        )
+    head = _FIELDS.pack(
+        MAGIC,
+        VERSION,
+        frame.kind,
+        frame.flags,
+        frame.shard,
+        frame.table,
+        frame.session,
+        frame.epoch,
+        frame.seq,
+        frame.lsn,
+        frame.clock,
+        frame.start,
+        frame.length,
+        frame.members,
+        len(body),
+        frame.check,
+    )
+    return head + _CRC.pack(zlib.crc32(body, zlib.crc32(head))) + body
+
+
+def decode_header(data: Buffer, offset: int = 0) -> Frame:
+    """The frame whose header begins at ``offset``; its body must still be checked with ``check_body``.
+
+    Raises ``ProtocolError`` for a wrong magic, version, kind, flag or size. Nothing has been allocated then.
+    """
+    (magic, version, kind, flags, shard, table, session, epoch, seq, lsn, clock, start, length, members, body, check) = (
+        _FIELDS.unpack_from(data, offset)
+    )
+    if magic != MAGIC:
+        raise ProtocolError(f"magic {magic!r} instead of {MAGIC!r}: the other side does not speak Headwater")
+    if version != VERSION:
+        raise ProtocolError(f"wire version {version}, this side speaks {VERSION}: install the same release on both")
+    known = _KINDS.get(kind)
+    if known is None or flags & ~_FLAGS:
+        raise ProtocolError(f"frame kind {kind} with flags {flags:#x} is not in version {VERSION} of the format")
+    if body > MAX_BODY or length > MAX_PAYLOAD:
+        raise ProtocolError(
+            f"{known.name} announces a body of {body} and a payload of {length} bytes, "
+            f"over the bounds of {MAX_BODY} and {MAX_PAYLOAD}; nothing was allocated"
+        )
+    frame = Frame(known, flags, shard, table, session, epoch, seq, lsn, clock, start, length, members)
+    frame.check, frame.body_length = check, body
+    return frame
+
+
+def check_body(head: Buffer, body: Buffer, crc: int) -> None:
+    """Compare header and body with the checksum behind the header. Raises ``ProtocolError`` where they differ."""
+    if zlib.crc32(body, zlib.crc32(head)) != crc:
+        raise ProtocolError("the checksum of a frame's header and body is wrong: bytes were damaged on the way")
+
+
+def check_payload(frame: Frame) -> None:
+    """Raises ``ProtocolError`` if the payload is checked and damaged."""
+    if frame.flags & Flag.CHECKED and frame.payload is not None and checksum(frame.payload) != frame.check:
+        raise ProtocolError(f"the payload of {frame.kind.name} {frame.seq} was damaged on the way; it was not applied")
+
+
+def parse(view: memoryview, start: int, end: int, limit: int = MAX_BODY) -> tuple[Frame | None, int]:
+    """The frame at ``view[start:end]`` without its payload, and where that begins.
+
+    While bytes are missing: ``None``, and how many the frame needs at least. ``limit`` bounds the body.
+    Raises ``ProtocolError`` for what FORMAT.md does not allow.
+    """
+    if end - start < HEADER:
+        return None, HEADER
+    frame = decode_header(view, start)
+    if frame.body_length > limit:
+        raise ProtocolError(f"a body of {frame.body_length} bytes where at most {limit} are allowed")
+    stop = start + HEADER + frame.body_length
+    if end < stop:
+        return None, stop - start
+    fields = start + _FIELDS.size
+    body = bytes(view[start + HEADER : stop])
+    check_body(view[start:fields], body, _CRC.unpack_from(view, fields)[0])
+    frame.body = body
+    return frame, stop
