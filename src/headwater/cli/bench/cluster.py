@@ -1,0 +1,52 @@
+"""A cluster and a client for a benchmark: real processes, except for ``inproc``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+
+import headwater
+from headwater.cli.bench.options import Transport
+from headwater.launch import Launcher, cores
+
+
+def server_threads(servers: int) -> int:
+    """The threads of one server: what the launcher gives it."""
+    return max(1, cores() // servers)
+
+
+@contextlib.contextmanager
+def exported(variables: Mapping[str, str]) -> Iterator[None]:
+    """``variables`` in this process's environment, for as long as the block runs."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def worker_environment(launcher: Launcher, rank: int, world: int, transport: Transport = "local") -> dict[str, str]:
+    """What a worker of this cluster finds in its environment."""
+    forced = {"HEADWATER_TRANSPORT": "tcp"} if transport == "tcp" else {}
+    return launcher.environment() | {"HEADWATER_RANK": str(rank), "HEADWATER_WORLD_SIZE": str(world)} | forced
+
+
+@contextlib.contextmanager
+def connected(transport: Transport, servers: int) -> Iterator[headwater.Client]:
+    """The only worker of a cluster of ``servers`` servers, which ends with the block."""
+    if transport == "inproc":
+        with headwater.connect("inproc://", rank=0, world=1, servers=servers) as client:
+            yield client
+        return
+    with (
+        Launcher(servers=servers, advertise=False) as launcher,
+        exported(worker_environment(launcher, 0, 1, transport)),
+        headwater.connect() as client,
+    ):
+        yield client

@@ -1,0 +1,106 @@
+"""The ``headwater bench`` command group."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from headwater.cli.bench.options import Options, Transport
+from headwater.cli.bench.report import Figure, Report, machine, to_json, to_table
+
+app = typer.Typer(
+    name="bench",
+    help="What Headwater costs here, beside the ceiling of the same machine in the same minute.",
+    invoke_without_command=True,
+    no_args_is_help=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
+Rounds = Annotated[int | None, typer.Option(min=1, help="Pairs measured (memory: steps). Default: the bench's own.")]
+Size = Annotated[int, typer.Option(min=1, help="Size of the dense table in MB.")]
+Servers = Annotated[int, typer.Option(min=1, help="Servers in the cluster.")]
+Where = Annotated[Transport | None, typer.Option(help="Default: local, then tcp.")]
+
+BENCHES = ("dense", "small", "many", "step", "memory")
+"""Each is a module of this package with a function ``measure``; ``all`` runs them in this order."""
+
+
+def load(bench: str) -> Callable[[Options], list[Figure]]:
+    """What measures a bench. It needs torch, which ``headwater --help`` should not wait for."""
+    measure: Callable[[Options], list[Figure]] = importlib.import_module(f"headwater.cli.bench.{bench}").measure
+    return measure
+
+
+def run(name: str, options: Options, as_json: bool) -> None:
+    """Measure one bench, or with ``all`` every one, and print its report."""
+    where = machine()
+    if name == "all":
+        figures = [f for each in BENCHES for f in prefixed(each, load(each)(options))]
+    else:
+        figures = load(name)(options)
+    show(Report(name, where, figures), as_json)
+
+
+def prefixed(bench: str, figures: list[Figure]) -> list[Figure]:
+    """The figures named ``bench: name``, as ``targets.py`` names them."""
+    return [Figure(f"{bench}: {f.name}", f.value, f.unit, f.ceiling, f.target, f.met) for f in figures]
+
+
+def show(report: Report, as_json: bool) -> None:
+    if as_json:
+        print(to_json(report))
+        return
+    Console().print(to_table(report))
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@app.callback()
+def _all_by_default(context: typer.Context, json: Json = False) -> None:
+    if context.invoked_subcommand is None:
+        run("all", Options(_note), json)
+
+
+@app.command("dense")
+def _dense(
+    transport: Where = None, size: Size = 64, rounds: Rounds = None, servers: Servers = 2, json: Json = False
+) -> None:
+    """64 MB pushed, applied and pulled, beside the kernel alone, Gloo, and a raw socket."""
+    run("dense", Options(_note, rounds, size, transport, servers), json)
+
+
+@app.command("small")
+def _small(transport: Where = None, rounds: Rounds = None, servers: Servers = 2, json: Json = False) -> None:
+    """1 KB pushed and pulled, beside the same bytes over a raw socket."""
+    run("small", Options(_note, rounds, transport=transport, servers=servers), json)
+
+
+@app.command("many")
+def _many(transport: Where = None, rounds: Rounds = None, servers: Servers = 2, json: Json = False) -> None:
+    """1,000 tensors of 1 KB in one table, beside the fused step alone."""
+    run("many", Options(_note, rounds, transport=transport, servers=servers), json)
+
+
+@app.command("step")
+def _step(transport: Where = None, rounds: Rounds = None, servers: Servers = 2, json: Json = False) -> None:
+    """A 12 M parameter language model on 2 workers, beside no synchronisation and DDP over Gloo."""
+    run("step", Options(_note, rounds, transport=transport, servers=servers), json)
+
+
+@app.command("memory")
+def _memory(size: Size = 64, rounds: Rounds = None, servers: Servers = 2, json: Json = False) -> None:
+    """What the servers hold, beside what the table needs, for 1, 2 and 3 workers."""
+    run("memory", Options(_note, rounds, size, servers=servers), json)
+
+
+@app.command("all")
+def _all(size: Size = 64, servers: Servers = 2, json: Json = False) -> None:
+    """Every bench, one after the other."""
+    run("all", Options(_note, size=size, servers=servers), json)

@@ -1,0 +1,78 @@
+"""``headwater bench small``: 1 KB pushed and pulled, beside the same bytes bouncing over a bare socket."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+import headwater
+from headwater.cli.bench.cluster import connected
+from headwater.cli.bench.options import Options, Transport
+from headwater.cli.bench.report import Figure, figure
+from headwater.cli.bench.sockets import RawSocket
+from headwater.cli.bench.statistics import percentile
+
+ROUNDS = 20
+BYTES = 1024
+INNER = 200
+
+
+def measure(options: Options) -> list[Figure]:
+    """The figures of every transport asked for."""
+    found = []
+    for transport in options.transports():
+        options.note(f"small {transport}")
+        found += small_figures(transport, *_pairs(options, transport))
+    return found
+
+
+def _pairs(options: Options, transport: Transport) -> tuple[list[list[float]], list[list[float]]]:
+    """Ours and the bare socket's, a list of ``INNER`` round trips per round, in turns."""
+    ours: list[list[float]] = []
+    bare: list[list[float]] = []
+    with connected(transport, options.servers) as client:
+        table = client.dense("bench-small", (BYTES // 4,), optimizer=torch.optim.SGD, sync=headwater.Bulk(), lr=0.1)
+        raw = RawSocket("tcp" if transport == "tcp" else "local", BYTES)
+        try:
+            sides: list[tuple[list[list[float]], Callable[[], list[float]]]] = [
+                (ours, lambda: _round_trips(table)),
+                (bare, lambda: raw.round_trips(INNER)),
+            ]
+            for turn in range(1 + options.rounds_or(ROUNDS)):
+                for kept, side in sides if turn % 2 else sides[::-1]:
+                    seconds = side()
+                    if turn:  # the first round is the warm-up
+                        kept.append(seconds)
+        finally:
+            raw.close()
+    return ours, bare
+
+
+def _round_trips(table: headwater.Dense) -> list[float]:
+    gradient = torch.full((BYTES // 4,), 1e-3)
+    found = []
+    for _ in range(INNER):
+        start = time.perf_counter()
+        table.push_pull(gradient)
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def small_figures(transport: str, ours: list[list[float]], bare: list[list[float]]) -> list[Figure]:
+    """Figures from the round trips of each round, in seconds."""
+
+    def over_rounds(rounds: list[list[float]], share: float) -> list[float]:
+        return [percentile(one, share) for one in rounds]
+
+    def micros(rounds: list[list[float]], share: float) -> float:
+        return statistics.median(over_rounds(rounds, share)) * 1e6
+
+    ratios = [a / b for a, b in zip(over_rounds(ours, 0.5), over_rounds(bare, 0.5), strict=True)]
+    return [
+        figure("small", f"{transport} p50", micros(ours, 0.5), "µs", micros(bare, 0.5)),
+        figure("small", f"{transport} p99", micros(ours, 0.99), "µs", micros(bare, 0.99)),
+        figure("small", f"{transport} p50 / raw socket", statistics.median(ratios), "×", 1.0),
+    ]

@@ -1,0 +1,55 @@
+"""Every target of ``headwater bench``, in one place. The keys are ``bench: figure``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class Target(msgspec.Struct, frozen=True):
+    """A bound that a figure has to keep."""
+
+    relation: Literal["<=", ">="]
+    bound: float
+
+    def met(self, value: float) -> bool:
+        """Whether ``value`` keeps the bound. NaN never does."""
+        return value <= self.bound if self.relation == "<=" else value >= self.bound
+
+    def __str__(self) -> str:
+        return f"{self.relation} {self.bound:g}"
+
+
+def at_most(bound: float) -> Target:
+    return Target("<=", bound)
+
+
+def at_least(bound: float) -> Target:
+    return Target(">=", bound)
+
+
+TARGETS: dict[str, Target] = {
+    "dense: local SGD time / kernel alone": at_most(1.25),
+    "dense: local AdamW time / kernel alone": at_most(1.25),
+    "dense: local SGD speed-up over Gloo + step": at_least(8),
+    "dense: local AdamW speed-up over Gloo + step": at_least(3),
+    "dense: tcp SGD throughput / raw socket, without the kernel": at_least(0.9),
+    "dense: tcp SGD throughput / raw socket, with the kernel": at_least(0.75),
+    "dense: tcp AdamW throughput / raw socket, without the kernel": at_least(0.9),
+    "dense: tcp AdamW throughput / raw socket, with the kernel": at_least(0.75),
+    "small: local p50 / raw socket": at_most(3),
+    "small: tcp p50 / raw socket": at_most(3),
+    "many: local time per tensor": at_most(20),
+    "many: tcp time per tensor": at_most(20),
+    "step: batch 1 step / no synchronisation": at_most(1.05),
+    "step: batch 4 step / no synchronisation": at_most(1.05),
+    "memory: 1 worker RSS / needed": at_most(1.15),
+    "memory: 2 workers RSS / needed": at_most(1.15),
+    "memory: 3 workers RSS / needed": at_most(1.15),
+    # Flat and independent of the number of workers: within 1 % of what is needed.
+    "memory: 1 worker growth over 1,000 steps": at_most(1),
+    "memory: 2 workers growth over 1,000 steps": at_most(1),
+    "memory: 3 workers growth over 1,000 steps": at_most(1),
+    "memory: 3 workers more than 1 worker": at_most(1),
+}
