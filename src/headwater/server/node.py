@@ -281,7 +281,14 @@ class Node:
         self._memory[number] = kept
         alone = len(plan.participants) == 1
         self._run(e.Created(number, spec, segments, kept.values, alone, kept.versions))
+        self.shard.tables[number].dense.after_block = lambda start, stop: self._drop(number, start, stop)
         return self.shard.tables[number].dense.nbytes
+
+    def _drop(self, table: int, start: int, stop: int) -> None:
+        """A step has read these gradients: stay resident with one worker's, however many there are."""
+        regions = [link.shared[table] for link in self._links.values() if table in link.shared]
+        for region in regions[1:]:
+            region.drop(start, stop)
 
     def _allocate(self, spec: TableSpec, blocks: tuple[Block, ...], size: int) -> _Memory:
         if not self._share:
