@@ -35,6 +35,7 @@ class _Memory(NamedTuple):
     view: memoryview
     versions: memoryview | None
     fds: tuple[int, ...]
+    limit: int  # bytes of the largest block: no payload is longer
 
 
 class _Link:
@@ -43,7 +44,8 @@ class _Link:
     def __init__(self) -> None:
         self.session: int | None = None
         self.shared: dict[int, memory.Region] = {}  # by table: the client's gradients
-        self.scratch = torch.empty(0, dtype=torch.uint8)
+        self.scratch = torch.empty(0, dtype=torch.uint8)  # a payload that is used at once
+        self.landing = memoryview(b"")  # the same bytes
 
 
 def _unlimited() -> int:
@@ -88,7 +90,7 @@ class Node:
         if link is None or link.session is None or kept is None:
             raise ProtocolError(f"{frame.kind.name} for table {frame.table} before a session was opened on it")
         end = frame.start + frame.length
-        limit = max((block.size for block in kept.blocks), default=0)
+        limit = kept.limit
         if end > kept.values.numel() or frame.length > limit:
             raise ProtocolError(
                 f"{frame.kind.name} of bytes {frame.start}:{end}, but the table has {kept.values.numel()} here "
@@ -98,7 +100,8 @@ class Node:
             return _view(self.shard.staging(link.session, frame.table)[frame.start : end])
         if link.scratch.numel() < frame.length:
             link.scratch = torch.empty(limit, dtype=torch.uint8)
-        return _view(link.scratch[: frame.length])
+            link.landing = _view(link.scratch)
+        return link.landing[: frame.length]
 
     def receive(self, peer: int, frame: Frame, fds: tuple[int, ...] = ()) -> list[Outgoing]:
         """A complete frame from a client."""
@@ -291,16 +294,17 @@ class Node:
             region.drop(start, stop)
 
     def _allocate(self, spec: TableSpec, blocks: tuple[Block, ...], size: int) -> _Memory:
+        limit = max((block.size for block in blocks), default=0)
         if not self._share:
             values = torch.zeros(size, dtype=torch.uint8)
-            return _Memory(spec, blocks, values, _view(values), None, ())
+            return _Memory(spec, blocks, values, _view(values), None, (), limit)
         count = -(-size // BLOCK)
         fd = memory.create(spec.name[:64], size)
         marks = memory.create(f"{spec.name[:64]}.versions", -(-count * 8 // PAGE) * PAGE)
         region = memory.Region([memory.Piece(fd, 0, size)])
         versions = memory.Region([memory.Piece(marks, 0, -(-count * 8 // PAGE) * PAGE)])
         values = torch.frombuffer(region.buffer, dtype=torch.uint8)[:size]
-        return _Memory(spec, blocks, values, region.view, versions.view[: count * 8].cast("Q"), (fd, marks))
+        return _Memory(spec, blocks, values, region.view, versions.view[: count * 8].cast("Q"), (fd, marks), limit)
 
     # ---- instructions -------------------------------------------------------------------------------
 
