@@ -229,13 +229,12 @@ def test_a_server_that_does_not_come_up_says_why(stand_in: StandIn) -> None:
         pass
 
 
-def test_a_typed_error_crosses_the_ready_pipe(stand_in: StandIn) -> None:
-    stand_in(
-        "import sys; ready = open(int(given.ready_fd), 'w');"
-        "ready.write(json.dumps({'error': 'AddressInUse', 'message': 'port 7 is taken'}) + chr(10)); sys.exit(1)"
-    )
-    with pytest.raises(headwater.AddressInUse, match="port 7 is taken"), Launcher(1, on_line=Collected()):
+def test_a_server_that_says_why_raises_that_error(stand_in: StandIn) -> None:
+    stand_in("raise SystemExit('headwater coordinator: AddressInUse: port 7 is taken')")
+    collected = Collected()
+    with pytest.raises(headwater.AddressInUse, match="port 7 is taken"), Launcher(1, on_line=collected):
         pass
+    assert collected.lines == []  # said once
 
 
 def test_coming_up_has_a_deadline(stand_in: StandIn) -> None:
@@ -249,8 +248,10 @@ def test_coming_up_has_a_deadline(stand_in: StandIn) -> None:
 
 def test_beyond_loopback_without_a_token_refuses_to_start() -> None:
     with pytest.raises(headwater.UsageError, match="HEADWATER_TOKEN"):
-        Launcher(1, listen="tcp://0.0.0.0:0")
-    Launcher(1, listen="tcp://0.0.0.0:0", token="a secret of ours").stop()
+        Launcher(1, listen="tcp://192.0.2.1:0")
+    Launcher(1, listen="tcp://192.0.2.1:0", token="a secret of ours").stop()
+    with pytest.raises(headwater.UsageError, match="name one interface"):
+        Launcher(1, listen="tcp://0.0.0.0:0", token="a secret of ours")
 
 
 def test_workers_of_a_running_cluster_get_its_address_and_the_callers_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
+from headwater.cli.app import main
 
-def main() -> None:
-    """Entry point of the ``headwater`` script."""
-    from headwater.cli.app import run
-
-    run()
+__all__ = ["main"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import selectors
 import signal
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 # -P: a file of the user's own called random.py in the current folder is not imported by a server.
 SERVER = (sys.executable, "-P", "-m", "headwater.server")
 
+# How a coordinator or server says why it ends: `headwater server: AddressInUse: …`.
+_TYPED = re.compile(r"headwater (coordinator|server): (?P<code>[A-Z]\w+): (?P<message>.*)")
 _SETTLE = 2.0
 _POLL_WITHOUT_PIDFD = 0.05
 
@@ -76,12 +79,10 @@ class Outcome:
 
 
 class _Ready(msgspec.Struct, frozen=True):
-    """The line that a coordinator or server writes when it accepts connections, or why it cannot."""
+    """The line that a coordinator or server writes when it accepts connections."""
 
-    address: str = ""
-    pid: int = 0
-    error: str = ""
-    message: str = ""
+    address: str
+    pid: int
 
 
 class Launcher:
@@ -131,6 +132,11 @@ class Launcher:
         if servers < 0:
             raise UsageError(f"servers={servers}: a cluster has 0 servers (none) or more")
         self._listen = parse(listen)
+        if self._listen.host in ("", "0.0.0.0", "::"):
+            raise UsageError(
+                f"{listen}: clients are told the address that a server listens on, so name one interface of this "
+                "machine; nothing was started"
+            )
         if not self._listen.loopback and token is None:
             raise UsageError(
                 f"{listen} can be reached from other machines: give the token yourself, so that it can be given to "
@@ -327,17 +333,13 @@ class Launcher:
 
     def _address_of(self, process: Process) -> str:
         try:
-            ready = msgspec.json.decode(process.ready, type=_Ready)
+            return msgspec.json.decode(process.ready, type=_Ready).address
         except msgspec.MsgspecError as error:
             raise InternalError(f"{process.name} wrote {process.ready!r} on its ready pipe: {error}") from None
-        if ready.error:
-            raise from_code(ready.error, ready.message)
-        return ready.address
 
     def _stillborn(self, process: Process) -> HeadwaterError:
-        if process.ready:
-            with contextlib.suppress(HeadwaterError):
-                self._address_of(process)
+        if process.tail and (told := _TYPED.match(process.tail[-1])):
+            return from_code(told["code"], f"{told['message']} (nothing is running)")
         return ClusterError(
             f"{process.name} {process.how_it_ended} before it accepted connections; nothing is running. "
             f"Its last words:\n{process.last_words}"
@@ -383,6 +385,8 @@ class Launcher:
 
     def _forward(self, process: Process, stream: Stream, lines: Sequence[str]) -> None:
         for line in lines:
+            if process.role != "worker" and _TYPED.match(line):
+                continue  # the exception or the outcome will say it
             try:
                 self._on_line(process, stream, line)
             except BrokenPipeError:  # our own stdout is gone: `headwater run … | head`

@@ -76,6 +76,11 @@ def running() -> list[Record]:
     return sorted(found, key=lambda record: record.started)
 
 
+def find(address: str) -> Record | None:
+    """The record of the running cluster at ``address``, if a launcher of this user on this host left one."""
+    return next((record for record in running() if record.address == address), None)
+
+
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)

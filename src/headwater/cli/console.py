@@ -1,0 +1,41 @@
+"""The terminal: one console for results, one for everything else."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+_FILE_WIDTH = 160
+"""Columns of a table that goes into a file or a pipe: there is no edge to cut it at."""
+
+
+def out() -> Console:
+    """Results, on stdout."""
+    return _console(stderr=False)
+
+
+def err() -> Console:
+    """What is said beside them, on stderr."""
+    return _console(stderr=True)
+
+
+def complain(message: str) -> None:
+    """An error: one red paragraph on stderr. The message is shown as it is, never read as markup."""
+    err().print(Text("headwater: ", "bold red").append(message, "red"), soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """What is going on, dimmed, on stderr."""
+    err().print(Text(message, "dim"), soft_wrap=True)
+
+
+def counted(number: int, what: str) -> str:
+    """``1 server``, ``2 servers``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr)
+    if not console.is_terminal:
+        console.width = max(console.width, _FILE_WIDTH)
+    return console

@@ -1,0 +1,65 @@
+"""Commands that are loaded only when they are wanted: the benchmarks, and what recipes add.
+
+A recipe is found by an entry point of the group ``headwater.commands``. Its name is where the command hangs:
+``generate`` is ``headwater generate``, ``train.lm`` is ``headwater train lm``. Its value is the command's function,
+with typer's annotations. So the command line knows no recipe by name, and anyone's package can add one.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+GROUP = "headwater.commands"
+_BENCH_HELP = "What Headwater costs here, beside the ceiling of the same machine in the same minute."
+_HELP = {"train": "Train a recipe's model on a cluster of this machine."}
+
+
+def add(app: typer.Typer, called: str | None) -> None:
+    """Add the commands that ``called``, the first word of the command line, may need; all of them for the help."""
+    if called == "bench":
+        app.add_typer(import_module("headwater.cli.bench").app, name="bench")
+    elif called is None:
+        app.command("bench", help=_BENCH_HELP)(_nothing)
+    groups: dict[str, typer.Typer] = {}
+    for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name):
+        *path, name = point.name.split(".")
+        first = path[0] if path else name
+        if called not in (None, first):
+            continue
+        if path and path[0] not in groups:
+            groups[path[0]] = typer.Typer(no_args_is_help=True, help=_HELP.get(path[0]))
+            app.add_typer(groups[path[0]], name=path[0])
+        _load(groups[path[0]] if path else app, name, point, called)
+
+
+def _load(parent: typer.Typer, name: str, point: EntryPoint, called: str | None) -> None:
+    try:
+        command = point.load()
+    except ImportError:
+        if called is not None:
+            raise
+        parent.command(name, help=f"(not available: {point.value} cannot be imported)")(_nothing)
+        return
+    parent.command(name)(command)
+
+
+def _nothing() -> None:
+    """A line of the help."""
+
+
+def extra_of(module: str) -> str | None:
+    """The extra of Headwater that installs a module: ``recipes`` for ``transformers``."""
+    wanted = re.sub(r"[-_.]+", "-", module.partition(".")[0]).lower()
+    for line in metadata.requires("headwater") or ():
+        name = re.match(r"[\w.-]+", line)
+        extra = re.search(r"""extra\s*==\s*["']([\w-]+)["']""", line)
+        if name and extra and re.sub(r"[-_.]+", "-", name[0]).lower() == wanted:
+            return extra[1]
+    return None

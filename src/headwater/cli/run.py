@@ -1,0 +1,95 @@
+"""``headwater run``: a cluster, and a script of the user's in every worker."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from headwater.cli.console import complain, counted, err, note
+from headwater.errors import UsageError
+from headwater.launch import Launcher
+from headwater.launch.registry import find
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from headwater.launch import Outcome
+
+
+def run(
+    words: Annotated[list[str], typer.Argument(metavar="SCRIPT [ARGUMENTS]...", help="What every worker runs.")],
+    servers: Annotated[int, typer.Option("--servers", "-s", min=0, help="Servers to start.")] = 1,
+    workers: Annotated[int, typer.Option("--workers", "-w", min=1, help="Workers to start.")] = 1,
+    module: Annotated[bool, typer.Option("--module", "-m", help="The script is a module, as in python -m.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="Join the cluster at this address (see headwater up) instead of starting one.")
+    ] = None,
+    transport: Annotated[
+        str | None, typer.Option(help="Set HEADWATER_TRANSPORT for the workers: tcp leaves shared memory unused.")
+    ] = None,
+    first_rank: Annotated[int, typer.Option(min=0, help="The rank of the first worker here.")] = 0,
+    world: Annotated[
+        int | None, typer.Option(min=1, help="Workers in all, if others are launched elsewhere. Default: those here.")
+    ] = None,
+    grace: Annotated[float, typer.Option(min=0.0, help="Seconds between SIGTERM and SIGKILL.")] = 5.0,
+    patience: Annotated[float, typer.Option(min=0.0, help="Seconds for workers to finish after Ctrl-C.")] = 20.0,
+) -> None:
+    """Run SCRIPT in every worker, beside a cluster of its own.
+
+    Example: headwater run --servers 2 --workers 2 train.py --epochs 3
+
+    SCRIPT is a file that ends in .py, a module with -m, or any program.
+    A worker finds its rank, the number of workers, address and token in
+    its environment: docs/environment.md lists the names.
+
+    If a worker fails, the others are stopped, and its exit code becomes
+    this command's.
+    """
+    command = command_line(words, module)
+    env = {"HEADWATER_TRANSPORT": transport} if transport else {}
+    record = find(address) if address else None
+    job = Launcher(
+        servers,
+        address=address,
+        token=record.token if record else None,
+        env=env,
+        grace=grace,
+        patience=patience,
+    )
+    with job.signals(), job:
+        where = counted(len(job.servers), "server") + " at" if job.servers else "cluster at" if job.address else "alone"
+        note(f"headwater: {where} {job.address or ''}: {counted(workers, 'worker')} of {' '.join(words)}")
+        job.start_workers(command, workers, first_rank=first_rank, world=world)
+        outcome = job.wait()
+    report(outcome)
+    raise typer.Exit(outcome.code)
+
+
+def command_line(words: Sequence[str], module: bool) -> list[str]:
+    """What a worker executes. Raises ``UsageError`` when there is nothing of that name."""
+    script, *arguments = words
+    if module:
+        return [sys.executable, "-m", script, *arguments]
+    if script.endswith(".py"):
+        if not Path(script).is_file():
+            raise UsageError(f"there is no file {script}; nothing was started")
+        return [sys.executable, script, *arguments]
+    program = shutil.which(script)
+    if program is None:
+        raise UsageError(f"{script} is neither a .py file nor a program; nothing was started (a module needs -m)")
+    return [program, *arguments]
+
+
+def report(outcome: Outcome) -> None:
+    """Say how the job ended, if not well: the process at fault and its traceback, last on the screen."""
+    if outcome.interrupted:
+        note(f"headwater: {outcome.message}; no process is left")
+    elif outcome.failed:
+        if outcome.last_words:
+            err().print(f"--- the last words of {outcome.failed}:", style="dim", markup=False, highlight=False)
+            err().print(outcome.last_words, markup=False, highlight=False, soft_wrap=True)
+        complain(f"{outcome.error.code}: {outcome.message}" if outcome.error else outcome.message)

@@ -1,0 +1,198 @@
+"""``headwater status``: the cluster, as its coordinator sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+import headwater
+from headwater.cli.console import counted, out
+from headwater.errors import UsageError
+from headwater.launch.registry import find, running
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from headwater.wire.messages import ClusterStatus
+
+_WINDOW = 5.0
+"""Seconds that the rates of --watch are averaged over."""
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+_EMPTY = re.compile(r"\w+=None(, )?|\(\w+=None\)")
+"""What a policy does not set: ``Async(max_staleness=None)`` is shown as ``Async``."""
+
+
+def status(
+    address: Annotated[str | None, typer.Option(help="Default: HEADWATER_ADDRESS, or your cluster here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between refreshes.")] = 1.0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer.")] = 10.0,
+) -> None:
+    """Show servers, shards, tables, sizes, workers, clocks and throughput of a cluster."""
+    with headwater.connect(locate(address), role="reader", timeout=timeout) as ps:
+        if as_json:
+            typer.echo(msgspec.json.encode(_seen_from_outside(ps.status())).decode())
+        elif watch:
+            _watch(ps, every)
+        else:
+            out().print(draw(_seen_from_outside(ps.status())))
+
+
+def locate(address: str | None) -> str:
+    """The address to ask; its token, if a launcher of this user left it, goes into this process's environment.
+
+    Raises ``UsageError`` if no cluster is known, or more than one.
+    """
+    address = address or os.environ.get("HEADWATER_ADDRESS")
+    if address is None:
+        records = running()
+        if not records:
+            raise UsageError("no cluster of yours runs here; give --address or HEADWATER_ADDRESS (headwater up)")
+        if len(records) > 1:
+            known = "; ".join(f"{record.address} ({record.command}, pid {record.pid})" for record in records)
+            raise UsageError(f"{len(records)} clusters of yours run here, choose one by --address: {known}")
+        address = records[0].address
+    record = find(address)
+    if record and not (os.environ.get("HEADWATER_TOKEN") or os.environ.get("HEADWATER_TOKEN_FILE")):
+        os.environ["HEADWATER_TOKEN"] = record.token
+    return address
+
+
+def _seen_from_outside(status: ClusterStatus) -> ClusterStatus:
+    """Without this command itself, which is a reader for a moment."""
+    others = tuple(client for client in status.workers if client.role == "worker" or client.pid != os.getpid())
+    return msgspec.structs.replace(status, workers=others)
+
+
+def _watch(ps: headwater.Client, every: float) -> None:
+    """Redraw; rates are over the last seconds, as the byte counters come with heartbeats."""
+    seen: deque[tuple[float, ClusterStatus]] = deque()
+    with contextlib.suppress(KeyboardInterrupt), Live(console=out(), auto_refresh=False) as live:
+        while True:
+            now = time.monotonic()
+            seen.append((now, _seen_from_outside(ps.status())))
+            while now - seen[0][0] > _WINDOW:
+                seen.popleft()
+            live.update(draw(seen[-1][1], seen[0][1], now - seen[0][0]), refresh=True)
+            time.sleep(every)
+
+
+def draw(now: ClusterStatus, before: ClusterStatus | None = None, seconds: float = 0.0) -> RenderableType:
+    """The tables. With ``before``, a status of ``seconds`` ago, what was pushed and pulled is a rate."""
+    earlier = before if before and seconds > 0 else None
+    workers = [worker for worker in now.workers if worker.role == "worker"]
+    head = ", ".join(
+        (counted(len(now.servers), "server"), counted(len(now.tables), "table"), counted(len(workers), "worker"))
+    )
+    head = f"Headwater, up {_duration(now.uptime)}: {head}"
+    parts: list[RenderableType] = [Text(head, "bold"), Text(), _servers(now, earlier, seconds)]
+    if now.tables:
+        parts += [Text(), _tables(now)]
+    if now.workers:
+        parts += [Text(), _workers(now, earlier, seconds)]
+    return Group(*parts)
+
+
+def _grid(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in columns:
+        name, right, _ = column.partition(">")
+        table.add_column(name, justify="right" if right else "left", header_style="dim")
+    return table
+
+
+def _servers(now: ClusterStatus, earlier: ClusterStatus | None, seconds: float) -> Table:
+    table = _grid(
+        "Servers", "shard>", "address", "pid>", "state", "memory>", "clients>", "version>", "pushed>", "pulled>"
+    )
+    old = {server.pid: server for server in earlier.servers} if earlier else {}
+    for server in now.servers:
+        was = old.get(server.pid)
+        table.add_row(
+            str(server.shard),
+            server.address.removeprefix("tcp://"),
+            str(server.pid),
+            _state(server.state),
+            size(server.nbytes),
+            str(server.sessions),
+            f"{server.epoch}:{server.lsn}",
+            _flow(server.pushed_bytes, was.pushed_bytes if was else None, seconds),
+            _flow(server.pulled_bytes, was.pulled_bytes if was else None, seconds),
+        )
+    return table
+
+
+def _tables(now: ClusterStatus) -> Table:
+    table = _grid("Tables", "name", "parameters>", "elements>", "size>", "per shard>", "optimizer", "sync", "clock>")
+    for each in now.tables:
+        table.add_row(
+            each.name,
+            f"{each.parameters:,}",
+            f"{each.elements:,}",
+            size(each.nbytes),
+            " + ".join(size(part) for part in each.shards),
+            each.optimizer,
+            _EMPTY.sub("", each.sync),
+            str(each.clock),
+        )
+    return table
+
+
+def _workers(now: ClusterStatus, earlier: ClusterStatus | None, seconds: float) -> Table:
+    table = _grid(
+        "Workers and readers", "rank>", "role", "pid>", "state", "clock>", "staleness>", "heard>", "pushed>", "pulled>"
+    )
+    old = {worker.pid: worker for worker in earlier.workers} if earlier else {}
+    for worker in now.workers:
+        was = old.get(worker.pid)
+        trains = worker.role == "worker"
+        table.add_row(
+            str(worker.rank) if trains else "–",
+            worker.role,
+            str(worker.pid),
+            _state(worker.state),
+            str(worker.clock) if trains else "–",
+            str(worker.staleness) if trains else "–",
+            f"{worker.heard:.1f} s",
+            _flow(worker.pushed_bytes, was.pushed_bytes if was else None, seconds),
+            _flow(worker.pulled_bytes, was.pulled_bytes if was else None, seconds),
+        )
+    return table
+
+
+def size(count: float) -> str:
+    """``12.3 MB``: bytes in decimal units, three digits."""
+    power = 0
+    while count >= 999.5 and power < len(_UNITS) - 1:
+        count /= 1000
+        power += 1
+    return f"{count:.{0 if power == 0 or count >= 99.95 else 1}f} {_UNITS[power]}"
+
+
+def _state(state: str) -> Text:
+    return Text(state, "green" if state in ("alive", "serving") else "yellow")
+
+
+def _flow(count: int, before: int | None, seconds: float) -> str:
+    """The rate since an earlier count, or without one the bytes so far."""
+    return size(count) if before is None else f"{size(max(0, count - before) / seconds)}/s"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

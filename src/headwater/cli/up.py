@@ -1,0 +1,106 @@
+"""``headwater up``: a cluster in the foreground."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+import headwater
+from headwater.cli.console import out
+from headwater.cli.run import report
+from headwater.errors import UsageError
+from headwater.launch import Launcher
+from headwater.launch.registry import folder, write_private
+from headwater.wire.auth import token_from_environment
+
+
+def up(
+    servers: Annotated[int, typer.Option("--servers", "-s", min=1, help="Servers to start.")] = 1,
+    listen: Annotated[
+        str, typer.Option(help="Where the coordinator listens; port 0 takes a free one.")
+    ] = "tcp://127.0.0.1:0",
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="The file of the shared token; made, readable by you alone, if it does not exist."),
+    ] = None,
+) -> None:
+    """Start a coordinator and servers and stay in the foreground.
+
+    Ctrl-C ends them. Without --token-file, HEADWATER_TOKEN or
+    HEADWATER_TOKEN_FILE a token is made for this cluster; to listen
+    beyond this machine, one of the three must be given.
+    """
+    given = read_token(token_file) if token_file else _from_environment()
+    job = Launcher(servers, listen=listen, token=given)
+    made: Path | None = None
+    try:
+        with job.signals(), job:
+            if given is None:
+                made = folder() / f"{os.getpid()}.token"
+                made.unlink(missing_ok=True)
+                write_private(made, job.environment()["HEADWATER_TOKEN"] + "\n")
+            _announce(job, token_file or made)
+            outcome = job.wait()
+    finally:
+        if made:
+            made.unlink(missing_ok=True)
+    if outcome.interrupted:
+        out().print("The cluster has ended.")
+        return
+    report(outcome)
+    raise typer.Exit(outcome.code)
+
+
+def read_token(path: Path) -> str:
+    """The token in ``path``, which is made with a random one if it does not exist.
+
+    Raises ``UsageError`` if others can read the file, or if it is empty.
+    """
+    try:
+        write_private(path, secrets.token_hex(32) + "\n")
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise UsageError(f"the token file {path} cannot be made: {error.strerror}; nothing was started") from None
+    try:
+        mode, text = path.stat().st_mode, path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the token file {path} cannot be read: {error}; nothing was started") from None
+    if stat.S_IMODE(mode) & 0o077:
+        raise UsageError(
+            f"the token file {path} can be read by others (mode {stat.S_IMODE(mode):04o}): chmod 600 {path}; "
+            "nothing was started"
+        )
+    if not text:
+        raise UsageError(f"the token file {path} is empty; delete it to have one made; nothing was started")
+    return text
+
+
+def _from_environment() -> str | None:
+    token = token_from_environment()
+    return token.decode() if token else None
+
+
+def _announce(job: Launcher, token_file: Path | None) -> None:
+    """What one needs to know to use the cluster; each line can be copied whole, so none is wrapped."""
+    join = [f"export HEADWATER_ADDRESS={job.address}"]
+    if token_file:
+        join.append(f"export HEADWATER_TOKEN_FILE={token_file.absolute()}")
+    rows = {
+        "servers": f"{len(job.servers)}, and a coordinator",
+        "address": str(job.address),
+        "token": f"in {token_file}, which only you can read" if token_file else "the one in the environment",
+        "to join": "\n            ".join(join),
+        "to look": "headwater status --watch",
+        "to end": "Ctrl-C",
+    }
+    console = out()
+    console.print(Text(f"Headwater {headwater.__version__}", "bold"))
+    for name, value in rows.items():
+        console.print(Text().append(f"  {name:<10}", "dim").append(value), soft_wrap=True)

@@ -1,0 +1,75 @@
+"""``headwater run``: what it executes, and what the shell gets back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headwater.cli.run import command_line
+from headwater.errors import UsageError
+
+Command = Callable[..., Any]
+
+
+def _script(folder: Path, code: str) -> str:
+    path = folder / "script.py"
+    path.write_text(code, encoding="utf-8")
+    return str(path)
+
+
+def test_a_script_a_module_or_a_program(tmp_path: Path) -> None:
+    script = _script(tmp_path, "")
+    assert command_line([script, "--lr", "1"], module=False) == [sys.executable, script, "--lr", "1"]
+    assert command_line(["timeit", "-n", "1"], module=True) == [sys.executable, "-m", "timeit", "-n", "1"]
+    assert command_line(["env"], module=False)[0].endswith("/env")
+
+
+@pytest.mark.parametrize("word", ["missing.py", "no-such-program"])
+def test_what_does_not_exist_is_said_before_anything_starts(word: str) -> None:
+    with pytest.raises(UsageError, match=word):
+        command_line([word], module=False)
+
+
+def test_options_after_the_script_are_its_own(headwater_command: Command, tmp_path: Path) -> None:
+    script = _script(tmp_path, "import os, sys; print(os.environ['RANK'], os.environ['WORLD_SIZE'], sys.argv[1:])")
+    answer = headwater_command("run", "--servers", "0", "--workers", "2", script, "--workers", "9", "-m", "--", "x")
+    assert answer.code == 0
+    assert sorted(answer.out.splitlines()) == [
+        "[w0] 0 2 ['--workers', '9', '-m', '--', 'x']",
+        "[w1] 1 2 ['--workers', '9', '-m', '--', 'x']",
+    ]
+
+
+def test_exit_code_and_traceback_reach_the_caller(headwater_command: Command, tmp_path: Path) -> None:
+    script = _script(
+        tmp_path,
+        "import os, signal, sys, traceback\n"
+        "if os.environ['RANK'] == '0': signal.pause()\n"
+        "try: raise RuntimeError('the [data] ran out')\n"
+        "except RuntimeError: traceback.print_exc(); sys.exit(7)\n",
+    )
+    answer = headwater_command("run", "-s", "0", "-w", "2", script)
+    assert answer.code == 7
+    *_, traceback, last = answer.err.splitlines()
+    assert traceback == "RuntimeError: the [data] ran out"
+    assert last.startswith("headwater: w1 exited with code 7 after")
+    assert last.endswith("w0 stopped")
+
+
+def test_workers_train_through_servers(headwater_command: Command, tmp_path: Path) -> None:
+    """The whole way: coordinator, two servers, two workers, one table."""
+    script = _script(
+        tmp_path,
+        "import headwater, torch\n"
+        "torch.set_num_threads(1)\n"
+        "with headwater.connect() as ps:\n"
+        "    w = ps.dense('w', (4,), optimizer=torch.optim.SGD, lr=0.5, sync=headwater.Bulk())\n"
+        "    print(w.push_pull(torch.full((4,), 1.0 + ps.rank)).tolist())\n",
+    )
+    answer = headwater_command("run", "--servers", "2", "--workers", "2", script)
+    assert answer.code == 0, answer.err
+    assert sorted(answer.out.splitlines()) == [f"[w{rank}] {[-0.75] * 4}" for rank in range(2)]

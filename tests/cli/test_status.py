@@ -1,0 +1,83 @@
+"""What ``headwater status`` draws, and which cluster it asks."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from headwater.cli.status import draw, locate, size
+from headwater.errors import UsageError
+from headwater.launch import registry
+from headwater.wire.messages import ClusterStatus, ServerStatus, TableStatus, WorkerStatus
+
+SERVER = ServerStatus(0, "tcp://127.0.0.1:4001", 71, "alive", 1, 200_000_000, 2, 1, 12, 6_000_000, 8_000_000, 90.0)
+WORKER = WorkerStatus(0, "worker", 81, "alive", 12, 3_000_000, 4_000_000, 1, 0.25)
+READER = WorkerStatus(-1, "reader", 82, "silent", 0, 0, 4_000_000, 0, 3.0)
+TABLE = TableStatus("model", 0, 9, 12_000_000, 48_000_000, "AdamW", "Async(max_staleness=None)", 12, (48_000_000,))
+STATUS = ClusterStatus(3725.0, 4, (SERVER,), (WORKER, READER), (TABLE,))
+
+
+def _lines(before: ClusterStatus | None = None, seconds: float = 0.0, now: ClusterStatus = STATUS) -> list[list[str]]:
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(draw(now, before, seconds))
+    return [line.split("  ") for line in captured.get().splitlines()]
+
+
+def _cells(lines: list[list[str]], start: str) -> list[str]:
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    return next(row for row in cells if (row and row[0] == start) or row[1:2] == [start])
+
+
+def test_everything_is_shown() -> None:
+    lines = _lines()
+    assert lines[0] == ["Headwater, up 1 h 2 min: 1 server, 1 table, 1 worker"]
+    expected = ["0", "127.0.0.1:4001", "71", "alive", "200 MB", "2", "1:12", "6.0 MB", "8.0 MB"]
+    assert _cells(lines, "127.0.0.1:4001") == expected
+    assert _cells(lines, "model") == ["model", "9", "12,000,000", "48.0 MB", "48.0 MB", "AdamW", "Async", "12"]
+    assert _cells(lines, "worker") == ["0", "worker", "81", "alive", "12", "1", "0.2 s", "3.0 MB", "4.0 MB"]
+    assert _cells(lines, "reader") == ["–", "reader", "82", "silent", "–", "–", "3.0 s", "0 B", "4.0 MB"]
+
+
+def test_with_an_earlier_status_the_bytes_are_rates() -> None:
+    server = msgspec.structs.replace(SERVER, pushed_bytes=2_000_000, pulled_bytes=0)
+    before = msgspec.structs.replace(STATUS, servers=(server,), workers=())
+    lines = _lines(before, 2.0)
+    assert _cells(lines, "127.0.0.1:4001")[-2:] == ["2.0 MB/s", "4.0 MB/s"]
+    assert _cells(lines, "worker")[-2:] == ["3.0 MB", "4.0 MB"]  # it was not there yet
+
+
+def test_an_empty_cluster_has_no_empty_tables() -> None:
+    lines = _lines(now=ClusterStatus(5.0, 0, (SERVER,), (), ()))
+    assert lines[0] == ["Headwater, up 5 s: 1 server, 0 tables, 0 workers"]
+    assert not any("Tables" in line[0] or "Workers" in line[0] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (99_940, "99.9 kB"), (123_456, "123 kB"), (5.4e15, "5400 TB")],
+)
+def test_sizes(count: float, text: str) -> None:
+    assert size(count) == text
+
+
+def test_the_only_cluster_of_this_user_is_found_with_its_token() -> None:
+    registry.advertise("tcp://127.0.0.1:7", "secret", "headwater up")
+    try:
+        assert locate(None) == "tcp://127.0.0.1:7"
+        assert os.environ["HEADWATER_TOKEN"] == "secret"
+    finally:
+        os.environ.pop("HEADWATER_TOKEN", None)
+
+
+def test_one_of_several_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWATER_TOKEN", "given")
+    registry.advertise("tcp://127.0.0.1:7", "secret", "headwater up")
+    registry.advertise("tcp://127.0.0.1:8", "secret", "headwater run")
+    with pytest.raises(UsageError, match=r"127\.0\.0\.1:7 .*127\.0\.0\.1:8 "):
+        locate(None)
+    assert locate("tcp://127.0.0.1:8") == "tcp://127.0.0.1:8"
+    assert os.environ["HEADWATER_TOKEN"] == "given"
