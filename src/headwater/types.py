@@ -78,7 +78,8 @@ class Async(msgspec.Struct, frozen=True, tag="async"):
     """Asynchronous: a push is applied on arrival.
 
     ``max_staleness`` caps how many steps of others may be applied between a worker's read and its push:
-    a step that would exceed it for some worker waits until that worker has pushed (back-pressure).
+    a step that would exceed it for a worker that still computes waits until that worker has pushed
+    (back-pressure). Steps that wait together may come out up to world - 1 steps staler.
     """
 
     max_staleness: int | None = None

@@ -351,11 +351,11 @@ class Shard:
                 table.staged.setdefault(session.number, []).append(span)
         if not event.flags & Flag.END:
             return
-        if table.clocks.may_apply(session.rank):
+        if table.clocks.may_apply(session.rank, self._held_ranks(table)):
             self._end_step(session, table, event)
-            self._progress(table)
         else:
             table.held.append(event)
+        self._progress(table)
 
     def _end_step(self, session: Session, table: Table, event: e.Push) -> None:
         ranges = table.staged.pop(session.number, None)
@@ -375,7 +375,8 @@ class Shard:
         session, table = self._session(event.session), self.table(event.table)
         if event.start + event.length > table.size:
             raise ProtocolError(f"a pull past the end of table {table.spec.name!r} on shard {self.number}")
-        if not table.bulk and not table.clocks.may_read(session.rank, event.clock):
+        behind = any(push.session == session.number for push in table.held)  # a worker reads its own writes
+        if behind or (not table.bulk and not table.clocks.may_read(session.rank, event.clock)):
             table.waiting.append(event)
             return
         clocks = table.clocks
@@ -385,21 +386,23 @@ class Shard:
             e.Send(event.session, event.request, event.table, event.clock, self.lsn, staleness, event.start, event.length)
         )
 
+    def _held_ranks(self, table: Table) -> set[int]:
+        return {self.sessions[push.session].rank for push in table.held if push.session in self.sessions}
+
     def _progress(self, table: Table) -> None:
-        """Something was applied or someone left: what waited may go on now."""
-        moved = True
-        while moved:
-            moved = False
-            held, table.held = table.held, []
-            for push in held:
-                session = self.sessions.get(push.session)
-                if session is None:
-                    continue
-                if table.clocks.may_apply(session.rank):
+        """Something was applied or someone left: what waited may go on now, first come first served."""
+        i = 0
+        while i < len(table.held):
+            push = table.held[i]
+            session = self.sessions.get(push.session)
+            if session is None or table.clocks.may_apply(session.rank, self._held_ranks(table)):
+                del table.held[i]
+                if session is not None:
                     self._end_step(session, table, push)
-                    moved = True
-                else:
-                    table.held.append(push)
+                i = 0
+            else:
+                i += 1
+        if table.waiting:
             waiting, table.waiting = table.waiting, []
             for pull in waiting:
                 self._guard(self._pull, pull)

@@ -5,6 +5,8 @@ Source: Ho et al., "More Effective Distributed ML via a Stale Synchronous Parall
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from headwater.types import Async, Bulk, Stale
 
 
@@ -50,9 +52,13 @@ class Clocks:
             return True
         return min(self.clock.values()) >= clock - self.sync.bound
 
-    def may_apply(self, rank: int) -> bool:
-        """Async(max_staleness): whether one more step keeps every other worker's coming push within the cap."""
+    def may_apply(self, rank: int, held: Collection[int] = ()) -> bool:
+        """Async(max_staleness): whether one more step leaves every worker that still computes within the cap.
+
+        ``held`` ranks have pushed and wait here themselves. They do not count, or two workers could wait for
+        each other for ever; so a step that waited may be up to world - 1 steps staler than the cap.
+        """
         if not isinstance(self.sync, Async) or self.sync.max_staleness is None:
             return True
-        cap = self.sync.max_staleness
-        return all(self.version + 1 - self.read[other] <= cap for other in self._active if other != rank)
+        computing = self._active.difference(held, (rank,))
+        return all(self.version + 1 - self.read[other] <= self.sync.max_staleness for other in computing)
