@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -25,9 +26,7 @@ def table(
     **kwargs: Any,
 ) -> TableSpec:
     """Parameters p0, p1, … dealt to the groups in turn."""
-    parameters = tuple(
-        ParameterSpec(f"p{i}", shape, dtype, group=i % len(groups)) for i, shape in enumerate(shapes)
-    )
+    parameters = tuple(ParameterSpec(f"p{i}", shape, dtype, group=i % len(groups)) for i, shape in enumerate(shapes))
     return TableSpec("t", parameters, OptimizerSpec(optimizer, tuple(dict(g) for g in groups)), **kwargs)
 
 
@@ -42,7 +41,7 @@ def layouts(spec: TableSpec, shards: int, seed: int = 0) -> list[tuple[list[Segm
         parameter = spec.parameters[index]
         inner = [] if whole or shards == 1 else list(range(CHUNK, parameter.numel, CHUNK))
         bounds = [0, *(b for b in inner if rng.random() < 0.7), parameter.numel]
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in itertools.pairwise(bounds):
             shard = rng.randrange(shards)
             offset = -(-ends[shard] // 64) * 64
             nbytes = (stop - start) * ITEMSIZE[parameter.dtype]

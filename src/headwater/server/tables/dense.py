@@ -43,6 +43,7 @@ class DenseShard:
 
     Raises:
         UnknownOptimizer: the servers cannot run the table's optimizer on its parameters.
+        UsageError: a parameter's init does not suit its shape or dtype.
         ShapeMismatch: the segments do not fit the memory.
     """
 
@@ -51,6 +52,8 @@ class DenseShard:
     def __init__(self, spec: TableSpec, segments: Sequence[Segment], size: int, values: torch.Tensor) -> None:
         optimizer = optimizers.check(spec)
         _check_layout(spec, segments, size, values)
+        for parameter in spec.parameters:
+            initialise.resolve(parameter)
         self.spec = spec
         self.segments = tuple(segments)
         self.size = size

@@ -77,9 +77,10 @@ class Generic:
         """One step on the parts that the plan's runs cover."""
         covered = [(run.lo, run.hi, run.owners) for run in plan.runs]
         for batch in self._batches:
-            self._apply_batch(batch, covered, contributions, divide, scale)
+            stepped = self._apply_batch(batch, covered, contributions, divide, scale)
             if report:
-                report(batch.parts[0].offset, batch.parts[-1].end)
+                for part in stepped:
+                    report(part.offset, part.end)
 
     def read_slots(self) -> list[Slot]:
         """See ``DenseShard.read_slots``."""
@@ -178,13 +179,17 @@ class Generic:
         ]  # fmt: skip
 
     def _apply_batch(self, batch: Batch, covered: list[tuple[int, int, tuple[int, ...]]],
-                     contributions: Sequence[Contribution], divide: int, scale: float | None) -> None:  # fmt: skip
+                     contributions: Sequence[Contribution], divide: int,
+                     scale: float | None) -> list[Part]:  # fmt: skip
+        """Step the parts that have a gradient, and return them."""
         plain = divide == 1 and scale is None
         used = 0
+        stepped = []
         for part in batch.parts:
             owners = _owners(part, covered)
             if not owners:
                 continue
+            stepped.append(part)
             sources = [_gradient(contributions[owner], part) for owner in owners]
             if plain and len(sources) == 1:
                 part.tensor.grad = sources[0]
@@ -193,9 +198,11 @@ class Generic:
             used += part.room
             aggregate(total, sources, divide, scale)
             part.tensor.grad = total
-        batch.optimizer.step()
-        for part in batch.parts:
+        if stepped:
+            batch.optimizer.step()
+        for part in stepped:
             part.tensor.grad = None
+        return stepped
 
     def _room(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
         """Scratch memory for the aggregate of a batch."""

@@ -189,7 +189,10 @@ def aggregate(out: torch.Tensor, sources: Tensors, divide: int, scale: float | N
     """
     first, rest = sources[0], sources[1:]
     if rest:
-        torch.add(first, rest[0], out=out)
+        if out.dtype is first.dtype:
+            torch.add(first, rest[0], out=out)
+        else:  # narrow integers: add would wrap before it widens
+            out.copy_(first).add_(rest[0])
         for source in rest[1:]:
             out.add_(source)
         if divide > 1:
@@ -217,4 +220,3 @@ def _divide(source: torch.Tensor, out: torch.Tensor, divide: int) -> None:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which gradients of ``dtype`` are summed: integers in int64, so that a mean cannot wrap."""
     return dtype if dtype.is_floating_point or dtype is torch.bool else torch.int64
-

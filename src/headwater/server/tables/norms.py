@@ -29,8 +29,7 @@ def square_norm(plan: Plan, contributions: Sequence[Contribution], divide: int, 
     for run in plan.runs:
         sources = [source(run, contributions[owner]) for owner in run.owners]
         wide = memory.scratch(torch.float64)
-        for chunks in packed(list(_chunks(run)), SPAN):
-            lo, hi = chunks[0].lo, chunks[-1].hi
+        for lo, hi, edges in spans(run):
             parts = [part[lo:hi] for part in sources]
             total = parts[0]
             if divide > 1 or len(parts) > 1:
@@ -39,18 +38,21 @@ def square_norm(plan: Plan, contributions: Sequence[Contribution], divide: int, 
             squares = wide[: hi - lo]
             squares.copy_(total)
             squares.mul_(squares)
-            sums += _sums(wide, chunks)
+            # reduceat sums from each edge to the next: every second result is a chunk, the others are padding.
+            # It refuses an edge at the very end, so one element more is in view; it is in no chunk.
+            sums += np.add.reduceat(wide[: hi - lo + 1].numpy(), edges)[::2].tolist()
     return exact_sum(sums) if all(map(math.isfinite, sums)) else [sum(sums)]
 
 
-def _sums(squares: torch.Tensor, chunks: list[Piece]) -> list[float]:
-    """The sum of each chunk; ``squares`` starts at the first one. Padding between them is left out."""
-    origin = chunks[0].lo
-    edges = [edge - origin for chunk in chunks for edge in chunk]
-    # reduceat sums from each edge to the next; every second result is a chunk, the others are padding. The
-    # last edge may equal the length, which reduceat refuses: one element more is in view, and is not used.
-    summed: list[float] = np.add.reduceat(squares[: edges[-1] + 1].numpy(), edges)[::2].tolist()
-    return summed
+def spans(run: Run) -> list[tuple[int, int, list[int]]]:
+    """The run's chunks, packed: (first element, last element, edges of the chunks from the first). Made once."""
+    if run.spans is None:
+        groups = packed(list(_chunks(run)), SPAN)
+        run.spans = [
+            (chunks[0].lo, chunks[-1].hi, [edge - chunks[0].lo for chunk in chunks for edge in chunk])
+            for chunks in groups
+        ]
+    return run.spans
 
 
 def _chunks(run: Run) -> Iterator[Piece]:

@@ -10,13 +10,14 @@ Legend: ``lo``/``hi`` are shard-local bytes unless a name says elements.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
-from headwater.errors import ShapeMismatch
+from headwater.errors import InternalError, ShapeMismatch
 from headwater.server.tables.kernels import Cohort, Cut, Tensors, accumulator, aggregate
 from headwater.types import ITEMSIZE, Segment, TableSpec
 from headwater.wire.tensors import DTYPES
@@ -109,6 +110,7 @@ class Run:
         self.elements = (hi - self.lo) // self.itemsize
         buffers = [memory.values, *(memory.slots[name] for name in manner.slots)]
         self._values, *self._slots = (buffer[self.lo : hi].view(self.dtype) for buffer in buffers)
+        self.spans: list[tuple[int, int, list[int]]] | None = None  # for norms.py, made when first wanted
         self.pieces = list(self._cut(manner.cut))
         self.params = [self._values[a:b] for a, b in self.pieces]
         self.slots = tuple([slot[a:b] for a, b in self.pieces] for slot in self._slots)
@@ -223,6 +225,20 @@ class Planner:
         for contribution in contributions:
             _check_memory(contribution)
         return plan
+
+    def validate(self) -> None:
+        """Check what must always hold: a kept plan steps each cohort whole and once. For tests.
+
+        Raises:
+            InternalError: it does not.
+        """
+        of = {segment.offset: cohort for segment, cohort in zip(self.segments, self._cohorts, strict=True)}
+        sizes = Counter(map(id, self._cohorts))
+        for coverage, plan in self._plans.items():
+            stepped = Counter(id(run.cohort) for run in plan.runs for _ in run.segments)
+            strangers = [run for run in plan.runs for s in run.segments if of[s.offset] is not run.cohort]
+            if strangers or any(sizes[cohort] != count for cohort, count in stepped.items()):
+                raise InternalError(f"the plan for {coverage} splits a cohort: {stepped} of {sizes}, {strangers}")
 
     def _build(self, coverage: Coverage) -> Plan:
         owners = self._owners(coverage)
