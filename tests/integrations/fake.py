@@ -1,0 +1,105 @@
+"""A client whose server is a dictionary: it notes every call, and values arrive only when they are waited for.
+
+With it a test sees what a real cluster hides by being fast: a parameter that is read before it was waited for
+holds its old value here. The optimizer is plain SGD, whatever the spec says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from headwater.client import StepResult, Ticket
+from headwater.errors import HeadwaterError
+from headwater.types import TableSpec
+from headwater.wire.tensors import DTYPES, view
+
+Call = tuple[str, tuple[str, ...]]
+
+
+class FakeTable:
+    """One worker's table; ``calls`` is its journal, ``server`` the values that a wait would bring."""
+
+    live = False
+
+    def __init__(self, spec: TableSpec, values: Mapping[str, torch.Tensor]) -> None:
+        self.spec = spec
+        self.calls: list[Call] = []
+        self.groups: list[object] = []
+        self.fails: HeadwaterError | None = None  # what the next push raises
+        self.gradients = _flat(spec)
+        self.values = _flat(spec)
+        self.server = {p.name: values.get(p.name, torch.full(p.shape, 0.5, dtype=DTYPES[p.dtype])).clone()
+                       for p in spec.parameters}  # fmt: skip
+        self._pushed: dict[str, torch.Tensor] = {}
+        self._clock = 0
+        self.wait()
+        self.calls.clear()
+
+    @property
+    def pushes(self) -> list[tuple[str, ...]]:
+        return [names for call, names in self.calls if call == "push"]
+
+    @property
+    def waits(self) -> list[tuple[str, ...]]:
+        return [names for call, names in self.calls if call == "wait"]
+
+    def push(self, names: Sequence[str], groups: object = None) -> None:
+        if self.fails is not None:
+            error, self.fails = self.fails, None
+            raise error
+        assert not self._pushed.keys() & set(names), "the same gradient was pushed twice in a step"
+        self.calls.append(("push", tuple(names)))
+        self.groups.append(groups)
+        self._pushed.update({name: self.gradients[name].clone() for name in names})
+
+    def step(self, groups: object = None, skip: bool = False) -> Ticket:
+        self.calls.append(("skip" if skip else "step", ()))
+        self.groups.append(groups)
+        self._clock += 1
+        for name, gradient in self._pushed.items():
+            if not skip:
+                self.server[name] -= 0.25 * gradient
+        self._pushed = {}
+        result = StepResult(self._clock, not skip, None, 0, self._clock)
+        return Ticket(lambda: True, lambda timeout: result)
+
+    def wait(self, names: Iterable[str] | None = None, timeout: float | None = None) -> None:
+        names = tuple(self.server if names is None else names)
+        self.calls.append(("wait", names))
+        for name in names:
+            self.values[name].copy_(self.server[name])
+
+    def settle(self) -> None:
+        pass
+
+    def refresh(self) -> None:
+        pass
+
+
+class FakeClient:
+    """``world`` of one."""
+
+    rank, world = 0, 1
+
+    def __init__(self) -> None:
+        self.tables: dict[str, FakeTable] = {}
+        self.closed = False
+
+    def table(self, spec: TableSpec, values: Mapping[str, torch.Tensor] | None = None) -> FakeTable:
+        self.tables[spec.name] = FakeTable(spec, values or {})
+        return self.tables[spec.name]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def _flat(spec: TableSpec) -> dict[str, torch.Tensor]:
+    """Views of one memory, each on a cache line, as in a real table."""
+    offsets, at = [], 0
+    for p in spec.parameters:
+        offsets.append(at)
+        at += -(-p.nbytes // 64) * 64
+    memory = torch.zeros(at, dtype=torch.uint8)
+    return {p.name: view(memory, offset, p).data for p, offset in zip(spec.parameters, offsets, strict=True)}

@@ -1,0 +1,279 @@
+"""Values arrive before they are used: who waits for what, and when."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import headwater
+from headwater.errors import ParameterModified, UsageError
+from headwater.integrations.torch_arrivals import _Inert
+from tests.integrations.fake import FakeClient, FakeTable
+from tests.integrations.test_torch_departures import backward, chain, optimizer
+
+
+def test_parameters_are_the_tables_memory() -> None:
+    model = chain()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    _, table = optimizer(model)
+    for name, p in model.named_parameters():
+        assert p.data_ptr() == table.values[name].data_ptr()
+        assert torch.equal(p, before[name])
+
+
+def test_each_module_waits_for_its_own_parameters_once() -> None:
+    model = chain()
+    opt, table = optimizer(model)
+    backward(model)
+    assert table.waits == []
+    opt.step()
+    assert table.waits == []  # step() returns at once
+    backward(model)
+    backward_waits = [("0.weight", "0.bias"), ("1.weight", "1.bias"), ("2.weight", "2.bias")]
+    assert table.waits == backward_waits
+
+
+def test_training_equals_torch_though_values_arrive_late() -> None:
+    model, reference = chain(), chain()
+    opt, _ = optimizer(model)
+    plain = torch.optim.SGD(reference.parameters(), lr=0.25)
+    for _ in range(3):
+        for m, o in ((model, opt), (reference, plain)):
+            functional.tanh(m(torch.ones(2, 4))).sum().backward()
+            o.step()
+            o.zero_grad()
+    opt.synchronize()
+    assert all(torch.equal(p, reference.get_parameter(n)) for n, p in model.named_parameters())
+
+
+class Attention(nn.Module):
+    """Reads its projection's weight without calling the projection, as ``nn.MultiheadAttention`` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.loose = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)[None]
+        return functional.linear(self.attention(x, x, x)[0], self.loose.weight)
+
+
+def test_parameters_of_modules_that_are_not_called_are_waited_for_above() -> None:
+    model = Attention()
+    opt, table = optimizer(model)
+    for _ in range(2):
+        backward(model)
+        opt.step()
+        opt.zero_grad()
+    assert table.waits == [
+        ("loose.weight",),
+        ("first.weight", "first.bias"),
+        ("attention.in_proj_weight", "attention.in_proj_bias", "attention.out_proj.weight", "attention.out_proj.bias"),
+    ]
+
+
+def test_a_model_whose_parts_are_called_alone() -> None:
+    model = Attention()
+    opt, table = optimizer(model)
+    for _ in range(2):
+        model.first(functional.linear(torch.ones(1, 4), model.loose.weight)).sum().backward()
+        opt.step()
+        opt.zero_grad()
+    assert "loose.weight" in table.waits[0]  # too late for this call, which the graph's versions catch
+
+
+def test_a_forward_before_the_optimizer_was_there() -> None:
+    model = Attention()
+    loss = model(torch.ones(1, 4)).sum()
+    opt, table = optimizer(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    opt.step()
+    model.attention(torch.ones(1, 1, 4), torch.ones(1, 1, 4), torch.ones(1, 1, 4))
+    assert set(table.waits[0]) == set(table.values)
+
+
+def test_evaluation_waits_for_everything_at_the_root() -> None:
+    model = chain()
+    opt, table = optimizer(model)
+    backward(model)
+    opt.step()
+    with torch.inference_mode():
+        model(torch.ones(1, 4))
+    assert len(table.waits) == 1
+    assert set(table.waits[0]) == set(table.values)
+
+
+def test_the_wait_comes_before_other_hooks() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    seen: list[float] = []
+    model[0].register_forward_pre_hook(lambda module, _: seen.append(module.bias.sum().item()))
+    opt, table = optimizer(model)
+    backward(model)
+    opt.step()
+    model(torch.ones(1, 4))
+    assert seen[1] == table.server["0.bias"].sum().item() != seen[0]
+
+
+def test_a_graph_from_before_the_step_refuses_to_run_backward() -> None:
+    model = chain()
+    opt, _ = optimizer(model)
+    old = model(torch.ones(1, 4, requires_grad=True)).sum()
+    backward(model)
+    opt.step()
+    opt.zero_grad()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        old.backward()
+
+
+def test_a_graph_on_values_that_had_not_arrived_refuses_too() -> None:
+    model = chain()
+    opt, _ = optimizer(model)
+    backward(model)
+    opt.step()
+    opt.zero_grad()
+    stale = functional.linear(torch.ones(1, 4, requires_grad=True), model[0].weight).sum()
+    opt.synchronize()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()
+
+
+def test_state_dict_and_loading_wait_for_everything() -> None:
+    model = chain()
+    opt, table = optimizer(model)
+    backward(model)
+    opt.step()
+    state = model.state_dict()
+    assert all(torch.equal(state[n], table.server[n]) for n in table.server)
+
+
+def test_a_parameter_written_outside_the_optimizer_stops_the_step() -> None:
+    model = chain()
+    opt, table = optimizer(model)
+    backward(model)
+    opt.step()
+    opt.zero_grad()
+    backward(model)
+    with torch.no_grad():
+        model[1].bias.add_(1)
+        model[2].bias.add_(1)
+    with pytest.raises(ParameterModified, match=r"'1\.bias', '2\.bias' changed in place on rank 0.*opt\.assign\(\)"):
+        opt.step()
+    assert table.calls[-1][0] == "push"
+
+
+def test_a_copied_model_is_free_of_the_optimizer() -> None:
+    model = chain()
+    opt, table = optimizer(model)
+    twin = copy.deepcopy(model)
+    backward(model)
+    opt.step()
+    calls = len(table.calls)
+    twin(torch.ones(1, 4)).sum().backward()
+    twin.state_dict()
+    twin.load_state_dict(twin.state_dict())
+    assert len(table.calls) == calls
+    assert type(next(iter(twin[0]._forward_pre_hooks.values()))) is _Inert
+    assert twin[0].weight.data_ptr() != model[0].weight.data_ptr()
+
+
+def test_a_closed_optimizer_leaves_an_ordinary_model() -> None:
+    model = chain()
+    opt, table = optimizer(model)
+    backward(model)
+    opt.step()
+    opt.close()
+    opt.close()
+    assert all(torch.equal(p, table.server[n]) for n, p in model.named_parameters())
+    assert all(p.data_ptr() != table.values[n].data_ptr() for n, p in model.named_parameters())
+    table.calls.clear()
+    backward(model)
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    plain.step()
+    assert table.calls == []
+    for act in (opt.step, opt.state_dict, opt.skip_step, opt.assign, lambda: opt.load_state_dict({})):
+        with pytest.raises(UsageError, match="is closed"):
+            act()
+
+
+def test_a_parameter_belongs_to_one_optimizer_at_a_time() -> None:
+    model = chain()
+    opt, _ = optimizer(model)
+    with pytest.raises(UsageError, match=r"'0\.weight' is held by another"):
+        optimizer(model)
+    opt.close()
+    optimizer(model)[0].close()
+
+
+def test_two_optimizers_may_share_a_model() -> None:
+    model = chain()
+    first, a = optimizer(model, params=list(model[0].parameters()), name="model")
+    client: Any = FakeClient()
+    second = headwater.Optimizer(
+        model, torch.optim.SGD, lr=0.25, params=list(model[1].parameters()), name="second", client=client
+    )
+    b: FakeTable = client.tables["second"]
+    b.calls.clear()
+    for _ in range(2):
+        backward(model)
+        first.step()
+        second.step()
+        model.zero_grad()
+    assert a.waits == [("0.weight", "0.bias")]
+    assert b.waits == [("1.weight", "1.bias")]
+
+
+def test_other_devices_copy_there_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Forced on the CPU: the parameters then keep their own memory, as on a GPU.
+    for module in ("torch", "torch_leaves"):
+        monkeypatch.setattr(f"headwater.integrations.{module}.shares_memory", lambda _: False)
+    model, reference = chain(), chain()
+    opt, table = optimizer(model)
+    plain = torch.optim.SGD(reference.parameters(), lr=0.25)
+    own = [p.data_ptr() for p in model.parameters()]
+    for _ in range(3):
+        for m, o in ((model, opt), (reference, plain)):
+            backward(m)
+            o.step()
+            o.zero_grad()
+    opt.synchronize()
+    assert all(torch.equal(p, reference.get_parameter(n)) for n, p in model.named_parameters())
+    assert [p.data_ptr() for p in model.parameters()] == own
+    backward(model)
+    assert all(p.grad is not table.gradients[n] for n, p in model.named_parameters())
+    with torch.no_grad():
+        model[0].weight.grad.mul_(0.5)
+    with pytest.raises(headwater.GradientModified):
+        opt.step()
+
+
+def test_an_optimizer_is_not_copied_or_pickled() -> None:
+    opt, _ = optimizer(chain())
+    with pytest.raises(UsageError, match=r"Save state_dict\(\) instead"):
+        copy.deepcopy(opt)
+    with pytest.raises(UsageError, match=r"Save state_dict\(\) instead"):
+        torch.serialization.save(opt, io.BytesIO())
+
+
+def test_arguments_are_checked() -> None:
+    for arguments, says in (
+        ({"bucket_bytes": 0}, "bucket_bytes=0"),
+        ({"nonfinite": "warn"}, "nonfinite='warn'"),
+        ({"buffers": "sum"}, "buffers='sum'"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            optimizer(chain(), **arguments)
+
+
+def test_groups_cannot_be_added_later() -> None:
+    opt, _ = optimizer(chain())
+    with pytest.raises(UsageError, match="Pass all groups at once"):
+        opt.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
