@@ -41,7 +41,7 @@ def in_place(table: headwater.Dense, size: int) -> Callable[[], torch.Tensor]:
 
     def once() -> torch.Tensor:
         table.push(table.gradient)
-        return table.pull()
+        return table.pull(out=table.values)
 
     return once
 

@@ -13,7 +13,6 @@ import os
 import statistics
 import subprocess
 import sys
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,7 @@ def prepare(peer: str) -> None:
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return
     note(f"installing {peer} (once)")
-    venv.create(folder, with_pip=True)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     install = [interpreter(peer), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     subprocess.run([*install, "-r", str(HERE / f"requirements-{peer}.txt")], check=True)
     stamp.write_text(wanted, encoding="utf-8")

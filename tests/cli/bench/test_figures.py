@@ -46,7 +46,7 @@ def test_small_compares_medians_of_the_same_round() -> None:
 
 
 def test_many_is_per_tensor() -> None:
-    found = _by_name(many_figures("tcp", {"ours": [0.005], "single": [0.030], "kernel": [0.001]}))
+    found = _by_name(many_figures("tcp", {"ours": [0.005], "single": [0.03], "kernel": [0.002], "flat": [0.001]}))
     assert found["tcp time per tensor"].value == pytest.approx(0.005 / TENSORS * 1e6)
     assert found["tcp time per tensor"].ceiling == pytest.approx(1.0)
 
@@ -81,7 +81,9 @@ def test_every_target_has_a_figure() -> None:
         ],
         "small": [f for name in ("local", "tcp") for f in small_figures(name, [[1.0]], [[1.0]])],
         "many": [
-            f for t in ("local", "tcp") for f in many_figures(t, {s: [1.0] for s in ("ours", "single", "kernel")})
+            f
+            for t in ("local", "tcp")
+            for f in many_figures(t, {s: [1.0] for s in ("ours", "single", "kernel", "flat")})
         ],
         "step": [f for b in (1, 4) for f in step_figures(b, {s: [1.0] for s in ("none", "headwater", "ddp")})],
         "memory": memory_figures({world: [MB, MB] for world in (1, 2, 3)}, 0, MB, 1000),

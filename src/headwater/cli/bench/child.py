@@ -24,7 +24,6 @@ ROLES = {
     "echo": "headwater.cli.bench.sockets:Echo",
     "trainer": "headwater.cli.bench.trainer:Trainer",
     "pusher": "headwater.cli.bench.memory:Pusher",
-    "bare": "headwater.cli.bench.memory:Bare",
 }
 """What a child may be: its name and the class that answers."""
 

@@ -56,7 +56,7 @@ class Worker:
         self._steps[optimizer] += 1
         start = time.perf_counter()
         table.push(table.gradient)
-        table.pull()
+        table.pull(out=table.values)
         return time.perf_counter() - start
 
     def copied(self, optimizer: str) -> float:

