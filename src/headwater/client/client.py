@@ -167,7 +167,7 @@ class Client:
             self._lag_max,
         )
 
-    def observed(self, clock: int, staleness: int, lag: int) -> None:
+    def observed(self, staleness: int, lag: int) -> None:
         """A table has finished a step."""
         self._steps += 1
         self._stale_last = staleness

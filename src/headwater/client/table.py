@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
@@ -13,7 +13,7 @@ from headwater.client.flat import Gradients, Mapped, plain, views
 from headwater.client.part import Part, Span
 from headwater.client.tickets import StepResult, Ticket
 from headwater.cluster.placement import Layout
-from headwater.errors import LinkBroken, ShapeMismatch, UsageError, WorkerLost
+from headwater.errors import HeadwaterError, LinkBroken, ShapeMismatch, UsageError, WorkerLost
 from headwater.transports import memory
 from headwater.types import Async, Bulk, Hyper, ParameterSpec, Segment, TableSpec
 from headwater.wire import messages as m
@@ -184,34 +184,43 @@ class Table:
         """Wait until every shard has acknowledged the step. A failure takes the clock back: nothing was applied."""
         self._pump("settled", timeout)
         self._open = False
-        errors = [part.error for part in self._parts if part.error is not None]
-        self._members = max([self._members, *(part.members for part in self._parts)])
+        stale = lsn = lag = 0
+        applied = True
+        error: HeadwaterError | None = None
         for part in self._parts:
+            error = error or part.error
+            stale, lsn, lag = max(stale, part.staleness), max(lsn, part.lsn), max(lag, part.lag)
+            applied = applied and not part.skipped
+            if part.members > self._members:
+                self._members = part.members
+        if error is not None:
+            self._failed(error)
+        self._client.observed(stale, lag)
+        return StepResult(self.clock, applied, self._parts[0].norm, stale, lsn)
+
+    def _failed(self, error: HeadwaterError) -> NoReturn:
+        for part in self._parts:
+            if isinstance(part.error, WorkerLost):
+                error = part.error
             part.error = None
             part.acked_seq = part.sent_seq
-        if errors:
-            if any(isinstance(error, WorkerLost) for error in errors):
-                self.clock -= 1
-            self._uncopied = False
-            raise errors[0]
-        parts = self._parts
-        stale = max(part.staleness for part in parts)
-        self._client.observed(self.clock, stale, max(part.lag for part in parts))
-        return StepResult(
-            self.clock, not any(p.skipped for p in parts), parts[0].norm, stale, max(p.lsn for p in parts)
-        )
+        if isinstance(error, WorkerLost):
+            self.clock -= 1
+        self._uncopied = False
+        raise error
 
     def _pump(self, what: str, timeout: float | None) -> None:
-        deadline = time.monotonic() + (self._client.timeout if timeout is None else timeout)
         begun = time.monotonic()
+        deadline = begun + (self._client.timeout if timeout is None else timeout)
         for part in self._parts:
             done = getattr(part, what)
-            if not done():
-                assert part.session.link is not None
-                try:
-                    part.session.link.pump(done, deadline)
-                except LinkBroken as error:
-                    raise LinkBroken(f"{part.session.name}: {error}") from None
+            if done():
+                continue
+            assert part.session.link is not None
+            try:
+                part.session.link.pump(done, deadline)
+            except LinkBroken as error:
+                raise LinkBroken(f"{part.session.name}: {error}") from None
         self._client.waited(time.monotonic() - begun)
 
     # ---- values ----------------------------------------------------------------------------------
@@ -220,7 +229,7 @@ class Table:
         """Until ``values`` of these parameters (default all) are fresh after the last ``step`` or ``pull``."""
         if self._open:
             self._settle(timeout)
-        if not self._uncopied:
+        if not self._uncopied or self.live:
             return
         if names is not None and not any(part.mapped for part in self._parts):
             self._wait_for(names, timeout)

@@ -105,7 +105,9 @@ class Node:
 
     def receive(self, peer: int, frame: Frame, fds: tuple[int, ...] = ()) -> list[Outgoing]:
         """A complete frame from a client."""
-        link = self._links.setdefault(peer, _Link())
+        link = self._links.get(peer)
+        if link is None:
+            link = self._links[peer] = _Link()
         try:
             if frame.kind == Kind.PUSH:
                 self._push(link, frame)
@@ -310,15 +312,14 @@ class Node:
 
     def _run(self, event: e.Event) -> None:
         for instruction in self.shard.handle(event):
-            match instruction:
-                case e.Ack():
-                    self._ack(instruction)
-                case e.Send():
-                    self._send(instruction)
-                case e.Fail():
-                    self._fail(instruction)
-                case m.Ready():
-                    self._ready(instruction)
+            if isinstance(instruction, e.Ack):
+                self._ack(instruction)
+            elif isinstance(instruction, e.Send):
+                self._send(instruction)
+            elif isinstance(instruction, e.Fail):
+                self._fail(instruction)
+            else:
+                self._ready(instruction)
 
     def _ready(self, ready: m.Ready) -> None:
         table = self.shard.tables[ready.table]

@@ -40,15 +40,15 @@ class Receiver:
         """A payload has begun and not ended."""
         return self._rest is not None
 
-    def read(self) -> list[Arrived]:
-        """One receive call; the frames it completed.
+    def read(self, flags: int = 0) -> list[Arrived]:
+        """One receive call (with ``MSG_…`` flags); the frames it completed.
 
         Raises ``BlockingIOError`` when nothing is there, ``LinkBroken`` at the end of the stream and
         ``ProtocolError`` for what FORMAT.md does not allow.
         """
         if self._rest is not None:
-            return self._read_payload(self._rest)
-        count = self._recv(self._buffer[self._end :])
+            return self._read_payload(self._rest, flags)
+        count = self._recv(self._buffer[self._end :], flags)
         self._end += count
         frames: list[Arrived] = []
         while self._frame is None and self._end > self._start:
@@ -77,8 +77,8 @@ class Receiver:
             check_payload(frame)
         frames.append((frame, self._take_fds()))
 
-    def _read_payload(self, rest: memoryview) -> list[Arrived]:
-        count = self._recv(rest)
+    def _read_payload(self, rest: memoryview, flags: int) -> list[Arrived]:
+        count = self._recv(rest, flags)
         if count < len(rest):
             self._rest = rest[count:]
             return []
@@ -87,17 +87,17 @@ class Receiver:
         check_payload(frame)
         return [(frame, self._take_fds())]
 
-    def _recv(self, target: memoryview) -> int:
+    def _recv(self, target: memoryview, flags: int) -> int:
         try:
             if self._unix:
-                count, extra, _, _ = self._sock.recvmsg_into([target], _SPACE)
+                count, extra, _, _ = self._sock.recvmsg_into([target], _SPACE, flags)
                 for level, kind, data in extra:
                     if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                         got = array.array("i")
                         got.frombytes(data[: len(data) - len(data) % got.itemsize])
                         self._fds += got
             else:
-                count = self._sock.recv_into(target)
+                count = self._sock.recv_into(target, 0, flags)
         except (BlockingIOError, InterruptedError):
             raise BlockingIOError from None
         except OSError as error:

@@ -8,6 +8,7 @@ others wait for it.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 import threading
@@ -33,6 +34,7 @@ from headwater.wire.frames import Flag, Frame, Kind, checksum, encode
 INLINE = 128 << 10  # bytes: a larger payload is left to the sender thread
 TICK = 0.5  # seconds: how often a blocked call looks at its deadline
 HANDSHAKE = 10.0  # seconds
+SPIN = 100e-6  # seconds
 
 
 class Handler(Protocol):
@@ -200,7 +202,7 @@ class StreamLink:
                 )
             if self._reading.acquire(blocking=False):
                 try:
-                    if not done():
+                    if not done() and not self._spin():
                         self._read_once()
                 finally:
                     self._reading.release()
@@ -213,17 +215,28 @@ class StreamLink:
                     self._arrived.wait(0.01)
                     self._waiters -= 1
 
-    def _read_once(self) -> None:
+    def _read_once(self, flags: int = 0) -> bool:
+        """One receive call; False if nothing came."""
         try:
-            for frame, fds in self._receiver.read():
+            for frame, fds in self._receiver.read(flags):
                 self._handler.receive(frame, fds)
         except BlockingIOError:
-            return
+            return False
         except LinkBroken as error:
             raise self._break(error) from None
         except ProtocolError as error:
             self._break(error)
             raise
+        return True
+
+    def _spin(self) -> bool:
+        """Look for an answer without sleeping: waking a core takes longer than a small message's whole work."""
+        until = time.monotonic() + SPIN
+        while time.monotonic() < until:
+            if self._read_once(socket.MSG_DONTWAIT):
+                return True
+            os.sched_yield()
+        return False
 
     def prefetch(self, done: Callable[[], bool]) -> None:
         """Receive in the background until ``done()``: the caller computes meanwhile."""
