@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,3 +74,16 @@ def test_workers_train_through_servers(headwater_command: Command, tmp_path: Pat
     answer = headwater_command("run", "--servers", "2", "--workers", "2", script)
     assert answer.code == 0, answer.err
     assert sorted(answer.out.splitlines()) == [f"[w{rank}] {[-0.75] * 4}" for rank in range(2)]
+
+
+def test_when_nobody_reads_any_more_the_job_ends(tmp_path: Path) -> None:
+    """``headwater run … | head -1``: the workers are stopped, without a complaint of Python's own."""
+    script = _script(tmp_path, "while True: print('more')")
+    command = [sys.executable, "-m", "headwater", "run", "-s", "0", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline() == "[w0] more\n"
+        process.stdout.close()
+        assert process.wait(30) == 143
+        assert process.stderr.read().splitlines()[-1] == "headwater: terminated; no process is left"

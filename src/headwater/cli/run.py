@@ -61,8 +61,11 @@ def run(
         patience=patience,
     )
     with job.signals(), job:
-        where = counted(len(job.servers), "server") + " at" if job.servers else "cluster at" if job.address else "alone"
-        note(f"headwater: {where} {job.address or ''}: {counted(workers, 'worker')} of {' '.join(words)}")
+        cluster = (
+            counted(len(job.servers), "server") if job.servers else "a running cluster" if address else "no servers"
+        )
+        where = f"{cluster} at {job.address}" if job.address else cluster
+        note(f"headwater: {where}, {counted(workers, 'worker')}: {' '.join(words)}")
         job.start_workers(command, workers, first_rank=first_rank, world=world)
         outcome = job.wait()
     report(outcome)
