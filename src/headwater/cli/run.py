@@ -61,9 +61,7 @@ def run(
         patience=patience,
     )
     with job.signals(), job:
-        cluster = (
-            counted(len(job.servers), "server") if job.servers else "a running cluster" if address else "no servers"
-        )
+        cluster = counted(len(job.servers), "server") if job.servers else "a cluster" if address else "no servers"
         where = f"{cluster} at {job.address}" if job.address else cluster
         note(f"headwater: {where}, {counted(workers, 'worker')}: {' '.join(words)}")
         job.start_workers(command, workers, first_rank=first_rank, world=world)
