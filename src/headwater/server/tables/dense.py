@@ -27,6 +27,10 @@ from headwater.types import ITEMSIZE, Hyper, Segment, TableSpec
 from headwater.wire import optimizers
 from headwater.wire.tensors import DTYPES
 
+SERIAL = 256 << 10
+"""Bytes up to which a shard steps on one thread: torch's fused kernels call every thread for any size, and on
+busy cores the others arrive milliseconds later."""
+
 REPORT = 4 << 20
 """Bytes between two calls of ``after_block``."""
 
@@ -111,6 +115,16 @@ class DenseShard:
             ShapeMismatch: a contribution does not fit the shard; nothing was applied.
         """
         plan = self._planner.plan(contributions)
+        threads = torch.get_num_threads() if self.size <= SERIAL else 1
+        if threads > 1:
+            torch.set_num_threads(1)
+        try:
+            self._apply_plan(plan, contributions, divide, scale)
+        finally:
+            if threads > 1:
+                torch.set_num_threads(threads)
+
+    def _apply_plan(self, plan: Plan, contributions: Sequence[Contribution], divide: int, scale: float | None) -> None:
         report = _Report(self.after_block) if self.after_block and len(contributions) > 1 else None
         if self._generic is not None:
             self._generic.apply(plan, contributions, divide, scale, report)
