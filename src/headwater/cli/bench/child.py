@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -92,7 +93,7 @@ class Child:
         assert self._process.stdout is not None
         try:
             self._process.stdin.close()
-            self._process.wait(timeout=5)
+            self._process.wait(timeout=2)
         except (subprocess.TimeoutExpired, BrokenPipeError):
             self._process.kill()
             self._process.wait()
@@ -113,6 +114,7 @@ class Child:
 
 def serve(role: str, arguments: dict[str, Any]) -> None:
     """The child's side: build the role, then answer until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent closes our input
     channel = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints goes to stderr, not between our lines
     module, _, name = ROLES[role].partition(":")
