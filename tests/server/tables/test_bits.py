@@ -57,6 +57,16 @@ def test_other_dtypes(name: str, hyper: dict[str, Any], dtype: str) -> None:
     _compare(table(name, groups=[hyper], dtype=dtype), 2, steps=3, **({"fused": False} if broken else {}))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad"])
+def test_many_small_parameters_without_a_gap(name: str, fused: bool, dtype: str) -> None:
+    """Unfused kernels unroll two vectors: where a tensor of an odd number of them ends shows in the last bit."""
+    hyper = {"weight_decay": 0.1, "maximize": True, "lr": 0.1} | ({"momentum": 0.9} if name == "SGD" else {})
+    spec = table(name, [(96,), (32,), (160,)] * 70, dtype, groups=[{**hyper, "fused": fused and name != "SGD"}])
+    _compare(spec, 1, steps=4)
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_muon(shards: int) -> None:
     _compare(table("Muon", [(16, 24), (40, 8), (33, 33)], groups=[{"lr": 0.1}]), shards, steps=3)

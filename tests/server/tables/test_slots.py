@@ -98,6 +98,18 @@ def _assert_state(state: dict[int, dict[str, torch.Tensor]], expected: dict[int,
 
 
 @pytest.mark.parametrize("name", ["AdamW", "RAdam"])
+def test_parts_of_a_slot_go_where_they_belong(name: str) -> None:
+    spec = table(name, FLAT)
+    ours = Sharded(spec, 3, seed=2)
+    whole = torch.randn(40000, generator=torch.Generator().manual_seed(0))
+    for lo, hi in ((0, 123), (123, 30000), (30000, 40000)):
+        for shard in ours.shards:
+            shard.write_slot(2, "step", 0, torch.tensor(3.0))
+            shard.write_slot(2, "exp_avg", lo, whole[lo:hi])
+    assert torch.equal(collect(ours)[2]["exp_avg"], whole)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "RAdam"])
 def test_reset_forgets_everything(name: str) -> None:
     spec = table(name, FLAT)
     grads = gradients(spec, torch.Generator().manual_seed(0))

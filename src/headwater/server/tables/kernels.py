@@ -10,7 +10,8 @@ held by tests/server/tables/test_bits.py:
 - ``tails``: a piece ends where a parameter does not fill its last 64 bytes, without the padding. Holds for the
   fused Adam, AdamW and Adagrad, whose scalar tails round differently from their vector part: the tail must
   cover the same elements as in a per-tensor step.
-- ``segments``: a piece is one segment. Holds for unfused kernels in bfloat16 and float16.
+- ``segments``: a piece is one segment, which is the very call that torch makes. For unfused kernels in
+  bfloat16 and float16, where running on into the padding changes last bits, and for eps = 0.
 
 ``torch._fused_sgd_`` (torch 2.13, CPU) leaves bfloat16 and float16 parameters unchanged in its vector part,
 so SGD never uses it there.

@@ -13,7 +13,8 @@ from headwater.server.tables.plan import Contribution, Memory, Piece, Plan, Run,
 from headwater.wire.exact import exact_sum
 
 CHUNK = 16384
-"""Elements whose squares are summed by floating point; chunks count from each parameter's first element."""
+"""Elements whose squares are summed by floating point; a parameter is cut
+between shards at multiples of it only, so chunks are the same on any number of shards."""
 
 SPAN = 4 * CHUNK
 """Elements converted to float64 at a time: half a megabyte, which stays in the second-level cache."""
@@ -59,8 +60,5 @@ def _chunks(run: Run) -> Iterator[Piece]:
     """The run's chunks, in elements from its start."""
     for segment in run.segments:
         shift = (segment.offset - run.lo) // run.itemsize - segment.start
-        lo = segment.start
-        while lo < segment.stop:
-            hi = min(segment.stop, (lo // CHUNK + 1) * CHUNK)
-            yield Piece(lo + shift, hi + shift)
-            lo = hi
+        for lo in range(segment.start, segment.stop, CHUNK):
+            yield Piece(lo + shift, min(lo + CHUNK, segment.stop) + shift)
