@@ -53,7 +53,7 @@ def test_a_gradient_moves_into_the_table_and_the_parameter_holds_it() -> None:
 
 def test_without_zero_grad_gradients_add_up_as_in_torch() -> None:
     model, reference = chain(), chain()
-    opt, table = optimizer(model)
+    opt, _table = optimizer(model)
     plain = torch.optim.SGD(reference.parameters(), lr=0.25)
     for _ in range(3):
         for m, o in ((model, opt), (reference, plain)):
@@ -88,7 +88,7 @@ def test_buckets_follow_the_order_in_which_gradients_became_ready() -> None:
             return out
 
     model = Backwards()
-    opt, table = optimizer(model, bucket_bytes=64)
+    opt, _table = optimizer(model, bucket_bytes=64)
     assert opt._departures.buckets == [("unused.weight",), ("first.weight",), ("last.weight",)]
     for _ in range(2):
         backward(model)
@@ -232,7 +232,7 @@ def test_a_gradient_that_is_not_finite_does_not_leave(bad: float, bucket_bytes: 
 
 def test_a_partial_bucket_is_checked_too() -> None:
     model = chain()
-    opt, table = optimizer(model)
+    opt, _table = optimizer(model)
     (model[0](torch.ones(1, 4)).sum() * float("nan")).backward()
     with pytest.raises(NonFiniteGradient, match=r"'0.bias'"):
         opt.step()
@@ -284,7 +284,7 @@ def test_a_push_that_failed_is_not_taken_for_sent() -> None:
 def test_a_parameter_unfrozen_later_is_noticed() -> None:
     model = chain()
     model[0].bias.requires_grad_(False)
-    opt, table = optimizer(model)
+    opt, _table = optimizer(model)
     backward(model)
     opt.step()
     opt.zero_grad()
@@ -303,7 +303,7 @@ def test_a_sparse_gradient_is_refused() -> None:
 
 def test_create_graph_does_not_tie_the_table_to_the_graph() -> None:
     model = chain()
-    opt, table = optimizer(model)
+    _opt, table = optimizer(model)
     with pytest.warns(UserWarning, match="create_graph=True"):
         model(torch.ones(1, 4)).square().sum().backward(create_graph=True)
     assert not any(g.requires_grad for g in table.gradients.values())

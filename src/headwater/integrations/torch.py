@@ -52,9 +52,9 @@ class Optimizer(torch.optim.Optimizer):
             over the step on all workers, ``"allow"`` sends it.
         client: from ``headwater.connect``; by default one from the environment, closed with the optimizer.
         name: the table's name; workers with the same name train the same parameters.
-        init: None: the model's own values, of the worker that comes first. A ``headwater.init`` value, or a
-            mapping of glob pattern of names to one: the servers fill the parameters, and the model may be on
-            the meta device.
+        init: None: the model's own values, of the lowest rank that is there when the table is made. A
+            ``headwater.init`` value, or a mapping of glob pattern of names to one: the servers fill the
+            parameters, and the model may be on the meta device.
         buffers: persistent module buffers after a step are their ``"mean"`` over workers, ``"rank0"``'s, or
             ``"local"``.
         bucket_bytes: gradients leave in buckets of about this many bytes.

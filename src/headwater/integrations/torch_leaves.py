@@ -106,8 +106,8 @@ class Held:
         for leaf in written:
             leaf.version = leaf.gradient._version
         return GradientModified(
-            f"the gradient of {_some([leaf.name for leaf in written])} was written on rank {self.rank} after step() and "
-            "before its new values arrived, while the servers may have been reading it; the step may have used "
+            f"the gradient of {_some([leaf.name for leaf in written])} was written on rank {self.rank} after step() "
+            "and before its new values arrived, while the servers may have been reading it; the step may have used "
             "either. Use zero_grad() of the optimizer, or set_to_none=True"
         )
 
