@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from headwater.cli.bench.options import Options, Transport
 from headwater.cli.bench.report import Figure, figure
 from headwater.cli.bench.sockets import RawSocket
 from headwater.cli.bench.statistics import percentile
+from headwater.launch import cores
 
 ROUNDS = 20
 BYTES = 1024
@@ -21,21 +23,28 @@ INNER = 200
 
 
 def measure(options: Options) -> list[Figure]:
-    """The figures of every transport asked for."""
+    """The figures of every transport asked for, on two cores and on one."""
     found = []
     for transport in options.transports():
-        options.note(f"small {transport}")
-        found += small_figures(transport, *_pairs(options, transport))
+        for apart in (True, False) if cores() > 1 else (False,):
+            options.note(f"small {transport}, {'two cores' if apart else 'one core'}")
+            name = transport if apart else f"one core, {transport}"
+            found += small_figures(name, *_pairs(options, transport, apart))
     return found
 
 
-def _pairs(options: Options, transport: Transport) -> tuple[list[list[float]], list[list[float]]]:
-    """Ours and the bare socket's, a list of ``INNER`` round trips per round, in turns."""
+def _pairs(options: Options, transport: Transport, apart: bool) -> tuple[list[list[float]], list[list[float]]]:
+    """Ours and the bare socket's, a list of ``INNER`` round trips per round, in turns.
+
+    Both pairs are pinned alike: client and server ``apart``, as when both have work, or sharing a core, where a
+    bare socket needs no wake-up at all and what is left is the interpreter's time.
+    """
     ours: list[list[float]] = []
     bare: list[list[float]] = []
     with connected(transport, options.servers) as client:
         table = client.dense("bench-small", (BYTES // 4,), optimizer=torch.optim.SGD, sync=headwater.Bulk(), lr=0.1)
         raw = RawSocket("tcp" if transport == "tcp" else "local", BYTES)
+        every = _pin(apart, [s.pid for s in client.status().servers if s.pid] + [raw.pid])
         try:
             sides: list[tuple[list[list[float]], Callable[[], list[float]]]] = [
                 (ours, lambda: _round_trips(table)),
@@ -48,7 +57,19 @@ def _pairs(options: Options, transport: Transport) -> tuple[list[list[float]], l
                         kept.append(seconds)
         finally:
             raw.close()
+            os.sched_setaffinity(0, every)
     return ours, bare
+
+
+def _pin(apart: bool, others: list[int]) -> set[int]:
+    """This process on one core, ``others`` on another or the same; returns the cores it had."""
+    every = os.sched_getaffinity(0)
+    first, *rest = sorted(every)
+    second = {rest[0] if apart else first}
+    os.sched_setaffinity(0, {first})
+    for pid in others:
+        os.sched_setaffinity(pid, second)
+    return every
 
 
 def _round_trips(table: headwater.Dense) -> list[float]:

@@ -47,6 +47,11 @@ class RawSocket:
         self._back = memoryview(bytearray(size))
         self._link, self._child = _unix_pair() if transport == "local" else _tcp_pair()
 
+    @property
+    def pid(self) -> int:
+        """The child's process."""
+        return self._child.pid
+
     def round_trips(self, times: int) -> list[float]:
         """Seconds of each of ``times`` round trips of ``size`` bytes."""
         self._child.tell("bounce", size=len(self._out), times=times)
