@@ -346,18 +346,18 @@ class Table:
         whole[slot.start : slot.start + piece.numel()] = piece
 
     def assign_slots(self, slots: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Overwrite the optimizer state; the inverse of ``slots``."""
+        """Replace the optimizer state of the whole table; the inverse of ``slots``."""
         self.wait()
         for part in self._parts:
             batch: list[m.Slot] = []
-            size = 0
+            size, first = 0, True
             for slot in self._cut_slots(part.segments, slots):
                 batch.append(slot)
                 size += len(slot.data)
                 if size > _SLOTS:
-                    part.session.request(m.SlotPart(self.number, tuple(batch), True), self._client.timeout)
-                    batch, size = [], 0
-            part.session.request(m.SlotPart(self.number, tuple(batch), False), self._client.timeout)
+                    part.session.request(m.SlotPart(self.number, tuple(batch), True, first), self._client.timeout)
+                    batch, size, first = [], 0, False
+            part.session.request(m.SlotPart(self.number, tuple(batch), False, first), self._client.timeout)
 
     def _cut_slots(
         self, segments: tuple[Segment, ...], slots: Mapping[str, Mapping[str, torch.Tensor]]

@@ -90,9 +90,11 @@ class AssignSlots:
     request: int
     table: int
     slots: tuple[Slot, ...]
+    reset: bool
 
 
-Event = Created | Opened | Closed | Attached | Push | Pull | Assign | AssignSlots | Commit | Members
+Rare = Created | Opened | Closed | Attached | Assign | AssignSlots | Commit | Members
+Event = Push | Pull | Rare
 
 # ---- instructions ----------------------------------------------------------------------------------
 

@@ -169,7 +169,10 @@ class Node:
                 case m.Slots():
                     self._slots(peer, frame, request.table)
                 case m.SlotPart():
-                    self._run(e.AssignSlots(self._session(link), frame.seq, request.table, request.slots))
+                    event = e.AssignSlots(
+                        self._session(link), frame.seq, request.table, request.slots, request.reset
+                    )
+                    self._run(event)
                     self._reply(peer, frame, m.Done())
                 case _:
                     raise ProtocolError(f"{type(request).__name__} does not go to a server")

@@ -261,6 +261,7 @@ class SlotPart(msgspec.Struct, frozen=True, tag="slot"):
     table: int
     slots: tuple[Slot, ...]
     more: bool
+    reset: bool = False  # of an assignment: forget all state of this shard first
 
 
 # ---- bodies of hot frames -------------------------------------------------------------------------
