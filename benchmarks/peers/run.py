@@ -158,10 +158,11 @@ def spread(passes: list[list[float]], scale: float) -> str:
 def show(body: list[tuple[str, ...]]) -> None:
     table = Table(title="the same work, side by side")
     for column in HEAD:
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for row in body:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    console.print(table, width=max(console.width, 150))
 
 
 def page(body: list[tuple[str, ...]], where: Machine, passes: int) -> str:

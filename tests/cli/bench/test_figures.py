@@ -15,6 +15,8 @@ from headwater.cli.bench.targets import TARGETS
 MB = 2**20
 SAME_HOST = {"ours": [0.011, 0.012, 0.030], "kernel": [0.010, 0.010, 0.028], "copied": [0.02] * 3, "gloo": [0.1] * 3}
 
+SMALL = ("local", "tcp", "unpinned, local", "unpinned, tcp")
+
 
 def _by_name(figures: list[Figure]) -> dict[str, Figure]:
     assert len({f.name for f in figures}) == len(figures)
@@ -79,7 +81,7 @@ def test_every_target_has_a_figure() -> None:
                 for f in tcp_figures(name, 64, {s: [1.0] for s in ("ours", "raw", "kernel")})
             ),
         ],
-        "small": [f for name in ("local", "tcp") for f in small_figures(name, [[1.0]], [[1.0]])],
+        "small": [f for name in SMALL for f in small_figures(name, [[1.0]], [[1.0]])],
         "many": [
             f
             for t in ("local", "tcp")

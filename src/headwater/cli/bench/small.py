@@ -6,6 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -20,31 +21,33 @@ from headwater.launch import cores
 ROUNDS = 20
 BYTES = 1024
 INNER = 200
+Placement = Literal["two cores", "one core", "unpinned"]
+PLACEMENTS: tuple[Placement, ...] = ("two cores", "one core", "unpinned")
 
 
 def measure(options: Options) -> list[Figure]:
-    """The figures of every transport asked for, on two cores and on one."""
+    """The figures of every transport asked for: on two cores, on one, and as the kernel's scheduler places them."""
     found = []
     for transport in options.transports():
-        for apart in (True, False) if cores() > 1 else (False,):
-            options.note(f"small {transport}, {'two cores' if apart else 'one core'}")
-            name = transport if apart else f"one core, {transport}"
-            found += small_figures(name, *_pairs(options, transport, apart))
+        for placement in PLACEMENTS if cores() > 1 else ("one core",):
+            options.note(f"small {transport}, {placement}")
+            name = transport if placement == "two cores" else f"{placement}, {transport}"
+            found += small_figures(name, *_pairs(options, transport, placement))
     return found
 
 
-def _pairs(options: Options, transport: Transport, apart: bool) -> tuple[list[list[float]], list[list[float]]]:
+def _pairs(options: Options, transport: Transport, placement: Placement) -> tuple[list[list[float]], list[list[float]]]:
     """Ours and the bare socket's, a list of ``INNER`` round trips per round, in turns.
 
-    Both pairs are pinned alike: client and server ``apart``, as when both have work, or sharing a core, where a
-    bare socket needs no wake-up at all and what is left is the interpreter's time.
+    Both pairs are placed alike: client and server on two cores, as when both have work; sharing one core, where a
+    bare socket needs no wake-up at all and what is left is the interpreter's time; or unpinned.
     """
     ours: list[list[float]] = []
     bare: list[list[float]] = []
     with connected(transport, options.servers) as client:
         table = client.dense("bench-small", (BYTES // 4,), optimizer=torch.optim.SGD, sync=headwater.Bulk(), lr=0.1)
         raw = RawSocket("tcp" if transport == "tcp" else "local", BYTES)
-        every = _pin(apart, [s.pid for s in client.status().servers if s.pid] + [raw.pid])
+        every = _pin(placement, [s.pid for s in client.status().servers if s.pid] + [raw.pid])
         try:
             sides: list[tuple[list[list[float]], Callable[[], list[float]]]] = [
                 (ours, lambda: _round_trips(table)),
@@ -61,11 +64,13 @@ def _pairs(options: Options, transport: Transport, apart: bool) -> tuple[list[li
     return ours, bare
 
 
-def _pin(apart: bool, others: list[int]) -> set[int]:
+def _pin(placement: Placement, others: list[int]) -> set[int]:
     """This process on one core, ``others`` on another or the same; returns the cores it had."""
     every = os.sched_getaffinity(0)
+    if placement == "unpinned":
+        return every
     first, *rest = sorted(every)
-    second = {rest[0] if apart else first}
+    second = {rest[0] if placement == "two cores" else first}
     os.sched_setaffinity(0, {first})
     for pid in others:
         os.sched_setaffinity(pid, second)

@@ -40,6 +40,8 @@ TARGETS: dict[str, Target] = {
     "dense: tcp AdamW throughput / raw socket, with the kernel": at_least(0.75),
     "small: local p50 / raw socket": at_most(3),
     "small: tcp p50 / raw socket": at_most(3),
+    "small: unpinned, local p50 / raw socket": at_most(3),
+    "small: unpinned, tcp p50 / raw socket": at_most(3),
     "many: local time per tensor": at_most(20),
     "many: tcp time per tensor": at_most(20),
     "step: batch 1 step / no synchronisation": at_most(1.05),
