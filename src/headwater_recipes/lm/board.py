@@ -1,0 +1,102 @@
+"""What all workers said, put together: the rows of ``metrics.jsonl`` and the figures of the display."""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import Any
+
+from headwater_recipes.lm.evaluate import Score, total
+from headwater_recipes.lm.reports import Finished, Report, Saved, Started, Stepped, Validated
+
+
+class Board:
+    """Pure: reports in, rows out. A row needs every rank's report of its step.
+
+    Attributes: ``latest`` the last ``Stepped`` of each rank; ``rows`` the metrics so far, oldest first; ``saved`` the
+    step of the last checkpoint; ``finished`` by rank; ``final`` the score of the whole validation text.
+    """
+
+    def __init__(self, world: int, rows: list[dict[str, Any]] | None = None) -> None:
+        self._world = world
+        self._steps: dict[int, dict[int, Stepped]] = {}
+        self._validations: dict[tuple[int, bool], dict[int, Validated]] = {}
+        self.started: dict[int, Started] = {}
+        self.latest: dict[int, Stepped] = {}
+        self.finished: dict[int, Finished] = {}
+        self.saved: int | None = None
+        self.final: Score | None = None
+        self.rows: list[dict[str, Any]] = list(rows or [])
+
+    def hear(self, report: Report) -> dict[str, Any] | None:
+        """Take a report in; the row that it completes, if it does."""
+        row = None
+        match report:
+            case Started():
+                self.started[report.rank] = report
+            case Stepped():
+                self.latest[report.rank] = report
+                row = self._step(report)
+            case Validated():
+                row = self._validation(report)
+            case Saved():
+                self.saved = report.step
+            case Finished():
+                self.finished[report.rank] = report
+        if row is not None:
+            self.rows.append(row)
+        return row
+
+    def _step(self, report: Stepped) -> dict[str, Any] | None:
+        parts = self._steps.setdefault(report.step, {})
+        parts[report.rank] = report
+        if len(parts) < self._world:
+            return None
+        said = [parts[rank] for rank in sorted(self._steps.pop(report.step))]
+        return {
+            "kind": "step",
+            "step": report.step,
+            "loss": fmean(each.loss for each in said),
+            "lr": said[0].lr,
+            "tokens_per_second": sum(each.tokens_per_second for each in said),
+            "pushed_bytes_per_second": sum(each.pushed_per_second for each in said),
+            "pulled_bytes_per_second": sum(each.pulled_per_second for each in said),
+            "staleness": max(each.staleness for each in said),
+            "grad_norm": said[0].grad_norm,
+            "elapsed": said[0].elapsed,
+            "progress": said[0].progress,
+        }
+
+    def _validation(self, report: Validated) -> dict[str, Any] | None:
+        key = (report.step, report.final)
+        parts = self._validations.setdefault(key, {})
+        parts[report.rank] = report
+        if len(parts) < self._world:
+            return None
+        score = total([Score(each.nats, each.tokens, each.nbytes) for each in self._validations.pop(key).values()])
+        if report.final:
+            self.final = score
+        return {
+            "kind": "final" if report.final else "validation",
+            "step": report.step,
+            "loss": score.loss,
+            "bits_per_byte": score.bits_per_byte,
+            "elapsed": report.elapsed,
+        }
+
+    @property
+    def last(self) -> dict[str, Any] | None:
+        """The newest row of a training step."""
+        return next((row for row in reversed(self.rows) if row["kind"] == "step"), None)
+
+    @property
+    def validated(self) -> dict[str, Any] | None:
+        """The newest row of a validation."""
+        return next((row for row in reversed(self.rows) if row["kind"] != "step"), None)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of training, at the pace so far."""
+        row = self.last
+        if row is None or row["progress"] <= 0:
+            return None
+        return float(row["elapsed"] / row["progress"] * (1 - row["progress"]))

@@ -1,0 +1,171 @@
+"""The run folder: what training leaves, what a run goes on from.
+
+    config.json, model.safetensors, tokenizer.json, …    what ``transformers`` loads: the newest checkpoint's model
+    checkpoints/00000400/                                model, optimizer state and trainer.json of one step
+    tokens/*.npy                                         the corpus as token ids
+    metrics.jsonl, loss.png, report.json, sample.txt     what is known of it
+
+A checkpoint appears by the rename of a whole folder, so it is there entirely or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.torch import load_file, save_file
+
+from headwater.errors import DataError
+from headwater_recipes.lm.settings import State
+
+_KEEP = 2
+
+
+def new_folder(asked: Path | None, now: float | None = None) -> Path:
+    """Make the folder of a new run: the one asked for, or ``runs/lm-<date>-<time>``.
+
+    Raises:
+        DataError: it exists and holds something.
+    """
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+    folder = asked or Path("runs", f"lm-{stamp}")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise DataError(
+                f"--run {folder}: it exists and is not empty. Nothing was changed; go on with it by --resume, or name "
+                f"another folder."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--run {folder}: {error.strerror or error}. Nothing was started; name another.") from error
+    return folder
+
+
+def find_folder(asked: Path | None) -> Path:
+    """The folder of a run there is: the one asked for, or the newest in ``runs/``.
+
+    Raises:
+        DataError: there is none with a trained model in it.
+    """
+    if asked is None:
+        found = sorted(path.parent for path in Path("runs").glob("lm-*/checkpoints") if newest(path.parent))
+        if not found:
+            raise DataError("runs/ holds no run with a trained model; train one (headwater train lm) or give --run DIR")
+        return found[-1]
+    if newest(asked) is None:
+        raise DataError(f"--run {asked}: no checkpoint of a trained model there; check the path")
+    return asked
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run."""
+    found = sorted(path for path in folder.glob("checkpoints/*") if path.name.isdigit())
+    return found[-1] if found else None
+
+
+def read_state(checkpoint: Path) -> State:
+    """Raises ``DataError`` if ``trainer.json`` is missing or damaged."""
+    path = checkpoint / "trainer.json"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=State)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise DataError(f"{path}: {error}. The run cannot go on from this checkpoint.") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by a value's JSON, atomically."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+    beside.replace(path)
+
+
+def save(folder: Path, model: Any, optimizer: Mapping[str, Any], state: State) -> Path:
+    """Write a checkpoint and make its model the run's.
+
+    Args:
+        folder: the run's.
+        model: a transformers model.
+        optimizer: a torch optimizer's ``state_dict()``.
+        state: what ``trainer.json`` says.
+    """
+    final = folder / "checkpoints" / f"{state.step:08d}"
+    beside = final.with_name(f"{final.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    # Copies, because parameters are views into one memory, which safetensors takes for tied weights.
+    values = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    model.save_pretrained(beside, state_dict=values)
+    tensors, rest = _flatten(optimizer)
+    save_file(tensors, beside / "optimizer.safetensors")
+    write_json(beside / "optimizer.json", rest)
+    write_json(beside / "trainer.json", state)
+    _flush(beside)
+    shutil.rmtree(final, ignore_errors=True)
+    beside.rename(final)
+    _publish(final, folder)
+    for old in sorted(path for path in final.parent.iterdir() if path.name.isdigit())[:-_KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _publish(checkpoint: Path, folder: Path) -> None:
+    """The checkpoint's model becomes the run's: the same file under a second name where the disk can do that."""
+    for source in checkpoint.iterdir():
+        if source.name.startswith(("optimizer.", "trainer.")):
+            continue
+        beside = folder / f".{source.name}.new"
+        beside.unlink(missing_ok=True)
+        try:
+            os.link(source, beside)
+        except OSError:
+            shutil.copyfile(source, beside)
+        beside.replace(folder / source.name)
+
+
+def load_optimizer(checkpoint: Path) -> dict[str, Any]:
+    """The ``state_dict()`` that ``save`` was given.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    try:
+        tensors = load_file(checkpoint / "optimizer.safetensors")
+        rest = msgspec.json.decode((checkpoint / "optimizer.json").read_bytes())
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError | RuntimeError) and type(error).__name__ != "SafetensorError":
+            raise
+        raise DataError(f"{checkpoint}: the optimizer's state cannot be read ({error})") from error
+    state: dict[int, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        index, _, slot = key.partition(".")
+        state.setdefault(int(index), {})[slot] = tensor
+    return {"state": state, "param_groups": [_group(group) for group in rest["param_groups"]]}
+
+
+def _flatten(optimizer: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    tensors = {
+        f"{index}.{slot}": torch.as_tensor(value).detach().clone().contiguous()
+        for index, slots in optimizer["state"].items()
+        for slot, value in slots.items()
+    }
+    return tensors, {"param_groups": optimizer["param_groups"]}
+
+
+def _group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows no tuples: ``betas`` becomes one again."""
+    return {name: tuple(value) if name == "betas" else value for name, value in group.items()}

@@ -1,0 +1,114 @@
+"""The model: a Llama of transformers, in a few sizes, whose first values the servers draw."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+
+import headwater
+from headwater.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 4096
+
+
+class Size(NamedTuple):
+    """``width`` of the residual stream, ``layers``, ``heads`` of 64 each, ``inner`` width of the MLP."""
+
+    width: int
+    layers: int
+    heads: int
+    inner: int
+
+
+PRESETS = {
+    "tiny": Size(64, 2, 1, 128),
+    "6m": Size(256, 4, 4, 1024),
+    "9m": Size(384, 3, 6, 1280),
+    "12m": Size(384, 5, 6, 1024),
+}
+"""By their millions of parameters with the default vocabulary; ``tiny`` is for trying things out."""
+
+
+def config(preset: str, vocabulary: int = VOCABULARY, context: int = 256) -> LlamaConfig:
+    """A ``transformers.LlamaConfig``.
+
+    Args:
+        preset: a name in ``PRESETS``.
+        vocabulary: number of tokens.
+        context: the longest sequence, in tokens, that the model is trained on.
+
+    Raises:
+        UsageError: an unknown preset.
+    """
+    from transformers import LlamaConfig
+
+    if preset not in PRESETS:
+        raise UsageError(f"preset {preset!r} is none of {', '.join(PRESETS)}; nothing was started")
+    size = PRESETS[preset]
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        intermediate_size=size.inner,
+        max_position_embeddings=context,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+def initialisers() -> dict[str, Any]:
+    """For ``headwater.Optimizer(init=…)``: by glob pattern of parameter names, the first that fits counts."""
+    return {"*norm.weight": headwater.init.ones(), "*": headwater.init.normal(0.02)}
+
+
+def empty(configuration: LlamaConfig) -> LlamaForCausalLM:
+    """The model without values: its parameters are on the meta device, for the servers to fill."""
+    from transformers import LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    with torch.device("meta"):
+        model = _quick(LlamaForCausalLM(configuration))
+    # The rotary frequencies are a buffer, computed when the module is made: no server holds them.
+    model.model.rotary_emb = LlamaRotaryEmbedding(config=configuration)
+    return cast("LlamaForCausalLM", model)
+
+
+def load(folder: Path) -> LlamaForCausalLM:
+    """The model of a run or checkpoint folder, in float32."""
+    from transformers import LlamaForCausalLM
+
+    return cast("LlamaForCausalLM", _quick(LlamaForCausalLM.from_pretrained(folder)))
+
+
+def _quick(model: Any) -> Any:
+    # On a CPU and at a few hundred tokens, plain attention is faster than the fused kernel's backward (bench/README).
+    model.set_attn_implementation("eager")
+    return model
+
+
+def groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices decay, the gains of the norms do not."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    gains = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
+
+
+def fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices faster than float32 ones (AMX, AVX-512 or Arm BF16)."""
+    flags: set[str] = set()
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                flags.update(value.split())
+                break
+    return not flags.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})

@@ -1,0 +1,77 @@
+"""What a worker tells the process that launched it: lines on stdout, each a mark and one JSON object."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+_MARK = "\x1elm "  # RS, as JSON text sequences begin (RFC 7464): no ordinary output starts so
+
+
+class Started(msgspec.Struct, frozen=True, tag="started"):
+    rank: int
+    step: int
+    parameters: int
+    precision: str
+
+
+class Stepped(msgspec.Struct, frozen=True, tag="step"):
+    """The steps since the last report: mean ``loss`` in nats per token, rates per second; ``elapsed`` in seconds."""
+
+    rank: int
+    step: int
+    loss: float
+    lr: float
+    tokens_per_second: float
+    pushed_per_second: float
+    pulled_per_second: float
+    staleness: int
+    grad_norm: float | None
+    elapsed: float
+    progress: float
+
+
+class Validated(msgspec.Struct, frozen=True, tag="validation"):
+    """One rank's share of the validation text; see ``evaluate.Score``."""
+
+    rank: int
+    step: int
+    elapsed: float
+    nats: float
+    tokens: int
+    nbytes: int
+    final: bool
+
+
+class Saved(msgspec.Struct, frozen=True, tag="saved"):
+    step: int
+
+
+class Finished(msgspec.Struct, frozen=True, tag="finished"):
+    """``difference``: between the logits in training and those of the saved model, the largest (rank 0 only)."""
+
+    rank: int
+    step: int
+    elapsed: float
+    reason: Literal["done", "stopped"]
+    difference: float | None = None
+
+
+Report = Started | Stepped | Validated | Saved | Finished
+_decoder: msgspec.json.Decoder[Report] = msgspec.json.Decoder(Report)
+
+
+def say(report: Report) -> None:
+    """Print a report, in one piece."""
+    print(_MARK + msgspec.json.encode(report).decode(), flush=True)
+
+
+def hear(line: str) -> Report | None:
+    """The report on a line of a worker's stdout, None for any other line."""
+    if not line.startswith(_MARK):
+        return None
+    try:
+        return _decoder.decode(line.removeprefix(_MARK))
+    except msgspec.MsgspecError:
+        return None
