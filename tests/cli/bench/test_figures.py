@@ -13,7 +13,13 @@ from headwater.cli.bench.step import step_figures
 from headwater.cli.bench.targets import TARGETS
 
 MB = 2**20
-SAME_HOST = {"ours": [0.011, 0.012, 0.030], "kernel": [0.010, 0.010, 0.028], "copied": [0.02] * 3, "gloo": [0.1] * 3}
+SAME_HOST = {
+    "ours": [0.011, 0.012, 0.030],
+    "unchecked": [0.0105, 0.0105, 0.0295],
+    "kernel": [0.010, 0.010, 0.028],
+    "copied": [0.02] * 3,
+    "gloo": [0.1] * 3,
+}
 
 SMALL = ("local", "tcp", "unpinned, local", "unpinned, tcp")
 
@@ -26,6 +32,7 @@ def _by_name(figures: list[Figure]) -> dict[str, Figure]:
 def test_dense_on_the_same_host() -> None:
     found = _by_name(same_host_figures("local", "SGD", SAME_HOST))
     assert found["local SGD time / kernel alone"].value == pytest.approx(1.1)
+    assert found["local SGD unchecked time / kernel alone"].value == pytest.approx(1.05)
     assert found["local SGD push + apply + pull"].ceiling == pytest.approx(10.0)
     faster = found["local SGD speed-up over Gloo + step"]
     assert faster.value == pytest.approx(0.110 / 0.012)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -38,6 +39,8 @@ def load(bench: str) -> Callable[[Options], list[Figure]]:
 
 def run(name: str, options: Options, as_json: bool) -> None:
     """Measure one bench, or with ``all`` every one, and print its report."""
+    # Before torch loads: threads of OpenMP that spin after their work would take a server's core from it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     where = machine()
     if name == "all":
         figures = [f for each in BENCHES for f in prefixed(each, load(each)(options))]

@@ -42,22 +42,26 @@ def measure(options: Options) -> list[Figure]:
 
 
 class Worker:
-    """One dense table under each optimizer, and what a round trip of it costs the worker."""
+    """Dense tables under each optimizer, and what a round trip of one costs the worker.
+
+    One with the default check for NaN and Inf, one that checks nothing, as the kernel alone does not either.
+    """
 
     def __init__(self, client: headwater.Client, size: int) -> None:
-        self._tables = {name: _declare(client, name, size) for name in OPTIMIZERS}
+        self._tables = {name: _declare(client, name, size, "error") for name in OPTIMIZERS}
+        self._unchecked = {name: _declare(client, name, size, "allow") for name in OPTIMIZERS}
         self._mine = torch.full((size // 4,), GRADIENT)
         self._out = torch.empty(size // 4)
         self._steps = dict.fromkeys(OPTIMIZERS, 0)
 
     def in_place(self, optimizer: str) -> float:
         """Seconds of push + apply + pull. The gradient lies in the table's buffer; the values are live."""
-        table = self._tables[optimizer]
         self._steps[optimizer] += 1
-        start = time.perf_counter()
-        table.push(table.gradient)
-        table.pull(out=table.values)
-        return time.perf_counter() - start
+        return _in_place(self._tables[optimizer])
+
+    def unchecked(self, optimizer: str) -> float:
+        """``in_place`` with ``nonfinite="allow"``."""
+        return _in_place(self._unchecked[optimizer])
 
     def copied(self, optimizer: str) -> float:
         """Seconds of the same with the gradient copied from the caller's tensor and the values to another."""
@@ -76,9 +80,23 @@ class Worker:
             raise headwater.InternalError(f"the benchmark's values are off by {wrong:g}: not every step was applied")
 
 
-def _declare(client: headwater.Client, optimizer: str, size: int) -> headwater.Dense:
+def _in_place(table: headwater.Dense) -> float:
+    start = time.perf_counter()
+    table.push(table.gradient)
+    table.pull(out=table.values)
+    return time.perf_counter() - start
+
+
+def _declare(client: headwater.Client, optimizer: str, size: int, nonfinite: str) -> headwater.Dense:
     kind, hyper = OPTIMIZERS[optimizer]
-    table = client.dense(f"bench-{optimizer}", (size // 4,), optimizer=kind, sync=headwater.Bulk(), **hyper)
+    table = client.dense(
+        f"bench-{optimizer}-{nonfinite}",
+        (size // 4,),
+        optimizer=kind,
+        sync=headwater.Bulk(),
+        nonfinite=nonfinite,
+        **hyper,
+    )
     table.gradient.fill_(GRADIENT)
     return table
 
@@ -118,6 +136,7 @@ def _same_host(options: Options, transport: Transport) -> list[Figure]:
             measures: dict[str, Measure] = {
                 "ours": median_of(lambda name=optimizer: worker.in_place(name), INNER),  # type: ignore[misc]
                 "kernel": _steps(kernel, optimizer),
+                "unchecked": median_of(lambda name=optimizer: worker.unchecked(name), INNER),  # type: ignore[misc]
                 "copied": median_of(lambda name=optimizer: worker.copied(name), INNER),  # type: ignore[misc]
                 "gloo": lambda: statistics.median(gloo.all_reduce(INNER)),
             }
@@ -126,7 +145,7 @@ def _same_host(options: Options, transport: Transport) -> list[Figure]:
 
 
 def same_host_figures(transport: str, optimizer: str, seconds: dict[str, list[float]]) -> list[Figure]:
-    """Figures from seconds per round of ``ours``, ``copied``, ``kernel`` and ``gloo`` (an all-reduce)."""
+    """Figures from seconds per round of ``ours``, ``unchecked``, ``copied``, ``kernel`` and ``gloo`` (an all-reduce)."""
     name = f"{transport} {optimizer}"
     ours, kernel = seconds["ours"], seconds["kernel"]
     both = [a + b for a, b in zip(seconds["gloo"], kernel, strict=True)]
@@ -134,6 +153,7 @@ def same_host_figures(transport: str, optimizer: str, seconds: dict[str, list[fl
     return [
         figure("dense", f"{name} push + apply + pull", statistics.median(ours) * 1e3, "ms", alone),
         figure("dense", f"{name} time / kernel alone", median_ratio(ours, kernel), "×", 1.0),
+        figure("dense", f"{name} unchecked time / kernel alone", median_ratio(seconds["unchecked"], kernel), "×", 1.0),
         figure("dense", f"{name} copied in and out", statistics.median(seconds["copied"]) * 1e3, "ms", alone),
         figure("dense", f"{name} Gloo all-reduce + step", statistics.median(both) * 1e3, "ms"),
         figure("dense", f"{name} speed-up over Gloo + step", median_ratio(both, ours), "×", median_ratio(both, kernel)),

@@ -32,6 +32,8 @@ def at_least(bound: float) -> Target:
 TARGETS: dict[str, Target] = {
     "dense: local SGD time / kernel alone": at_most(1.25),
     "dense: local AdamW time / kernel alone": at_most(1.25),
+    "dense: local SGD unchecked time / kernel alone": at_most(1.25),
+    "dense: local AdamW unchecked time / kernel alone": at_most(1.25),
     "dense: local SGD speed-up over Gloo + step": at_least(8),
     "dense: local AdamW speed-up over Gloo + step": at_least(3),
     "dense: tcp SGD throughput / raw socket, without the kernel": at_least(0.9),
