@@ -79,9 +79,7 @@ def one_process(start: dict[str, torch.Tensor], kind: str, workers: int, max_nor
 
 def spec(kind: str, name: str, max_norm: float | None) -> TableSpec:
     cls, hyper, _ = OPTIMIZERS[kind]
-    parameters = tuple(
-        ParameterSpec(key, shape, init=headwater.init.normal(1.0)) for key, shape in SHAPES.items()
-    )
+    parameters = tuple(ParameterSpec(key, shape, init=headwater.init.normal(1.0)) for key, shape in SHAPES.items())
     return TableSpec(name, parameters, OptimizerSpec(cls.__name__, (hyper,)), headwater.Bulk(), max_norm, seed=7)
 
 

@@ -14,23 +14,23 @@ import torch
 
 from headwater.client.dense import Dense
 from headwater.client.session import Session
-from headwater.client.table import Table
-from headwater.cluster.placement import layout
+from headwater.client.table import Table, check_tensor
+from headwater.cluster.placement import check_table, layout
 from headwater.errors import HeadwaterError, InternalError, UsageError
 from headwater.transports.address import host_identity
 from headwater.transports.stream import Handler, Link
 from headwater.types import Async, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
 from headwater.wire import messages as m
-from headwater.wire.optimizers import check
 from headwater.wire.tensors import dtype_name
 
+ZEROS, ASYNC = Init("zeros"), Async()
 Dial = Callable[[m.ShardView | None, Handler], Link]
 """Opens a link to a shard's server, or to the coordinator for ``None``."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClientStatistics:
-    """Counters since the client connected. Staleness in steps; ``lag`` is how far behind the fastest worker reads were."""
+    """Counters since the client connected. Staleness, and lag (of reads behind the fastest worker), in steps."""
 
     steps: int
     pushed_bytes: int
@@ -90,10 +90,10 @@ class Client:
         name: str,
         shape: tuple[int, ...],
         *,
-        init: Init = Init("zeros"),
+        init: Init = ZEROS,
         optimizer: type[torch.optim.Optimizer] | str = torch.optim.SGD,
         dtype: torch.dtype = torch.float32,
-        sync: Sync = Async(),
+        sync: Sync = ASYNC,
         max_grad_norm: float | None = None,
         nonfinite: str = "error",
         seed: int = 0,
@@ -122,7 +122,7 @@ class Client:
         ``values`` fill the parameters whose init is ``values``: the lowest rank assigns its own, the others get
         those. Raises as ``dense``, and ``UsageError`` if values are needed and missing.
         """
-        check(spec)
+        check_table(spec)
         known = self.tables.get(spec.name)
         if known is not None and known.spec == spec:
             return known
@@ -130,15 +130,18 @@ class Client:
         missing = [name for name in needed if name not in (values or {})]
         if missing:
             raise UsageError(f"table {spec.name!r}: no values were given for {missing[0]!r}; nothing was declared")
+        for p in spec.parameters:
+            if p.init.kind == "values":
+                check_tensor(p, (values or {})[p.name])
         declared = self._coordinator.request(m.Declare(spec), self.timeout).replies[0]
         assert isinstance(declared, m.Declared)
         table = Table(self, declared, layout(declared.spec, len(self.servers)))
-        self.tables[spec.name] = table
         if declared.assign:
             table.assign({name: (values or {})[name] for name in needed})
             self._coordinator.request(m.Initialised(table.number), self.timeout)
         elif not table.live:
             table.pull().wait()
+        self.tables[spec.name] = table
         return table
 
     # ---- the rest ------------------------------------------------------------------------------------
@@ -219,5 +222,3 @@ class Client:
             self._closed = True
             self._stop.set()
             self._hang_up()
-
-

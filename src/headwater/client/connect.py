@@ -79,5 +79,3 @@ def _choose(view: ShardView, host: str, force: str) -> Address:
     if force == "local" and not same:
         raise Unreachable(f"HEADWATER_TRANSPORT=local, but server {view.shard} is on another host than this client")
     return parse(view.local if same and force != "tcp" else view.address)
-
-

@@ -20,9 +20,7 @@ Span = tuple[int, int]
 class Part:
     """Shard-local bytes here are pieces (``blocks``) of the table's flat memories."""
 
-    def __init__(
-        self, session: Session, table: int, blocks: tuple[Block, ...], segments: tuple[Segment, ...]
-    ) -> None:
+    def __init__(self, session: Session, table: int, blocks: tuple[Block, ...], segments: tuple[Segment, ...]) -> None:
         self.session = session
         self.table = table
         self.blocks = blocks
@@ -48,7 +46,7 @@ class Part:
 
     def push(self, spans: list[Span], clock: int, members: int, flags: int, body: bytes) -> None:
         """Send ``spans``; ``flags`` (END, WANT, SKIP) go on the last frame, ``body`` on the first."""
-        frames = [self._frame(span, clock, members) for span in self._cut(spans)] or [self._frame((0, 0), clock, members)]
+        frames = [self._frame(span, clock, members) for span in self._cut(spans) or [(0, 0)]]
         frames[0].body = body
         frames[-1].flags |= flags
         if flags & Flag.WANT:

@@ -15,7 +15,7 @@ from headwater.client.tickets import StepResult, Ticket
 from headwater.cluster.placement import Layout
 from headwater.errors import HeadwaterError, LinkBroken, ShapeMismatch, UsageError, WorkerLost
 from headwater.transports import memory
-from headwater.types import Async, Bulk, Hyper, ParameterSpec, Segment, TableSpec
+from headwater.types import Async, Bulk, Hyper, ParameterSpec, Segment
 from headwater.wire import messages as m
 from headwater.wire.exact import clip_factor
 from headwater.wire.frames import Flag
@@ -234,7 +234,7 @@ class Table:
         if names is not None and not any(part.mapped for part in self._parts):
             self._wait_for(names, timeout)
             return
-        self._pump("finished", timeout)
+        self._pump("current", timeout)  # what was pushed of the next step is acknowledged with that step
         self._raise_failed()
         for part in self._parts:
             if part.mapped is not None and not self.live:
@@ -401,5 +401,3 @@ def check_tensor(p: ParameterSpec, value: torch.Tensor) -> None:
 
 def _yes() -> bool:
     return True
-
-

@@ -12,20 +12,20 @@ from typing import NamedTuple
 import msgspec
 
 from headwater.cluster.membership import HEARTBEAT, SILENCE, Member, Membership
-from headwater.cluster.placement import layout
+from headwater.cluster.placement import check_table, layout
 from headwater.errors import (
     ClusterError,
     HeadwaterError,
     ProtocolError,
     TableConflict,
     UnknownTable,
+    UsageError,
     WorkerLost,
 )
 from headwater.types import TableSpec
 from headwater.wire import messages as m
 from headwater.wire.exact import clip_factor, merge
 from headwater.wire.frames import Frame, Kind, Outgoing
-from headwater.wire.optimizers import check
 
 
 class _Asker(NamedTuple):
@@ -96,7 +96,7 @@ class Coordinator:
         self._now = now
         for server in self._servers.values():
             if server.peer == peer:
-                server.alive = False
+                self._bury(server)
         self._joining = [(asker, join) for asker, join in self._joining if asker.peer != peer]
         self._depart(peer, clean=False, why="died: its connection ended")
         return self._flush()
@@ -107,8 +107,16 @@ class Coordinator:
         for member in self.membership.silent(now):
             self._depart(member.peer, clean=False, why=f"was silent for {SILENCE:.0f} s")
         for server in self._servers.values():
-            server.alive = server.alive and now - server.heard <= SILENCE
+            if now - server.heard > SILENCE:
+                self._bury(server)
         return self._flush()
+
+    def _bury(self, server: _Server) -> None:
+        """A server is dead: nobody waits for what it cannot create any more."""
+        server.alive = False
+        for table in list(self._tables.values()):
+            if server.shard in table.creating:
+                self._give_up(table, ClusterError(f"server {server.shard} died while it created {table.spec.name!r}"))
 
     # ---- requests ----------------------------------------------------------------------------
 
@@ -116,8 +124,10 @@ class Coordinator:
         match message:
             case m.Join(role="server"):
                 self._join_server(asker, message)
-            case m.Join():
+            case m.Join(role="worker" | "reader"):
                 self._join(asker, message)
+            case m.Join():
+                raise UsageError(f"role {message.role!r} is none of 'server', 'worker' and 'reader'")
             case m.Leave():
                 self._depart(asker.peer, clean=True)
                 self._reply(asker, m.Done())
@@ -133,6 +143,7 @@ class Coordinator:
                 raise ProtocolError(f"{type(message).__name__} does not go to the coordinator")
 
     def _join_server(self, asker: _Asker, join: m.Join) -> None:
+        self._refuse_twice(asker.peer)
         shard = len(self._servers)
         if shard >= self.shards:
             raise ClusterError(f"this cluster was started for {self.shards} servers and has them")
@@ -147,12 +158,11 @@ class Coordinator:
                     self._fail(other, error)
 
     def _join(self, asker: _Asker, join: m.Join) -> None:
+        self._refuse_twice(asker.peer)
         if len(self._servers) < self.shards:
             self._joining.append((asker, join))
             return
-        dead = [s for s in self._servers.values() if not s.alive]
-        if dead:
-            raise ClusterError(f"server {dead[0].shard} is dead; this cluster must be started again")
+        self._refuse_if_dead()
         member = self.membership.admit(asker.peer, join, self._now)
         world = self.membership.world or len(self.membership.workers)
         views = tuple(
@@ -197,6 +207,20 @@ class Coordinator:
             for asker in self._barriers.pop(name).values():
                 self._reply(asker, m.Done())
 
+    def _refuse_if_dead(self) -> None:
+        dead = [s for s in self._servers.values() if not s.alive]
+        if dead:
+            raise ClusterError(f"server {dead[0].shard} is dead; this cluster must be started again")
+
+    def _refuse_twice(self, peer: int) -> None:
+        waits = any(asker.peer == peer for asker, _ in self._joining)
+        if waits or self.membership.holds(peer) or any(s.peer == peer for s in self._servers.values()):
+            raise ClusterError("this connection has joined already")
+
+    def _known(self, peer: int) -> None:
+        if not self.membership.holds(peer):
+            raise ClusterError("join first: only a member can use tables")
+
     def _member(self, peer: int) -> Member:
         for member in self.membership.workers.values():
             if member.peer == peer:
@@ -207,8 +231,10 @@ class Coordinator:
 
     def _declare(self, asker: _Asker, spec: TableSpec) -> None:
         number = self._names.get(spec.name)
+        self._known(asker.peer)
         if number is None:
-            check(spec)
+            check_table(spec)
+            self._refuse_if_dead()
             self._create(asker, spec)
             return
         table = self._tables[number]
@@ -220,8 +246,12 @@ class Coordinator:
             )
         if table.state == "ready":
             self._declared(asker, table, assign=False)
+        elif table.initialiser == asker.peer:  # asked again, say after a wrong value
+            self._declared(asker, table, assign=True)
         else:
             table.waiting.append(asker)
+            if table.state == "assigning" and table.initialiser is None:
+                self._pass_on(table)
 
     def _create(self, asker: _Asker, spec: TableSpec) -> None:
         number = len(self._tables) + 1
@@ -246,17 +276,20 @@ class Coordinator:
             self._release(table)
 
     def _pass_on(self, table: _Table) -> None:
-        """Choose who assigns the values: the lowest rank that waits for the table."""
+        """Choose who assigns the values: the lowest rank that waits for the table; never a reader."""
         ranks = {member.peer: member.rank for member in self.membership.workers.values()}
-        table.waiting.sort(key=lambda a: ranks.get(a.peer, len(ranks) + 1))
         table.state, table.initialiser = "assigning", None
-        if table.waiting:
-            first = table.waiting.pop(0)
+        able = [asker for asker in table.waiting if asker.peer in ranks]
+        if able:
+            first = min(able, key=lambda asker: ranks[asker.peer])
+            table.waiting.remove(first)
             table.initialiser = first.peer
             self._declared(first, table, assign=True)
 
     def _initialised(self, asker: _Asker, number: int) -> None:
         table = self._table(number)
+        if table.state != "assigning" or table.initialiser != asker.peer:
+            raise ClusterError(f"another worker assigns the values of table {table.spec.name!r}, or they are assigned")
         self._reply(asker, m.Done())
         self._release(table)
 
@@ -270,14 +303,21 @@ class Coordinator:
         self._reply(asker, m.Declared(table.number, table.spec, assign, self.membership.epoch))
 
     def _refused(self, peer: int, frame: Frame) -> None:
-        """A server could not create a table: whoever asked for it is told, and the name is free again."""
+        """A server could not create a table."""
         table = self._tables.get(frame.seq)
-        if table is None or table.state != "creating":
+        if table is not None and any(s.peer == peer for s in self._servers.values()):
+            self._give_up(table, m.read_error(frame.body))
+
+    def _give_up(self, table: _Table, why: HeadwaterError) -> None:
+        """Whoever asked for the table is told, the name is free again, and no server keeps memory for it."""
+        if table.state != "creating":
             return
         self._names.pop(table.spec.name, None)
         for asker in table.waiting:
-            self._fail(asker, m.read_error(frame.body))
+            self._fail(asker, why)
         table.waiting, table.state = [], "refused"
+        for shard in table.participants:
+            self._notify(self._servers[shard].peer, m.Drop(table.number))
 
     def _table(self, number: int) -> _Table:
         if number not in self._tables:
@@ -293,12 +333,14 @@ class Coordinator:
                 if server.peer == peer:
                     server.heard, server.report = self._now, message
         elif isinstance(message, m.Ready):
-            self._ready(message)
+            self._ready(peer, message)
         else:
             raise ProtocolError(f"{type(message).__name__} does not go to the coordinator")
 
-    def _ready(self, message: m.Ready) -> None:
+    def _ready(self, peer: int, message: m.Ready) -> None:
         table = self._table(message.table)
+        if message.shard not in table.participants or self._servers[message.shard].peer != peer:
+            raise ProtocolError(f"READY for shard {message.shard} of table {message.table} from another server")
         if message.members != self.membership.epoch:
             return  # the membership changed meanwhile; the shard will say so again
         table.ready[message.shard] = message

@@ -94,6 +94,10 @@ class Membership:
             self.world, self._departed = None, set()
         return member
 
+    def holds(self, peer: int) -> bool:
+        """Whether this peer is a worker or a reader."""
+        return peer in self.readers or any(member.peer == peer for member in self.workers.values())
+
     def heard(self, peer: int, report: Heartbeat, now: float) -> None:
         for member in [*self.workers.values(), *self.readers.values()]:
             if member.peer == peer:

@@ -13,12 +13,15 @@ from functools import lru_cache
 
 import msgspec
 
+from headwater.errors import NotEnoughMemory, UsageError
 from headwater.types import ITEMSIZE, ParameterSpec, Segment, TableSpec
-from headwater.wire.optimizers import KNOWN
+from headwater.wire.optimizers import KNOWN, check
 
 PAGE = 4096
 ALIGN = 64  # a cache line: every tensor and every fused run starts on one
 BLOCK = 4 << 20  # bytes: what one data frame carries at most (a larger whole tensor is sent in parts)
+HUGE = 1 << 30  # bytes: a parameter above this is cut into whole blocks only, or placing it would take minutes
+LARGEST = 1 << 40  # bytes of values: a larger table is a mistake, refused before anything is computed from it
 CHUNK = 16384  # elements: a large parameter is cut at multiples of this, so that sums do not depend on the cuts
 
 
@@ -67,11 +70,12 @@ def _atoms(index: int, parameter: ParameterSpec, whole: bool) -> list[_Atom]:
     itemsize = ITEMSIZE[parameter.dtype]
     if whole or parameter.numel <= CHUNK:
         return [_Atom(index, 0, parameter.numel, parameter.nbytes, ALIGN)]
-    cuts = range(0, parameter.numel, CHUNK)
-    return [
-        _Atom(index, a, min(a + CHUNK, parameter.numel), (min(a + CHUNK, parameter.numel) - a) * itemsize, PAGE)
-        for a in cuts
-    ]
+    each = CHUNK if parameter.nbytes <= HUGE else BLOCK // itemsize  # a multiple of CHUNK too
+    atoms = []
+    for start in range(0, parameter.numel, each):
+        stop = min(start + each, parameter.numel)
+        atoms.append(_Atom(index, start, stop, (stop - start) * itemsize, PAGE))
+    return atoms
 
 
 def _cut(atoms: Sequence[_Atom], shards: int) -> tuple[list[list[tuple[int, _Atom]]], int]:
@@ -97,9 +101,7 @@ def _merge(placed: list[tuple[int, _Atom]], shift: int) -> list[Segment]:
     for at, atom in placed:
         last = segments[-1] if segments else None
         if last is not None and last.parameter == atom.parameter:
-            segments[-1] = Segment(
-                last.parameter, last.start, atom.stop, last.offset, last.nbytes + atom.nbytes
-            )
+            segments[-1] = Segment(last.parameter, last.start, atom.stop, last.offset, last.nbytes + atom.nbytes)
         else:
             segments.append(Segment(atom.parameter, atom.start, atom.stop, at + shift, atom.nbytes))
     return segments
@@ -109,9 +111,7 @@ def _merge(placed: list[tuple[int, _Atom]], shift: int) -> list[Segment]:
 def _layout(key: bytes, shards: int) -> Layout:
     spec = msgspec.msgpack.decode(key, type=TableSpec)
     whole = KNOWN[spec.optimizer.name].whole_tensor
-    order = sorted(
-        range(len(spec.parameters)), key=lambda i: (spec.parameters[i].group, spec.parameters[i].dtype, i)
-    )
+    order = sorted(range(len(spec.parameters)), key=lambda i: (spec.parameters[i].group, spec.parameters[i].dtype, i))
     atoms = [atom for i in order for atom in _atoms(i, spec.parameters[i], whole)]
     cut, size = _cut(atoms, shards)
     offsets = [0] * len(spec.parameters)
@@ -133,11 +133,41 @@ def _layout(key: bytes, shards: int) -> Layout:
     return Layout(size, tuple(offsets), tuple(blocks), tuple(sizes), tuple(tuple(s) for s in segments))
 
 
+def check_table(spec: TableSpec) -> None:
+    """Whether a table of this spec can exist at all; whether a server has room for it is not known here.
+
+    Raises ``UsageError``, ``UnknownOptimizer`` or ``NotEnoughMemory``, naming the parameter.
+    """
+    names = set()
+    for p in spec.parameters:
+        if p.name in names:
+            raise UsageError(f"table {spec.name!r} has two parameters called {p.name!r}; nothing was declared")
+        names.add(p.name)
+        if p.dtype not in ITEMSIZE or min(p.shape, default=0) < 0:
+            raise UsageError(
+                f"parameter {p.name!r} of shape {p.shape} and dtype {p.dtype!r}: sizes are 0 or more and the dtype "
+                f"is one of {', '.join(ITEMSIZE)}; nothing was declared"
+            )
+    total = sum(p.nbytes for p in spec.parameters)
+    if not total:
+        raise UsageError(f"table {spec.name!r} holds no elements; nothing was declared")
+    if total > LARGEST:
+        raise NotEnoughMemory(
+            f"table {spec.name!r} would take {total / 2**40:.1f} TiB, over the bound of {LARGEST >> 40} TiB for one "
+            "table; nothing was declared"
+        )
+    if spec.nonfinite not in ("error", "skip", "allow"):
+        raise UsageError(f"nonfinite={spec.nonfinite!r} is none of 'error', 'skip' and 'allow'; nothing was declared")
+    if spec.max_grad_norm is not None and not spec.max_grad_norm >= 0:
+        raise UsageError(f"max_grad_norm={spec.max_grad_norm} is not 0 or more; nothing was declared")
+    check(spec)
+
+
 def layout(spec: TableSpec, shards: int) -> Layout:
     """Cut ``spec`` into blocks for ``shards`` shards.
 
-    Raises ``ValueError`` for fewer than one shard; an unknown optimizer must have been refused before
-    (``wire.optimizers.check``).
+    Raises ``ValueError`` for fewer than one shard; what cannot exist must have been refused before
+    (``check_table``).
     """
     if shards < 1:
         raise ValueError(f"a table needs at least one shard, not {shards}")

@@ -83,7 +83,12 @@ def run_server(args: argparse.Namespace, token: bytes | None) -> None:
     unix = listen(addresses.Address("local", local), token) if local else None
     control = connect(addresses.parse(args.coordinator), token, JOIN)
     join = m.Join(
-        "server", secrets.randbits(63), host, os.getpid(), address=_bound(tcp, asked), local=f"local://{local}" if local else ""
+        "server",
+        secrets.randbits(63),
+        host,
+        os.getpid(),
+        address=_bound(tcp, asked),
+        local=local and f"local://{local}",
     )
     welcome, early = _join(control, join)
     loop: Loop

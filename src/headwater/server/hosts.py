@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from headwater.cluster.coordinator import Coordinator
 from headwater.errors import LinkBroken, ProtocolError
 from headwater.server import COORDINATOR
+from headwater.transports.memory import close_all
 from headwater.wire import messages as m
 from headwater.wire.frames import Frame, Kind, Outgoing
 
@@ -31,6 +32,7 @@ class CoordinatorHost:
         raise ProtocolError(f"{frame.kind.name} with a payload: tensors do not pass through the coordinator")
 
     def receive(self, peer: int, frame: Frame, fds: tuple[int, ...]) -> list[Outgoing]:
+        close_all(fds)
         return self._coordinator.receive(peer, frame, self._clock())
 
     def closed(self, peer: int) -> list[Outgoing]:

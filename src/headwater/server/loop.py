@@ -20,6 +20,7 @@ from typing import Protocol
 
 from headwater.errors import AddressInUse, HeadwaterError, ProtocolError, UsageError
 from headwater.transports.address import Address, family
+from headwater.transports.memory import close_all
 from headwater.transports.receiver import Receiver, descriptors
 from headwater.wire import auth
 from headwater.wire import messages as m
@@ -78,7 +79,7 @@ def listen(address: Address, token: bytes | None) -> socket.socket:
         )
     if address.scheme == "local":
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        target: object = "\0" + address.host
+        target: str | tuple[str, int] = "\0" + address.host
     else:
         sock = socket.socket(family(address), socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -211,6 +212,8 @@ class Loop:
                 frames = connection.receiver.read()
                 for frame, fds in frames:
                     self._frame(connection, frame, fds)
+                    if connection.peer not in self._by_peer:
+                        return  # closed meanwhile: what came behind is not looked at
                 if frames and not connection.receiver.midway:
                     break
         except BlockingIOError:
@@ -223,6 +226,9 @@ class Loop:
             self._close(connection)
 
     def _frame(self, connection: _Connection, frame: Frame, fds: tuple[int, ...]) -> None:
+        if fds and (connection.stage != "open" or frame.kind != Kind.REQUEST):
+            close_all(fds)
+            raise ProtocolError(f"{frame.kind.name} with descriptors, which only a request carries")
         if connection.stage == "open":
             self.send(self.host.receive(connection.peer, frame, fds))
         else:
@@ -232,6 +238,7 @@ class Loop:
         """The server's side of FORMAT.md, section 3."""
         if connection.stage == "hello" and frame.kind == Kind.HELLO:
             connection.client_nonce = m.unpack(frame.body, m.Hello).nonce
+            auth.check_nonce(connection.client_nonce)
             connection.server_nonce = auth.nonce()
             mine = auth.proof(self._token, "server", connection.client_nonce, connection.server_nonce)
             connection.stage = "proof"
@@ -278,7 +285,10 @@ class Loop:
             while outbox:
                 self._send_some(connection.sock, outbox)
         except BlockingIOError:
-            self._want_write(connection, True)
+            if connection.closing:  # it does not read its refusal
+                self._close(connection)
+            else:
+                self._want_write(connection, True)
             return
         except OSError:
             self._close(connection)

@@ -96,7 +96,10 @@ class Node:
                 f"{frame.kind.name} of bytes {frame.start}:{end}, but the table has {kept.values.numel()} here "
                 f"in blocks of at most {limit}; nothing was allocated"
             )
-        if frame.kind == Kind.PUSH and not self.shard.table(frame.table).eager:
+        if frame.kind == Kind.PUSH and frame.table in link.shared:
+            raise ProtocolError(f"bytes for table {frame.table}, whose gradients this client shares")
+        again = frame.seq <= self.shard.sessions[link.session].seq  # a duplicate must not touch what is pending
+        if frame.kind == Kind.PUSH and not again and not self.shard.table(frame.table).eager:
             return _view(self.shard.staging(link.session, frame.table)[frame.start : end])
         if link.scratch.numel() < frame.length:
             link.scratch = torch.empty(limit, dtype=torch.uint8)
@@ -104,7 +107,7 @@ class Node:
         return link.landing[: frame.length]
 
     def receive(self, peer: int, frame: Frame, fds: tuple[int, ...] = ()) -> list[Outgoing]:
-        """A complete frame from a client."""
+        """A complete frame from a client; ``fds`` are closed in any case."""
         link = self._links.get(peer)
         if link is None:
             link = self._links[peer] = _Link()
@@ -112,9 +115,7 @@ class Node:
             if frame.kind == Kind.PUSH:
                 self._push(link, frame)
             elif frame.kind == Kind.PULL:
-                self._run(
-                    e.Pull(self._session(link), frame.seq, frame.table, frame.clock, frame.start, frame.length)
-                )
+                self._run(e.Pull(self._session(link), frame.seq, frame.table, frame.clock, frame.start, frame.length))
             elif frame.kind == Kind.ASSIGN:
                 self._assign(link, frame)
             elif frame.kind == Kind.REQUEST:
@@ -125,6 +126,9 @@ class Node:
             fatal = isinstance(error, ProtocolError)
             reply = Frame(Kind.ERROR, table=frame.table, seq=frame.seq, clock=frame.clock, body=m.error_body(error))
             self._out.append(Outgoing(peer, reply, close=fatal))
+        finally:
+            if fds:
+                memory.close_all(fds)
         return self._flush()
 
     def coordinator(self, frame: Frame) -> list[Outgoing]:
@@ -133,6 +137,8 @@ class Node:
             message = m.unpack_notice(frame.body)
             if isinstance(message, m.Commit | m.Members):
                 self._run(message)
+            elif isinstance(message, m.Drop):
+                self._forget(message.table)
         elif frame.kind == Kind.REQUEST:
             self._create_or_refuse(frame)
         return self._flush()
@@ -160,24 +166,19 @@ class Node:
     # ---- requests --------------------------------------------------------------------------------
 
     def _request(self, peer: int, link: _Link, frame: Frame, request: m.Request, fds: tuple[int, ...]) -> None:
-        try:
-            match request:
-                case m.Open():
-                    self._open(peer, link, frame, request)
-                case m.Attach():
-                    self._attach(peer, link, frame, request, fds)
-                case m.Slots():
-                    self._slots(peer, frame, request.table)
-                case m.SlotPart():
-                    event = e.AssignSlots(
-                        self._session(link), frame.seq, request.table, request.slots, request.reset
-                    )
-                    self._run(event)
-                    self._reply(peer, frame, m.Done())
-                case _:
-                    raise ProtocolError(f"{type(request).__name__} does not go to a server")
-        finally:
-            memory.close_all(fds)
+        match request:
+            case m.Open():
+                self._open(peer, link, frame, request)
+            case m.Attach():
+                self._attach(peer, link, frame, request, fds)
+            case m.Slots():
+                self._slots(peer, frame, request.table)
+            case m.SlotPart():
+                session = self._session(link)
+                self._run(e.AssignSlots(session, frame.seq, request.table, request.slots, request.reset))
+                self._reply(peer, frame, m.Done())
+            case _:
+                raise ProtocolError(f"{type(request).__name__} does not go to a server")
 
     def _open(self, peer: int, link: _Link, frame: Frame, request: m.Open) -> None:
         if request.shard != self.shard.number:
@@ -255,6 +256,8 @@ class Node:
         )  # fmt: skip
 
     def _assign(self, link: _Link, frame: Frame) -> None:
+        if frame.flags & Flag.SHARED:
+            raise ProtocolError("an assignment needs its bytes behind it; values are not shared for writing")
         data = link.scratch[: frame.length]
         last = bool(frame.flags & Flag.END)
         self._run(e.Assign(self._session(link), frame.seq, frame.table, frame.start, data, last))
@@ -269,8 +272,10 @@ class Node:
             reply: m.Reply = m.Created(request.table, self._create(request.table, request.spec))
             out = Frame(Kind.REPLY, seq=frame.seq, body=m.pack(reply))
         except HeadwaterError as error:
+            self._forget(request.table)
             out = Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(error))
-        except MemoryError as error:
+        except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError where memory is refused
+            self._forget(request.table)
             refusal = NotEnoughMemory(f"table {request.spec.name!r}: {error}; it was not created")
             out = Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(refusal))
         self._out.append(Outgoing(COORDINATOR, out))
@@ -291,6 +296,13 @@ class Node:
         self._run(e.Created(number, spec, segments, kept.values, alone, kept.versions))
         self.shard.tables[number].dense.after_block = lambda start, stop: self._drop(number, start, stop)
         return self.shard.tables[number].dense.nbytes
+
+    def _forget(self, number: int) -> None:
+        """The table does not come about: give its memory back."""
+        kept = self._memory.pop(number, None)
+        if kept is not None:
+            memory.close_all(kept.fds)
+        self.shard.tables.pop(number, None)
 
     def _drop(self, table: int, start: int, stop: int) -> None:
         """A step has read these gradients: stay resident with one worker's, however many there are."""
@@ -334,6 +346,7 @@ class Node:
     def _ack(self, a: e.Ack) -> None:
         flags = (Flag.END if a.step else 0) | (Flag.SKIP if a.skipped else 0)
         body = b"" if a.norm is None else m.pack(m.AckBody(a.norm))
+        self._count_live(a)
         self._to(
             a.session,
             Frame(
@@ -341,6 +354,13 @@ class Node:
                 start=a.staleness, members=self.shard.members_epoch, body=body,
             ),
         )  # fmt: skip
+
+    def _count_live(self, a: e.Ack) -> None:
+        """Values that a client maps are fresh without a byte moved; they count as pulled, as a doorbell as pushed."""
+        peer = self._peers.get(a.session)
+        table = self.shard.tables.get(a.table)
+        if a.step and table is not None and table.bulk and peer is not None and a.table in self._links[peer].shared:
+            self.pulled_bytes += table.size
 
     def _fail(self, f: e.Fail) -> None:
         body = m.pack(m.ErrorBody(f.code, f.message))
@@ -357,6 +377,7 @@ class Node:
             return
         kept = self._memory[s.table]
         if s.table in self._links[peer].shared:
+            self.pulled_bytes += s.length
             self._to(s.session, self._data(s, Flag.SHARED | Flag.END, s.start, s.length))
             return
         self.pulled_bytes += s.length

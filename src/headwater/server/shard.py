@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -18,6 +19,7 @@ from headwater.errors import (
     HeadwaterError,
     ProtocolError,
     SessionExpired,
+    ShapeMismatch,
     StaleEpoch,
     UnknownTable,
     WorkerLost,
@@ -25,10 +27,14 @@ from headwater.errors import (
 from headwater.server import events as e
 from headwater.server.sync import Clocks, Gathering
 from headwater.server.sync.bulk import Part, union
-from headwater.server.tables.dense import Contribution, DenseShard
-from headwater.types import Bulk, TableSpec, Version
+from headwater.server.tables.dense import DenseShard
+from headwater.server.tables.plan import Contribution
+from headwater.types import Bulk, Hyper, TableSpec, Version
 from headwater.wire.frames import Flag
 from headwater.wire.messages import Commit, Members, Ready, StepBody
+from headwater.wire.tensors import from_bytes
+
+Asked = TypeVar("Asked", e.Push, e.Pull)
 
 
 @dataclass(slots=True)
@@ -48,13 +54,14 @@ class Table:
         self.spec: TableSpec = event.spec
         self.number = event.table
         self.dense = DenseShard(event.spec, event.segments, event.values.numel(), event.values)
+        self.values = event.values
         self.size = event.values.numel()
         self.alone = event.alone
         self.versions = event.versions
         self.bulk = isinstance(event.spec.sync, Bulk)
         self.gathering = Gathering()
         self.clocks = Clocks(event.spec.sync)
-        self.groups: dict[int, tuple[dict[str, object], ...]] = {}
+        self.groups: dict[int, tuple[dict[str, Hyper], ...]] = {}
         self.waiting: list[e.Pull] = []
         self.held: list[e.Push] = []
         self.staged: dict[int, list[tuple[int, int]]] = {}
@@ -121,17 +128,16 @@ class Shard:
 
     def handle(self, event: e.Event) -> list[e.Instruction]:
         """Take one event. Refusals of pushes and pulls are instructions; anything else raises a typed error."""
-        kind = type(event)
-        if kind is e.Push:
+        if isinstance(event, e.Push):
             self._guard(self._push, event)
-        elif kind is e.Pull:
-            self._guard(self._pull, event)
+        elif isinstance(event, e.Pull):
+            self._guard(self._read, event)
         else:
             self._rare(event)
         out, self._out = self._out, []
         return out
 
-    def _rare(self, event: e.Event) -> None:
+    def _rare(self, event: e.Rare) -> None:
         match event:
             case Commit():
                 self._commit(event)
@@ -150,7 +156,7 @@ class Shard:
             case e.AssignSlots():
                 self._assign_slots(event)
 
-    def _guard(self, act: Callable[[e.Push | e.Pull], None], event: e.Push | e.Pull) -> None:
+    def _guard(self, act: Callable[[Asked], None], event: Asked) -> None:
         try:
             act(event)
         except HeadwaterError as error:
@@ -180,6 +186,7 @@ class Shard:
             table.waiting = [p for p in table.waiting if p.session != session.number]
             table.held = [p for p in table.held if p.session != session.number]
             table.staged.pop(session.number, None)
+            table.gathering.forget(session.rank, session.number)
 
     def _attach(self, event: e.Attached) -> None:
         session = self._session(event.session)
@@ -238,7 +245,8 @@ class Shard:
         """A duplicate: acknowledged again if it is applied, else the answer is still to come."""
         part = table.gathering.parts.get(session.rank)
         pending = part is not None and event.seq <= part.seq
-        if not pending and all(held.seq != event.seq for held in table.held):
+        held = any(push.session == session.number and push.seq == event.seq for push in table.held)
+        if not pending and not held:
             self._out.append(e.Ack(session.number, event.seq, event.table, event.clock, self.lsn))
 
     def _contribute(self, session: Session, table: Table, event: e.Push) -> None:
@@ -250,16 +258,31 @@ class Shard:
                 f"worker {session.rank} pushes step {event.clock} of table {table.spec.name!r}, "
                 f"which is at step {gathering.clock}; nothing was applied"
             )
+        if session.rank not in gathering.ranks and event.members <= gathering.members:
+            raise SessionExpired(
+                f"worker {session.rank} is no member any more (it was silent for too long, or has left); "
+                "nothing was applied. Connect again"
+            )
         part = gathering.part(session.rank, session.number)
+        if part.ended:
+            raise ProtocolError(f"worker {session.rank} pushes to step {event.clock}, which it has ended")
+        if event.body is not None and event.body.groups is not None:
+            table.dense.check_groups(event.body.groups)
+            table.groups[session.rank] = event.body.groups
         part.seq = event.seq
         if event.length:
+            part.gradients = self._gradients(session, table)
             part.ranges.append((event.start, event.start + event.length))
-        if event.body is not None and event.body.groups is not None:
-            table.groups[session.rank] = event.body.groups  # type: ignore[assignment]
         if event.flags & Flag.END:
             part.ended, part.skip = True, bool(event.flags & Flag.SKIP)
             part.wants = bool(event.flags & Flag.WANT)
             self._check_complete(table)
+
+    def _gradients(self, session: Session, table: Table) -> torch.Tensor:
+        found = session.gradients.get(table.number)
+        if found is None:
+            raise ProtocolError(f"a push to table {table.spec.name!r} without bytes and without shared memory")
+        return found
 
     def _why_lost(self, clock: int) -> str:
         m = self._members
@@ -273,8 +296,7 @@ class Shard:
         if gathering.announced or not gathering.complete():
             return
         gathering.announced = True
-        parts = gathering.parts
-        skip = any(part.skip for part in parts.values())
+        skip = any(part.skip for part in gathering.seated())
         squares: tuple[float, ...] = ()
         if table.spec.max_grad_norm is not None and not skip:
             squares = tuple(table.dense.square_norm(self._contributions(table), self._divide(table)))
@@ -284,16 +306,15 @@ class Shard:
 
     def _contributions(self, table: Table) -> list[Contribution]:
         """In rank order, each with its union of ranges."""
-        found = []
-        for _, part in sorted(table.gathering.parts.items()):
-            session = self.sessions.get(part.session)
-            if session is not None and part.ranges:
-                found.append(Contribution(session.gradients[table.number], union(part.ranges)))
-        return found
+        return [
+            Contribution(part.gradients, union(part.ranges))
+            for part in table.gathering.seated()
+            if part.gradients is not None
+        ]
 
     def _divide(self, table: Table) -> int:
         mean = isinstance(table.spec.sync, Bulk) and table.spec.sync.reduce == "mean"
-        return len(table.gathering.parts) if mean else 1
+        return len(table.gathering.ranks) if mean else 1
 
     def _commit(self, event: Commit) -> None:
         table = self.table(event.table)
@@ -305,7 +326,7 @@ class Shard:
             self._apply(table, self._contributions(table), self._divide(table), event.scale)
         parts = gathering.finish()
         table.clocks.version += 1
-        for _, part in parts:
+        for part in parts:
             self._finish_part(table, part, event)
 
     def _finish_part(self, table: Table, part: Part, event: Commit) -> None:
@@ -318,7 +339,7 @@ class Shard:
     def _set_groups(self, table: Table) -> None:
         """New hyperparameters of the lowest rank that sent any: all workers run the same schedule."""
         if table.groups:
-            table.dense.set_groups(table.groups[min(table.groups)])  # type: ignore[arg-type]
+            table.dense.set_groups(table.groups[min(table.groups)])
             table.groups = {}
 
     def _apply(
@@ -348,6 +369,7 @@ class Shard:
                 if event.flags & Flag.WANT and not event.flags & Flag.END:
                     self._pull(e.Pull(session.number, 0, table.number, event.clock, event.start, event.length))
             else:
+                self._gradients(session, table)
                 table.staged.setdefault(session.number, []).append(span)
         if not event.flags & Flag.END:
             return
@@ -362,14 +384,19 @@ class Shard:
         body = event.body or StepBody()
         skip = bool(event.flags & Flag.SKIP)
         if ranges and not skip:
-            gradients = session.gradients[table.number]
-            self._apply(table, [Contribution(gradients, union(ranges))], 1, body.scale)
+            self._apply(table, [Contribution(self._gradients(session, table), union(ranges))], 1, body.scale)
         staleness = table.clocks.pushed(session.rank, event.clock)
         self._out.append(
             e.Ack(session.number, event.seq, table.number, event.clock, self.lsn, staleness, True, skip, body.norm)
         )
         if event.flags & Flag.WANT:
             self._pull(e.Pull(session.number, 0, table.number, event.clock, 0, table.size))
+
+    def _read(self, event: e.Pull) -> None:
+        """A worker that reads again is less stale: a step that waited for it may go on."""
+        self._pull(event)
+        if self.tables[event.table].held:
+            self._progress(self.tables[event.table])
 
     def _pull(self, event: e.Pull) -> None:
         session, table = self._session(event.session), self.table(event.table)
@@ -382,8 +409,9 @@ class Shard:
         clocks = table.clocks
         staleness = 0 if table.bulk else max(clocks.clock.values(), default=0) - min(clocks.clock.values(), default=0)
         clocks.was_read(session.rank)
+        start, length = event.start, event.length
         self._out.append(
-            e.Send(event.session, event.request, event.table, event.clock, self.lsn, staleness, event.start, event.length)
+            e.Send(event.session, event.request, event.table, event.clock, self.lsn, staleness, start, length)
         )
 
     def _held_ranks(self, table: Table) -> set[int]:
@@ -429,30 +457,41 @@ class Shard:
     # ---- assignments -----------------------------------------------------------------------------
 
     def _assign(self, event: e.Assign) -> None:
-        table = self.table(event.table)
-        span = (event.start, event.start + event.data.numel())
-        if span[1] > table.size:
-            raise ProtocolError(f"an assignment past the end of table {table.spec.name!r} on shard {self.number}")
-        self._before_write(event.table, (span,))
-        table.touch((span,))
-        table.dense.values[span[0] : span[1]] = event.data
-        table.touch((span,))
+        table = self._writable(event)
+        if event.data.numel():
+            span = (event.start, event.start + event.data.numel())
+            table.check_range(*span)
+            self._before_write(event.table, (span,))
+            table.touch((span,))
+            table.values[span[0] : span[1]] = event.data
+            table.touch((span,))
         self.lsn += 1
         if event.last:
             self._out.append(e.Ack(event.session, event.request, event.table, 0, self.lsn))
 
     def _assign_slots(self, event: e.AssignSlots) -> None:
-        from headwater.wire.tensors import from_bytes
-
-        table = self.table(event.table)
+        table = self._writable(event)
+        if event.reset:
+            table.dense.reset_slots()
         for slot in event.slots:
-            table.dense.write_slot(slot.parameter, slot.name, slot.start, from_bytes(slot.data, slot.dtype, slot.shape))
+            piece = from_bytes(slot.data, slot.dtype, slot.shape)
+            try:
+                table.dense.write_slot(slot.parameter, slot.name, slot.start, piece)
+            except (RuntimeError, ValueError, OverflowError) as error:
+                raise ShapeMismatch(f"slot {slot.name!r} of parameter {slot.parameter}: {error}") from None
         self.lsn += 1
+
+    def _writable(self, event: e.Assign | e.AssignSlots) -> Table:
+        if self._session(event.session).rank < 0:
+            raise ClusterError("a reader cannot assign; connect with role='worker'")
+        return self.table(event.table)
 
     def validate(self) -> None:
         """Invariants, for tests: raises ``AssertionError`` with the state that breaks one."""
         for table in self.tables.values():
             g = table.gathering
             assert not (g.announced and not g.complete()), f"READY was said for an incomplete step: {g.parts}"
+            assert all(p.gradients is not None for p in g.parts.values() if p.ranges), f"nothing to add up: {g.parts}"
+            assert all(p.session in self.sessions for p in g.parts.values() if not g.announced), "a part of nobody"
             assert table.versions is None or all(v % 2 == 0 for v in table.versions), "a block was left half written"
             assert not (table.bulk and (table.held or table.waiting)), "bulk steps neither hold nor delay"

@@ -33,9 +33,10 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 def create(name: str, size: int) -> int:
     """A new memfd of ``size`` zero bytes, sealed; the caller closes it.
 
-    Raises ``NotEnoughMemory`` now rather than a SIGBUS later.
+    ``name`` shows in /proc only. Raises ``NotEnoughMemory`` now rather than a SIGBUS later.
     """
-    fd = os.memfd_create(f"headwater:{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    shown = "".join(c if c.isascii() and c.isprintable() else "?" for c in name[:64])
+    fd = os.memfd_create(f"headwater:{shown}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size)
         if size:
@@ -50,8 +51,11 @@ def create(name: str, size: int) -> int:
 
 
 def verify(fd: int, size: int) -> None:
-    """Refuse a received descriptor that is smaller than agreed or could still shrink."""
-    seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    """Refuse a received descriptor that is no memfd, smaller than agreed, or could still shrink."""
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        raise ProtocolError("a descriptor that is no memfd was sent as shared memory") from None
     if seals & _SEALS != _SEALS or os.fstat(fd).st_size < size:
         raise ProtocolError(
             f"shared memory of {os.fstat(fd).st_size} bytes with seals {seals:#x} instead of {size} sealed bytes"

@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Callable
 
-from headwater.errors import LinkBroken
+from headwater.errors import LinkBroken, ProtocolError
 from headwater.wire.frames import MAX_BODY, Frame, check_payload, parse
 
 BUFFER = 64 << 10  # bytes: headers and small frames; at most this much of a payload is copied once more
@@ -90,7 +90,7 @@ class Receiver:
     def _recv(self, target: memoryview, flags: int) -> int:
         try:
             if self._unix:
-                count, extra, _, _ = self._sock.recvmsg_into([target], _SPACE, flags)
+                count, extra, _, _ = self._sock.recvmsg_into([target], _SPACE, flags | socket.MSG_CMSG_CLOEXEC)
                 for level, kind, data in extra:
                     if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                         got = array.array("i")
@@ -102,6 +102,8 @@ class Receiver:
             raise BlockingIOError from None
         except OSError as error:
             raise LinkBroken(f"the connection ended: {error.strerror or error}") from None
+        if len(self._fds) > _FDS:
+            raise ProtocolError(f"more than {_FDS} descriptors came beside one frame")
         if count == 0:
             raise LinkBroken("the other side closed the connection")
         return count

@@ -34,6 +34,7 @@ from headwater.wire.frames import Flag, Frame, Kind, checksum, encode
 INLINE = 128 << 10  # bytes: a larger payload is left to the sender thread
 TICK = 0.5  # seconds: how often a blocked call looks at its deadline
 HANDSHAKE = 10.0  # seconds
+SEND = 60  # seconds in which the other side must take some bytes
 SPIN = 100e-6  # seconds
 
 
@@ -73,10 +74,11 @@ def connect(address: Address, token: bytes | None, timeout: float) -> socket.soc
             f"nobody answers at {address} ({error.strerror or error}); is the cluster running and the address right?"
         ) from None
     try:
+        sock.settimeout(min(timeout, HANDSHAKE))
         _shake_hands(sock, token or b"")
-    except (OSError, BlockingIOError) as error:
+    except (OSError, HeadwaterError) as error:
         sock.close()
-        if isinstance(error, HeadwaterError):
+        if isinstance(error, HeadwaterError) and not isinstance(error, LinkBroken):
             raise
         raise Unreachable(f"{address} accepted the connection but did not finish the handshake: {error}") from None
     return sock
@@ -85,10 +87,10 @@ def connect(address: Address, token: bytes | None, timeout: float) -> socket.soc
 def _shake_hands(sock: socket.socket, token: bytes) -> None:
     """The client's side of FORMAT.md, section 3: the server proves itself first."""
     mine = auth.nonce()
-    sock.settimeout(HANDSHAKE)
     receiver = Receiver(sock, _no_payload, limit=4096)
     sock.sendall(encode(Frame(Kind.HELLO, body=m.pack(m.Hello(mine, "headwater")))))
     challenge = m.unpack(_expect(receiver, Kind.CHALLENGE).body, m.Challenge)
+    auth.check_nonce(challenge.nonce)
     auth.check(token, "server", mine, challenge.nonce, challenge.proof)
     answer = auth.proof(token, "client", mine, challenge.nonce)
     sock.sendall(encode(Frame(Kind.PROOF, body=m.pack(m.Proof(answer)))))
@@ -134,6 +136,7 @@ class StreamLink:
         sock.settimeout(None)
         tick = struct.pack("ll", int(TICK), int(TICK % 1 * 1e6))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND, 0))
 
     # ---- sending -------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import os
 import secrets
 from pathlib import Path
 
-from headwater.errors import AuthenticationFailed
+from headwater.errors import AuthenticationFailed, ProtocolError
 
 NONCE = 32
 
@@ -27,6 +27,12 @@ def token_from_environment() -> bytes | None:
 
 def nonce() -> bytes:
     return secrets.token_bytes(NONCE)
+
+
+def check_nonce(given: bytes) -> None:
+    """Raises ``ProtocolError``: with another length, two different pairs of nonces could look the same."""
+    if len(given) != NONCE:
+        raise ProtocolError(f"a nonce of {len(given)} bytes instead of {NONCE}")
 
 
 def proof(token: bytes, side: str, client_nonce: bytes, server_nonce: bytes) -> bytes:

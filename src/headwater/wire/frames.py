@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing_extensions import Buffer
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
 import xxhash
+from typing_extensions import Buffer
 
 from headwater.errors import ProtocolError
 
@@ -102,7 +102,7 @@ _CARRIERS = frozenset({Kind.PUSH, Kind.DATA, Kind.ASSIGN})
 
 def checksum(payload: Buffer) -> int:
     """XXH3 of a payload, cut to 32 bits."""
-    return xxhash.xxh3_64_intdigest(payload) & 0xFFFFFFFF  # type: ignore[arg-type]
+    return xxhash.xxh3_64_intdigest(payload) & 0xFFFFFFFF
 
 
 def encode(frame: Frame) -> bytes:
@@ -139,9 +139,9 @@ def decode_header(data: Buffer, offset: int = 0) -> Frame:
 
     Raises ``ProtocolError`` for a wrong magic, version, kind, flag or size. Nothing has been allocated then.
     """
-    (magic, version, kind, flags, shard, table, session, epoch, seq, lsn, clock, start, length, members, body, check) = (
-        _FIELDS.unpack_from(data, offset)
-    )
+    fields = _FIELDS.unpack_from(data, offset)
+    magic, version, kind, flags = fields[:4]
+    shard, table, session, epoch, seq, lsn, clock, start, length, members, body, check = fields[4:]
     if magic != MAGIC:
         raise ProtocolError(f"magic {magic!r} instead of {MAGIC!r}: the other side does not speak Headwater")
     if version != VERSION:

@@ -167,6 +167,12 @@ class Created(msgspec.Struct, frozen=True, tag="created"):
     nbytes: int
 
 
+class Drop(msgspec.Struct, frozen=True, tag="drop"):
+    """Another server refused this table: give its memory back."""
+
+    table: int
+
+
 class Members(msgspec.Struct, frozen=True, tag="members"):
     """The workers that a step needs. ``lost`` is the last epoch that a death began."""
 
@@ -286,11 +292,9 @@ class ErrorBody(msgspec.Struct, frozen=True):
     message: str
 
 
-Request = (
-    Join | Leave | Declare | Initialised | Barrier | Status | Create | Open | Attach | Slots | SlotPart
-)
+Request = Join | Leave | Declare | Initialised | Barrier | Status | Create | Open | Attach | Slots | SlotPart
 Reply = Joined | Welcome | Declared | Done | ClusterStatus | Created | Opened | Attached | SlotPart
-Notice = Members | Ready | Commit | Heartbeat
+Notice = Members | Ready | Commit | Heartbeat | Drop
 
 _encoder = msgspec.msgpack.Encoder()
 _request = msgspec.msgpack.Decoder(Request)
@@ -312,15 +316,18 @@ def unpack(data: bytes, kind: type[T]) -> T:
 
 
 def unpack_request(data: bytes) -> Request:
-    return _checked(_request, data, "request")
+    found: Request = _checked(_request, data, "request")
+    return found
 
 
 def unpack_reply(data: bytes) -> Reply:
-    return _checked(_reply, data, "reply")
+    found: Reply = _checked(_reply, data, "reply")
+    return found
 
 
 def unpack_notice(data: bytes) -> Notice:
-    return _checked(_notice, data, "notice")
+    found: Notice = _checked(_notice, data, "notice")
+    return found
 
 
 def _checked(decoder: msgspec.msgpack.Decoder[T], data: bytes, what: str) -> T:

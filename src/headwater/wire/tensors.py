@@ -58,7 +58,7 @@ def from_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     Raises:
         ShapeMismatch: unknown dtype, or the bytes do not fill the shape.
     """
-    if dtype not in DTYPES or len(data) != math.prod(shape) * ITEMSIZE[dtype]:
+    if dtype not in DTYPES or min(shape, default=0) < 0 or len(data) != math.prod(shape) * ITEMSIZE[dtype]:
         raise ShapeMismatch(f"{len(data)} bytes do not make a tensor of shape {shape} and dtype {dtype}")
     if not data:
         return torch.empty(shape, dtype=DTYPES[dtype])

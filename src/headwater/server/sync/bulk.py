@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 
 @dataclass(slots=True)
 class Part:
@@ -19,6 +21,7 @@ class Part:
     ended: bool = False
     skip: bool = False
     wants: bool = False  # send fresh values after the commit
+    gradients: torch.Tensor | None = None  # kept here: once READY is said, the step no longer needs the connection
 
 
 def union(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -53,6 +56,16 @@ class Gathering:
         """Every rank that the step needs has ended it."""
         return bool(self.ranks) and all(r in self.parts and self.parts[r].ended for r in self.ranks)
 
+    def seated(self) -> list[Part]:
+        """The parts of the ranks that the step needs, in rank order."""
+        return [part for rank, part in sorted(self.parts.items()) if rank in self.ranks]
+
+    def forget(self, rank: int, session: int) -> None:
+        """The connection of a worker ended. Its part goes, unless READY was said with it: then all shards decide."""
+        part = self.parts.get(rank)
+        if part is not None and part.session == session and not self.announced:
+            del self.parts[rank]
+
     def members_changed(self, epoch: int, ranks: tuple[int, ...], lost: int) -> list[Part]:
         """Returns the parts that a death made void: their workers must be told."""
         self.members, self.ranks, self.announced = epoch, ranks, False
@@ -63,9 +76,9 @@ class Gathering:
         void, self.parts = [p for r, p in self.parts.items() if r in ranks], {}
         return void
 
-    def finish(self) -> list[tuple[int, Part]]:
+    def finish(self) -> list[Part]:
         """The step is decided: its parts in rank order; the next step begins."""
-        done = sorted(self.parts.items())
+        done = self.seated()
         self.parts, self.announced = {}, False
         self.clock += 1
         return done

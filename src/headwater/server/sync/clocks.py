@@ -50,7 +50,7 @@ class Clocks:
         """Stale(bound): a worker at ``clock`` reads once the slowest worker has reached ``clock - bound``."""
         if not isinstance(self.sync, Stale) or rank not in self.clock:
             return True
-        return min(self.clock.values()) >= clock - self.sync.bound
+        return min(self.clock.values()) >= max(clock, self.clock[rank]) - self.sync.bound
 
     def may_apply(self, rank: int, held: Collection[int] = ()) -> bool:
         """Async(max_staleness): whether one more step leaves every worker that still computes within the cap.

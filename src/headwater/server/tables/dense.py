@@ -87,16 +87,7 @@ class DenseShard:
         Raises:
             UnknownOptimizer: another number of groups, an unknown key or a bad value; nothing was changed.
         """
-        name = self.spec.optimizer.name
-        if len(groups) != len(self._groups):
-            raise UnknownOptimizer(
-                f"table {self.spec.name!r} has {len(self._groups)} parameter group(s), not {len(groups)}; "
-                "nothing was changed"
-            )
-        merged = [
-            optimizers.complete(name, {**old, **optimizers.checked(name, new)})
-            for old, new in zip(self._groups, groups, strict=True)
-        ]
+        merged = self.check_groups(groups)
         if merged == self._groups:
             return
         self._groups = merged
@@ -104,6 +95,19 @@ class DenseShard:
             self._generic.set_groups(merged)
         else:
             self._bind()
+
+    def check_groups(self, groups: Sequence[Mapping[str, Hyper]]) -> list[dict[str, Hyper]]:
+        """What ``set_groups`` would make of ``groups``; changes nothing and raises the same."""
+        if len(groups) != len(self._groups):
+            raise UnknownOptimizer(
+                f"table {self.spec.name!r} has {len(self._groups)} parameter group(s), not {len(groups)}; "
+                "nothing was changed"
+            )
+        name = self.spec.optimizer.name
+        return [
+            optimizers.complete(name, {**old, **optimizers.checked(name, new)})
+            for old, new in zip(self._groups, groups, strict=True)
+        ]
 
     def apply(self, contributions: Sequence[Contribution], divide: int = 1, scale: float | None = None) -> None:
         """One optimizer step on what the contributions cover.
