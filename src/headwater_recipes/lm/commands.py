@@ -70,7 +70,7 @@ def train(
 
 
 def generate(
-    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "def ",
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "def __init__(self",
     run: Annotated[Path | None, typer.Option(help="A run's folder. Default: the newest in runs/.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 200,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token each time; 1: as the model says.")] = 0.8,
@@ -79,7 +79,7 @@ def generate(
 ) -> None:
     """Continue a prompt with a trained model.
 
-    Example: headwater generate --run runs/lm-20260101-120000 --prompt "class "
+    Example: headwater generate --run runs/lm-20260101-120000 --prompt "import os"
     """
     from headwater_recipes.lm.checkpoint import find_folder
     from headwater_recipes.lm.generation import generate_text

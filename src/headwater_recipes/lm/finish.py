@@ -11,7 +11,7 @@ from headwater_recipes.lm.board import Board
 from headwater_recipes.lm.evaluate import Score
 from headwater_recipes.lm.generation import generate_text
 
-PROMPT = "def "
+PROMPT = "def __init__(self"
 """What the sample at the end begins with, when the corpus is the standard library."""
 
 

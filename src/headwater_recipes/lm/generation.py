@@ -29,6 +29,7 @@ def generate_text(
     """
     if max_new_tokens < 1 or temperature < 0 or top_k < 1:
         raise UsageError("max_new_tokens and top_k must be 1 or more, temperature 0 or more; nothing was generated")
+    model.quiet()
     loaded, words = cast(Any, model.load(folder)).eval(), tokenizer.load(folder)
     end: int = words.get_vocab()[tokenizer.END]
     ids: list[int] = cast(Any, words)(prompt)["input_ids"] or [end]

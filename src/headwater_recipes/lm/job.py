@@ -188,7 +188,7 @@ class Job:
         say(finish.sample(self.folder, finish.prompt_of(self.folder, s.data), s.seed))
         say("")
         say(f"{self.folder}: model.safetensors, config.json, tokenizer.json, metrics.jsonl, loss.png, report.json")
-        say(f'go on writing: headwater generate --run {self.folder} --prompt "class "')
+        say(f'go on writing: headwater generate --run {self.folder} --prompt "import os"')
 
     def _explain(self, outcome: launch.Outcome) -> int:
         """A run that did not come to its end."""

@@ -90,9 +90,16 @@ def load(folder: Path) -> LlamaForCausalLM:
 
 
 def _quick(model: Any) -> Any:
-    # On a CPU and at a few hundred tokens, plain attention is faster than the fused kernel's backward (bench/README).
+    # On a CPU and at a few hundred tokens, plain attention is faster than the fused kernel's backward.
     model.set_attn_implementation("eager")
     return model
+
+
+def quiet() -> None:
+    """No progress bars from transformers: ours shows the progress."""
+    from transformers.utils import logging
+
+    cast(Any, logging).disable_progress_bar()
 
 
 def groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -6,14 +6,17 @@ from typing import Literal
 
 import msgspec
 
-_MARK = "\x1elm "  # RS, as JSON text sequences begin (RFC 7464): no ordinary output starts so
+_MARK = "::headwater-lm "  # no ordinary output starts so
 
 
 class Started(msgspec.Struct, frozen=True, tag="started"):
+    """``in_place``: the values are the servers' own memory, so a pull moves no bytes."""
+
     rank: int
     step: int
     parameters: int
     precision: str
+    in_place: bool
 
 
 class Stepped(msgspec.Struct, frozen=True, tag="step"):

@@ -97,7 +97,8 @@ class Worker:
         """Train until the plan says stop, then save, verify and validate."""
         size = sum(p.numel() for p in self.model.parameters())
         precision = "bfloat16" if self.bfloat16 else "float32"
-        reports.say(reports.Started(self.ps.rank, self.step, size, precision))
+        in_place = self.ps.tables["model"].live
+        reports.say(reports.Started(self.ps.rank, self.step, size, precision, in_place))
         self.model.train()
         while not self._over():
             loss = self._train_step()
@@ -237,6 +238,7 @@ def main(folder: Path) -> None:
             worker.stopping = True
 
     signal.signal(signal.SIGINT, interrupt)
+    model.quiet()
     with headwater.connect() as ps:
         worker = Worker(folder, ps)
         worker.stopping = interrupted

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from headwater_recipes.lm.board import Board
+from headwater_recipes.lm.reports import Finished, Saved, Stepped, Validated, hear, say
+
+
+def _step(rank: int, step: int, loss: float, staleness: int = 0) -> Stepped:
+    return Stepped(rank, step, loss, 1e-3, 1000.0, 2e6, 3e6, staleness, 1.5, float(step), step / 100)
+
+
+def test_a_row_waits_for_every_rank_and_adds_them_up() -> None:
+    board = Board(2)
+    assert board.hear(_step(0, 10, 4.0)) is None
+    row = board.hear(_step(1, 10, 5.0, staleness=2))
+    assert row is not None
+    assert (row["loss"], row["tokens_per_second"], row["staleness"]) == (4.5, 2000.0, 2)
+    assert row["pushed_bytes_per_second"] == 4e6
+    assert board.last == row
+    assert board.seconds_left == pytest.approx(90.0)
+
+
+def test_a_rank_may_be_ahead() -> None:
+    board = Board(2)
+    assert board.hear(_step(1, 10, 5.0)) is None
+    assert board.hear(_step(1, 20, 4.0)) is None
+    assert board.hear(_step(0, 10, 3.0)) is not None
+    assert board.hear(_step(0, 20, 3.0)) is not None
+    assert [row["step"] for row in board.rows] == [10, 20]
+
+
+def test_shares_of_a_validation_are_weighed_by_their_size() -> None:
+    board = Board(2)
+    board.hear(Validated(0, 20, 1.0, nats=30.0, tokens=10, nbytes=40, final=True))
+    assert board.final is None
+    row = board.hear(Validated(1, 20, 1.0, nats=10.0, tokens=10, nbytes=20, final=True))
+    assert row is not None
+    assert row["loss"] == 2.0
+    assert row["bits_per_byte"] == pytest.approx(40 / 60 / math.log(2))
+    assert board.final is not None
+    assert board.validated == row
+
+
+def test_what_was_saved_and_who_has_finished() -> None:
+    board = Board(1)
+    board.hear(Saved(40))
+    board.hear(Finished(0, 40, 3.0, "stopped"))
+    assert board.saved == 40
+    assert board.finished[0].reason == "stopped"
+
+
+def test_reports_travel_as_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    say(_step(1, 10, 2.5))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert hear(line) == _step(1, 10, 2.5)
+    assert hear("a library's own words") is None
+    assert hear(line[:20]) is None

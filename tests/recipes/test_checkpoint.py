@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from headwater.errors import DataError
+from headwater_recipes.lm import checkpoint, model
+from headwater_recipes.lm.settings import Settings, State
+
+
+def _model() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(model.config("tiny", 300, 32))
+
+
+def _trained() -> tuple[Any, torch.optim.Optimizer]:
+    made = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(made.parameters(), lr=1e-3, betas=(0.8, 0.9))
+    made(torch.ones(3)).sum().backward()
+    optimizer.step()
+    return made, optimizer
+
+
+def _state(step: int) -> State:
+    return State(step=step, elapsed=1.5, progress=0.25, settings=Settings(steps=9))
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    made = _model()
+    _, optimizer = _trained()
+    path = checkpoint.save(tmp_path, made, optimizer.state_dict(), _state(3))
+    assert checkpoint.newest(tmp_path) == path
+    assert checkpoint.read_state(path) == _state(3)
+    for folder in (tmp_path, path):
+        for name, value in model.load(folder).state_dict().items():
+            assert torch.equal(value, made.state_dict()[name])
+    _, other = _trained()
+    other.load_state_dict(checkpoint.load_optimizer(path))
+    assert other.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    for index, slots in optimizer.state_dict()["state"].items():
+        for name, value in slots.items():
+            assert torch.equal(other.state_dict()["state"][index][name], value)
+    assert not list(tmp_path.rglob("*.new"))
+
+
+def test_the_last_two_are_kept_and_an_unfinished_one_does_not_count(tmp_path: Path) -> None:
+    made = _model()
+    for step in (2, 10, 100):
+        checkpoint.save(tmp_path, made, {"state": {}, "param_groups": []}, _state(step))
+    (tmp_path / "checkpoints" / "00000200.new").mkdir()
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
+        "00000010",
+        "00000100",
+        "00000200.new",
+    ]
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.name == "00000100"
+
+
+def test_a_disk_without_hard_links_gets_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("not supported")
+
+    monkeypatch.setattr(checkpoint.os, "link", refuse)
+    checkpoint.save(tmp_path, _model(), {"state": {}, "param_groups": []}, _state(1))
+    assert (tmp_path / "model.safetensors").stat().st_nlink == 1
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    fresh = checkpoint.new_folder(tmp_path / "runs" / "a")
+    assert fresh.is_dir()
+    assert checkpoint.new_folder(fresh) == fresh
+    (fresh / "model.safetensors").write_text("precious", encoding="utf-8")
+    with pytest.raises(DataError, match=r"exists and is not empty.*--resume"):
+        checkpoint.new_folder(fresh)
+    with pytest.raises(DataError, match="exists and is not empty"):
+        checkpoint.new_folder(fresh / "model.safetensors")
+    assert (fresh / "model.safetensors").read_text(encoding="utf-8") == "precious"
+
+
+def test_the_newest_run_is_found_and_an_empty_one_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="holds no run"):
+        checkpoint.find_folder(None)
+    for name in ("lm-1", "lm-2"):
+        (tmp_path / "runs" / name / "checkpoints" / "00000001").mkdir(parents=True)
+    (tmp_path / "runs" / "lm-3").mkdir()
+    assert checkpoint.find_folder(None) == Path("runs", "lm-2")
+    with pytest.raises(DataError, match="no checkpoint"):
+        checkpoint.find_folder(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, _model(), _trained()[1].state_dict(), _state(1))
+    (path / "trainer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match=r"trainer\.json"):
+        checkpoint.read_state(path)
+    (path / "optimizer.safetensors").write_bytes(b"damaged")
+    with pytest.raises(DataError, match="optimizer's state cannot be read"):
+        checkpoint.load_optimizer(path)

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from headwater.errors import DataError
+from headwater_recipes.lm import commands
+
+APP = typer.Typer()
+APP.command()(commands.train)
+APP.command()(commands.generate)
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_the_help_says_how(command: str) -> None:
+    result = CliRunner().invoke(APP, [command, "--help"])
+    assert result.exit_code == 0
+    assert "--run" in result.output
+
+
+def test_a_folder_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    result = CliRunner().invoke(APP, ["train", "--run", str(tmp_path)])
+    assert isinstance(result.exception, DataError)
+    assert "--resume" in str(result.exception)
+
+
+def test_generating_without_a_model_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(APP, ["generate", "--run", str(tmp_path)])
+    assert isinstance(result.exception, DataError)

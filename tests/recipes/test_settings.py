@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import headwater
+from headwater.errors import UsageError
+from headwater_recipes.lm.settings import Settings, check, make_changes, parse_sync
+
+
+def test_the_policies() -> None:
+    assert parse_sync("bulk") == headwater.Bulk()
+    assert parse_sync("stale:3") == headwater.Stale(3)
+    assert parse_sync("async") == headwater.Async()
+    assert parse_sync("async:8") == headwater.Async(8)
+
+
+@pytest.mark.parametrize("text", ["", "bulk:2", "stale", "stale:-1", "async:x", "local:8"])
+def test_other_policies_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="must be bulk, stale:N, async or async:N"):
+        parse_sync(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"workers": 0}, "workers=0"),
+        ({"seq": 1}, "seq=1"),
+        ({"vocabulary": 256}, "vocabulary=256"),
+        ({"steps": 5, "minutes": 1.0}, "one of them"),
+        ({"steps": 0}, "--steps 0"),
+        ({"lr": -1.0}, "--lr"),
+        ({"sync": "never"}, "--sync never"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused(changes: dict[str, Any], says: str) -> None:
+    check(Settings())
+    with pytest.raises(UsageError, match=says):
+        check(Settings(**changes))
+
+
+def test_options_left_out_change_nothing() -> None:
+    assert make_changes({"lr": None, "seed": 0, "precision": "float32"}) == {"seed": 0, "precision": "float32"}
+    with pytest.raises(UsageError, match="--precision half"):
+        make_changes({"precision": "half"})

@@ -1,0 +1,93 @@
+"""The training loop, in this process: worker and servers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import headwater
+from headwater_recipes.lm import checkpoint, generation, reports
+from headwater_recipes.lm.worker import Worker
+
+
+def _change(run: Path, **changes: Any) -> None:
+    state = checkpoint.read_state(run)
+    settings = msgspec.structs.replace(state.settings, **changes)
+    checkpoint.write_json(run / "trainer.json", msgspec.structs.replace(state, settings=settings))
+
+
+def _train(run: Path, *, stop: bool = False) -> None:
+    with headwater.connect("inproc://", rank=0, world=1, servers=2) as ps:
+        worker = Worker(run, ps)
+        worker.stopping = stop
+        worker.run()
+        worker.optimizer.close()
+
+
+def _said(capsys: pytest.CaptureFixture[str]) -> list[reports.Report]:
+    return [said for line in capsys.readouterr().out.splitlines() if (said := reports.hear(line)) is not None]
+
+
+def _weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model.safetensors")
+
+
+def test_a_run_says_what_it_does_and_learns(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _change(run, steps=30, log_every=10, validate_every=20, save_every=20)
+    _train(run)
+    said = _said(capsys)
+    steps = [each for each in said if isinstance(each, reports.Stepped)]
+    assert [each.step for each in steps] == [10, 20, 30]
+    assert steps[-1].loss < steps[0].loss - 0.5
+    assert steps[-1].grad_norm is not None
+    assert [each.final for each in said if isinstance(each, reports.Validated)] == [False, True]
+    assert [each.step for each in said if isinstance(each, reports.Saved)] == [20, 30]
+    assert isinstance(said[-1], reports.Finished)
+    assert said[-1].reason == "done"
+    assert said[-1].difference is not None
+    assert said[-1].difference < 1e-5
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(run: Path) -> None:
+    whole = Path(shutil.copytree(run, run.with_name("whole")))
+    _train(whole)
+    _train(run, stop=True)
+    assert checkpoint.read_state(checkpoint.newest(run) or run).step == 2
+    (run / "plan.json").unlink()
+    _train(run)
+    assert checkpoint.read_state(checkpoint.newest(run) or run).step == 6
+    expected, found = _weights(whole), _weights(run)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_a_budget_of_time_ends_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _change(run, steps=None, minutes=1e-6)
+    _train(run)
+    finished = _said(capsys)[-1]
+    assert isinstance(finished, reports.Finished)
+    assert finished.step == 2
+
+
+@pytest.mark.parametrize("sync", ["stale:1", "async", "async:2"])
+def test_the_other_policies(run: Path, sync: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _change(run, sync=sync, steps=4)
+    _train(run)
+    assert isinstance(_said(capsys)[-1], reports.Finished)
+
+
+def test_the_run_generates_the_same_text_for_the_same_seed(run: Path) -> None:
+    _train(run)
+    first = generation.generate_text(run, "alpha", max_new_tokens=40, seed=1)
+    assert first.startswith("alpha")
+    assert len(first) > len("alpha")
+    assert generation.generate_text(run, "alpha", max_new_tokens=40, seed=1) == first
+    assert generation.generate_text(run, "", max_new_tokens=3, temperature=0)
+    with pytest.raises(headwater.UsageError, match="max_new_tokens"):
+        generation.generate_text(run, "alpha", max_new_tokens=0)
