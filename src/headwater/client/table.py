@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -13,7 +13,7 @@ from headwater.client.flat import Gradients, Mapped, plain, views
 from headwater.client.part import Part, Span
 from headwater.client.tickets import StepResult, Ticket
 from headwater.cluster.placement import Layout
-from headwater.errors import HeadwaterError, LinkBroken, ShapeMismatch, UsageError, WorkerLost
+from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken, ShapeMismatch, UsageError, WorkerLost
 from headwater.transports import memory
 from headwater.types import Async, Bulk, Hyper, ParameterSpec, Segment
 from headwater.wire import messages as m
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from headwater.client.client import Client
 
 Groups = Sequence[Mapping[str, Hyper]]
+_TURN = 0.25  # seconds
 _SLOTS = 4 << 20  # bytes of optimizer state per request
 
 
@@ -51,6 +52,7 @@ class Table:
         self._index = {p.name: i for i, p in enumerate(self.spec.parameters)}
         self._open = False  # a step was ended and not yet waited for
         self._uncopied = False
+        self._ticket: Ticket | None = None  # of the last step
         self._attach()
 
     # ---- set-up ----------------------------------------------------------------------------------
@@ -164,7 +166,8 @@ class Table:
         self._uncopied = self._uncopied or want
         if want:
             self._prefetch()
-        return Ticket(self._all_settled, self._settle)
+        self._ticket = Ticket(self._all_settled, self._settle)
+        return self._ticket
 
     def _square_norm(self) -> float:
         """Of what this worker contributes, in float64."""
@@ -193,10 +196,15 @@ class Table:
             applied = applied and not part.skipped
             if part.members > self._members:
                 self._members = part.members
+            if self.live:  # fresh values without a byte moved count as pulled, as a doorbell counts as pushed
+                part.session.pulled_bytes += part.size
         if error is not None:
             self._failed(error)
         self._client.observed(stale, lag)
-        return StepResult(self.clock, applied, self._parts[0].norm, stale, lsn)
+        result = StepResult(self.clock, applied, self._parts[0].norm, stale, lsn)
+        if self._ticket is not None:
+            self._ticket.resolve(result)
+        return result
 
     def _failed(self, error: HeadwaterError) -> NoReturn:
         for part in self._parts:
@@ -204,24 +212,33 @@ class Table:
                 error = part.error
             part.error = None
             part.acked_seq = part.sent_seq
-        if isinstance(error, WorkerLost):
+        if isinstance(self.spec.sync, Bulk):
             self.clock -= 1
         self._uncopied = False
+        if self._ticket is not None:
+            self._ticket.reject(error)
         raise error
 
     def _pump(self, what: str, timeout: float | None) -> None:
         begun = time.monotonic()
         deadline = begun + (self._client.timeout if timeout is None else timeout)
-        for part in self._parts:
-            done = getattr(part, what)
-            if done():
-                continue
-            assert part.session.link is not None
-            try:
-                part.session.link.pump(done, deadline)
-            except LinkBroken as error:
-                raise LinkBroken(f"{part.session.name}: {error}") from None
+        waiting = [part for part in self._parts if not getattr(part, what)()]
+        while waiting:
+            for part in waiting:
+                self._pump_part(part, getattr(part, what), deadline, alone=len(waiting) == 1)
+            waiting = [part for part in waiting if not getattr(part, what)()]
         self._client.waited(time.monotonic() - begun)
+
+    def _pump_part(self, part: Part, done: Callable[[], bool], deadline: float, *, alone: bool) -> None:
+        """Wait for one server; but one may wait for another that is dead, so look at each in turn."""
+        assert part.session.link is not None
+        try:
+            part.session.link.pump(done, deadline if alone else min(deadline, time.monotonic() + _TURN))
+        except LinkBroken as error:
+            raise LinkBroken(f"{part.session.name}: {error}") from None
+        except DeadlineExceeded:
+            if time.monotonic() >= deadline:
+                raise
 
     # ---- values ----------------------------------------------------------------------------------
 
@@ -392,10 +409,11 @@ def _flat_bytes(value: torch.Tensor) -> memoryview:
 
 def check_tensor(p: ParameterSpec, value: torch.Tensor) -> None:
     """Raises ``ShapeMismatch`` naming what differs."""
-    if tuple(value.shape) != p.shape or value.dtype != DTYPES[p.dtype] or value.device.type != "cpu":
+    dense = value.device.type == "cpu" and value.layout == torch.strided
+    if tuple(value.shape) != p.shape or value.dtype != DTYPES[p.dtype] or not dense:
         raise ShapeMismatch(
-            f"{p.name!r} is {p.dtype} of shape {p.shape} on the cpu; this tensor is {value.dtype} of shape "
-            f"{tuple(value.shape)} on {value.device}; nothing was sent"
+            f"{p.name!r} is {p.dtype} of shape {p.shape}, strided, on the cpu; this tensor is {value.dtype} of shape "
+            f"{tuple(value.shape)}, {str(value.layout).removeprefix('torch.')}, on {value.device}; nothing was sent"
         )
 
 
