@@ -65,7 +65,9 @@ class Dense:
                 "sent. Declare the table with nonfinite='skip' or 'allow' if that is meant"
             )
         if grad.data_ptr() != self.gradient.data_ptr():
-            self.gradient.copy_(grad)
+            self.gradient.copy_(grad.detach())
+        elif grad.stride() != self.gradient.stride():  # the same memory, read in another order
+            self.gradient.copy_(grad.detach().clone())
         return False
 
     def _take(self, out: torch.Tensor | None) -> torch.Tensor:

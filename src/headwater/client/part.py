@@ -146,6 +146,8 @@ class Part:
 
     def failed(self, frame: Frame, error: HeadwaterError) -> None:
         self.members = max(self.members, frame.members)
+        if 0 < frame.seq <= self.acked_seq:
+            return  # of a step that has failed already: each of its pushes is refused
         self.error = error
         self._assigned = 0
         self.fresh, self.pulling = self.size, False

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from headwater.errors import HeadwaterError
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
@@ -30,16 +32,27 @@ class Ticket:
         self._done = done
         self._wait = wait
         self._result: StepResult | None = None
+        self._error: HeadwaterError | None = None
+
+    def resolve(self, result: StepResult) -> None:
+        """The answer, however it was waited for: a later step does not change it."""
+        self._result = result
+
+    def reject(self, error: HeadwaterError) -> None:
+        """The step failed; every ``wait`` says so."""
+        self._error = error
 
     def done(self) -> bool:
         """Whether ``wait`` would return at once. Receives nothing by itself."""
-        return self._result is not None or self._done()
+        return self._result is not None or self._error is not None or self._done()
 
     def wait(self, timeout: float | None = None) -> StepResult:
         """Block until the servers have answered; ``timeout`` in seconds, default the client's.
 
         Raises a typed error: ``WorkerLost``, ``LinkBroken``, ``DeadlineExceeded``, …
         """
+        if self._error is not None:
+            raise self._error
         if self._result is None:
             self._result = self._wait(timeout)
         return self._result
