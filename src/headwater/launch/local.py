@@ -313,13 +313,18 @@ class Launcher:
         return process
 
     @property
+    def _hosts(self) -> list[Process]:
+        """The cluster, the coordinator first: when it dies the servers follow, and it is the one to name."""
+        return [*([self.coordinator] if self.coordinator else []), *self.servers]
+
+    @property
     def _all(self) -> list[Process]:
-        return [*([self.coordinator] if self.coordinator else []), *self.servers, *self.workers]
+        return self._hosts + self.workers
 
     def _await_ready(self, processes: Sequence[Process]) -> list[str]:
         deadline = time.monotonic() + self._ready_timeout
         while any(b"\n" not in process.ready for process in processes):
-            for process in processes:
+            for process in self._hosts:
                 if not process.running:
                     raise self._stillborn(process)
             if self._requests:
@@ -436,7 +441,7 @@ class Launcher:
 
     def _look_for_faults(self, now: float) -> float:
         """Begin to end the job if a process has failed; returns when a doubtful failure will have settled."""
-        for process in self._all[: len(self._all) - len(self.workers)]:
+        for process in self._hosts:
             if not process.running:
                 self._end_for_server(process, now)
                 return now
