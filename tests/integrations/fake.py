@@ -27,6 +27,7 @@ class FakeTable:
         self.spec = spec
         self.calls: list[Call] = []
         self.groups: list[object] = []
+        self.late = False  # whether steps stay without an answer
         self.fails: HeadwaterError | None = None  # what the next push raises
         self.gradients = _flat(spec)
         self.values = _flat(spec)
@@ -63,7 +64,8 @@ class FakeTable:
                 self.server[name] -= 0.25 * gradient
         self._pushed = {}
         result = StepResult(self._clock, not skip, None, 0, self._clock)
-        return Ticket(lambda: True, lambda timeout: result)
+        late = self.late
+        return Ticket(lambda: not (late and self.late), lambda timeout: result)
 
     def wait(self, names: Iterable[str] | None = None, timeout: float | None = None) -> None:
         names = tuple(self.server if names is None else names)

@@ -112,6 +112,23 @@ def test_evaluation_waits_for_everything_at_the_root() -> None:
     assert set(table.waits[0]) == set(table.values)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own, suppressed as it thinks
+def test_a_compiled_model_waits_without_being_compiled_again() -> None:
+    model, reference = chain(), chain()
+    opt, _ = optimizer(model)
+    plain = torch.optim.SGD(reference.parameters(), lr=0.25)
+    compiled = torch.compile(model, backend="eager")
+    for step in range(4):
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            functional.tanh(compiled(torch.ones(2, 4))).sum().backward()
+        functional.tanh(reference(torch.ones(2, 4))).sum().backward()
+        for o in (opt, plain):
+            o.step()
+            o.zero_grad()
+    opt.synchronize()
+    assert all(torch.equal(p, reference.get_parameter(n)) for n, p in model.named_parameters())
+
+
 def test_the_wait_comes_before_other_hooks() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     seen: list[float] = []
@@ -170,6 +187,26 @@ def test_a_parameter_written_outside_the_optimizer_stops_the_step() -> None:
     assert table.calls[-1][0] == "push"
 
 
+def _converted(model: nn.Module) -> None:
+    model.double()
+
+
+def _replaced(model: nn.Module) -> None:
+    weight = model.get_parameter("1.weight")
+    weight.data = weight.detach().clone()
+
+
+@pytest.mark.parametrize("move", [_converted, _replaced])
+def test_a_model_that_left_the_tables_memory_stops_the_step(move: Any) -> None:
+    model = chain()
+    opt, table = optimizer(model)
+    move(model)
+    with pytest.raises(ParameterModified, match=r"'1\.weight'.*make the optimizer after it"):  # noqa: PT012
+        model(torch.ones(1, 4, dtype=model.get_parameter("1.weight").dtype)).sum().backward()
+        opt.step()
+    assert "step" not in [call for call, _ in table.calls]
+
+
 def test_a_copied_model_is_free_of_the_optimizer() -> None:
     model = chain()
     opt, table = optimizer(model)
@@ -194,6 +231,9 @@ def test_a_closed_optimizer_leaves_an_ordinary_model() -> None:
     opt.close()
     assert all(torch.equal(p, table.server[n]) for n, p in model.named_parameters())
     assert all(p.data_ptr() != table.values[n].data_ptr() for n, p in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters())
+    hooks = [model._state_dict_pre_hooks, model._load_state_dict_pre_hooks]
+    assert not any([*hooks, *(module._forward_pre_hooks for module in model.modules())])
     table.calls.clear()
     backward(model)
     plain = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -247,6 +287,7 @@ def test_other_devices_copy_there_and_back(monkeypatch: pytest.MonkeyPatch) -> N
     opt.synchronize()
     assert all(torch.equal(p, reference.get_parameter(n)) for n, p in model.named_parameters())
     assert [p.data_ptr() for p in model.parameters()] == own
+    assert all(leaf.grad is None for leaf in opt._held.leaves)  # else zero_grad() would free nothing
     backward(model)
     assert all(p.grad is not table.gradients[n] for n, p in model.named_parameters())
     with torch.no_grad():

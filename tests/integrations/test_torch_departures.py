@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import headwater
 from headwater.errors import GradientModified, LinkBroken, NonFiniteGradient, UsageError
+from headwater.integrations.torch_departures import _runs
 from tests.integrations.fake import FakeClient, FakeTable
 
 
@@ -118,6 +120,36 @@ def test_hooks_are_free_of_calls_until_a_bucket_is_full() -> None:
     assert [call for call, _ in table.calls] == ["push"]
 
 
+def test_neighbours_are_checked_in_one_go() -> None:
+    opt, table = optimizer(chain())
+    (bucket,) = opt._departures._buckets
+    (run,) = bucket.runs
+    table.gradients["0.weight"].fill_(1)
+    table.gradients["2.bias"].fill_(2)
+    assert run.sum() == 16 + 8
+
+
+@pytest.mark.parametrize(
+    ("spans", "count"),
+    [
+        ([(0, 0, 16), (0, 16, 32)], 1),
+        ([(0, 0, 5), (0, 16, 20)], 1),
+        ([(0, 0, 16), (0, 4096, 4112)], 2),
+        ([(0, 0, 16), (1, 0, 16)], 2),
+        ([(0, 8176, 8192), (1, 0, 16)], 2),
+    ],
+)
+def test_runs_stay_in_one_memory_and_leap_only_over_padding(spans: list[tuple[int, int, int]], count: int) -> None:
+    raw = bytearray(2 * 4 * 8192)
+    memories = [torch.frombuffer(raw, dtype=torch.float32, count=8192, offset=4 * 8192 * i) for i in range(2)]
+    leaves: Any = [SimpleNamespace(gradient=memories[which][start:stop].data) for which, start, stop in spans]
+    runs = _runs(leaves)
+    assert len(runs) == count
+    for leaf in leaves:
+        leaf.gradient.fill_(1)
+    assert sum(run.sum().item() for run in runs) == sum(stop - start for _, start, stop in spans)
+
+
 def test_hyperparameters_travel_when_they_change() -> None:
     model = chain()
     opt, table = optimizer(model)
@@ -187,7 +219,7 @@ def _clip(model: nn.Module) -> None:
 
 
 def _replace(model: nn.Module) -> None:
-    model.get_parameter("1.weight").grad = torch.zeros(4, 4)
+    model.get_parameter("1.weight").grad = torch.zeros(4, 4).add_(1)  # as often written to as what left
 
 
 def _forget(model: nn.Module) -> None:
@@ -203,6 +235,22 @@ def test_a_gradient_that_changed_after_it_left_stops_the_step(change: Any) -> No
     with pytest.raises(GradientModified, match=r"max_grad_norm=.*scale the loss.*zero_grad\(\) after step\(\)"):
         opt.step()
     assert all(call == "push" for call, _ in table.calls)
+
+
+def test_gradient_memory_is_not_written_while_it_is_in_flight() -> None:
+    model = chain()
+    opt, table = optimizer(model, bucket_bytes=1)
+    old = (model[0].bias + 1).sum()  # saves no values, so its backward may run after the step
+    backward(model)
+    opt.step()
+    opt.zero_grad()
+    sent = table.gradients["0.bias"].clone()
+    waited: list[bool] = []
+    wait = table.wait
+    table.wait = lambda *rest: (waited.append(torch.equal(table.gradients["0.bias"], sent)), wait(*rest))  # type: ignore[method-assign]
+    old.backward()
+    assert waited == [True]
+    assert torch.equal(table.gradients["0.bias"], torch.ones(4))
 
 
 def test_a_gradient_that_was_zeroed_in_flight_is_noticed() -> None:
@@ -246,6 +294,7 @@ def test_skip_passes_over_the_step_and_goes_on() -> None:
     opt.step()
     opt.zero_grad()
     handle.remove()
+    assert table.pushes == [("2.bias",), ("2.weight",), ("1.bias",)]  # nothing leaves once the step is lost
     backward(model)
     opt.step()
     assert [call for call, _ in table.calls if call in ("step", "skip")] == ["skip", "step"]
@@ -307,6 +356,21 @@ def test_create_graph_does_not_tie_the_table_to_the_graph() -> None:
     with pytest.warns(UserWarning, match="create_graph=True"):
         model(torch.ones(1, 4)).square().sum().backward(create_graph=True)
     assert not any(g.requires_grad for g in table.gradients.values())
+
+
+def test_the_last_step_is_the_last_that_was_answered() -> None:
+    model = chain()
+    opt, table = optimizer(model)
+    assert opt.last_step is None
+    for late in (False, True):
+        table.late = late
+        backward(model)
+        opt.step()
+        opt.zero_grad()
+    assert opt.last_step is not None
+    assert opt.last_step.clock == 1
+    table.late = False
+    assert opt.last_step.clock == 2
 
 
 def test_a_closure_is_called_once_before_the_step() -> None:

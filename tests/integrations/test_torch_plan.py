@@ -49,6 +49,7 @@ def test_groups_get_torch_defaults_and_keep_their_own() -> None:
     plain = torch.optim.AdamW([{"params": [model.bias], "lr": 0.5, "weight_decay": 0.0}, {"params": [model.weight]}],
                               lr=0.1, fused=True)  # fmt: skip
     assert [_rest(group) for group in made.groups] == [_rest(group) for group in plain.param_groups]
+    assert made.defaults == plain.defaults
     assert [p.group for p in made.specs(None)] == [1, 0]
     sent = optimizer_spec("AdamW", made.groups)
     assert sent.groups[0]["lr"] == 0.5
@@ -63,7 +64,7 @@ def _rest(group: dict[str, Any]) -> dict[str, Any]:
 def test_no_state_is_allocated_to_find_the_defaults() -> None:
     # Adagrad and others allocate their state in the constructor; on the meta device that costs nothing.
     group = {"params": [nn.Parameter(torch.empty(1 << 40, device="meta"))]}
-    assert complete_groups(torch.optim.Adagrad, [group], {"lr": 0.1})[0]["initial_accumulator_value"] == 0
+    assert complete_groups(torch.optim.Adagrad, [group], {"lr": 0.1})[0][0]["initial_accumulator_value"] == 0
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ class Optimizer(torch.optim.Optimizer):
             seed,
         )
         self._built = False
-        super().__init__(made.groups, {key: value for key, value in made.groups[0].items() if key != "params"})
+        super().__init__(made.groups, made.defaults)
         self._built = True
         self._model = model
         self._own_client = client is None
@@ -288,7 +288,6 @@ class Optimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The servers' state in torch's format: the plain torch optimizer of the same class can load it."""
         self._check_open()
-        self.synchronize()
         slots = self._table.slots()
         with self._holding_state():
             for leaf in self._held.leaves:
@@ -306,7 +305,6 @@ class Optimizer(torch.optim.Optimizer):
             UnknownOptimizer: state or hyperparameters of another optimizer.
         """
         self._check_open()
-        self.synchronize()
         with self._holding_state():
             super().load_state_dict(state_dict)
             slots = {leaf.name: _tensors(self.state.get(leaf.parameter, {})) for leaf in self._held.leaves}

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from headwater.integrations.torch_buffers import Buffers
 
 
+# torch.compiler.disable would import the compiler here and now.
+_untraceable: Any = torch._disable_dynamo  # type: ignore[attr-defined]  # noqa: SLF001
+
+
 class _Inert:
     """What becomes of a hook in a copied model."""
 
@@ -43,6 +47,14 @@ class Arrival(_Hook):
         self.seen = -1
 
     def __call__(self, _module: torch.nn.Module, _args: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._untraced()
+        elif self.seen != self.arrivals.held.clock:
+            self.arrivals.arrive(self)
+
+    @_untraceable  # type: ignore[untyped-decorator]
+    def _untraced(self) -> None:
+        """Inside ``torch.compile``: a step's number must not become a constant of the compiled graph."""
         if self.seen != self.arrivals.held.clock:
             self.arrivals.arrive(self)
 
@@ -100,23 +112,23 @@ class Arrivals:
             self.wait_all()  # evaluation may take other ways through the model, and has no backward to overlap
         needed = hook.leaves if self._strays_seen == held.clock else hook.leaves + self._strays
         pending = [leaf for leaf in dict.fromkeys(needed) if leaf.fresh != held.clock]
-        if pending:
-            self._wait(pending)
-        self._buffers.arrive()
+        self._wait(pending)
         self._strays_seen = hook.seen = held.clock
 
     def wait_all(self) -> None:
         """Wait for all parameters and buffers."""
         self._wait([leaf for leaf in self.held.leaves if leaf.fresh != self.held.clock])
-        self._buffers.arrive()
 
     def _wait(self, leaves: Sequence[Leaf]) -> None:
+        """Wait for these leaves, and for the buffers if a step of them is under way."""
         try:
             if leaves:
                 self.held.wait(leaves)
+            self._buffers.arrive()
         except WorkerLost:
-            with contextlib.suppress(WorkerLost):  # the buffers' step was lost with it; once is enough
-                self._buffers.arrive()
+            for settle in (self.held.table.settle, self._buffers.arrive):
+                with contextlib.suppress(WorkerLost):  # one step of two tables was lost; to hear it once is enough
+                    settle()
             raise
 
     def next_step(self) -> None:

@@ -75,11 +75,11 @@ class Buffers:
         """Wait for the outcome of the last step, if there is one, and copy it into the modules."""
         if self._table is None or not self._pending:
             return
-        self._pending = False  # a failure is told once; the values are then those before the step
-        self._table.wait()
+        self._table.wait()  # after a failure, the next one brings back the values before the step
         with torch.no_grad():
             for path, buffer in self.values().items():
                 buffer.copy_(self._table.values[path])
+        self._pending = False
 
     def assign(self, values: Mapping[str, torch.Tensor]) -> None:
         """Make these the servers' and the module's values."""

@@ -131,7 +131,10 @@ class Departures:
             held.wait([leaf])  # the servers may still read the memory
         grad = leaf.parameter.grad
         if grad is not leaf.gradient:
-            _load(leaf, grad)
+            try:
+                _load(leaf, grad)
+            except RuntimeError as error:  # torch refuses a gradient of another dtype or device than the parameter
+                raise self._fail(held.moved()) from error
         leaf.version = leaf.grad._version  # type: ignore[union-attr]
         leaf.left = held.clock
         bucket = leaf.bucket

@@ -81,9 +81,12 @@ class Held:
         self.leaves = tuple(Leaf(name, parameter, table) for name, parameter in parameters.items())
         self.parameters = [leaf.parameter for leaf in self.leaves]
         self.shared = [leaf.parameter for leaf in self.leaves if not leaf.copies]
+        self._addresses = [leaf.values.data_ptr() for leaf in self.leaves if not leaf.copies]
 
     def check_parameters(self) -> None:
         """Raises ``ParameterModified`` if someone wrote into a parameter since its values arrived."""
+        if [p.data_ptr() for p in self.shared] != self._addresses:
+            raise self.moved()
         if [p._version for p in self.parameters] == [leaf.stamp for leaf in self.leaves]:
             return
         names = [leaf.name for leaf in self.leaves if leaf.parameter._version != leaf.stamp]
@@ -91,6 +94,16 @@ class Held:
             f"{_some(names)} changed in place on rank {self.rank} since the last step, outside the optimizer; the "
             "servers do not know the new values and the step was not taken. To keep them, call opt.assign() "
             "(on every rank, or on one that the others wait for) and step() again; load_state_dict() needs it too"
+        )
+
+    def moved(self) -> ParameterModified:
+        """What to say when parameters are not the table's memory any more."""
+        shared = [leaf for leaf in self.leaves if not leaf.copies]
+        moved = [leaf.name for leaf in shared if leaf.parameter.data_ptr() != leaf.values.data_ptr()]
+        return ParameterModified(
+            f"{_some(moved)} no longer lie in the table's memory on rank {self.rank}: the model was moved or "
+            "converted (model.to(), .half(), p.data = …) and the step was not taken. Do that first and make the "
+            "optimizer after it"
         )
 
     def wait(self, leaves: Sequence[Leaf]) -> None:

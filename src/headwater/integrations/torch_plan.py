@@ -24,12 +24,13 @@ class Plan(NamedTuple):
     """What a model's optimizer will hold, before any server heard of it.
 
     ``parameters`` are the model's trainable tensors by name, in registration order, each once; ``groups`` the
-    parameter groups as the torch optimizer itself would have them; ``frozen`` the names of parameters that
-    are left out because they need no gradient.
+    parameter groups and ``defaults`` the defaults as the torch optimizer itself would have them; ``frozen`` the
+    parameters that are left out because they need no gradient.
     """
 
     parameters: dict[str, torch.nn.Parameter]
     groups: list[dict[str, Any]]
+    defaults: dict[str, Any]
     frozen: dict[str, torch.nn.Parameter]
 
     def specs(self, init: Inits) -> tuple[ParameterSpec, ...]:
@@ -75,13 +76,14 @@ def plan(model: torch.nn.Module, optimizer: type[torch.optim.Optimizer], params:
         _check_kind(name, p)
     _check_overlap(held)
     frozen = {name: p for name, p in named.items() if not p.requires_grad}
-    return Plan(held, complete_groups(optimizer, groups, hyper), frozen)
+    full, defaults = complete_groups(optimizer, groups, hyper)
+    return Plan(held, full, defaults, frozen)
 
 
 def complete_groups(
     optimizer: type[torch.optim.Optimizer], groups: Sequence[Mapping[str, Any]], hyper: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """The parameter groups that ``optimizer(groups, **hyper)`` would have, with its defaults and its checks.
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The parameter groups and the defaults that ``optimizer(groups, **hyper)`` would have, checked as it does.
 
     The torch optimizer is built on meta tensors, so that it allocates no state.
     """
@@ -107,7 +109,7 @@ def complete_groups(
             full["fused"] = fused
         complete.append({**full, "params": list(group["params"])})
         optimizers.complete(name, optimizers.select(name, full))
-    return complete
+    return complete, {**built.defaults, **({"fused": hyper["fused"]} if "fused" in hyper else {})}
 
 
 def optimizer_spec(name: str, groups: Sequence[Mapping[str, Any]]) -> OptimizerSpec:
