@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.console import Console
 from headwater_recipes.lm import job
 from headwater_recipes.lm.settings import Settings
 
-TINY = {
+TINY: dict[str, Any] = {
     "preset": "tiny",
     "vocabulary": 300,
     "workers": 1,

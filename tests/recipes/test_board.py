@@ -34,8 +34,7 @@ def test_a_rank_may_be_ahead() -> None:
 
 def test_shares_of_a_validation_are_weighed_by_their_size() -> None:
     board = Board(2)
-    board.hear(Validated(0, 20, 1.0, nats=30.0, tokens=10, nbytes=40, final=True))
-    assert board.final is None
+    assert board.hear(Validated(0, 20, 1.0, nats=30.0, tokens=10, nbytes=40, final=True)) is None
     row = board.hear(Validated(1, 20, 1.0, nats=10.0, tokens=10, nbytes=20, final=True))
     assert row is not None
     assert row["loss"] == 2.0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_a_disk_without_hard_links_gets_copies(tmp_path: Path, monkeypatch: pyte
     def refuse(*_: object) -> None:
         raise OSError("not supported")
 
-    monkeypatch.setattr(checkpoint.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     checkpoint.save(tmp_path, _model(), {"state": {}, "param_groups": []}, _state(1))
     assert (tmp_path / "model.safetensors").stat().st_nlink == 1
 
@@ -85,7 +86,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
 
 def test_the_newest_run_is_found_and_an_empty_one_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="holds no run"):
+    with pytest.raises(DataError, match="holds no run of a model"):
         checkpoint.find_folder(None)
     for name in ("lm-1", "lm-2"):
         (tmp_path / "runs" / name / "checkpoints" / "00000001").mkdir(parents=True)

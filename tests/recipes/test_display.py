@@ -9,10 +9,10 @@ from headwater_recipes.lm.board import Board
 from headwater_recipes.lm.reports import Started, Stepped, Validated
 
 
-def _board(in_place: bool = False) -> Board:
+def _board() -> Board:
     board = Board(2)
     for rank in range(2):
-        board.hear(Started(rank, 0, 1_000_000, "float32", in_place))
+        board.hear(Started(rank, 0, 1_000_000, "float32"))
         for step in (10, 20):
             board.hear(Stepped(rank, step, 8.0 / step, 1e-3, 500.0, 1e6, 2e6, 1, None, float(step), step / 40))
         board.hear(Validated(rank, 20, 20.0, 100.0, 50, 60, False))
@@ -25,7 +25,7 @@ def _server() -> object:
         pushed_bytes = pulled_bytes = 1000
 
     class Worker:
-        role = "worker"
+        role, state = "worker", "alive"
 
     class Status:
         servers, workers = (Server(),), (Worker(), Worker())
@@ -41,7 +41,9 @@ def test_lines_when_stdout_is_no_terminal() -> None:
     shown.close()
     text = out.getvalue()
     assert "loss 0.400" in text
-    assert "1,000 tokens/s  pushed 2.0 MB/s  pulled 4.0 MB/s  staleness 1  ETA 0:20  1 servers  2 workers" in text
+    assert (
+        "1,000 tokens/s  pushed 2.0 MB/s  pulled 4.0 MB/s  staleness 1  ETA 0:20  1 server and 2 workers alive" in text
+    )
     assert "validation loss 2.000" in text
     assert "\x1b" not in text
     assert text.count("tokens/s") == 1
@@ -51,11 +53,11 @@ def test_a_picture_on_a_terminal_shows_every_worker_and_server() -> None:
     out = io.StringIO()
     shown = display.make(Console(file=out, force_terminal=True, width=120))
     shown.update(Board(2), None)
-    shown.update(_board(in_place=True), _server())
+    shown.update(_board(), _server())
     shown.note("w1: a word from a worker")
     shown.close()
     text = out.getvalue()
-    for word in ("starting the workers", "w0", "w1", "s0", "1:77", "4.0 MB", "in place", "ETA 0:20", "a word from"):
+    for word in ("starting the workers", "w0", "w1", "s0", "1:77", "4.0 MB", "ETA 0:20", "a word from"):
         assert word in text
 
 

@@ -16,7 +16,8 @@ def test_the_learning_rate_warms_up_and_falls_to_its_floor() -> None:
 
 def _race(pace: Pace, plan: Plan, seconds: list[float], elapsed: float = 0.0) -> tuple[list[float], float]:
     """Progress at each step taken, and the time at the end; ``seconds`` per step, the last one repeated."""
-    plans, taken = [plan], []
+    plans = [plan]
+    taken: list[float] = []
     for step in range(10_000):
         found = pace.decide(step, elapsed)
         if found is not None:

@@ -47,18 +47,25 @@ def new_folder(asked: Path | None, now: float | None = None) -> Path:
     return folder
 
 
-def find_folder(asked: Path | None) -> Path:
+def find_folder(asked: Path | None, *, begun: bool = False) -> Path:
     """The folder of a run there is: the one asked for, or the newest in ``runs/``.
+
+    Args:
+        begun: a run without a checkpoint yet will do.
 
     Raises:
         DataError: there is none with a trained model in it.
     """
+
+    def good(folder: Path) -> bool:
+        return newest(folder) is not None or (begun and (folder / "trainer.json").is_file())
+
     if asked is None:
-        found = sorted(path.parent for path in Path("runs").glob("lm-*/checkpoints") if newest(path.parent))
+        found = sorted(path for path in Path("runs").glob("lm-*") if good(path))
         if not found:
-            raise DataError("runs/ holds no run with a trained model; train one (headwater train lm) or give --run DIR")
+            raise DataError("runs/ holds no run of a model; train one (headwater train lm) or give --run DIR")
         return found[-1]
-    if newest(asked) is None:
+    if not good(asked):
         raise DataError(f"--run {asked}: no checkpoint of a trained model there; check the path")
     return asked
 

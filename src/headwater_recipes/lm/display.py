@@ -56,9 +56,8 @@ class Lines:
         if row is None or row is self._shown or now - self._last < _PLAIN_EVERY:
             return
         self._shown, self._last = row, now
-        names = {} if cluster is None else {"servers": len(cluster.servers), "workers": _workers(cluster)}
-        beside = "".join(f"  {count} {name}" for name, count in names.items())
-        self.note("  ".join(figures(board, row)) + f"  ETA {clock(board.seconds_left)}" + beside)
+        beside = "" if cluster is None else f"  {_alive(cluster)}"
+        self.note("  ".join(figures(row)) + f"  ETA {clock(board.seconds_left)}" + beside)
 
     def note(self, line: str) -> None:
         self._console.print(Text(line), soft_wrap=True)
@@ -67,24 +66,25 @@ class Lines:
         """Nothing to end."""
 
 
-def _workers(cluster: Any) -> int:
-    return sum(worker.role == "worker" for worker in cluster.workers)
+def _alive(cluster: Any) -> str:
+    """``2 servers and 2 workers alive``, as the coordinator sees it."""
+    servers = sum(server.state in ("alive", "serving") for server in cluster.servers)
+    workers = sum(worker.role == "worker" and worker.state == "alive" for worker in cluster.workers)
+    return f"{_count(servers, 'server')} and {_count(workers, 'worker')} alive"
 
 
-def pulled(board: Board, rate: float) -> str:
-    """The rate of pulling; in shared memory there is nothing to move."""
-    said = board.started.values()
-    return "in place" if said and all(each.in_place for each in said) else f"{size(rate)}/s"
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def figures(board: Board, row: dict[str, Any]) -> list[str]:
+def figures(row: dict[str, Any]) -> list[str]:
     """The figures of a row of metrics, as words."""
     return [
         f"step {row['step']:>6}",
         f"loss {row['loss']:.3f}",
         f"{row['tokens_per_second']:,.0f} tokens/s",
         f"pushed {size(row['pushed_bytes_per_second'])}/s",
-        f"pulled {pulled(board, row['pulled_bytes_per_second'])}",
+        f"pulled {size(row['pulled_bytes_per_second'])}/s",
         f"staleness {row['staleness']}",
     ]
 
@@ -147,7 +147,7 @@ def _headline(board: Board, row: dict[str, Any]) -> RenderableType:
         ProgressBar(total=1.0, completed=row["progress"], width=36),
         Text(f"ETA {clock(board.seconds_left)}"),
     )
-    names = Text("  ".join(figures(board, row)) + f"  {shown}")
+    names = Text("  ".join(figures(row)) + f"  {shown}")
     return Group(line, names)
 
 
@@ -171,7 +171,7 @@ def _worker_table(board: Board) -> Table:
             f"{said.loss:.3f}",
             f"{said.tokens_per_second:,.0f}",
             f"{size(said.pushed_per_second)}/s",
-            pulled(board, said.pulled_per_second),
+            f"{size(said.pulled_per_second)}/s",
             str(said.staleness),
         )
     return table

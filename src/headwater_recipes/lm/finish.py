@@ -87,10 +87,27 @@ def plot(folder: Path, rows: list[dict[str, Any]], unigram: float | None = None)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps = [row for row in rows if row["kind"] == "step"]
-    held = [row for row in rows if row["kind"] != "step"]
+    held = [row for row in rows if row["kind"] == "validation"]
+    final = [row for row in rows if row["kind"] == "final"]
     axes.plot([row["step"] for row in steps], [row["loss"] for row in steps], color="#4878a8", lw=1.2, label="training")
     if held:
-        axes.plot([r["step"] for r in held], [r["loss"] for r in held], "o-", color="#c8553d", ms=4, label="validation")
+        axes.plot(
+            [r["step"] for r in held],
+            [r["loss"] for r in held],
+            "o-",
+            color="#c8553d",
+            ms=4,
+            label="part of the held-out text",
+        )
+    if final:
+        axes.plot(
+            [r["step"] for r in final],
+            [r["loss"] for r in final],
+            "*",
+            color="#c8553d",
+            ms=11,
+            label="all held-out text",
+        )
     if unigram is not None:
         axes.axhline(unigram, color="#888888", ls="--", lw=1, label="unigram baseline")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"Headwater: {folder.name}")

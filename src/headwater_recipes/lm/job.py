@@ -60,15 +60,13 @@ def prepare(wanted: Settings, run: Path | None, console: Console) -> Path:
 
 
 def resume(run: Path | None, changes: dict[str, Any]) -> Path:
-    """Make a run's folder ready to go on from its newest checkpoint, with changed settings.
+    """Make a run's folder ready to go on from its newest checkpoint (or from the start), with changed settings.
 
     Raises:
         DataError: nothing to go on from, a setting that is fixed, or a run that has reached its end.
     """
-    folder = checkpoint.find_folder(run)
-    found = checkpoint.newest(folder)
-    assert found is not None
-    state = checkpoint.read_state(found)
+    folder = checkpoint.find_folder(run, begun=True)
+    state = checkpoint.read_state(checkpoint.newest(folder) or folder)
     for name in settings.FIXED:
         if name in changes and changes[name] != getattr(state.settings, name):
             raise DataError(
@@ -86,7 +84,8 @@ def resume(run: Path | None, changes: dict[str, Any]) -> Path:
             f"{folder} has reached its end (step {state.step}, {state.elapsed / 60:.1f} minutes). Nothing was changed; "
             f"to train on, give a greater total: --steps or --minutes."
         )
-    checkpoint.write_json(folder / "trainer.json", msgspec.structs.replace(state, settings=wanted))
+    start = State(seed=wanted.seed, settings=wanted)  # progress stands in the checkpoint
+    checkpoint.write_json(folder / "trainer.json", start)
     finish.write_rows(folder, finish.read_rows(folder, upto=state.step))
     return folder
 
@@ -202,9 +201,9 @@ class Job:
             self._say(f"the run failed: {outcome.message}")
         if found is not None:
             self._say(f"step {int(found.name)} is saved in {self.folder}")
-            self._say(f"go on: headwater train lm --run {self.folder} --resume")
         else:
-            self._say(f"nothing was trained yet; {self.folder} holds no checkpoint")
+            self._say(f"no step is saved yet; {self.folder} holds the text as tokens")
+        self._say(f"go on: headwater train lm --run {self.folder} --resume")
         return outcome.code or 1
 
     def _say(self, line: str) -> None:

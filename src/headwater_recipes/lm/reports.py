@@ -10,13 +10,10 @@ _MARK = "::headwater-lm "  # no ordinary output starts so
 
 
 class Started(msgspec.Struct, frozen=True, tag="started"):
-    """``in_place``: the values are the servers' own memory, so a pull moves no bytes."""
-
     rank: int
     step: int
     parameters: int
     precision: str
-    in_place: bool
 
 
 class Stepped(msgspec.Struct, frozen=True, tag="step"):

@@ -97,8 +97,7 @@ class Worker:
         """Train until the plan says stop, then save, verify and validate."""
         size = sum(p.numel() for p in self.model.parameters())
         precision = "bfloat16" if self.bfloat16 else "float32"
-        in_place = self.ps.tables["model"].live
-        reports.say(reports.Started(self.ps.rank, self.step, size, precision, in_place))
+        reports.say(reports.Started(self.ps.rank, self.step, size, precision))
         self.model.train()
         while not self._over():
             loss = self._train_step()
