@@ -21,6 +21,7 @@ from headwater.errors import HeadwaterError, LinkBroken
 from headwater.server import COORDINATOR
 from headwater.server.loop import Loop, listen
 from headwater.transports import address as addresses
+from headwater.transports import memory
 from headwater.transports.receiver import Arrived, Receiver
 from headwater.transports.stream import connect
 from headwater.wire import messages as m
@@ -73,7 +74,7 @@ def run_coordinator(args: argparse.Namespace, token: bytes | None) -> None:
 
 
 def run_server(args: argparse.Namespace, token: bytes | None) -> None:
-    from headwater.server.hosts import ServerHost, available_memory
+    from headwater.server.hosts import ServerHost
     from headwater.server.node import Node
 
     asked = addresses.parse(args.listen)
@@ -95,7 +96,7 @@ def run_server(args: argparse.Namespace, token: bytes | None) -> None:
     checked = os.environ.get("HEADWATER_CHECKSUM") == "1"
     node = Node(
         welcome.shard, welcome.shards, welcome.epoch, share=bool(host), checked=checked,
-        available=available_memory, detach=lambda table, ranges: loop.detach(table, ranges),
+        available=memory.available_memory, detach=lambda table, ranges: loop.detach(table, ranges),
     )  # fmt: skip
     loop = Loop(ServerHost(node, welcome.heartbeat, lambda: loop.stop()), token)
     loop.serve(tcp)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headwater.cluster.coordinator import Coordinator
@@ -73,17 +72,3 @@ class ServerHost:
             return []
         self._next = now + self._heartbeat
         return [Outgoing(COORDINATOR, Frame(Kind.NOTICE, body=m.pack(self._node.heartbeat())))]
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of its cgroup if that is less."""
-    free = 1 << 62
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists():
-        text = limit.read_text().strip()
-        if text != "max":
-            free = min(free, int(text) - int(used.read_text()))
-    return max(0, free)

@@ -13,6 +13,7 @@ import os
 import sys
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from headwater.errors import NotEnoughMemory, ProtocolError
@@ -30,11 +31,30 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
+def available_memory() -> int:
+    """Bytes that this process may still take: of the machine, or of its cgroup if that is less."""
+    free = 1 << 62
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists():
+        text = limit.read_text().strip()
+        if text != "max":
+            free = min(free, int(text) - int(used.read_text()))
+    return max(0, free)
+
+
 def create(name: str, size: int) -> int:
     """A new memfd of ``size`` zero bytes, sealed; the caller closes it.
 
     ``name`` shows in /proc only. Raises ``NotEnoughMemory`` now rather than a SIGBUS later.
     """
+    free = available_memory()
+    if size > free:  # the kernel would take the pages, and then kill somebody for them
+        raise NotEnoughMemory(
+            f"{size} bytes of shared memory for {name!r}, but {free} are free on this machine; nothing was created"
+        )
     shown = "".join(c if c.isascii() and c.isprintable() else "?" for c in name[:64])
     fd = os.memfd_create(f"headwater:{shown}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
