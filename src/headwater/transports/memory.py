@@ -24,6 +24,17 @@ _MAP_FIXED = 0x10
 _MADV_DONTNEED = 4
 _FAILED = ctypes.c_void_p(-1).value
 
+_CGROUP = Path("/sys/fs/cgroup")
+_GROUPS = (  # limit, used, and the cache in it that the kernel gives back: versions 2 and 1
+    (_CGROUP / "memory.max", _CGROUP / "memory.current", _CGROUP / "memory.stat", "inactive_file"),
+    (
+        _CGROUP / "memory/memory.limit_in_bytes",
+        _CGROUP / "memory/memory.usage_in_bytes",
+        _CGROUP / "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -32,17 +43,22 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of its cgroup if that is less."""
-    free = 1 << 62
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists():
-        text = limit.read_text().strip()
-        if text != "max":
-            free = min(free, int(text) - int(used.read_text()))
+    """Bytes that this process may still take: of the machine, or of its control group if that is less."""
+    free = _number(Path("/proc/meminfo"), "MemAvailable:", 1024)
+    for limit, used, stat, cache in _GROUPS:
+        if limit.exists() and used.exists():
+            text = limit.read_text(encoding="ascii").strip()
+            if text.isdigit():
+                taken = int(used.read_text(encoding="ascii")) - _number(stat, cache, 1, 0)
+                free = min(free, int(text) - taken)
     return max(0, free)
+
+
+def _number(path: Path, key: str, unit: int, default: int = 1 << 62) -> int:
+    for line in path.read_text(encoding="ascii").splitlines() if path.exists() else ():
+        if line.startswith(key):
+            return int(line.split()[1]) * unit
+    return default
 
 
 def create(name: str, size: int) -> int:
