@@ -277,7 +277,9 @@ class Optimizer(torch.optim.Optimizer):
     def _note_last(self) -> None:
         if self._ticket is not None and self._ticket.done():
             ticket, self._ticket = self._ticket, None
-            self._last = ticket.wait()
+            self._table.settle()  # raises what nobody has heard yet
+            with suppress(HeadwaterError):
+                self._last = ticket.wait()
 
     def statistics(self) -> Any:
         """The client's counters: bytes pushed and pulled, steps, staleness, seconds waited."""
