@@ -1,0 +1,102 @@
+"""A coordinator without sockets: peers say things, and what each of them hears is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+
+from headwater.cluster.coordinator import Coordinator
+from headwater.errors import HeadwaterError
+from headwater.testing import FakeClock
+from headwater.types import Bulk, Init, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.wire import messages as m
+from headwater.wire.frames import Frame, Kind, Outgoing
+
+T = TypeVar("T", bound=msgspec.Struct)
+Heard = m.Reply | m.Notice | m.Request | HeadwaterError
+
+SERVER, WORKER, READER = 100, 200, 300
+
+
+def spec(name: str = "t", init: str = "zeros", **changes: object) -> TableSpec:
+    """Large enough to lie on several shards."""
+    parameter = ParameterSpec("w", (200_000,), init=Init(init))  # type: ignore[arg-type]
+    made = TableSpec(name, (parameter,), OptimizerSpec("SGD", ({"lr": 0.1},)), Bulk())
+    return msgspec.structs.replace(made, **changes)
+
+
+class Script:
+    """``servers`` of them have joined as peers 100, 101, …; worker r is peer 200 + r, reader r is peer 300 + r."""
+
+    def __init__(self, servers: int = 2, joined: bool = True) -> None:
+        self.clock = FakeClock(1000.0)
+        self.coordinator = Coordinator(servers, self.clock())
+        self.heard: dict[int, list[Heard]] = {}
+        self._seq = 0
+        for shard in range(servers if joined else 0):
+            self.ask(SERVER + shard, m.Join("server", shard, address=f"tcp://127.0.0.1:{shard}"))
+
+    def ask(self, peer: int, message: m.Request) -> None:
+        self._seq += 1
+        self._send(peer, Frame(Kind.REQUEST, seq=self._seq, body=m.pack(message)))
+
+    def tell(self, peer: int, message: m.Notice) -> None:
+        self._send(peer, Frame(Kind.NOTICE, body=m.pack(message)))
+
+    def answer(self, peer: int, number: int, message: m.Reply | HeadwaterError) -> None:
+        """A server's answer to the creation of table ``number``."""
+        if isinstance(message, HeadwaterError):
+            self._send(peer, Frame(Kind.ERROR, seq=number, body=m.error_body(message)))
+        else:
+            self._send(peer, Frame(Kind.REPLY, seq=number, body=m.pack(message)))
+
+    def _send(self, peer: int, frame: Frame) -> None:
+        self._note(self.coordinator.receive(peer, frame, self.clock()))
+
+    def hang_up(self, peer: int) -> None:
+        self._note(self.coordinator.disconnected(peer, self.clock()))
+
+    def pass_time(self, seconds: float, alive: tuple[int, ...] = ()) -> None:
+        """Half-second ticks; the peers in ``alive`` send heartbeats."""
+        for _ in range(round(seconds * 2)):
+            self.clock.advance(0.5)
+            for peer in alive:
+                self.tell(peer, m.Heartbeat())
+            self._note(self.coordinator.tick(self.clock()))
+
+    def _note(self, outgoing: list[Outgoing]) -> None:
+        readers: dict[Kind, Callable[[bytes], Heard]] = {
+            Kind.REPLY: m.unpack_reply,
+            Kind.NOTICE: m.unpack_notice,
+            Kind.REQUEST: m.unpack_request,
+            Kind.ERROR: m.read_error,
+        }
+        for out in outgoing:
+            self.heard.setdefault(out.peer, []).append(readers[out.frame.kind](out.frame.body))
+
+    def take(self, peer: int) -> list[Heard]:
+        """What this peer has heard since it was last asked."""
+        return self.heard.pop(peer, [])
+
+    def last(self, peer: int, kind: type[T]) -> T:
+        found = [message for message in self.take(peer) if isinstance(message, kind)]
+        assert found, f"peer {peer} heard no {kind.__name__}"
+        return found[-1]
+
+    def error(self, peer: int) -> HeadwaterError:
+        found = [message for message in self.take(peer) if isinstance(message, HeadwaterError)]
+        assert found, f"peer {peer} heard no error"
+        return found[-1]
+
+    # ---- common openings ---------------------------------------------------------------------
+
+    def join(self, *ranks: int, world: int | None = None) -> None:
+        for rank in ranks:
+            self.ask(WORKER + rank, m.Join("worker", rank, "host", 4000 + rank, rank, world))
+
+    def create(self, number: int = 1) -> None:
+        """All servers have made table ``number``."""
+        for shard in range(self.coordinator.shards):
+            self.answer(SERVER + shard, number, m.Created(number, 0))
