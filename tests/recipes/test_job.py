@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 from pathlib import Path
 
 import msgspec
@@ -13,32 +14,52 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from headwater.errors import DataError
+from headwater.launch import Process
 from headwater_recipes.lm import checkpoint, finish, job
 from headwater_recipes.lm.settings import Settings, State
 from tests.recipes.conftest import TINY, write_corpus
 
 
-def test_two_workers_and_two_servers_train_a_model_that_transformers_loads(run: Path) -> None:
+class _Impatient(job.Job):
+    """Presses Ctrl-C when the first row of metrics is there."""
+
+    def _line(self, process: Process, stream: str, line: str) -> None:
+        before = len(self.board.rows)
+        super()._line(process, stream, line)
+        if len(self.board.rows) > before == 0:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_two_workers_and_two_servers_train_stop_and_go_on(run: Path) -> None:
     state = checkpoint.read_state(run)
-    settings = msgspec.structs.replace(state.settings, workers=2, servers=2, steps=20, log_every=5)
+    settings = msgspec.structs.replace(state.settings, workers=2, servers=2, steps=None, minutes=10.0, log_every=5)
     checkpoint.write_json(run / "trainer.json", msgspec.structs.replace(state, settings=settings))
     out = io.StringIO()
+    stopped = _Impatient(run, Console(file=out, width=200))
+    assert stopped.run() == 130
+    assert all(worker.returncode == 0 for worker in stopped.launcher.workers)
+    found = checkpoint.newest(run)
+    assert found is not None
+    step = checkpoint.read_state(found).step
+    assert f"stopped\nstep {step} is saved in {run}\n" in out.getvalue()
+    assert "Traceback" not in out.getvalue()
+
+    job.resume(run, {"steps": step + 10})
+    out = io.StringIO()
     assert job.Job(run, Console(file=out)).run() == 0, out.getvalue()
-    text = out.getvalue()
-    assert "bits per byte" in text
-    assert "AutoModelForCausalLM.from_pretrained gives the same logits" in text
+    assert "bits per byte" in out.getvalue()
+    assert "AutoModelForCausalLM.from_pretrained gives the same logits" in out.getvalue()
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    assert report["step"] == 20
-    assert report["validation_bits_per_byte"] < 8
-    assert [row["step"] for row in finish.read_rows(run)] == [5, 10, 15, 20, 20]
+    assert report["step"] == step + 10
+    assert report["largest_logit_difference_of_saved_model"] < 1e-5
+    rows = finish.read_rows(run)
+    assert [row["step"] for row in rows] == [*range(5, step + 11, 5), step + 10]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "sample.txt").read_text(encoding="utf-8").strip()
     loaded = AutoModelForCausalLM.from_pretrained(run)
     assert torch.isfinite(loaded(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
     with pytest.raises(DataError, match="has reached its end"):
         job.resume(run, {})
-    job.resume(run, {"steps": 30})
-    assert checkpoint.read_state(run).settings.steps == 30
 
 
 def _checkpoint(run: Path, settings: Settings, step: int = 10, elapsed: float = 30.0) -> None:

@@ -110,7 +110,7 @@ class Job:
     def run(self) -> int:
         """Train; returns the exit code."""
         s = self.settings
-        launcher = launch.Launcher(s.servers, on_line=self._line, patience=_PATIENCE)
+        self.launcher = launcher = launch.Launcher(s.servers, on_line=self._line, patience=_PATIENCE)
         try:
             with launcher.signals(), launcher:
                 self.display = display.make(self.console)
@@ -159,7 +159,8 @@ class Job:
     def _line(self, process: launch.Process, stream: str, line: str) -> None:
         report = reports.hear(line) if process.role == "worker" and stream == "stdout" else None
         if report is None:
-            if self.display is not None:
+            # A worker that Ctrl-C met while it was still importing has nothing to say that the user does not know.
+            if self.display is not None and not self.launcher.outcome.interrupted:
                 self.display.note(f"{process.name}: {line}")
             return
         row = self.board.hear(report)
