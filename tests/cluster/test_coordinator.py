@@ -241,20 +241,31 @@ def test_a_table_is_declared_to_all_once_every_shard_has_it() -> None:
         assert (declared.table, declared.assign, declared.spec) == (1, False, spec())
 
 
-def test_one_worker_assigns_the_values_and_the_others_wait_for_it() -> None:
+def test_the_lowest_rank_assigns_the_values_whoever_comes_first() -> None:
     script = Script(1)
     script.join(0, 1, 2, world=3)
     for rank in (2, 1):
         script.ask(WORKER + rank, m.Declare(spec(init="values")))
     script.create()
-    assert script.last(WORKER + 1, m.Declared).assign, "the lowest rank that waits"
+    for rank in (2, 1):
+        assert not any(isinstance(heard, m.Declared) for heard in script.take(WORKER + rank)), "which came first matters"
     script.ask(WORKER, m.Declare(spec(init="values")))
-    script.ask(WORKER, m.Initialised(1))
-    assert "another worker assigns" in str(script.error(WORKER))
-    assert not any(isinstance(heard, m.Declared) for heard in script.take(WORKER + 2))
+    assert script.last(WORKER, m.Declared).assign
     script.ask(WORKER + 1, m.Initialised(1))
-    assert not script.last(WORKER + 2, m.Declared).assign
-    assert not script.last(WORKER, m.Declared).assign
+    assert "another worker assigns" in str(script.error(WORKER + 1))
+    script.ask(WORKER, m.Initialised(1))
+    for rank in (1, 2):
+        assert not script.last(WORKER + rank, m.Declared).assign
+
+
+def test_the_lowest_rank_leaves_before_it_asked() -> None:
+    script = Script(1)
+    script.join(0, 1, world=2)
+    script.ask(WORKER + 1, m.Declare(spec(init="values")))
+    script.create()
+    script.take(WORKER + 1)
+    script.hang_up(WORKER)
+    assert script.last(WORKER + 1, m.Declared).assign
 
 
 def test_when_the_initialiser_dies_the_next_one_takes_over() -> None:

@@ -119,8 +119,8 @@ class Client:
     def table(self, spec: TableSpec, values: Mapping[str, torch.Tensor] | None = None) -> Table:
         """A table of many parameters.
 
-        ``values`` fill the parameters whose init is ``values``: the lowest rank assigns its own, the others get
-        those. Raises as ``dense``, and ``UsageError`` if values are needed and missing.
+        ``values`` fill the parameters whose init is ``values``: the lowest rank assigns its own, the others wait
+        for those; so every worker must ask for such a table. Raises as ``dense``, and ``UsageError`` if values are needed and missing.
         """
         check_table(spec)
         known = self.tables.get(spec.name)

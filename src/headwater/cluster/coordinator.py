@@ -176,7 +176,7 @@ class Coordinator:
         member = self.membership.depart(peer, clean=clean, why=why)
         for table in self._tables.values():
             table.waiting = [a for a in table.waiting if a.peer != peer]
-            if table.state == "assigning" and table.initialiser == peer:
+            if table.state == "assigning" and table.initialiser in (peer, None):
                 self._pass_on(table)
         if member is None or member.rank < 0:
             return
@@ -276,15 +276,15 @@ class Coordinator:
             self._release(table)
 
     def _pass_on(self, table: _Table) -> None:
-        """Choose who assigns the values: the lowest rank that waits for the table; never a reader."""
-        ranks = {member.peer: member.rank for member in self.membership.workers.values()}
+        """Let the lowest rank assign its values once it asks: which worker came first must not matter."""
         table.state, table.initialiser = "assigning", None
-        able = [asker for asker in table.waiting if asker.peer in ranks]
-        if able:
-            first = min(able, key=lambda asker: ranks[asker.peer])
-            table.waiting.remove(first)
-            table.initialiser = first.peer
-            self._declared(first, table, assign=True)
+        lowest = self.membership.workers.get(min(self.membership.ranks(), default=-1))
+        for asker in table.waiting:
+            if lowest is not None and asker.peer == lowest.peer:
+                table.waiting.remove(asker)
+                table.initialiser = asker.peer
+                self._declared(asker, table, assign=True)
+                return
 
     def _initialised(self, asker: _Asker, number: int) -> None:
         table = self._table(number)

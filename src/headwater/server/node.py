@@ -44,8 +44,8 @@ class _Link:
     def __init__(self) -> None:
         self.session: int | None = None
         self.shared: dict[int, memory.Region] = {}  # by table: the client's gradients
-        self.scratch = torch.empty(0, dtype=torch.uint8)  # a payload that is used at once
-        self.landing = memoryview(b"")  # the same bytes
+        self.scratch = torch.empty(0, dtype=torch.uint8)  # for a payload that is used at once
+        self.landed: dict[int, torch.Tensor] = {}  # by id of the frame: payloads that are not used yet
 
 
 def _unlimited() -> int:
@@ -101,23 +101,28 @@ class Node:
         again = frame.seq <= self.shard.sessions[link.session].seq  # a duplicate must not touch what is pending
         if frame.kind == Kind.PUSH and not again and not self.shard.table(frame.table).eager:
             return _view(self.shard.staging(link.session, frame.table)[frame.start : end])
-        if link.scratch.numel() < frame.length:
-            link.scratch = torch.empty(limit, dtype=torch.uint8)
-            link.landing = _view(link.scratch)
-        return link.landing[: frame.length]
+        # One receive call may complete several small frames before the first is acted on: each lands apart.
+        target = link.scratch
+        if link.landed:
+            target = torch.empty(frame.length, dtype=torch.uint8)
+        elif target.numel() < frame.length:
+            target = link.scratch = torch.empty(limit, dtype=torch.uint8)
+        link.landed[id(frame)] = target[: frame.length]
+        return _view(link.landed[id(frame)])
 
     def receive(self, peer: int, frame: Frame, fds: tuple[int, ...] = ()) -> list[Outgoing]:
         """A complete frame from a client; ``fds`` are closed in any case."""
         link = self._links.get(peer)
         if link is None:
             link = self._links[peer] = _Link()
+        payload = link.landed.pop(id(frame), None)
         try:
             if frame.kind == Kind.PUSH:
-                self._push(link, frame)
+                self._push(link, frame, payload)
             elif frame.kind == Kind.PULL:
                 self._run(e.Pull(self._session(link), frame.seq, frame.table, frame.clock, frame.start, frame.length))
             elif frame.kind == Kind.ASSIGN:
-                self._assign(link, frame)
+                self._assign(link, frame, payload)
             elif frame.kind == Kind.REQUEST:
                 self._request(peer, link, frame, m.unpack_request(frame.body), fds)
             else:
@@ -235,7 +240,7 @@ class Node:
 
     # ---- data ------------------------------------------------------------------------------------
 
-    def _push(self, link: _Link, frame: Frame) -> None:
+    def _push(self, link: _Link, frame: Frame, payload: torch.Tensor | None) -> None:
         session = self._session(link)
         table = self.shard.tables.get(frame.table)
         body = m.unpack(frame.body, m.StepBody) if frame.body else None
@@ -246,7 +251,7 @@ class Node:
                 if gradient is None:
                     raise ProtocolError(f"shared push to table {frame.table} without shared memory")
             else:
-                gradient, base = link.scratch, frame.start
+                gradient, base = payload, frame.start
         self.pushed_bytes += frame.length
         self._run(
             e.Push(
@@ -255,10 +260,10 @@ class Node:
             )
         )  # fmt: skip
 
-    def _assign(self, link: _Link, frame: Frame) -> None:
-        if frame.flags & Flag.SHARED:
+    def _assign(self, link: _Link, frame: Frame, payload: torch.Tensor | None) -> None:
+        if frame.flags & Flag.SHARED or (frame.length and payload is None):
             raise ProtocolError("an assignment needs its bytes behind it; values are not shared for writing")
-        data = link.scratch[: frame.length]
+        data = link.scratch[:0] if payload is None else payload
         last = bool(frame.flags & Flag.END)
         self._run(e.Assign(self._session(link), frame.seq, frame.table, frame.start, data, last))
 
