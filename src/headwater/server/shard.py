@@ -373,9 +373,9 @@ class Shard:
                 table.staged.setdefault(session.number, []).append(span)
         if not event.flags & Flag.END:
             return
-        if table.clocks.may_apply(session.rank, self._held_ranks(table)):
+        if not table.held and table.clocks.may_apply(session.rank):
             self._end_step(session, table, event)
-        else:
+        else:  # behind those that wait already: they have the older values
             table.held.append(event)
         self._progress(table)
 
