@@ -1,0 +1,144 @@
+"""A live loop in a thread, and hand-made clients of it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from typing import TypeVar
+
+import msgspec
+
+from headwater.cluster.coordinator import Coordinator
+from headwater.server import COORDINATOR
+from headwater.server.hosts import CoordinatorHost
+from headwater.server.loop import Loop, listen
+from headwater.server.node import Node
+from headwater.transports.address import Address
+from headwater.transports.receiver import Receiver, descriptors
+from headwater.types import TableSpec
+from headwater.wire import auth
+from headwater.wire import messages as m
+from headwater.wire.frames import Frame, Kind, Outgoing, encode
+
+TOKEN = b"a token for tests"
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class NodeHost:
+    """A server that has joined no coordinator; what it says to one is kept in ``said``."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.said: list[Frame] = []
+
+    def _keep(self, outgoing: list[Outgoing]) -> list[Outgoing]:
+        self.said += [out.frame for out in outgoing if out.peer == COORDINATOR]
+        return [out for out in outgoing if out.peer != COORDINATOR]
+
+    def landing(self, peer: int, frame: Frame) -> memoryview:
+        return self.node.landing(peer, frame)
+
+    def receive(self, peer: int, frame: Frame, fds: tuple[int, ...]) -> list[Outgoing]:
+        return self._keep(self.node.receive(peer, frame, fds))
+
+    def closed(self, peer: int) -> list[Outgoing]:
+        return self._keep(self.node.closed(peer))
+
+    def tick(self, now: float) -> list[Outgoing]:
+        return []
+
+    def create(self, number: int, spec: TableSpec) -> m.Created:
+        """A table, for one worker of rank 0."""
+        body = m.pack(m.Create(number, spec))
+        (out,) = self.node.coordinator(Frame(Kind.REQUEST, seq=number, body=body))
+        self.node.coordinator(Frame(Kind.NOTICE, body=m.pack(m.Members(1, (0,), 0))))
+        created = m.unpack_reply(out.frame.body)
+        assert isinstance(created, m.Created)
+        return created
+
+
+@contextlib.contextmanager
+def serve(host: NodeHost | CoordinatorHost, token: bytes | None = TOKEN, unix: str = "") -> Iterator[Address]:
+    """The address of a loop that serves ``host`` in a thread of its own; a crash of the loop fails the test."""
+    loop = Loop(host, token)
+    sock = listen(Address("local", unix) if unix else Address("tcp", "127.0.0.1", 0), token)
+    address = Address("local", unix) if unix else Address("tcp", "127.0.0.1", sock.getsockname()[1])
+    loop.serve(sock)
+    crash: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            loop.run()
+        except BaseException as error:  # noqa: BLE001 - it is raised again in the test's own thread
+            crash.append(error)
+
+    thread = threading.Thread(target=run, name="loop")
+    thread.start()
+    try:
+        yield address
+    finally:
+        loop.stop()
+        thread.join(10)
+        assert not thread.is_alive()
+        if crash:
+            raise crash[0]
+
+
+def coordinator() -> CoordinatorHost:
+    return CoordinatorHost(Coordinator(0))
+
+
+class Wire:
+    """A client made of bytes. Every wait ends after 10 s."""
+
+    def __init__(self, address: Address) -> None:
+        family = socket.AF_UNIX if address.scheme == "local" else socket.AF_INET
+        self.sock = socket.socket(family, socket.SOCK_STREAM)
+        self.sock.settimeout(10)
+        self.sock.connect("\0" + address.host if address.scheme == "local" else (address.host, address.port))
+        self._receiver = Receiver(self.sock, lambda frame: memoryview(bytearray(frame.length)))
+        self._frames: list[Frame] = []
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._receiver.close()
+        self.sock.close()
+
+    def send(self, frame: Frame, payload: bytes = b"", fds: tuple[int, ...] = ()) -> None:
+        data = encode(frame) + payload
+        sent = self.sock.sendmsg([data], descriptors(fds))
+        self.sock.sendall(data[sent:])
+
+    def read(self) -> Frame:
+        """The next frame. ``LinkBroken`` at the end of the stream."""
+        while not self._frames:
+            self._frames += [frame for frame, _ in self._receiver.read()]
+        return self._frames.pop(0)
+
+    def ends(self) -> list[Frame]:
+        """What still comes until the other side closes the connection."""
+        found = []
+        with contextlib.suppress(ConnectionError):
+            while True:
+                found.append(self.read())
+        return found
+
+    def greet(self, token: bytes = TOKEN) -> Frame:
+        """The handshake; returns its last frame, WELCOME or ERROR."""
+        mine = auth.nonce()
+        self.send(Frame(Kind.HELLO, body=m.pack(m.Hello(mine, "test"))))
+        challenge = m.unpack(self.read().body, m.Challenge)
+        self.send(Frame(Kind.PROOF, body=m.pack(m.Proof(auth.proof(token, "client", mine, challenge.nonce)))))
+        return self.read()
+
+    def ask(self, request: m.Request, fds: tuple[int, ...] = ()) -> m.Reply:
+        """Raises what an ERROR frame says."""
+        self.send(Frame(Kind.REQUEST, seq=1 << 62, body=m.pack(request)), fds=fds)
+        frame = self.read()
+        if frame.kind == Kind.ERROR:
+            raise m.read_error(frame.body)
+        return m.unpack_reply(frame.body)
