@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,30 @@ def test_a_budget_of_time_ends_a_run(run: Path, capsys: pytest.CaptureFixture[st
     assert finished.step == 2
 
 
-@pytest.mark.parametrize("sync", ["stale:1", "async", "async:2"])
-def test_the_other_policies(run: Path, sync: str, capsys: pytest.CaptureFixture[str]) -> None:
-    _change(run, sync=sync, steps=4)
-    _train(run)
-    assert isinstance(_said(capsys)[-1], reports.Finished)
+@pytest.mark.parametrize("sync", ["bulk", "stale:0", "stale:1", "async", "async:0", "async:2"])
+def test_two_workers_end_together_under_every_policy(
+    run: Path, sync: str, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    _change(run, sync=sync, workers=2, steps=7)
+    errors: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            with headwater.connect(f"inproc://{request.node.name}", rank=rank, world=2, servers=2, timeout=30) as ps:
+                worker = Worker(run, ps)
+                worker.run()
+                worker.optimizer.close()
+        except BaseException as error:  # noqa: BLE001 - the test's own thread shall raise it
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    finished = [each for each in _said(capsys) if isinstance(each, reports.Finished)]
+    assert sorted((each.rank, each.step, each.reason) for each in finished) == [(0, 7, "done"), (1, 7, "done")]
 
 
 def test_the_run_generates_the_same_text_for_the_same_seed(run: Path) -> None:

@@ -163,8 +163,13 @@ class Worker:
     def _finish(self) -> None:
         elapsed = self.elapsed
         self.optimizer.synchronize()
+        table = self.ps.tables["model"]
+        if isinstance(table.spec.sync, headwater.Async):
+            # Under a staleness cap the others wait for every worker that has read and not pushed since. An empty
+            # step that reads nothing says that this one is not computing any more.
+            table.push_step([], want=False).wait()
         self.ps.barrier("trained")
-        self.ps.tables["model"].pull().wait()  # under Stale and Async: what the others pushed last
+        table.pull().wait()  # under Stale and Async: what the others pushed last
         difference = None
         if self.ps.rank == 0:
             self._save()
