@@ -25,6 +25,7 @@ def test_other_policies_are_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"preset": "huge"}, "'huge' is none of"),
         ({"workers": 0}, "workers=0"),
         ({"seq": 1}, "seq=1"),
         ({"vocabulary": 256}, "vocabulary=256"),

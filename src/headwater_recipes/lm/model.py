@@ -35,6 +35,13 @@ PRESETS = {
 """By their millions of parameters with the default vocabulary; ``tiny`` is for trying things out."""
 
 
+def size(preset: str) -> Size:
+    """Raises ``UsageError`` for an unknown preset."""
+    if preset not in PRESETS:
+        raise UsageError(f"preset {preset!r} is none of {', '.join(PRESETS)}; nothing was started")
+    return PRESETS[preset]
+
+
 def config(preset: str, vocabulary: int = VOCABULARY, context: int = 256) -> LlamaConfig:
     """A ``transformers.LlamaConfig``.
 
@@ -48,16 +55,14 @@ def config(preset: str, vocabulary: int = VOCABULARY, context: int = 256) -> Lla
     """
     from transformers import LlamaConfig
 
-    if preset not in PRESETS:
-        raise UsageError(f"preset {preset!r} is none of {', '.join(PRESETS)}; nothing was started")
-    size = PRESETS[preset]
+    shape = size(preset)
     return LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=size.width,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.heads,
-        intermediate_size=size.inner,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        intermediate_size=shape.inner,
         max_position_embeddings=context,
         tie_word_embeddings=False,
         bos_token_id=0,

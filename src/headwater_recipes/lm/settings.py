@@ -10,6 +10,7 @@ import msgspec
 
 import headwater
 from headwater.errors import UsageError
+from headwater_recipes.lm import model
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -92,6 +93,7 @@ def parse_sync(text: str) -> headwater.Bulk | headwater.Stale | headwater.Async:
 def check(settings: Settings) -> None:
     """Raises ``UsageError`` for a setting that cannot work."""
     parse_sync(settings.sync)
+    model.size(settings.preset)
     for name in ("workers", "servers", "batch", "seq", "log_every", "save_every", "validate_every"):
         if getattr(settings, name) < 1:
             raise UsageError(f"{name}={getattr(settings, name)}: must be 1 or more; nothing was started")
