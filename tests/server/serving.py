@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import msgspec
@@ -13,7 +13,7 @@ import msgspec
 from headwater.cluster.coordinator import Coordinator
 from headwater.server import COORDINATOR
 from headwater.server.hosts import CoordinatorHost
-from headwater.server.loop import Loop, listen
+from headwater.server.loop import Loop, Ranges, listen
 from headwater.server.node import Node
 from headwater.transports.address import Address
 from headwater.transports.receiver import Receiver, descriptors
@@ -27,10 +27,11 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 class NodeHost:
-    """A server that has joined no coordinator; what it says to one is kept in ``said``."""
+    """A server with shard 0 of 1 that has joined no coordinator; what it says to one is kept in ``said``."""
 
-    def __init__(self, node: Node) -> None:
-        self.node = node
+    def __init__(self) -> None:
+        self.detach: Callable[[int, Ranges], None] = lambda table, ranges: None
+        self.node = Node(0, 1, 1, share=True, detach=lambda table, ranges: self.detach(table, ranges))
         self.said: list[Frame] = []
 
     def _keep(self, outgoing: list[Outgoing]) -> list[Outgoing]:
@@ -63,6 +64,8 @@ class NodeHost:
 def serve(host: NodeHost | CoordinatorHost, token: bytes | None = TOKEN, unix: str = "") -> Iterator[Address]:
     """The address of a loop that serves ``host`` in a thread of its own; a crash of the loop fails the test."""
     loop = Loop(host, token)
+    if isinstance(host, NodeHost):
+        host.detach = loop.detach
     sock = listen(Address("local", unix) if unix else Address("tcp", "127.0.0.1", 0), token)
     address = Address("local", unix) if unix else Address("tcp", "127.0.0.1", sock.getsockname()[1])
     loop.serve(sock)
@@ -111,7 +114,8 @@ class Wire:
     def send(self, frame: Frame, payload: bytes = b"", fds: tuple[int, ...] = ()) -> None:
         data = encode(frame) + payload
         sent = self.sock.sendmsg([data], descriptors(fds))
-        self.sock.sendall(data[sent:])
+        if sent < len(data):
+            self.sock.sendall(data[sent:])
 
     def read(self) -> Frame:
         """The next frame. ``LinkBroken`` at the end of the stream."""

@@ -25,7 +25,6 @@ from headwater.errors import (
 )
 from headwater.server import loop as loop_module
 from headwater.server.loop import listen
-from headwater.server.node import Node
 from headwater.transports import memory
 from headwater.transports.address import Address, parse
 from headwater.transports.stream import connect
@@ -51,7 +50,7 @@ def control() -> Iterator[Address]:
 @pytest.fixture(params=["tcp", "unix"])
 def server(request: pytest.FixtureRequest) -> Iterator[tuple[Address, NodeHost]]:
     """A server with table 1 (bulk) and table 2 (asynchronous)."""
-    host = NodeHost(Node(0, 1, 1, share=True))
+    host = NodeHost()
     host.create(1, spec(Bulk()))
     host.create(2, spec(Async()))
     name = f"headwater-test-{os.getpid()}-{random.randbytes(4).hex()}" if request.param == "unix" else ""
