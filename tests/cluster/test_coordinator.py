@@ -248,7 +248,7 @@ def test_the_lowest_rank_assigns_the_values_whoever_comes_first() -> None:
         script.ask(WORKER + rank, m.Declare(spec(init="values")))
     script.create()
     for rank in (2, 1):
-        assert not any(isinstance(heard, m.Declared) for heard in script.take(WORKER + rank)), "which came first matters"
+        assert not any(isinstance(heard, m.Declared) for heard in script.take(WORKER + rank))
     script.ask(WORKER, m.Declare(spec(init="values")))
     assert script.last(WORKER, m.Declared).assign
     script.ask(WORKER + 1, m.Initialised(1))

@@ -120,7 +120,9 @@ class Client:
         """A table of many parameters.
 
         ``values`` fill the parameters whose init is ``values``: the lowest rank assigns its own, the others wait
-        for those; so every worker must ask for such a table. Raises as ``dense``, and ``UsageError`` if values are needed and missing.
+        for those; so every worker must ask for such a table.
+
+        Raises as ``dense``, and ``UsageError`` if values are needed and missing.
         """
         check_table(spec)
         known = self.tables.get(spec.name)

@@ -145,7 +145,7 @@ def _same_host(options: Options, transport: Transport) -> list[Figure]:
 
 
 def same_host_figures(transport: str, optimizer: str, seconds: dict[str, list[float]]) -> list[Figure]:
-    """Figures from seconds per round of ``ours``, ``unchecked``, ``copied``, ``kernel`` and ``gloo`` (an all-reduce)."""
+    """Figures from seconds per round of ``ours``, ``unchecked``, ``copied``, ``kernel`` and ``gloo``."""
     name = f"{transport} {optimizer}"
     ours, kernel = seconds["ours"], seconds["kernel"]
     both = [a + b for a, b in zip(seconds["gloo"], kernel, strict=True)]
