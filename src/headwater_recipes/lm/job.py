@@ -25,6 +25,8 @@ from headwater_recipes.lm.windows import Windows
 _STATUS_EVERY = 1.0
 _PATIENCE = 60.0
 """Seconds that the workers get after Ctrl-C to end their step and save."""
+_SAME = 1e-4
+"""Logits of the saved model may differ by this much from those in training: another order of summation."""
 
 
 def prepare(wanted: Settings, run: Path | None, console: Console) -> Path:
@@ -183,7 +185,8 @@ class Job:
             bits, loss = found[f"{name}_bits_per_byte"], found[f"{name}_loss"]
             say(f"  {name:<12} {bits:.3f} bits per byte   loss {loss:.3f}{beside}")
         difference = found["largest_logit_difference_of_saved_model"]
-        say(f"  AutoModelForCausalLM.from_pretrained gives the same logits (largest difference {difference:.1e})")
+        verdict = "gives the same logits" if difference <= _SAME else "DOES NOT give the same logits"
+        say(f"  AutoModelForCausalLM.from_pretrained {verdict} (largest difference {difference:.1e})")
         say("")
         say(finish.sample(self.folder, finish.prompt_of(self.folder, s.data), s.seed))
         say("")
