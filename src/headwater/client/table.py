@@ -41,6 +41,7 @@ class Table:
         self.number = declared.table
         self.layout = layout
         self.clock = 0
+        self.failures = 0  # steps and pulls that ended with an error: what was sent with them may be lost
         self._client = client
         self._members = declared.members
         self._parts = [
@@ -215,6 +216,7 @@ class Table:
         if isinstance(self.spec.sync, Bulk):
             self.clock -= 1
         self._uncopied = False
+        self.failures += 1
         if self._ticket is not None:
             self._ticket.reject(error)
         raise error
@@ -235,7 +237,9 @@ class Table:
         try:
             part.session.link.pump(done, deadline if alone else min(deadline, time.monotonic() + _TURN))
         except LinkBroken as error:
-            raise LinkBroken(f"{part.session.name}: {error}") from None
+            raise LinkBroken(
+                f"{part.session.name}: {error}; pushes that were not acknowledged may or may not be applied"
+            ) from None
         except DeadlineExceeded:
             if time.monotonic() >= deadline:
                 raise
@@ -275,6 +279,7 @@ class Table:
         for part in self._parts:
             if part.error is not None:
                 error, part.error = part.error, None
+                self.failures += 1
                 raise error
 
     def pull(self) -> Ticket:
