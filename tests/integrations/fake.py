@@ -27,6 +27,7 @@ class FakeTable:
         self.spec = spec
         self.calls: list[Call] = []
         self.groups: list[object] = []
+        self.failures = 0
         self.late = False  # whether steps stay without an answer
         self.fails: HeadwaterError | None = None  # what the next push raises
         self.gradients = _flat(spec)

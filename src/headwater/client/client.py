@@ -199,12 +199,12 @@ class Client:
         if self._closed:
             return
         self._closed = True
-        self._stop.set()
         with contextlib.suppress(HeadwaterError):
             for table in self.tables.values():
-                table.wait(timeout=5.0)
-        with contextlib.suppress(HeadwaterError):
+                table.wait()
+            # only now: a step that was ended and not decided would be dropped with a worker that leaves
             self._coordinator.request(m.Leave(), 5.0)
+        self._stop.set()
         self._hang_up()
 
     def _hang_up(self) -> None:

@@ -38,7 +38,7 @@ class Part:
         self.lsn = 0
         self.members = 0
         self.fresh = self.size  # local bytes from 0 that have arrived; all of them, unless a pull is under way
-        self.pulling = False
+        self.awaiting = 0  # answers to pulls that are still to come, abandoned ones too
         self.error: HeadwaterError | None = None
         self._assigned = 0
 
@@ -114,8 +114,9 @@ class Part:
             self.session.send(frame)
 
     def expect(self) -> None:
-        """Values are on their way."""
-        self.fresh, self.pulling = 0, True
+        """Values are on their way; those of an earlier pull that nobody waited for come before them."""
+        self.awaiting += 1
+        self.fresh = 0
 
     # ---- in ------------------------------------------------------------------------------------
 
@@ -130,7 +131,9 @@ class Part:
         self.lsn = max(self.lsn, frame.lsn)
         self.fresh = frame.start + frame.length
         if frame.flags & Flag.END and self.fresh == self.size:
-            self.pulling = False
+            self.awaiting = max(0, self.awaiting - 1)
+            if self.awaiting:
+                self.fresh = 0
 
     def acked(self, frame: Frame) -> None:
         self.lsn = max(self.lsn, frame.lsn)
@@ -150,7 +153,7 @@ class Part:
             return  # of a step that has failed already: each of its pushes is refused
         self.error = error
         self._assigned = 0
-        self.fresh, self.pulling = self.size, False
+        self.fresh, self.awaiting = self.size, 0
 
     # ---- waiting -------------------------------------------------------------------------------
 
@@ -163,7 +166,9 @@ class Part:
 
     def current(self, upto: float = math.inf) -> bool:
         """Local bytes below ``upto`` are fresh."""
-        return not self.pulling or self.fresh >= min(upto, self.size) or self.error is not None
+        if self.awaiting > 1:
+            return self.error is not None
+        return not self.awaiting or self.fresh >= min(upto, self.size) or self.error is not None
 
     def finished(self) -> bool:
         return self.settled() and self.current()

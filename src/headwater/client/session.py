@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from headwater.errors import HeadwaterError, ProtocolError
+from headwater.transports.memory import close_all
 from headwater.transports.stream import Link
 from headwater.wire import messages as m
 from headwater.wire.frames import Frame, Kind
@@ -102,8 +103,9 @@ class Session:
 
     def _replied(self, frame: Frame, fds: tuple[int, ...]) -> None:
         answers = self._requests.get(frame.seq)
-        if answers is None:
-            return  # nobody waits any more
+        if answers is None:  # nobody waits any more
+            close_all(fds)
+            return
         reply = m.unpack_reply(frame.body)
         answers.replies.append(reply)
         answers.fds += fds
@@ -114,6 +116,8 @@ class Session:
         answers = self._requests.get(frame.seq)
         if answers is not None:
             answers.error, answers.done = error, True
+        elif frame.seq >= _REQUEST:
+            return  # nobody waits any more
         elif part is not None:
             part.failed(frame, error)
         else:

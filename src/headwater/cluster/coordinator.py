@@ -332,6 +332,7 @@ class Coordinator:
             for server in self._servers.values():
                 if server.peer == peer:
                     server.heard, server.report = self._now, message
+                    server.alive = True  # it was busy, not dead: its connection still stands
         elif isinstance(message, m.Ready):
             self._ready(peer, message)
         else:

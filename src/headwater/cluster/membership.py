@@ -8,6 +8,7 @@ from headwater.errors import RankTaken, UsageError
 from headwater.wire.messages import Heartbeat, Join
 
 HEARTBEAT = 0.5  # seconds between heartbeats
+MOST = 100_000  # workers: a bound, so that a wrong number is refused and not counted to
 SILENCE = 20.0  # seconds without one until a member whose connection still stands counts as dead
 
 
@@ -51,8 +52,8 @@ class Membership:
             member = Member(peer, join, -1, now, now)
             self.readers[peer] = member
             return member
-        if join.world is not None and join.world < 1:
-            raise UsageError(f"world size {join.world}: a cluster needs at least one worker")
+        if join.world is not None and not 1 <= join.world <= MOST:
+            raise UsageError(f"world size {join.world}: a cluster has between 1 and {MOST} workers")
         if join.world is not None and self.world is not None and join.world != self.world:
             raise UsageError(f"this worker says world size {join.world}, the ones before said {self.world}")
         rank = self._rank(join)

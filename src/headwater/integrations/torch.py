@@ -6,6 +6,8 @@ the way of the values: ``Table.step`` → ``Table.wait`` in a forward pre-hook (
 
 from __future__ import annotations
 
+import atexit
+import sys
 import threading
 import weakref
 from collections import defaultdict
@@ -29,6 +31,17 @@ if TYPE_CHECKING:
 
 _OPEN: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _OPEN_LOCK = threading.Lock()
+
+
+def _close_at_exit() -> None:
+    """A script that ended well finishes its last step; one that failed is lost, and the others are told so."""
+    if getattr(sys, "last_value", None) is None:
+        for optimizer in list(_OPEN):
+            if optimizer.owns_client:
+                optimizer.close()
+
+
+atexit.register(_close_at_exit)
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -148,6 +161,7 @@ class Optimizer(torch.optim.Optimizer):
         self._held = Held(self._table, parameters, self._client.rank)
         self._held.arrived(self._held.leaves)
         self._sent: Groups = None
+        self._failures = 0  # the table's, when groups were sent last
         self._ticket: Ticket | None = None
         self._last: StepResult | None = None
         self._closed = False
@@ -206,11 +220,11 @@ class Optimizer(torch.optim.Optimizer):
         Raises ``UnknownOptimizer`` for a value that the servers would refuse.
         """
         groups = [optimizers.select(self._name, group) for group in self.param_groups]
-        if groups == self._sent:
+        if groups == self._sent and self._failures == self._table.failures:
             return None
         for group in groups:
             optimizers.complete(self._name, group)
-        self._sent = groups
+        self._sent, self._failures = groups, self._table.failures
         return groups
 
     @contextmanager
@@ -346,6 +360,11 @@ class Optimizer(torch.optim.Optimizer):
             _OPEN.discard(self)
         if self._own_client:
             self._client.close()
+
+    @property
+    def owns_client(self) -> bool:
+        """Whether the client was made for this optimizer and is closed with it."""
+        return self._own_client
 
     def __enter__(self) -> Optimizer:
         return self

@@ -116,8 +116,8 @@ def _join(control: socket.socket, join: m.Join) -> tuple[m.Welcome, list[Arrived
     control.sendall(encode(Frame(Kind.REQUEST, seq=1, body=m.pack(join))))
     receiver = Receiver(control, lambda frame: memoryview(b""))
     frames: list[Arrived] = []
-    while not frames:
-        frames = receiver.read()
+    while not frames or not receiver.between:  # the loop's receiver must begin at the beginning of a frame
+        frames += receiver.read()
     first = frames[0][0]
     if first.kind == Kind.ERROR:
         raise m.read_error(first.body)

@@ -188,6 +188,8 @@ class Node:
     def _open(self, peer: int, link: _Link, frame: Frame, request: m.Open) -> None:
         if request.shard != self.shard.number:
             raise ProtocolError(f"shard {request.shard} is not here, this server has shard {self.shard.number}")
+        if not 0 <= request.session < 1 << 63 or request.rank < -1:
+            raise ProtocolError(f"session {request.session} of rank {request.rank} is out of range")
         if request.session in self._peers or link.session is not None:
             raise ProtocolError(f"session {request.session:016x} is open already")
         link.session = request.session

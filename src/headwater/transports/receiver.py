@@ -36,6 +36,11 @@ class Receiver:
         self._fds: list[int] = []
 
     @property
+    def between(self) -> bool:
+        """Nothing of a next frame is here."""
+        return self._frame is None and self._start == self._end
+
+    @property
     def midway(self) -> bool:
         """A payload has begun and not ended."""
         return self._rest is not None

@@ -127,7 +127,7 @@ class StreamLink:
         self._arrived = threading.Condition()
         self._waiters = 0
         self._sending = threading.Lock()
-        self._backlog: deque[tuple[bytes, memoryview]] = deque()
+        self._backlog: deque[tuple[bytes, memoryview, tuple[int, ...]]] = deque()
         self._has_backlog = threading.Condition(self._sending)
         self._sender: threading.Thread | None = None
         self._wanted: deque[Callable[[], bool]] = deque()
@@ -151,7 +151,7 @@ class StreamLink:
         head = encode(frame)
         with self._sending:
             if self._backlog or (payload is not None and len(payload) > INLINE):
-                self._backlog.append((head, payload if payload is not None else memoryview(b"")))
+                self._backlog.append((head, payload if payload is not None else memoryview(b""), fds))
                 self._start_sender()
                 self._has_backlog.notify()
                 return
@@ -181,10 +181,10 @@ class StreamLink:
                     if self._error is not None:
                         return
                     self._has_backlog.wait(TICK)
-                head, payload = self._backlog[0]
+                head, payload, fds = self._backlog[0]
             try:
                 # outside the lock: the entry stays in the backlog, so nobody overtakes it
-                self._send_now([memoryview(head), payload])
+                self._send_now([memoryview(head), payload], fds)
             except OSError as error:
                 self._break(error)
                 return
