@@ -29,7 +29,7 @@ from headwater.errors import (
     WorkerLost,
 )
 from headwater.launch import Launcher
-from headwater.types import Async, Bulk
+from headwater.types import Async, Bulk, Sync
 from headwater.wire import messages as m
 from tests.client.conftest import Connect
 from tests.launch.support import wait_for_end
@@ -68,7 +68,8 @@ def test_a_stopped_server_is_waited_for_and_a_killed_one_breaks_every_wait(
 ) -> None:
     monkeypatch.setenv("HEADWATER_TRANSPORT", way)
     with headwater.connect(rank=0, world=1, timeout=60) as client:
-        tables = [client.dense(f"w{i}", (LARGE,), lr=1.0, sync=s) for i, s in enumerate((Async(), Bulk()))]
+        policies: tuple[Sync, ...] = (Async(), Bulk())
+        tables = [client.dense(f"w{i}", (LARGE,), lr=1.0, sync=s) for i, s in enumerate(policies)]
         os.kill(job.servers[1].pid, signal.SIGSTOP)
         tickets = [w.push(torch.ones(LARGE)) for w in tables]  # of Bulk, the other server waits for this one
         for ticket in tickets:

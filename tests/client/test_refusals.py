@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import pytest
 import torch
@@ -118,7 +120,11 @@ def test_unknown_names_are_refused(client: Client, name: str) -> None:
     with pytest.raises(ShapeMismatch, match=r"cannot hold torch\.complex64"):
         client.dense(name, (3,), dtype=torch.complex64)
     table = client.dense(name, (3,)).table
-    for attempt in (lambda: table.push(["nobody"]), lambda: table.assign({"nobody": torch.zeros(3)})):
+    attempts: list[Callable[[], object]] = [
+        lambda: table.push(["nobody"]),
+        lambda: table.assign({"nobody": torch.zeros(3)}),
+    ]
+    for attempt in attempts:
         with pytest.raises(UsageError, match="has no parameter 'nobody'; nothing was sent"):
             attempt()
 

@@ -232,7 +232,7 @@ def test_a_payload_byte_that_flips_on_the_way_is_noticed_by_either_side(
     with headwater.connect(role="reader") as other:
         values = other.dense(name, (50_000,), lr=1.0).pull()
     assert values.max() == -1.0, "what was damaged was not applied"
-    assert set(values.unique().tolist()) <= {-1.0, -2.0}
+    assert all(value in (-1.0, -2.0) for value in values.tolist())
 
     damage = frames.check_payload
 

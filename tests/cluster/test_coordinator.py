@@ -15,7 +15,7 @@ from headwater.errors import (
     UsageError,
     WorkerLost,
 )
-from headwater.types import Async, OptimizerSpec, ParameterSpec
+from headwater.types import Async, OptimizerSpec, ParameterSpec, TableSpec
 from headwater.wire import messages as m
 from headwater.wire.frames import Frame, Kind
 from tests.cluster.script import READER, SERVER, WORKER, Script, spec
@@ -326,7 +326,7 @@ def test_a_reader_never_assigns_but_gets_the_values_of_a_worker() -> None:
         (spec(seed=9), "seed 0 instead of 9"),
     ],
 )
-def test_a_table_declared_otherwise_is_a_conflict_that_names_the_difference(other: m.TableSpec, says: str) -> None:
+def test_a_table_declared_otherwise_is_a_conflict_that_names_the_difference(other: TableSpec, says: str) -> None:
     script = Script(1)
     script.join(0, 1, world=2)
     script.ask(WORKER, m.Declare(spec()))
@@ -389,7 +389,7 @@ def test_a_worker_cannot_answer_for_a_server() -> None:
         (spec(optimizer=OptimizerSpec("Nope", ({},))), UnknownOptimizer),
     ],
 )
-def test_a_table_that_cannot_be_is_refused_here_too(bad: m.TableSpec, error: type[Exception]) -> None:
+def test_a_table_that_cannot_be_is_refused_here_too(bad: TableSpec, error: type[Exception]) -> None:
     script = Script(1)
     script.join(0)
     script.ask(WORKER, m.Declare(bad))
@@ -464,10 +464,10 @@ def test_ready_of_an_old_membership_is_ignored(training: Script) -> None:
     old = training.coordinator.membership.epoch
     ready(training, 0)
     training.hang_up(WORKER + 1)
-    ready(training, 1, members=old)
-    assert committed(training) == []
     ready(training, 1)
     assert committed(training) == [], "what shard 0 said before the death is void"
+    ready(training, 0, members=old)
+    assert committed(training) == [], "and what was on its way when it happened"
     ready(training, 0)
     assert len(committed(training)) == 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 import msgspec
 import pytest
@@ -28,7 +29,7 @@ PARAMETERS = st.lists(
 )
 
 
-def build(rows: list[tuple[tuple[int, ...], str, int]], optimizer: str, name: str) -> TableSpec:
+def build(rows: Sequence[tuple[tuple[int, ...], str, int]], optimizer: str, name: str) -> TableSpec:
     parameters = tuple(ParameterSpec(f"p{i}", s, d, g) for i, (s, d, g) in enumerate(rows))
     return TableSpec(name, parameters, OptimizerSpec(optimizer, ({},) * 3))
 

@@ -15,6 +15,7 @@ from headwater.server import COORDINATOR
 from headwater.server.hosts import CoordinatorHost
 from headwater.server.loop import Loop, Ranges, listen
 from headwater.server.node import Node
+from headwater.testing import FakeClock
 from headwater.transports.address import Address
 from headwater.transports.receiver import Receiver, descriptors
 from headwater.types import TableSpec
@@ -90,7 +91,10 @@ def serve(host: NodeHost | CoordinatorHost, token: bytes | None = TOKEN, unix: s
 
 
 def coordinator() -> CoordinatorHost:
-    return CoordinatorHost(Coordinator(0))
+    """A control plane with one server, which has joined and never answers."""
+    made = Coordinator(1)
+    made.receive(1 << 40, Frame(Kind.REQUEST, seq=1, body=m.pack(m.Join("server", 1))), 0.0)
+    return CoordinatorHost(made, FakeClock())
 
 
 class Wire:

@@ -61,6 +61,8 @@ class Coordinator:
     """One cluster. ``servers`` is how many servers must have joined before clients are let in."""
 
     def __init__(self, servers: int, now: float = 0.0) -> None:
+        if servers < 1:
+            raise UsageError(f"a cluster needs at least one server, not {servers}")
         self.shards = servers
         self.membership = Membership()
         self._servers: dict[int, _Server] = {}  # by shard

@@ -135,6 +135,11 @@ class Receiver:
             with contextlib.suppress(OSError):
                 os.close(fd)
         self._fds = []
+        self._landing = _nowhere  # no cycle with who owns this: its buffer goes at once, not with the next collection
+
+
+def _nowhere(frame: Frame) -> memoryview:
+    raise LinkBroken("this side has closed the connection")
 
 
 def descriptors(fds: tuple[int, ...]) -> list[tuple[int, int, bytes]]:
