@@ -141,6 +141,14 @@ def test_a_step_waits_for_the_worker_that_computes_and_goes_on_when_it_reads_aga
     assert [ack.session for ack in stage.take(e.Ack)] == [10], "it has read the first step now"
 
 
+def test_a_step_that_waited_is_applied_before_the_one_it_waited_for() -> None:
+    stage = Stage(spec(Async(0), numel=8))
+    stage.pull(1)
+    stage.push(0)
+    stage.push(1)
+    assert [ack.session for ack in stage.take(e.Ack)] == [10, 11]
+
+
 def test_a_held_step_is_answered_before_a_read_of_its_worker() -> None:
     stage = Stage(spec(Async(0), numel=8))
     stage.pull(1)
