@@ -14,6 +14,8 @@ HeadwaterError
 │   ├── RankTaken                       another live worker holds this rank
 │   ├── NotEnoughMemory                 the table does not fit into a server's memory
 │   ├── StaleEpoch                      the view moved on; ask the coordinator again
+│   ├── StateInUse                      another coordinator runs on this state
+│   ├── StateCorrupt                    stored state that cannot be read
 │   └── SessionExpired                  the server does not know the session: unacknowledged pushes are unknown
 ├── LinkError (also a ConnectionError)  the way there
 │   ├── LinkBroken                      the connection ended; unacknowledged pushes are unknown
@@ -87,6 +89,14 @@ class NotEnoughMemory(ClusterError):
 
 class StaleEpoch(ClusterError):
     """The shard's view moved on; nothing was applied."""
+
+
+class StateInUse(ClusterError):
+    """Another coordinator runs on this state; nothing was read or changed."""
+
+
+class StateCorrupt(ClusterError):
+    """Stored state that is damaged, foreign, or of a newer Headwater; it was left as it is."""
 
 
 class SessionExpired(ClusterError):
