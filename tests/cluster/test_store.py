@@ -279,14 +279,13 @@ def _fill(path: Path) -> None:
             file.write(bytes(4096))
 
 
-def _put_until_refused(store: Store) -> int:
-    """The last step that was taken."""
+def _put_until_refused(store: Store) -> tuple[int, str]:
+    """The last step that was taken, and what was said to the one after it."""
     for step in range(1, 1000):
         try:
             store.put({"step": b"%d" % step, f"k{step}": bytes(3000)})
         except ClusterError as error:
-            assert "is full; nothing of this change was kept" in str(error)
-            return step - 1
+            return step - 1, str(error)
     raise AssertionError("the disk never filled up")
 
 
@@ -294,7 +293,8 @@ def test_a_disk_that_fills_up_beside_the_store(small_disk: Path) -> None:
     store = SqliteStore(small_disk)
     filler = small_disk / "filler"
     _fill(filler)
-    last = _put_until_refused(store)
+    last, refusal = _put_until_refused(store)
+    assert "is full; nothing of this change was kept" in refusal
     filler.unlink()
     store.put({"after": b"1"})
     store.close()
