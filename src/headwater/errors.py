@@ -16,6 +16,7 @@ HeadwaterError
 │   ├── StaleEpoch                      the view moved on; ask the coordinator again
 │   ├── StateInUse                      another coordinator runs on this state
 │   ├── StateCorrupt                    stored state that cannot be read
+│   ├── SnapshotCorrupt                 a snapshot that cannot be used; it was left as it is
 │   └── SessionExpired                  the server does not know the session: unacknowledged pushes are unknown
 ├── LinkError (also a ConnectionError)  the way there
 │   ├── LinkBroken                      the connection ended; unacknowledged pushes are unknown
@@ -97,6 +98,10 @@ class StateInUse(ClusterError):
 
 class StateCorrupt(ClusterError):
     """Stored state that is damaged, foreign, or of a newer Headwater; it was left as it is."""
+
+
+class SnapshotCorrupt(ClusterError):
+    """A snapshot that is damaged, incomplete, or of a newer Headwater; it was left as it is."""
 
 
 class SessionExpired(ClusterError):
