@@ -1,0 +1,41 @@
+"""Messages of the data plan: which samples a worker trains on next. Tagged as those in messages.py."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class PlanNext(msgspec.Struct, frozen=True, tag="plan_next"):
+    """Worker to coordinator: my next chunk of the plan ``name``, please; and these I have finished.
+
+    The five that follow the name are what every worker must say alike; the first to ask makes the plan. ``turn`` counts
+    the chunks that this session has been given, from 1, so that asking again is harmless. ``finished``: pairs of a
+    chunk's number and the clock of the bulk step that used the last of it (0: not a bulk step). Without ``want`` this
+    only reports.
+    """
+
+    name: str
+    n: int
+    epochs: int
+    seed: int
+    chunk: int
+    overlap: bool
+    turn: int
+    finished: tuple[tuple[int, int], ...] = ()
+    want: bool = True
+
+
+class PlanChunk(msgspec.Struct, frozen=True, tag="plan_chunk"):
+    """Positions ``start:stop`` of the order of ``epoch`` are yours; or there is nothing now.
+
+    ``wait``: others still hold chunks; ask again, with the same turn. ``over``: every sample of every epoch is
+    done. ``left``: samples of ``epoch`` that are not done yet, so that who waits sees whether others get on.
+    """
+
+    epoch: int
+    chunk: int = -1
+    start: int = 0
+    stop: int = 0
+    wait: bool = False
+    over: bool = False
+    left: int = 0
