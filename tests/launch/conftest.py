@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 
 STAND_IN = """
-import argparse, json, os, signal
+import argparse, json, os, signal, sys
 parser = argparse.ArgumentParser()
 for option in ("--role", "--listen", "--coordinator", "--servers", "--ready-fd"):
     parser.add_argument(option)
-given = parser.parse_args()
+given, more = parser.parse_known_args()
 assert len(os.environ["HEADWATER_TOKEN"]) == 64 and "HEADWATER_TOKEN_FILE" not in os.environ
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 {behaviour}
 with open(int(given.ready_fd), "w") as ready:
     ready.write(json.dumps({{"address": "tcp://127.0.0.1:7", "pid": os.getpid()}}) + "\\n")
-signal.sigwait([signal.SIGTERM])
+if signal.sigwait([signal.SIGTERM, signal.SIGUSR1]) == signal.SIGUSR1:
+    raise SystemExit({last!r})
 """
 
 
@@ -29,11 +31,16 @@ def _private_runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make the launcher start a stand-in for coordinator and servers; its argument is code run before it is ready."""
+    """Make the launcher start a stand-in for coordinator and servers.
 
-    def install(behaviour: str = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])") -> None:
+    ``behaviour`` is code run before it is ready; ``last`` is what it exits with after SIGUSR1 (a word: code 1).
+    """
+
+    def install(
+        behaviour: str = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])", last: object = 0
+    ) -> None:
         script = tmp_path / "stand_in.py"
-        script.write_text(STAND_IN.format(behaviour=behaviour), encoding="utf-8")
+        script.write_text(STAND_IN.format(behaviour=behaviour, last=last), encoding="utf-8")
         monkeypatch.setattr("headwater.launch.local.SERVER", (sys.executable, "-I", "-S", str(script)))
 
     return install

@@ -6,76 +6,46 @@ output nobody collects blocks when its pipe is full, so keep polling.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import secrets
-import selectors
+import shutil
 import signal
 import sys
-import threading
 import time
-from collections import deque
-from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import msgspec
 
-from headwater.errors import (
-    ClusterError,
-    DeadlineExceeded,
-    HeadwaterError,
-    InternalError,
-    LinkBroken,
-    UsageError,
-    from_code,
-)
-from headwater.launch import escalation, registry
-from headwater.launch.output import Printer
+from headwater.errors import DeadlineExceeded, InternalError, UsageError
+from headwater.launch import escalation, output, registry
+from headwater.launch import outcome as words
+from headwater.launch.outcome import Outcome
 from headwater.launch.process import Process
+from headwater.launch.revival import Revival
+from headwater.launch.shape import Ack, Shape
+from headwater.launch.watch import Watch
 from headwater.transports.address import Address, parse
 from headwater.wire.auth import token_from_environment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
-    from types import FrameType
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from headwater.launch.escalation import Escalation
-    from headwater.launch.process import Role, Stream
-
-    OnLine = Callable[[Process, Stream, str], None]
-    OnExit = Callable[[Process], None]
+    from headwater.launch.process import Role
+    from headwater.launch.watch import OnExit, OnLine
 
 # -P: a file of the user's own called random.py in the current folder is not imported by a server.
 SERVER = (sys.executable, "-P", "-m", "headwater.server")
 
-# How a coordinator or server says why it ends: `headwater server: AddressInUse: …`.
-_TYPED = re.compile(r"headwater (coordinator|server): (?P<code>[A-Z]\w+): (?P<message>.*)")
 _SETTLE = 2.0
-_POLL_WITHOUT_PIDFD = 0.05
 
 
 def cores() -> int:
     """The processor cores that this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a job ended.
-
-    ``code``: 0 if every worker exited with 0; the exit code of the first worker that failed (``128 + n`` when signal n
-    ended it); 1 if a server died; 130 after Ctrl-C, 143 after SIGTERM. ``failed`` names the process at fault,
-    ``message`` says it in one line and ``last_words`` is the end of its stderr: the traceback, if there was one.
-    """
-
-    code: int = 0
-    message: str = ""
-    last_words: str = ""
-    failed: str = ""
-    interrupted: bool = False
-    error: HeadwaterError | None = None
 
 
 class _Ready(msgspec.Struct, frozen=True):
@@ -97,10 +67,18 @@ class Launcher:
         env: additions to the environment of every process.
         on_line: called with (process, ``"stdout"`` or ``"stderr"``, line) instead of printing it with a prefix.
         on_exit: called with each process that has ended.
+        on_note: called with what the launcher itself has to say, one line, instead of printing it on stderr.
         grace: seconds between SIGTERM and SIGKILL.
         patience: seconds that workers get to finish after Ctrl-C, before SIGTERM.
         ready_timeout: seconds that the cluster may take to come up.
         advertise: let ``headwater status`` of the same user find the cluster.
+        shards, replicas, min_copies, ack, silence, state, snapshots, snapshot_every, restore: see ``Shape``.
+        keep_going: a server that dies does not end the job; another takes its place. Default: with 2 replicas or more.
+        elastic: a worker that dies does not end the job as long as one remains, or has finished.
+        restart_workers: how often each worker of an elastic job that dies is started again, with the same rank.
+
+    With ``state``, or with ``keep_going``, a coordinator that dies is started again at the same address. A process
+    that dies three times in a row right after its start is not started again.
 
     As a context manager it starts the cluster and leaves no process behind::
 
@@ -124,42 +102,52 @@ class Launcher:
         env: Mapping[str, str] | None = None,
         on_line: OnLine | None = None,
         on_exit: OnExit | None = None,
+        on_note: Callable[[str], None] | None = None,
         grace: float = 5.0,
         patience: float = 20.0,
         ready_timeout: float = 60.0,
         advertise: bool = True,
+        shards: int | None = None,
+        replicas: int = 1,
+        min_copies: int = 1,
+        ack: Ack = "memory",
+        silence: float | None = None,
+        state: str | Path | None = None,
+        snapshots: str | Path | None = None,
+        snapshot_every: float | None = None,
+        restore: str | Path | None = None,
+        keep_going: bool | None = None,
+        elastic: bool = False,
+        restart_workers: int = 0,
     ) -> None:
-        if servers < 0:
-            raise UsageError(f"servers={servers}: a cluster has 0 servers (none) or more")
-        self._listen = parse(listen)
-        if self._listen.host in ("", "0.0.0.0", "::"):
-            raise UsageError(
-                f"{listen}: clients are told the address that a server listens on, so name one interface of this "
-                "machine; nothing was started"
-            )
-        if not self._listen.loopback and token is None:
-            raise UsageError(
-                f"{listen} can be reached from other machines: give the token yourself, so that it can be given to "
-                "them (HEADWATER_TOKEN or HEADWATER_TOKEN_FILE); nothing was started"
-            )
+        self.shape = Shape(
+            0 if address else servers, shards, replicas, min_copies, ack, silence,
+            _path(state), _path(snapshots), snapshot_every, _path(restore),
+        )  # fmt: skip
+        self._listen = _checked_listen(listen, token)
+        _check_sense(address, self.shape, elastic, restart_workers)
         self.address = address
         self.coordinator: Process | None = None
         self.servers: list[Process] = []
         self.workers: list[Process] = []
-        self._count = 0 if address else servers
+        self._own = address is None
         self._token = token or (_given_token() if address else None) or secrets.token_hex(32)
         self._extra = dict(env or {})
-        self._on_line: OnLine = on_line or Printer()
-        self._on_exit = on_exit
+        self._note = on_note or output.note
         self._grace, self._patience, self._ready_timeout = grace, patience, ready_timeout
         self._advertise = advertise
+        self._keep_going = replicas > 1 if keep_going is None else keep_going
+        self._elastic, self._restart_workers = elastic, restart_workers
         self._record: Path | None = None
+        self._state = self.shape.state
+        self._private: Path | None = None
         self._ending: Escalation | None = None
         self._outcome: Outcome | None = None
-        self._requests: deque[int] = deque()
-        self._selector = selectors.DefaultSelector()
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._selector.register(self._wake_read, selectors.EVENT_READ, None)
+        self._again: dict[str, Callable[[int], Process]] = {}  # by name: start it, for the nth time
+        self._revivals: dict[str, Revival] = {}
+        self._due: dict[Process, float] = {}  # of those that have ended: when another takes their place
+        self._returning: set[Process] = set()
+        self._watch = Watch(on_line or output.Printer(), on_exit)
 
     # ---- life ------------------------------------------------------------------------------------
 
@@ -172,23 +160,35 @@ class Launcher:
 
     def start(self) -> None:
         """Start coordinator and servers; returns when all accept connections."""
-        if not self._count:
+        if not self.shape.servers:
             return
         try:
-            listen = str(self._listen)
-            command = [*SERVER, "--role", "coordinator", "--listen", listen, "--servers", str(self._count)]
-            self.coordinator = self._spawn_host("coordinator", "coordinator", 0, command)
-            (self.address,) = self._await_ready([self.coordinator])
-            anywhere = str(Address("tcp", self._listen.host, 0))
-            command = [*SERVER, "--role", "server", "--listen", anywhere, "--coordinator", self.address]
-            for i in range(self._count):
-                self.servers.append(self._spawn_host(f"s{i}", "server", i, command))
-            self._await_ready(self.servers)
+            self.shape.prepare()
+            if self._state is None and self._keep_going:
+                self._state = self._private = registry.private_state()
+            self._again["coordinator"] = self._start_coordinator
+            self.coordinator = self._start_coordinator(0)
+            (self.address,) = self._await_ready(self._hosts, self._hosts)
+            for _ in range(self.shape.servers):
+                self._new_server(str(Address("tcp", self._listen.host, 0)))
+            self._await_ready(self.servers, self._hosts)
             if self._advertise:
                 self._record = registry.advertise(self.address, self._token, " ".join(sys.argv[:3]))
         except BaseException:
             self.stop()
             raise
+
+    def add_server(self, listen: str | None = None) -> Process:
+        """One more server for the cluster, own or joined; returns when it accepts connections.
+
+        ``listen``: an address of this machine that clients can reach. Default: as the coordinator's, where that is on
+        this machine.
+        """
+        if self.address is None:
+            raise UsageError("there is no cluster that a server could be added to")
+        self._new_server(listen or str(Address("tcp", parse(self.address).host, 0)))
+        self._await_ready(self.servers[-1:], self.servers[-1:])
+        return self.servers[-1]
 
     def start_workers(
         self,
@@ -210,7 +210,9 @@ class Launcher:
             places |= {f"HEADWATER_{name}": value for name, value in places.items()}
             defaults = {"OMP_NUM_THREADS": str(max(1, cores() // count))}
             forced = {**self.environment(), **places, **(env or {})}
-            self.workers.append(self._spawn(f"w{rank}", "worker", rank, command, defaults, forced))
+            start = partial(self._spawn, f"w{rank}", "worker", rank, list(command), defaults, forced)
+            self._again[f"w{rank}"] = start
+            self.workers.append(start(0))
         return self.workers[-count:]
 
     def environment(self) -> dict[str, str]:
@@ -220,7 +222,7 @@ class Launcher:
     def poll(self, timeout: float = 0.1) -> bool:
         """Forward output and watch over the processes for ``timeout`` seconds; returns early when the job has ended.
 
-        The job goes on while a worker runs; without workers, while the whole cluster runs and nobody asked to stop.
+        The job goes on while a worker runs; without workers, while the cluster runs and nobody asked to stop.
         """
         until = time.monotonic() + timeout
         while True:
@@ -230,7 +232,14 @@ class Launcher:
             left = min(until, due) - time.monotonic()
             if left <= 0 and time.monotonic() >= until:
                 return True
-            self._pump(max(0.0, left))
+            self._watch.pump(max(0.0, left))
+
+    def linger(self, timeout: float = 0.1) -> bool:
+        """After the job's end, before ``stop``: forward output; whether a signal has come since (it is taken)."""
+        self._watch.pump(timeout)
+        came = bool(self._watch.requests)
+        self._watch.requests.clear()
+        return came
 
     def wait(self) -> Outcome:
         """Until the job has ended. Ctrl-C and SIGTERM are passed on to the workers meanwhile."""
@@ -246,50 +255,51 @@ class Launcher:
 
     def interrupt(self) -> None:
         """As Ctrl-C: the workers get SIGINT and time to finish. Again: SIGTERM; again: SIGKILL. From any thread."""
-        self._request(signal.SIGINT)
+        self._watch.request(signal.SIGINT)
 
     def terminate(self) -> None:
         """The workers get SIGTERM, and SIGKILL after the grace. From any thread."""
-        self._request(signal.SIGTERM)
+        self._watch.request(signal.SIGTERM)
 
     def stop(self) -> None:
         """End every process that still runs: workers, then servers, then the coordinator. Safe to call twice."""
-        self._requests.clear()
+        self._watch.requests.clear()
         with self.signals():
             for group in (self.workers, self.servers, [self.coordinator] if self.coordinator else []):
                 self._stop_group(group)
         if self._record:
             self._record.unlink(missing_ok=True)
             self._record = None
-        if self._wake_read >= 0:
-            self._selector.close()
-            os.close(self._wake_read)
-            os.close(self._wake_write)
-            self._wake_read = self._wake_write = -1
+        if self._private:
+            shutil.rmtree(self._private, ignore_errors=True)
+            self._private = None
+        self._watch.close()
 
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
+    def signals(self) -> AbstractContextManager[None]:
         """SIGINT, SIGTERM and SIGHUP become requests to the launcher (main thread only; elsewhere nothing changes)."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup the job outlives the terminal
-            numbers.append(signal.SIGHUP)
-        before = {number: signal.signal(number, self._on_signal) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
+        return self._watch.signals()
 
     # ---- processes ---------------------------------------------------------------------------------
 
-    def _spawn_host(self, name: str, role: Role, rank: int, command: Sequence[str]) -> Process:
+    def _start_coordinator(self, restarts: int) -> Process:
+        listen = self.address or str(self._listen)  # again at the port that it was given
+        command = [*SERVER, "--role", "coordinator", "--listen", listen, *self.shape.coordinator_options(self._state)]
+        return self._spawn_host("coordinator", "coordinator", 0, command, restarts)
+
+    def _new_server(self, listen: str) -> None:
+        assert self.address is not None
+        number = len(self.servers)
+        name = f"s{number}"
+        where = ["--listen", listen, "--coordinator", self.address]
+        command = [*SERVER, "--role", "server", *where, *self.shape.server_options(name)]
+        self._again[name] = partial(self._spawn_host, name, "server", number, command)
+        self.servers.append(self._again[name](0))
+
+    def _spawn_host(self, name: str, role: Role, rank: int, command: Sequence[str], restarts: int) -> Process:
         """A coordinator or server. A thread that spins while it waits would take its core from the workers."""
-        threads = cores() // max(1, self._count) if role == "server" else 1
+        threads = cores() // max(1, self.shape.servers) if role == "server" else 1
         forced = {"OMP_NUM_THREADS": str(max(1, threads)), "OMP_WAIT_POLICY": "passive", "HEADWATER_TOKEN": self._token}
-        return self._spawn(name, role, rank, command, {}, forced)
+        return self._spawn(name, role, rank, command, {}, forced, restarts)
 
     def _spawn(
         self,
@@ -299,124 +309,66 @@ class Launcher:
         command: Sequence[str],
         defaults: Mapping[str, str],
         forced: Mapping[str, str],
+        restarts: int,
     ) -> Process:
         env = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **defaults, **os.environ, **self._extra, **forced}
         if "HEADWATER_TOKEN" in env:
             env.pop("HEADWATER_TOKEN_FILE", None)
-        process = Process(name, role, rank, command, env, ready=role != "worker")
-        for stream, pipe in process.pipes.items():
-            self._selector.register(pipe, selectors.EVENT_READ, (process, stream))
-        if process.pidfd >= 0:
-            self._selector.register(process.pidfd, selectors.EVENT_READ, (process, "exit"))
-        if process.ready_fd >= 0:
-            self._selector.register(process.ready_fd, selectors.EVENT_READ, (process, "ready"))
+        process = Process(name, role, rank, command, env, ready=role != "worker", restarts=restarts)
+        self._watch.add(process)
         return process
 
     @property
     def _hosts(self) -> list[Process]:
-        """The cluster, the coordinator first: when it dies the servers follow, and it is the one to name."""
+        """The cluster, the coordinator first: when it dies the servers may follow, and it is the one to name."""
         return [*([self.coordinator] if self.coordinator else []), *self.servers]
 
-    @property
-    def _all(self) -> list[Process]:
-        return self._hosts + self.workers
-
-    def _await_ready(self, processes: Sequence[Process]) -> list[str]:
+    def _await_ready(self, processes: Sequence[Process], beside: Sequence[Process]) -> list[str]:
+        """Their addresses; raises if one of ``beside`` ends meanwhile."""
         deadline = time.monotonic() + self._ready_timeout
         while any(b"\n" not in process.ready for process in processes):
-            for process in self._hosts:
+            for process in beside:
                 if not process.running:
-                    raise self._stillborn(process)
-            if self._requests:
+                    raise words.stillborn(process)
+            if self._watch.requests:
                 raise KeyboardInterrupt
             left = deadline - time.monotonic()
             if left <= 0:
                 late = ", ".join(process.name for process in processes if not process.ready)
                 raise DeadlineExceeded(f"{late} did not come up within {self._ready_timeout:g} s; all were stopped")
-            self._pump(left)
-        return [self._address_of(process) for process in processes]
+            self._watch.pump(left)
+        return [address_of(process) for process in processes]
 
-    def _address_of(self, process: Process) -> str:
-        try:
-            return msgspec.json.decode(process.ready, type=_Ready).address
-        except msgspec.MsgspecError as error:
-            raise InternalError(f"{process.name} wrote {process.ready!r} on its ready pipe: {error}") from None
-
-    def _stillborn(self, process: Process) -> HeadwaterError:
-        if process.tail and (told := _TYPED.match(process.tail[-1])):
-            return from_code(told["code"], f"{told['message']} (nothing is running)")
-        return ClusterError(
-            f"{process.name} {process.how_it_ended} before it accepted connections; nothing is running. "
-            f"Its last words:\n{process.last_words}"
-        )
-
-    # ---- events ------------------------------------------------------------------------------------
-
-    def _pump(self, timeout: float) -> None:
-        """Wait for something to happen, up to ``timeout`` seconds, and take it in."""
-        blind = [process for process in self._all if process.running and process.pidfd < 0]
-        for key, _ in self._selector.select(min(timeout, _POLL_WITHOUT_PIDFD) if blind else timeout):
-            if key.data is None:
-                with contextlib.suppress(BlockingIOError):
-                    os.read(self._wake_read, 4096)
-                continue
-            process, what = key.data
-            if not process.running:
-                continue  # ended by an earlier event of this round: its pipes are closed
-            if what == "ready":
-                self._selector.unregister(key.fd)
-                process.read_ready()
-                if process.ready_fd >= 0:
-                    self._selector.register(process.ready_fd, selectors.EVENT_READ, (process, "ready"))
-            elif what == "exit":
-                self._reap(process)
-            else:
-                self._forward(process, what, process.read(what) or [])
-                if what not in process.open:
-                    self._selector.unregister(key.fd)
-        for process in blind:
-            self._reap(process)
-
-    def _reap(self, process: Process) -> None:
-        if not process.reap():
-            return
-        for key in list(self._selector.get_map().values()):
-            if key.data is not None and key.data[0] is process:
-                self._selector.unregister(key.fd)
-        for stream, line in process.close():
-            self._forward(process, stream, [line])
-        if self._on_exit:
-            self._on_exit(process)
-
-    def _forward(self, process: Process, stream: Stream, lines: Sequence[str]) -> None:
-        for line in lines:
-            if process.role != "worker" and _TYPED.match(line):
-                continue  # the exception or the outcome will say it
-            try:
-                self._on_line(process, stream, line)
-            except BrokenPipeError:  # our own stdout is gone: `headwater run … | head`
-                self._on_line = _discard
-                self.terminate()
-
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
-        self._request(number)
-
-    def _request(self, number: int) -> None:
-        self._requests.append(number)
-        with contextlib.suppress(OSError):
-            os.write(self._wake_write, b"!")
+    def _stop_group(self, group: Sequence[Process]) -> None:
+        ending = escalation.terminate(time.monotonic(), self._grace)
+        while running := [process for process in group if process.running]:
+            now = time.monotonic()
+            if ending.over(now):
+                return
+            if self._watch.requests:
+                self._watch.requests.clear()
+                ending.hurry(now)
+            number = ending.next(now)
+            if number is not None:
+                for process in running:
+                    process.send_signal(number)
+            self._watch.pump(min(1.0, max(0.0, ending.due - time.monotonic())))
 
     # ---- decisions -----------------------------------------------------------------------------------
 
     def _goes_on(self) -> bool:
         if self.workers:
             held = self._ending is not None and self._ending.over(time.monotonic())
-            return not held and any(worker.running for worker in self.workers)
-        return self._ending is None and any(process.running for process in self._all)
+            return not held and any(worker.running or self._comes_back(worker) for worker in self.workers)
+        hosts = self._hosts
+        return self._ending is None and any(process.running or self._comes_back(process) for process in hosts)
+
+    def _comes_back(self, process: Process) -> bool:
+        return self._ending is None and self._due.get(process, escalation.NEVER) < escalation.NEVER
 
     def _supervise(self, now: float) -> float:
         """Decide whether the job must end, and send what is due; returns when to look again."""
-        if self._requests:
+        if self._watch.requests:
             self._take_requests(now)
         if self._ending is None:
             settled = self._look_for_faults(now)
@@ -429,7 +381,7 @@ class Launcher:
         return self._ending.due
 
     def _take_requests(self, now: float) -> None:
-        number = self._requests.popleft()
+        number = self._watch.requests.popleft()
         if self._ending is not None:
             self._ending.hurry(now)
         elif number == signal.SIGINT:
@@ -439,53 +391,97 @@ class Launcher:
             self._ending = escalation.terminate(now, self._grace)
             self._outcome = Outcome(143, "terminated", interrupted=True)
 
+    def _end(self, outcome: Outcome, now: float) -> None:
+        self._outcome = outcome
+        self._ending = escalation.terminate(now, self._grace)
+
     def _look_for_faults(self, now: float) -> float:
-        """Begin to end the job if a process has failed; returns when a doubtful failure will have settled."""
+        """See to those that have ended: replace them or end the job. Returns when to look again."""
+        due = escalation.NEVER
         for process in self._hosts:
             if not process.running:
-                self._end_for_server(process, now)
+                due = min(due, self._look_after(process, now, self._host_ended))
+            elif process in self._returning and process.ready:
+                self._returning.discard(process)
+                again = f"restart {process.restarts}"
+                self._note(f"{words.title(process)} is back, as a new process (pid {process.pid}, {again})")
+            if self._ending is not None:
                 return now
+        if self.servers and not any(server.running or self._comes_back(server) for server in self.servers):
+            self._end(words.of_host(self.servers[-1], copies=True, own=self._own), now)
+            return now
+        return min(due, self._look_at_workers(now))
+
+    def _look_after(self, process: Process, now: float, decide: Callable[[Process, float], float]) -> float:
+        """Somebody has ended: decide once what follows, and do it when it is due. Returns when to look again."""
+        if process not in self._due:
+            self._due[process] = decide(process, now)
+        if self._ending is not None or now < self._due[process]:
+            return self._due[process]
+        self._replace(process)
+        return escalation.NEVER
+
+    def _replace(self, process: Process) -> None:
+        del self._due[process]
+        new = self._again[process.name](process.restarts + 1)
+        if process.role == "coordinator":
+            self.coordinator = new
+        else:
+            group = self.servers if process.role == "server" else self.workers
+            group[group.index(process)] = new
+        if process.role != "worker":
+            self._returning.add(new)
+
+    def _host_ended(self, process: Process, now: float) -> float:
+        """When another coordinator or server takes the place of this one."""
+        self._returning.discard(process)
+        server = process.role == "server"
+        if words.drained(process) or (server and self._keep_going and process.returncode == 0):
+            self._note(f"{words.title(process)} has left the cluster")
+            return escalation.NEVER
+        if not (self._keep_going if server else self._state is not None):
+            self._end(words.of_host(process, copies=False, own=self._own), now)
+            return now
+        due = self._revivals.setdefault(process.name, Revival()).ended(process.worked, now)
+        self._note(words.loss_of_host(process, due is not None))
+        if due is None and not server:
+            self._end(words.of_host(process, copies=True, own=self._own), now)
+        return escalation.NEVER if due is None else due
+
+    def _look_at_workers(self, now: float) -> float:
+        """Begin to end the job if a worker has failed; returns when a doubtful failure will have settled."""
         failed = [worker for worker in self.workers if worker.returncode]
         if not failed:
             return escalation.NEVER
+        if self._elastic:
+            return self._go_on_without(failed, now)
         # Who reports that another worker was lost may be out of the door before that one is: wait for the culprit.
-        culprits = [worker for worker in failed if not _is_victim(worker)]
+        culprits = [worker for worker in failed if not words.is_victim(worker)]
         settled = failed[0].ended + _SETTLE
         if not culprits and now < settled and any(worker.running for worker in self.workers):
             return settled
         self._end_for_worker(min(culprits or failed, key=lambda worker: worker.ended), now)
         return now
 
-    def _end_for_worker(self, worker: Process, now: float) -> None:
+    def _go_on_without(self, failed: Sequence[Process], now: float) -> float:
+        due = min(self._look_after(worker, now, self._worker_ended) for worker in failed)
+        if not any(worker.running or worker.returncode == 0 or self._comes_back(worker) for worker in self.workers):
+            self._end_for_worker(min(failed, key=lambda worker: worker.ended), now)
+        return due
+
+    def _worker_ended(self, worker: Process, now: float) -> float:
+        """When an elastic worker is started again."""
+        due = self._revivals.setdefault(worker.name, Revival(self._restart_workers)).ended(worker.worked, now)
         others = [other.name for other in self.workers if other.running]
-        message = f"{worker.name} {worker.how_it_ended} after {worker.ended - worker.started:.1f} s"
-        message += f"; {', '.join(others)} stopped" if others else ""
-        self._outcome = Outcome(worker.returncode or 1, message, worker.last_words, worker.name)
-        self._ending = escalation.terminate(now, self._grace)
+        if due is not None:
+            self._note(f"{words.end_of_worker(worker)}; it is started again ({worker.restarts + 1} of "
+                       f"{self._restart_workers})")  # fmt: skip
+        elif others:
+            self._note(f"{words.end_of_worker(worker)}; {', '.join(others)} {'go' if others[1:] else 'goes'} on")
+        return escalation.NEVER if due is None else due
 
-    def _end_for_server(self, process: Process, now: float) -> None:
-        name = process.name if process.role == "coordinator" else f"server {process.name}"
-        message = (
-            f"{name} (pid {process.pid}) {process.how_it_ended}; pushes that were not acknowledged may or may not be "
-            "applied, and what it held is lost. The job was stopped; start it again"
-        )
-        self._outcome = Outcome(1, message, process.last_words, process.name, error=LinkBroken(message))
-        self._ending = escalation.terminate(now, self._grace)
-
-    def _stop_group(self, group: Sequence[Process]) -> None:
-        ending = escalation.terminate(time.monotonic(), self._grace)
-        while running := [process for process in group if process.running]:
-            now = time.monotonic()
-            if ending.over(now):
-                return
-            if self._requests:
-                self._requests.clear()
-                ending.hurry(now)
-            number = ending.next(now)
-            if number is not None:
-                for process in running:
-                    process.send_signal(number)
-            self._pump(min(1.0, max(0.0, ending.due - time.monotonic())))
+    def _end_for_worker(self, worker: Process, now: float) -> None:
+        self._end(words.of_worker(worker, [other.name for other in self.workers if other.running]), now)
 
 
 def launch(
@@ -508,14 +504,47 @@ def launch(
         return job.wait()
 
 
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def _checked_listen(listen: str, token: str | None) -> Address:
+    """Raises ``UsageError`` for an address that a coordinator cannot or should not listen on."""
+    found = parse(listen)
+    if found.host in ("", "0.0.0.0", "::"):
+        raise UsageError(
+            f"{listen}: clients are told the address that a server listens on, so name one interface of this "
+            "machine; nothing was started"
+        )
+    if not found.loopback and token is None:
+        raise UsageError(
+            f"{listen} can be reached from other machines: give the token yourself, so that it can be given to "
+            "them (HEADWATER_TOKEN or HEADWATER_TOKEN_FILE); nothing was started"
+        )
+    return found
+
+
+def _check_sense(address: str | None, shape: Shape, elastic: bool, restart_workers: int) -> None:
+    """Raises ``UsageError`` for wishes that contradict one another."""
+    if address and not shape.plain:
+        raise UsageError(
+            f"the cluster at {address} runs already: shards, copies, state and snapshots are chosen where it is "
+            "started; nothing was started"
+        )
+    if restart_workers < 0 or (restart_workers and not elastic):
+        raise UsageError(
+            f"restart_workers={restart_workers}: 0 or more, and above 0 only for an elastic job; nothing was started"
+        )
+
+
+def address_of(process: Process) -> str:
+    """Where a coordinator or server that is ready accepts connections."""
+    try:
+        return msgspec.json.decode(process.ready, type=_Ready).address
+    except msgspec.MsgspecError as error:
+        raise InternalError(f"{process.name} wrote {process.ready!r} on its ready pipe: {error}") from None
+
+
 def _given_token() -> str | None:
     token = token_from_environment()
     return token.decode() if token else None
-
-
-def _is_victim(worker: Process) -> bool:
-    return any(line.partition(":")[0].endswith("WorkerLost") for line in worker.last_words.splitlines())
-
-
-def _discard(process: Process, stream: Stream, line: str) -> None:
-    del process, stream, line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -38,3 +39,10 @@ class Printer:
             # Nobody reads any more (`… | head`). Python would complain again when it flushes at its own exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
             raise
+
+
+def note(text: str) -> None:
+    """Something that the launcher itself has to say: one line on stderr."""
+    console = Console(stderr=True, highlight=False, markup=False)
+    with contextlib.suppress(BrokenPipeError):
+        console.print(Text().append("headwater: ", "bold yellow").append(text), soft_wrap=True)

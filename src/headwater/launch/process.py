@@ -73,14 +73,22 @@ class Process:
     lives as long as the cluster.
 
     Attributes: ``name`` (``w0``, ``s1``, ``coordinator``), ``role``, ``rank``, ``pid``, ``ready`` (the first line of
-    the ready pipe, ``b""`` while there is none) and ``returncode`` (``None`` while it runs; ``128 + n`` when signal
-    n ended it, as a shell counts).
+    the ready pipe, ``b""`` while there is none), ``restarts`` (how many processes had this name before) and
+    ``returncode`` (``None`` while it runs; ``128 + n`` when signal n ended it, as a shell counts).
     """
 
     def __init__(
-        self, name: str, role: Role, rank: int, command: Sequence[str], env: Mapping[str, str], *, ready: bool = False
+        self,
+        name: str,
+        role: Role,
+        rank: int,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        ready: bool = False,
+        restarts: int = 0,
     ) -> None:
-        self.name, self.role, self.rank = name, role, rank
+        self.name, self.role, self.rank, self.restarts = name, role, rank, restarts
         self.returncode: int | None = None
         self.signalled = False
         self.ready = b""
@@ -108,6 +116,7 @@ class Process:
             if ready:
                 os.close(writer)
         self.ended = self.started
+        self._ready_since = None if ready else self.started
         self._ready_fd = reader
         assert self._child.stdout is not None
         assert self._child.stderr is not None
@@ -129,6 +138,11 @@ class Process:
     def ready_fd(self) -> int:
         """The pipe on which the process says that it accepts connections; -1 when it has none or has said so."""
         return self._ready_fd
+
+    @property
+    def worked(self) -> float:
+        """Seconds from when it was ready (a worker: from its start) to its end; 0 if it never was."""
+        return 0.0 if self._ready_since is None else self.ended - self._ready_since
 
     def read(self, stream: Stream) -> list[str] | None:
         """The lines that one buffer of the pipe completes; ``None`` when nothing has arrived.
@@ -155,6 +169,8 @@ class Process:
         if not data or b"\n" in self.ready:
             os.close(self._ready_fd)
             self._ready_fd = -1
+        if b"\n" in self.ready:
+            self._ready_since = time.monotonic()
 
     def reap(self) -> bool:
         """Whether the process has ended. When it has: its ``returncode`` is set and the rest of its group killed."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import stat
 import tempfile
 import time
@@ -58,6 +59,22 @@ def advertise(address: str, token: str, command: str = "") -> Path | None:
     except OSError:
         return None
     return path
+
+
+def private_state() -> Path:
+    """A private folder for what this process's cluster must remember, to be removed by who asked for it.
+
+    Those of launchers that were killed are removed here. Raises ``OSError``.
+    """
+    try:
+        base = folder()
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="headwater-state-"))
+    for path in base.glob("*.state"):
+        pid = path.name.partition("-")[0]
+        if not (pid.isdecimal() and _alive(int(pid))):
+            shutil.rmtree(path, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", suffix=".state", dir=base))
 
 
 def running() -> list[Record]:

@@ -1,0 +1,113 @@
+"""What a cluster is made of: servers, shards, copies, and what it keeps on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from headwater.errors import UsageError
+
+Ack = Literal["memory", "disk"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The wishes of who starts a cluster.
+
+    Attributes:
+        servers: processes that host shards. 0: no cluster.
+        shards: slices of every table; fixed for the life of the cluster. Default: as many as servers.
+        replicas: copies of every shard, on as many servers. With 2 or more a server may die.
+        min_copies: a shard with fewer copies acknowledges nothing until it has them again.
+        ack: ``"memory"``: an acknowledged push is in the memory of every copy; ``"disk"``: in their logs on disk too.
+        silence: seconds without a word after which a process counts as dead.
+        state: folder of what the coordinator, and logs, must remember. With it the coordinator may die.
+        snapshots: folder that snapshots are written to.
+        snapshot_every: seconds between two snapshots.
+        restore: a snapshot, or a folder of them, to begin with.
+
+    Raises ``UsageError`` if these do not fit together.
+    """
+
+    servers: int = 1
+    shards: int | None = None
+    replicas: int = 1
+    min_copies: int = 1
+    ack: Ack = "memory"
+    silence: float | None = None
+    state: Path | None = None
+    snapshots: Path | None = None
+    snapshot_every: float | None = None
+    restore: Path | None = None
+
+    def __post_init__(self) -> None:
+        for wrong, why in (
+            (self.servers < 0, f"servers={self.servers}: a cluster has 0 servers (none) or more"),
+            (self.shards is not None and self.shards < 1, f"shards={self.shards}: a cluster has 1 shard or more"),
+            (self.replicas < 1, f"replicas={self.replicas}: a shard has 1 copy or more"),
+            (
+                self.servers > 0 and self.replicas > self.servers,
+                f"replicas={self.replicas} with servers={self.servers}: the copies of a shard lie on as many servers",
+            ),
+            (
+                not 1 <= self.min_copies <= max(1, self.replicas),
+                f"min_copies={self.min_copies}: must be from 1 to the number of copies, replicas={self.replicas}",
+            ),
+            (self.ack not in get_args(Ack), f'ack={self.ack!r}: must be "memory" or "disk"'),
+            (
+                self.ack == "disk" and self.state is None,
+                'ack="disk": name the folder that the logs shall outlive the cluster in: state=… (--state)',
+            ),
+            (self.silence is not None and self.silence <= 0, f"silence={self.silence}: must be above 0 seconds"),
+            (
+                self.snapshot_every is not None and self.snapshot_every <= 0,
+                f"snapshot_every={self.snapshot_every}: must be above 0 seconds",
+            ),
+            (
+                self.snapshot_every is not None and self.snapshots is None,
+                "snapshot_every: name the folder that snapshots go to: snapshots=… (--snapshots)",
+            ),
+        ):
+            if wrong:
+                raise UsageError(f"{why}; nothing was started")
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but the number of servers was asked for."""
+        return self == Shape(self.servers)
+
+    def prepare(self) -> None:
+        """Make the folders. Raises ``UsageError`` if one cannot be made or there is nothing to restore."""
+        for folder in (self.state, self.snapshots):
+            try:
+                if folder is not None:
+                    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"{folder} cannot be made: {error.strerror}; nothing was started") from None
+        if self.restore is not None and not self.restore.exists():
+            raise UsageError(f"there is no snapshot {self.restore} to restore; nothing was started")
+
+    def coordinator_options(self, state: Path | None) -> list[str]:
+        """Of its command line; ``state`` is the folder it is to use."""
+        options = {
+            "--servers": str(self.servers),
+            "--shards": None if self.shards is None else str(self.shards),
+            "--replicas": None if self.replicas == 1 else str(self.replicas),
+            "--min-copies": None if self.min_copies == 1 else str(self.min_copies),
+            "--ack": None if self.ack == "memory" else self.ack,
+            "--silence": None if self.silence is None else f"{self.silence:g}",
+            "--state": _absolute(state),
+            "--snapshots": _absolute(self.snapshots),
+            "--snapshot-every": None if self.snapshot_every is None else f"{self.snapshot_every:g}",
+            "--restore": _absolute(self.restore),
+        }
+        return [word for name, value in options.items() if value is not None for word in (name, value)]
+
+    def server_options(self, name: str) -> list[str]:
+        """Of the command line of the server ``name``, which finds its log again when it is started again."""
+        return ["--data", str(_absolute(self.state / name))] if self.ack == "disk" and self.state else []
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.absolute())
