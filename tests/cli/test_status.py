@@ -8,22 +8,27 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from headwater.cli.status import draw, locate, size
+from headwater.cli.status import draw, health, locate, ranges, size
 from headwater.errors import UsageError
 from headwater.launch import registry
-from headwater.wire.messages import ClusterStatus, ServerStatus, TableStatus, WorkerStatus
+from headwater.wire.messages import ClusterStatus, ServerStatus, ShardStatus, TableStatus, WorkerStatus
 
-SERVER = ServerStatus(0, "tcp://127.0.0.1:4001", 71, "alive", 1, 200_000_000, 2, 1, 12, 6_000_000, 8_000_000, 90.0)
+SERVER = ServerStatus(
+    0, "tcp://127.0.0.1:4001", 71, "alive", (0, 1, 2, 5), (), (3,), 200_000_000, 2, 6_000_000, 8_000_000, 90.0
+)
+SHARD = ShardStatus(0, 3, 0, (1,), (), 1234, 2, 2, 2)
 WORKER = WorkerStatus(0, "worker", 81, "alive", 12, 3_000_000, 4_000_000, 1, 0.25)
 READER = WorkerStatus(-1, "reader", 82, "silent", 0, 0, 4_000_000, 0, 3.0)
 TABLE = TableStatus("model", 0, 9, 12_000_000, 48_000_000, "AdamW", "Async(max_staleness=None)", 12, (48_000_000,))
-STATUS = ClusterStatus(3725.0, 4, (SERVER,), (WORKER, READER), (TABLE,))
+STATUS = ClusterStatus(3725.0, 4, 2, 1, (SERVER,), (SHARD,), (WORKER, READER), (TABLE,))
 
 
-def _lines(before: ClusterStatus | None = None, seconds: float = 0.0, now: ClusterStatus = STATUS) -> list[list[str]]:
-    console = Console(width=100)
+def _lines(
+    before: ClusterStatus | None = None, seconds: float = 0.0, now: ClusterStatus = STATUS, width: int = 120
+) -> list[list[str]]:
+    console = Console(width=width)
     with console.capture() as captured:
-        console.print(draw(now, before, seconds))
+        console.print(draw(now, before, seconds, width))
     return [line.split("  ") for line in captured.get().splitlines()]
 
 
@@ -32,27 +37,75 @@ def _cells(lines: list[list[str]], start: str) -> list[str]:
     return next(row for row in cells if (row and row[0] == start) or row[1:2] == [start])
 
 
+def _shards(*shards: ShardStatus, min_copies: int = 1) -> ClusterStatus:
+    return msgspec.structs.replace(STATUS, shards=shards, min_copies=min_copies)
+
+
 def test_everything_is_shown() -> None:
     lines = _lines()
-    assert lines[0] == ["Headwater, up 1 h 2 min: 1 server, 1 table, 1 worker"]
-    expected = ["0", "127.0.0.1:4001", "71", "alive", "200 MB", "2", "1:12", "6.0 MB", "8.0 MB"]
-    assert _cells(lines, "127.0.0.1:4001") == expected
+    assert lines[0] == ["Headwater, up 1 h 2 min: 1 server, 1 shard, 1 table, 1 worker"]
+    assert lines[1] == ["every shard has its 2 copies"]
+    expected = "0|127.0.0.1:4001|71|alive|0-2 5|–|3|200 MB|2|6.0 MB|8.0 MB|1 min 30 s"
+    assert "|".join(_cells(lines, "127.0.0.1:4001")) == expected
+    assert "|".join(_cells(lines, "3")) == "0|3|0|1|–|1,234|2|2 of 2"
     assert _cells(lines, "model") == ["model", "9", "12,000,000", "48.0 MB", "48.0 MB", "AdamW", "Async", "12"]
     assert _cells(lines, "worker") == ["0", "worker", "81", "alive", "12", "1", "0.2 s", "3.0 MB", "4.0 MB"]
     assert _cells(lines, "reader") == ["–", "reader", "82", "silent", "–", "–", "3.0 s", "0 B", "4.0 MB"]
+
+
+def test_a_narrow_terminal_is_not_shown_everything() -> None:
+    rates = _lines(STATUS, 2.0, width=80)
+    assert not any("…" in cell for line in rates for cell in line)
+    assert "|".join(_cells(rates, "71")) == "0|71|alive|0-2 5|–|3|200 MB|0 B/s|0 B/s"
+
+
+def test_shards_without_their_copies_stand_out() -> None:
+    alone = msgspec.structs.replace(SHARD, shard=1, backups=(), copies=1)
+    told = health(_shards(SHARD, alone))
+    assert (told.plain, told.style) == ("shard 1: one copy of 2, no server to put another on", "yellow")
+    learns = msgspec.structs.replace(alone, shard=2, learners=(4,))
+    assert health(_shards(learns)).plain == "shard 2: one copy of 2, 1 being brought up to date"
+    told = health(_shards(alone, learns, min_copies=2))
+    assert told.plain == "shards 1-2: one copy of 2, 1 being brought up to date; pushes wait"
+    assert told.style == "bold red"
+
+
+def test_a_shard_that_nobody_serves_stands_out_most() -> None:
+    nobody = msgspec.structs.replace(SHARD, shard=7, primary=-1, backups=(), copies=0)
+    assert health(_shards(SHARD, nobody)).plain == "nobody serves shard 7: pushes to it wait"
+    assert "|".join(_cells(_lines(now=_shards(nobody)), "7")) == "7|3|nobody|–|–|1,234|2|0 of 2"
+
+
+def test_one_copy_that_was_asked_for_is_no_alarm() -> None:
+    single = msgspec.structs.replace(SHARD, backups=(), copies=1, wanted=1)
+    told = health(msgspec.structs.replace(_shards(single), replicas=1))
+    assert (told.plain, told.style) == ("one copy of every shard: a server that dies ends the job", "dim")
+
+
+def test_numbers_in_a_row() -> None:
+    assert [ranges(numbers) for numbers in ((), (3,), (2, 0, 1), (9, 4, 5))] == ["–", "3", "0-2", "4-5 9"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [((4_000_000, 4_100_000), "4.0 MB + 4.1 MB"), ((8, 8, 8), "3 × 8 B"), ((7, 8, 9), "3 × 7 B to 9 B"), ((), "0 B")],
+)
+def test_bytes_per_shard_stay_short(parts: tuple[int, ...], text: str) -> None:
+    now = msgspec.structs.replace(STATUS, tables=(msgspec.structs.replace(TABLE, shards=parts),))
+    assert _cells(_lines(now=now), "model")[4] == text
 
 
 def test_with_an_earlier_status_the_bytes_are_rates() -> None:
     server = msgspec.structs.replace(SERVER, pushed_bytes=2_000_000, pulled_bytes=0)
     before = msgspec.structs.replace(STATUS, servers=(server,), workers=())
     lines = _lines(before, 2.0)
-    assert _cells(lines, "127.0.0.1:4001")[-2:] == ["2.0 MB/s", "4.0 MB/s"]
+    assert _cells(lines, "127.0.0.1:4001")[-3:-1] == ["2.0 MB/s", "4.0 MB/s"]
     assert _cells(lines, "worker")[-2:] == ["3.0 MB", "4.0 MB"]  # it was not there yet
 
 
 def test_an_empty_cluster_has_no_empty_tables() -> None:
-    lines = _lines(now=ClusterStatus(5.0, 0, (SERVER,), (), ()))
-    assert lines[0] == ["Headwater, up 5 s: 1 server, 0 tables, 0 workers"]
+    lines = _lines(now=ClusterStatus(5.0, 0, 2, 1, (SERVER,), (SHARD,), (), ()))
+    assert lines[0] == ["Headwater, up 5 s: 1 server, 1 shard, 0 tables, 0 workers"]
     assert not any("Tables" in line[0] or "Workers" in line[0] for line in lines)
 
 

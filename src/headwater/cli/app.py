@@ -1,7 +1,7 @@
 """The tree of commands, and what becomes of an error.
 
-``run``, ``up`` and ``status`` are Headwater's own. ``bench`` and the recipes' commands cost an import of torch or more,
-so they are loaded when they are called or when the help is shown.
+Most commands are Headwater's own. ``bench`` and the recipes' commands cost an import of torch or more, so they are
+loaded when they are called or when the help is shown.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import typer
 
 import headwater
 from headwater.cli import plugins
+from headwater.cli.add_server import add_server
 from headwater.cli.console import complain
+from headwater.cli.drain import drain
 from headwater.cli.run import run
+from headwater.cli.snapshot import snapshot
 from headwater.cli.status import status
 from headwater.cli.up import up
 from headwater.errors import HeadwaterError
@@ -50,6 +53,9 @@ def build(words: Sequence[str]) -> typer.Typer:
     app.command(context_settings=_PASS_ON)(run)
     app.command()(up)
     app.command()(status)
+    app.command("add-server")(add_server)
+    app.command()(drain)
+    app.command()(snapshot)
     called = next((word for word in words if not word.startswith("-")), None)
     plugins.add(app, called)
     return app

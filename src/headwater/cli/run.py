@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from headwater.cli import options
 from headwater.cli.console import complain, counted, err, note
 from headwater.errors import UsageError
 from headwater.launch import Launcher
@@ -37,6 +38,20 @@ def run(
     ] = None,
     grace: Annotated[float, typer.Option(min=0.0, help="Seconds between SIGTERM and SIGKILL.")] = 5.0,
     patience: Annotated[float, typer.Option(min=0.0, help="Seconds for workers to finish after Ctrl-C.")] = 20.0,
+    shards: options.Shards = None,
+    replicas: options.Replicas = 1,
+    min_copies: options.MinCopies = 1,
+    ack: options.Ack = "memory",
+    state: options.State = None,
+    snapshots: options.Snapshots = None,
+    snapshot_every: options.SnapshotEvery = None,
+    restore: options.Restore = None,
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="A worker that dies does not end the job while another remains.")
+    ] = False,
+    restart_workers: Annotated[
+        int, typer.Option(min=0, help="With --elastic: start a worker that dies again, up to so many times.")
+    ] = 0,
 ) -> None:
     """Run SCRIPT in every worker, beside a cluster of its own.
 
@@ -47,7 +62,8 @@ def run(
     its environment: docs/environment.md lists the names.
 
     If a worker fails, the others are stopped, and its exit code becomes
-    this command's.
+    this command's; with --elastic they go on. With --replicas 2 a server
+    that dies is replaced, and training goes on meanwhile.
     """
     command = command_line(words, module)
     env = {"HEADWATER_TRANSPORT": transport} if transport else {}
@@ -59,9 +75,20 @@ def run(
         env=env,
         grace=grace,
         patience=patience,
+        shards=shards,
+        replicas=replicas,
+        min_copies=min_copies,
+        ack=ack,
+        state=state,
+        snapshots=snapshots,
+        snapshot_every=snapshot_every,
+        restore=restore,
+        elastic=elastic,
+        restart_workers=restart_workers,
     )
     with job.signals(), job:
         cluster = counted(len(job.servers), "server") if job.servers else "a cluster" if address else "no servers"
+        cluster += f", {replicas} copies of every shard," if replicas > 1 else ""
         where = f"{cluster} at {job.address}" if job.address else cluster
         note(f"headwater: {where}, {counted(workers, 'worker')}: {' '.join(words)}")
         job.start_workers(command, workers, first_rank=first_rank, world=world)

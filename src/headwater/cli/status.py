@@ -18,10 +18,13 @@ from rich.text import Text
 
 import headwater
 from headwater.cli.console import counted, out
+from headwater.cli.options import Address, Timeout
 from headwater.errors import UsageError
 from headwater.launch.registry import find, running
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import RenderableType
 
     from headwater.wire.messages import ClusterStatus
@@ -29,27 +32,31 @@ if TYPE_CHECKING:
 _WINDOW = 5.0
 """Seconds that the rates of --watch are averaged over."""
 
+_ALL = 116
+"""Columns of a terminal that everything fits into."""
+
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
-_EMPTY = re.compile(r"\w+=None(, )?|\(\w+=None\)")
+_EMPTY = re.compile(r"\(\w+=(None|'mean')\)")
 """What a policy does not set: ``Async(max_staleness=None)`` is shown as ``Async``."""
 
 
 def status(
-    address: Annotated[str | None, typer.Option(help="Default: HEADWATER_ADDRESS, or your cluster here.")] = None,
+    address: Address = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between refreshes.")] = 1.0,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer.")] = 10.0,
+    timeout: Timeout = 10.0,
 ) -> None:
-    """Show servers, shards, tables, sizes, workers, clocks and throughput of a cluster."""
+    """Show servers, shards and their copies, tables, workers, clocks and throughput of a cluster."""
     with headwater.connect(locate(address), role="reader", timeout=timeout) as ps:
         if as_json:
             typer.echo(msgspec.json.encode(_seen_from_outside(ps.status())).decode())
         elif watch:
             _watch(ps, every)
         else:
-            out().print(draw(_seen_from_outside(ps.status())))
+            console = out()
+            console.print(draw(_seen_from_outside(ps.status()), width=console.width))
 
 
 def locate(address: str | None) -> str:
@@ -87,19 +94,29 @@ def _watch(ps: headwater.Client, every: float) -> None:
             seen.append((now, _seen_from_outside(ps.status())))
             while now - seen[0][0] > _WINDOW:
                 seen.popleft()
-            live.update(draw(seen[-1][1], seen[0][1], now - seen[0][0]), refresh=True)
+            live.update(draw(seen[-1][1], seen[0][1], now - seen[0][0], live.console.width), refresh=True)
             time.sleep(every)
 
 
-def draw(now: ClusterStatus, before: ClusterStatus | None = None, seconds: float = 0.0) -> RenderableType:
-    """The tables. With ``before``, a status of ``seconds`` ago, what was pushed and pulled is a rate."""
+def draw(
+    now: ClusterStatus, before: ClusterStatus | None = None, seconds: float = 0.0, width: int = _ALL
+) -> RenderableType:
+    """The tables. With ``before``, a status of ``seconds`` ago, what was pushed and pulled is a rate.
+
+    ``width``: columns of the terminal; a narrow one is not shown everything.
+    """
     earlier = before if before and seconds > 0 else None
     workers = [worker for worker in now.workers if worker.role == "worker"]
     head = ", ".join(
-        (counted(len(now.servers), "server"), counted(len(now.tables), "table"), counted(len(workers), "worker"))
+        (
+            counted(len(now.servers), "server"),
+            counted(len(now.shards), "shard"),
+            counted(len(now.tables), "table"),
+            counted(len(workers), "worker"),
+        )
     )
-    head = f"Headwater, up {_duration(now.uptime)}: {head}"
-    parts: list[RenderableType] = [Text(head, "bold"), Text(), _servers(now, earlier, seconds)]
+    parts: list[RenderableType] = [Text(f"Headwater, up {_duration(now.uptime)}: {head}", "bold"), health(now)]
+    parts += [Text(), _servers(now, earlier, seconds, width >= _ALL), Text(), _shards(now)]
     if now.tables:
         parts += [Text(), _tables(now)]
     if now.workers:
@@ -107,31 +124,92 @@ def draw(now: ClusterStatus, before: ClusterStatus | None = None, seconds: float
     return Group(*parts)
 
 
+def health(now: ClusterStatus) -> Text:
+    """In one line: whether what is acknowledged is where it should be."""
+    unserved = [shard.shard for shard in now.shards if shard.primary < 0]
+    short = [shard for shard in now.shards if shard.primary >= 0 and shard.copies < shard.wanted]
+    if unserved:
+        return Text(f"nobody serves {_named(unserved)}: pushes to it wait", "bold red")
+    if short:
+        fewest = min(shard.copies for shard in short)
+        learning = sum(len(shard.learners) for shard in short)
+        what = f"{_named([shard.shard for shard in short])}: {'one copy' if fewest == 1 else f'{fewest} copies'}"
+        coming = f"{learning} being brought up to date" if learning else "no server to put another on"
+        blocked = "; pushes wait" if fewest < now.min_copies else ""
+        return Text(f"{what} of {now.replicas}, {coming}{blocked}", "bold red" if blocked else "yellow")
+    if now.replicas > 1:
+        return Text(f"every shard has its {now.replicas} copies", "green")
+    return Text("one copy of every shard: a server that dies ends the job", "dim")
+
+
+def _named(shards: Sequence[int]) -> str:
+    """``shard 3``, ``shards 0-2 5``."""
+    return f"{'shard' if len(shards) == 1 else 'shards'} {ranges(shards)}"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """``0-2 5``; a dash for none."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return " ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs) or "–"
+
+
 def _grid(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for column in columns:
         name, right, _ = column.partition(">")
-        table.add_column(name, justify="right" if right else "left", header_style="dim")
+        table.add_column(name, justify="right" if right else "left", header_style="dim", no_wrap=True)
     return table
 
 
-def _servers(now: ClusterStatus, earlier: ClusterStatus | None, seconds: float) -> Table:
-    table = _grid(
-        "Servers", "shard>", "address", "pid>", "state", "memory>", "clients>", "version>", "pushed>", "pulled>"
-    )
+def _servers(now: ClusterStatus, earlier: ClusterStatus | None, seconds: float, everything: bool) -> Table:
+    more = ("address", "sessions>", "up>") if everything else ("", "", "")
+    columns = (
+        "server>", more[0], "pid>", "state", "primary", "backup", "learner", "memory>", more[1], "pushed>", "pulled>",
+        more[2],
+    )  # fmt: skip
+    table = _grid("Servers", *filter(None, columns))
     old = {server.pid: server for server in earlier.servers} if earlier else {}
     for server in now.servers:
         was = old.get(server.pid)
-        table.add_row(
-            str(server.shard),
+        cells = (
+            str(server.server),
             server.address.removeprefix("tcp://"),
             str(server.pid),
             _state(server.state),
+            ranges(server.primaries),
+            ranges(server.backups),
+            ranges(server.learners),
             size(server.nbytes),
             str(server.sessions),
-            f"{server.epoch}:{server.lsn}",
             _flow(server.pushed_bytes, was.pushed_bytes if was else None, seconds),
             _flow(server.pulled_bytes, was.pulled_bytes if was else None, seconds),
+            _duration(server.uptime),
+        )
+        table.add_row(*(cell for cell, column in zip(cells, columns, strict=True) if column))
+    return table
+
+
+def _shards(now: ClusterStatus) -> Table:
+    """What stands out: a shard that nobody serves, one with fewer copies than wanted."""
+    table = _grid("Shards", "shard>", "epoch>", "primary>", "backups", "learners", "LSN>", "lag>", "copies")
+    for shard in now.shards:
+        served, whole = shard.primary >= 0, shard.copies >= shard.wanted
+        style = "bold red" if not served or shard.copies < now.min_copies else "" if whole else "yellow"
+        table.add_row(
+            str(shard.shard),
+            str(shard.epoch),
+            str(shard.primary) if served else "nobody",
+            ranges(shard.backups),
+            ranges(shard.learners),
+            f"{shard.lsn:,}",
+            f"{shard.lag:,}",
+            f"{shard.copies} of {shard.wanted}",
+            style=style,
         )
     return table
 
@@ -144,7 +222,7 @@ def _tables(now: ClusterStatus) -> Table:
             f"{each.parameters:,}",
             f"{each.elements:,}",
             size(each.nbytes),
-            " + ".join(size(part) for part in each.shards),
+            _per_shard(each.shards),
             each.optimizer,
             _EMPTY.sub("", each.sync),
             str(each.clock),
@@ -183,8 +261,17 @@ def size(count: float) -> str:
     return f"{count:.{0 if power == 0 or count >= 99.95 else 1}f} {_UNITS[power]}"
 
 
+def _per_shard(parts: Sequence[int]) -> str:
+    """``4.0 MB + 4.1 MB``, ``3 × 4.0 MB``, ``16 × 3.9 MB to 4.1 MB``."""
+    low, high = size(min(parts, default=0)), size(max(parts, default=0))
+    if len(parts) == 2:
+        return " + ".join(size(part) for part in parts)
+    many = f"{len(parts)} × " if len(parts) > 1 else ""
+    return f"{many}{low}" if low == high else f"{many}{low} to {high}"
+
+
 def _state(state: str) -> Text:
-    return Text(state, "green" if state in ("alive", "serving") else "yellow")
+    return Text(state, {"alive": "green", "dead": "bold red"}.get(state, "yellow"))
 
 
 def _flow(count: int, before: int | None, seconds: float) -> str:

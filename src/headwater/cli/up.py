@@ -12,10 +12,11 @@ import typer
 from rich.text import Text
 
 import headwater
+from headwater.cli import options
 from headwater.cli.console import out
 from headwater.cli.run import report
 from headwater.errors import UsageError
-from headwater.launch import Launcher
+from headwater.launch import Launcher, Shape
 from headwater.launch.registry import folder, write_private
 from headwater.wire.auth import token_from_environment
 
@@ -29,15 +30,38 @@ def up(
         Path | None,
         typer.Option(help="The file of the shared token; made, readable by you alone, if it does not exist."),
     ] = None,
+    shards: options.Shards = None,
+    replicas: options.Replicas = 1,
+    min_copies: options.MinCopies = 1,
+    ack: options.Ack = "memory",
+    state: options.State = None,
+    snapshots: options.Snapshots = None,
+    snapshot_every: options.SnapshotEvery = None,
+    restore: options.Restore = None,
 ) -> None:
     """Start a coordinator and servers and stay in the foreground.
 
-    Ctrl-C ends them. Without --token-file, HEADWATER_TOKEN or
+    Example: headwater up --servers 3 --replicas 2
+
+    Ctrl-C ends them. With two copies or more, a server that dies is
+    replaced and its shards go on meanwhile. Without --token-file, HEADWATER_TOKEN or
     HEADWATER_TOKEN_FILE a token is made for this cluster; to listen
     beyond this machine, one of the three must be given.
     """
     given = read_token(token_file) if token_file else _from_environment()
-    job = Launcher(servers, listen=listen, token=given)
+    job = Launcher(
+        servers,
+        listen=listen,
+        token=given,
+        shards=shards,
+        replicas=replicas,
+        min_copies=min_copies,
+        ack=ack,
+        state=state,
+        snapshots=snapshots,
+        snapshot_every=snapshot_every,
+        restore=restore,
+    )
     made: Path | None = None
     try:
         with job.signals(), job:
@@ -94,6 +118,7 @@ def _announce(job: Launcher, token_file: Path | None) -> None:
         join.append(f"export HEADWATER_TOKEN_FILE={token_file.absolute()}")
     rows = {
         "servers": f"{len(job.servers)}, and a coordinator",
+        **_keeping(job.shape),
         "address": str(job.address),
         "token": f"in {token_file}, which only you can read" if token_file else "the one in the environment",
         "to join": "\n            ".join(join),
@@ -104,3 +129,19 @@ def _announce(job: Launcher, token_file: Path | None) -> None:
     console.print(Text(f"Headwater {headwater.__version__}", "bold"))
     for name, value in rows.items():
         console.print(Text().append(f"  {name:<10}", "dim").append(value), soft_wrap=True)
+
+
+def _keeping(shape: Shape) -> dict[str, str]:
+    """What outlives what."""
+    found = {}
+    if shape.replicas > 1:
+        held = f", {shape.min_copies} at least" if shape.min_copies > 1 else ""
+        found["copies"] = f"{shape.replicas} of every shard{held}; acknowledged when all have it in {shape.ack}"
+    if shape.state is not None:
+        found["state"] = str(shape.state.absolute())
+    if shape.snapshots is not None:
+        often = f", every {shape.snapshot_every:g} s" if shape.snapshot_every else ", when asked: headwater snapshot"
+        found["snapshots"] = f"{shape.snapshots.absolute()}{often}"
+    if shape.restore is not None:
+        found["restored"] = str(shape.restore.absolute())
+    return found

@@ -1,0 +1,77 @@
+"""``headwater add-server``: one more server for a running cluster, in the foreground."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import headwater
+from headwater.cli.console import complain, note, out
+from headwater.cli.drain import empty, holdings
+from headwater.cli.options import Address
+from headwater.cli.run import report
+from headwater.cli.status import locate
+from headwater.errors import HeadwaterError, UsageError
+from headwater.launch import Launcher, address_of
+from headwater.launch.registry import find
+
+if TYPE_CHECKING:
+    from headwater.launch import Process
+
+
+def add_server(
+    address: Address = None,
+    listen: Annotated[
+        str | None, typer.Option(help="Where it listens, if not on a free port of the coordinator's interface.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that moving its shards away may take.")] = 600.0,
+) -> None:
+    """Start a server that joins a running cluster, and stay in the foreground.
+
+    Shards move to it while training goes on. Ctrl-C moves them away
+    again and ends it; a second Ctrl-C ends it at once.
+    """
+    found = locate(address)
+    record = find(found)
+    job = Launcher(0, address=found, token=record.token if record else None)
+    with job.signals(), job:
+        process = job.add_server(listen)
+        where = address_of(process).removeprefix("tcp://")
+        out().print(f"A server at {where} (pid {process.pid}) has joined the cluster at {found}.", highlight=False)
+        out().print("To end it: Ctrl-C, which first moves its shards away.", style="dim")
+        outcome = job.wait()
+        if outcome.interrupted and process.running:
+            _leave(job, process, found, timeout)
+    report(outcome)
+    raise typer.Exit(0 if outcome.interrupted else outcome.code)
+
+
+def _leave(job: Launcher, process: Process, cluster: str, timeout: float) -> None:
+    """Drain the server; a signal meanwhile, or its end, cuts that short."""
+    failed: list[HeadwaterError] = []
+
+    def drain() -> None:
+        try:
+            with headwater.connect(cluster, role="reader", timeout=timeout) as ps:
+                mine = address_of(process)
+                server = next((each for each in ps.status().servers if each.address == mine), None)
+                if server is None:
+                    raise UsageError("the cluster does not know this server any more; nothing was moved")
+                note(f"headwater: {holdings(server)}; moving them away (Ctrl-C again: end it at once)")
+                empty(ps, server.server)
+        except HeadwaterError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=drain, name="headwater-drain", daemon=True)
+    thread.start()
+    while thread.is_alive() and process.running:
+        if job.linger(0.1):
+            note("headwater: ended with shards on it; those without a copy elsewhere are lost")
+            return
+    with contextlib.suppress(RuntimeError):
+        thread.join(1.0)
+    if failed:
+        complain(f"its shards could not be moved away: {failed[0].code}: {failed[0]}")
