@@ -51,9 +51,9 @@ def test_a_cluster_is_seen_and_ends_with_ctrl_c(
     assert token_file.read_text(encoding="utf-8").strip() == record.token
 
     seen = json.loads(headwater_command("status", "--json").out)
-    assert [server["shard"] for server in seen["servers"]] == [0, 1]
+    assert [server["server"] for server in seen["servers"]] == [0, 1]
     assert seen["workers"] == []
-    assert "2 servers, 0 tables, 0 workers" in headwater_command("status").out
+    assert "2 servers, 2 shards, 0 tables, 0 workers" in headwater_command("status").out
 
     cluster.send_signal(signal.SIGINT)
     out, err = cluster.communicate(timeout=30)

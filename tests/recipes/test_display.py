@@ -21,14 +21,18 @@ def _board() -> Board:
 
 def _server() -> object:
     class Server:
-        shard, state, nbytes, sessions, epoch, lsn, pid = 0, "serving", 4_000_000, 2, 1, 77, 1
+        server, state, nbytes, pid = 7, "alive", 4_000_000, 1
+        primaries, backups, learners = (10, 11), (12,), (13,)
         pushed_bytes = pulled_bytes = 1000
+
+    class Shard:
+        shard, copies, wanted = 14, 1, 2
 
     class Worker:
         role, state = "worker", "alive"
 
     class Status:
-        servers, workers = (Server(),), (Worker(), Worker())
+        servers, workers, shards, replicas = (Server(),), (Worker(), Worker()), (Shard(),), 2
 
     return Status()
 
@@ -57,7 +61,17 @@ def test_a_picture_on_a_terminal_shows_every_worker_and_server() -> None:
     shown.note("w1: a word from a worker")
     shown.close()
     text = out.getvalue()
-    for word in ("starting the workers", "w0", "w1", "s0", "1:77", "4.0 MB", "ETA 0:20", "a word from"):
+    for word in (
+        "starting the workers",
+        "w0",
+        "w1",
+        "10 11",
+        "12 (13)",
+        "4.0 MB",
+        "1 shard (14)",
+        "ETA 0:20",
+        "a word from",
+    ):
         assert word in text
 
 

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import headwater
 from headwater.errors import UsageError
-from headwater_recipes.lm.settings import Settings, check, make_changes, parse_sync
+from headwater.launch import Launcher
+from headwater_recipes.lm.settings import Settings, check, cluster, make_changes, parse_sync
 
 
 def test_the_policies() -> None:
@@ -33,6 +36,8 @@ def test_other_policies_are_refused(text: str) -> None:
         ({"steps": 0}, "--steps 0"),
         ({"lr": -1.0}, "--lr"),
         ({"sync": "never"}, "--sync never"),
+        ({"replicas": 3}, "replicas=3 with servers=2"),
+        ({"snapshot_every": 1.0}, "--snapshots"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused(changes: dict[str, Any], says: str) -> None:
@@ -45,3 +50,12 @@ def test_options_left_out_change_nothing() -> None:
     assert make_changes({"lr": None, "seed": 0, "precision": "float32"}) == {"seed": 0, "precision": "float32"}
     with pytest.raises(UsageError, match="--precision half"):
         make_changes({"precision": "half"})
+    with pytest.raises(UsageError, match="--ack paper"):
+        make_changes({"ack": "paper"})
+
+
+def test_what_the_launcher_is_told() -> None:
+    assert cluster(Settings()).items() >= {"replicas": 1, "ack": "memory", "state": None}.items()
+    found = cluster(Settings(replicas=2, snapshots="x", snapshot_every=5.0))
+    assert (found["replicas"], found["snapshots"], found["snapshot_every"]) == (2, Path("x"), 5.0)
+    assert found.keys() <= inspect.signature(Launcher).parameters.keys()

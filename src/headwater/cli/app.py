@@ -1,7 +1,7 @@
 """The tree of commands, and what becomes of an error.
 
-Most commands are Headwater's own. ``bench`` and the recipes' commands cost an import of torch or more, so they are
-loaded when they are called or when the help is shown.
+``bench``, ``chaos``, ``export`` and the recipes' commands cost an import of torch or more, so they are loaded when they
+are called.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Commands that are loaded only when they are wanted: the benchmarks, and what recipes add.
+"""Commands that are loaded only when they are wanted: what costs a long import, and what recipes add.
 
 A recipe is found by an entry point of the group ``headwater.commands``. Its name is where the command hangs:
 ``generate`` is ``headwater generate``, ``train.lm`` is ``headwater train lm``. Its value is the command's function,
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 GROUP = "headwater.commands"
 _BENCH_HELP = "What Headwater costs here, beside the ceiling of the same machine in the same minute."
+_LATE = {
+    "chaos": "Run a cluster under kills, stops and network faults; check that nothing acknowledged is lost.",
+    "export": "Write a snapshot as files that load without Headwater: model.safetensors, optimizer state.",
+}
+"""Commands of our own by the module ``headwater.cli.NAME`` that holds them, with the line that the help shows."""
+
 _HELP = {"train": "Train a recipe's model on a cluster of this machine."}
 
 
@@ -27,6 +33,11 @@ def add(app: typer.Typer, called: str | None) -> None:
         app.add_typer(import_module("headwater.cli.bench").app, name="bench")
     elif called is None:
         app.command("bench", help=_BENCH_HELP)(_nothing)
+    for name, line in _LATE.items():
+        if called == name:
+            app.command(name)(getattr(import_module(f"headwater.cli.{name}"), name))
+        elif called is None:
+            app.command(name, help=line)(_nothing)
     groups: dict[str, typer.Typer] = {}
     for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name):
         *path, name = point.name.split(".")

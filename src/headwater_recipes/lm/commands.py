@@ -18,6 +18,20 @@ def train(
     preset: Annotated[str | None, typer.Option(help="Model: tiny, 6m, 9m or 12m. Default: 9m.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", "-w", help="Worker processes. Default: 2.")] = None,
     servers: Annotated[int | None, typer.Option("--servers", "-s", help="Servers. Default: 2.")] = None,
+    replicas: Annotated[
+        int | None, typer.Option("--replicas", "-r", help="Copies of every shard; with 2 a server may die. Default: 1.")
+    ] = None,
+    shards: Annotated[int | None, typer.Option(help="Slices of the model. Default: as many as servers.")] = None,
+    min_copies: Annotated[int | None, typer.Option(help="Block rather than go on with fewer copies.")] = None,
+    ack: Annotated[
+        str | None, typer.Option(help="memory, or disk: acknowledge what is in logs. Default: memory.")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Folder of what the coordinator remembers (and logs). Default: a private one.")
+    ] = None,
+    snapshots: Annotated[Path | None, typer.Option(help="Folder that the cluster's snapshots go to.")] = None,
+    snapshot_every: Annotated[float | None, typer.Option(help="Seconds between two snapshots.")] = None,
+    restore: Annotated[Path | None, typer.Option(help="Begin with the values of this snapshot.")] = None,
     sync: Annotated[str | None, typer.Option(help="bulk, stale:N, async or async:N. Default: bulk.")] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences per worker and step.")] = None,
     seq: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
@@ -35,7 +49,7 @@ def train(
 ) -> None:
     """Train a small language model through servers of its own.
 
-    Example: headwater train lm --workers 2 --servers 2 --minutes 5
+    Example: headwater train lm --workers 2 --servers 3 --replicas 2 --minutes 5
 
     Ctrl-C stops and saves; --resume goes on. The run's folder holds a
     model that transformers loads, its metrics and its loss curve.
@@ -48,6 +62,13 @@ def train(
         "preset": preset,
         "workers": workers,
         "servers": servers,
+        "replicas": replicas,
+        "shards": shards,
+        "min_copies": min_copies,
+        "ack": ack,
+        "state": str(state.resolve()) if state else None,
+        "snapshots": str(snapshots.resolve()) if snapshots else None,
+        "snapshot_every": snapshot_every,
         "sync": sync,
         "batch": batch,
         "seq": seq,
@@ -64,7 +85,7 @@ def train(
     changes = make_changes(given)
     console = Console()
     folder = job.resume(run, changes) if resume else job.prepare(Settings(**changes), run, console)
-    code = job.Job(folder, console).run()
+    code = job.Job(folder, console, restore).run()
     if code:
         raise typer.Exit(code)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from rich.console import Console, Group, RenderableType
@@ -68,7 +69,7 @@ class Lines:
 
 def _alive(cluster: Any) -> str:
     """``2 servers and 2 workers alive``, as the coordinator sees it."""
-    servers = sum(server.state in ("alive", "serving") for server in cluster.servers)
+    servers = sum(server.state in ("alive", "draining") for server in cluster.servers)
     workers = sum(worker.role == "worker" and worker.state == "alive" for worker in cluster.workers)
     return f"{_count(servers, 'server')} and {_count(workers, 'worker')} alive"
 
@@ -113,10 +114,11 @@ class Picture:
         parts: list[RenderableType] = [_headline(board, row), _curve(board), Text(), _worker_table(board)]
         if cluster is not None:
             parts += [Text(), self._server_table(cluster)]
+            parts += [_copies(cluster)] if cluster.replicas > 1 else []
         return Group(*parts)
 
     def _server_table(self, cluster: Any) -> Table:
-        table = _table("server", "state", "memory", "clients", "version", "pushed to it", "pulled from it")
+        table = _table("server", "state", "primary of", "backup of", "memory", "pushed to it", "pulled from it")
         now = time.monotonic()
         for server in cluster.servers:
             pushed = pulled = 0.0
@@ -127,15 +129,28 @@ class Picture:
             if server.pid not in self._before or now - self._before[server.pid][0] > 5.0:
                 self._before[server.pid] = (now, server.pushed_bytes, server.pulled_bytes)
             table.add_row(
-                f"s{server.shard}",
-                server.state,
+                str(server.server),
+                Text(server.state, "" if server.state == "alive" else "yellow"),
+                _numbers(server.primaries),
+                _numbers([*server.backups, *(f"({shard})" for shard in server.learners)]),
                 size(server.nbytes),
-                str(server.sessions),
-                f"{server.epoch}:{server.lsn}",
                 f"{size(pushed)}/s",
                 f"{size(pulled)}/s",
             )
         return table
+
+
+def _numbers(found: Iterable[object]) -> str:
+    return " ".join(str(each) for each in found) or "–"
+
+
+def _copies(cluster: Any) -> Text:
+    """Whether every shard has the copies that were asked for."""
+    short = [shard for shard in cluster.shards if shard.copies < shard.wanted]
+    if not short:
+        return Text(f"every shard has its {cluster.replicas} copies", "green")
+    named = _numbers(shard.shard for shard in short)
+    return Text(f"too few copies of {_count(len(short), 'shard')} ({named}); training goes on", "bold yellow")
 
 
 def _headline(board: Board, row: dict[str, Any]) -> RenderableType:

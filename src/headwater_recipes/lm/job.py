@@ -99,10 +99,13 @@ def _over(state: State, wanted: Settings) -> bool:
 
 
 class Job:
-    """One launch of a run whose folder is ready."""
+    """One launch of a run whose folder is ready.
 
-    def __init__(self, folder: Path, console: Console) -> None:
-        self.folder, self.console = folder, console
+    ``restore``: a snapshot of the cluster to begin with.
+    """
+
+    def __init__(self, folder: Path, console: Console, restore: Path | None = None) -> None:
+        self.folder, self.console, self.restore = folder, console, restore
         self.settings = checkpoint.read_state(folder).settings
         self.board = Board(self.settings.workers, finish.read_rows(folder))
         self.display: display.Display | None = None
@@ -112,7 +115,14 @@ class Job:
     def run(self) -> int:
         """Train; returns the exit code."""
         s = self.settings
-        self.launcher = launcher = launch.Launcher(s.servers, on_line=self._line, patience=_PATIENCE)
+        self.launcher = launcher = launch.Launcher(
+            s.servers,
+            on_line=self._line,
+            on_note=self._note,
+            patience=_PATIENCE,
+            restore=self.restore,
+            **settings.cluster(s),
+        )
         try:
             with launcher.signals(), launcher:
                 self.display = display.make(self.console)
@@ -157,6 +167,13 @@ class Job:
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
+
+    def _note(self, text: str) -> None:
+        """What the launcher says: a server died, another took its place."""
+        if self.display is not None:
+            self.display.note(f"headwater: {text}")
+        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), "event": text}) + "\n")
 
     def _line(self, process: launch.Process, stream: str, line: str) -> None:
         report = reports.hear(line) if process.role == "worker" and stream == "stdout" else None

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import msgspec
 
 import headwater
+from headwater import launch
 from headwater.errors import UsageError
 from headwater_recipes.lm import model
 
 Precision = Literal["auto", "float32", "bfloat16"]
+
+Ack = Literal["memory", "disk"]
+
+CLUSTER = ("shards", "replicas", "min_copies", "ack", "state", "snapshots", "snapshot_every")
+"""Settings that are ``headwater.launch.Launcher``'s, by the same names."""
 
 MINUTES = 2.5
 """How long a run trains that was given neither --minutes nor --steps."""
@@ -41,6 +48,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     log_every: int = 10
     save_every: int = 200
     validate_every: int = 200
+    shards: int | None = None
+    replicas: int = 1
+    min_copies: int = 1
+    ack: Ack = "memory"
+    state: str | None = None
+    snapshots: str | None = None
+    snapshot_every: float | None = None
 
 
 FIXED = ("data", "preset", "vocabulary", "seq", "seed")
@@ -62,11 +76,11 @@ def make_changes(given: Mapping[str, Any]) -> dict[str, Any]:
     """What was given on the command line, by the names of ``Settings``; options left out are None.
 
     Raises:
-        UsageError: a precision that there is not.
+        UsageError: a precision, or a kind of acknowledgement, that there is not.
     """
-    precision = given.get("precision")
-    if precision is not None and precision not in get_args(Precision):
-        raise UsageError(f"--precision {precision}: must be one of {', '.join(get_args(Precision))}")
+    for name, kind in (("precision", Precision), ("ack", Ack)):
+        if given.get(name) is not None and given[name] not in get_args(kind):
+            raise UsageError(f"--{name} {given[name]}: must be one of {', '.join(get_args(kind))}")
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -90,6 +104,12 @@ def parse_sync(text: str) -> headwater.Bulk | headwater.Stale | headwater.Async:
     raise UsageError(f"--sync {text}: must be bulk, stale:N, async or async:N (N in steps); nothing was started")
 
 
+def cluster(settings: Settings) -> dict[str, Any]:
+    """What the launcher is told about the cluster, beside the number of servers."""
+    found = {name: getattr(settings, name) for name in CLUSTER}
+    return {**found, **{name: Path(found[name]) for name in ("state", "snapshots") if found[name] is not None}}
+
+
 def check(settings: Settings) -> None:
     """Raises ``UsageError`` for a setting that cannot work."""
     parse_sync(settings.sync)
@@ -97,6 +117,7 @@ def check(settings: Settings) -> None:
     for name in ("workers", "servers", "batch", "seq", "log_every", "save_every", "validate_every"):
         if getattr(settings, name) < 1:
             raise UsageError(f"{name}={getattr(settings, name)}: must be 1 or more; nothing was started")
+    launch.Shape(settings.servers, **cluster(settings))
     if settings.seq < 2:
         raise UsageError("seq=1: a window needs 2 tokens or more; nothing was started")
     if not 257 <= settings.vocabulary <= 65_535:
