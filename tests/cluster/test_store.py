@@ -67,6 +67,14 @@ def test_sqlite_holds_after_reopening_what_memory_holds(
     store.close()
 
 
+def test_sqlite_writes_ahead_and_syncs_each_commit(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    assert store._db is not None
+    pragmas = [store._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")]
+    assert pragmas == ["wal", 2]
+    store.close()
+
+
 # ---- one holder ----------------------------------------------------------------------------------
 
 

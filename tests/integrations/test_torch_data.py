@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +21,7 @@ from headwater.cluster.dataplan import ALL, DataPlans
 from headwater.errors import DeadlineExceeded, UsageError
 from headwater.integrations.torch_data import ShardSampler
 from headwater.types import Async, Bulk
+from headwater.wire import messages as m
 from headwater.wire.plans import PlanChunk, PlanNext
 
 
@@ -399,3 +402,16 @@ def test_each_sample_is_trained_on_whoever_dies(
     assert min(counts) >= epochs
     if not deaths:
         assert max(counts) == epochs
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(m, "PlanNext"), reason="the coordinator keeps no plans yet")
+def test_the_example_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(headwater.__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(example, "docs/data.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["epoch 0", "epoch 1", "epoch 2"]
+    assert float(lines[-1].split()[-1]) < 0.5
