@@ -53,9 +53,9 @@ class FakeClient:
         self.session = session
         self.tables: dict[str, SimpleNamespace] = {}
 
-    def ask(self, request: PlanNext, timeout: float | None = None) -> PlanChunk:
-        self.cluster.asked.append(request)
-        return self.cluster.plans.ask(self.session, request, self.cluster.settled)
+    def ask(self, message: PlanNext, timeout: float | None = None) -> PlanChunk:
+        self.cluster.asked.append(message)
+        return self.cluster.plans.ask(self.session, message, self.cluster.settled)
 
 
 class RestingClient(FakeClient):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import time
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,13 @@ from headwater.wire.plans import PlanChunk, PlanNext
 _PAUSE, _LONGEST_PAUSE = 0.01, 0.2  # seconds between questions while others hold what is left
 
 
+class Runtime(Protocol):
+    """A client's time."""
+
+    def now(self) -> float: ...
+    def sleep(self, seconds: float) -> None: ...
+
+
 class PlanClient(Protocol):
     """What a sampler needs of ``headwater.Client``."""
 
@@ -32,7 +38,9 @@ class PlanClient(Protocol):
 
     @property
     def tables(self) -> Mapping[str, Any]: ...
-    def ask(self, request: PlanNext, timeout: float | None = None) -> Any: ...
+    @property
+    def runtime(self) -> Runtime: ...
+    def ask(self, message: PlanNext, timeout: float | None = None) -> Any: ...
 
 
 @runtime_checkable
@@ -186,7 +194,7 @@ class ShardSampler(torch.utils.data.Sampler[int]):
 
     def _poll(self) -> None:
         client = self._connected()
-        runtime = getattr(client, "runtime", _REAL)
+        runtime = client.runtime
         pause, seen, since = _PAUSE, None, runtime.now()
         while True:
             answer = self._ask()
@@ -311,14 +319,6 @@ class _Cursor:
             lease.given = lease.used
 
 
-class _Real:
-    """Time, for a client without a runtime of its own."""
-
-    now = staticmethod(time.monotonic)
-    sleep = staticmethod(time.sleep)
-
-
-_REAL = _Real()
 _CURSORS: weakref.WeakKeyDictionary[PlanClient, dict[str, _Cursor]] = weakref.WeakKeyDictionary()
 
 

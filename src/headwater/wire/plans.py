@@ -1,4 +1,4 @@
-"""Messages of the data plan: which samples a worker trains on next. Tagged as those in messages.py."""
+"""Messages of the data plan: which samples a worker trains on next. messages.py lists them."""
 
 from __future__ import annotations
 
@@ -39,3 +39,18 @@ class PlanChunk(msgspec.Struct, frozen=True, tag="plan_chunk"):
     wait: bool = False
     over: bool = False
     left: int = 0
+
+
+class Rest(msgspec.Struct, frozen=True, tag="rest"):
+    """Worker to coordinator: bulk steps do without me (``away``), or need me again. Answered by ``Rested``.
+
+    A worker that waits for data would hold up the steps of those that it waits for.
+    """
+
+    away: bool
+
+
+class Rested(msgspec.Struct, frozen=True, tag="rested"):
+    """``members``: the membership epoch from which on it holds."""
+
+    members: int
