@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-import threading
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
 import torch
 
+from headwater.client.control import Control, Dial
 from headwater.client.dense import Dense
+from headwater.client.runtime import Runtime, Threads
 from headwater.client.session import Session
 from headwater.client.table import Table, check_tensor
 from headwater.cluster.placement import check_table, layout
-from headwater.errors import HeadwaterError, InternalError, UsageError
+from headwater.errors import (
+    ClusterError,
+    DeadlineExceeded,
+    HeadwaterError,
+    LinkBroken,
+    LinkError,
+    ProtocolError,
+    StaleEpoch,
+    UsageError,
+)
 from headwater.transports.address import host_identity
-from headwater.transports.stream import Handler, Link
 from headwater.types import Async, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
 from headwater.wire import messages as m
 from headwater.wire.tensors import dtype_name
 
 ZEROS, ASYNC = Init("zeros"), Async()
-Dial = Callable[[m.ShardView | None, Handler], Link]
-"""Opens a link to a shard's server, or to the coordinator for ``None``."""
+OPEN = 5.0  # seconds in which a server must answer the first request of a connection
+AGAIN = 0.02  # seconds between two attempts to reach a shard
+UNSERVED = 2.0  # seconds in which the only server of a shard may come back
+DAMAGED = 20  # connections in a row that end for damaged frames until that is no accident
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,42 +57,118 @@ class Client:
     """Made by ``headwater.connect``. A context manager; one thread at a time may use it."""
 
     def __init__(
-        self, dial: Dial, *, role: str = "worker", rank: int | None = None, world: int | None = None, timeout: float
+        self,
+        dial: Dial,
+        *,
+        role: str = "worker",
+        rank: int | None = None,
+        world: int | None = None,
+        timeout: float,
+        runtime: Runtime | None = None,
     ) -> None:
         self.timeout = timeout
-        self.session = secrets.randbits(63)
+        self.runtime = runtime or Threads()
+        self.session = self.runtime.token()
         self.tables: dict[str, Table] = {}
         self.servers: dict[int, Session] = {}
+        self.recoveries = 0
+        self._dial = dial
         self._closed = False
         self._steps = self._stale_sum = self._stale_max = self._stale_last = self._lag_max = 0
         self._waited = 0.0
-        self._coordinator = Session("the coordinator", self.session)
-        self._coordinator.link = dial(None, self._coordinator)
+        self._turns: Counter[str] = Counter()
         join = m.Join(role, self.session, host_identity(), os.getpid(), rank, world)
+        self._control = Control(dial, join, self.runtime, timeout)
+        joined = self._control.joined
+        self.rank, self.world, self.members = joined.rank, joined.world, joined.members
+        self._stop = lambda: None
         try:
-            joined = self._coordinator.request(join, timeout).replies[0]
-            if not isinstance(joined, m.Joined):
-                raise InternalError(f"the coordinator answered {type(joined).__name__} to a join")
-            self.rank, self.world = joined.rank, joined.world
             for view in joined.views:
-                self.servers[view.shard] = self._open(view, dial)
+                session = self.servers[view.shard] = Session(f"shard {view.shard}", self.session, self.runtime)
+                session.shard = view.shard  # connected when a table needs it
         except BaseException:
             self._hang_up()
             raise
-        self._stop = threading.Event()
-        self._beat = threading.Thread(
-            target=self._heartbeats, args=(joined.heartbeat,), name="headwater-heartbeat", daemon=True
-        )
-        self._beat.start()
+        self._stop = self.runtime.every(joined.heartbeat, self._heartbeat)
 
-    def _open(self, view: m.ShardView, dial: Dial) -> Session:
-        session = Session(f"server {view.shard}", self.session)
-        session.shard, session.epoch = view.shard, view.epoch
-        session.link = dial(view, session)
-        opened = session.request(m.Open(self.session, self.rank, view.shard), self.timeout).replies[0]
-        if isinstance(opened, m.Opened):
-            session.seq = opened.seq
-        return session
+    # ---- shards ------------------------------------------------------------------------------------
+
+    def reach(self, session: Session) -> None:
+        """Connect to a shard, if that has not happened yet. Raises as ``recover``."""
+        if session.link is None:
+            self._reach(session, self.runtime.now() + self.timeout, None)
+
+    def recover(self, session: Session, deadline: float, error: HeadwaterError) -> None:
+        """The link to a shard broke: find its primary, and go on there with what was not acknowledged.
+
+        Raises ``LinkBroken`` if nobody serves the shard any more, or ``DeadlineExceeded``.
+        """
+        self.recoveries += 1
+        self._reach(session, deadline, error)
+
+    def _reach(self, session: Session, deadline: float, error: HeadwaterError | None) -> None:
+        unserved: float | None = None
+        while not self._closed:
+            try:
+                self._open(session, deadline)
+                for part in list(session.parts.values()):
+                    part.attach(deadline)
+                return
+            except (LinkError, StaleEpoch) as again:
+                error = again
+                session.damaged += isinstance(again, ProtocolError)
+                if session.damaged > DAMAGED:
+                    raise
+            except ClusterError as again:
+                if not _nobody(again):
+                    raise
+                unserved = self.runtime.now() if unserved is None else unserved
+                if self.runtime.now() - unserved > UNSERVED:
+                    raise LinkBroken(f"{again}; pushes that were not acknowledged may or may not be applied") from None
+            if self.runtime.now() >= deadline:
+                break
+            self.runtime.sleep(AGAIN)
+        raise DeadlineExceeded(
+            f"{session.name} could not be reached in time ({error}); "
+            "what was sent and not acknowledged may or may not be applied"
+        )
+
+    def _open(self, session: Session, deadline: float) -> None:
+        session.close()
+        view = self._control.ask(m.Find(session.shard), max(0.0, deadline - self.runtime.now()))
+        assert isinstance(view, m.ShardView)
+        if view.epoch < session.epoch:
+            raise StaleEpoch(f"the coordinator is at epoch {view.epoch}, this client has seen {session.epoch}")
+        session.link = self._dial(view, session)
+        session.address = view.address
+        left = min(OPEN, max(0.0, deadline - self.runtime.now()))
+        try:
+            opened = session.request(m.Open(self.session, self.rank, view.shard, self.members), left).replies[0]
+        except DeadlineExceeded:
+            raise LinkBroken(f"{session.name} accepted the connection and did not answer") from None
+        assert isinstance(opened, m.Opened)
+        session.epoch = opened.epoch
+
+    def still_there(self, session: Session, deadline: float) -> bool:
+        """Whether the server at the other end is still the shard's primary; asked when nothing comes from it."""
+        try:
+            view = self._control.ask(m.Find(session.shard), max(0.0, deadline - self.runtime.now()))
+        except ClusterError:
+            return True  # nobody else serves it
+        return isinstance(view, m.ShardView) and view.address == session.address
+
+    def request(self, session: Session, message: m.Request) -> list[m.Reply]:
+        """Ask a shard, over as many connections as it takes. Raises what it was refused with, or a deadline."""
+        deadline = self.runtime.now() + self.timeout
+        while True:
+            try:
+                return session.request(message, max(0.0, deadline - self.runtime.now())).replies
+            except LinkError as error:
+                self.recover(session, deadline, error)
+
+    def ask(self, message: m.Request, timeout: float | None = None) -> m.Reply:
+        """Ask the coordinator, over as many connections as it takes. Raises what it was refused with, or a deadline."""
+        return self._control.ask(message, timeout)
 
     # ---- tables ------------------------------------------------------------------------------------
 
@@ -135,12 +222,12 @@ class Client:
         for p in spec.parameters:
             if p.init.kind == "values":
                 check_tensor(p, (values or {})[p.name])
-        declared = self._coordinator.request(m.Declare(spec), self.timeout).replies[0]
+        declared = self.ask(m.Declare(spec))
         assert isinstance(declared, m.Declared)
         table = Table(self, declared, layout(declared.spec, len(self.servers)))
         if declared.assign:
             table.assign({name: (values or {})[name] for name in needed})
-            self._coordinator.request(m.Initialised(table.number), self.timeout)
+            self.ask(m.Initialised(table.number))
         elif not table.live:
             table.pull().wait()
         self.tables[spec.name] = table
@@ -150,11 +237,12 @@ class Client:
 
     def barrier(self, name: str = "", timeout: float | None = None) -> None:
         """Wait until every worker has called this. Raises ``WorkerLost`` if one dies meanwhile."""
-        self._coordinator.request(m.Barrier(name), self.timeout if timeout is None else timeout)
+        self._turns[name] += 1
+        self.ask(m.Barrier(name, self._turns[name]), timeout)
 
     def status(self) -> m.ClusterStatus:
         """Servers, workers and tables, from the last heartbeats."""
-        status = self._coordinator.request(m.Status(), self.timeout).replies[0]
+        status = self.ask(m.Status())
         assert isinstance(status, m.ClusterStatus)
         return status
 
@@ -183,34 +271,30 @@ class Client:
     def waited(self, seconds: float) -> None:
         self._waited += seconds
 
-    def _heartbeats(self, period: float) -> None:
+    def _heartbeat(self) -> None:
         """On the coordinator's own connection, so that bulk traffic never delays it."""
-        while not self._stop.wait(period):
-            s = self.statistics()
-            clock = max((table.clock for table in list(self.tables.values())), default=0)
-            beat = m.Heartbeat(clock, s.pushed_bytes, s.pulled_bytes, s.staleness_last)
-            try:
-                self._coordinator.notify(beat)
-            except HeadwaterError:
-                return
+        s = self.statistics()
+        clock = max((table.clock for table in list(self.tables.values())), default=0)
+        with contextlib.suppress(HeadwaterError):  # whoever asks the coordinator something is told
+            self._control.notify(m.Heartbeat(clock, s.pushed_bytes, s.pulled_bytes, s.staleness_last))
 
     def close(self) -> None:
         """Finish the steps under way and leave. The others go on without this worker."""
         if self._closed:
             return
-        self._closed = True
         with contextlib.suppress(HeadwaterError):
             for table in self.tables.values():
                 table.wait()
             # only now: a step that was ended and not decided would be dropped with a worker that leaves
-            self._coordinator.request(m.Leave(), 5.0)
-        self._stop.set()
+            self._control.leave()
+        self._stop()
         self._hang_up()
 
     def _hang_up(self) -> None:
-        for session in [*self.servers.values(), self._coordinator]:
-            if session.link is not None:
-                session.link.close()
+        self._closed = True
+        for session in self.servers.values():
+            session.close()
+        self._control.close()
 
     def __enter__(self) -> Client:
         return self
@@ -221,6 +305,10 @@ class Client:
         if kind is None:
             self.close()
         else:  # a step may be half pushed: the others are told that this worker died
-            self._closed = True
-            self._stop.set()
+            self._stop()
             self._hang_up()
+
+
+def _nobody(error: ClusterError) -> bool:
+    """Whether the coordinator says that a shard has no server now."""
+    return type(error) is ClusterError

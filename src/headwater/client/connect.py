@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from headwater.client.client import Client, Dial
+from headwater.client.client import Client
+from headwater.client.control import Dial
 from headwater.errors import Unreachable, UsageError
 from headwater.transports import inproc
 from headwater.transports.address import Address, host_identity, parse

@@ -45,10 +45,9 @@ class Gradients:
             self.flat = plain(size)
         self.bytes = _bytes(self.flat)
 
-    def close(self) -> None:
+    def __del__(self) -> None:
         if self.fd >= 0:
             memory.close_all((self.fd,))
-            self.fd = -1
 
 
 class Mapped:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from headwater.client.flat import Mapped
 from headwater.client.session import Session
 from headwater.cluster.placement import Block
-from headwater.errors import HeadwaterError, ProtocolError
+from headwater.errors import HeadwaterError, ProtocolError, WorkerLost
 from headwater.types import Segment
 from headwater.wire import messages as m
 from headwater.wire.frames import Flag, Frame, Kind
@@ -18,7 +21,11 @@ Span = tuple[int, int]
 
 
 class Part:
-    """Shard-local bytes here are pieces (``blocks``) of the table's flat memories."""
+    """Shard-local bytes here are pieces (``blocks``) of the table's flat memories.
+
+    Pushes are numbered from 1. What is not acknowledged is kept (``_unacked``), so that it can be sent again under
+    the same number to a new primary, or under a new one in a step that another worker's death undid.
+    """
 
     def __init__(self, session: Session, table: int, blocks: tuple[Block, ...], segments: tuple[Segment, ...]) -> None:
         self.session = session
@@ -27,6 +34,7 @@ class Part:
         self.segments = segments
         self.size = sum(block.size for block in blocks)
         self.mapped: Mapped | None = None
+        self.live = False  # the values in the table's flat memory are the server's own
         self.flat_values: memoryview = memoryview(b"")  # where DATA lands
         self.flat_gradients: memoryview = memoryview(b"")
         self.acked_seq = 0
@@ -39,8 +47,13 @@ class Part:
         self.members = 0
         self.fresh = self.size  # local bytes from 0 that have arrived; all of them, unless a pull is under way
         self.awaiting = 0  # answers to pulls that are still to come, abandoned ones too
+        self.attach: Callable[[float], None]  # the table's: on a new connection, by a deadline
         self.error: HeadwaterError | None = None
-        self._assigned = 0
+        self.lost: WorkerLost | None = None  # another worker's death undid the step: it must be pushed again
+        self._unacked: deque[Frame] = deque()
+        self._refused = 0  # refusals of pushes up to here are of a step that is pushed again already
+        self._assigning = 0  # the number of the last assignment that is not acknowledged
+        self._clock = 0  # of the last pull
 
     # ---- out -----------------------------------------------------------------------------------
 
@@ -66,7 +79,9 @@ class Part:
 
     def _send(self, frames: list[Frame]) -> None:
         for frame in frames:
-            frame.seq = self.sent_seq = self.session.next_seq()
+            self.sent_seq += 1
+            frame.seq = self.sent_seq
+            self._unacked.append(frame)
             self.session.pushed_bytes += frame.length
             self.session.send(frame)
 
@@ -103,20 +118,96 @@ class Part:
 
     def pull(self, clock: int) -> None:
         self.expect()
+        self._ask(clock)
+
+    def _ask(self, clock: int) -> None:
+        self._clock = clock
         self.session.send(Frame(Kind.PULL, table=self.table, lsn=self.lsn, clock=clock, length=self.size))
 
     def assign(self, pieces: list[tuple[Segment, memoryview]]) -> None:
         """Overwrite segments; ``assigned`` turns true when the shard has all of them."""
-        self._assigned = 1
-        for i, (segment, data) in enumerate(pieces):
-            frame = Frame(Kind.ASSIGN, table=self.table, seq=0, start=segment.offset, length=len(data), payload=data)
-            frame.flags = Flag.END if i + 1 == len(pieces) else 0
-            self.session.send(frame)
+        frames = [
+            Frame(Kind.ASSIGN, table=self.table, start=segment.offset, length=len(data), payload=data)
+            for segment, data in pieces
+        ]
+        frames[-1].flags = Flag.END
+        self._assigning = self.sent_seq + len(frames)
+        self._send(frames)
 
     def expect(self) -> None:
         """Values are on their way; those of an earlier pull that nobody waited for come before them."""
         self.awaiting += 1
         self.fresh = 0
+
+    # ---- again ---------------------------------------------------------------------------------
+
+    @property
+    def base(self) -> int:
+        """The first push that is not acknowledged, or the next one."""
+        return self._unacked[0].seq if self._unacked else self.sent_seq + 1
+
+    def resume(self, done: int) -> None:
+        """On a new connection: send again what the shard has not applied (after ``done``).
+
+        Of a step that is applied only its end goes once more, empty, so that its acknowledgement tells the norm.
+        """
+        awaited, self.awaiting, self.fresh = bool(self.awaiting), 0, self.size
+        again = [self._again(frame, done) for frame in self._unacked]
+        self._unacked = deque(frame for frames in again for frame in frames)
+        if any((frame.payload is not None) == (self.mapped is not None) for frame in self._unacked if frame.length):
+            self._reframe(done)
+        ends = [frame for frame in self._unacked if frame.flags & Flag.END and frame.seq > done]
+        if awaited and ends and ends[-1].kind == Kind.PUSH:
+            ends[-1].flags |= Flag.WANT
+            self.expect()
+        for frame in list(self._unacked):
+            self.session.send(frame)
+        if awaited and not self.awaiting:
+            self.pull(self._clock)
+
+    def _again(self, frame: Frame, done: int) -> list[Frame]:
+        if frame.seq > done:
+            frame.flags &= ~Flag.WANT
+            return [frame]
+        self.acked_seq = max(self.acked_seq, frame.seq if not frame.flags & Flag.END else 0)
+        if not frame.flags & Flag.END:
+            return []
+        if frame.kind == Kind.ASSIGN:
+            return [replace(frame, length=0, payload=None)]
+        bare = replace(frame, length=0, payload=None, body=b"")
+        bare.flags &= ~Flag.WANT
+        return [bare]
+
+    def _reframe(self, done: int) -> None:
+        """From shared memory to bytes on the wire, or back: the frames are others, and so are their numbers."""
+        old, self._unacked = self._unacked, deque()
+        self.sent_seq = max([done, *(frame.seq for frame in old if frame.seq <= done)])
+        for frame in old:
+            if frame.seq <= done or frame.kind == Kind.ASSIGN or not frame.length:
+                pieces = [frame]
+            else:
+                spans = self._cut([(frame.start, frame.start + frame.length)])
+                pieces = [self._frame(span, frame.clock, frame.members) for span in spans]
+                pieces[0].body = frame.body
+                pieces[-1].flags |= frame.flags & ~Flag.SHARED
+            for piece in pieces:
+                if frame.seq > done:
+                    self.sent_seq += 1
+                    piece.seq = self.sent_seq
+                self._unacked.append(piece)
+
+    def push_again(self, members: int) -> None:
+        """Another worker's death undid the step: push it under the new membership, with new numbers."""
+        self.lost = None
+        self._refused = self.sent_seq
+        step = [frame for frame in self._unacked if frame.kind == Kind.PUSH]
+        self._unacked = deque(frame for frame in self._unacked if frame.kind != Kind.PUSH)
+        wanted = any(frame.flags & Flag.WANT for frame in step)
+        for frame in step:
+            frame.members = members
+        if wanted and not self.awaiting:
+            self.expect()
+        self._send(step)
 
     # ---- in ------------------------------------------------------------------------------------
 
@@ -138,27 +229,38 @@ class Part:
     def acked(self, frame: Frame) -> None:
         self.lsn = max(self.lsn, frame.lsn)
         self.members = max(self.members, frame.members)
-        if frame.seq == 0:
-            self._assigned = 0
-            return
         self.acked_seq = max(self.acked_seq, frame.seq)
-        if frame.flags & Flag.END:
+        while self._unacked and self._unacked[0].seq <= frame.seq:
+            self._unacked.popleft()
+        if self._assigning and frame.seq >= self._assigning:
+            self._assigning = 0
+        elif frame.flags & Flag.END:
             self.staleness = frame.start
             self.skipped = bool(frame.flags & Flag.SKIP)
             self.norm = m.unpack(frame.body, m.AckBody).norm if frame.body else None
 
     def failed(self, frame: Frame, error: HeadwaterError) -> None:
         self.members = max(self.members, frame.members)
-        if 0 < frame.seq <= self.acked_seq:
+        if 0 < frame.seq <= max(self.acked_seq, self._refused):
             return  # of a step that has failed already: each of its pushes is refused
+        if isinstance(error, WorkerLost):
+            self.lost = error
+            return
         self.error = error
-        self._assigned = 0
+        self._assigning = 0
         self.fresh, self.awaiting = self.size, 0
+
+    def give_up(self) -> None:
+        """What is not acknowledged is not waited for any more, and not sent again."""
+        self.error = self.lost = None
+        self.acked_seq = self.sent_seq
+        self._refused = self.sent_seq
+        self._unacked.clear()
 
     # ---- waiting -------------------------------------------------------------------------------
 
     def assigned_or_failed(self) -> bool:
-        return not self._assigned or self.error is not None
+        return not self._assigning or self.error is not None
 
     def settled(self) -> bool:
         """The last step is acknowledged, or has failed."""
@@ -171,7 +273,7 @@ class Part:
         return not self.awaiting or self.fresh >= min(upto, self.size) or self.error is not None
 
     def finished(self) -> bool:
-        return self.settled() and self.current()
+        return (self.settled() and self.current()) or self.lost is not None
 
     def copy_out(self, target: torch.Tensor) -> None:
         """Shared memory under stale and asynchronous policies: one copy, block by block."""

@@ -1,14 +1,14 @@
-"""One client's ordered conversation with one shard: numbers its pushes, routes what comes back."""
+"""One client's conversation with one shard, over as many connections as it takes; routes what comes back."""
 
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from headwater.errors import HeadwaterError, ProtocolError
+from headwater.client.runtime import Runtime
+from headwater.errors import HeadwaterError, LinkBroken, LinkError, ProtocolError, StaleEpoch
 from headwater.transports.memory import close_all
 from headwater.transports.stream import Link
 from headwater.wire import messages as m
@@ -19,6 +19,8 @@ _REQUEST = 1 << 62  # numbers of requests; pushes count from 1
 
 class TablePart(Protocol):
     """A table's interest in one shard."""
+
+    def attach(self, deadline: float) -> None: ...
 
     def landing(self, frame: Frame) -> memoryview: ...
     def acked(self, frame: Frame) -> None: ...
@@ -39,27 +41,29 @@ class Answers:
 class Session:
     """``link`` is set once connected. Requests block; pushes and pulls do not."""
 
-    def __init__(self, name: str, number: int) -> None:
+    def __init__(self, name: str, number: int, runtime: Runtime) -> None:
         self.name = name  # for messages: "server 1", "coordinator"
         self.number = number
         self.link: Link | None = None
         self.shard = 0
         self.epoch = 0
-        self.seq = 0
+        self.damaged = 0  # connections in a row that ended without an answer
+        self.address = ""  # of the server that is at the other end
         self.parts: dict[int, TablePart] = {}
         self.pushed_bytes = self.pulled_bytes = 0
         self._requests: dict[int, Answers] = {}
         self._ids = itertools.count(_REQUEST)
-
-    def next_seq(self) -> int:
-        self.seq += 1
-        return self.seq
+        self._runtime = runtime
 
     def send(self, frame: Frame) -> None:
-        """Send a push, pull or assignment of this session."""
+        """Send a push, pull or assignment. On a broken link it is lost; whoever waits for the answer mends the link."""
         frame.session, frame.shard, frame.epoch = self.number, self.shard, self.epoch
         assert self.link is not None
-        self.link.send(frame)
+        try:
+            self.link.send(frame)
+        except LinkError:
+            if self.link.error is None:  # the frame is at fault, not the link
+                raise
 
     def request(self, message: m.Request, timeout: float, fds: tuple[int, ...] = ()) -> Answers:
         """Ask, and wait for the whole answer. Raises what the other side refused with, or a deadline."""
@@ -68,7 +72,7 @@ class Session:
         answers = self._requests[number] = Answers()
         try:
             self.link.send(Frame(Kind.REQUEST, session=self.number, seq=number, body=m.pack(message)), fds)
-            self.link.pump(lambda: answers.done, time.monotonic() + timeout)
+            self.link.pump(lambda: answers.done, self._runtime.now() + timeout)
         finally:
             del self._requests[number]
         if answers.error is not None:
@@ -78,6 +82,10 @@ class Session:
     def notify(self, message: m.Notice) -> None:
         assert self.link is not None
         self.link.send(Frame(Kind.NOTICE, body=m.pack(message)))
+
+    def close(self) -> None:
+        if self.link is not None:
+            self.link.close()
 
     # ---- from the link -----------------------------------------------------------------------
 
@@ -89,6 +97,7 @@ class Session:
 
     def receive(self, frame: Frame, fds: Sequence[int] = ()) -> None:
         part = self.parts.get(frame.table)
+        self.damaged = 0
         if frame.kind == Kind.ACK and part is not None:
             part.acked(frame)
         elif frame.kind == Kind.DATA and part is not None:
@@ -118,6 +127,8 @@ class Session:
             answers.error, answers.done = error, True
         elif frame.seq >= _REQUEST:
             return  # nobody waits any more
+        elif isinstance(error, StaleEpoch):
+            raise LinkBroken(f"{self.name} is not the primary any more: {error}")
         elif part is not None:
             part.failed(frame, error)
         else:

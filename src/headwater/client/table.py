@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -13,7 +13,7 @@ from headwater.client.flat import Gradients, Mapped, plain, views
 from headwater.client.part import Part, Span
 from headwater.client.tickets import StepResult, Ticket
 from headwater.cluster.placement import Layout
-from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken, ShapeMismatch, UsageError, WorkerLost
+from headwater.errors import DeadlineExceeded, HeadwaterError, LinkError, ShapeMismatch, UsageError
 from headwater.transports import memory
 from headwater.types import Async, Bulk, Hyper, ParameterSpec, Segment
 from headwater.wire import messages as m
@@ -59,24 +59,43 @@ class Table:
     # ---- set-up ----------------------------------------------------------------------------------
 
     def _attach(self) -> None:
+        for part in self._parts:
+            self._client.reach(part.session)
         sharing = [part.session.link is not None and part.session.link.shared for part in self._parts]
-        self.live = all(sharing) and isinstance(self.spec.sync, Bulk)
         self._gradients = Gradients(self.layout.size, any(sharing))
-        for part, shared in zip(self._parts, sharing, strict=True):
+        self._region: memory.Region | None = None
+        live = all(sharing) and isinstance(self.spec.sync, Bulk)
+        deadline = self._client.runtime.now() + self._client.timeout
+        for part in self._parts:
+            part.live = live
+            part.attach = partial(self._attach_part, part)
             part.session.parts[self.number] = part
-            fds = (self._gradients.fd,) if shared else ()
-            answer = part.session.request(
-                m.Attach(self.number, shared, self.layout.size if shared else 0), self._client.timeout, fds
-            )
-            attached = answer.replies[0]
-            assert isinstance(attached, m.Attached)
-            if shared:
-                part.mapped = Mapped(answer.fds, attached.size)
-            self.clock = max(self.clock, attached.clock)
-            part.lsn = attached.lsn
-        self._gradients.close()
-        self._flat = self._map_live() if self.live else plain(self.layout.size)
+            try:
+                self._attach_part(part, deadline)
+            except LinkError as error:
+                self._client.recover(part.session, deadline, error)
+        self._flat = self._map_live() if live else plain(self.layout.size)
         self._views()
+
+    def _attach_part(self, part: Part, deadline: float) -> None:
+        """Use the table over the present connection of its session; the first one, or one to a new primary."""
+        session = part.session
+        assert session.link is not None
+        shared = session.link.shared and self._gradients.fd >= 0
+        fds = (self._gradients.fd,) if shared else ()
+        request = m.Attach(self.number, shared, self.layout.size if shared else 0, part.base)
+        answer = session.request(request, max(0.0, deadline - self._client.runtime.now()), fds)
+        attached = answer.replies[0]
+        assert isinstance(attached, m.Attached)
+        old, part.mapped = part.mapped, Mapped(answer.fds, attached.size) if shared else None
+        if part.lsn == 0 and not part.sent_seq:
+            self.clock = max(self.clock, attached.clock)
+        part.lsn = max(part.lsn, attached.lsn)
+        if self._region is not None and part.live:
+            self._map_again(part, self._region)
+        if old is not None:
+            old.close()
+        part.resume(attached.seq)
 
     def _map_live(self) -> torch.Tensor:
         """All shards' values side by side, copy-on-write: a stray in-place write stays in this process."""
@@ -89,18 +108,31 @@ class Table:
         self._region = memory.Region(pieces, private=True)
         return torch.frombuffer(self._region.buffer, dtype=torch.uint8)[: self.layout.size]
 
+    def _map_again(self, part: Part, region: memory.Region) -> None:
+        """The new primary's memory at the same addresses. Where it shares none, memory of this process: pulled."""
+        for block in part.blocks:
+            piece = None if part.mapped is None else memory.Piece(part.mapped.fd, block.local, block.size)
+            region.replace(block.start, piece, block.size)
+        if part.mapped is None:
+            part.live = False
+            part.expect()
+            self._uncopied = True
+
     def _views(self) -> None:
         self.values = views(self._flat, self.spec, self.layout)
         self.gradients = views(self._gradients.flat, self.spec, self.layout)
         raw = memoryview(self._flat.numpy()).cast("B")  # type: ignore[arg-type]
         for part in self._parts:
             part.flat_values, part.flat_gradients = raw, self._gradients.bytes
-            if part.mapped is not None:
-                part.mapped.close()
+
+    @property
+    def live(self) -> bool:
+        """Whether all values are the servers' own memory: a pull copies nothing."""
+        return all(part.live for part in self._parts)
 
     def refresh(self) -> None:
         """Throw away what stray in-place writes made of live values."""
-        if self.live:
+        if self._region is not None and self.live:
             self._region.drop(0, self._region.size)
 
     # ---- steps -----------------------------------------------------------------------------------
@@ -157,7 +189,8 @@ class Table:
             body = m.pack(m.StepBody(packed, scale, norm))
         flags = Flag.END | want | (Flag.SKIP if skip else Flag.NONE)
         for part, own in zip(self._parts, spans, strict=True):
-            part.push(own, self.clock + 1, self._members, flags, body)
+            mine = flags & ~Flag.WANT if part.live else flags
+            part.push(own, self.clock + 1, self._members, mine, body)
         return self._ended(bool(want))
 
     def _ended(self, want: bool) -> Ticket:
@@ -178,7 +211,7 @@ class Table:
     def _prefetch(self) -> None:
         for part in self._parts:
             link = part.session.link
-            if link is not None and part.mapped is None and part.size > _SLOTS // 16:
+            if link is not None and part.mapped is None and part.awaiting and part.size > _SLOTS // 16:
                 link.prefetch(part.finished)
 
     def _all_settled(self) -> bool:
@@ -196,8 +229,8 @@ class Table:
             stale, lsn, lag = max(stale, part.staleness), max(lsn, part.lsn), max(lag, part.lag)
             applied = applied and not part.skipped
             if part.members > self._members:
-                self._members = part.members
-            if self.live:  # fresh values without a byte moved count as pulled, as a doorbell counts as pushed
+                self._members = self._client.members = part.members
+            if part.live:  # fresh values without a byte moved count as pulled, as a doorbell counts as pushed
                 part.session.pulled_bytes += part.size
         if error is not None:
             self._failed(error)
@@ -209,10 +242,7 @@ class Table:
 
     def _failed(self, error: HeadwaterError) -> NoReturn:
         for part in self._parts:
-            if isinstance(part.error, WorkerLost):
-                error = part.error
-            part.error = None
-            part.acked_seq = part.sent_seq
+            part.give_up()
         if isinstance(self.spec.sync, Bulk):
             self.clock -= 1
         self._uncopied = False
@@ -222,27 +252,35 @@ class Table:
         raise error
 
     def _pump(self, what: str, timeout: float | None) -> None:
-        begun = time.monotonic()
+        now = self._client.runtime.now
+        begun = now()
         deadline = begun + (self._client.timeout if timeout is None else timeout)
         waiting = [part for part in self._parts if not getattr(part, what)()]
         while waiting:
             for part in waiting:
-                self._pump_part(part, getattr(part, what), deadline, alone=len(waiting) == 1)
+                self._pump_part(part, getattr(part, what), deadline)
             waiting = [part for part in waiting if not getattr(part, what)()]
-        self._client.waited(time.monotonic() - begun)
+        self._client.waited(now() - begun)
 
-    def _pump_part(self, part: Part, done: Callable[[], bool], deadline: float, *, alone: bool) -> None:
-        """Wait for one server; but one may wait for another that is dead, so look at each in turn."""
-        assert part.session.link is not None
+    def _pump_part(self, part: Part, done: Callable[[], bool], deadline: float) -> None:
+        """Wait for one server for a turn: it may wait for another that is dead, or be dead itself without a sign.
+
+        Another worker's death undoes a step; it is pushed again here, from the same memory.
+        """
+        client, link = self._client, part.session.link
+        assert link is not None
+        if part.lost is not None:
+            self._members = client.members = max(part.members, self._members)
+            part.push_again(self._members)
         try:
-            part.session.link.pump(done, deadline if alone else min(deadline, time.monotonic() + _TURN))
-        except LinkBroken as error:
-            raise LinkBroken(
-                f"{part.session.name}: {error}; pushes that were not acknowledged may or may not be applied"
-            ) from None
+            link.pump(lambda: done() or part.lost is not None, min(deadline, client.runtime.now() + _TURN))
+        except LinkError as error:
+            client.recover(part.session, deadline, error)
         except DeadlineExceeded:
-            if time.monotonic() >= deadline:
+            if client.runtime.now() >= deadline:
                 raise
+            if not client.still_there(part.session, deadline):
+                client.recover(part.session, deadline, DeadlineExceeded(f"{part.session.name} has another primary now"))
 
     # ---- values ----------------------------------------------------------------------------------
 
@@ -258,19 +296,18 @@ class Table:
         self._pump("current", timeout)  # what was pushed of the next step is acknowledged with that step
         self._raise_failed()
         for part in self._parts:
-            if part.mapped is not None and not self.live:
+            if part.mapped is not None and not part.live:
                 part.copy_out(self._flat)
         self._uncopied = False
 
     def _wait_for(self, names: Iterable[str], timeout: float | None) -> None:
         """Streams: values arrive in the shards' order, so a parameter may be ready before the rest."""
         wanted = {self._index[name] for name in names}
-        deadline = time.monotonic() + (self._client.timeout if timeout is None else timeout)
+        deadline = self._client.runtime.now() + (self._client.timeout if timeout is None else timeout)
         for part in self._parts:
             upto = max((s.end for s in part.segments if s.parameter in wanted), default=0)
-            if upto and not part.current(upto):
-                assert part.session.link is not None
-                part.session.link.pump(lambda part=part, upto=upto: part.current(upto), deadline)  # type: ignore[misc]
+            while upto and not part.current(upto):
+                self._pump_part(part, partial(part.current, upto), deadline)
         self._raise_failed()
         if all(part.current() for part in self._parts):
             self._uncopied = False
@@ -289,7 +326,8 @@ class Table:
         if self.live:
             return Ticket(_yes, lambda timeout: self._result())
         for part in self._parts:
-            part.pull(self.clock)
+            if not part.live:
+                part.pull(self.clock)
         self._uncopied = True
         self._prefetch()
         return Ticket(lambda: not self._uncopied, self._pulled)
@@ -346,8 +384,7 @@ class Table:
         self.wait()
         found: dict[str, dict[str, torch.Tensor]] = {}
         for part in self._parts:
-            answer = part.session.request(m.Slots(self.number), self._client.timeout)
-            for reply in answer.replies:
+            for reply in self._client.request(part.session, m.Slots(self.number)):
                 assert isinstance(reply, m.SlotPart)
                 for slot in reply.slots:
                     self._place(found, slot)
@@ -377,9 +414,9 @@ class Table:
                 batch.append(slot)
                 size += len(slot.data)
                 if size > _SLOTS:
-                    part.session.request(m.SlotPart(self.number, tuple(batch), True, first), self._client.timeout)
+                    self._client.request(part.session, m.SlotPart(self.number, tuple(batch), True, first))
                     batch, size, first = [], 0, False
-            part.session.request(m.SlotPart(self.number, tuple(batch), False, first), self._client.timeout)
+            self._client.request(part.session, m.SlotPart(self.number, tuple(batch), False, first))
 
     def _cut_slots(
         self, segments: tuple[Segment, ...], slots: Mapping[str, Mapping[str, torch.Tensor]]

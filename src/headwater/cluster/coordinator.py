@@ -1,77 +1,81 @@
 """The control plane as a state machine: frames and ticks in, frames out. No sockets, no clock, no tensors.
 
-It keeps the membership, hands shards to servers, agrees on tables, and commits bulk-synchronous steps:
-when every shard of a table is READY for a step, and not before, it tells all of them to COMMIT.
+It keeps the membership (``membership.py``) and the views (``fleet.py``), agrees on tables, and commits
+bulk-synchronous steps: when every shard of a table is READY for a step, and not before, it tells all of them to COMMIT.
+
+What must survive it is in ``changes()``: the host makes these durable before it sends what came with them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import msgspec
 
-from headwater.cluster.membership import HEARTBEAT, SILENCE, Member, Membership
-from headwater.cluster.placement import check_table, layout
-from headwater.errors import (
-    ClusterError,
-    HeadwaterError,
-    ProtocolError,
-    TableConflict,
-    UnknownTable,
-    UsageError,
-    WorkerLost,
-)
-from headwater.types import TableSpec
+from headwater.cluster import status
+from headwater.cluster.fleet import SILENCE, Fleet, Member
+from headwater.cluster.membership import HEARTBEAT, Membership
+from headwater.cluster.membership import Member as Worker
+from headwater.cluster.tables import Asker, Tables
+from headwater.errors import ClusterError, HeadwaterError, ProtocolError, UsageError, WorkerLost
 from headwater.wire import messages as m
-from headwater.wire.exact import clip_factor, merge
 from headwater.wire.frames import Frame, Kind, Outgoing
 
-
-class _Asker(NamedTuple):
-    peer: int
-    seq: int
+WORKERS = 5  # a worker's heartbeats come as many times less often than a server's
+GRACE = 3.0  # seconds after a restart in which servers may come back before others take over
 
 
-@dataclass(slots=True)
-class _Server:
-    peer: int
-    join: m.Join
-    shard: int
-    epoch: int
-    since: float
-    heard: float
-    report: m.Heartbeat = field(default_factory=m.Heartbeat)
-    alive: bool = True
+class Rules(msgspec.Struct, frozen=True):
+    """What a cluster was started with. ``silence``: seconds without a heartbeat until a server counts as dead.
+
+    ``durable``: the coordinator comes back after a crash. ``grace``: seconds in which a worker whose connection broke may come back. ``heartbeat``: seconds between two.
+    """
+
+    servers: int = 1
+    shards: int = 0  # 0: as many as servers
+    replicas: int = 1
+    min_copies: int = 1
+    ack: str = "memory"
+    silence: float = SILENCE
+    worker_silence: float = 10.0
+    grace: float = 0.0
+    heartbeat: float = HEARTBEAT
+    durable: bool = False
 
 
-@dataclass(slots=True)
-class _Table:
-    number: int
-    spec: TableSpec
-    participants: tuple[int, ...]
-    creating: set[int]
-    state: str = "creating"  # creating, assigning, ready
-    initialiser: int | None = None  # the peer that assigns the values
-    waiting: list[_Asker] = field(default_factory=list)
-    ready: dict[int, m.Ready] = field(default_factory=dict)
+class _Saved(msgspec.Struct, frozen=True):
+    rules: Rules
+    next_server: int
 
 
 class Coordinator:
-    """One cluster. ``servers`` is how many servers must have joined before clients are let in."""
+    """One cluster. ``rules.servers`` must have joined before clients are let in.
 
-    def __init__(self, servers: int, now: float = 0.0) -> None:
-        if servers < 1:
-            raise UsageError(f"a cluster needs at least one server, not {servers}")
-        self.shards = servers
-        self.membership = Membership()
-        self._servers: dict[int, _Server] = {}  # by shard
-        self._tables: dict[int, _Table] = {}
-        self._names: dict[str, int] = {}
-        self._joining: list[tuple[_Asker, m.Join]] = []
-        self._barriers: dict[str, dict[int, _Asker]] = {}
+    ``state``: what ``changes()`` gave before a restart. Raises ``UsageError`` for rules that cannot be kept.
+    """
+
+    def __init__(self, rules: Rules | int, now: float = 0.0, state: Mapping[str, bytes] | None = None) -> None:
+        rules = Rules(rules) if isinstance(rules, int) else rules
+        self.rules = _check(msgspec.structs.replace(rules, shards=rules.shards or rules.servers))
+        self.membership = Membership(self.rules.worker_silence, self.rules.grace)
+        self.fleet = Fleet(self.rules.servers, self.rules.shards, self.rules.replicas, self.rules.silence)
+        self.tables = Tables(self, self.rules.shards)
+        self._joining: list[tuple[Asker, m.Join]] = []
+        self._barriers: dict[str, dict[int, tuple[Asker, int]]] = {}
+        self._passed: dict[str, dict[int, int]] = {}  # by name: session -> its last turn that is over
+        self._draining: list[tuple[Asker, int]] = []
+        self._settling = False  # after a restart, until the primaries have said what they had committed
         self._since = self._now = now
         self._out: list[Outgoing] = []
+        self._changes: dict[str, bytes | None] = {}
+        if state:
+            self._restore(state, now)
+        else:
+            self._save_cluster()
+
+    @property
+    def shards(self) -> int:
+        return self.rules.shards
 
     # ---- events ------------------------------------------------------------------------------
 
@@ -80,49 +84,56 @@ class Coordinator:
         self._now = now
         try:
             if frame.kind == Kind.REQUEST:
-                self._request(_Asker(peer, frame.seq), m.unpack_request(frame.body))
+                self._request(Asker(peer, frame.seq), m.unpack_request(frame.body))
             elif frame.kind == Kind.NOTICE:
                 self._notice(peer, m.unpack_notice(frame.body))
             elif frame.kind == Kind.REPLY:
-                self._created(peer, m.unpack_reply(frame.body))
+                self._created(peer, frame.shard, m.unpack_reply(frame.body))
             elif frame.kind == Kind.ERROR:
                 self._refused(peer, frame)
             else:
                 raise ProtocolError(f"{frame.kind.name} does not go to the coordinator")
         except HeadwaterError as error:
-            self._fail(_Asker(peer, frame.seq), error)
+            self.fail(Asker(peer, frame.seq), error)
         return self._flush()
 
     def disconnected(self, peer: int, now: float) -> list[Outgoing]:
         """The connection of ``peer`` ended."""
         self._now = now
-        for server in self._servers.values():
-            if server.peer == peer:
-                self._bury(server)
         self._joining = [(asker, join) for asker, join in self._joining if asker.peer != peer]
-        self._depart(peer, clean=False, why="died: its connection ended")
+        self._draining = [(asker, server) for asker, server in self._draining if asker.peer != peer]
+        server = self.fleet.disconnected(peer)
+        if server is not None:
+            self._bury(server)
+        member = self.membership.of(peer)
+        if member is not None:
+            self.tables.missed(peer)
+            if member.rank >= 0 and self.membership.grace:
+                member.peer, member.gone = None, now
+            else:
+                self._depart(member, clean=False, why="died: its connection ended")
         return self._flush()
 
     def tick(self, now: float) -> list[Outgoing]:
         """Time has passed."""
         self._now = now
-        for member in self.membership.silent(now):
-            self._depart(member.peer, clean=False, why=f"was silent for {SILENCE:.0f} s")
-        for server in self._servers.values():
-            if now - server.heard > SILENCE:
-                self._bury(server)
+        for member in self.fleet.tick(now):
+            self._bury(member)
+        if self._settling and (not self.fleet.missing() or now >= self.fleet.frozen_until):
+            self._settled()
+        if not self._settling:
+            for worker, why in self.membership.lost_now(now):
+                self._depart(worker, clean=False, why=why)
         return self._flush()
 
-    def _bury(self, server: _Server) -> None:
-        """A server is dead: nobody waits for what it cannot create any more."""
-        server.alive = False
-        for table in list(self._tables.values()):
-            if server.shard in table.creating:
-                self._give_up(table, ClusterError(f"server {server.shard} died while it created {table.spec.name!r}"))
+    def changes(self) -> dict[str, bytes | None]:
+        """Keys that must be durable before what was returned with them is sent; None deletes one."""
+        changes, self._changes = self._changes, {}
+        return changes
 
     # ---- requests ----------------------------------------------------------------------------
 
-    def _request(self, asker: _Asker, message: m.Request) -> None:
+    def _request(self, asker: Asker, message: m.Request) -> None:
         match message:
             case m.Join(role="server"):
                 self._join_server(asker, message)
@@ -131,302 +142,320 @@ class Coordinator:
             case m.Join():
                 raise UsageError(f"role {message.role!r} is none of 'server', 'worker' and 'reader'")
             case m.Leave():
-                self._depart(asker.peer, clean=True)
-                self._reply(asker, m.Done())
+                self._leave(asker)
             case m.Declare():
-                self._declare(asker, message.spec)
+                self._known(asker.peer)
+                self._refuse_if_unserved()
+                self.tables.declare(asker, message.spec)
             case m.Initialised():
-                self._initialised(asker, message.table)
+                self.tables.initialised(asker, message.table)
             case m.Barrier():
-                self._barrier(asker, message.name)
+                self._barrier(asker, message)
+            case m.Find():
+                self._refuse_if_unserved(message.shard)
+                self.reply(asker, self._shard_view(message.shard))
+            case m.Drain():
+                self.fleet.drain(message.server)
+                self._draining.append((asker, message.server))
             case m.Status():
-                self._reply(asker, self.status())
+                self.reply(asker, self.status())
             case _:
                 raise ProtocolError(f"{type(message).__name__} does not go to the coordinator")
 
-    def _join_server(self, asker: _Asker, join: m.Join) -> None:
+    def _join_server(self, asker: Asker, join: m.Join) -> None:
         self._refuse_twice(asker.peer)
-        shard = len(self._servers)
-        if shard >= self.shards:
-            raise ClusterError(f"this cluster was started for {self.shards} servers and has them")
-        self._servers[shard] = _Server(asker.peer, join, shard, 1, self._now, self._now)
-        self._reply(asker, m.Welcome(shard, self.shards, 1, HEARTBEAT))
-        if len(self._servers) == self.shards:
+        member = self.fleet.join(asker.peer, join, self._now)
+        r = self.rules
+        self.reply(asker, m.Welcome(member.number, r.shards, r.replicas, r.min_copies, r.ack, r.heartbeat, r.durable))
+        self._save_cluster()
+        for hosted in join.hosted:
+            self._hosts(member, hosted)
+        if self.fleet.begin() and self._joining and not self._unserved():
             waiting, self._joining = self._joining, []
             for other, request in waiting:
                 try:
                     self._join(other, request)
                 except HeadwaterError as error:
-                    self._fail(other, error)
+                    self.fail(other, error)
 
-    def _join(self, asker: _Asker, join: m.Join) -> None:
-        self._refuse_twice(asker.peer)
-        if len(self._servers) < self.shards:
-            self._joining.append((asker, join))
+    def _hosts(self, server: Member, hosted: m.Hosted) -> None:
+        """A server that comes back says what it has: it is told the view, and what it may have missed."""
+        view = self.fleet.views.get(hosted.shard)
+        if view is None or server.peer is None:
             return
-        self._refuse_if_dead()
-        member = self.membership.admit(asker.peer, join, self._now)
-        world = self.membership.world or len(self.membership.workers)
-        views = tuple(
-            m.ShardView(s.shard, s.epoch, s.join.address, s.join.local, s.join.host) for s in self._servers.values()
-        )
-        self._reply(asker, m.Joined(member.rank, world, HEARTBEAT, views))
-        if member.rank >= 0:
-            self._announce()
+        self._notify(server.peer, view)
+        for commit in hosted.commits if hosted.role == "primary" else ():
+            self.tables.learned(commit)
+        if view.primary is not None and view.primary.server == server.number and not self._settling:
+            self._brief(view)
 
-    def _depart(self, peer: int, *, clean: bool, why: str = "") -> None:
-        member = self.membership.depart(peer, clean=clean, why=why)
-        for table in self._tables.values():
-            table.waiting = [a for a in table.waiting if a.peer != peer]
-            if table.state == "assigning" and table.initialiser in (peer, None):
-                self._pass_on(table)
-        if member is None or member.rank < 0:
+    def _join(self, asker: Asker, join: m.Join) -> None:
+        self._refuse_twice(asker.peer)
+        member = self.membership.resume(asker.peer, join, self._now) if join.resume else None
+        if member is None:
+            if join.resume and join.role == "worker":
+                raise ClusterError(
+                    f"worker {join.rank} was given up while it was away; its unfinished step was not applied. "
+                    "Connect again as a new worker"
+                )
+            if not self.fleet.views or self._settling:
+                self._joining.append((asker, join))
+                return
+            self._refuse_if_unserved()
+            member = self.membership.admit(asker.peer, join, self._now)
+            if member.rank >= 0:
+                self._announce()
+        world = self.membership.world or len(self.membership.workers)
+        views = tuple(self._shard_view(shard) for shard in sorted(self.fleet.views))
+        r = self.rules
+        self.reply(
+            asker, m.Joined(member.rank, world, WORKERS * r.heartbeat, views, self.membership.epoch, r.durable)
+        )
+
+    def _shard_view(self, shard: int) -> m.ShardView:
+        view = self.fleet.views.get(shard)
+        if view is None or view.primary is None:
+            raise ClusterError(f"shard {shard} does not exist in this cluster")
+        p = view.primary
+        return m.ShardView(shard, view.epoch, p.address, p.local, p.host)
+
+    def _leave(self, asker: Asker) -> None:
+        member = self.membership.of(asker.peer)
+        if member is not None:
+            self.tables.missed(asker.peer)
+            self._depart(member, clean=True)
+        self.reply(asker, m.Done())
+
+    def _depart(self, member: Worker, *, clean: bool, why: str = "") -> None:
+        self.membership.depart(member, clean=clean, why=why)
+        if member.rank < 0:
             return
         self._announce()
         for name, askers in list(self._barriers.items()):
             askers.pop(member.rank, None)
             if not clean:
-                for asker in self._barriers.pop(name).values():
-                    self._fail(asker, _lost(self.membership))
+                for asker, _ in self._barriers.pop(name).values():
+                    self.fail(asker, _lost(self.membership))
             else:
                 self._check_barrier(name)
 
     def _announce(self) -> None:
-        for table in self._tables.values():
-            table.ready.clear()  # the shards answer again under the new membership
-        s = self.membership
-        for server in self._servers.values():
-            self._notify(server.peer, m.Members(s.epoch, s.ranks(), s.lost, s.reason))
+        """The shards answer again under the new membership."""
+        self.save("members", self.membership.dump())
+        self.tables.members_changed()
+        for shard in self.fleet.views:
+            self.tell(shard, self._members())
 
-    def _barrier(self, asker: _Asker, name: str) -> None:
-        member = self._member(asker.peer)
-        self._barriers.setdefault(name, {})[member.rank] = asker
-        self._check_barrier(name)
+    def _members(self) -> m.Members:
+        s = self.membership
+        return m.Members(s.epoch, s.ranks(), s.lost, s.reason, s.sessions())
+
+    def _barrier(self, asker: Asker, message: m.Barrier) -> None:
+        worker = self._worker(asker.peer)
+        if self._passed.get(message.name, {}).get(worker.join.session, 0) >= message.turn:
+            self.reply(asker, m.Done())  # it is over; the answer was lost
+            return
+        self._barriers.setdefault(message.name, {})[worker.rank] = (asker, message.turn)
+        self._check_barrier(message.name)
 
     def _check_barrier(self, name: str) -> None:
         askers = self._barriers.get(name, {})
-        if askers and set(self.membership.ranks()) <= set(askers):
-            for asker in self._barriers.pop(name).values():
-                self._reply(asker, m.Done())
+        if not askers or not set(self.membership.ranks()) <= set(askers):
+            return
+        passed = self._passed.setdefault(name, {})
+        for rank, (asker, turn) in self._barriers.pop(name).items():
+            if rank in self.membership.workers:
+                passed[self.membership.workers[rank].join.session] = turn
+            self.reply(asker, m.Done())
 
-    def _refuse_if_dead(self) -> None:
-        dead = [s for s in self._servers.values() if not s.alive]
-        if dead:
-            raise ClusterError(f"server {dead[0].shard} is dead; this cluster must be started again")
+    def _unserved(self) -> list[m.View]:
+        """Shards whose only copies are gone."""
+        up = {s.number for s in self.fleet.servers.values() if s.alive}
+        return [v for v in self.fleet.views.values() if v.primary is None or v.primary.server not in up]
+
+    def _refuse_if_unserved(self, shard: int | None = None) -> None:
+        for view in self._unserved():
+            if shard not in (None, view.shard):
+                continue
+            server = view.primary.server if view.primary is not None else -1
+            raise ClusterError(
+                f"server {server} is dead and shard {view.shard} has no other copy; "
+                "this cluster must be started again, from a snapshot if there is one (--restore)"
+            )
 
     def _refuse_twice(self, peer: int) -> None:
         waits = any(asker.peer == peer for asker, _ in self._joining)
-        if waits or self.membership.holds(peer) or any(s.peer == peer for s in self._servers.values()):
+        if waits or self.membership.holds(peer) or any(s.peer == peer for s in self.fleet.servers.values()):
             raise ClusterError("this connection has joined already")
 
     def _known(self, peer: int) -> None:
         if not self.membership.holds(peer):
             raise ClusterError("join first: only a member can use tables")
 
-    def _member(self, peer: int) -> Member:
-        for member in self.membership.workers.values():
-            if member.peer == peer:
-                return member
+    def _worker(self, peer: int) -> Worker:
+        member = self.membership.of(peer)
+        if member is not None and member.rank >= 0:
+            return member
         raise ClusterError("only a worker that has joined can do this; a reader or a stranger cannot")
 
-    # ---- tables ------------------------------------------------------------------------------
+    # ---- servers and views -------------------------------------------------------------------
 
-    def _declare(self, asker: _Asker, spec: TableSpec) -> None:
-        number = self._names.get(spec.name)
-        self._known(asker.peer)
-        if number is None:
-            check_table(spec)
-            self._refuse_if_dead()
-            self._create(asker, spec)
-            return
-        table = self._tables[number]
-        difference = _difference(table.spec, spec)
-        if difference:
-            raise TableConflict(
-                f"table {spec.name!r} exists with {difference}; nothing was changed. "
-                "Use another name, or declare it everywhere in the same way"
-            )
-        if table.state == "ready":
-            self._declared(asker, table, assign=False)
-        elif table.initialiser == asker.peer:  # asked again, say after a wrong value
-            self._declared(asker, table, assign=True)
-        else:
-            table.waiting.append(asker)
-            if table.state == "assigning" and table.initialiser is None:
-                self._pass_on(table)
+    def _bury(self, server: Member) -> None:
+        """A server is dead. Where nobody can take over, nobody waits for what it cannot create any more."""
+        alone = {
+            v.shard for v in self.fleet.views.values()
+            if v.primary is not None and v.primary.server == server.number and not v.backups
+        }  # fmt: skip
+        for table in list(self.tables.by_number.values()):
+            if table.creating & alone:
+                why = ClusterError(f"server {server.number} died while it created {table.spec.name!r}")
+                self.tables.give_up(table, why)
 
-    def _create(self, asker: _Asker, spec: TableSpec) -> None:
-        number = len(self._tables) + 1
-        parts = layout(spec, self.shards).participants
-        table = _Table(number, spec, parts, set(parts), waiting=[asker])
-        self._tables[number] = table
-        self._names[spec.name] = number
-        body = m.pack(m.Create(number, spec))
-        for shard in parts:
-            self._out.append(Outgoing(self._servers[shard].peer, Frame(Kind.REQUEST, seq=number, body=body)))
+    def _publish(self, old: m.View, new: m.View) -> None:
+        """A view is durable first, then all who are in it, or were, hear of it."""
+        self.save(f"view/{new.shard}", msgspec.msgpack.encode(new))
+        told = {x.server for v in (old, new) for x in (*([v.primary] if v.primary else []), *v.backups, *v.learners)}
+        for number in sorted(told):
+            peer = self.fleet.servers[number].peer if number in self.fleet.servers else None
+            if peer is not None:
+                self._notify(peer, new)
+        if old.primary != new.primary:
+            self._brief(new)
 
-    def _created(self, peer: int, reply: m.Reply) -> None:
-        if not isinstance(reply, m.Created) or reply.table not in self._tables:
-            return
-        table = self._tables[reply.table]
-        table.creating -= {s.shard for s in self._servers.values() if s.peer == peer}
-        if table.creating or table.state != "creating":
-            return
-        if any(parameter.init.kind == "values" for parameter in table.spec.parameters):
-            self._pass_on(table)
-        else:
-            self._release(table)
+    def _brief(self, view: m.View) -> None:
+        """A new primary hears what the old one may not have passed on: tables, verdicts, members; in this order."""
+        self.tables.brief(view.shard)
+        if self.membership.epoch:
+            self.tell(view.shard, self._members())
 
-    def _pass_on(self, table: _Table) -> None:
-        """Let the lowest rank assign its values once it asks: which worker came first must not matter."""
-        table.state, table.initialiser = "assigning", None
-        lowest = self.membership.workers.get(min(self.membership.ranks(), default=-1))
-        for asker in table.waiting:
-            if lowest is not None and asker.peer == lowest.peer:
-                table.waiting.remove(asker)
-                table.initialiser = asker.peer
-                self._declared(asker, table, assign=True)
-                return
+    def _settled(self) -> None:
+        """After a restart: what one shard has committed, all commit; then the membership may change."""
+        self._settling = False
+        for view in self.fleet.views.values():
+            self._brief(view)
+        waiting, self._joining = self._joining, []
+        for other, request in waiting:
+            try:
+                self._join(other, request)
+            except HeadwaterError as error:
+                self.fail(other, error)
 
-    def _initialised(self, asker: _Asker, number: int) -> None:
-        table = self._table(number)
-        if table.state != "assigning" or table.initialiser != asker.peer:
-            raise ClusterError(f"another worker assigns the values of table {table.spec.name!r}, or they are assigned")
-        self._reply(asker, m.Done())
-        self._release(table)
+    def _sender(self, peer: int) -> int:
+        """The server at this connection. Raises ``ProtocolError``."""
+        for server in self.fleet.servers.values():
+            if server.peer == peer:
+                return server.number
+        raise ProtocolError("only a server that has joined can say this")
 
-    def _release(self, table: _Table) -> None:
-        table.state = "ready"
-        waiting, table.waiting = table.waiting, []
-        for asker in waiting:
-            self._declared(asker, table, assign=False)
-
-    def _declared(self, asker: _Asker, table: _Table, *, assign: bool) -> None:
-        self._reply(asker, m.Declared(table.number, table.spec, assign, self.membership.epoch))
+    def _created(self, peer: int, shard: int, reply: m.Reply) -> None:
+        if isinstance(reply, m.Created) and self._leads(peer, shard):
+            self.tables.created(reply.table, shard)
 
     def _refused(self, peer: int, frame: Frame) -> None:
         """A server could not create a table."""
-        table = self._tables.get(frame.seq)
-        if table is not None and any(s.peer == peer for s in self._servers.values()):
-            self._give_up(table, m.read_error(frame.body))
+        table = self.tables.by_number.get(frame.seq)
+        if table is not None and self._leads(peer, frame.shard):
+            self.tables.give_up(table, m.read_error(frame.body))
 
-    def _give_up(self, table: _Table, why: HeadwaterError) -> None:
-        """Whoever asked for the table is told, the name is free again, and no server keeps memory for it."""
-        if table.state != "creating":
-            return
-        self._names.pop(table.spec.name, None)
-        for asker in table.waiting:
-            self._fail(asker, why)
-        table.waiting, table.state = [], "refused"
-        for shard in table.participants:
-            self._notify(self._servers[shard].peer, m.Drop(table.number))
-
-    def _table(self, number: int) -> _Table:
-        if number not in self._tables:
-            raise UnknownTable(f"table {number} does not exist in this cluster")
-        return self._tables[number]
+    def _leads(self, peer: int, shard: int) -> bool:
+        """Whether the server at this connection is the shard's primary."""
+        view = self.fleet.views.get(shard)
+        return view is not None and view.primary is not None and view.primary.server == self._sender(peer)
 
     # ---- notices -----------------------------------------------------------------------------
 
     def _notice(self, peer: int, message: m.Notice) -> None:
-        if isinstance(message, m.Heartbeat):
-            self.membership.heard(peer, message, self._now)
-            for server in self._servers.values():
-                if server.peer == peer:
-                    server.heard, server.report = self._now, message
-                    server.alive = True  # it was busy, not dead: its connection still stands
-        elif isinstance(message, m.Ready):
-            self._ready(peer, message)
-        else:
-            raise ProtocolError(f"{type(message).__name__} does not go to the coordinator")
-
-    def _ready(self, peer: int, message: m.Ready) -> None:
-        table = self._table(message.table)
-        if message.shard not in table.participants or self._servers[message.shard].peer != peer:
-            raise ProtocolError(f"READY for shard {message.shard} of table {message.table} from another server")
-        if message.members != self.membership.epoch:
-            return  # the membership changed meanwhile; the shard will say so again
-        table.ready[message.shard] = message
-        if len(table.ready) < len(table.participants):
-            return
-        answers, table.ready = list(table.ready.values()), {}
-        commit = decide(table.spec, answers)
-        for shard in table.participants:
-            self._notify(self._servers[shard].peer, commit)
-
-    # ---- status ------------------------------------------------------------------------------
+        match message:
+            case m.Heartbeat():
+                if message.server >= 0:
+                    self.fleet.heard(message.server, message, self._now)
+                else:
+                    self.membership.heard(peer, message, self._now)
+            case m.Ready():
+                if self._leads(peer, message.shard):
+                    self.tables.ready(message.shard, message)
+            case m.Synced():
+                self.fleet.synced(message, self._sender(peer))
+            case m.Suspect():
+                self.fleet.suspect(message, self._sender(peer))
+            case _:
+                raise ProtocolError(f"{type(message).__name__} does not go to the coordinator")
 
     def status(self) -> m.ClusterStatus:
         """What is there now, from the last heartbeats."""
-        servers = tuple(self._server_status(s) for s in self._servers.values())
-        members = [*self.membership.workers.values(), *self.membership.readers.values()]
-        workers = tuple(self._worker_status(member) for member in members)
-        tables = tuple(self._table_status(t) for t in self._tables.values() if t.state != "refused")
-        return m.ClusterStatus(self._now - self._since, self.membership.epoch, servers, workers, tables)
+        return status.of(self.rules, self.fleet, self.membership, self.tables, self._now, self._since)
 
-    def _server_status(self, s: _Server) -> m.ServerStatus:
-        state, r = ("alive" if s.alive else "dead"), s.report
-        return m.ServerStatus(
-            s.shard, s.join.address, s.join.pid, state, len(r.tables), r.nbytes, r.sessions, s.epoch, r.lsn,
-            r.pushed_bytes, r.pulled_bytes, self._now - s.since,
-        )  # fmt: skip
+    # ---- what must be durable ----------------------------------------------------------------
 
-    def _worker_status(self, member: Member) -> m.WorkerStatus:
-        r, heard = member.report, self._now - member.heard
-        state = "alive" if heard < 4 * HEARTBEAT else "silent"
-        return m.WorkerStatus(
-            member.rank, member.join.role, member.join.pid, state, r.clock,
-            r.pushed_bytes, r.pulled_bytes, r.staleness, heard,
-        )  # fmt: skip
+    def save(self, key: str, value: bytes | None) -> None:
+        """Make a key durable before anything is sent."""
+        self._changes[key] = value
 
-    def _table_status(self, t: _Table) -> m.TableStatus:
-        elements = sum(p.numel for p in t.spec.parameters)
-        nbytes = sum(p.nbytes for p in t.spec.parameters)
-        clocks = [clock for s in self._servers.values() for number, clock in s.report.tables if number == t.number]
-        return m.TableStatus(
-            t.spec.name, t.number, len(t.spec.parameters), elements, nbytes, t.spec.optimizer.name,
-            repr(t.spec.sync), max(clocks, default=0), layout(t.spec, self.shards).sizes,
-        )  # fmt: skip
+    def _save_cluster(self) -> None:
+        self.save("cluster", msgspec.msgpack.encode(_Saved(self.rules, self.fleet.next_number)))
+
+    def _restore(self, state: Mapping[str, bytes], now: float) -> None:
+        saved = msgspec.msgpack.decode(state["cluster"], type=_Saved)
+        kept = msgspec.structs.replace(self.rules, silence=saved.rules.silence, grace=saved.rules.grace)
+        if _shape(kept) != _shape(saved.rules):
+            raise UsageError(
+                f"the state is of a cluster with {_shape(saved.rules)} (servers, shards, replicas, min_copies), "
+                f"not {_shape(kept)}; start it with the same, or in another state folder"
+            )
+        views = [msgspec.msgpack.decode(v, type=m.View) for k, v in state.items() if k.startswith("view/")]
+        self.fleet.restore(views, now, max(GRACE, 3 * self.rules.silence))
+        self.fleet.numbers_from(saved.next_server)
+        for key in sorted(k for k in state if k.startswith("table/")):
+            self.tables.restore(state[key])
+        if "members" in state:
+            self.membership.load(state["members"], now)
+        self._settling = bool(views)
 
     # ---- out ---------------------------------------------------------------------------------
 
     def _flush(self) -> list[Outgoing]:
+        if not self._settling:
+            for old, new in self.fleet.plan():
+                self._publish(old, new)
+            for asker, server in [x for x in self._draining if self.fleet.empty(x[1])]:
+                self._draining.remove((asker, server))
+                self.reply(asker, m.Done())
         out, self._out = self._out, []
         return out
 
-    def _reply(self, asker: _Asker, message: m.Reply) -> None:
+    def reply(self, asker: Asker, message: m.Reply) -> None:
+        """Answer a request."""
         self._out.append(Outgoing(asker.peer, Frame(Kind.REPLY, seq=asker.seq, body=m.pack(message))))
 
-    def _fail(self, asker: _Asker, error: HeadwaterError) -> None:
+    def fail(self, asker: Asker, error: HeadwaterError) -> None:
+        """Refuse a request."""
         self._out.append(Outgoing(asker.peer, Frame(Kind.ERROR, seq=asker.seq, body=m.error_body(error))))
 
-    def _notify(self, peer: int, message: m.Notice) -> None:
-        self._out.append(Outgoing(peer, Frame(Kind.NOTICE, body=m.pack(message))))
+    def tell(self, shard: int, message: m.Notice | m.Request, seq: int = 0) -> None:
+        """To the primary of a shard, if it is there; a later one is briefed."""
+        view = self.fleet.views.get(shard)
+        member = self.fleet.servers.get(view.primary.server) if view is not None and view.primary is not None else None
+        if member is not None and member.peer is not None:
+            kind = Kind.REQUEST if isinstance(message, m.Create) else Kind.NOTICE
+            self._out.append(Outgoing(member.peer, Frame(kind, shard=shard, seq=seq, body=m.pack(message))))
+
+    def _notify(self, peer: int, view: m.View) -> None:
+        self._out.append(Outgoing(peer, Frame(Kind.NOTICE, shard=view.shard, body=m.pack(view))))
 
 
-def decide(spec: TableSpec, answers: list[m.Ready]) -> m.Commit:
-    """The verdict on a bulk step whose shards are all ready: skipped by all, or applied with one clip factor."""
-    first = answers[0]
-    if any(answer.skip for answer in answers):
-        return m.Commit(first.table, first.clock, first.members, skip=True)
-    if spec.max_grad_norm is None:
-        return m.Commit(first.table, first.clock, first.members, skip=False)
-    norm, scale = clip_factor(spec.max_grad_norm, merge([answer.squares for answer in answers]))
-    return m.Commit(first.table, first.clock, first.members, skip=False, norm=norm, scale=scale)
+def _check(rules: Rules) -> Rules:
+    if not 1 <= rules.min_copies <= rules.replicas:
+        raise UsageError(f"min_copies={rules.min_copies} is not between 1 and the {rules.replicas} replicas")
+    if rules.ack not in ("memory", "disk"):
+        raise UsageError(f"ack={rules.ack!r} is neither 'memory' nor 'disk'")
+    if rules.silence < 2 * rules.heartbeat and rules.silence != SILENCE:
+        raise UsageError(f"silence={rules.silence} s is less than two heartbeats of {rules.heartbeat} s")
+    return rules
+
+
+def _shape(rules: Rules) -> tuple[int, int, int, int]:
+    return rules.servers, rules.shards, rules.replicas, rules.min_copies
 
 
 def _lost(membership: Membership) -> HeadwaterError:
     return WorkerLost(f"{membership.reason}; the barrier was given up, {len(membership.ranks())} workers remain")
-
-
-def _difference(old: TableSpec, new: TableSpec) -> str:
-    """What differs, in words; empty if the two agree."""
-    if len(old.parameters) != len(new.parameters):
-        return f"{len(old.parameters)} parameters instead of {len(new.parameters)}"
-    for a, b in zip(old.parameters, new.parameters, strict=True):
-        if a != b:
-            return f"parameter {msgspec.to_builtins(a)} instead of {msgspec.to_builtins(b)}"
-    for field_name in ("optimizer", "sync", "max_grad_norm", "nonfinite", "seed"):
-        if getattr(old, field_name) != getattr(new, field_name):
-            return f"{field_name} {getattr(old, field_name)!r} instead of {getattr(new, field_name)!r}"
-    return ""

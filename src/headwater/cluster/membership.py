@@ -4,35 +4,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from headwater.errors import RankTaken, UsageError
 from headwater.wire.messages import Heartbeat, Join
 
-HEARTBEAT = 0.5  # seconds between heartbeats
+HEARTBEAT = 0.1  # seconds between heartbeats
 MOST = 100_000  # workers: a bound, so that a wrong number is refused and not counted to
-SILENCE = 20.0  # seconds without one until a member whose connection still stands counts as dead
+SILENCE = 10.0  # seconds without one until a member whose connection still stands counts as dead
 
 
 @dataclass(slots=True)
 class Member:
-    """One process that joined: a server, a worker or a reader."""
+    """One worker or reader. ``gone``: since when its connection is broken."""
 
-    peer: int
+    peer: int | None
     join: Join
     rank: int
     since: float
     heard: float
     report: Heartbeat = field(default_factory=Heartbeat)
-    leaving: bool = False
+    gone: float | None = None
 
 
 class Membership:
     """Workers by rank, readers, and the epoch that counts every change among the workers.
 
+    ``silence``: seconds without a heartbeat until a member counts as dead; ``grace``: seconds in which one whose
+    connection broke may come back over another.
     ``world`` is the number of ranks that steps wait for: given by the first worker that states one, else the
     workers that are there. A rank that left is not waited for until it joins again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, silence: float = SILENCE, grace: float = 0.0) -> None:
+        self.silence, self.grace = silence, grace
         self.workers: dict[int, Member] = {}
         self.readers: dict[int, Member] = {}
         self.world: int | None = None
@@ -78,13 +83,23 @@ class Membership:
             raise UsageError(f"rank {join.rank} is not in 0..{(limit or 1) - 1}")
         return join.rank
 
-    def depart(self, peer: int, *, clean: bool, why: str = "") -> Member | None:
-        """Take a worker or reader out; ``clean`` says that it had finished its steps. ``None`` if it was no member."""
-        if peer in self.readers:
-            return self.readers.pop(peer)
-        member = next((m for m in self.workers.values() if m.peer == peer), None)
-        if member is None:
+    def resume(self, peer: int, join: Join, now: float) -> Member | None:
+        """A worker comes back over another connection; ``None`` if it is no member any more."""
+        member = self.workers.get(-1 if join.rank is None else join.rank)
+        if member is None or member.join.session != join.session:
             return None
+        member.peer, member.heard, member.gone = peer, now, None
+        return member
+
+    def of(self, peer: int) -> Member | None:
+        """The worker or reader on this connection."""
+        return self.readers.get(peer) or next((m for m in self.workers.values() if m.peer == peer), None)
+
+    def depart(self, member: Member, *, clean: bool, why: str = "") -> None:
+        """Take a worker or reader out; ``clean`` says that it had finished its steps."""
+        if member.rank < 0:
+            self.readers = {peer: other for peer, other in self.readers.items() if other is not member}
+            return
         del self.workers[member.rank]
         self._departed.add(member.rank)
         self.epoch += 1
@@ -93,17 +108,48 @@ class Membership:
             self.reason = f"worker {member.rank} (process {member.join.pid}) {why or 'died'}"
         if not self.workers:  # the next ones begin anew
             self.world, self._departed = None, set()
-        return member
 
     def holds(self, peer: int) -> bool:
         """Whether this peer is a worker or a reader."""
-        return peer in self.readers or any(member.peer == peer for member in self.workers.values())
+        return self.of(peer) is not None
+
+    def sessions(self) -> tuple[int, ...]:
+        """The sessions of the workers that are there."""
+        return tuple(member.join.session for member in self.workers.values())
 
     def heard(self, peer: int, report: Heartbeat, now: float) -> None:
-        for member in [*self.workers.values(), *self.readers.values()]:
-            if member.peer == peer:
-                member.heard, member.report = now, report
+        member = self.of(peer)
+        if member is not None:
+            member.heard, member.report = now, report
 
-    def silent(self, now: float) -> list[Member]:
-        """Members whose heartbeat has been missing for too long."""
-        return [m for m in [*self.workers.values(), *self.readers.values()] if now - m.heard > SILENCE]
+    def lost_now(self, now: float) -> list[tuple[Member, str]]:
+        """Members to give up: silent for too long, or gone and not back. With the reason."""
+        found = []
+        for member in [*self.workers.values(), *self.readers.values()]:
+            if member.gone is not None and now - member.gone >= self.grace:
+                found.append((member, "died: its connection ended"))
+            elif now - member.heard > self.silence:
+                found.append((member, f"was silent for {self.silence:.0f} s"))
+        return found
+
+    def dump(self) -> bytes:
+        """What must survive the coordinator."""
+        workers = tuple((rank, member.join) for rank, member in sorted(self.workers.items()))
+        departed = tuple(sorted(self._departed))
+        return msgspec.msgpack.encode(_State(self.epoch, self.lost, self.reason, self.world, departed, workers))
+
+    def load(self, data: bytes, now: float) -> None:
+        """The inverse of ``dump``: the workers have until ``silence`` seconds from ``now`` to come back."""
+        state = msgspec.msgpack.decode(data, type=_State)
+        self.epoch, self.lost, self.reason, self.world = state.epoch, state.lost, state.reason, state.world
+        self._departed = set(state.departed)
+        self.workers = {rank: Member(None, join, rank, now, now) for rank, join in state.workers}
+
+
+class _State(msgspec.Struct, frozen=True):
+    epoch: int
+    lost: int
+    reason: str
+    world: int | None
+    departed: tuple[int, ...]
+    workers: tuple[tuple[int, Join], ...]

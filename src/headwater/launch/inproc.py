@@ -10,43 +10,45 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from headwater.cluster.coordinator import Coordinator
+from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken
 from headwater.server import COORDINATOR
-from headwater.server.node import Node
+from headwater.server.node import Setting
+from headwater.server.server import Server
 from headwater.transports import inproc
 from headwater.transports.stream import Handler, Link
 from headwater.wire import messages as m
-from headwater.wire.frames import Frame, Kind, Outgoing
+from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
 
 _TO_COORDINATOR = -1
 
 
 class InprocHub:
-    """One cluster of ``servers`` shards."""
+    """One cluster of ``servers`` servers with one shard each."""
 
     def __init__(self, servers: int) -> None:
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
-        self._coordinator = Coordinator(servers, time.monotonic())
-        self._nodes: list[Node] = []
+        self._coordinator = Coordinator(Rules(servers), time.monotonic())
+        self._servers: list[Server] = []
         self._links: dict[int, InprocLink] = {}
         self._peers = itertools.count(1)
-        self._server_peer: dict[int, int] = {}  # coordinator's peer number -> shard
-        self._queue: deque[tuple[int, Outgoing]] = deque()  # (who says it: shard or -1, what)
-        for shard in range(servers):
-            self._join(shard, servers)
-
-    def _join(self, shard: int, servers: int) -> None:
-        peer = next(self._peers)
-        self._server_peer[peer] = shard
-        self._nodes.append(Node(shard, servers, 1))
-        join = m.Join("server", shard, address=f"inproc://{shard}")
-        self._coordinator.receive(peer, Frame(Kind.REQUEST, seq=1, body=m.pack(join)), time.monotonic())
+        self._server_peer: dict[int, int] = {}  # coordinator's peer number -> server
+        self._queue: deque[tuple[int, Instruction]] = deque()  # (who says it: server or -1, what)
+        for number in range(servers):
+            peer = next(self._peers)
+            self._server_peer[peer] = number
+            self._servers.append(Server(Setting(number, servers)))
+            join = m.Join("server", number, address=f"inproc://{number}")
+            frame = Frame(Kind.REQUEST, seq=1, body=m.pack(join))
+            self._say(_TO_COORDINATOR, self._coordinator.receive(peer, frame, time.monotonic()))
+        with self.lock:
+            self._settle()
 
     def connect(self, target: int, handler: Handler) -> Link:
+        """``target``: a shard, which is on the server of the same number, or -1 for the coordinator."""
         with self.lock:
             link = InprocLink(self, target, next(self._peers), handler)
             self._links[link.peer] = link
@@ -58,10 +60,10 @@ class InprocHub:
             if link.target == _TO_COORDINATOR:
                 self._say(_TO_COORDINATOR, self._coordinator.receive(link.peer, frame, time.monotonic()))
             else:
-                node = self._nodes[link.target]
+                server = self._servers[link.target]
                 if frame.payload is not None:
-                    node.landing(link.peer, frame)[:] = frame.payload
-                self._say(link.target, node.receive(link.peer, frame))
+                    server.landing(link.peer, frame)[:] = frame.payload
+                self._say(link.target, server.receive(link.peer, frame))
             self._settle()
 
     def disconnect(self, link: InprocLink) -> None:
@@ -71,20 +73,21 @@ class InprocHub:
             if link.target == _TO_COORDINATOR:
                 self._say(_TO_COORDINATOR, self._coordinator.disconnected(link.peer, time.monotonic()))
             else:
-                self._say(link.target, self._nodes[link.target].closed(link.peer))
+                self._say(link.target, self._servers[link.target].closed(link.peer))
             self._settle()
 
-    def _say(self, speaker: int, outgoing: list[Outgoing]) -> None:
-        self._queue.extend((speaker, out) for out in outgoing)
+    def _say(self, speaker: int, instructions: Sequence[Instruction]) -> None:
+        self._queue.extend((speaker, out) for out in instructions)
 
     def _settle(self) -> None:
         while self._queue:
             speaker, out = self._queue.popleft()
+            if isinstance(out, Dial):
+                raise HeadwaterError("an in-process cluster has one copy of each shard; nobody follows")
             if speaker == _TO_COORDINATOR and out.peer in self._server_peer:
-                shard = self._server_peer[out.peer]
-                self._say(shard, self._nodes[shard].coordinator(out.frame))
+                self._to_server(self._server_peer[out.peer], out)
             elif speaker != _TO_COORDINATOR and out.peer == COORDINATOR:
-                peer = next(p for p, shard in self._server_peer.items() if shard == speaker)
+                peer = next(p for p, server in self._server_peer.items() if server == speaker)
                 self._say(_TO_COORDINATOR, self._coordinator.receive(peer, out.frame, time.monotonic()))
             else:
                 link = self._links.get(out.peer)
@@ -92,10 +95,14 @@ class InprocHub:
                     link.arrive(out.frame, out.close)
         self.changed.notify_all()
 
+    def _to_server(self, server: int, out: Outgoing) -> None:
+        if out.frame.kind != Kind.REPLY:  # its welcome tells a server nothing new here
+            self._say(server, self._servers[server].receive(COORDINATOR, out.frame))
+
     def beat(self) -> None:
         """Heartbeats of the servers, when someone asks how they are."""
-        for peer, shard in self._server_peer.items():
-            body = m.pack(self._nodes[shard].heartbeat())
+        for peer, server in self._server_peer.items():
+            body = m.pack(self._servers[server].heartbeat())
             self._coordinator.receive(peer, Frame(Kind.NOTICE, body=body), time.monotonic())
 
 
@@ -110,6 +117,11 @@ class InprocLink:
         self._hub = hub
         self._handler = handler
         self._error: HeadwaterError | None = None
+
+    @property
+    def error(self) -> HeadwaterError | None:
+        """What broke the link, if anything has."""
+        return self._error
 
     def send(self, frame: Frame, fds: tuple[int, ...] = ()) -> None:
         if self._error is not None:

@@ -16,7 +16,8 @@ import socket
 import sys
 import time
 
-from headwater.cluster.coordinator import Coordinator
+from headwater.cluster.coordinator import Coordinator, Rules
+from headwater.cluster.membership import HEARTBEAT
 from headwater.errors import HeadwaterError, LinkBroken
 from headwater.server import COORDINATOR
 from headwater.server.loop import Loop, listen
@@ -26,9 +27,11 @@ from headwater.transports.receiver import Arrived, Receiver
 from headwater.transports.stream import connect
 from headwater.wire import messages as m
 from headwater.wire.auth import token_from_environment
-from headwater.wire.frames import Frame, Kind, encode
+from headwater.wire.frames import Dial, Frame, Kind, encode
 
 JOIN = 60.0  # seconds until a server gives up joining
+DIAL = 2.0  # seconds until a server gives up reaching another
+GRACE = 0.3  # seconds in which a worker whose connection broke may come back over another
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -36,7 +39,19 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--role", choices=("coordinator", "server"), required=True)
     parser.add_argument("--listen", default="tcp://127.0.0.1:0", help="tcp://HOST:PORT; port 0 takes any")
     parser.add_argument("--coordinator", default=os.environ.get("HEADWATER_ADDRESS"), help="where it listens")
-    parser.add_argument("--servers", type=int, default=1, help="coordinator: how many servers the cluster has")
+    parser.add_argument("--servers", type=int, default=1, help="coordinator: how many servers the cluster starts with")
+    parser.add_argument("--shards", type=int, default=0, help="coordinator: shards (default: as many as servers)")
+    parser.add_argument("--replicas", type=int, default=1, help="coordinator: servers that hold each shard")
+    parser.add_argument("--min-copies", type=int, default=1, help="coordinator: acknowledge with as many, or wait")
+    parser.add_argument("--ack", choices=("memory", "disk"), default="memory", help="coordinator: what acknowledged means")
+    parser.add_argument("--silence", type=float, default=1.0, help="coordinator: seconds until a silent server is dead")
+    parser.add_argument("--worker-silence", type=float, default=10.0, help="coordinator: the same for a worker")
+    parser.add_argument("--state", help="coordinator: a folder for what must survive it")
+    parser.add_argument("--snapshots", help="coordinator: a folder for snapshots")
+    parser.add_argument("--snapshot-every", type=float, default=0.0, help="coordinator: seconds between two; 0: none")
+    parser.add_argument("--restore", help="coordinator: begin with this snapshot, or the newest in this folder")
+    parser.add_argument("--advertise", help="server: what others are told to connect to, instead of --listen")
+    parser.add_argument("--data", help="server: a folder for its log (ack=disk)")
     parser.add_argument("--ready-fd", type=int, help="a descriptor for one JSON line when connections are accepted")
     parser.add_argument("--parent", type=int, help="end when this process is gone")
     return parser.parse_args(argv)
@@ -62,11 +77,18 @@ def _announce(fd: int | None, address: str) -> None:
 
 
 def run_coordinator(args: argparse.Namespace, token: bytes | None) -> None:
+    from headwater.cluster.store import SqliteStore
     from headwater.server.hosts import CoordinatorHost
 
-    loop = Loop(CoordinatorHost(Coordinator(args.servers, time.monotonic())), token)
     asked = addresses.parse(args.listen)
+    store = SqliteStore(args.state) if args.state else None
+    rules = Rules(
+        args.servers, args.shards, args.replicas, args.min_copies, args.ack, args.silence, args.worker_silence,
+        GRACE, min(HEARTBEAT, args.silence / 4), durable=store is not None,
+    )  # fmt: skip
+    coordinator = Coordinator(rules, time.monotonic(), store.items() if store is not None else None)
     sock = listen(asked, token)
+    loop = Loop(CoordinatorHost(coordinator, store), token)
     loop.serve(sock)
     loop.stop_on_signals()
     _announce(args.ready_fd, _bound(sock, asked))
@@ -74,40 +96,49 @@ def run_coordinator(args: argparse.Namespace, token: bytes | None) -> None:
 
 
 def run_server(args: argparse.Namespace, token: bytes | None) -> None:
-    from headwater.server.hosts import ServerHost
-    from headwater.server.node import Node
+    from headwater.server.hosts import Heart, ServerHost
+    from headwater.server.node import Setting
+    from headwater.server.server import Server
 
     asked = addresses.parse(args.listen)
     tcp = listen(asked, token)
     host = addresses.host_identity()
     local = f"headwater-{secrets.token_hex(12)}" if host else ""
     unix = listen(addresses.Address("local", local), token) if local else None
-    control = connect(addresses.parse(args.coordinator), token, JOIN)
+    coordinator = addresses.parse(args.coordinator)
+    control = connect(coordinator, token, JOIN)
     join = m.Join(
-        "server",
-        secrets.randbits(63),
-        host,
-        os.getpid(),
-        address=_bound(tcp, asked),
+        "server", secrets.randbits(63), host, os.getpid(), address=args.advertise or _bound(tcp, asked),
         local=local and f"local://{local}",
-    )
+    )  # fmt: skip
     welcome, early = _join(control, join)
     loop: Loop
-    checked = os.environ.get("HEADWATER_CHECKSUM") == "1"
-    node = Node(
-        welcome.shard, welcome.shards, welcome.epoch, share=bool(host), checked=checked,
-        available=memory.available_memory, detach=lambda table, ranges: loop.detach(table, ranges),
+    server = Server(
+        Setting(
+            welcome.server, welcome.shards, welcome.min_copies, share=bool(host),
+            checked=os.environ.get("HEADWATER_CHECKSUM") == "1", available=memory.available_memory,
+            detach=lambda shard, table, ranges: loop.detach(shard, table, ranges),
+        )
     )  # fmt: skip
-    loop = Loop(ServerHost(node, welcome.heartbeat, lambda: loop.stop()), token)
+    serving = ServerHost(server, join, welcome, args.coordinator, lambda: loop.stop())
+    loop = Loop(serving, token, lambda dial: _reach(dial, host, token))
     loop.serve(tcp)
     if unix is not None:
         loop.serve(unix)
     loop.adopt(control, COORDINATOR)
+    loop.send(serving.tick(time.monotonic()))
     for frame, _ in early:
-        loop.send(node.coordinator(frame))
+        loop.send(server.receive(COORDINATOR, frame))
+    Heart(serving, lambda: connect(coordinator, token, DIAL), welcome.heartbeat).start()
     loop.stop_on_signals()
     _announce(args.ready_fd, join.address)
     loop.run()
+
+
+def _reach(dial: Dial, host: str, token: bytes | None) -> socket.socket:
+    """Another server, or the coordinator: over a unix socket where both are on one host."""
+    same = bool(dial.local) and dial.host == host and os.environ.get("HEADWATER_TRANSPORT") != "tcp"
+    return connect(addresses.parse(dial.local if same else dial.address), token, DIAL)
 
 
 def _join(control: socket.socket, join: m.Join) -> tuple[m.Welcome, list[Arrived]]:

@@ -3,45 +3,62 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from headwater.types import Segment, TableSpec
+from headwater.errors import HeadwaterError
+from headwater.types import TableSpec
 from headwater.wire.messages import Commit, Members, Ready, Slot, StepBody
+
+if TYPE_CHECKING:
+    from headwater.server.records import Record
 
 # ---- events --------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
-class Created:
-    """A table begins; ``values`` is its memory on this shard, all zero."""
+class Create:
+    """The coordinator wants a table."""
 
     table: int
     spec: TableSpec
-    segments: tuple[Segment, ...]
-    values: torch.Tensor
-    alone: bool  # no other shard holds a part of the table
-    versions: memoryview | None = None  # uint64 per BLOCK bytes: odd while the block is being written
+
+
+@dataclass(slots=True)
+class Forget:
+    """The coordinator wants a table gone: another server had no room for it."""
+
+    table: int
 
 
 @dataclass(slots=True)
 class Opened:
+    """A client's session begins, or goes on over a new connection (see ``messages.Open``)."""
+
     session: int
     rank: int
+    members: int
 
 
 @dataclass(slots=True)
 class Closed:
+    """The connection of a session ended. A worker's session goes on; a reader's ends."""
+
     session: int
 
 
 @dataclass(slots=True)
 class Attached:
-    """A session will use a table. ``gradients``: the client's shared memory, if it shares any."""
+    """A session will use a table. ``gradients``: the client's shared memory, if it shares any.
+
+    ``base``: the number of the first push that is not acknowledged, or of the next one.
+    """
 
     session: int
     table: int
     gradients: torch.Tensor | None
+    base: int = 1
 
 
 @dataclass(slots=True)
@@ -60,6 +77,7 @@ class Push:
     gradient: torch.Tensor | None
     base: int
     body: StepBody | None
+    transient: bool = False  # the gradient's memory is somebody else's as soon as the event is handled
 
 
 @dataclass(slots=True)
@@ -93,7 +111,7 @@ class AssignSlots:
     reset: bool
 
 
-Rare = Created | Opened | Closed | Attached | Assign | AssignSlots | Commit | Members
+Rare = Create | Forget | Opened | Closed | Attached | Assign | AssignSlots | Commit | Members
 Event = Push | Pull | Rare
 
 # ---- instructions ----------------------------------------------------------------------------------
@@ -130,7 +148,7 @@ class Send:
 
 @dataclass(slots=True)
 class Fail:
-    """A typed refusal of a push or pull; the session goes on unless ``fatal``."""
+    """A typed refusal of a push or pull; the session goes on."""
 
     session: int
     seq: int
@@ -140,4 +158,35 @@ class Fail:
     message: str
 
 
-Instruction = Ack | Send | Fail | Ready
+@dataclass(slots=True)
+class Seated:
+    """A session is open."""
+
+    session: int
+
+
+@dataclass(slots=True)
+class Done:
+    """A request of a session is carried out, or refused."""
+
+    session: int
+    request: int
+    error: HeadwaterError | None = None
+
+
+@dataclass(slots=True)
+class Created:
+    """A table is there."""
+
+    table: int
+    nbytes: int
+
+
+@dataclass(slots=True)
+class Replicate:
+    """Send a record to every follower."""
+
+    record: Record
+
+
+Instruction = Ack | Send | Fail | Ready | Seated | Done | Created | Replicate

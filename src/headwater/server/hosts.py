@@ -2,73 +2,167 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from headwater.cluster.coordinator import Coordinator
-from headwater.errors import LinkBroken, ProtocolError
+from headwater.errors import HeadwaterError, LinkBroken, ProtocolError
 from headwater.server import COORDINATOR
 from headwater.transports.memory import close_all
 from headwater.wire import messages as m
-from headwater.wire.frames import Frame, Kind, Outgoing
+from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing, encode
 
 if TYPE_CHECKING:  # a coordinator holds no tensors and does not load torch
-    from headwater.server.node import Node
+    from headwater.cluster.store import Store
+    from headwater.server.server import Server
 
 log = logging.getLogger("headwater")
 
+PATIENCE = 300.0  # seconds that a server waits for a coordinator that is to come back
+AGAIN = 0.2  # seconds between two attempts
+STUCK = 60.0  # seconds in which the loop must turn once, or its server counts as dead
+
 
 class CoordinatorHost:
-    """Serves a ``Coordinator``. No payload ever comes here."""
+    """Serves a ``Coordinator``. No payload ever comes here. What must be durable is, before anything is sent."""
 
-    def __init__(self, coordinator: Coordinator, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, coordinator: Coordinator, store: Store | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._coordinator = coordinator
+        self._store = store
         self._clock = clock
+        self._durable([])
 
     def landing(self, peer: int, frame: Frame) -> memoryview:
         raise ProtocolError(f"{frame.kind.name} with a payload: tensors do not pass through the coordinator")
 
-    def receive(self, peer: int, frame: Frame, fds: tuple[int, ...]) -> list[Outgoing]:
+    def receive(self, peer: int, frame: Frame, fds: tuple[int, ...]) -> list[Instruction]:
         close_all(fds)
-        return self._coordinator.receive(peer, frame, self._clock())
+        return self._durable(self._coordinator.receive(peer, frame, self._clock()))
 
-    def closed(self, peer: int) -> list[Outgoing]:
-        return self._coordinator.disconnected(peer, self._clock())
+    def closed(self, peer: int) -> list[Instruction]:
+        return self._durable(self._coordinator.disconnected(peer, self._clock()))
 
-    def tick(self, now: float) -> list[Outgoing]:
-        return self._coordinator.tick(now)
+    def tick(self, now: float) -> list[Instruction]:
+        return self._durable(self._coordinator.tick(now))
+
+    def work(self) -> list[Instruction]:
+        return []
+
+    def dialed(self, key: int, peer: int | None) -> list[Instruction]:
+        return []
+
+    def _durable(self, out: list[Outgoing]) -> list[Instruction]:
+        changes = self._coordinator.changes()
+        if changes and self._store is not None:
+            self._store.put(changes)
+        return list(out)
 
 
 class ServerHost:
-    """Serves a ``Node``; peer 0 is the coordinator. ``stop`` is called when the coordinator is gone."""
+    """Serves a ``Server``; peer 0 is the coordinator. ``stop`` is called when the server has to end."""
 
-    def __init__(self, node: Node, heartbeat: float, stop: Callable[[], None]) -> None:
-        self._node = node
-        self._heartbeat = heartbeat
+    def __init__(
+        self, server: Server, join: m.Join, welcome: m.Welcome, coordinator: str, stop: Callable[[], None]
+    ) -> None:
+        self._server = server
+        self._join = join
+        self._welcome = welcome
+        self._coordinator = coordinator
         self._stop = stop
-        self._next = 0.0
+        self._away: float | None = None  # since when the coordinator is
+        self._again = 0.0
+        self._dialing = False
+        self.turned = time.monotonic()
+        self.beat = b""
 
     def landing(self, peer: int, frame: Frame) -> memoryview:
         if peer == COORDINATOR:
             raise ProtocolError("the coordinator sends no payloads")
-        return self._node.landing(peer, frame)
+        return self._server.landing(peer, frame)
 
-    def receive(self, peer: int, frame: Frame, fds: tuple[int, ...]) -> list[Outgoing]:
-        if peer == COORDINATOR:
-            return self._node.coordinator(frame)
-        return self._node.receive(peer, frame, fds)
+    def receive(self, peer: int, frame: Frame, fds: tuple[int, ...]) -> list[Instruction]:
+        if peer == COORDINATOR and frame.kind == Kind.REPLY:
+            return self._back(m.unpack_reply(frame.body))
+        if peer == COORDINATOR and frame.kind == Kind.ERROR and self._away is not None:
+            log.error("%s", m.read_error(frame.body))
+            self._stop()
+            return []
+        return self._server.receive(peer, frame, fds)
 
-    def closed(self, peer: int) -> list[Outgoing]:
-        if peer == COORDINATOR:
+    def closed(self, peer: int) -> list[Instruction]:
+        if peer != COORDINATOR:
+            return self._server.closed(peer)
+        if not self._welcome.durable:
             log.error("%s", LinkBroken("the coordinator is gone; this server ends, its tables end with it"))
             self._stop()
             return []
-        return self._node.closed(peer)
+        self._away = self._away or time.monotonic()
+        self._again = time.monotonic() + AGAIN
+        return []
 
-    def tick(self, now: float) -> list[Outgoing]:
-        if now < self._next:
+    def tick(self, now: float) -> list[Instruction]:
+        self.turned = now
+        self.beat = encode(Frame(Kind.NOTICE, body=m.pack(self._server.heartbeat())))
+        out = self._server.tick(now)
+        if self._away is not None and now - self._away > PATIENCE:
+            log.error("the coordinator did not come back within %.0f s; this server ends", PATIENCE)
+            self._stop()
+        elif self._away is not None and not self._dialing and now >= self._again:
+            self._dialing = True
+            out.append(Dial(COORDINATOR, self._coordinator, "", ""))
+        return out
+
+    def work(self) -> list[Instruction]:
+        return self._server.work()
+
+    def dialed(self, key: int, peer: int | None) -> list[Instruction]:
+        if key != COORDINATOR:
+            return self._server.dialed(key, peer)
+        self._dialing = False
+        if peer is None:
+            self._again = time.monotonic() + AGAIN
             return []
-        self._next = now + self._heartbeat
-        return [Outgoing(COORDINATOR, Frame(Kind.NOTICE, body=m.pack(self._node.heartbeat())))]
+        join = m.Join(
+            "server", self._join.session, self._join.host, self._join.pid, address=self._join.address,
+            local=self._join.local, resume=True, server=self._server.setting.server, hosted=self._server.hosted(),
+        )  # fmt: skip
+        return [Outgoing(COORDINATOR, Frame(Kind.REQUEST, seq=1, body=m.pack(join)))]
+
+    def _back(self, reply: m.Reply) -> list[Instruction]:
+        """The coordinator knows this server again."""
+        if not isinstance(reply, m.Welcome) or reply.server != self._server.setting.server:
+            raise ProtocolError(f"the coordinator answered {reply} to a server that came back")
+        self._away = None
+        return self._server.ready_again()
+
+
+class Heart(threading.Thread):
+    """Heartbeats on a connection of their own: neither bulk traffic nor a long step delays them."""
+
+    def __init__(self, host: ServerHost, connect: Callable[[], socket.socket], period: float) -> None:
+        super().__init__(name="headwater-heart", daemon=True)
+        self._host = host
+        self._connect = connect
+        self._period = period
+
+    def run(self) -> None:
+        sock: socket.socket | None = None
+        while True:
+            time.sleep(self._period)
+            if time.monotonic() - self._host.turned > STUCK:
+                continue
+            try:
+                sock = sock or self._connect()
+                if self._host.beat:
+                    sock.sendall(self._host.beat)
+            except (HeadwaterError, OSError):
+                with contextlib.suppress(OSError, AttributeError):
+                    sock.close()  # type: ignore[union-attr]
+                sock = None

@@ -9,26 +9,29 @@ import contextlib
 import errno
 import logging
 import os
+import queue
 import select
 import signal
 import socket
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from headwater.errors import AddressInUse, HeadwaterError, ProtocolError, UsageError
+from headwater.server import COORDINATOR
 from headwater.transports.address import Address, family
 from headwater.transports.memory import close_all
 from headwater.transports.receiver import Receiver, descriptors
 from headwater.wire import auth
 from headwater.wire import messages as m
-from headwater.wire.frames import MAX_BODY, Frame, Kind, Outgoing, encode
+from headwater.wire.frames import MAX_BODY, Dial, Frame, Instruction, Kind, encode
 
 log = logging.getLogger("headwater")
 
-TICK = 0.25  # seconds
+TICK = 0.1  # seconds
 HANDSHAKE = 5.0  # seconds until a connection that has not proved itself is closed
 HELLO_LIMIT = 4096  # bytes of body before the peer has proved itself
 READS = 64  # receive calls per connection and turn, so that one flood does not starve the others
@@ -39,12 +42,17 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 class Host(Protocol):
-    """A state machine that the loop serves. Peers are numbered by connection."""
+    """A state machine that the loop serves. Peers are numbered by connection.
+
+    ``work`` is called when what ``receive`` returned is on its way. ``dialed`` says what became of a ``Dial``.
+    """
 
     def landing(self, peer: int, frame: Frame) -> memoryview: ...
-    def receive(self, peer: int, frame: Frame, fds: tuple[int, ...]) -> list[Outgoing]: ...
-    def closed(self, peer: int) -> list[Outgoing]: ...
-    def tick(self, now: float) -> list[Outgoing]: ...
+    def receive(self, peer: int, frame: Frame, fds: tuple[int, ...]) -> list[Instruction]: ...
+    def closed(self, peer: int) -> list[Instruction]: ...
+    def tick(self, now: float) -> list[Instruction]: ...
+    def work(self) -> list[Instruction]: ...
+    def dialed(self, key: int, peer: int | None) -> list[Instruction]: ...
 
 
 @dataclass(slots=True)
@@ -53,7 +61,7 @@ class _Entry:
 
     data: memoryview
     fds: tuple[int, ...] = ()
-    span: tuple[int, int, int] | None = None  # table, start, stop
+    span: tuple[int, int, int, int] | None = None  # shard, table, start, stop
 
 
 @dataclass(slots=True)
@@ -97,9 +105,14 @@ def listen(address: Address, token: bytes | None) -> socket.socket:
 
 
 class Loop:
-    """Serves ``host`` on the listening sockets until ``stop`` or a signal."""
+    """Serves ``host`` on the listening sockets until ``stop`` or a signal.
 
-    def __init__(self, host: Host, token: bytes | None) -> None:
+    ``connector`` opens and authenticates a connection for a ``Dial``; it may block, in a thread of its own.
+    """
+
+    def __init__(
+        self, host: Host, token: bytes | None, connector: Callable[[Dial], socket.socket] | None = None
+    ) -> None:
         self.host = host
         self._token = token or b""
         self._epoll = select.epoll()
@@ -109,6 +122,8 @@ class Loop:
         self._next_peer = 1
         self._stopping = False
         self._spins = False
+        self._connector = connector
+        self._dials: queue.SimpleQueue[tuple[int, socket.socket | None]] = queue.SimpleQueue()
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._epoll.register(self._wake_r, select.EPOLLIN)
 
@@ -145,6 +160,8 @@ class Loop:
             while not self._stopping:
                 for fd, mask in self._poll(next_tick):
                     self._event(fd, mask)
+                while not self._dials.empty():
+                    self._dialed(*self._dials.get())
                 now = time.monotonic()
                 if now >= next_tick:
                     next_tick = now + TICK
@@ -209,12 +226,13 @@ class Loop:
         """Receive what is there; a frame that is not allowed ends this connection and no other."""
         try:
             for _ in range(READS):
-                frames = connection.receiver.read()
-                for frame, fds in frames:
+                some = False
+                for frame, fds in connection.receiver.read():
+                    some = True
                     self._frame(connection, frame, fds)
                     if connection.peer not in self._by_peer:
                         return  # closed meanwhile: what came behind is not looked at
-                if frames and not connection.receiver.midway:
+                if some and not connection.receiver.midway:
                     break
         except BlockingIOError:
             return
@@ -231,6 +249,7 @@ class Loop:
             raise ProtocolError(f"{frame.kind.name} with descriptors, which only a request carries")
         if connection.stage == "open":
             self.send(self.host.receive(connection.peer, frame, fds))
+            self.send(self.host.work())
         else:
             self._handshake(connection, frame)
 
@@ -260,10 +279,13 @@ class Loop:
 
     # ---- sending ---------------------------------------------------------------------------------
 
-    def send(self, outgoing: Iterable[Outgoing]) -> None:
+    def send(self, instructions: Iterable[Instruction]) -> None:
         """Carry out the host's instructions."""
         touched: dict[int, _Connection] = {}
-        for out in outgoing:
+        for out in instructions:
+            if isinstance(out, Dial):
+                self._dial(out)
+                continue
             connection = self._by_peer.get(out.peer)
             if connection is None:
                 continue
@@ -276,7 +298,8 @@ class Loop:
     def _put(self, connection: _Connection, frame: Frame, fds: tuple[int, ...] = ()) -> None:
         connection.outbox.append(_Entry(memoryview(encode(frame)), fds))
         if frame.payload is not None and len(frame.payload):
-            span = (frame.table, frame.start, frame.start + frame.length)
+            values = frame.kind == Kind.DATA  # other payloads stay as they are until they have arrived
+            span = (frame.shard, frame.table, frame.start, frame.start + frame.length) if values else None
             connection.outbox.append(_Entry(frame.payload, (), span))
 
     def _flush(self, connection: _Connection) -> None:
@@ -322,14 +345,39 @@ class Loop:
             mask = select.EPOLLIN | (select.EPOLLOUT if wanted else 0)
             self._epoll.modify(connection.sock.fileno(), mask)
 
-    def detach(self, table: int, ranges: Ranges) -> None:
+    def detach(self, shard: int, table: int, ranges: Ranges) -> None:
         """Values are about to change: answers that still refer to them are copied out first."""
         for connection in self._by_peer.values():
             for entry in connection.outbox:
-                if entry.span is not None and entry.span[0] == table:
-                    _, start, stop = entry.span
+                if entry.span is not None and entry.span[:2] == (shard, table):
+                    _, _, start, stop = entry.span
                     if any(start < b and a < stop for a, b in ranges):
                         entry.data, entry.span = memoryview(bytes(entry.data)), None
+
+    # ---- connections of our own ------------------------------------------------------------------
+
+    def _dial(self, dial: Dial) -> None:
+        """Connect in a thread: an address where nobody answers must not hold the others up."""
+        threading.Thread(target=self._connect, args=(dial,), name="headwater-dial", daemon=True).start()
+
+    def _connect(self, dial: Dial) -> None:
+        sock = None
+        try:
+            if self._connector is not None:
+                sock = self._connector(dial)
+        except (HeadwaterError, OSError) as error:
+            log.debug("%s: %s", dial.address, error)
+        self._dials.put((dial.key, sock))
+        with contextlib.suppress(OSError):
+            os.write(self._wake_w, b"d")
+
+    def _dialed(self, key: int, sock: socket.socket | None) -> None:
+        peer = None
+        if sock is not None:
+            peer = COORDINATOR if key == COORDINATOR else self._next_peer
+            self._next_peer += 1
+            self.adopt(sock, peer)
+        self.send(self.host.dialed(key, peer))
 
     # ---- ends ------------------------------------------------------------------------------------
 

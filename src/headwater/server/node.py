@@ -1,424 +1,393 @@
-"""A server without its sockets: frames in, frames out, and the memory that its shard's tables live in.
+"""One replica of a shard without its sockets: what it is in the shard's view, and the memory its tables live in.
 
-Translates between the wire and the shard. The loop (and the in-process transport) owns the I/O.
+As the primary it serves clients (``clients.py``) and followers (``followers.py``); as a backup or learner it has one
+connection, to the primary (``upstream.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from itertools import count
 
 import torch
 
-from headwater.cluster.coordinator import decide
 from headwater.cluster.placement import BLOCK, PAGE, Block, layout
-from headwater.errors import HeadwaterError, NotEnoughMemory, ProtocolError
+from headwater.errors import ClusterError, HeadwaterError, NotEnoughMemory, ProtocolError, StaleEpoch
 from headwater.server import COORDINATOR
 from headwater.server import events as e
+from headwater.server.clients import Clients, Kept
+from headwater.server.followers import PATIENCE, Followers
 from headwater.server.shard import Shard
+from headwater.server.state import view
+from headwater.server.table import Table
 from headwater.server.tables.dense import state_bytes
+from headwater.server.upstream import Upstream
 from headwater.transports import memory
 from headwater.types import TableSpec
 from headwater.wire import messages as m
-from headwater.wire.frames import Flag, Frame, Kind, Outgoing, checksum
-from headwater.wire.tensors import to_bytes
+from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
 
-SLOT_PART = 4 << 20  # bytes of optimizer state per reply
-
-
-class _Memory(NamedTuple):
-    """The values of one table here, and the descriptors to share them."""
-
-    spec: TableSpec
-    blocks: tuple[Block, ...]
-    values: torch.Tensor
-    view: memoryview
-    versions: memoryview | None
-    fds: tuple[int, ...]
-    limit: int  # bytes of the largest block: no payload is longer
-
-
-class _Link:
-    """What the node knows of one connection."""
-
-    def __init__(self) -> None:
-        self.session: int | None = None
-        self.shared: dict[int, memory.Region] = {}  # by table: the client's gradients
-        self.scratch = torch.empty(0, dtype=torch.uint8)  # for a payload that is used at once
-        self.landed: dict[int, torch.Tensor] = {}  # by id of the frame: payloads that are not used yet
+AGAIN = 0.1  # seconds until a follower looks for its primary again
 
 
 def _unlimited() -> int:
     return 1 << 62
 
 
-class Node:
-    """One server process, or one of several in a single process.
+def _nothing(table: int, ranges: tuple[tuple[int, int], ...]) -> None:
+    """No answer refers to the values."""
+
+
+@dataclass(slots=True)
+class Setting:
+    """What all replicas on one server share.
 
     ``share``: keep values in memfds so that clients of this host can map them. ``available`` tells the bytes
     of memory that may still be taken. ``detach(table, ranges)`` is called before values are overwritten.
     """
 
-    def __init__(
-        self,
-        shard: int,
-        shards: int,
-        epoch: int,
-        *,
-        share: bool = False,
-        checked: bool = False,
-        available: Callable[[], int] = _unlimited,
-        detach: Callable[[int, tuple[tuple[int, int], ...]], None] = lambda table, ranges: None,
-    ) -> None:
-        self.shard = Shard(shard, epoch, detach)
-        self.shards = shards
-        self.pushed_bytes = self.pulled_bytes = 0
-        self._share = share
-        self._checked = checked
-        self._available = available
-        self._memory: dict[int, _Memory] = {}
-        self._links: dict[int, _Link] = {}
-        self._peers: dict[int, int] = {}  # session -> peer
-        self._out: list[Outgoing] = []
+    server: int = 0
+    shards: int = 1
+    min_copies: int = 1
+    patience: float = PATIENCE
+    share: bool = False
+    checked: bool = False
+    available: Callable[[], int] = _unlimited
+    detach: Callable[[int, int, tuple[tuple[int, int], ...]], None] = lambda shard, table, ranges: None
 
-    # ---- from the loop -------------------------------------------------------------------------
+
+class Node:
+    """One shard on one server. ``key`` names its dials."""
+
+    def __init__(self, number: int, setting: Setting, keys: count[int]) -> None:
+        self.shard = Shard(number, self)
+        self.view = m.View(number, 0, None)
+        self._setting = setting
+        self._keys = keys
+        self._kept: dict[int, Kept] = {}
+        self.clients = Clients(self.shard, self._kept, self.run, setting.checked)
+        self.followers = Followers(self.shard, lambda table: self._kept[table].blocks)
+        self.upstream: Upstream | None = None
+        self.dialing = 0  # the key of the dial under way
+        self._retry = 0.0
+        self._now = 0.0
+
+    # ---- views -----------------------------------------------------------------------------------
+
+    @property
+    def leads(self) -> bool:
+        return self.view.primary is not None and self.view.primary.server == self._setting.server
+
+    @property
+    def role(self) -> str:
+        """``primary``, ``backup``, ``learner``, or empty: this server is not in the view."""
+        me = self._setting.server
+        if self.leads:
+            return "primary"
+        if any(x.server == me for x in self.view.backups):
+            return "backup"
+        return "learner" if any(x.server == me for x in self.view.learners) else ""
+
+    def adopt(self, new: m.View) -> list[Instruction]:
+        """A view from the coordinator; an older one is passed over."""
+        if new.epoch < self.view.epoch:
+            return []
+        old, self.view = self.view, new
+        out: list[Instruction] = []
+        if self.leads:
+            out += self._hang_up()
+            backups = {x.server for x in new.backups}
+            blocked = 1 + len(backups) < self._setting.min_copies
+            out += self.followers.adopt(new, self._now)
+            here = backups | {f.server for f in self.followers.by_peer.values()}
+            for server in [s for s in self.shard.log.required if s not in here]:
+                out += self.take(self.shard.unfollowed(server))
+            out += self.take(self.shard.lead(new.epoch, backups, blocked))
+            return out
+        out += self._dismiss(new)
+        if old.primary != new.primary:
+            out += self._hang_up()
+        if self.role and self.upstream is None and not self.dialing:
+            out += self._dial()
+        return out
+
+    def _dismiss(self, new: m.View) -> list[Instruction]:
+        """No primary, or not any more."""
+        self.shard.step_down(new.epoch)
+        out: list[Instruction] = list(self.followers.adopt(m.View(new.shard, new.epoch, None), self._now))
+        why = StaleEpoch(f"shard {new.shard} is in epoch {new.epoch}, with another primary; ask the coordinator for it")
+        return out + list(self.clients.dismiss(why))
+
+    def _hang_up(self) -> list[Instruction]:
+        """Leave the primary that was."""
+        self.dialing = 0
+        upstream, self.upstream = self.upstream, None
+        if upstream is None:
+            return []
+        upstream.work()  # what was accepted counts
+        return [Outgoing(upstream.peer, Frame(Kind.NOTICE, shard=self.shard.number, body=m.pack(m.Leave())), close=True)]
+
+    def _dial(self) -> list[Instruction]:
+        primary = self.view.primary
+        if primary is None:
+            return []
+        self.dialing = next(self._keys)
+        return [Dial(self.dialing, primary.address, primary.local, primary.host)]
+
+    def dialed(self, peer: int | None) -> list[Instruction]:
+        """The connection to the primary stands, or could not be made."""
+        self.dialing = 0
+        if peer is None:
+            self._retry = self._now + AGAIN
+            return []
+        self.upstream = Upstream(self.shard, peer, self._setting.server, self.shard.epoch)
+        return [self.upstream.follow(self.shard.lsn)]
+
+    def tick(self, now: float) -> list[Instruction]:
+        """Time has passed: give up on followers that do not answer, look for the primary again."""
+        self._now = now
+        out: list[Instruction] = []
+        if self.leads:
+            for server, peer, why in self.followers.overdue(now, self._setting.patience):
+                out += self._give_up(server, peer, why)
+        elif self.role and self.upstream is None and not self.dialing and now >= self._retry:
+            out += self._dial()
+        return out
+
+    def _give_up(self, server: int, peer: int | None, why: str) -> list[Instruction]:
+        """A member of the view may be left behind only with the coordinator's consent; a learner at once."""
+        out: list[Instruction] = []
+        follower = self.followers.by_peer.get(peer) if peer is not None else None
+        learner = follower is not None and not follower.synced
+        if learner and peer is not None:
+            del self.followers.by_peer[peer]
+            out += self.take(self.shard.unfollowed(server))
+            out.append(Outgoing(peer, Frame(Kind.NOTICE, shard=self.shard.number, body=m.pack(m.Leave())), close=True))
+        if server not in self.followers.suspected:
+            self.followers.suspected.add(server)
+            body = m.pack(m.Suspect(self.shard.number, self.shard.epoch, server, why))
+            out.append(Outgoing(COORDINATOR, Frame(Kind.NOTICE, shard=self.shard.number, body=body)))
+        return out
+
+    # ---- frames ----------------------------------------------------------------------------------
 
     def landing(self, peer: int, frame: Frame) -> memoryview:
-        """Where the payload that follows this header belongs. Raises before anything is allocated by its word."""
-        kept = self._memory.get(frame.table)
-        link = self._links.get(peer)
-        if link is None or link.session is None or kept is None:
-            raise ProtocolError(f"{frame.kind.name} for table {frame.table} before a session was opened on it")
-        end = frame.start + frame.length
-        limit = kept.limit
-        if end > kept.values.numel() or frame.length > limit:
-            raise ProtocolError(
-                f"{frame.kind.name} of bytes {frame.start}:{end}, but the table has {kept.values.numel()} here "
-                f"in blocks of at most {limit}; nothing was allocated"
+        """Where a payload goes. Raises ``ProtocolError`` before anything is allocated by its word."""
+        if self.upstream is not None and peer == self.upstream.peer:
+            return self.upstream.landing(frame)
+        return self.clients.landing(peer, frame)
+
+    def receive(self, peer: int, frame: Frame, fds: tuple[int, ...] = ()) -> list[Instruction]:
+        """A frame from a client, a follower or the primary."""
+        if self.upstream is not None and peer == self.upstream.peer:
+            memory.close_all(fds)
+            return self._from_primary(frame)
+        if peer in self.followers.by_peer:
+            memory.close_all(fds)
+            return self._from_follower(peer, frame)
+        if not self.leads:
+            memory.close_all(fds)
+            error = StaleEpoch(
+                f"server {self._setting.server} is not the primary of shard {self.shard.number} (epoch "
+                f"{self.view.epoch}); nothing was applied. Ask the coordinator for the view"
             )
-        if frame.kind == Kind.PUSH and frame.table in link.shared:
-            raise ProtocolError(f"bytes for table {frame.table}, whose gradients this client shares")
-        again = frame.seq <= self.shard.sessions[link.session].seq  # a duplicate must not touch what is pending
-        if frame.kind == Kind.PUSH and not again and not self.shard.table(frame.table).eager:
-            return _view(self.shard.staging(link.session, frame.table)[frame.start : end])
-        # One receive call may complete several small frames before the first is acted on: each lands apart.
-        target = link.scratch
-        if link.landed:
-            target = torch.empty(frame.length, dtype=torch.uint8)
-        elif target.numel() < frame.length:
-            target = link.scratch = torch.empty(limit, dtype=torch.uint8)
-        link.landed[id(frame)] = target[: frame.length]
-        return _view(link.landed[id(frame)])
+            return [Outgoing(peer, Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(error)), close=True)]
+        return list(self.clients.receive(peer, frame, fds))
 
-    def receive(self, peer: int, frame: Frame, fds: tuple[int, ...] = ()) -> list[Outgoing]:
-        """A complete frame from a client; ``fds`` are closed in any case."""
-        link = self._links.get(peer)
-        if link is None:
-            link = self._links[peer] = _Link()
-        payload = link.landed.pop(id(frame), None)
-        try:
-            if frame.kind == Kind.PUSH:
-                self._push(link, frame, payload)
-            elif frame.kind == Kind.PULL:
-                self._run(e.Pull(self._session(link), frame.seq, frame.table, frame.clock, frame.start, frame.length))
-            elif frame.kind == Kind.ASSIGN:
-                self._assign(link, frame, payload)
-            elif frame.kind == Kind.REQUEST:
-                self._request(peer, link, frame, m.unpack_request(frame.body), fds)
-            else:
-                raise ProtocolError(f"{frame.kind.name} does not go to a server")
-        except HeadwaterError as error:
-            fatal = isinstance(error, ProtocolError)
-            reply = Frame(Kind.ERROR, table=frame.table, seq=frame.seq, clock=frame.clock, body=m.error_body(error))
-            self._out.append(Outgoing(peer, reply, close=fatal))
-        finally:
-            if fds:
-                memory.close_all(fds)
-        return self._flush()
+    def follow(self, peer: int, frame: Frame, request: m.Follow) -> list[Instruction]:
+        """Another server wants to follow this one."""
+        members = {x.server for x in (*self.view.backups, *self.view.learners)}
+        if not self.leads or request.server not in members or request.epoch > self.view.epoch:
+            error = StaleEpoch(
+                f"server {request.server} may not follow server {self._setting.server} in epoch {self.view.epoch} of "
+                f"shard {self.shard.number}: ask again when both know the same view"
+            )
+            return [Outgoing(peer, Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(error)), close=True)]
+        before = {p for p, f in self.followers.by_peer.items() if f.server == request.server}
+        out: list[Instruction] = [
+            Outgoing(p, Frame(Kind.NOTICE, shard=self.shard.number, body=m.pack(m.Leave())), close=True) for p in before
+        ]
+        self.followers.suspected.discard(request.server)
+        out += self.followers.begin(peer, request, self.view, self._now)
+        return out + self.take(self.shard.accepted(request.server, self.followers.by_peer[peer].accepted))
 
-    def coordinator(self, frame: Frame) -> list[Outgoing]:
-        """A frame from the coordinator."""
+    def _from_follower(self, peer: int, frame: Frame) -> list[Instruction]:
         if frame.kind == Kind.NOTICE:
-            message = m.unpack_notice(frame.body)
-            if isinstance(message, m.Commit | m.Members):
-                self._run(message)
-            elif isinstance(message, m.Drop):
-                self._forget(message.table)
-        elif frame.kind == Kind.REQUEST:
-            self._create_or_refuse(frame)
-        return self._flush()
+            return list(self.closed(peer))
+        if frame.kind != Kind.ACCEPT:
+            raise ProtocolError(f"{frame.kind.name} from a follower")
+        follower, out = self.followers.accepted(peer, frame)
+        if follower is None:
+            return list(out)
+        return [*out, *self.take(self.shard.accepted(follower.server, follower.accepted))]
 
-    def closed(self, peer: int) -> list[Outgoing]:
-        """A client's connection ended. Its session's unfinished pushes are dropped with it."""
-        link = self._links.pop(peer, None)
-        if link is not None and link.session is not None:
-            self._peers.pop(link.session, None)
-            self._run(e.Closed(link.session))
-        return self._flush()
-
-    def heartbeat(self) -> m.Heartbeat:
-        shard = self.shard
-        clocks = tuple(
-            (number, max(t.gathering.clock, max(t.clocks.clock.values(), default=0)))
-            for number, t in shard.tables.items()
-        )
-        nbytes = sum(table.dense.nbytes for table in shard.tables.values())
-        return m.Heartbeat(
-            pushed_bytes=self.pushed_bytes, pulled_bytes=self.pulled_bytes, lsn=shard.lsn, nbytes=nbytes,
-            sessions=len(self._peers), tables=clocks,
-        )  # fmt: skip
-
-    # ---- requests --------------------------------------------------------------------------------
-
-    def _request(self, peer: int, link: _Link, frame: Frame, request: m.Request, fds: tuple[int, ...]) -> None:
-        match request:
-            case m.Open():
-                self._open(peer, link, frame, request)
-            case m.Attach():
-                self._attach(peer, link, frame, request, fds)
-            case m.Slots():
-                self._slots(peer, frame, request.table)
-            case m.SlotPart():
-                session = self._session(link)
-                self._run(e.AssignSlots(session, frame.seq, request.table, request.slots, request.reset))
-                self._reply(peer, frame, m.Done())
-            case _:
-                raise ProtocolError(f"{type(request).__name__} does not go to a server")
-
-    def _open(self, peer: int, link: _Link, frame: Frame, request: m.Open) -> None:
-        if request.shard != self.shard.number:
-            raise ProtocolError(f"shard {request.shard} is not here, this server has shard {self.shard.number}")
-        if not 0 <= request.session < 1 << 63 or request.rank < -1:
-            raise ProtocolError(f"session {request.session} of rank {request.rank} is out of range")
-        if request.session in self._peers or link.session is not None:
-            raise ProtocolError(f"session {request.session:016x} is open already")
-        link.session = request.session
-        self._peers[request.session] = peer
-        self._run(e.Opened(request.session, request.rank))
-        self._reply(peer, frame, m.Opened(self.shard.sessions[request.session].seq))
-
-    def _attach(self, peer: int, link: _Link, frame: Frame, request: m.Attach, fds: tuple[int, ...]) -> None:
-        session = self._session(link)
-        table = self.shard.table(request.table)
-        kept = self._memory[request.table]
-        shared: torch.Tensor | None = None
-        give: tuple[int, ...] = ()
-        if request.shared:
-            if len(fds) != 1 or not kept.fds:
-                raise ProtocolError("shared memory was asked for without a descriptor, or this server shares none")
-            memory.verify(fds[0], request.size)
-            if request.size < max((b.start + b.size for b in kept.blocks), default=0):
-                raise ProtocolError(f"gradient memory of {request.size} bytes is smaller than table {request.table}")
-            region = memory.Region([memory.Piece(fds[0], b.start, b.size) for b in kept.blocks], writable=False)
-            link.shared[request.table] = region
-            shared, give = torch.frombuffer(region.buffer, dtype=torch.uint8)[: region.size], kept.fds
-        self._run(e.Attached(session, request.table, shared))
-        clock = table.gathering.clock if table.bulk else min(table.clocks.clock.values(), default=0)
-        reply = m.Attached(self.shard.lsn, clock, kept.values.numel())
-        self._reply(peer, frame, reply, give)
-
-    def _slots(self, peer: int, frame: Frame, number: int) -> None:
-        """The optimizer state, in parts of a few MB."""
-        part: list[m.Slot] = []
-        size = 0
-        for parameter, name, start, tensor in self.shard.table(number).dense.read_slots():
-            flat = tensor.reshape(-1)
-            rows = max(1, SLOT_PART // flat.element_size())
-            whole = flat.numel() <= rows
-            for at in range(0, max(1, flat.numel()), rows):
-                piece = tensor if whole else flat[at : at + rows]
-                data, dtype = to_bytes(piece)
-                part.append(m.Slot(parameter, name, start + at, tuple(piece.shape), dtype, data))
-                size += len(data)
-                if size >= SLOT_PART:
-                    self._reply(peer, frame, m.SlotPart(number, tuple(part), True))
-                    part, size = [], 0
-        self._reply(peer, frame, m.SlotPart(number, tuple(part), False))
-
-    def _session(self, link: _Link) -> int:
-        if link.session is None:
-            raise ProtocolError("a session must be opened first")
-        return link.session
-
-    # ---- data ------------------------------------------------------------------------------------
-
-    def _push(self, link: _Link, frame: Frame, payload: torch.Tensor | None) -> None:
-        session = self._session(link)
-        table = self.shard.tables.get(frame.table)
-        body = m.unpack(frame.body, m.StepBody) if frame.body else None
-        gradient, base = None, 0
-        if table is not None and table.eager and frame.length:
-            if frame.flags & Flag.SHARED:
-                gradient = self.shard.sessions[session].gradients.get(frame.table)
-                if gradient is None:
-                    raise ProtocolError(f"shared push to table {frame.table} without shared memory")
-            else:
-                gradient, base = payload, frame.start
-        self.pushed_bytes += frame.length
-        self._run(
-            e.Push(
-                session, frame.seq, frame.epoch, frame.members, frame.table, frame.clock, frame.start, frame.length,
-                frame.flags, gradient, base, body,
-            )
-        )  # fmt: skip
-
-    def _assign(self, link: _Link, frame: Frame, payload: torch.Tensor | None) -> None:
-        if frame.flags & Flag.SHARED or (frame.length and payload is None):
-            raise ProtocolError("an assignment needs its bytes behind it; values are not shared for writing")
-        data = link.scratch[:0] if payload is None else payload
-        last = bool(frame.flags & Flag.END)
-        self._run(e.Assign(self._session(link), frame.seq, frame.table, frame.start, data, last))
-
-    # ---- tables ------------------------------------------------------------------------------------
-
-    def _create_or_refuse(self, frame: Frame) -> None:
-        request = m.unpack_request(frame.body)
-        if not isinstance(request, m.Create):
-            raise ProtocolError(f"the coordinator asked for {type(request).__name__}")
+    def _from_primary(self, frame: Frame) -> list[Instruction]:
+        assert self.upstream is not None
+        if frame.kind in (Kind.ERROR, Kind.NOTICE):  # it does not know the view yet, or is going
+            return self._lost_primary()
         try:
-            reply: m.Reply = m.Created(request.table, self._create(request.table, request.spec))
-            out = Frame(Kind.REPLY, seq=frame.seq, body=m.pack(reply))
-        except HeadwaterError as error:
-            self._forget(request.table)
-            out = Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(error))
-        except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError where memory is refused
-            self._forget(request.table)
-            refusal = NotEnoughMemory(f"table {request.spec.name!r}: {error}; it was not created")
-            out = Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(refusal))
-        self._out.append(Outgoing(COORDINATOR, out))
+            return list(self.upstream.receive(frame))
+        except HeadwaterError:
+            self._lost_primary()
+            raise
 
-    def _create(self, number: int, spec: TableSpec) -> int:
-        plan = layout(spec, self.shards)
-        segments = plan.segments[self.shard.number]
-        size = plan.sizes[self.shard.number]
-        needed, free = state_bytes(spec, segments), self._available()
+    def _lost_primary(self) -> list[Instruction]:
+        out = self._hang_up()
+        self._retry = self._now + AGAIN
+        return out
+
+    def work(self) -> None:
+        """Apply what was accepted."""
+        if self.upstream is not None:
+            self.upstream.work()
+
+    def closed(self, peer: int) -> list[Instruction]:
+        """A connection ended."""
+        if self.upstream is not None and peer == self.upstream.peer:
+            self.upstream.work()
+            self.upstream = None
+            self._retry = self._now
+            return []
+        follower = self.followers.closed(peer, self.view, self._now)
+        if follower is None:
+            return list(self.clients.closed(peer))
+        if follower.server not in self.followers.absent and not follower.synced:
+            return self.take(self.shard.unfollowed(follower.server))
+        self.followers.absent.setdefault(follower.server, self._now)
+        return []
+
+    # ---- from the coordinator --------------------------------------------------------------------
+
+    def coordinator(self, frame: Frame, message: m.Request | m.Notice) -> list[Instruction]:
+        """A request or notice of the coordinator for this shard; only the primary acts on it."""
+        if not self.leads:
+            return []
+        match message:
+            case m.Commit() | m.Members():
+                return self.run(message)
+            case m.Drop():
+                return self.run(e.Forget(message.table))
+            case m.Create():
+                return self._create(message)
+            case _:
+                raise ProtocolError(f"the coordinator sent {type(message).__name__}")
+
+    def _create(self, request: m.Create) -> list[Instruction]:
+        if request.table in self.shard.tables:
+            return [self._created(request.table, self.shard.tables[request.table].dense.nbytes)]
+        try:
+            self._check_room(request.spec)
+            return self.run(e.Create(request.table, request.spec))
+        except HeadwaterError as error:
+            refusal: HeadwaterError = error
+        except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError where memory is refused
+            self.discard(request.table)
+            refusal = NotEnoughMemory(f"table {request.spec.name!r}: {error}; it was not created")
+        body = m.error_body(refusal)
+        return [Outgoing(COORDINATOR, Frame(Kind.ERROR, shard=self.shard.number, seq=request.table, body=body))]
+
+    def _created(self, table: int, nbytes: int) -> Outgoing:
+        body = m.pack(m.Created(table, nbytes))
+        return Outgoing(COORDINATOR, Frame(Kind.REPLY, shard=self.shard.number, seq=table, body=body))
+
+    def _check_room(self, spec: TableSpec) -> None:
+        segments = layout(spec, self._setting.shards).segments[self.shard.number]
+        needed, free = state_bytes(spec, segments), self._setting.available()
         if needed > free:
             raise NotEnoughMemory(
                 f"table {spec.name!r} takes {needed / 2**20:.0f} MiB on shard {self.shard.number} "
                 f"(values, optimizer state, one gradient), {free / 2**20:.0f} MiB are free; it was not created"
             )
-        kept = self._allocate(spec, plan.blocks_of(self.shard.number), size)
-        self._memory[number] = kept
-        alone = len(plan.participants) == 1
-        self._run(e.Created(number, spec, segments, kept.values, alone, kept.versions))
-        self.shard.tables[number].dense.after_block = lambda start, stop: self._drop(number, start, stop)
-        return self.shard.tables[number].dense.nbytes
 
-    def _forget(self, number: int) -> None:
-        """The table does not come about: give its memory back."""
-        kept = self._memory.pop(number, None)
+    def hosted(self) -> m.Hosted:
+        """What the coordinator must know of this replica when it has forgotten."""
+        commits = tuple(t.last_commit for t in self.shard.tables.values() if t.last_commit is not None)
+        return m.Hosted(self.shard.number, self.view.epoch, self.role, self.shard.lsn, commits)
+
+    def ready_again(self) -> list[Instruction]:
+        """For a coordinator that has forgotten: the steps that wait for its verdict."""
+        if not self.leads:
+            return []
+        return [self._ready(self.shard.ready(t)) for t in self.shard.tables.values() if t.prepared is not None]
+
+    # ---- memory of the tables ----------------------------------------------------------------------
+
+    def size(self, spec: TableSpec) -> int:
+        return layout(spec, self._setting.shards).sizes[self.shard.number]
+
+    def create(self, number: int, spec: TableSpec) -> Table:
+        """Memory for a table. Raises ``NotEnoughMemory``."""
+        plan = layout(spec, self._setting.shards)
+        segments, size = plan.segments[self.shard.number], plan.sizes[self.shard.number]
+        self._check_room(spec)
+        kept = self._kept[number] = self._allocate(spec, plan.blocks_of(self.shard.number), size)
+        alone = len(plan.participants) == 1
+        table = Table(number, spec, segments, kept.values, alone=alone, versions=kept.versions)
+        table.dense.after_block = lambda start, stop: self.clients.drop(number, start, stop)
+        return table
+
+    def discard(self, number: int) -> None:
+        """Give a table's memory back."""
+        kept = self._kept.pop(number, None)
         if kept is not None:
             memory.close_all(kept.fds)
-        self.shard.tables.pop(number, None)
 
-    def _drop(self, table: int, start: int, stop: int) -> None:
-        """A step has read these gradients: stay resident with one worker's, however many there are."""
-        regions = [link.shared[table] for link in self._links.values() if table in link.shared]
-        for region in regions[1:]:
-            region.drop(start, stop)
+    def before_write(self, table: int, ranges: tuple[tuple[int, int], ...]) -> None:
+        self._setting.detach(self.shard.number, table, ranges)
 
-    def _allocate(self, spec: TableSpec, blocks: tuple[Block, ...], size: int) -> _Memory:
+    def _allocate(self, spec: TableSpec, blocks: tuple[Block, ...], size: int) -> Kept:
         limit = max((block.size for block in blocks), default=0)
-        if not self._share:
+        if not self._setting.share:
             values = torch.zeros(size, dtype=torch.uint8)
-            return _Memory(spec, blocks, values, _view(values), None, (), limit)
+            return Kept(spec, blocks, values, view(values), None, (), limit)
         count = -(-size // BLOCK)
         fd = memory.create(spec.name[:64], size)
         marks = memory.create(f"{spec.name[:64]}.versions", -(-count * 8 // PAGE) * PAGE)
         region = memory.Region([memory.Piece(fd, 0, size)])
         versions = memory.Region([memory.Piece(marks, 0, -(-count * 8 // PAGE) * PAGE)])
         values = torch.frombuffer(region.buffer, dtype=torch.uint8)[:size]
-        return _Memory(spec, blocks, values, region.view, versions.view[: count * 8].cast("Q"), (fd, marks), limit)
+        return Kept(spec, blocks, values, region.view, versions.view[: count * 8].cast("Q"), (fd, marks), limit)
 
-    # ---- instructions -------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Give all memory back."""
+        for number in list(self._kept):
+            self.discard(number)
 
-    def _run(self, event: e.Event) -> None:
-        for instruction in self.shard.handle(event):
-            if isinstance(instruction, e.Ack):
-                self._ack(instruction)
-            elif isinstance(instruction, e.Send):
-                self._send(instruction)
-            elif isinstance(instruction, e.Fail):
-                self._fail(instruction)
+    # ---- instructions ----------------------------------------------------------------------------
+
+    def run(self, event: e.Event) -> list[Outgoing]:
+        """Hand an event to the shard, and carry out what follows."""
+        return self.take(self.shard.handle(event))
+
+    def take(self, instructions: list[e.Instruction]) -> list[Outgoing]:
+        """Instructions of the shard as frames."""
+        out: list[Outgoing] = []
+        for x in instructions:
+            if isinstance(x, e.Ack):
+                out += self.clients.ack(x)
+            elif isinstance(x, e.Send):
+                out += self.clients.send(x)
+            elif isinstance(x, e.Replicate):
+                out += self.followers.send(x.record)
             else:
-                self._ready(instruction)
-
-    def _ready(self, ready: m.Ready) -> None:
-        table = self.shard.tables[ready.table]
-        if table.alone:  # nobody else to agree with
-            self._run(decide(table.spec, [ready]))
-        else:
-            self._out.append(Outgoing(COORDINATOR, Frame(Kind.NOTICE, body=m.pack(ready))))
-
-    def _ack(self, a: e.Ack) -> None:
-        flags = (Flag.END if a.step else 0) | (Flag.SKIP if a.skipped else 0)
-        body = b"" if a.norm is None else m.pack(m.AckBody(a.norm))
-        self._count_live(a)
-        self._to(
-            a.session,
-            Frame(
-                Kind.ACK, flags, self.shard.number, a.table, a.session, self.shard.epoch, a.seq, a.lsn, a.clock,
-                start=a.staleness, members=self.shard.members_epoch, body=body,
-            ),
-        )  # fmt: skip
-
-    def _count_live(self, a: e.Ack) -> None:
-        """Values that a client maps are fresh without a byte moved; they count as pulled, as a doorbell as pushed."""
-        peer = self._peers.get(a.session)
-        table = self.shard.tables.get(a.table)
-        if a.step and table is not None and table.bulk and peer is not None and a.table in self._links[peer].shared:
-            self.pulled_bytes += table.size
-
-    def _fail(self, f: e.Fail) -> None:
-        body = m.pack(m.ErrorBody(f.code, f.message))
-        frame = Frame(
-            Kind.ERROR, 0, self.shard.number, f.table, f.session, self.shard.epoch, f.seq, self.shard.lsn, f.clock,
-            members=self.shard.members_epoch, body=body,
-        )  # fmt: skip
-        self._to(f.session, frame, close=f.code == "ProtocolError")
-
-    def _send(self, s: e.Send) -> None:
-        """Values: a grant where the client maps them, else one DATA frame per block."""
-        peer = self._peers.get(s.session)
-        if peer is None:
-            return
-        kept = self._memory[s.table]
-        if s.table in self._links[peer].shared:
-            self.pulled_bytes += s.length
-            self._to(s.session, self._data(s, Flag.SHARED | Flag.END, s.start, s.length))
-            return
-        self.pulled_bytes += s.length
-        stop = s.start + s.length
-        for block in kept.blocks:
-            start, end = max(s.start, block.local), min(stop, block.local + block.size)
-            if start < end:
-                frame = self._data(s, Flag.END if end == stop else Flag.NONE, start, end - start)
-                frame.payload = kept.view[start:end]
-                if self._checked:
-                    frame.flags |= Flag.CHECKED
-                    frame.check = checksum(frame.payload)
-                self._to(s.session, frame)
-        if not s.length:
-            self._to(s.session, self._data(s, Flag.END, s.start, 0))
-
-    def _data(self, s: e.Send, flags: int, start: int, length: int) -> Frame:
-        return Frame(
-            Kind.DATA, flags, self.shard.number, s.table, s.session, self.shard.epoch, s.request, s.lsn, s.clock,
-            start, length, members=s.staleness,
-        )  # fmt: skip
-
-    def _to(self, session: int, frame: Frame, close: bool = False) -> None:
-        peer = self._peers.get(session)
-        if peer is not None:
-            self._out.append(Outgoing(peer, frame, close=close))
-
-    def _reply(self, peer: int, frame: Frame, message: m.Reply, fds: tuple[int, ...] = ()) -> None:
-        self._out.append(Outgoing(peer, Frame(Kind.REPLY, seq=frame.seq, body=m.pack(message)), fds))
-
-    def _flush(self) -> list[Outgoing]:
-        out, self._out = self._out, []
+                out += self._take_rare(x)
         return out
 
+    def _take_rare(self, x: e.Instruction) -> list[Outgoing]:
+        match x:
+            case e.Fail():
+                return self.clients.fail(x)
+            case e.Seated():
+                return self.clients.seated(x)
+            case e.Done():
+                return self.clients.done(x)
+            case e.Created():
+                return [self._created(x.table, x.nbytes)]
+            case m.Ready():
+                return [self._ready(x)]
+            case _:
+                raise ClusterError(f"an instruction {x} that nobody carries out")
 
-def _view(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.numpy()).cast("B")  # type: ignore[arg-type]
+    def _ready(self, ready: m.Ready) -> Outgoing:
+        return Outgoing(COORDINATOR, Frame(Kind.NOTICE, shard=self.shard.number, body=m.pack(ready)))

@@ -1,130 +1,93 @@
-"""A shard: one slice of every table, as a state machine. Typed events in, typed instructions out.
+"""A shard at its primary: typed events in, typed instructions out. No sockets, no clock.
 
-No sockets, no clock. A push goes `_push` → `_contribute` (bulk) or `_apply_now` (stale, async) →
-`tables.dense.DenseShard.apply` → torch's kernel. Every change of the values gets the next LSN.
+A push goes `_push` → `_contribute` (bulk) or `_apply_now` (stale, async) → `propose` → every follower accepts →
+`replica.Replica.apply` → `tables.dense.DenseShard.apply` → torch's kernel. Every record has the next LSN.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import torch
 
-from headwater.cluster.placement import BLOCK
-from headwater.errors import (
-    ClusterError,
-    HeadwaterError,
-    ProtocolError,
-    SessionExpired,
-    ShapeMismatch,
-    StaleEpoch,
-    UnknownTable,
-    WorkerLost,
-)
+from headwater.cluster.tables import decide
+from headwater.errors import HeadwaterError, ProtocolError, SessionExpired, StaleEpoch, WorkerLost
 from headwater.server import events as e
-from headwater.server.sync import Clocks, Gathering
-from headwater.server.sync.bulk import Part, union
-from headwater.server.tables.dense import DenseShard
+from headwater.server import records as r
+from headwater.server.log import Log
+from headwater.server.records import Record
+from headwater.server.replica import Memory, Replica
+from headwater.server.table import Session, Table
 from headwater.server.tables.plan import Contribution
-from headwater.types import Bulk, Hyper, TableSpec, Version
+from headwater.types import Bulk, Version
 from headwater.wire.frames import Flag
 from headwater.wire.messages import Commit, Members, Ready, StepBody
-from headwater.wire.tensors import from_bytes
 
 Asked = TypeVar("Asked", e.Push, e.Pull)
 
 
-@dataclass(slots=True)
-class Session:
-    """One client's ordered conversation with this shard."""
+class Shard(Replica):
+    """One replica, which decides while it is the primary.
 
-    number: int
-    rank: int
-    seq: int = 0  # the last push that was accepted
-    gradients: dict[int, torch.Tensor] = field(default_factory=dict)  # by table: shared or staged
+    ``since``: the epoch in which this server became the primary. What a client sent to an earlier one is refused.
+    """
 
-
-class Table:
-    """One table's slice and what its policy remembers."""
-
-    def __init__(self, event: e.Created) -> None:
-        self.spec: TableSpec = event.spec
-        self.number = event.table
-        self.dense = DenseShard(event.spec, event.segments, event.values.numel(), event.values)
-        self.values = event.values
-        self.size = event.values.numel()
-        self.alone = event.alone
-        self.versions = event.versions
-        self.bulk = isinstance(event.spec.sync, Bulk)
-        self.gathering = Gathering()
-        self.clocks = Clocks(event.spec.sync)
-        self.groups: dict[int, tuple[dict[str, Hyper], ...]] = {}
-        self.waiting: list[e.Pull] = []
-        self.held: list[e.Push] = []
-        self.staged: dict[int, list[tuple[int, int]]] = {}
-        self._starts = [s.offset for s in event.segments]
-        self._ends = [s.end for s in event.segments]
-        self._sound: set[tuple[int, int]] = {(0, 0), (0, self.size)}
-        sync = event.spec.sync
-        capped = getattr(sync, "max_staleness", None) is not None
-        self.eager = not self.bulk and not capped and event.spec.max_grad_norm is None
-        self.dense.initialise()
-
-    def check_range(self, start: int, stop: int) -> None:
-        """A range must begin and end on segments (padding included). Raises ``ProtocolError``."""
-        if (start, stop) in self._sound:
-            return
-        i, j = bisect_left(self._starts, start), bisect_right(self._ends, stop) - 1
-        begins = i < len(self._starts) and self._starts[i] == start
-        ends = j >= i and (j + 1 == len(self._starts) or self._starts[j + 1] >= stop)
-        if not (0 <= start < stop <= self.size and begins and ends):
-            raise ProtocolError(
-                f"bytes {start}:{stop} of table {self.spec.name!r} do not lie on whole segments of its "
-                f"{self.size} bytes here; nothing was applied"
-            )
-        self._sound.add((start, stop))
-
-    def touch(self, ranges: tuple[tuple[int, int], ...]) -> None:
-        """Turn the block versions of ``ranges``: odd before a write, even after."""
-        if self.versions is None:
-            return
-        for start, stop in ranges:
-            for block in range(start // BLOCK, -(-stop // BLOCK)):
-                self.versions[block] += 1
-
-
-def _nothing(table: int, ranges: tuple[tuple[int, int], ...]) -> None:
-    """No one needs to know before values change."""
-
-
-class Shard:
-    """``before_write(table, ranges)`` is called before values change, so that queued answers can be saved."""
-
-    def __init__(
-        self,
-        number: int,
-        epoch: int,
-        before_write: Callable[[int, tuple[tuple[int, int], ...]], None] = _nothing,
-    ) -> None:
-        self.number = number
-        self.epoch = epoch
-        self.lsn = 0
-        self.tables: dict[int, Table] = {}
-        self.sessions: dict[int, Session] = {}
-        self._members = Members(0, (), 0)
-        self._before_write = before_write
-        self._out: list[e.Instruction] = []
+    def __init__(self, number: int, memory: Memory) -> None:
+        super().__init__(number, memory)
+        self.since = 0
+        self.log = Log()
+        self._applying = False
 
     @property
     def version(self) -> Version:
         return Version(self.epoch, self.lsn)
 
-    @property
-    def members_epoch(self) -> int:
-        return self._members.epoch
+    # ---- views -----------------------------------------------------------------------------------
+
+    def lead(self, epoch: int, backups: Collection[int], blocked: bool) -> list[e.Instruction]:
+        """This server is the primary in ``epoch``, and may not go on without these ``backups``."""
+        first = not self.primary
+        self.epoch = epoch
+        if first:
+            self.primary, self.since = True, epoch
+            self.log = Log(self.lsn)
+            for session in self.sessions.values():
+                session.seq, session.inflight = dict(session.done), 0
+                session.gradients.clear()
+            for table in self.tables.values():
+                table.follow_none()
+        for server in backups:
+            self.log.required.setdefault(server, self.lsn if first else 0)
+        self.log.blocked = blocked
+        if first:
+            self._out += [self.ready(table) for table in self.tables.values() if table.prepared is not None]
+        return self._drain()
+
+    def step_down(self, epoch: int) -> None:
+        """Another server is the primary, or will be."""
+        self.epoch = epoch
+        if self.primary:
+            self.primary = False
+            self.log = Log(self.lsn)
+            for table in self.tables.values():
+                table.follow_none()
+
+    def followed(self, server: int, lsn: int) -> None:
+        """A server follows from ``lsn`` on, and is waited for from now on."""
+        self.log.required[server] = lsn
+
+    def unfollowed(self, server: int) -> list[e.Instruction]:
+        """A server is not waited for any more."""
+        self.log.required.pop(server, None)
+        return self._drain()
+
+    def accepted(self, server: int, lsn: int) -> list[e.Instruction]:
+        """A follower has every record up to ``lsn``."""
+        self.log.accepted(server, lsn)
+        return self._drain()
+
+    # ---- events ----------------------------------------------------------------------------------
 
     def handle(self, event: e.Event) -> list[e.Instruction]:
         """Take one event. Refusals of pushes and pulls are instructions; anything else raises a typed error."""
@@ -134,17 +97,21 @@ class Shard:
             self._guard(self._read, event)
         else:
             self._rare(event)
-        out, self._out = self._out, []
-        return out
+        return self._drain()
 
     def _rare(self, event: e.Rare) -> None:
         match event:
             case Commit():
-                self._commit(event)
+                self._decided(event)
             case Members():
-                self._members_changed(event)
-            case e.Created():
-                self._create(event)
+                if event != self.members:
+                    self.propose(event)
+            case e.Create():
+                if event.table not in self.tables:
+                    self.propose(r.Begin(event.table, event.spec))
+            case e.Forget():
+                if event.table in self.tables:
+                    self.propose(r.Drop(event.table))
             case e.Opened():
                 self._open(event)
             case e.Closed():
@@ -152,56 +119,78 @@ class Shard:
             case e.Attached():
                 self._attach(event)
             case e.Assign():
-                self._assign(event)
+                self._assigned(event)
             case e.AssignSlots():
-                self._assign_slots(event)
+                self._assigned_slots(event)
 
     def _guard(self, act: Callable[[Asked], None], event: Asked) -> None:
         try:
             act(event)
         except HeadwaterError as error:
-            self._fail(event, error)
+            number = event.seq if isinstance(event, e.Push) else event.request
+            self._out.append(e.Fail(event.session, number, event.table, event.clock, error.code, str(error)))
 
-    def _fail(self, event: e.Push | e.Pull, error: HeadwaterError) -> None:
-        number = event.seq if isinstance(event, e.Push) else event.request
-        self._out.append(e.Fail(event.session, number, event.table, event.clock, error.code, str(error)))
+    # ---- the log ---------------------------------------------------------------------------------
 
-    # ---- tables and sessions -------------------------------------------------------------------
+    def propose(self, body: r.Body, gradient: torch.Tensor | None = None, base: int = 0) -> Record:
+        """Give a record its LSN and send it to whoever follows; it is applied when all of them have it."""
+        record = Record(self.log.last + 1, body, gradient, base)
+        return self._append(record)
 
-    def _create(self, event: e.Created) -> None:
-        table = Table(event)
-        self.tables[event.table] = table
-        self._seat(table)
+    def _append(self, record: Record) -> Record:
+        self.log.append(record)
+        if self.log.required:
+            self._out.append(e.Replicate(record))
+        return record
+
+    def _drain(self) -> list[e.Instruction]:
+        """Apply what everyone has; what follows from that may be proposed and applied in the same turn."""
+        if not self._applying:
+            self._applying = True
+            try:
+                while (record := self.log.take()) is not None:
+                    self.apply(record)
+            finally:
+                self._applying = False
+        out, self._out = self._out, []
+        return out
+
+    # ---- sessions --------------------------------------------------------------------------------
 
     def _open(self, event: e.Opened) -> None:
         known = self.sessions.get(event.session)
-        if known is None:
-            self.sessions[event.session] = Session(event.session, event.rank)
+        if event.rank < 0:
+            self.sessions.setdefault(event.session, Session(event.session, -1))
+            self._out.append(e.Seated(event.session))
+        elif known is not None and known.rank != event.rank:
+            raise ProtocolError(f"session {event.session:016x} is of worker {known.rank}, not {event.rank}")
+        elif known is None and event.members < self.members.epoch and event.session not in self.members.sessions:
+            raise SessionExpired(
+                f"session {event.session:016x} of worker {event.rank} has ended: it was silent for too long, or has "
+                "left; what it had not acknowledged may or may not be applied. Connect again"
+            )
+        else:
+            self.propose(r.Seat(event.session, event.rank, event.members))
 
     def _close(self, event: e.Closed) -> None:
-        session = self.sessions.pop(event.session, None)
+        session = self.sessions.get(event.session)
         if session is None:
             return
         for table in self.tables.values():
             table.waiting = [p for p in table.waiting if p.session != session.number]
-            table.held = [p for p in table.held if p.session != session.number]
-            table.staged.pop(session.number, None)
-            table.gathering.forget(session.rank, session.number)
+        if session.rank < 0:
+            del self.sessions[session.number]
 
     def _attach(self, event: e.Attached) -> None:
-        session = self._session(event.session)
+        session = self.session(event.session)
         self.table(event.table)
         if event.gradients is not None:
             session.gradients[event.table] = event.gradients
+        # Pushes before the base are done with, or the client has given them up.
+        session.seq[event.table] = max(session.seq.get(event.table, 0), event.base - 1)
 
-    def table(self, number: int) -> Table:
-        """Raises ``UnknownTable``."""
-        found = self.tables.get(number)
-        if found is None:
-            raise UnknownTable(f"table {number} does not exist on shard {self.number}; declare it first")
-        return found
-
-    def _session(self, number: int) -> Session:
+    def session(self, number: int) -> Session:
+        """Raises ``SessionExpired``."""
         found = self.sessions.get(number)
         if found is None:
             raise SessionExpired(
@@ -212,47 +201,58 @@ class Shard:
 
     def staging(self, session: int, table: int) -> torch.Tensor:
         """Where the bytes of a session's pushes wait when they cannot be applied on arrival."""
-        gradients = self._session(session).gradients
+        gradients = self.session(session).gradients
         if table not in gradients:
             gradients[table] = torch.zeros(self.table(table).size, dtype=torch.uint8)
         return gradients[table]
 
-    # ---- pushes --------------------------------------------------------------------------------
+    # ---- pushes ----------------------------------------------------------------------------------
 
     def _push(self, event: e.Push) -> None:
-        session, table = self._session(event.session), self.table(event.table)
-        if event.epoch != self.epoch:
+        session, table = self.session(event.session), self.table(event.table)
+        if not self.since <= event.epoch <= self.epoch:
             raise StaleEpoch(
                 f"push {event.seq} was sent to epoch {event.epoch} of shard {self.number}, which is in "
                 f"{self.epoch}; nothing was applied. Ask the coordinator for the view and send it again"
             )
-        if event.seq <= session.seq:
+        if event.seq <= session.seq.get(table.number, 0):
             self._again(session, table, event)
             return
-        if event.seq != session.seq + 1:
-            raise ProtocolError(f"push {event.seq} came after {session.seq}: one in between is missing")
-        if session.rank < 0:
-            raise ClusterError("a reader cannot push; connect with role='worker'")
+        self._sequence(session, table, event.seq)
         if event.length:
             table.check_range(event.start, event.start + event.length)
-        session.seq = event.seq
+        session.seq[table.number] = event.seq
         if table.bulk:
             self._contribute(session, table, event)
         else:
             self._apply_now(session, table, event)
 
+    def _sequence(self, session: Session, table: Table, seq: int) -> None:
+        last = session.seq.get(table.number, 0)
+        if seq != last + 1:
+            raise ProtocolError(f"push {seq} came after {last}: one in between is missing")
+        self.refuse_reader(session, "push")
+
     def _again(self, session: Session, table: Table, event: e.Push) -> None:
         """A duplicate: acknowledged again if it is applied, else the answer is still to come."""
-        part = table.gathering.parts.get(session.rank)
-        pending = part is not None and event.seq <= part.seq
-        held = any(push.session == session.number and push.seq == event.seq for push in table.held)
-        if not pending and not held:
-            self._out.append(e.Ack(session.number, event.seq, event.table, event.clock, self.lsn))
+        if event.seq > session.done.get(table.number, 0):
+            part = table.gathering.parts.get(session.rank)
+            if part is not None and part.seq == event.seq and event.flags & Flag.WANT:
+                part.wants = True
+            return
+        last = table.last_commit
+        known = last if last is not None and last.clock == event.clock else None
+        self._out.append(
+            e.Ack(
+                session.number, event.seq, event.table, event.clock, self.lsn, 0, bool(event.flags & Flag.END),
+                known is not None and known.skip, known.norm if known is not None else None,
+            )
+        )  # fmt: skip
 
     def _contribute(self, session: Session, table: Table, event: e.Push) -> None:
         gathering = table.gathering
         if event.members < gathering.lost:
-            raise WorkerLost(self._why_lost(event.clock))
+            raise WorkerLost(self.why_lost(event.clock))
         if event.clock != gathering.clock + 1:
             raise ProtocolError(
                 f"worker {session.rank} pushes step {event.clock} of table {table.spec.name!r}, "
@@ -263,7 +263,7 @@ class Shard:
                 f"worker {session.rank} is no member any more (it was silent for too long, or has left); "
                 "nothing was applied. Connect again"
             )
-        part = gathering.part(session.rank, session.number)
+        part = gathering.part(session.rank, session.number, event.members)
         if part.ended:
             raise ProtocolError(f"worker {session.rank} pushes to step {event.clock}, which it has ended")
         if event.body is not None and event.body.groups is not None:
@@ -284,30 +284,48 @@ class Shard:
             raise ProtocolError(f"a push to table {table.spec.name!r} without bytes and without shared memory")
         return found
 
-    def _why_lost(self, clock: int) -> str:
-        m = self._members
-        return (
-            f"{m.reason}; step {clock} was not applied on any shard and the parameters are those of the step "
-            f"before. {len(m.ranks)} workers remain: push the step again to go on with them"
-        )
-
     def _check_complete(self, table: Table) -> None:
+        """With a contribution of every worker: aggregate them, and have the followers keep the result."""
         gathering = table.gathering
-        if gathering.announced or not gathering.complete():
+        if gathering.announced or table.prepared is not None or not gathering.complete():
             return
         gathering.announced = True
         skip = any(part.skip for part in gathering.seated())
+        contributions = [] if skip else self._contributions(table)
         squares: tuple[float, ...] = ()
         if table.spec.max_grad_norm is not None and not skip:
-            squares = tuple(table.dense.square_norm(self._contributions(table), self._divide(table)))
-        clock = gathering.clock + 1
-        ready = Ready(table.number, self.number, clock, gathering.members, squares, skip)
-        self._out.append(ready)
+            squares = tuple(table.dense.square_norm(contributions, self._divide(table)))
+        clock, members = gathering.clock + 1, gathering.members
+        ready = Ready(table.number, self.number, clock, members, squares, skip)
+        ranges = r.union([span for c in contributions for span in c.ranges])
+        groups = table.groups[min(table.groups)] if table.groups else None  # all workers run the same schedule
+        table.groups = {}
+        parts = tuple(
+            r.Contributor(rank, part.session, part.seq, part.wants)
+            for rank, part in sorted(gathering.parts.items()) if rank in gathering.ranks
+        )  # fmt: skip
+        verdict = decide(table.spec, [ready]) if table.alone else None
+        body = r.Prepare(table.number, clock, members, skip, squares, ranges, groups, parts, verdict)
+        record = Record(self.log.last + 1, body, None, 0, contributions, self._divide(table))
+        if self.log.replicated:
+            self.materialise(record)
+        self._append(record)
+
+    def materialise(self, record: Record) -> None:
+        """Turn a step's contributions into one aggregate: what followers are sent, and what is applied then."""
+        if record.contributions is None or not isinstance(record.body, r.Prepare):
+            return
+        table = self.tables[record.body.table]
+        if table.aggregate is None:
+            table.aggregate = torch.zeros(table.size, dtype=torch.uint8)
+        if record.contributions:
+            table.dense.aggregate(record.contributions, record.divide, table.aggregate)
+        record.gradient, record.contributions, record.divide = table.aggregate, None, 1
 
     def _contributions(self, table: Table) -> list[Contribution]:
         """In rank order, each with its union of ranges."""
         return [
-            Contribution(part.gradients, union(part.ranges))
+            Contribution(part.gradients, r.union(part.ranges))
             for part in table.gathering.seated()
             if part.gradients is not None
         ]
@@ -316,94 +334,76 @@ class Shard:
         mean = isinstance(table.spec.sync, Bulk) and table.spec.sync.reduce == "mean"
         return len(table.gathering.ranks) if mean else 1
 
-    def _commit(self, event: Commit) -> None:
-        table = self.table(event.table)
-        gathering = table.gathering
-        if event.members != gathering.members or event.clock != gathering.clock + 1 or not gathering.complete():
-            return  # decided for a membership that is gone
-        if not event.skip:
-            self._set_groups(table)
-            self._apply(table, self._contributions(table), self._divide(table), event.scale)
-        parts = gathering.finish()
-        table.clocks.version += 1
-        for part in parts:
-            self._finish_part(table, part, event)
+    def _decided(self, event: Commit) -> None:
+        """The coordinator's verdict; one for a membership that is gone, or that came before, is passed over."""
+        table = self.tables.get(event.table)
+        if table is None or table.prepared is None:
+            return
+        body = table.prepared.body
+        if (body.clock, body.members) == (event.clock, event.members):
+            self.propose(event)
 
-    def _finish_part(self, table: Table, part: Part, event: Commit) -> None:
-        self._out.append(
-            e.Ack(part.session, part.seq, table.number, event.clock, self.lsn, 0, True, event.skip, event.norm)
-        )
-        if part.wants:
-            self._out.append(e.Send(part.session, 0, table.number, event.clock, self.lsn, 0, 0, table.size))
-
-    def _set_groups(self, table: Table) -> None:
-        """New hyperparameters of the lowest rank that sent any: all workers run the same schedule."""
-        if table.groups:
-            table.dense.set_groups(table.groups[min(table.groups)])
-            table.groups = {}
-
-    def _apply(
-        self, table: Table, contributions: list[Contribution], divide: int = 1, scale: float | None = None
-    ) -> None:
-        """The one place where a gradient changes values."""
-        if contributions:
-            ranges = contributions[0].ranges
-            if len(contributions) > 1:
-                ranges = union([r for c in contributions for r in c.ranges])
-            self._before_write(table.number, ranges)
-            table.touch(ranges)
-            table.dense.apply(contributions, divide, scale)
-            table.touch(ranges)
-        self.lsn += 1
-
-    # ---- stale and asynchronous -----------------------------------------------------------------
+    # ---- stale and asynchronous ------------------------------------------------------------------
 
     def _apply_now(self, session: Session, table: Table, event: e.Push) -> None:
-        body = event.body
-        if body is not None and body.groups is not None:
-            table.dense.set_groups(body.groups)
-        if event.length:
-            span = (event.start, event.start + event.length)
-            if table.eager and event.gradient is not None:
-                self._apply(table, [Contribution(event.gradient, (span,), event.base)])
-                if event.flags & Flag.WANT and not event.flags & Flag.END:
-                    self._pull(e.Pull(session.number, 0, table.number, event.clock, event.start, event.length))
-            else:
-                self._gradients(session, table)
-                table.staged.setdefault(session.number, []).append(span)
-        if not event.flags & Flag.END:
+        groups = event.body.groups if event.body is not None else None
+        if groups is not None:
+            table.dense.check_groups(groups)
+            table.groups[session.rank] = groups
+        end = bool(event.flags & Flag.END)
+        if table.eager and event.gradient is not None:
+            span = ((event.start, event.start + event.length),)
+            gradient = event.gradient.clone() if event.transient and self.log.replicated else event.gradient
+            self._propose_update(session, table, event, span, gradient, event.base)
             return
-        if not table.held and table.clocks.may_apply(session.rank):
-            self._end_step(session, table, event)
-        else:  # behind those that wait already: they have the older values
-            table.held.append(event)
-        self._progress(table)
+        if event.length:
+            self._gradients(session, table)
+            table.staged.setdefault(session.number, []).append((event.start, event.start + event.length))
+        if end:
+            if not table.held and self._may_apply(session, table):
+                self._end_step(session, table, event)
+            else:  # behind those that wait already: they have the older values
+                table.held.append(event)
+
+    def _may_apply(self, session: Session, table: Table, held: Collection[int] = ()) -> bool:
+        """Under a cap one step at a time: the next is judged by what the last has changed."""
+        if table.capped and table.inflight:
+            return False
+        return table.clocks.may_apply(session.rank, held)
 
     def _end_step(self, session: Session, table: Table, event: e.Push) -> None:
-        ranges = table.staged.pop(session.number, None)
+        ranges = r.union(table.staged.pop(session.number, []))
+        self._propose_update(session, table, event, ranges, self._gradients(session, table) if ranges else None, 0)
+
+    def _propose_update(
+        self, session: Session, table: Table, event: e.Push, ranges: r.Ranges, gradient: torch.Tensor | None, base: int
+    ) -> None:
         body = event.body or StepBody()
-        skip = bool(event.flags & Flag.SKIP)
-        if ranges and not skip:
-            self._apply(table, [Contribution(self._gradients(session, table), union(ranges))], 1, body.scale)
-        staleness = table.clocks.pushed(session.rank, event.clock)
-        self._out.append(
-            e.Ack(session.number, event.seq, table.number, event.clock, self.lsn, staleness, True, skip, body.norm)
-        )
-        if event.flags & Flag.WANT:
-            self._pull(e.Pull(session.number, 0, table.number, event.clock, 0, table.size))
+        end, skip = bool(event.flags & Flag.END), bool(event.flags & Flag.SKIP)
+        session.inflight += 1
+        table.inflight += 1
+        update = r.Update(
+            table.number, session.number, session.rank, event.seq, event.clock, ranges, end,
+            bool(event.flags & Flag.WANT), skip, body.scale, body.norm, table.groups.pop(session.rank, None),
+        )  # fmt: skip
+        self.propose(update, gradient, base)
 
     def _read(self, event: e.Pull) -> None:
         """A worker that reads again is less stale: a step that waited for it may go on."""
-        self._pull(event)
-        if self.tables[event.table].held:
-            self._progress(self.tables[event.table])
-
-    def _pull(self, event: e.Pull) -> None:
-        session, table = self._session(event.session), self.table(event.table)
+        session, table = self.session(event.session), self.table(event.table)
         if event.start + event.length > table.size:
             raise ProtocolError(f"a pull past the end of table {table.spec.name!r} on shard {self.number}")
-        behind = any(push.session == session.number for push in table.held)  # a worker reads its own writes
-        if behind or (not table.bulk and not table.clocks.may_read(session.rank, event.clock)):
+        held = any(push.session == session.number for push in table.held)
+        if held or session.inflight:  # a worker reads its own writes
+            table.waiting.append(event)
+        else:
+            self.answer(event)
+        if table.held:
+            self.progress(table)
+
+    def answer(self, event: e.Pull) -> None:
+        session, table = self.session(event.session), self.table(event.table)
+        if not table.bulk and not table.clocks.may_read(session.rank, event.clock):
             table.waiting.append(event)
             return
         clocks = table.clocks
@@ -417,13 +417,17 @@ class Shard:
     def _held_ranks(self, table: Table) -> set[int]:
         return {self.sessions[push.session].rank for push in table.held if push.session in self.sessions}
 
-    def _progress(self, table: Table) -> None:
+    def progress(self, table: Table) -> None:
         """Something was applied or someone left: what waited may go on now, first come first served."""
+        if not self.primary:
+            return
+        if table.bulk:
+            self._check_complete(table)
         i = 0
         while i < len(table.held):
             push = table.held[i]
             session = self.sessions.get(push.session)
-            if session is None or table.clocks.may_apply(session.rank, self._held_ranks(table)):
+            if session is None or self._may_apply(session, table, self._held_ranks(table)):
                 del table.held[i]
                 if session is not None:
                     self._end_step(session, table, push)
@@ -433,65 +437,46 @@ class Shard:
         if table.waiting:
             waiting, table.waiting = table.waiting, []
             for pull in waiting:
-                self._guard(self._pull, pull)
+                self._guard(self._read_again, pull)
 
-    # ---- membership ----------------------------------------------------------------------------
-
-    def _members_changed(self, event: Members) -> None:
-        self._members = event
-        for table in self.tables.values():
-            self._seat(table)
-
-    def _seat(self, table: Table) -> None:
-        m = self._members
-        for part in table.gathering.members_changed(m.epoch, m.ranks, m.lost):
-            table.groups = {}
-            if part.ended:
-                reason = self._why_lost(table.gathering.clock + 1)
-                clock = table.gathering.clock + 1
-                self._out.append(e.Fail(part.session, part.seq, table.number, clock, "WorkerLost", reason))
-        table.clocks.members(m.ranks)
-        self._check_complete(table)
-        self._progress(table)
+    def _read_again(self, event: e.Pull) -> None:
+        session, table = self.session(event.session), self.table(event.table)
+        if session.inflight or any(push.session == session.number for push in table.held):
+            table.waiting.append(event)
+        else:
+            self.answer(event)
 
     # ---- assignments -----------------------------------------------------------------------------
 
-    def _assign(self, event: e.Assign) -> None:
-        table = self._writable(event)
-        if event.data.numel():
-            span = (event.start, event.start + event.data.numel())
-            table.check_range(*span)
-            self._before_write(event.table, (span,))
-            table.touch((span,))
-            table.values[span[0] : span[1]] = event.data
-            table.touch((span,))
-        self.lsn += 1
-        if event.last:
-            self._out.append(e.Ack(event.session, event.request, event.table, 0, self.lsn))
+    def _assigned(self, event: e.Assign) -> None:
+        session, table = self.session(event.session), self.table(event.table)
+        self.refuse_reader(session, "assign")
+        if event.request <= session.seq.get(table.number, 0):
+            if event.request <= session.done.get(table.number, 0) and event.last:
+                self._out.append(e.Ack(event.session, event.request, event.table, 0, self.lsn))
+            return
+        self._sequence(session, table, event.request)
+        start, length = event.start, event.data.numel()
+        if length:
+            table.check_range(start, start + length)
+        session.seq[table.number] = event.request
+        data = event.data.clone() if self.log.replicated else event.data
+        self.propose(r.Values(table.number, session.number, event.request, start, length, event.last), data, start)
 
-    def _assign_slots(self, event: e.AssignSlots) -> None:
-        table = self._writable(event)
-        if event.reset:
-            table.dense.reset_slots()
-        for slot in event.slots:
-            piece = from_bytes(slot.data, slot.dtype, slot.shape)
-            try:
-                table.dense.write_slot(slot.parameter, slot.name, slot.start, piece)
-            except (RuntimeError, ValueError, OverflowError) as error:
-                raise ShapeMismatch(f"slot {slot.name!r} of parameter {slot.parameter}: {error}") from None
-        self.lsn += 1
-
-    def _writable(self, event: e.Assign | e.AssignSlots) -> Table:
-        if self._session(event.session).rank < 0:
-            raise ClusterError("a reader cannot assign; connect with role='worker'")
-        return self.table(event.table)
+    def _assigned_slots(self, event: e.AssignSlots) -> None:
+        session, table = self.session(event.session), self.table(event.table)
+        self.refuse_reader(session, "assign")
+        self.propose(r.SetSlots(table.number, session.number, event.request, event.slots, event.reset))
 
     def validate(self) -> None:
         """Invariants, for tests: raises ``AssertionError`` with the state that breaks one."""
         for table in self.tables.values():
             g = table.gathering
-            assert not (g.announced and not g.complete()), f"READY was said for an incomplete step: {g.parts}"
             assert all(p.gradients is not None for p in g.parts.values() if p.ranges), f"nothing to add up: {g.parts}"
-            assert all(p.session in self.sessions for p in g.parts.values() if not g.announced), "a part of nobody"
             assert table.versions is None or all(v % 2 == 0 for v in table.versions), "a block was left half written"
             assert not (table.bulk and (table.held or table.waiting)), "bulk steps neither hold nor delay"
+        lsns = [record.lsn for record in self.log.pending]
+        assert lsns == list(range(self.lsn + 1, self.lsn + 1 + len(lsns))), f"records after {self.lsn}: {lsns}"
+        for session in self.sessions.values():
+            ahead = {t: n for t, n in session.done.items() if self.primary and n > session.seq.get(t, 0)}
+            assert not ahead, f"applied before accepted: {session}"

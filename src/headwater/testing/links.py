@@ -32,7 +32,7 @@ class SimLink:
         self._inbox: deque[Frame] = deque()
         self._arrived = Signal()
         self._wanted: list[Callable[[], bool]] = []
-        self._error: HeadwaterError | None = None
+        self.error: HeadwaterError | None = None
         self._eof = False
         end.receiver = self
         end.late = True
@@ -52,8 +52,8 @@ class SimLink:
     # ---- for the client --------------------------------------------------------------------------
 
     def send(self, frame: Frame, fds: tuple[int, ...] = ()) -> None:
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         if self._eof or not self._end.open:
             raise self._broken("the connection broke while something was sent")
         self._network.send(self._end, frame)
@@ -64,8 +64,8 @@ class SimLink:
             if self._inbox:
                 self._take()
                 continue
-            if self._error is not None:
-                raise self._error
+            if self.error is not None:
+                raise self.error
             if self._eof:
                 raise self._broken("the other side closed the connection")
             if process.clock() >= deadline:
@@ -80,15 +80,15 @@ class SimLink:
             self._tap(frame)
             self._handler.receive(frame, ())
         except ProtocolError as error:
-            self._error = self._error or error
+            self.error = self.error or error
             self._network.close(self._end)
             raise
 
     def _broken(self, why: str) -> HeadwaterError:
-        if self._error is None:
-            self._error = LinkBroken(why)
+        if self.error is None:
+            self.error = LinkBroken(why)
             self._network.close(self._end)
-        return self._error
+        return self.error
 
     def prefetch(self, done: Callable[[], bool]) -> None:
         self._wanted.append(done)
@@ -105,9 +105,27 @@ class SimLink:
                 return
 
     def close(self) -> None:
-        if self._error is None:
-            self._error = LinkBroken("this client has closed the connection")
+        if self.error is None:
+            self.error = LinkBroken("this client has closed the connection")
         self._network.close(self._end)
+
+
+class FibreLock:
+    """A lock that fibres wait for."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._taken = False
+        self._free = Signal()
+
+    def __enter__(self) -> None:
+        while self._taken:
+            self._free.wait(self._scheduler.current())
+        self._taken = True
+
+    def __exit__(self, *what: object) -> None:
+        self._taken = False
+        self._free.notify()
 
 
 class SimRuntime:
@@ -128,6 +146,9 @@ class SimRuntime:
 
     def sleep(self, seconds: float) -> None:
         self._scheduler.current().wait(self._process.moment(self._process.clock() + seconds))
+
+    def lock(self) -> FibreLock:
+        return FibreLock(self._scheduler)
 
     def every(self, period: float, act: Callable[[], None]) -> Callable[[], None]:
         """A thread that calls ``act``; the answer stops it."""

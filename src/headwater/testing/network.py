@@ -71,7 +71,7 @@ class Network:
                 self._answer(process, done, None)
             return
         there, accept = found
-        if self.blocked(process.name, there.name) or self.blocked(there.name, process.name):
+        if there.stopped or self.blocked(process.name, there.name) or self.blocked(there.name, process.name):
             self.scheduler.after(0.1, self._knock, process, address, done)  # as a SYN that is sent again
             return
         there.call(self._accept, process, there, accept, done)
@@ -163,7 +163,7 @@ class Network:
         for side in (end, end.other):
             if side.open:
                 self._forget(side)
-                if side.receiver is not None:
+                if side.receiver is not None and side.process.alive:
                     self.scheduler.after(self._latency(), side.process.call, side.receiver.hung_up, side)
 
     def hang_up(self, process: Process) -> None:
@@ -175,6 +175,11 @@ class Network:
         """The machine is gone: nobody learns of it by this."""
         for end in list(process.ends):
             self._forget(end)
+
+    def reset(self, dead: Process) -> None:
+        """Its machine is up again and knows of no connection: who still talks to it is told so."""
+        for end in [e for e in self.ends if e.open and e.other.process is dead]:
+            self.cut(end)
 
     def blocked(self, source: str, target: str) -> bool:
         return self._blocked.get((source, target), 0) > 0

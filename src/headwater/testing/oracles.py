@@ -1,7 +1,7 @@
 """What must be true of a run, told by those who see all of it: every record, every answer, every push.
 
 Each oracle is independent of the code it judges: values are folded again in numpy, from the records and from what
-the workers say they sent. All tables here are float64 under SGD with lr = -1, so that a gradient is added.
+the workers say they sent. All tables here are float64 under SGD with lr = 1 that maximises: a gradient is added.
 
 Sources: simulation testing as in FoundationDB (Zhou et al., SIGMOD 2021); the ledger is that of Jepsen's set checker.
 """
@@ -77,6 +77,9 @@ class Fold:
         self._bytes.append(self.values.tobytes())
 
 
+_Ahead = tuple[Record, int, dict[int, bytes]]  # a record, the epoch it was applied in, the values after it
+
+
 @dataclass(slots=True)
 class _Entry:
     """What is remembered of a record: enough to see that another one took its number."""
@@ -107,9 +110,11 @@ class Oracles:
 
     def __init__(self) -> None:
         self.logs: dict[int, Log] = {}
-        self.sent: dict[tuple[int, int, int], Floats] = {}  # (session, table, clock) -> this worker's gradient, flat
+        self.sent: dict[tuple[int, int, int, int], Floats] = {}  # (session, table, clock, shard) -> a gradient
         self.records = self.pulls = self.acks = 0
         self._seen: dict[tuple[int, int], tuple[int, int]] = {}  # (session, shard) -> (epoch, LSN)
+        self._ahead: dict[int, tuple[Replica, dict[int, _Ahead]]] = {}  # by id of a follower: what the log has not
+        self._astray: dict[int, Violation] = {}  # by id of a follower that holds what the log does not
 
     def log(self, shard: int) -> Log:
         found = self.logs.get(shard)
@@ -123,42 +128,72 @@ class Oracles:
         """A replica has applied a record."""
         self.records += 1
         log = self.log(replica.number)
-        entry = _Entry(record.body, _content(record), replica.epoch)
+        if replica.primary:
+            self.leads(replica, record.lsn - 1)
+            self._next(log, replica, record)
+        elif record.lsn > log.lsn:  # a follower applies what it has accepted, before its primary may
+            ahead = self._ahead.setdefault(id(replica), (replica, {}))[1]
+            ahead[record.lsn] = (_copy(record), replica.epoch, _values(replica))
+            return
+        else:
+            self._same(log, record, replica.epoch, _whole(replica))
+        self._compare(log, replica, record.lsn, _values(replica))
+
+    def leads(self, replica: Replica, upto: int) -> None:
+        """A primary speaks: what it applied before it was one counts from now on."""
+        log = self.log(replica.number)
+        if log.lsn >= upto:
+            return
+        for lsn, (record, _, values) in sorted(self._ahead.pop(id(replica), (replica, {}))[1].items()):
+            if log.lsn < lsn <= upto:
+                self._next(log, replica, record)
+                self._compare(log, replica, lsn, values)
+
+    def _next(self, log: Log, replica: Replica, record: Record) -> None:
+        """A primary's record: the log's next, or one that it must be the same as."""
         if record.lsn <= log.lsn:
-            self._same(log, replica, record.lsn, entry)
-        elif replica.primary:
-            if record.lsn != log.lsn + 1:
-                raise Violation("log", f"shard {log.shard}: LSN {record.lsn} was applied after {log.lsn}")
-            log.entries.append(entry)
-            self._fold(log, replica, record)
-        else:  # a backup applies what it has accepted, before its primary may: it is judged by what comes next
+            self._same(log, record, replica.epoch, True)
             return
-        self._values(log, replica, record)
+        if record.lsn != log.lsn + 1:
+            raise Violation("log", f"shard {log.shard}: LSN {record.lsn} was applied after {log.lsn}")
+        log.entries.append(_Entry(record.body, _content(record), replica.epoch))
+        self._fold(log, replica, record)
+        for other, ahead in self._ahead.values():
+            if other.number == log.shard and record.lsn in ahead:
+                self._caught_up(log, other, *ahead.pop(record.lsn))
 
-    def _same(self, log: Log, replica: Replica, lsn: int, entry: _Entry) -> None:
-        known = log.entries[lsn - 1]
-        if known.body != entry.body or (known.content != entry.content and _whole(replica)):
+    def _caught_up(self, log: Log, replica: Replica, record: Record, epoch: int, values: dict[int, bytes]) -> None:
+        """The log has reached what a follower had applied. One that went astray must not go on from there."""
+        try:
+            self._same(log, record, epoch, _whole(replica))
+            self._compare(log, replica, record.lsn, values)
+        except Violation as violation:
+            self._astray[id(replica)] = violation
+
+    def _same(self, log: Log, record: Record, epoch: int, whole: bool) -> None:
+        known, content = log.entries[record.lsn - 1], _content(record)
+        if known.body != record.body or (known.content != content and whole):
             raise Violation(
-                "log", f"shard {log.shard}: LSN {lsn} is {known.body} of epoch {known.epoch}; a replica in epoch "
-                f"{entry.epoch} has {entry.body} there"
+                "log", f"shard {log.shard}: LSN {record.lsn} is {known.body} of epoch {known.epoch}; a replica in "
+                f"epoch {epoch} has {record.body} there"
             )  # fmt: skip
 
-    def _values(self, log: Log, replica: Replica, record: Record) -> None:
+    def _compare(self, log: Log, replica: Replica, lsn: int, values: dict[int, bytes]) -> None:
         """A replica that has everything holds what the log adds up to."""
-        number = getattr(record.body, "table", 0)
-        table = replica.tables.get(number)
-        if table is None or table.have is not None:
-            return
-        expected = log.folds[number].at(record.lsn)
-        if table.values.numpy().tobytes() != expected:
-            role = "primary" if replica.primary else "backup"
-            found = np.frombuffer(table.values.numpy().tobytes())
-            wrong = np.flatnonzero(found != np.frombuffer(expected))
+        for number, found in values.items():
+            fold = log.folds.get(number)
+            if fold is None or found == fold.at(lsn):
+                continue
+            if (astray := self._astray.get(id(replica))) is not None:
+                raise astray
+            expected, got = np.frombuffer(fold.at(lsn)), np.frombuffer(found)
+            wrong = np.flatnonzero(expected != got)
             raise Violation(
-                "fold", f"shard {log.shard}, table {number}: after LSN {record.lsn} ({type(record.body).__name__}) the "
-                f"{role} holds {found[wrong[:4]]} at elements {wrong[:4]}, the log says "
-                f"{np.frombuffer(expected)[wrong[:4]]}"
+                "fold", f"shard {log.shard}, table {number}: after LSN {lsn} "
+                f"({type(log.entries[lsn - 1].body).__name__}) the {'primary' if replica.primary else 'follower'} holds {got[wrong[:4]]} at elements {wrong[:4]}, "
+                f"the log says {expected[wrong[:4]]}"
             )  # fmt: skip
+        self._astray.pop(id(replica), None)
 
     def _fold(self, log: Log, replica: Replica, record: Record) -> None:
         body = record.body
@@ -198,6 +233,8 @@ class Oracles:
     def _prepare(self, log: Log, record: Record, body: r.Prepare) -> None:
         fold = log.folds[body.table]
         fold.prepared = _Prepared(body, _pieces(record, body.ranges), record.divide)
+        if not body.skip:
+            self._one_process(log, fold.prepared)
         if body.commit is not None:
             self._commit(log, body.commit, record.lsn)
 
@@ -222,9 +259,21 @@ class Oracles:
                     f"shard {other.shard} took {other.steps[body.table, body.clock]}"
                 )  # fmt: skip
 
-    def contributed(self, session: int, table: int, clock: int, gradient: Floats) -> None:
-        """A worker is about to push this as its step."""
-        self.sent[session, table, clock] = gradient.copy()
+    def contributed(self, session: int, table: int, clock: int, shard: int, gradient: Floats) -> None:
+        """A worker is about to push this to a shard as its step."""
+        self.sent[session, table, clock, shard] = gradient
+
+    def _one_process(self, log: Log, prepared: _Prepared) -> None:
+        """What the shard added up is what one process gets that adds in rank order, bit for bit."""
+        body = prepared.body
+        expected = np.zeros(log.folds[body.table].values.size)
+        for part in sorted(body.parts, key=lambda part: part.rank):
+            expected += self.sent[part.session, body.table, body.clock, log.shard]
+        for start, piece in prepared.total:
+            if piece.tobytes() != expected[start : start + piece.size].tobytes():
+                raise Violation(
+                    "bulk", f"shard {log.shard}, step {body.clock}: the sum differs from that of one process"
+                )  # fmt: skip
 
     # ---- answers ---------------------------------------------------------------------------------
 
@@ -261,25 +310,11 @@ class Oracles:
     def replica(self, replica: Replica, where: str) -> None:
         """A member of the last view, when all is quiet: it holds what the log adds up to."""
         log = self.log(replica.number)
-        if replica.lsn > log.lsn:
-            raise Violation("log", f"{where} has applied LSN {replica.lsn}, the primaries {log.lsn}")
+        if replica.lsn > log.lsn:  # it has accepted what its primary has not applied yet
+            return
         for number, table in replica.tables.items():
             if table.have is None and table.values.numpy().tobytes() != log.folds[number].at(replica.lsn):
                 raise Violation("fold", f"{where}: table {number} of shard {replica.number} at LSN {replica.lsn}")
-
-    def bulk_reference(self, table: int, starts: dict[int, tuple[int, int]]) -> None:
-        """Every step anew in one process, in rank order. ``starts``: of each shard, its slice of the flat gradient."""
-        for shard, (start, stop) in starts.items():
-            log = self.logs[shard]
-            values = np.zeros(stop - start)
-            steps = sorted((clock, who) for (number, clock), who in log.steps.items() if number == table)
-            for clock, who in steps:
-                total = np.zeros(stop - start)
-                for _, session in sorted(who):
-                    total += self.sent[session, table, clock][start:stop]
-                values += total
-            if steps and values.tobytes() != log.folds[table].newest[: values.nbytes]:
-                raise Violation("bulk", f"shard {shard}: the values differ from those of one process")
 
 
 @dataclass(slots=True)
@@ -316,6 +351,18 @@ class Ledger:
     @property
     def totals(self) -> tuple[int, int]:
         return sum(self.acknowledged.values()), sum(self.unknown.values())
+
+
+def _copy(record: Record) -> Record:
+    """A record to keep: its gradient's memory serves again."""
+    if record.gradient is None:
+        return record
+    return Record(record.lsn, record.body, record.gradient.clone(), record.base)
+
+
+def _values(replica: Replica) -> dict[int, bytes]:
+    """What a replica holds, of the tables that it has whole."""
+    return {n: t.values.numpy().tobytes() for n, t in replica.tables.items() if t.have is None}
 
 
 def _whole(replica: Replica) -> bool:

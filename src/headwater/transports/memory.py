@@ -134,6 +134,17 @@ class Region:
             at += piece.size
         self._address = address
 
+    def replace(self, start: int, piece: Piece | None, size: int) -> None:
+        """Map other memory over bytes ``start:start+size``, at the same addresses; ``None``: zeros of this process.
+
+        For a private mapping. Raises ``NotEnoughMemory``; the bytes are undefined then.
+        """
+        flags = mmap.MAP_PRIVATE | _MAP_FIXED | (mmap.MAP_ANONYMOUS if piece is None else 0)
+        fd, offset = (-1, 0) if piece is None else (piece.fd, piece.offset)
+        at = self._address + start
+        if size and _libc.mmap(at, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset) == _FAILED:
+            raise NotEnoughMemory(f"mapping {size} bytes failed: {os.strerror(ctypes.get_errno())}")
+
     @property
     def view(self) -> memoryview:
         return memoryview(self.buffer).cast("B")[: self.size]

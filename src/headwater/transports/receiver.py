@@ -9,7 +9,7 @@ import array
 import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from headwater.errors import LinkBroken, ProtocolError
 from headwater.wire.frames import MAX_BODY, Frame, check_payload, parse
@@ -45,30 +45,31 @@ class Receiver:
         """A payload has begun and not ended."""
         return self._rest is not None
 
-    def read(self, flags: int = 0) -> list[Arrived]:
-        """One receive call (with ``MSG_…`` flags); the frames it completed.
+    def read(self, flags: int = 0) -> Iterator[Arrived]:
+        """One receive call (with ``MSG_…`` flags); yields the frames that it completed.
+
+        A frame is looked at when the one before it has been dealt with, so ``landing`` may rely on what that one said.
 
         Raises ``BlockingIOError`` when nothing is there, ``LinkBroken`` at the end of the stream and
         ``ProtocolError`` for what FORMAT.md does not allow.
         """
         if self._rest is not None:
-            return self._read_payload(self._rest, flags)
-        count = self._recv(self._buffer[self._end :], flags)
-        self._end += count
-        frames: list[Arrived] = []
+            yield from self._read_payload(self._rest, flags)
+            return
+        self._end += self._recv(self._buffer[self._end :], flags)
         while self._frame is None and self._end > self._start:
             frame, at = parse(self._buffer, self._start, self._end, self.limit)
             if frame is None:
                 self._make_room(at)
                 break
             self._start = at
-            self._take(frame, frames)
+            if self._take(frame):
+                yield frame, self._take_fds()
         if self._start == self._end:
             self._start = self._end = 0
-        return frames
 
-    def _take(self, frame: Frame, frames: list[Arrived]) -> None:
-        """Put what is here of the payload in place; the frame is complete, or the rest is awaited."""
+    def _take(self, frame: Frame) -> bool:
+        """Put what is here of the payload in place; whether the frame is complete, or the rest is awaited."""
         length = frame.follows
         if length:
             target = self._landing(frame)
@@ -78,19 +79,19 @@ class Receiver:
             frame.payload = target
             if here < length:
                 self._frame, self._rest = frame, target[here:]
-                return
+                return False
             check_payload(frame)
-        frames.append((frame, self._take_fds()))
+        return True
 
-    def _read_payload(self, rest: memoryview, flags: int) -> list[Arrived]:
+    def _read_payload(self, rest: memoryview, flags: int) -> Iterator[Arrived]:
         count = self._recv(rest, flags)
         if count < len(rest):
             self._rest = rest[count:]
-            return []
+            return
         frame, self._frame, self._rest = self._frame, None, None
         assert frame is not None
         check_payload(frame)
-        return [(frame, self._take_fds())]
+        yield frame, self._take_fds()
 
     def _recv(self, target: memoryview, flags: int) -> int:
         try:

@@ -50,6 +50,8 @@ class Link(Protocol):
 
     shared: bool  # memory can be passed along it
 
+    @property
+    def error(self) -> HeadwaterError | None: ...  # what broke it
     def send(self, frame: Frame, fds: tuple[int, ...] = ()) -> None: ...
     def pump(self, done: Callable[[], bool], deadline: float) -> None: ...
     def prefetch(self, done: Callable[[], bool]) -> None: ...
@@ -100,7 +102,7 @@ def _shake_hands(sock: socket.socket, token: bytes) -> None:
 def _expect(receiver: Receiver, kind: Kind) -> Frame:
     frames: list[Arrived] = []
     while not frames:
-        frames = receiver.read()
+        frames += receiver.read()
     frame = frames[0][0]
     if frame.kind == Kind.ERROR:
         raise m.read_error(frame.body)
@@ -137,6 +139,11 @@ class StreamLink:
         tick = struct.pack("ll", int(TICK), int(TICK % 1 * 1e6))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND, 0))
+
+    @property
+    def error(self) -> HeadwaterError | None:
+        """What broke the link, if anything has."""
+        return self._error
 
     # ---- sending -------------------------------------------------------------------------------
 

@@ -42,6 +42,9 @@ class Kind(IntEnum):
     PULL = 18
     DATA = 19
     ASSIGN = 20
+    RECORD = 21
+    STATE = 22
+    ACCEPT = 23
 
 
 class Flag:
@@ -97,7 +100,18 @@ class Outgoing(NamedTuple):
     close: bool = False
 
 
-_CARRIERS = frozenset({Kind.PUSH, Kind.DATA, Kind.ASSIGN})
+class Dial(NamedTuple):
+    """An instruction of a state machine: connect to another server, and say what became of it under ``key``."""
+
+    key: int
+    address: str
+    local: str
+    host: str
+
+
+Instruction = Outgoing | Dial
+
+_CARRIERS = frozenset({Kind.PUSH, Kind.DATA, Kind.ASSIGN, Kind.RECORD, Kind.STATE})
 
 
 def checksum(payload: Buffer) -> int:

@@ -32,8 +32,33 @@ class Proof(msgspec.Struct, frozen=True):
 # ---- client or server -> coordinator ----------------------------------------------------------
 
 
+class Commit(msgspec.Struct, frozen=True, tag="commit"):
+    """Apply a bulk step. ``scale`` is the global clip factor, if it clips."""
+
+    table: int
+    clock: int
+    members: int
+    skip: bool
+    norm: float | None = None
+    scale: float | None = None
+
+
+class Hosted(msgspec.Struct, frozen=True):
+    """A replica on a server. ``commits``: the last bulk step of each table that it applied."""
+
+    shard: int
+    epoch: int
+    role: str  # primary, backup or learner
+    lsn: int
+    commits: tuple[Commit, ...] = ()
+
+
 class Join(msgspec.Struct, frozen=True, tag="join"):
-    """Become a member. ``session`` is the random incarnation that the process drew at its start."""
+    """Become a member. ``session`` is the random incarnation that the process drew at its start.
+
+    ``resume``: it was a member before its connection broke or the coordinator restarted. A server then says in
+    ``hosted`` what it holds.
+    """
 
     role: str
     session: int
@@ -43,6 +68,9 @@ class Join(msgspec.Struct, frozen=True, tag="join"):
     world: int | None = None
     address: str = ""  # servers: where clients reach them over TCP
     local: str = ""  # servers: where clients of the same host reach them
+    resume: bool = False
+    server: int = -1  # servers that resume: the number they were given
+    hosted: tuple[Hosted, ...] = ()
 
 
 class Leave(msgspec.Struct, frozen=True, tag="leave"):
@@ -58,7 +86,26 @@ class Initialised(msgspec.Struct, frozen=True, tag="initialised"):
 
 
 class Barrier(msgspec.Struct, frozen=True, tag="barrier"):
+    """``turn``: how often this worker has waited at this name, from 1, so that asking again is harmless."""
+
     name: str
+    turn: int
+
+
+class Find(msgspec.Struct, frozen=True, tag="find"):
+    """Who serves this shard now? Answered by its ``ShardView``."""
+
+    shard: int
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """Move every shard off a server. Answered by ``Done`` when nothing is left on it."""
+
+    server: int
+
+
+class TakeSnapshot(msgspec.Struct, frozen=True, tag="take_snapshot"):
+    """Write a snapshot now. Answered by ``SnapshotTaken`` when it is durable."""
 
 
 class Status(msgspec.Struct, frozen=True, tag="status"):
@@ -68,8 +115,8 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
 # ---- coordinator -> client --------------------------------------------------------------------
 
 
-class ShardView(msgspec.Struct, frozen=True):
-    """Who serves a shard, and under which epoch."""
+class ShardView(msgspec.Struct, frozen=True, tag="shard_view"):
+    """Who serves a shard, and under which epoch. While nobody does, ``address`` is empty."""
 
     shard: int
     epoch: int
@@ -83,6 +130,8 @@ class Joined(msgspec.Struct, frozen=True, tag="joined"):
     world: int
     heartbeat: float  # seconds between heartbeats
     views: tuple[ShardView, ...]
+    members: int = 0  # the membership epoch
+    durable: bool = False  # the coordinator comes back after a crash
 
 
 class Declared(msgspec.Struct, frozen=True, tag="declared"):
@@ -96,19 +145,39 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     pass
 
 
+class SnapshotTaken(msgspec.Struct, frozen=True, tag="snapshot_taken"):
+    path: str
+    nbytes: int
+    seconds: float
+
+
 class ServerStatus(msgspec.Struct, frozen=True):
-    shard: int
+    server: int
     address: str
     pid: int
-    state: str
-    tables: int
+    state: str  # alive, draining or dead
+    primaries: tuple[int, ...]  # shards
+    backups: tuple[int, ...]
+    learners: tuple[int, ...]
     nbytes: int
     sessions: int
-    epoch: int
-    lsn: int
     pushed_bytes: int
     pulled_bytes: int
     uptime: float
+
+
+class ShardStatus(msgspec.Struct, frozen=True):
+    """``lag``: records that the slowest backup or learner has yet to accept. ``copies`` of ``wanted``."""
+
+    shard: int
+    epoch: int
+    primary: int  # server, or -1: nobody serves it
+    backups: tuple[int, ...]
+    learners: tuple[int, ...]
+    lsn: int
+    lag: int
+    copies: int
+    wanted: int
 
 
 class WorkerStatus(msgspec.Struct, frozen=True):
@@ -140,7 +209,10 @@ class ClusterStatus(msgspec.Struct, frozen=True, tag="cluster"):
 
     uptime: float
     membership: int
+    replicas: int
+    min_copies: int
     servers: tuple[ServerStatus, ...]
+    shards: tuple[ShardStatus, ...]
     workers: tuple[WorkerStatus, ...]
     tables: tuple[TableStatus, ...]
 
@@ -148,13 +220,104 @@ class ClusterStatus(msgspec.Struct, frozen=True, tag="cluster"):
 # ---- coordinator <-> server -------------------------------------------------------------------
 
 
-class Welcome(msgspec.Struct, frozen=True, tag="serve"):
-    """Coordinator to a server that joined: the shard it serves."""
+class Endpoint(msgspec.Struct, frozen=True):
+    """A server, and where it listens."""
+
+    server: int
+    address: str
+    local: str
+    host: str
+
+
+class View(msgspec.Struct, frozen=True, tag="view"):
+    """Who holds a shard. Durable at the coordinator before anybody hears of it.
+
+    ``backups`` are in sync: what is acknowledged, they have. ``learners`` are being brought up to date.
+    """
 
     shard: int
-    shards: int
     epoch: int
+    primary: Endpoint | None
+    backups: tuple[Endpoint, ...] = ()
+    learners: tuple[Endpoint, ...] = ()
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="serve"):
+    """Coordinator to a server that joined: its number, and the rules of the cluster."""
+
+    server: int
+    shards: int
+    replicas: int
+    min_copies: int
+    ack: str  # memory or disk
     heartbeat: float
+    durable: bool = False  # the coordinator comes back after a crash: wait for it
+
+
+class Synced(msgspec.Struct, frozen=True, tag="synced"):
+    """Primary to coordinator: this learner has everything; make it a backup."""
+
+    shard: int
+    epoch: int
+    server: int
+    lsn: int
+
+
+class Suspect(msgspec.Struct, frozen=True, tag="suspect"):
+    """Primary to coordinator: this backup or learner does not answer; go on without it."""
+
+    shard: int
+    epoch: int
+    server: int
+    why: str
+
+
+class Follow(msgspec.Struct, frozen=True, tag="follow"):
+    """Backup or learner to primary: send me what comes after ``lsn``.
+
+    ``tail``: the last record that it knows and has not applied, if it was the primary itself.
+    """
+
+    shard: int
+    epoch: int
+    server: int
+    lsn: int
+    tail: int = 0
+
+
+class Following(msgspec.Struct, frozen=True, tag="following"):
+    """``whole``: the state comes first, forget yours; else the records after ``lsn``.
+
+    ``since``: the epoch in which the primary became it, and its log began to be the shard's.
+    """
+
+    epoch: int
+    lsn: int
+    whole: bool
+    since: int = 0
+
+
+class Cut(msgspec.Struct, frozen=True, tag="cut"):
+    """Take part in a snapshot: of each table (number, clock) right after that bulk step, of others now."""
+
+    snapshot: int
+    shard: int
+    folder: str
+    clocks: tuple[tuple[int, int], ...]
+
+
+class CutDone(msgspec.Struct, frozen=True, tag="cut_done"):
+    """A shard's part of a snapshot is written and synced, or ``error`` says why not."""
+
+    snapshot: int
+    shard: int
+    file: str = ""
+    nbytes: int = 0
+    sha256: str = ""
+    lsn: int = 0
+    clocks: tuple[tuple[int, int], ...] = ()
+    pause: float = 0.0  # seconds in which the shard did nothing else
+    error: str = ""
 
 
 class Create(msgspec.Struct, frozen=True, tag="create"):
@@ -174,12 +337,17 @@ class Drop(msgspec.Struct, frozen=True, tag="drop"):
 
 
 class Members(msgspec.Struct, frozen=True, tag="members"):
-    """The workers that a step needs. ``lost`` is the last epoch that a death began."""
+    """The workers that a step needs. ``lost`` is the last epoch that a death began.
+
+    ``sessions``: those of the workers that are there; one that was opened under this epoch or an earlier one
+    and is not among them has ended.
+    """
 
     epoch: int
     ranks: tuple[int, ...]
     lost: int
     reason: str = ""
+    sessions: tuple[int, ...] = ()
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -193,41 +361,35 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     skip: bool
 
 
-class Commit(msgspec.Struct, frozen=True, tag="commit"):
-    """Apply a bulk step. ``scale`` is the global clip factor, if it clips."""
-
-    table: int
-    clock: int
-    members: int
-    skip: bool
-    norm: float | None = None
-    scale: float | None = None
-
-
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     clock: int = 0
     pushed_bytes: int = 0
     pulled_bytes: int = 0
     staleness: int = 0
-    lsn: int = 0
     nbytes: int = 0
     sessions: int = 0
     tables: tuple[tuple[int, int], ...] = ()  # (table, clock)
+    shards: tuple[tuple[int, int, int], ...] = ()  # (shard, LSN, lag) of those it is the primary of
+    server: int = -1  # servers, whose heartbeats have a connection of their own
 
 
 # ---- client -> server ---------------------------------------------------------------------------
 
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
-    """Begin or resume a session on a shard."""
+    """Begin or resume a session on a shard. ``members``: the membership epoch that the client knows."""
 
     session: int
     rank: int  # -1: a reader, it contributes to no step
     shard: int
+    members: int = 0
 
 
 class Opened(msgspec.Struct, frozen=True, tag="opened"):
-    seq: int  # the last push of this session that was applied
+    """``lsn``: of the shard."""
+
+    epoch: int
+    lsn: int
 
 
 class Attach(msgspec.Struct, frozen=True, tag="attach"):
@@ -236,6 +398,7 @@ class Attach(msgspec.Struct, frozen=True, tag="attach"):
     table: int
     shared: bool
     size: int = 0  # bytes of the gradient memory: the table's address space
+    base: int = 1  # the first push that is not acknowledged, or the next; those before are done with, or given up
 
 
 class Attached(msgspec.Struct, frozen=True, tag="attached"):
@@ -244,6 +407,7 @@ class Attached(msgspec.Struct, frozen=True, tag="attached"):
     lsn: int
     clock: int
     size: int = 0
+    seq: int = 0  # the last push of this session to the table that was applied
 
 
 class Slots(msgspec.Struct, frozen=True, tag="slots"):
@@ -292,9 +456,38 @@ class ErrorBody(msgspec.Struct, frozen=True):
     message: str
 
 
-Request = Join | Leave | Declare | Initialised | Barrier | Status | Create | Open | Attach | Slots | SlotPart
-Reply = Joined | Welcome | Declared | Done | ClusterStatus | Created | Opened | Attached | SlotPart
-Notice = Members | Ready | Commit | Heartbeat | Drop
+Request = (
+    Join
+    | Leave
+    | Declare
+    | Initialised
+    | Barrier
+    | Status
+    | Find
+    | Drain
+    | TakeSnapshot
+    | Create
+    | Open
+    | Attach
+    | Slots
+    | SlotPart
+    | Follow
+)
+Reply = (
+    Joined
+    | Welcome
+    | Declared
+    | Done
+    | ClusterStatus
+    | ShardView
+    | SnapshotTaken
+    | Created
+    | Opened
+    | Attached
+    | SlotPart
+    | Following
+)
+Notice = Members | Ready | Commit | Heartbeat | Drop | View | Synced | Suspect | Cut | CutDone
 
 _encoder = msgspec.msgpack.Encoder()
 _request = msgspec.msgpack.Decoder(Request)

@@ -24,6 +24,9 @@ from headwater.errors import DeadlineExceeded, InternalError
 BLOCK = 4 << 20
 """Bytes of each region that are copied at a time."""
 
+_TOUCH = 256 << 10
+"""Bytes of fresh memory that are written at a time: what the owner may have to wait for."""
+
 Allocate = Callable[[int], torch.Tensor]
 """Makes that many bytes: uint8, 1-D, of any content."""
 
@@ -203,13 +206,29 @@ class Cut:
                 self._turn.notify_all()
 
     def _touch(self) -> None:
+        """Write to every page once. A block is claimed meanwhile: zeros must not come after a copy."""
         pairs = self._pairs
         for block in range(self._blocks):
-            if self._begun or self._dropped:
-                return
+            with self._turn:
+                if self._begun or self._dropped:
+                    return
+                self._marks[block] = _BUSY
             for copy, _ in pairs:
-                copy[block * self._block : (block + 1) * self._block].fill(0)
+                self._clear(copy[block * self._block : (block + 1) * self._block])
+            with self._turn:
+                begun = self._begun
+                if not begun:
+                    self._marks[block] = _TODO
+            if begun:
+                self._copy(block)
+                return
             self._touched = block + 1
+
+    def _clear(self, memory: np.ndarray) -> None:
+        for at in range(0, len(memory), _TOUCH):
+            if self._begun:
+                return
+            memory[at : at + _TOUCH].fill(0)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

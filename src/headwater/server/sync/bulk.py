@@ -16,23 +16,13 @@ class Part:
     """One worker's contribution: byte ranges as they came, and whether the step is ended."""
 
     session: int
+    members: int = 0  # the membership epoch under which it was pushed
     ranges: list[tuple[int, int]] = field(default_factory=list)
     seq: int = 0
     ended: bool = False
     skip: bool = False
     wants: bool = False  # send fresh values after the commit
     gradients: torch.Tensor | None = None  # kept here: once READY is said, the step no longer needs the connection
-
-
-def union(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Sorted, with neighbours joined; overlapping ranges count once."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in sorted(ranges):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(joined[-1][1], stop))
-        else:
-            joined.append((start, stop))
-    return tuple(joined)
 
 
 class Gathering:
@@ -46,10 +36,11 @@ class Gathering:
         self.parts: dict[int, Part] = {}
         self.announced = False  # READY was said for the pending step
 
-    def part(self, rank: int, session: int) -> Part:
+    def part(self, rank: int, session: int, members: int) -> Part:
+        """What this worker has contributed. Pushed again under a newer membership, a contribution begins anew."""
         found = self.parts.get(rank)
-        if found is None or found.session != session:
-            found = self.parts[rank] = Part(session)
+        if found is None or found.session != session or found.members < members:
+            found = self.parts[rank] = Part(session, members)
         return found
 
     def complete(self) -> bool:
@@ -60,21 +51,13 @@ class Gathering:
         """The parts of the ranks that the step needs, in rank order."""
         return [part for rank, part in sorted(self.parts.items()) if rank in self.ranks]
 
-    def forget(self, rank: int, session: int) -> None:
-        """The connection of a worker ended. Its part goes, unless READY was said with it: then all shards decide."""
-        part = self.parts.get(rank)
-        if part is not None and part.session == session and not self.announced:
-            del self.parts[rank]
-
     def members_changed(self, epoch: int, ranks: tuple[int, ...], lost: int) -> list[Part]:
         """Returns the parts that a death made void: their workers must be told."""
         self.members, self.ranks, self.announced = epoch, ranks, False
-        if lost <= self.lost:
-            self.parts = {rank: part for rank, part in self.parts.items() if rank in ranks}
-            return []
-        self.lost = lost
-        void, self.parts = [p for r, p in self.parts.items() if r in ranks], {}
-        return void
+        self.lost = max(self.lost, lost)
+        seated = {rank: part for rank, part in self.parts.items() if rank in ranks}
+        self.parts = {rank: part for rank, part in seated.items() if part.members >= self.lost}
+        return [part for part in seated.values() if part.members < self.lost]
 
     def finish(self) -> list[Part]:
         """The step is decided: its parts in rank order; the next step begins."""

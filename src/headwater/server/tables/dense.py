@@ -9,9 +9,10 @@ import torch
 from headwater.errors import ShapeMismatch, UnknownOptimizer
 from headwater.server.tables import initialise, norms
 from headwater.server.tables.generic import Generic, Slot, copy_part, no_slot
-from headwater.server.tables.kernels import FLAT, Kernel, Tensors, kernel
+from headwater.server.tables.kernels import FLAT, Kernel, Tensors, accumulator, aggregate, kernel
 from headwater.server.tables.plan import (
     ALIGNMENT,
+    BLOCK,
     Contribution,
     GroupKey,
     Manner,
@@ -147,6 +148,78 @@ class DenseShard:
             ShapeMismatch: a contribution does not fit the shard.
         """
         return norms.square_norm(self._planner.plan(contributions), contributions, divide, self._memory)
+
+    def aggregate(self, contributions: Sequence[Contribution], divide: int, out: torch.Tensor) -> None:
+        """Write the aggregate gradient (before any scale) to ``out``: uint8, laid out as the values.
+
+        ``apply`` of it alone gives the bits that ``apply`` of the contributions gives.
+
+        Raises:
+            ShapeMismatch: a contribution does not fit the shard.
+        """
+        for run in self._planner.plan(contributions).runs:
+            sources = [source(run, contributions[owner]) for owner in run.owners]
+            total = out[run.lo : run.hi].view(run.dtype)
+            for lo in range(0, min(map(len, sources)), BLOCK):
+                parts = [part[lo : lo + BLOCK] for part in sources]
+                have = min(map(len, parts))
+                self._aggregate_block(total[lo : lo + have], [part[:have] for part in parts], divide)
+
+    def _aggregate_block(self, out: torch.Tensor, parts: Tensors, divide: int) -> None:
+        wide = accumulator(out.dtype)
+        if wide is out.dtype:
+            aggregate(out, parts, divide, None)
+        else:
+            scratch = self._memory.scratch(wide)[: len(out)]
+            aggregate(scratch, parts, divide, None)
+            out.copy_(scratch)
+
+    def regions(self) -> dict[str, torch.Tensor]:
+        """The bytes of values and slots (uint8, equal offsets); a generic optimizer's slots are not among them."""
+        return {"value": self._memory.values, **self._memory.slots}
+
+    def counts(self) -> list[int]:
+        """Steps taken by each segment that holds elements."""
+        return self._planner.counts()
+
+    def read_block(self, start: int, stop: int) -> tuple[list[int], list[Slot]]:
+        """The optimizer state of bytes ``start:stop`` (whole segments): counts per segment, and slots.
+
+        With the values of the same bytes it is all there is to know about them: ``write_block`` is the inverse.
+        Slots of a flat optimizer are (-1, name, start, uint8); tensors are views.
+        """
+        inside = [i for i, s in enumerate(self._planner.segments) if start <= s.offset < stop]
+        counts = self._planner.counts()
+        kept = [counts[i] for i in inside]
+        if self._generic is not None:
+            return kept, self._generic.read_block(start, stop)
+        return kept, [(-1, name, start, memory[start:stop]) for name, memory in self._memory.slots.items()]
+
+    def write_block(self, start: int, stop: int, counts: Sequence[int], slots: Sequence[Slot]) -> None:
+        """Set what ``read_block`` gave.
+
+        Raises:
+            ShapeMismatch: it does not fit this shard.
+        """
+        inside = [i for i, s in enumerate(self._planner.segments) if start <= s.offset < stop]
+        if len(inside) != len(counts):
+            raise ShapeMismatch(f"state of {len(counts)} segments for bytes {start}:{stop}, which hold {len(inside)}")
+        merged = self._planner.counts()
+        for index, count in zip(inside, counts, strict=True):
+            merged[index] = count
+        self._planner.set_counts(merged)
+        if self._generic is not None:
+            self._generic.write_block(start, stop, slots)
+            return
+        for _, name, _, tensor in slots:
+            if name not in self._memory.slots:
+                self._memory.slots[name] = torch.zeros(self.size, dtype=torch.uint8)
+            self._memory.slots[name][start:stop] = tensor
+
+    @property
+    def groups(self) -> list[dict[str, Hyper]]:
+        """The hyperparameters of each group, complete."""
+        return self._groups
 
     @property
     def slot_names(self) -> tuple[str, ...]:

@@ -105,6 +105,33 @@ class Generic:
                 if part.parameter == parameter:
                     self._write_part(batch, part, name, start, tensor)
 
+    def read_block(self, start: int, stop: int) -> list[Slot]:
+        """The state of the parts in bytes ``start:stop``: (shard-local byte of the part, name, 0, tensor)."""
+        return [
+            (part.offset, name, 0, torch.as_tensor(value))
+            for batch in self._batches
+            for part in batch.parts
+            if start <= part.offset < stop
+            for name, value in batch.optimizer.state.get(part.tensor, {}).items()
+        ]
+
+    def write_block(self, start: int, stop: int, slots: Sequence[Slot]) -> None:
+        """Set what ``read_block`` gave; parts that it did not name have no state yet."""
+        places = {part.offset: (batch, part) for batch in self._batches for part in batch.parts}
+        for batch, part in places.values():
+            if start <= part.offset < stop:
+                batch.optimizer.state.pop(part.tensor, None)
+        for offset, name, _, tensor in slots:
+            if offset not in places:
+                raise ShapeMismatch(f"slot {name!r} for byte {offset}, where no part of this shard begins")
+            batch, part = places[offset]
+            state = batch.optimizer.state[part.tensor]
+            if not state:
+                state.update(self._blank(part))
+            if name not in state:
+                raise no_slot(self._spec, part.parameter, name, tuple(state))
+            state[name] = tensor.clone() if isinstance(state[name], torch.Tensor) else tensor.item()
+
     def reset_slots(self) -> None:
         """See ``DenseShard.reset_slots``."""
         self._batches = self._batched()

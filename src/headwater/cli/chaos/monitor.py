@@ -1,0 +1,80 @@
+"""What the coordinator says of the cluster, a few times a second, asked directly and not through a proxy."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from dataclasses import dataclass
+
+from headwater.errors import HeadwaterError, LinkBroken
+from headwater.transports.address import Address
+from headwater.transports.receiver import Receiver
+from headwater.transports.stream import connect
+from headwater.wire import messages as m
+from headwater.wire.frames import Frame, Kind, encode
+
+PERIOD = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """One answer, and when it was asked for."""
+
+    asked: float
+    status: m.ClusterStatus
+
+    @property
+    def redundant(self) -> bool:
+        """Every shard has all its copies, and nobody is still learning."""
+        shards = self.status.shards
+        return bool(shards) and all(s.primary >= 0 and s.copies >= s.wanted for s in shards)
+
+
+class Monitor:
+    """Asks in a thread of its own: a coordinator that hangs does not hang the run."""
+
+    def __init__(self, address: Address, token: bytes) -> None:
+        self.sight: Sight | None = None
+        self.problem = ""
+        self._address, self._token = address, token
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="headwater-monitor", daemon=True)
+        self._thread.start()
+
+    def redundant_since(self, moment: float) -> bool:
+        """Whether an answer to a question asked after ``moment`` said that nothing is missing."""
+        return self.sight is not None and self.sight.asked > moment and self.sight.redundant
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(5.0)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                with contextlib.closing(connect(self._address, self._token, 1.0)) as sock:
+                    self._ask(sock)
+            except (HeadwaterError, OSError) as error:
+                self.problem = f"{type(error).__name__}: {error}"
+            self._stop.wait(PERIOD)
+
+    def _ask(self, sock: socket.socket) -> None:
+        sock.settimeout(2.0)
+        receiver = Receiver(sock, lambda frame: memoryview(b""))
+        number = 0
+        while not self._stop.is_set():
+            number += 1
+            asked = time.monotonic()
+            sock.sendall(encode(Frame(Kind.REQUEST, seq=number, body=m.pack(m.Status()))))
+            frames = []
+            while not frames:
+                frames = receiver.read()
+            reply = frames[0][0]
+            if reply.kind != Kind.REPLY:
+                raise LinkBroken(f"{reply.kind.name} to a question for the status")
+            status = m.unpack_reply(reply.body)
+            if isinstance(status, m.ClusterStatus):
+                self.sight = Sight(asked, status)
+            self._stop.wait(PERIOD)

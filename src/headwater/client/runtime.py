@@ -1,0 +1,44 @@
+"""Time and threads of a client, so that a simulator can have its own."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Runtime(Protocol):
+    """What a client needs of the machine it runs on."""
+
+    def now(self) -> float: ...
+    def sleep(self, seconds: float) -> None: ...
+    def every(self, period: float, act: Callable[[], None]) -> Callable[[], None]: ...
+    def token(self) -> int: ...
+
+
+class Threads:
+    """The real one."""
+
+    def now(self) -> float:
+        """Seconds; only differences mean anything."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def every(self, period: float, act: Callable[[], None]) -> Callable[[], None]:
+        """Call ``act`` every ``period`` seconds on a thread, until the returned function is called."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(period):
+                act()
+
+        threading.Thread(target=beat, name="headwater-heartbeat", daemon=True).start()
+        return stop.set
+
+    def token(self) -> int:
+        """63 random bits: a session's number, which nobody else guesses."""
+        return secrets.randbits(63)

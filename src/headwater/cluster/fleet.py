@@ -1,0 +1,278 @@
+"""Servers and views: who holds which shard. Pure: events in, new views out; the clock is passed in.
+
+The rules (docs/reliability.md proves them):
+
+- a primary is replaced only by a backup, which is in sync by definition;
+- a server becomes a backup when the primary says that it has everything (``synced``);
+- a server leaves a view when it is dead, suspected by the primary, drained, or one too many;
+- every change is a new epoch, durable before anybody hears of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from headwater.errors import ClusterError, UsageError
+from headwater.wire import messages as m
+
+SILENCE = 1.0  # seconds without a heartbeat until another server takes over
+
+
+@dataclass(slots=True)
+class Member:
+    """One server process."""
+
+    number: int
+    peer: int | None
+    join: m.Join
+    since: float
+    heard: float
+    report: m.Heartbeat
+    alive: bool = True
+    draining: bool = False
+
+    @property
+    def endpoint(self) -> m.Endpoint:
+        return m.Endpoint(self.number, self.join.address, self.join.local, self.join.host)
+
+
+class Fleet:
+    """``expected`` servers must have joined before there are views. ``views`` by shard."""
+
+    def __init__(self, expected: int, shards: int, replicas: int, silence: float = SILENCE) -> None:
+        if expected < 1:
+            raise UsageError(f"a cluster needs at least one server, not {expected}")
+        if shards < 1:
+            raise UsageError(f"a cluster needs at least one shard, not {shards}")
+        if not 1 <= replicas <= expected:
+            raise UsageError(f"{replicas} replicas need as many servers; {expected} were asked for")
+        self.expected, self.shards, self.replicas, self.silence = expected, shards, replicas, silence
+        self.servers: dict[int, Member] = {}
+        self.views: dict[int, m.View] = {}
+        self.frozen_until = 0.0  # after a restart nobody is declared dead before the servers could come back
+        self._next = 0
+        self._changed: dict[int, m.View] = {}  # by shard: the view before the first change of this turn
+
+    # ---- events ----------------------------------------------------------------------------------
+
+    def join(self, peer: int, join: m.Join, now: float) -> Member:
+        """A new server, or one that comes back after its connection broke. Raises ``ClusterError``."""
+        if join.resume and join.server >= 0:
+            return self._resume(peer, join, now)
+        member = Member(self._next, peer, join, now, now, m.Heartbeat())
+        self._next += 1
+        self.servers[member.number] = member
+        return member
+
+    def _resume(self, peer: int, join: m.Join, now: float) -> Member:
+        known = self.servers.get(join.server)
+        if known is None or known.join.session not in (0, join.session):
+            raise ClusterError(
+                f"server {join.server} is another process now, or is not known here; join as a new server"
+            )
+        known.peer, known.join, known.heard, known.alive = peer, join, now, True
+        return known
+
+    def heard(self, server: int, report: m.Heartbeat, now: float) -> None:
+        """A heartbeat. A server that was only slow is alive again; views that went on without it stay as they are."""
+        member = self.servers.get(server)
+        if member is not None:
+            member.heard, member.report = now, report
+            member.alive = member.peer is not None
+
+    def disconnected(self, peer: int) -> Member | None:
+        """The control connection of a server ended, as it does at once when its process dies."""
+        for member in self.servers.values():
+            if member.peer == peer:
+                member.peer, member.alive = None, False
+                return member
+        return None
+
+    def tick(self, now: float) -> list[Member]:
+        """Declares silent servers dead; returns them."""
+        if now < self.frozen_until:
+            return []
+        dead = [s for s in self.servers.values() if s.alive and now - s.heard > self.silence]
+        for member in dead:
+            member.alive = False
+        return dead
+
+    def synced(self, message: m.Synced, sender: int) -> None:
+        """The primary says that a learner has everything."""
+        view = self.views.get(message.shard)
+        if view is None or view.primary is None or view.primary.server != sender or view.epoch != message.epoch:
+            return
+        found = [x for x in view.learners if x.server == message.server]
+        if found:
+            learners = tuple(x for x in view.learners if x.server != message.server)
+            self._change(view, backups=(*view.backups, *found), learners=learners)
+
+    def suspect(self, message: m.Suspect, sender: int) -> None:
+        """The primary does not hear from a follower: it may go on without it."""
+        view = self.views.get(message.shard)
+        if view is None or view.primary is None or view.primary.server != sender:
+            return
+        self._without(view, message.server)
+
+    def drain(self, server: int) -> None:
+        """Move everything off a server. Raises ``ClusterError`` if it is unknown or the last one."""
+        member = self.servers.get(server)
+        if member is None or not member.alive:
+            raise ClusterError(f"server {server} is not there; nothing was moved")
+        if not any(s.alive and not s.draining and s is not member for s in self.servers.values()):
+            raise ClusterError(f"server {server} is the only one: start another (headwater add-server) before it goes")
+        member.draining = True
+
+    def empty(self, server: int) -> bool:
+        """Whether nothing is left on a server."""
+        return not any(server in _members(view) for view in self.views.values())
+
+    # ---- views -----------------------------------------------------------------------------------
+
+    def _change(self, view: m.View, **what: object) -> m.View:
+        self._changed.setdefault(view.shard, view)
+        new = msgspec.structs.replace(view, epoch=view.epoch + 1, **what)
+        self.views[view.shard] = new
+        return new
+
+    def _without(self, view: m.View, server: int) -> m.View:
+        backups = tuple(x for x in view.backups if x.server != server)
+        learners = tuple(x for x in view.learners if x.server != server)
+        return self._change(view, backups=backups, learners=learners)
+
+    def begin(self) -> bool:
+        """The first views, once enough servers are there: shard k on server k, copies on the next ones."""
+        if self.views or len(self.servers) < self.expected:
+            return bool(self.views)
+        order = sorted(self.servers)
+        for shard in range(self.shards):
+            chosen = [self.servers[order[(shard + i) % len(order)]].endpoint for i in range(self.replicas)]
+            self.views[shard] = m.View(shard, 1, chosen[0], tuple(chosen[1:]))
+            self._changed[shard] = m.View(shard, 0, None)
+        return True
+
+    def plan(self) -> list[tuple[m.View, m.View]]:
+        """Bring the views in line with who is there; (before, now) of every view that changed this turn."""
+        for shard in list(self.views):
+            self._repair(shard)
+        self._balance()
+        changed, self._changed = self._changed, {}
+        return [(old, self.views[shard]) for shard, old in sorted(changed.items())]
+
+    def _up(self, server: int) -> bool:
+        member = self.servers.get(server)
+        return member is not None and member.alive
+
+    def _stays(self, server: int) -> bool:
+        return self._up(server) and not self.servers[server].draining
+
+    def _repair(self, shard: int) -> None:
+        view = self.views[shard]
+        assert view.primary is not None
+        if not self._up(view.primary.server):
+            heir = next((x for x in view.backups if self._up(x.server)), None)
+            if heir is None:
+                return  # nobody else has it: wait for the primary to come back
+            rest = tuple(x for x in view.backups if x != heir and self._up(x.server))
+            view = self._change(view, primary=heir, backups=rest, learners=())
+        for x in (*view.backups, *view.learners):
+            if not self._up(x.server):
+                view = self._without(view, x.server)
+        self._copies(view)
+
+    def _copies(self, view: m.View) -> None:
+        """Enough copies on servers that stay; then let go of those that are too many."""
+        assert view.primary is not None
+        copies = [view.primary, *view.backups]
+        staying = [x for x in copies if self._stays(x.server)]
+        coming = [x for x in view.learners if self._stays(x.server)]
+        wanted = min(self.replicas, sum(self._stays(s) for s in self.servers))
+        if len(staying) + len(coming) < wanted:
+            chosen = self._least_loaded(_members(view))
+            if chosen is not None:
+                self._change(view, learners=(*view.learners, chosen.endpoint))
+            return
+        leaving = [x for x in copies if not self._stays(x.server)]
+        if len(staying) >= max(1, wanted) and leaving:
+            self._dismiss(view, leaving[0], staying)
+        elif not leaving and len(copies) > self.replicas:
+            most = max(copies, key=lambda x: self._load(x.server))
+            self._dismiss(view, most, [x for x in copies if x != most])
+
+    def _dismiss(self, view: m.View, who: m.Endpoint, staying: list[m.Endpoint]) -> None:
+        """A primary hands over first and goes when its heir leads."""
+        if who != view.primary:
+            self._without(view, who.server)
+            return
+        heir = min((x for x in staying if x != who), key=lambda x: self._primaries(x.server))
+        self._hand_over(view, heir)
+
+    def _hand_over(self, view: m.View, heir: m.Endpoint) -> None:
+        """Both live: the old primary is a backup of the new one, and in sync."""
+        assert view.primary is not None
+        backups = (view.primary, *(x for x in view.backups if x != heir))
+        self._change(view, primary=heir, backups=backups)
+
+    def _balance(self) -> None:
+        """While all is redundant: one replica, or one primary, from the most to the least loaded server."""
+        if not self.views or any(v.learners or len(v.backups) + 1 < self.replicas for v in self.views.values()):
+            return
+        stay = [s for s in self.servers if self._stays(s)]
+        if len(stay) < 2 or self._changed:
+            return
+        most, least = max(stay, key=self._load), min(stay, key=self._load)
+        if self._load(most) - self._load(least) >= 2:
+            shard = next((v for v in self.views.values() if most in _members(v) and least not in _members(v)), None)
+            if shard is not None:
+                self._change(shard, learners=(self.servers[least].endpoint,))
+            return
+        for view in self.views.values():
+            assert view.primary is not None
+            for backup in view.backups:
+                if self._primaries(view.primary.server) - self._primaries(backup.server) >= 2:
+                    self._hand_over(view, backup)
+                    return
+
+    def _load(self, server: int) -> int:
+        return sum(server in _members(view) for view in self.views.values())
+
+    def _primaries(self, server: int) -> int:
+        return sum(v.primary is not None and v.primary.server == server for v in self.views.values())
+
+    def _least_loaded(self, taken: set[int]) -> Member | None:
+        free = [s for n, s in self.servers.items() if n not in taken and self._stays(n)]
+        return min(free, key=lambda s: self._load(s.number), default=None)
+
+    # ---- what must be durable --------------------------------------------------------------------
+
+    def restore(self, views: list[m.View], now: float, grace: float) -> None:
+        """After a restart: the views stand; their servers have ``grace`` seconds to come back."""
+        self.frozen_until = now + grace
+        for view in views:
+            self.views[view.shard] = view
+            for x in (*([view.primary] if view.primary else []), *view.backups, *view.learners):
+                if x.server not in self.servers:
+                    join = m.Join("server", 0, x.host, 0, address=x.address, local=x.local)
+                    self.servers[x.server] = Member(x.server, None, join, now, now, m.Heartbeat())
+        self._next = max(self.servers, default=-1) + 1
+
+    def numbers_from(self, number: int) -> None:
+        """Numbers of servers are never used twice, also across a restart."""
+        self._next = max(self._next, number)
+
+    @property
+    def next_number(self) -> int:
+        return self._next
+
+    def missing(self) -> list[int]:
+        """Primaries that have not come back after a restart."""
+        return [
+            v.primary.server for v in self.views.values()
+            if v.primary is not None and self.servers[v.primary.server].peer is None
+        ]  # fmt: skip
+
+
+def _members(view: m.View) -> set[int]:
+    return {x.server for x in (*([view.primary] if view.primary else []), *view.backups, *view.learners)}

@@ -1,0 +1,252 @@
+"""The tables that a cluster has agreed on, and the verdicts on their bulk steps. Part of the coordinator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from headwater.cluster.membership import Membership
+from headwater.cluster.placement import check_table, layout
+from headwater.errors import ClusterError, HeadwaterError, TableConflict, UnknownTable
+from headwater.types import TableSpec
+from headwater.wire import messages as m
+from headwater.wire.exact import clip_factor, merge
+
+
+class Asker(NamedTuple):
+    """Who waits for an answer."""
+
+    peer: int
+    seq: int
+
+
+class Desk(Protocol):
+    """The coordinator, as its parts see it: what they may say to whom."""
+
+    membership: Membership
+
+    def reply(self, asker: Asker, message: m.Reply) -> None: ...
+    def fail(self, asker: Asker, error: HeadwaterError) -> None: ...
+    def tell(self, shard: int, message: m.Notice | m.Request, seq: int = 0) -> None: ...
+    def save(self, key: str, value: bytes | None) -> None: ...
+
+
+@dataclass(slots=True)
+class Table:
+    """One table. ``decided``: the last verdict, for a primary that comes after it."""
+
+    number: int
+    spec: TableSpec
+    participants: tuple[int, ...]
+    creating: set[int]
+    state: str = "creating"  # creating, assigning, ready, refused
+    initialiser: int | None = None  # the peer that assigns the values
+    waiting: list[Asker] = field(default_factory=list)
+    ready: dict[int, m.Ready] = field(default_factory=dict)
+    decided: m.Commit | None = None
+
+
+class _Saved(msgspec.Struct, frozen=True):
+    number: int
+    spec: TableSpec
+    state: str
+
+
+class Tables:
+    """All tables of a cluster of ``shards`` shards."""
+
+    def __init__(self, desk: Desk, shards: int) -> None:
+        self.by_number: dict[int, Table] = {}
+        self._desk = desk
+        self._shards = shards
+        self._names: dict[str, int] = {}
+
+    def get(self, number: int) -> Table:
+        """Raises ``UnknownTable``."""
+        if number not in self.by_number:
+            raise UnknownTable(f"table {number} does not exist in this cluster")
+        return self.by_number[number]
+
+    # ---- declaring -------------------------------------------------------------------------------
+
+    def declare(self, asker: Asker, spec: TableSpec) -> None:
+        """A client wants a table: made now, or agreed on before."""
+        number = self._names.get(spec.name)
+        if number is None:
+            check_table(spec)
+            self._create(asker, spec)
+            return
+        table = self.by_number[number]
+        difference = _difference(table.spec, spec)
+        if difference:
+            raise TableConflict(
+                f"table {spec.name!r} exists with {difference}; nothing was changed. "
+                "Use another name, or declare it everywhere in the same way"
+            )
+        if table.state == "ready":
+            self._declared(asker, table, assign=False)
+        elif table.initialiser == asker.peer:  # asked again, say after a wrong value
+            self._declared(asker, table, assign=True)
+        else:
+            table.waiting.append(asker)
+            if table.state == "assigning" and table.initialiser is None:
+                self._pass_on(table)
+
+    def _create(self, asker: Asker, spec: TableSpec) -> None:
+        number = max(self.by_number, default=0) + 1
+        parts = layout(spec, self._shards).participants
+        table = Table(number, spec, parts, set(parts), waiting=[asker])
+        self.by_number[number] = table
+        self._names[spec.name] = number
+        self._save(table)
+        for shard in parts:
+            self._desk.tell(shard, m.Create(number, spec), number)
+
+    def created(self, number: int, shard: int) -> None:
+        """A shard has a table."""
+        table = self.by_number.get(number)
+        if table is None:
+            return
+        table.creating.discard(shard)
+        if table.creating or table.state != "creating":
+            return
+        if any(parameter.init.kind == "values" for parameter in table.spec.parameters):
+            self._pass_on(table)
+        else:
+            self._release(table)
+        self._save(table)
+
+    def _pass_on(self, table: Table) -> None:
+        """Let the lowest rank assign its values once it asks: which worker came first must not matter."""
+        table.state, table.initialiser = "assigning", None
+        membership = self._desk.membership
+        lowest = membership.workers.get(min(membership.ranks(), default=-1))
+        for asker in table.waiting:
+            if lowest is not None and asker.peer == lowest.peer:
+                table.waiting.remove(asker)
+                table.initialiser = asker.peer
+                self._declared(asker, table, assign=True)
+                return
+
+    def initialised(self, asker: Asker, number: int) -> None:
+        """The client that had to has assigned the values."""
+        table = self.get(number)
+        if table.state == "ready" and table.initialiser == asker.peer:  # asked again: the answer was lost
+            self._desk.reply(asker, m.Done())
+            return
+        if table.state != "assigning" or table.initialiser != asker.peer:
+            raise ClusterError(f"another worker assigns the values of table {table.spec.name!r}, or they are assigned")
+        self._desk.reply(asker, m.Done())
+        self._release(table)
+        self._save(table)
+
+    def _release(self, table: Table) -> None:
+        table.state = "ready"
+        waiting, table.waiting = table.waiting, []
+        for asker in waiting:
+            self._declared(asker, table, assign=False)
+
+    def _declared(self, asker: Asker, table: Table, *, assign: bool) -> None:
+        self._desk.reply(asker, m.Declared(table.number, table.spec, assign, self._desk.membership.epoch))
+
+    def give_up(self, table: Table, why: HeadwaterError) -> None:
+        """Whoever asked for the table is told, the name is free again, and no server keeps memory for it."""
+        if table.state != "creating":
+            return
+        self._names.pop(table.spec.name, None)
+        for asker in table.waiting:
+            self._desk.fail(asker, why)
+        table.waiting, table.state = [], "refused"
+        self._save(table)
+        for shard in table.participants:
+            self._desk.tell(shard, m.Drop(table.number))
+
+    def missed(self, peer: int) -> None:
+        """Nobody is at this connection any more: it waits for nothing and initialises nothing."""
+        for table in self.by_number.values():
+            table.waiting = [a for a in table.waiting if a.peer != peer]
+            if table.state == "assigning" and table.initialiser == peer:
+                table.initialiser = None
+
+    def members_changed(self) -> None:
+        """The shards answer again under the new membership."""
+        for table in self.by_number.values():
+            table.ready.clear()
+            if table.state == "assigning" and table.initialiser is None:
+                self._pass_on(table)
+
+    # ---- bulk steps ------------------------------------------------------------------------------
+
+    def ready(self, shard: int, message: m.Ready) -> None:
+        """A shard can commit a step; when all can, they shall."""
+        table = self.get(message.table)
+        if shard not in table.participants:
+            return
+        decided = table.decided
+        if decided is not None and message.clock <= decided.clock:
+            self._desk.tell(shard, decided)  # a primary that took over after the verdict
+            return
+        if message.members != self._desk.membership.epoch:
+            return  # the membership changed meanwhile; the shard will say so again
+        table.ready[shard] = message
+        if len(table.ready) < len(table.participants):
+            return
+        answers, table.ready = list(table.ready.values()), {}
+        table.decided = decide(table.spec, answers)
+        for other in table.participants:
+            self._desk.tell(other, table.decided)
+
+    def learned(self, commit: m.Commit) -> None:
+        """After a restart: a shard has committed this."""
+        table = self.by_number.get(commit.table)
+        if table is not None and (table.decided is None or table.decided.clock < commit.clock):
+            table.decided = commit
+
+    def brief(self, shard: int) -> None:
+        """What a new primary may have missed of tables and verdicts."""
+        for table in self.by_number.values():
+            if shard in table.creating and table.state == "creating":
+                self._desk.tell(shard, m.Create(table.number, table.spec), table.number)
+            if table.decided is not None and shard in table.participants and len(table.participants) > 1:
+                self._desk.tell(shard, table.decided)
+
+    # ---- what must be durable --------------------------------------------------------------------
+
+    def _save(self, table: Table) -> None:
+        saved = _Saved(table.number, table.spec, table.state)
+        self._desk.save(f"table/{table.number}", msgspec.msgpack.encode(saved))
+
+    def restore(self, data: bytes) -> None:
+        """A table from before a restart."""
+        saved = msgspec.msgpack.decode(data, type=_Saved)
+        parts = layout(saved.spec, self._shards).participants
+        creating = set(parts) if saved.state == "creating" else set()
+        self.by_number[saved.number] = Table(saved.number, saved.spec, parts, creating, saved.state)
+        if saved.state != "refused":
+            self._names[saved.spec.name] = saved.number
+
+
+def decide(spec: TableSpec, answers: list[m.Ready]) -> m.Commit:
+    """The verdict on a bulk step whose shards are all ready: skipped by all, or applied with one clip factor."""
+    first = answers[0]
+    if any(answer.skip for answer in answers):
+        return m.Commit(first.table, first.clock, first.members, skip=True)
+    if spec.max_grad_norm is None:
+        return m.Commit(first.table, first.clock, first.members, skip=False)
+    norm, scale = clip_factor(spec.max_grad_norm, merge([answer.squares for answer in answers]))
+    return m.Commit(first.table, first.clock, first.members, skip=False, norm=norm, scale=scale)
+
+
+def _difference(old: TableSpec, new: TableSpec) -> str:
+    """What differs, in words; empty if the two agree."""
+    if len(old.parameters) != len(new.parameters):
+        return f"{len(old.parameters)} parameters instead of {len(new.parameters)}"
+    for a, b in zip(old.parameters, new.parameters, strict=True):
+        if a != b:
+            return f"parameter {msgspec.to_builtins(a)} instead of {msgspec.to_builtins(b)}"
+    for field_name in ("optimizer", "sync", "max_grad_norm", "nonfinite", "seed"):
+        if getattr(old, field_name) != getattr(new, field_name):
+            return f"{field_name} {getattr(old, field_name)!r} instead of {getattr(new, field_name)!r}"
+    return ""

@@ -1,0 +1,154 @@
+"""A server without its sockets: the replicas it hosts, and which connection belongs to which of them."""
+
+from __future__ import annotations
+
+import logging
+from itertools import count
+
+from headwater.errors import ProtocolError, StaleEpoch
+from headwater.server import COORDINATOR
+from headwater.server.node import Node, Setting
+from headwater.transports.memory import close_all
+from headwater.wire import messages as m
+from headwater.wire.frames import Frame, Instruction, Kind, Outgoing
+
+log = logging.getLogger("headwater")
+
+
+class Server:
+    """Frames in, frames and dials out. A connection belongs to a shard from its first request on."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.nodes: dict[int, Node] = {}
+        self._of_peer: dict[int, Node] = {}
+        self._dials: dict[int, Node] = {}
+        self._keys = count(1)
+        self._now = 0.0
+
+    # ---- from the loop ---------------------------------------------------------------------------
+
+    def landing(self, peer: int, frame: Frame) -> memoryview:
+        """Where a payload goes. Raises ``ProtocolError``."""
+        node = self._of_peer.get(peer)
+        if node is None:
+            raise ProtocolError(f"{frame.kind.name} with a payload before a session was opened")
+        return node.landing(peer, frame)
+
+    def receive(self, peer: int, frame: Frame, fds: tuple[int, ...] = ()) -> list[Instruction]:
+        """A frame of a client, another server or (peer 0) the coordinator; ``fds`` are closed in any case."""
+        if peer == COORDINATOR:
+            close_all(fds)
+            return self._noted(self._coordinator(frame))
+        node = self._of_peer.get(peer)
+        if node is None:
+            return self._noted(self._first(peer, frame, fds))
+        return self._noted(node.receive(peer, frame, fds))
+
+    def _first(self, peer: int, frame: Frame, fds: tuple[int, ...]) -> list[Instruction]:
+        """A connection's first frame says which shard it is for."""
+        request = m.unpack_request(frame.body) if frame.kind == Kind.REQUEST else None
+        if not isinstance(request, m.Open | m.Follow):
+            close_all(fds)
+            error = ProtocolError(f"{frame.kind.name} before a session was opened")
+            return [Outgoing(peer, Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(error)), close=True)]
+        node = self.nodes.get(request.shard)
+        if node is None:
+            close_all(fds)
+            stale = StaleEpoch(
+                f"shard {request.shard} is not on server {self.setting.server}; ask the coordinator where it is"
+            )
+            return [Outgoing(peer, Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(stale)), close=True)]
+        self._of_peer[peer] = node
+        if isinstance(request, m.Follow):
+            return node.follow(peer, frame, request)
+        return node.receive(peer, frame, fds)
+
+    def closed(self, peer: int) -> list[Instruction]:
+        """A connection ended."""
+        node = self._of_peer.pop(peer, None)
+        return [] if node is None else self._noted(node.closed(peer))
+
+    def dialed(self, key: int, peer: int | None) -> list[Instruction]:
+        """What became of a dial: the new connection's number, or None."""
+        node = self._dials.pop(key, None)
+        if node is None or node.dialing != key:
+            if peer is None:
+                return []
+            return [Outgoing(peer, Frame(Kind.NOTICE, body=m.pack(m.Leave())), close=True)]
+        if peer is not None:
+            self._of_peer[peer] = node
+        return self._noted(node.dialed(peer))
+
+    def tick(self, now: float) -> list[Instruction]:
+        """Time has passed."""
+        self._now = now
+        return self._noted([x for node in self.nodes.values() for x in node.tick(now)])
+
+    def work(self) -> list[Instruction]:
+        """What may come after the answers: followers apply what they have accepted."""
+        for node in self.nodes.values():
+            node.work()
+        return []
+
+    def _noted(self, instructions: list[Instruction]) -> list[Instruction]:
+        """Remember which replica dials."""
+        for x in instructions:
+            if not isinstance(x, Outgoing):
+                self._dials[x.key] = next(node for node in self.nodes.values() if node.dialing == x.key)
+        return instructions
+
+    # ---- from the coordinator --------------------------------------------------------------------
+
+    def _coordinator(self, frame: Frame) -> list[Instruction]:
+        if frame.kind == Kind.ERROR:
+            log.warning("the coordinator: %s", m.read_error(frame.body))
+            return []
+        message = m.unpack_request(frame.body) if frame.kind == Kind.REQUEST else m.unpack_notice(frame.body)
+        if isinstance(message, m.View):
+            return self.adopt(message)
+        node = self.nodes.get(frame.shard)
+        return [] if node is None else node.coordinator(frame, message)
+
+    def adopt(self, view: m.View) -> list[Instruction]:
+        """A shard's view: this server begins, changes or ends its part in it."""
+        me = self.setting.server
+        members = (*([view.primary] if view.primary else []), *view.backups, *view.learners)
+        node = self.nodes.get(view.shard)
+        if node is None:
+            if not any(x.server == me for x in members):
+                return []
+            node = self.nodes[view.shard] = Node(view.shard, self.setting, self._keys)
+            node.tick(self._now)
+        out = node.adopt(view)
+        if not node.role and node.view.epoch == view.epoch:
+            del self.nodes[view.shard]
+            node.close()
+        return out
+
+    def ready_again(self) -> list[Instruction]:
+        """For a coordinator that has forgotten: steps that wait for its verdict."""
+        return [x for node in self.nodes.values() for x in node.ready_again()]
+
+    def hosted(self) -> tuple[m.Hosted, ...]:
+        return tuple(node.hosted() for node in self.nodes.values())
+
+    def heartbeat(self) -> m.Heartbeat:
+        """For ``headwater status``."""
+        nodes = list(self.nodes.values())
+        leading = [node for node in nodes if node.leads]
+        clocks: dict[int, int] = {}
+        for node in leading:
+            for number, t in node.shard.tables.items():
+                clock = max(t.gathering.clock, max(t.clocks.clock.values(), default=0))
+                clocks[number] = max(clocks.get(number, 0), clock)
+        shards = tuple(
+            (n.shard.number, n.shard.lsn, max(n.shard.log.behind().values(), default=0)) for n in leading
+        )
+        return m.Heartbeat(
+            pushed_bytes=sum(n.clients.pushed_bytes for n in nodes),
+            pulled_bytes=sum(n.clients.pulled_bytes for n in nodes),
+            nbytes=sum(t.dense.nbytes for n in nodes for t in n.shard.tables.values()),
+            sessions=sum(len(n.clients) for n in leading),
+            tables=tuple(clocks.items()), shards=shards, server=self.setting.server,
+        )  # fmt: skip

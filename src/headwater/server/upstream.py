@@ -1,0 +1,197 @@
+"""The follower's side of replication: records and state from the primary, accepted at once and applied in order."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+from headwater.errors import ProtocolError
+from headwater.server import records as r
+from headwater.server import state as s
+from headwater.server.records import Record
+from headwater.server.shard import Shard
+from headwater.server.table import Prepared
+from headwater.wire import messages as m
+from headwater.wire.frames import Flag, Frame, Kind, Outgoing
+from headwater.wire.tensors import DTYPES
+
+AHEAD = 1 << 16  # records: how far the primary may be ahead of what is applied here
+MOST = 16  # times the size of a block: values and slots of the most state-hungry optimizer
+
+
+class Upstream:
+    """The connection to the primary of one shard.
+
+    ``learning``: the state is still arriving, so a record is applied only when a block (or the end) says that
+    the primary has applied it. Otherwise a record is accepted first and applied right after (``work``).
+    """
+
+    def __init__(self, shard: Shard, peer: int, server: int, epoch: int) -> None:
+        self.shard = shard
+        self.peer = peer
+        self.learning = False
+        self.ready = False  # the primary has answered
+        self._server = server
+        self._epoch = epoch
+        self._received = shard.lsn
+        self._blocks = 0
+        self._queue: deque[Record] = deque()
+        self._buffers: dict[int, torch.Tensor] = {}  # by LSN: gradients that are arriving
+        self._free: dict[int, list[torch.Tensor]] = {}  # by table: buffers to use again
+        self._landed: dict[int, torch.Tensor] = {}  # by id of the frame
+
+    def follow(self, lsn: int) -> Outgoing:
+        """Ask to follow from ``lsn`` on."""
+        body = m.pack(m.Follow(self.shard.number, self._epoch, self._server, lsn))
+        return Outgoing(self.peer, Frame(Kind.REQUEST, shard=self.shard.number, seq=1, body=body))
+
+    # ---- payloads --------------------------------------------------------------------------------
+
+    def landing(self, frame: Frame) -> memoryview:
+        """Where a payload of the primary goes. Raises ``ProtocolError`` before anything is allocated by its word."""
+        size = self._size(frame)
+        if frame.kind == Kind.STATE and not frame.flags & Flag.WANT:
+            if frame.length > MOST * (size + 4096):
+                raise ProtocolError(f"{frame.length} bytes of state for a table of {size}; nothing was allocated")
+            target = self._landed[id(frame)] = torch.empty(frame.length, dtype=torch.uint8)
+            return s.view(target)
+        if frame.start + frame.length > size or not 0 <= frame.lsn - self.shard.lsn <= AHEAD:
+            raise ProtocolError(f"record {frame.lsn} of bytes {frame.start}:{frame.start + frame.length} is not next")
+        return s.view(self._buffer(frame.table, frame.lsn, size)[frame.start : frame.start + frame.length])
+
+    def _size(self, frame: Frame) -> int:
+        """Bytes of the frame's table on this shard; it may begin in a record that is not applied yet."""
+        table = self.shard.tables.get(frame.table)
+        if table is not None:
+            return table.size
+        for record in self._queue:
+            if isinstance(record.body, r.Begin) and record.body.table == frame.table:
+                return self.shard.size_of(record.body.spec)
+        raise ProtocolError(f"{frame.kind.name} for table {frame.table}, which is not here")
+
+    def _buffer(self, table: int, lsn: int, size: int) -> torch.Tensor:
+        found = self._buffers.get(lsn)
+        if found is None:
+            free = self._free.get(table)
+            found = self._buffers[lsn] = free.pop() if free else torch.zeros(size, dtype=torch.uint8)
+        return found
+
+    def _release(self, record: Record) -> None:
+        """A gradient that is applied: its buffer serves again."""
+        table = getattr(record.body, "table", 0)
+        if record.gradient is not None and table in self.shard.tables:
+            self._free.setdefault(table, []).append(record.gradient)
+
+    # ---- frames ----------------------------------------------------------------------------------
+
+    def receive(self, frame: Frame) -> list[Outgoing]:
+        """A frame of the primary."""
+        if frame.kind == Kind.RECORD:
+            return self._record(frame)
+        if frame.kind == Kind.STATE:
+            return self._state(frame)
+        if frame.kind == Kind.REPLY:
+            return self._following(frame)
+        raise ProtocolError(f"{frame.kind.name} from a primary")
+
+    def _following(self, frame: Frame) -> list[Outgoing]:
+        reply = m.unpack_reply(frame.body)
+        if not isinstance(reply, m.Following):
+            raise ProtocolError(f"a primary answered {type(reply).__name__} to a follower")
+        self.ready = True
+        self.learning = reply.whole
+        if reply.whole:
+            self._received = reply.lsn
+        self.shard.epoch = max(self.shard.epoch, reply.epoch)
+        return []
+
+    def _record(self, frame: Frame) -> list[Outgoing]:
+        if not frame.flags & Flag.END:
+            return []
+        if frame.lsn != self._received + 1:
+            raise ProtocolError(f"record {frame.lsn} after {self._received}: one in between is missing")
+        self._received = frame.lsn
+        self._queue.append(Record(frame.lsn, r.unpack(frame.body), self._buffers.pop(frame.lsn, None)))
+        return [self._accept()]
+
+    def _accept(self, flags: int = 0) -> Outgoing:
+        shard = self.shard
+        frame = Frame(Kind.ACCEPT, flags, shard.number, epoch=shard.epoch, lsn=self._received, seq=self._blocks)
+        return Outgoing(self.peer, frame)
+
+    def work(self) -> None:
+        """Apply what was accepted; called when the acceptances are on their way."""
+        if not self.learning:
+            self._apply(self._received)
+
+    def _apply(self, upto: int) -> None:
+        while self._queue and self._queue[0].lsn <= upto:
+            record = self._queue.popleft()
+            prepared = self._prepared_steps() if isinstance(record.body, m.Commit | m.Members) else {}
+            self.shard.apply(record)
+            if not isinstance(record.body, r.Prepare) or record.body.commit is not None:
+                self._release(record)
+            kept = self._prepared_steps() if prepared else {}
+            for number, step in prepared.items():
+                if kept.get(number) is not step:
+                    for source in step.sources:
+                        self._free.setdefault(number, []).append(source.gradient)
+
+    def _prepared_steps(self) -> dict[int, Prepared]:
+        return {n: table.prepared for n, table in self.shard.tables.items() if table.prepared is not None}
+
+    # ---- state -----------------------------------------------------------------------------------
+
+    def _state(self, frame: Frame) -> list[Outgoing]:
+        if frame.flags & Flag.WANT:
+            if frame.flags & Flag.END:
+                self._prepared(frame)
+            return []
+        body = s.unpack(frame.body)
+        match body:
+            case s.ShardState():
+                self.shard.begin_anew(frame.lsn, body.members, body.sessions)
+            case s.TableState():
+                self.shard.begin_table(body)
+            case s.BlockState():
+                self._apply(frame.lsn)
+                self._block(body, self._landed.pop(id(frame), torch.empty(0, dtype=torch.uint8)))
+                self._blocks += 1
+                return [self._accept()]
+            case s.Finished():
+                self._apply(self._received)
+                for table in self.shard.tables.values():
+                    table.have = None
+                self.learning = False
+                return [self._accept(Flag.END)]
+        return []
+
+    def _prepared(self, frame: Frame) -> None:
+        body = r.unpack(frame.body)
+        if not isinstance(body, r.Prepare) or body.table not in self.shard.tables:
+            raise ProtocolError(f"a {type(body).__name__} among the state")
+        record = Record(frame.lsn, body, self._buffers.pop(frame.lsn, None))
+        self.shard.tables[body.table].prepared = Prepared(body, record.sources(body.ranges), 1)
+
+    def _block(self, body: s.BlockState, payload: torch.Tensor) -> None:
+        table = self.shard.tables.get(body.table)
+        if table is None:  # dropped meanwhile
+            return
+        size = body.stop - body.start
+        if size < 0 or body.stop > table.size or size + sum(x.nbytes for x in body.slots) != len(payload):
+            raise ProtocolError(f"a block of {size} bytes with {len(payload)} bytes of payload")
+        table.touch(((body.start, body.stop),))
+        table.values[body.start : body.stop] = payload[:size]
+        table.touch(((body.start, body.stop),))
+        slots = []
+        at = size
+        for x in body.slots:
+            if x.dtype not in DTYPES:
+                raise ProtocolError(f"a slot of dtype {x.dtype!r}")
+            # cloned: its bytes need not lie where the dtype wants them
+            slots.append((x.place, x.name, 0, payload[at : at + x.nbytes].clone().view(DTYPES[x.dtype]).view(x.shape)))
+            at += x.nbytes
+        table.dense.write_block(body.start, body.stop, body.counts, slots)
+        table.have = r.union([*(table.have or ()), (body.start, body.stop)])
+

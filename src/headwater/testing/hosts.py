@@ -1,0 +1,268 @@
+"""The real coordinator and server in simulated processes: what `server/loop.py` does with sockets, without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from random import Random
+
+from headwater.cluster.coordinator import Coordinator
+from headwater.errors import HeadwaterError, ProtocolError
+from headwater.server import COORDINATOR
+from headwater.server.hosts import ServerHost
+from headwater.server.node import Setting
+from headwater.server.server import Server
+from headwater.testing.network import End, Network
+from headwater.testing.processes import Process
+from headwater.wire import messages as m
+from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
+
+TICK = 0.05  # seconds between ticks of a loop
+ADDRESS = "sim://coordinator"
+
+
+
+class _Clock:
+    """Stands for the module ``time`` in code that has no clock passed in: whose code runs, their time it is."""
+
+    process: Process | None = None
+
+    def monotonic(self) -> float:
+        assert self.process is not None
+        return self.process.clock()
+
+
+CLOCK = _Clock()
+Sent = Callable[[Process, Frame], None]
+
+
+class SimHost:
+    """Connections by number, and instructions carried out. ``sent`` sees every frame that leaves."""
+
+    def __init__(self, network: Network, process: Process, sent: Sent) -> None:
+        self.network = network
+        self.process = process
+        self._sent = sent
+        self._ends: dict[int, End] = {}
+        self._numbers: dict[int, int] = {}  # number of an end -> peer
+        self._next = 1
+
+    def adopt(self, end: End, peer: int | None = None) -> int:
+        """Serve a connection from now on."""
+        if peer is None:
+            peer, self._next = self._next, self._next + 1
+        self._ends[peer], self._numbers[end.number] = end, peer
+        end.receiver = self
+        return peer
+
+    def arrived(self, end: End, frame: Frame) -> None:
+        peer = self._numbers.get(end.number)
+        if peer is None:
+            return
+        try:
+            if frame.payload is not None:
+                self.landing(peer, frame)[:] = frame.payload
+            out = self.receive(peer, frame)
+        except HeadwaterError as error:
+            refusal = Frame(Kind.ERROR, body=m.error_body(error))
+            out = [Outgoing(peer, refusal, close=True)] if isinstance(error, ProtocolError) else []
+        self.carry_out(out)
+
+    def hung_up(self, end: End) -> None:
+        peer = self._numbers.pop(end.number, None)
+        self.network.close(end)
+        if peer is not None and self._ends.get(peer) is end:
+            del self._ends[peer]
+            self.carry_out(self.closed(peer))
+
+    def on_clock(self) -> None:
+        """This process's clock is the one that its code sees."""
+        CLOCK.process = self.process
+
+    def carry_out(self, instructions: Iterable[Instruction]) -> None:
+        for x in instructions:
+            if not self.process.alive:
+                return
+            if isinstance(x, Dial):
+                self.network.connect(self.process, x.address, lambda end, key=x.key: self.dialed(key, end))
+                continue
+            end = self._ends.get(x.peer)
+            if end is None:
+                continue
+            self.network.send(end, x.frame)
+            self._sent(self.process, x.frame)
+            if x.close:
+                self.hung_up(end)
+
+    # ---- what the hosts differ in ------------------------------------------------------------------
+
+    def landing(self, peer: int, frame: Frame) -> memoryview:
+        raise ProtocolError("no payload comes here")
+
+    def receive(self, peer: int, frame: Frame) -> Iterable[Instruction]:
+        raise NotImplementedError
+
+    def closed(self, peer: int) -> Iterable[Instruction]:
+        raise NotImplementedError
+
+    def dialed(self, key: int, end: End | None) -> None:
+        raise NotImplementedError
+
+
+class SimStore:
+    """The coordinator's durable memory. ``crash``: die before or after the next write."""
+
+    def __init__(self) -> None:
+        self.items: dict[str, bytes] = {}
+        self.crash = ""
+
+    def put(self, changes: Mapping[str, bytes | None]) -> None:
+        for key, value in changes.items():
+            if value is None:
+                self.items.pop(key, None)
+            else:
+                self.items[key] = value
+
+
+class SimCoordinator(SimHost):
+    """A coordinator process. ``die`` kills it, from within a write."""
+
+    def __init__(
+        self, network: Network, process: Process, sent: Sent, make: Callable[[], Coordinator], store: SimStore,
+        die: Callable[[], None],
+    ) -> None:  # fmt: skip
+        super().__init__(network, process, sent)
+        self.coordinator = make()
+        self._store = store
+        self._die = die
+        network.listen(ADDRESS, process, self.adopt)  # type: ignore[arg-type]
+        self._durable([])
+        process.every(TICK, self._tick)
+
+    def receive(self, peer: int, frame: Frame) -> Iterable[Instruction]:
+        return self._durable(self.coordinator.receive(peer, frame, self.process.clock()))
+
+    def closed(self, peer: int) -> Iterable[Instruction]:
+        return self._durable(self.coordinator.disconnected(peer, self.process.clock()))
+
+    def _tick(self) -> None:
+        self.carry_out(self._durable(self.coordinator.tick(self.process.clock())))
+
+    def _durable(self, out: list[Outgoing]) -> list[Outgoing]:
+        """First what must be kept, then what is said."""
+        changes = self.coordinator.changes()
+        if not changes:
+            return out
+        crash, self._store.crash = self._store.crash, ""
+        if crash == "before":
+            self._die()
+            return []
+        self._store.put(changes)
+        if crash == "after":
+            self._die()
+            return []
+        return out
+
+
+class SimServer(SimHost):
+    """A server process: joins, serves, and comes back to a coordinator that was gone. ``die`` ends it."""
+
+    def __init__(
+        self, network: Network, process: Process, sent: Sent, random: Random, patience: float, die: Callable[[], None]
+    ) -> None:
+        super().__init__(network, process, sent)
+        self.server: Server | None = None
+        self.number = -1
+        self._host: ServerHost | None = None
+        self._join = m.Join("server", random.getrandbits(63), address=f"sim://{process.name}")
+        self._patience = patience
+        self._die = die
+        self._beats: End | None = None
+        network.listen(self._join.address, process, self.adopt)  # type: ignore[arg-type]
+        network.connect(process, ADDRESS, self._reached)
+
+    # ---- the beginning -----------------------------------------------------------------------------
+
+    def _reached(self, end: End | None) -> None:
+        if end is None:
+            self.network.scheduler.after(0.1, self.network.connect, self.process, ADDRESS, self._reached)
+            return
+        self.adopt(end, COORDINATOR)
+        self.network.send(end, Frame(Kind.REQUEST, seq=1, body=m.pack(self._join)))
+
+    def _welcomed(self, frame: Frame) -> list[Instruction]:
+        if frame.kind != Kind.REPLY:
+            self._die()
+            return []
+        welcome = m.unpack_reply(frame.body)
+        assert isinstance(welcome, m.Welcome)
+        self.number = welcome.server
+        self.server = Server(
+            Setting(
+                server=welcome.server, shards=welcome.shards, min_copies=welcome.min_copies, patience=self._patience,
+                detach=self._detach,
+            )
+        )  # fmt: skip
+        self.on_clock()
+        self._host = ServerHost(self.server, self._join, welcome, ADDRESS, self._die)
+        self.process.every(TICK, self._tick)
+        self.process.every(welcome.heartbeat, self._beat)
+        return []
+
+    def _detach(self, shard: int, table: int, ranges: tuple[tuple[int, int], ...]) -> None:
+        """Values are about to change: answers on their way keep what they had."""
+        for end in self.process.ends:
+            for frame in end.flying:
+                if frame.kind == Kind.DATA and frame.table == table and frame.payload is not None:
+                    frame.payload = memoryview(bytes(frame.payload))
+
+    # ---- events ------------------------------------------------------------------------------------
+
+    def adopt(self, end: End, peer: int | None = None) -> int:
+        end.late = True
+        return super().adopt(end, peer)
+
+    def landing(self, peer: int, frame: Frame) -> memoryview:
+        self.on_clock()
+        if self._host is None:
+            raise ProtocolError("no payload is expected yet")
+        return self._host.landing(peer, frame)
+
+    def receive(self, peer: int, frame: Frame) -> Iterable[Instruction]:
+        self.on_clock()
+        if self._host is None:
+            if peer != COORDINATOR:
+                raise ProtocolError("this server has not joined yet")
+            return self._welcomed(frame)
+        self.carry_out(self._host.receive(peer, frame, ()))
+        return self._host.work()
+
+    def closed(self, peer: int) -> Iterable[Instruction]:
+        self.on_clock()
+        if self._host is not None:
+            return self._host.closed(peer)
+        if peer == COORDINATOR:
+            self._die()
+        return []
+
+    def dialed(self, key: int, end: End | None) -> None:
+        self.on_clock()
+        assert self._host is not None
+        peer = None if end is None else self.adopt(end, COORDINATOR if key == COORDINATOR else None)
+        self.carry_out(self._host.dialed(key, peer))
+
+    def _tick(self) -> None:
+        assert self._host is not None
+        self.on_clock()
+        self.carry_out(self._host.tick(self.process.clock()))
+
+    def _beat(self) -> None:
+        """As the real process's heart: over a connection of its own, made again when it breaks."""
+        if self._beats is not None and self._beats.open and self.server is not None:
+            self.network.send(self._beats, Frame(Kind.NOTICE, body=m.pack(self.server.heartbeat())))
+        else:
+            self.network.connect(self.process, ADDRESS, self._beating)
+
+    def _beating(self, end: End | None) -> None:
+        if end is not None:
+            self.adopt(end)
+            self._beats = end

@@ -1,0 +1,82 @@
+"""What one run is: the cluster's shape, its workers' habits, its faults. Drawn from a seed, and only data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+
+from headwater.testing.faults import Plan, draw
+from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Stale, Sync, TableSpec
+
+MODES = ("bulk", "stale", "async")
+MARKS = 448  # elements of each parameter that pushes mark
+NOISE = 56  # elements of each parameter that hold numbers which a sum rounds
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """``seed`` draws what is not stated here: latencies, clocks, gradients."""
+
+    seed: int
+    mode: str
+    servers: int = 3
+    shards: int = 2
+    replicas: int = 2
+    workers: int = 2
+    reader: bool = True
+    seconds: float = 2.0
+    plan: Plan = field(default_factory=Plan)
+    skew: bool = True
+    clip: bool = False
+    bound: int = 1
+    cap: int | None = None
+
+    @property
+    def sync(self) -> Sync:
+        match self.mode:
+            case "bulk":
+                return Bulk(reduce="sum")
+            case "stale":
+                return Stale(self.bound)
+            case _:
+                return Async(self.cap)
+
+    @property
+    def table(self) -> TableSpec:
+        """One page per parameter and one parameter per shard: the smallest table that lies on every shard."""
+        parameters = tuple(ParameterSpec(f"p{i}", (512,), "float64", 0, Init("zeros")) for i in range(self.shards))
+        optimizer = OptimizerSpec("SGD", ({"lr": 1.0, "maximize": True},))
+        return TableSpec("t", parameters, optimizer, self.sync, 1.5 if self.clip else None)
+
+    def __str__(self) -> str:
+        text = (
+            f"seed {self.seed}, {self.mode}: {self.servers} servers, {self.shards} shards x {self.replicas}, "
+            f"{self.workers} workers{', a reader' * self.reader}{', clocks differ' * self.skew}"
+            f"{', clipped' * self.clip}"
+        )
+        return text + "".join(f"\n    {fault}" for fault in self.plan.faults)
+
+
+def scenario(seed: int, mode: str | None = None) -> Scenario:
+    """The run of this seed."""
+    random = Random(f"scenario {seed}")
+    mode = mode or MODES[seed % len(MODES)]
+    servers = random.choice((2, 3, 3, 4))
+    workers = random.choice((1, 2, 2, 3))
+    replicas = 3 if servers > 2 and random.random() < 0.2 else 2
+    seconds = random.choice((1.0, 1.5, 2.0))
+    return Scenario(
+        seed,
+        mode,
+        servers=servers,
+        shards=random.choice((1, 2, 2, 3)),
+        replicas=replicas,
+        workers=workers,
+        reader=random.random() < 0.5,
+        seconds=seconds,
+        plan=draw(random, servers, workers, seconds, rate=random.choice((1.0, 2.0, 4.0))),
+        skew=random.random() < 0.5,
+        clip=random.random() < 0.1,
+        bound=random.choice((0, 1, 3)),
+        cap=random.choice((None, None, 2)),
+    )
