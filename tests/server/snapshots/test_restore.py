@@ -198,7 +198,7 @@ def test_a_file_of_another_snapshot(tmp_path: Path) -> None:
 def test_a_missing_file_and_a_named_snapshot(tmp_path: Path) -> None:
     _two(tmp_path)
     (tmp_path / "00000002" / "shard-00000.safetensors").unlink()
-    with pytest.raises(SnapshotCorrupt, match="00000002.*No such file"):
+    with pytest.raises(SnapshotCorrupt, match=r"00000002.*No such file"):
         restore.newest(tmp_path / "00000002")
     with restore.newest(tmp_path / "00000001").snapshot as snapshot:
         assert scene.values_of(snapshot) == {1.0}

@@ -59,7 +59,9 @@ class Cut:
     Without ``prepare`` and with ``begin(thread=False)`` there is no thread, and every copy is made by ``advance``.
     """
 
-    def __init__(self, named: Mapping[str, torch.Tensor], allocate: Allocate = anonymous, block: int = BLOCK) -> None:
+    def __init__(
+        self, named: Mapping[str, torch.Tensor], allocate: Allocate = anonymous, block: int | None = None
+    ) -> None:
         sizes = {len(region) for region in named.values()}
         if len(sizes) > 1:
             raise InternalError(f"the regions of a cut differ in length: {sorted(sizes)}")
@@ -67,7 +69,7 @@ class Cut:
         self.copies = {name: allocate(self.size) for name in named}
         self.loose: list[torch.Tensor] = []
         self.pause = 0.0  # seconds that the owner has spent here
-        self._block = block
+        self._block = block = block or BLOCK
         self._pairs = [(self.copies[name].numpy(), region.numpy()) for name, region in named.items()]
         self._rest: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []
         self._blocks = -(-self.size // block)
@@ -210,23 +212,26 @@ class Cut:
         pairs = self._pairs
         for block in range(self._blocks):
             with self._turn:
-                if self._begun or self._dropped:
+                if self._over():
                     return
                 self._marks[block] = _BUSY
             for copy, _ in pairs:
                 self._clear(copy[block * self._block : (block + 1) * self._block])
             with self._turn:
-                begun = self._begun
-                if not begun:
+                over = self._over()
+                if not over:
                     self._marks[block] = _TODO
-            if begun:
+            if over:
                 self._copy(block)
                 return
             self._touched = block + 1
 
+    def _over(self) -> bool:
+        return self._begun or self._dropped
+
     def _clear(self, memory: np.ndarray) -> None:
         for at in range(0, len(memory), _TOUCH):
-            if self._begun:
+            if self._over():
                 return
             memory[at : at + _TOUCH].fill(0)
 

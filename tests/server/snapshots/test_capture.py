@@ -1,0 +1,124 @@
+"""A shard's part of a snapshot, taken while the shard goes on."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from headwater.errors import InternalError
+from headwater.server.snapshots import cut, manifest
+from headwater.server.snapshots.capture import Capture
+from headwater.server.snapshots.disk import Disk, Sink
+from headwater.server.snapshots.files import Mark
+from tests.server.snapshots import scene
+from tests.server.tables.tools import Sharded, table
+
+
+def step(tables: Sharded, stepper: scene.Stepper, capture: Capture) -> None:
+    """As the shard's loop does it."""
+    for dense in tables.shards:
+        capture.before_write(0, 0, dense.size)
+    stepper.step(tables)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "RMSprop", "Muon", "Adafactor"])
+@pytest.mark.parametrize("before", [0, 1, 1000])
+@pytest.mark.parametrize("threads", [True, False])
+def test_steps_that_follow_are_not_in_it(
+    optimizer: str, before: int, threads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cut, "BLOCK", 1 << 14)
+    spec = table(optimizer, [(100, 1000), (3, 1), (70, 31)])
+    old, now = scene.filled(spec, 1), scene.filled(spec, 1)
+    stepper, twin = scene.Stepper(), scene.Stepper()
+    for _ in range(2):
+        stepper.step(now)
+        twin.step(old)
+    number, folder = manifest.start(tmp_path)
+    landed = threading.Event()
+    capture = Capture(folder, number, 0, threads=threads, landed=landed.set)
+    capture.prepare(0, now.shards[0])
+    capture.begin(Mark(0, 2), now.shards[0])
+    assert capture.has(0)
+    if not threads:
+        capture.advance(before)
+    step(now, stepper, capture)
+    capture.seal(5, ((1, 0, 2),))
+    step(now, stepper, capture)
+    if not threads:
+        while not capture.advance():
+            assert not capture.error
+    assert landed.wait(20)
+    assert not capture.error
+    written = capture.result()
+    assert written is not None
+    assert capture.pause > 0
+    manifest.publish(tmp_path, number, [written], {0: spec}, 1)
+    scene.assert_same(scene.back(tmp_path, spec, 2), old)
+
+
+def test_a_table_that_was_dropped_before_its_moment(tmp_path: Path) -> None:
+    spec = table("SGD", [(10,)])
+    gone, kept = scene.filled(spec, 1), scene.filled(spec, 1)
+    number, folder = manifest.start(tmp_path)
+    capture = Capture(folder, number, 0, threads=False)
+    capture.prepare(0, gone.shards[0])
+    capture.prepare(1, kept.shards[0])
+    capture.begin(Mark(1), kept.shards[0])
+    capture.seal(1, ())
+    assert capture.advance()
+    written = capture.result()
+    assert written is not None
+    made = manifest.publish(tmp_path, number, [written], {1: spec}, 1)
+    assert [entry.table for entry in made.tables] == [1]
+
+
+def test_a_moment_comes_once(tmp_path: Path) -> None:
+    dense = scene.filled(table("SGD", [(10,)]), 1).shards[0]
+    capture = Capture(tmp_path, 1, 0, threads=False)
+    capture.begin(Mark(0), dense)
+    with pytest.raises(InternalError, match="cut twice"):
+        capture.begin(Mark(0), dense)
+
+
+class Full(Disk):
+    """A disk without room."""
+
+    def create(self, path: Path) -> Sink:  # type: ignore[override]
+        raise OSError(28, "No space left on device", str(path))
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_a_full_disk_is_told(threads: bool, tmp_path: Path) -> None:
+    dense = scene.filled(table("SGD", [(10,)]), 1).shards[0]
+    landed = threading.Event()
+    capture = Capture(tmp_path, 1, 3, threads=threads, disk=Full(), landed=landed.set)
+    capture.begin(Mark(0), dense)
+    capture.seal(1, ())
+    assert not capture.advance(10) or threads
+    assert landed.wait(10)
+    assert "shard 3 could not write its part" in capture.error
+    assert "No space left" in capture.error
+    assert capture.result() is None
+    capture.drop()
+
+
+def test_one_that_is_given_up_does_not_hold_the_shard(tmp_path: Path) -> None:
+    dense = scene.filled(table("AdamW", [(1 << 20,)]), 1).shards[0]
+    capture = Capture(tmp_path, 1, 0)
+    capture.begin(Mark(0), dense)
+    capture.drop()
+    capture.before_write(0, 0, dense.size)
+    dense.regions()["value"].fill_(1)
+    assert capture.result() is None
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    dense = scene.filled(table("SGD", [(10,)]), 1).shards[0]
+    capture = Capture(tmp_path / "x", 1, 0, threads=False)
+    capture.begin(Mark(0), dense)
+    capture.seal(1, ())
+    assert not capture.advance(10)
+    assert "No such file" in capture.error
