@@ -16,9 +16,10 @@ for option in ("--role", "--listen", "--coordinator", "--servers", "--ready-fd")
 given, more = parser.parse_known_args()
 assert len(os.environ["HEADWATER_TOKEN"]) == 64 and "HEADWATER_TOKEN_FILE" not in os.environ
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+said = {{"address": "tcp://127.0.0.1:7", "pid": os.getpid()}}
 {behaviour}
 with open(int(given.ready_fd), "w") as ready:
-    ready.write(json.dumps({{"address": "tcp://127.0.0.1:7", "pid": os.getpid()}}) + "\\n")
+    ready.write(json.dumps(said) + "\\n")
 if signal.sigwait([signal.SIGTERM, signal.SIGUSR1]) == signal.SIGUSR1:
     raise SystemExit({last!r})
 """

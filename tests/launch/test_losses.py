@@ -69,6 +69,26 @@ def test_another_server_takes_the_place_of_one_that_dies(stand_in: StandIn) -> N
     assert not any(process.running for process in [*job.servers, *job.workers])
 
 
+def test_servers_are_called_by_the_numbers_that_status_shows(stand_in: StandIn, tmp_path: Path) -> None:
+    tally = tmp_path / "tally"
+    tally.mkdir()
+    # The first to make the folder 0 is server 0, and so on: in another order than that of their start, perhaps.
+    stand_in(
+        f"{WAIT}\nnumber = 0\nwhile given.role == 'server' and 'server' not in said:\n"
+        f"    try: os.mkdir({str(tally)!r} + f'/{{number}}'); said['server'] = number\n"
+        "    except FileExistsError: number += 1"
+    )
+    with Job(3, replicas=2) as job:
+        assert [server.name for server in job.servers] == ["s0", "s1", "s2"]
+        os.kill(job.servers[1].pid, signal.SIGKILL)
+        job.until(lambda: len(job.notes) == 2)
+        assert job.servers[1].name == "s3"
+        assert job.notes[1] == f"server s3 has taken the place of s1 (pid {job.servers[1].pid}, restart 1)"
+        os.kill(job.servers[1].pid, signal.SIGKILL)
+        job.until(lambda: len(job.notes) == 4)
+        assert job.notes[3] == f"server s4 has taken the place of s3 (pid {job.servers[1].pid}, restart 2)"
+
+
 def test_the_reason_that_a_server_gave_is_passed_on(stand_in: StandIn) -> None:
     stand_in(last="headwater server: NotEnoughMemory: 3 GB too few")
     with Job(2, replicas=2) as job:

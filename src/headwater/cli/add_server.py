@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,7 @@ from headwater.cli.drain import empty, holdings
 from headwater.cli.options import Address
 from headwater.cli.run import report
 from headwater.cli.status import locate
-from headwater.errors import HeadwaterError, UsageError
+from headwater.errors import HeadwaterError
 from headwater.launch import Launcher, address_of
 from headwater.launch.registry import find
 
@@ -43,15 +42,16 @@ def add_server(
         out().print(f"A server at {where} (pid {process.pid}) has joined the cluster at {found}.", highlight=False)
         out().print("To end it: Ctrl-C, which first moves its shards away.", style="dim")
         outcome = job.wait()
-        if outcome.interrupted and process.running:
-            _leave(job, process, found, timeout)
+        if outcome.interrupted:
+            gone = _leave(job, process, found, timeout)
+            raise typer.Exit(0 if gone else 1)
     report(outcome)
-    raise typer.Exit(0 if outcome.interrupted else outcome.code)
+    raise typer.Exit(outcome.code)
 
 
-def _leave(job: Launcher, process: Process, cluster: str, timeout: float) -> None:
-    """Drain the server; a signal meanwhile, or its end, cuts that short."""
-    failed: list[HeadwaterError] = []
+def _leave(job: Launcher, process: Process, cluster: str, timeout: float) -> bool:
+    """Drain the server; a signal meanwhile, or its end, cuts that short. Whether nothing was left on it."""
+    failed: list[str] = []
 
     def drain() -> None:
         try:
@@ -59,19 +59,23 @@ def _leave(job: Launcher, process: Process, cluster: str, timeout: float) -> Non
                 mine = address_of(process)
                 server = next((each for each in ps.status().servers if each.address == mine), None)
                 if server is None:
-                    raise UsageError("the cluster does not know this server any more; nothing was moved")
+                    failed.append("the cluster does not know it any more")
+                    return
                 note(f"headwater: {holdings(server)}; moving them away (Ctrl-C again: end it at once)")
                 empty(ps, server.server)
         except HeadwaterError as error:
-            failed.append(error)
+            failed.append(f"{error.code}: {error}")
 
     thread = threading.Thread(target=drain, name="headwater-drain", daemon=True)
     thread.start()
     while thread.is_alive() and process.running:
         if job.linger(0.1):
-            note("headwater: ended with shards on it; those without a copy elsewhere are lost")
-            return
-    with contextlib.suppress(RuntimeError):
+            failed.append("interrupted")
+            break
+    else:
         thread.join(1.0)
     if failed:
-        complain(f"its shards could not be moved away: {failed[0].code}: {failed[0]}")
+        complain(f"not everything was moved away ({failed[0]}); what had no copy elsewhere is lost")
+    else:
+        out().print("Its shards are on other servers now. The server has ended.")
+    return not failed

@@ -109,7 +109,7 @@ def draw(
     workers = [worker for worker in now.workers if worker.role == "worker"]
     head = ", ".join(
         (
-            counted(len(now.servers), "server"),
+            counted(sum(server.state != "dead" for server in now.servers), "server"),
             counted(len(now.shards), "shard"),
             counted(len(now.tables), "table"),
             counted(len(workers), "worker"),
@@ -174,9 +174,9 @@ def _servers(now: ClusterStatus, earlier: ClusterStatus | None, seconds: float, 
     )  # fmt: skip
     table = _grid("Servers", *filter(None, columns))
     old = {server.pid: server for server in earlier.servers} if earlier else {}
-    for server in now.servers:
+    for server in sorted(now.servers, key=lambda server: server.server):
         was = old.get(server.pid)
-        cells = (
+        cells: tuple[str | Text, ...] = (
             str(server.server),
             server.address.removeprefix("tcp://"),
             str(server.pid),

@@ -53,6 +53,12 @@ class _Ready(msgspec.Struct, frozen=True):
 
     address: str
     pid: int
+    server: int = -1
+    """The number that the coordinator gave a server."""
+
+
+_Place = tuple["Role", int]
+"""Role and rank: what stays the same when one process takes the place of another."""
 
 
 class Launcher:
@@ -143,10 +149,10 @@ class Launcher:
         self._private: Path | None = None
         self._ending: Escalation | None = None
         self._outcome: Outcome | None = None
-        self._again: dict[str, Callable[[int], Process]] = {}  # by name: start it, for the nth time
-        self._revivals: dict[str, Revival] = {}
+        self._again: dict[_Place, Callable[[int], Process]] = {}  # start what is there, for the nth time
+        self._revivals: dict[_Place, Revival] = {}
         self._due: dict[Process, float] = {}  # of those that have ended: when another takes their place
-        self._returning: set[Process] = set()
+        self._returning: dict[Process, str] = {}  # not yet ready: the name of who was there before
         self._watch = Watch(on_line or output.Printer(), on_exit)
 
     # ---- life ------------------------------------------------------------------------------------
@@ -166,12 +172,13 @@ class Launcher:
             self.shape.prepare()
             if self._state is None and self._keep_going:
                 self._state = self._private = registry.private_state()
-            self._again["coordinator"] = self._start_coordinator
+            self._again["coordinator", 0] = self._start_coordinator
             self.coordinator = self._start_coordinator(0)
             (self.address,) = self._await_ready(self._hosts, self._hosts)
             for _ in range(self.shape.servers):
                 self._new_server(str(Address("tcp", self._listen.host, 0)))
             self._await_ready(self.servers, self._hosts)
+            self.servers.sort(key=lambda server: (len(server.name), server.name))  # s2 before s10
             if self._advertise:
                 self._record = registry.advertise(self.address, self._token, " ".join(sys.argv[:3]))
         except BaseException:
@@ -211,7 +218,7 @@ class Launcher:
             defaults = {"OMP_NUM_THREADS": str(max(1, cores() // count))}
             forced = {**self.environment(), **places, **(env or {})}
             start = partial(self._spawn, f"w{rank}", "worker", rank, list(command), defaults, forced)
-            self._again[f"w{rank}"] = start
+            self._again["worker", rank] = start
             self.workers.append(start(0))
         return self.workers[-count:]
 
@@ -292,8 +299,8 @@ class Launcher:
         name = f"s{number}"
         where = ["--listen", listen, "--coordinator", self.address]
         command = [*SERVER, "--role", "server", *where, *self.shape.server_options(name)]
-        self._again[name] = partial(self._spawn_host, name, "server", number, command)
-        self.servers.append(self._again[name](0))
+        start = self._again["server", number] = partial(self._spawn_host, name, "server", number, command)
+        self.servers.append(start(0))
 
     def _spawn_host(self, name: str, role: Role, rank: int, command: Sequence[str], restarts: int) -> Process:
         """A coordinator or server. A thread that spins while it waits would take its core from the workers."""
@@ -401,16 +408,24 @@ class Launcher:
         for process in self._hosts:
             if not process.running:
                 due = min(due, self._look_after(process, now, self._host_ended))
-            elif process in self._returning and process.ready:
-                self._returning.discard(process)
-                again = f"restart {process.restarts}"
-                self._note(f"{words.title(process)} is back, as a new process (pid {process.pid}, {again})")
+            elif process in self._returning and b"\n" in process.ready:
+                self._welcome(process)
             if self._ending is not None:
                 return now
         if self.servers and not any(server.running or self._comes_back(server) for server in self.servers):
             self._end(words.of_host(self.servers[-1], copies=True, own=self._own), now)
             return now
         return min(due, self._look_at_workers(now))
+
+    def _welcome(self, process: Process) -> None:
+        """Another process has taken a place."""
+        before = self._returning.pop(process)
+        ready_of(process)  # takes its name
+        title, again = words.title(process), f"pid {process.pid}, restart {process.restarts}"
+        if process.name == before:
+            self._note(f"{title} is back, as a new process ({again})")
+        else:
+            self._note(f"{title} has taken the place of {before} ({again})")
 
     def _look_after(self, process: Process, now: float, decide: Callable[[Process, float], float]) -> float:
         """Somebody has ended: decide once what follows, and do it when it is due. Returns when to look again."""
@@ -423,18 +438,18 @@ class Launcher:
 
     def _replace(self, process: Process) -> None:
         del self._due[process]
-        new = self._again[process.name](process.restarts + 1)
+        new = self._again[process.place](process.restarts + 1)
         if process.role == "coordinator":
             self.coordinator = new
         else:
             group = self.servers if process.role == "server" else self.workers
             group[group.index(process)] = new
         if process.role != "worker":
-            self._returning.add(new)
+            self._returning[new] = process.name
 
     def _host_ended(self, process: Process, now: float) -> float:
         """When another coordinator or server takes the place of this one."""
-        self._returning.discard(process)
+        self._returning.pop(process, None)
         server = process.role == "server"
         if words.drained(process) or (server and self._keep_going and process.returncode == 0):
             self._note(f"{words.title(process)} has left the cluster")
@@ -442,7 +457,7 @@ class Launcher:
         if not (self._keep_going if server else self._state is not None):
             self._end(words.of_host(process, copies=False, own=self._own), now)
             return now
-        due = self._revivals.setdefault(process.name, Revival()).ended(process.worked, now)
+        due = self._revivals.setdefault(process.place, Revival()).ended(process.worked, now)
         self._note(words.loss_of_host(process, due is not None))
         if due is None and not server:
             self._end(words.of_host(process, copies=True, own=self._own), now)
@@ -471,7 +486,7 @@ class Launcher:
 
     def _worker_ended(self, worker: Process, now: float) -> float:
         """When an elastic worker is started again."""
-        due = self._revivals.setdefault(worker.name, Revival(self._restart_workers)).ended(worker.worked, now)
+        due = self._revivals.setdefault(worker.place, Revival(self._restart_workers)).ended(worker.worked, now)
         others = [other.name for other in self.workers if other.running]
         if due is not None:
             self._note(f"{words.end_of_worker(worker)}; it is started again ({worker.restarts + 1} of "
@@ -539,10 +554,18 @@ def _check_sense(address: str | None, shape: Shape, elastic: bool, restart_worke
 
 def address_of(process: Process) -> str:
     """Where a coordinator or server that is ready accepts connections."""
+    return ready_of(process).address
+
+
+def ready_of(process: Process) -> _Ready:
+    """What a process said when it was ready. A server is called by the number that ``headwater status`` shows."""
     try:
-        return msgspec.json.decode(process.ready, type=_Ready).address
+        found = msgspec.json.decode(process.ready, type=_Ready)
     except msgspec.MsgspecError as error:
         raise InternalError(f"{process.name} wrote {process.ready!r} on its ready pipe: {error}") from None
+    if found.server >= 0:
+        process.name = f"s{found.server}"
+    return found
 
 
 def _given_token() -> str | None:

@@ -131,6 +131,11 @@ class Process:
         return self._child.pid
 
     @property
+    def place(self) -> tuple[Role, int]:
+        """What it shares with the process that it replaces: role and rank."""
+        return self.role, self.rank
+
+    @property
     def running(self) -> bool:
         return self.returncode is None
 
