@@ -1,8 +1,8 @@
 """Many seeds, on all cores; a failing one is shortened to what is needed for it.
 
-    python -m headwater.testing.battery --seeds 0:2000            # what every commit runs
-    python -m headwater.testing.battery --seed 17 --mode bulk     # one run again, with its history
-    python -m headwater.testing.battery --seed 17 --keep 0,3 --shape workers=1    # with less in it
+python -m headwater.testing.battery --seeds 0:2000            # what every commit runs
+python -m headwater.testing.battery --seed 17 --mode bulk     # one run again, with its history
+python -m headwater.testing.battery --seed 17 --keep 0,3 --shape workers=1    # with less in it
 """
 
 from __future__ import annotations

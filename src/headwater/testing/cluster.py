@@ -266,17 +266,24 @@ class SimCluster:
         return fault.daring or (self._quiet(view) and not +self._lasts)
 
     def _quiet(self, view: m.View) -> bool:
-        """The shard is as redundant as it should be, and its primary hears from every backup."""
+        return not self._unrest(view)
+
+    def _unrest(self, view: m.View) -> str:
+        """Why the shard is not as redundant as it should be, with a primary that hears from every backup; or ""."""
         host = self._host(view.primary.server) if view.primary else None
-        if host is None or host.server is None or len(view.backups) + 1 < self.scenario.replicas:
-            return False
+        if host is None or host.server is None:
+            return "no primary"
+        if len(view.backups) + 1 < self.scenario.replicas:
+            return "too few copies"
         node = host.server.nodes.get(view.shard)
         if node is None or node.view.epoch != view.epoch or not node.leads:
-            return False
+            return f"its primary is at {node.view if node is not None else None}"
         followers = node.followers
         following = {f.server for f in followers.by_peer.values() if f.synced}
         members = {x.server for x in view.backups}
-        return not followers.suspected and members <= following and all(self._fit(x) for x in members)
+        if followers.suspected or not members <= following:
+            return f"suspected {followers.suspected}, following {following}, absent {followers.absent}"
+        return "" if all(self._fit(x) for x in members) else "a backup is stopped or dead"
 
     def _fit(self, number: int) -> bool:
         host = self._host(number)
@@ -361,7 +368,8 @@ class SimCluster:
     def _state(self) -> str:
         views = ", ".join(
             f"shard {v.shard} epoch {v.epoch}: {v.primary.server if v.primary else None} "
-            f"+ {[x.server for x in v.backups]} learning {[x.server for x in v.learners]}"
+            f"+ {[x.server for x in v.backups]} learning {[x.server for x in v.learners]} ({self._unrest(v)}, "
+            f"acknowledged {self._acks.get(v.shard, 0.0) - self._begun:.2f})"
             for v in self._views()
         )
         steps = {name: worker.steps for name, worker in self.workers.items()}
@@ -484,7 +492,10 @@ def _line(frame: Frame) -> str:
             Kind.REQUEST: m.unpack_request, Kind.NOTICE: m.unpack_notice, Kind.REPLY: m.unpack_reply,
             Kind.ERROR: lambda body: repr(m.read_error(body)),
         }  # fmt: skip
-        return f"{text} {readers[frame.kind](frame.body)}"
+        try:
+            return f"{text} {readers[frame.kind](frame.body)}"
+        except HeadwaterError:  # one server's goodbye to another
+            return f"{text} {frame.body!r}"
     names = [name for name in ("SHARED", "END", "WANT", "SKIP") if frame.flags & getattr(Flag, name)]
     return (
         f"{text} {'+'.join(names)} session {frame.session % 0xFFFF:x} epoch {frame.epoch} seq {frame.seq} "

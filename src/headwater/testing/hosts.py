@@ -20,7 +20,6 @@ TICK = 0.05  # seconds between ticks of a loop
 ADDRESS = "sim://coordinator"
 
 
-
 class _Clock:
     """Stands for the module ``time`` in code that has no clock passed in: whose code runs, their time it is."""
 
