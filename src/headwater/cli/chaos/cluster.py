@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import msgspec
-
 from headwater.cli.chaos.schedule import SERVERS, WORKERS
 from headwater.cli.chaos.zygote import Order, Zygote, environment
 from headwater.errors import DeadlineExceeded
@@ -55,14 +53,12 @@ def free_port() -> int:
 
 
 class Cluster:
-    """Coordinator, servers, workers and a reader. ``note`` takes lines for the timeline.
+    """Coordinator, servers, workers and a reader.
 
     As a context manager: everything ends with it, also what is stopped, and the folder goes unless it is ``kept``.
     """
 
-    def __init__(
-        self, mode: str, seed: int, note: Callable[[str], None], tap: Callable[[str, str], Tap | None] | None = None
-    ) -> None:
+    def __init__(self, mode: str, seed: int, tap: Callable[[str, str], Tap | None] | None = None) -> None:
         self.mode = mode
         self.token = secrets.token_hex(16)
         self.folder = Path(tempfile.mkdtemp(prefix="headwater-chaos-"))
@@ -71,9 +67,8 @@ class Cluster:
         self.owners = Owners()
         self.network = Network(seed, self.owners.find, tap)
         self.members: dict[str, Member] = {}
-        self.exits: list[tuple[float, str, int]] = []
+        self.exits: list[tuple[Member, int]] = []
         self.direct: dict[str, Address] = {}
-        self._note = note
         self._zygote: Zygote | None = None
 
     # ---- life ------------------------------------------------------------------------------------
@@ -218,18 +213,14 @@ class Cluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(member.pid, number)
 
-    def reap(self) -> list[tuple[Member, int]]:
-        """Those that have ended since the last call, with their exit code (negative: the signal)."""
+    def reap(self) -> None:
+        """Notice who has ended: ``exits`` gets them with their exit code (negative: the signal)."""
         assert self._zygote is not None
-        found = []
         for word in self._zygote.ended():
             for member in self.members.values():
-                if member.pid == word.pid and member.running:
+                if member.pid == word.pid and member.running and word.code is not None:
                     member.running = False
-                    assert word.code is not None
-                    self.exits.append((time.monotonic(), member.name, word.code))
-                    found.append((member, word.code))
-        return found
+                    self.exits.append((member, word.code))
 
     def second_coordinator(self) -> tuple[int | None, str]:
         """Start another coordinator on the same state; returns its exit code (None: it runs) and what it said."""
@@ -242,14 +233,14 @@ class Cluster:
         self.members["second"] = member
         self.start("second")
         until = time.monotonic() + 10.0
-        code: int | None = None
         while member.running and time.monotonic() < until:
-            for ended, how in self.reap():
-                if ended is member:
-                    code = how
+            self.reap()
             time.sleep(0.01)
         self.kill("second")
-        return code, self.last_words("second")
+        del self.members["second"]
+        codes = [code for ended, code in self.exits if ended is member]
+        self.exits = [(ended, code) for ended, code in self.exits if ended is not member]
+        return (codes[0] if codes else None), self.last_words("second")
 
     # ---- the disk --------------------------------------------------------------------------------
 
@@ -264,6 +255,3 @@ class Cluster:
 
     def free_disk(self) -> None:
         (self.folder / "state" / "filler").unlink(missing_ok=True)
-
-    def summary(self) -> str:
-        return msgspec.json.encode({m.name: m.starts for m in self.members.values()}).decode()

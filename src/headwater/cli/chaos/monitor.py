@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from headwater.errors import HeadwaterError, LinkBroken
 from headwater.transports.address import Address
-from headwater.transports.receiver import Receiver
+from headwater.transports.receiver import Arrived, Receiver
 from headwater.transports.stream import connect
 from headwater.wire import messages as m
 from headwater.wire.frames import Frame, Kind, encode
@@ -68,9 +68,9 @@ class Monitor:
             number += 1
             asked = time.monotonic()
             sock.sendall(encode(Frame(Kind.REQUEST, seq=number, body=m.pack(m.Status()))))
-            frames = []
+            frames: list[Arrived] = []
             while not frames:
-                frames = receiver.read()
+                frames = list(receiver.read())
             reply = frames[0][0]
             if reply.kind != Kind.REPLY:
                 raise LinkBroken(f"{reply.kind.name} to a question for the status")

@@ -1,4 +1,4 @@
-"""A worker of a chaos run: pushes integers, and writes into its ledger what it knows. Told to stop by SIGTERM.
+"""A worker of a chaos run: pushes whole numbers, and writes into its ledger what it knows. Told to stop by SIGTERM.
 
 ``python -m headwater.cli.chaos.pusher --rank N --mode MODE --ledger FILE``; with rank -1 it is a reader.
 """
@@ -32,7 +32,7 @@ POLICIES: dict[str, Sync] = {"bulk": Bulk("sum"), "stale": Stale(1), "async": As
 def ledger_table(mode: str) -> TableSpec:
     """The table whose sums are the proof."""
     pages = tuple(ParameterSpec(f"page{i}", (RANKS, width), "float64") for i, width in enumerate(WIDTHS))
-    return TableSpec("ledger", pages, OptimizerSpec("SGD", ({"lr": -1.0},)), POLICIES[mode])
+    return TableSpec("ledger", pages, OptimizerSpec("SGD", ({"lr": 1.0},)), POLICIES[mode])
 
 
 def model_table() -> TableSpec:
@@ -44,7 +44,7 @@ def model_table() -> TableSpec:
 def ballast_table(mode: str) -> TableSpec:
     """Other policies: large pushes, which are under way when somebody dies. Every element counts them."""
     tensors = tuple(ParameterSpec(f"b{i}", (WIDE * 8,), "float64") for i in range(MODEL // 2))
-    return TableSpec("ballast", tensors, OptimizerSpec("SGD", ({"lr": -1.0},)), POLICIES[mode])
+    return TableSpec("ballast", tensors, OptimizerSpec("SGD", ({"lr": 1.0},)), POLICIES[mode])
 
 
 def gradient(rank: int, number: int, tensor: int) -> torch.Tensor:
@@ -115,7 +115,7 @@ class Pusher:
         for name, width in zip(self._pages, WIDTHS, strict=True):
             row = self._main.gradients[name][self.rank]
             row.zero_()
-            row[number % width] = 1.0
+            row[number % width] = -1.0
 
     def _learn(self, number: int) -> None:
         for i, name in enumerate(self._others):
@@ -124,7 +124,7 @@ class Pusher:
     def _load(self, number: int) -> None:
         del number
         for name in self._others:
-            self._other.gradients[name].fill_(1.0)
+            self._other.gradients[name].fill_(-1.0)
 
     def _look(self) -> None:
         """Read your own writes."""

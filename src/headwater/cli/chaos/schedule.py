@@ -92,12 +92,13 @@ def draw(seed: int, count: int, *, workers: bool = True) -> list[Fault]:
         target = _target(random, role)
         faults.append(Fault(kind, target, round(random.uniform(0.0, 0.4), 3), round(random.uniform(low, high), 3)))
         if role == "server" and random.random() < 0.25:
-            faults.append(_early(random, target, workers))
+            faults.append(_early(random, target, workers, again=kind == "kill"))
     return faults[:count]
 
 
-def _early(random: Random, struck: str, workers: bool) -> Fault:
-    kind, role = random.choice([e for e in _EARLY if workers or e[1] != "worker"])
+def _early(random: Random, struck: str, workers: bool, again: bool) -> Fault:
+    """``again``: the server that was struck holds nothing that is needed, so it may be killed once more."""
+    kind, role = random.choice([e for e in _EARLY if (workers or e[1] != "worker") and (again or e[1] != "same")])
     target = struck if role == "same" else _target(random, role)
     seconds = 0.0 if kind == "reset" else random.uniform(0.05, 0.5)
     return Fault(kind, target, round(random.uniform(0.05, 0.6), 3), round(seconds, 3), early=True)

@@ -1,0 +1,122 @@
+"""The command, and the run from beginning to end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from headwater.cli.console import err, out
+
+if TYPE_CHECKING:
+    from headwater.cli.chaos.drill import Course
+    from headwater.cli.chaos.report import Report
+
+QUIET_SHARE, QUIET_LEAST = 0.1, 1.5  # of the run, and seconds, without faults first
+
+
+class Mode(StrEnum):
+    """A synchronisation policy."""
+
+    bulk = "bulk"
+    stale = "stale"
+    async_ = "async"
+
+
+def chaos(
+    mode: Annotated[Mode, typer.Option(help="The synchronisation policy.")] = Mode.bulk,
+    seconds: Annotated[float, typer.Option(min=3.0, help="How long to push, with and without faults.")] = 60.0,
+    seed: Annotated[int, typer.Option(help="The faults and their order are drawn from it.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
+    only_servers: Annotated[
+        bool, typer.Option("--only-servers", help="Strike servers and the coordinator, no worker.")
+    ] = False,
+    faultless: Annotated[
+        bool, typer.Option("--faultless", help="Strike nobody: what the harness itself costs.")
+    ] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the folder with logs and ledgers.")] = False,
+) -> None:
+    """Run a cluster under kills, stops and network faults, and check that nothing acknowledged is lost.
+
+    3 servers with 2 copies of every shard, 3 workers, a reader, and a coordinator that keeps its state on disk, all as
+    processes of this machine. Exit code 1 if a push was lost or applied twice, or another promise was broken.
+    """
+    console = err()
+
+    def say(line: str) -> None:
+        console.print(Text(line, "red" if "FAILED" in line else "dim"), soft_wrap=True)
+
+    report, course = perform(mode.value, seconds, seed, say, workers=not only_servers, faultless=faultless, keep=keep)
+    if as_json:
+        from headwater.cli.chaos.report import to_json
+
+        print(to_json(report))
+    else:
+        from headwater.cli.chaos.report import draw
+
+        out().print(draw(report, course))
+    if not report.ok:
+        sys.exit(1)
+
+
+def perform(
+    mode: str,
+    seconds: float,
+    seed: int,
+    say: Callable[[str], None],
+    *,
+    workers: bool = True,
+    faultless: bool = False,
+    keep: bool = False,
+) -> tuple[Report, Course]:
+    """One run. Nothing of it is left behind, unless ``keep``."""
+    from headwater.cli.chaos import reference, report, schedule
+    from headwater.cli.chaos.cluster import Cluster
+    from headwater.cli.chaos.drill import Drill
+    from headwater.cli.chaos.final import examine
+    from headwater.cli.chaos.monitor import Monitor
+    from headwater.cli.chaos.replay import Recorder
+
+    recorder = Recorder()
+    with Cluster(mode, seed, recorder.tap) as cluster:
+        cluster.kept = keep
+        if keep:
+            say(f"logs and ledgers: {cluster.folder}")
+        with contextlib.closing(Monitor(cluster.direct["coordinator"], cluster.token.encode())) as monitor:
+            drill = Drill(cluster, monitor, recorder, seed, say)
+            drill.warm_up()
+            if not drill.course.failures:
+                quiet = seconds if faultless else max(QUIET_LEAST, QUIET_SHARE * seconds)
+                drill.calm(quiet)
+                if not faultless:
+                    drill.storm(schedule.draw(seed, int(seconds * 4), workers=workers), seconds - quiet)
+            drill.heal()
+            drill.end_workers()
+            with _as_client(cluster.token, str(cluster.direct["coordinator"])):
+                verdict = examine(drill, cluster, monitor)
+        drill.note("comparing")
+        ledgers = [tail.ledger for tail in drill.tails.values()]
+        same = reference.compare([x for x in ledgers if x.rank >= 0]) if mode == "bulk" else reference.Comparison(0, 0)
+        return report.make(mode, seed, seconds, drill.course, ledgers, verdict, same), drill.course
+
+
+@contextlib.contextmanager
+def _as_client(token: str, address: str) -> Iterator[None]:
+    """This process's environment is that of a client of the cluster."""
+    given = {"HEADWATER_TOKEN": token, "HEADWATER_ADDRESS": address, "HEADWATER_TRANSPORT": "tcp"}
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,123 @@
+"""Under Bulk: the model after every step, computed by one process, against the hashes that the workers wrote.
+
+Which workers contributed to a step is known from their ledgers. A push that was never acknowledged (its worker was
+killed) may be part of a step or not; where the hash says that it is, it counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+
+from headwater.cli.chaos.ledger import Ledger
+from headwater.cli.chaos.pusher import MODEL, WIDE, digest, gradient
+
+Part = tuple[int, int]  # (rank, number of the push)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """``steps`` that somebody saw, how many had the bits of one process, and the first that had not."""
+
+    steps: int
+    equal: int
+    words: str = ""
+
+
+class OneProcess:
+    """The model and torch's own AdamW."""
+
+    def __init__(self) -> None:
+        self.tensors = [torch.zeros(WIDE, requires_grad=True) for _ in range(MODEL)]
+        self._optimizer = torch.optim.AdamW(self.tensors, lr=0.01, fused=True)
+
+    def step(self, parts: Collection[Part]) -> None:
+        """Gradients added in rank order, divided by their number."""
+        for i, tensor in enumerate(self.tensors):
+            total: torch.Tensor | None = None
+            for rank, number in sorted(parts):
+                own = gradient(rank, number, i)
+                total = own if total is None else total.add_(own)
+            assert total is not None
+            tensor.grad = total.div_(len(parts))
+        self._optimizer.step()
+
+    def digest(self) -> str:
+        return digest([tensor.detach() for tensor in self.tensors])
+
+    def save(self) -> list[torch.Tensor]:
+        """A copy of values and state."""
+        state = self._optimizer.state
+        return [x.detach().clone() for t in self.tensors for x in (t, *state[t].values())]
+
+    def load(self, saved: list[torch.Tensor]) -> None:
+        state = self._optimizer.state
+        at = iter(saved)
+        with torch.no_grad():
+            for tensor in self.tensors:
+                tensor.copy_(next(at))
+                for name in list(state[tensor]):
+                    state[tensor][name].copy_(next(at))
+
+
+def compare(ledgers: Collection[Ledger], most: int = 1 << 30) -> Comparison:
+    """Every step up to the ``most``-th. Stops at the first that no set of contributions explains."""
+    sure: dict[int, list[Part]] = {}
+    seen: dict[int, str] = {}
+    for ledger in ledgers:
+        for number, push in ledger.of("model").items():
+            if push.acked is not None:
+                sure.setdefault(push.clock, []).append((ledger.rank, number))
+        for clock, found in ledger.hashes.items():
+            if seen.setdefault(clock, found) != found:
+                return Comparison(len(seen), 0, f"two workers saw different values after step {clock}")
+    model = OneProcess()
+    equal = 0
+    maybe = [_doubtful(ledger) for ledger in ledgers]
+    for clock in range(1, min(max(seen, default=0), most) + 1):
+        doubtful = [part for each in maybe for part, low, high in each if low < clock < high]
+        if not _explain(model, sure.get(clock, []), doubtful, seen.get(clock)):
+            return Comparison(len(seen), equal, f"step {clock} of {sure.get(clock)}, perhaps {doubtful}")
+        equal += clock in seen
+    return Comparison(len(seen), equal)
+
+
+def _doubtful(ledger: Ledger) -> list[tuple[Part, int, int]]:
+    """Pushes that may be part of a step, and the steps between which that lies."""
+    found: list[tuple[Part, int, int]] = []
+    last, waiting = 0, []
+    for number, push in sorted(ledger.of("model").items()):
+        if push.acked is None:
+            if not push.refused:
+                waiting.append(number)
+            continue
+        found += [((ledger.rank, k), last, push.clock) for k in waiting]
+        last, waiting = push.clock, []
+    return found + [((ledger.rank, k), last, 1 << 62) for k in waiting]
+
+
+def _explain(model: OneProcess, sure: list[Part], doubtful: list[Part], wanted: str | None) -> bool:
+    saved = model.save() if doubtful else []
+    for parts in _sets(sure, doubtful):
+        if not parts:
+            continue
+        model.step(parts)
+        if wanted is None or model.digest() == wanted:
+            return True
+        if not saved:
+            return False
+        model.load(saved)
+    return False
+
+
+def _sets(sure: list[Part], doubtful: list[Part]) -> Iterator[list[Part]]:
+    """What is sure, alone first, then with some of the rest, at most one of each rank."""
+    taken = {rank for rank, _ in sure}
+    rest = [part for part in doubtful if part[0] not in taken]
+    for count in range(len(rest) + 1):
+        for more in combinations(rest, count):
+            if len({rank for rank, _ in more}) == count:
+                yield [*sure, *more]
