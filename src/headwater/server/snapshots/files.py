@@ -108,7 +108,7 @@ def write_shard(folder: Path, pieces: Iterable[Piece], mark: ShardMark, disk: Di
         writer = _Writer(file)
         writer.header(ordered, mark)
         for piece in ordered:
-            writer.data(_bytes(piece.tensor))
+            writer.data(tensor_bytes(piece.tensor))
         writer.finish()
         file.sync()
     disk.rename(beside, path)
@@ -182,10 +182,16 @@ class _Writer:
 
 
 def _entry(tensor: torch.Tensor, begin: int, end: int) -> dict[str, Any]:
-    return {"dtype": _NAMES[dtype_name(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    return {"dtype": type_name(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [begin, end]}
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def type_name(dtype: torch.dtype) -> str:
+    """As safetensors calls it."""
+    return _NAMES[dtype_name(dtype)]
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Its elements in C order; no copy if it is contiguous."""
     flat = tensor.detach().contiguous().reshape(-1)
     if not flat.numel():
         return memoryview(b"")

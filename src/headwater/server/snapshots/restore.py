@@ -107,12 +107,15 @@ class Snapshot:
         table = self.table(name).table
         return tuple(sorted(self._slots.get((table, parameter), ())))
 
-    def read(self, name: str, parameter: int, slot: str, start: int, stop: int) -> torch.Tensor:
-        """Elements ``start:stop`` of a flattened parameter or slot. Where nothing was stored, zero."""
+    def dtype(self, name: str, parameter: int, slot: str) -> torch.dtype:
+        """Of a slot's elements; the parameter's own where nothing was stored."""
         table = self.table(name)
         places = self._ranges.get((table.table, parameter, slot), [])
-        dtype = places[0].entry.dtype if places else DTYPES[table.spec.parameters[parameter].dtype]
-        out = torch.zeros(stop - start, dtype=dtype)
+        return places[0].entry.dtype if places else DTYPES[table.spec.parameters[parameter].dtype]
+
+    def read(self, name: str, parameter: int, slot: str, start: int, stop: int) -> torch.Tensor:
+        """Elements ``start:stop`` of a flattened parameter or slot. Where nothing was stored, zero."""
+        out = torch.zeros(stop - start, dtype=self.dtype(name, parameter, slot))
         self.read_into(name, parameter, slot, start, out)
         return out
 
