@@ -168,12 +168,28 @@ def test_the_clock_of_the_step_travels_with_the_chunk(cluster: Cluster) -> None:
     client.tables = {
         "a": SimpleNamespace(clock=7, spec=SimpleNamespace(sync=Bulk())),
         "b": SimpleNamespace(clock=9, spec=SimpleNamespace(sync=Bulk())),
-        "c": SimpleNamespace(clock=50, spec=SimpleNamespace(sync=Async())),
     }
     mine = sampler(client, 10)
     list(mine)
     mine.commit(10)
     assert cluster.asked[-1].finished == ((0, 9), (1, 9), (2, 9))
+
+
+def test_a_chunk_is_reported_when_its_step_is_acknowledged(cluster: Cluster) -> None:
+    """Else a worker that dies could leave out what was still on its way to the servers."""
+    client, order = FakeClient(cluster), []
+    client.tables = {
+        "c": SimpleNamespace(
+            clock=50, spec=SimpleNamespace(sync=Async()), settle=lambda: order.append(len(cluster.asked))
+        )
+    }
+    mine = sampler(client, 10)
+    list(mine)
+    asked = len(cluster.asked)
+    assert order == []
+    mine.commit(10)
+    assert order == [asked]
+    assert cluster.asked[-1].finished == ((0, 0), (1, 0), (2, 0))
 
 
 def test_more_than_was_handed_out_cannot_be_committed(cluster: Cluster) -> None:

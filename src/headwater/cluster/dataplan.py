@@ -409,7 +409,11 @@ class DataPlans:
         return {self.PREFIX + name: plan.dump() for name, plan in changed.items()}
 
     def snapshot(self, clock: int = ALL) -> bytes:
-        """All plans as of the values at ``clock``."""
+        """All plans as of the values at ``clock``.
+
+        When to take it, so that no sample is left out: if all tables are Bulk, once the shards have made their cut,
+        and nothing above ``clock`` settled until then (who reports until then is counted); else before they make it.
+        """
         return msgspec.msgpack.encode({name: plan.snapshot(clock) for name, plan in self._plans.items()})
 
     def restore(self, data: bytes) -> None:

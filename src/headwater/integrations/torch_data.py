@@ -7,7 +7,6 @@ lies what the loader fetches ahead. A chunk all of whose samples are used is fin
 from __future__ import annotations
 
 import contextlib
-import importlib
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -213,9 +212,12 @@ class ShardSampler(torch.utils.data.Sampler[int]):
     # ---- the coordinator ---------------------------------------------------------------------------
 
     def _ask(self, *, want: bool = True) -> PlanChunk:
-        cursor = self._at()
+        cursor, client = self._at(), self._connected()
         request = cursor.request(want)
-        answer = self._connected().ask(request)
+        for table in client.tables.values() if request.finished else ():
+            if not isinstance(table.spec.sync, Bulk):  # a bulk step's clock says whether it was committed
+                table.settle()
+        answer = client.ask(request)
         if not isinstance(answer, PlanChunk):
             raise InternalError(f"the coordinator answered {type(answer).__name__} to a question for data")
         cursor.answered(request, answer)
@@ -323,8 +325,6 @@ _CURSORS: weakref.WeakKeyDictionary[PlanClient, dict[str, _Cursor]] = weakref.We
 
 
 def _current() -> PlanClient:
-    find = getattr(importlib.import_module("headwater.client"), "current", None)
-    if find is None:
-        raise UsageError("give the data plan its client: headwater.data.shards(n, client=…)")
-    found: PlanClient = find()
-    return found
+    from headwater.client import current
+
+    return current()
