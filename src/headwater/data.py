@@ -9,7 +9,7 @@ come and go. See docs/data.md.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from headwater.client import Client
@@ -52,5 +52,4 @@ def shards(
     """
     from headwater.integrations.torch_data import ShardSampler
 
-    given: Any = client
-    return ShardSampler(n, epochs, seed, client=given, name=name, chunk=chunk, overlap=overlap, lag=lag)
+    return ShardSampler(n, epochs, seed, client=client, name=name, chunk=chunk, overlap=overlap, lag=lag)
