@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -60,6 +61,33 @@ def test_two_workers_and_two_servers_train_stop_and_go_on(run: Path) -> None:
     assert torch.isfinite(loaded(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
     with pytest.raises(DataError, match="has reached its end"):
         job.resume(run, {})
+
+
+class _Killer(job.Job):
+    """Kills a server with SIGKILL when the first row of metrics is there."""
+
+    def _line(self, process: Process, stream: str, line: str) -> None:
+        before = len(self.board.rows)
+        super()._line(process, stream, line)
+        if len(self.board.rows) > before == 0:
+            os.kill(self.launcher.servers[0].pid, signal.SIGKILL)
+
+
+def test_a_server_is_killed_and_training_goes_on(run: Path) -> None:
+    state = checkpoint.read_state(run)
+    settings = msgspec.structs.replace(
+        state.settings, workers=2, servers=2, replicas=2, steps=60, minutes=None, log_every=5
+    )
+    checkpoint.write_json(run / "trainer.json", msgspec.structs.replace(state, settings=settings))
+    out = io.StringIO()
+    killer = _Killer(run, Console(file=out, width=200))
+    assert killer.run() == 0, out.getvalue()
+    assert "was killed by SIGKILL; its shards go on elsewhere" in out.getvalue()
+    events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert "was killed by SIGKILL" in events[0]
+    steps = [row["step"] for row in finish.read_rows(run) if row["kind"] == "step"]
+    assert steps == list(range(5, 61, 5))
+    assert "gives the same logits" in out.getvalue()
 
 
 def _checkpoint(run: Path, settings: Settings, step: int = 10, elapsed: float = 30.0) -> None:

@@ -120,12 +120,12 @@ class Picture:
     def _server_table(self, cluster: Any) -> Table:
         table = _table("server", "state", "primary of", "backup of", "memory", "pushed to it", "pulled from it")
         now = time.monotonic()
-        for server in cluster.servers:
+        for server in sorted(cluster.servers, key=lambda server: server.server):
             pushed = pulled = 0.0
             if server.pid in self._before:
                 then, had_pushed, had_pulled = self._before[server.pid]
-                pushed = (server.pushed_bytes - had_pushed) / max(now - then, 1e-3)
-                pulled = (server.pulled_bytes - had_pulled) / max(now - then, 1e-3)
+                pushed = max(0, server.pushed_bytes - had_pushed) / max(now - then, 1e-3)
+                pulled = max(0, server.pulled_bytes - had_pulled) / max(now - then, 1e-3)
             if server.pid not in self._before or now - self._before[server.pid][0] > 5.0:
                 self._before[server.pid] = (now, server.pushed_bytes, server.pulled_bytes)
             table.add_row(
