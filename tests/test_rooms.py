@@ -20,13 +20,14 @@ ROWS = [
     {"cluster", "transports"},
     {"client", "server"},
     {"integrations", "gateway", "dashboard", "launch", "testing"},
+    {"data"},
     {"public names"},
     {"cli"},
     {"recipes"},
 ]
 ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 
-PUBLIC_MODULES = {"headwater", "headwater.errors", "headwater.init", "headwater.launch"}
+PUBLIC_MODULES = {"headwater", "headwater.data", "headwater.errors", "headwater.init", "headwater.launch"}
 """What a user, and so a recipe, may name in an import."""
 
 

@@ -46,7 +46,7 @@ from headwater.errors import (
 from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Stale, TableSpec
 
 if TYPE_CHECKING:
-    from headwater import init, launch
+    from headwater import data, init, launch
     from headwater.client import Client, Dense, Table, Ticket, connect
     from headwater.integrations.torch import Optimizer
 
@@ -94,6 +94,7 @@ __all__ = [
     "WorkerLost",
     "__version__",
     "connect",
+    "data",
     "errors",
     "init",
     "launch",
@@ -111,7 +112,7 @@ _LATE = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("init", "launch"):
+    if name in ("data", "init", "launch"):
         return importlib.import_module(f"headwater.{name}")
     if name not in _LATE:
         raise AttributeError(f"module 'headwater' has no attribute {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -240,6 +240,27 @@ class Client:
         self._turns[name] += 1
         self.ask(m.Barrier(name, self._turns[name]), timeout)
 
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Inside, bulk steps of others do without this worker, which waits for something that they do.
+
+        Its own steps are finished first; afterwards its tables are where the others are.
+        """
+        for table in self.tables.values():
+            table.wait()
+        self._rest(True)
+        try:
+            yield
+        finally:
+            self._rest(False)
+            for table in self.tables.values():
+                table.rejoin(self.members)
+
+    def _rest(self, away: bool) -> None:
+        answer = self.ask(m.Rest(away))
+        assert isinstance(answer, m.Rested)
+        self.members = max(self.members, answer.members)
+
     def status(self) -> m.ClusterStatus:
         """Servers, workers and tables, from the last heartbeats."""
         status = self.ask(m.Status())
@@ -277,6 +298,11 @@ class Client:
         clock = max((table.clock for table in list(self.tables.values())), default=0)
         with contextlib.suppress(HeadwaterError):  # whoever asks the coordinator something is told
             self._control.notify(m.Heartbeat(clock, s.pushed_bytes, s.pulled_bytes, s.staleness_last))
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has left the cluster."""
+        return self._closed
 
     def close(self) -> None:
         """Finish the steps under way and leave. The others go on without this worker."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 
 from headwater.client.client import Client
 from headwater.client.control import Dial
@@ -42,7 +43,20 @@ def connect(
         rank = _number("HEADWATER_RANK") if rank is None else rank
         world = _number("HEADWATER_WORLD_SIZE") if world is None else world
     dial = _dial_inproc(target.host, servers) if target.scheme == "inproc" else _dial(target, patience)
-    return Client(dial, role=role, rank=rank, world=world, timeout=patience)
+    client = Client(dial, role=role, rank=rank, world=world, timeout=patience)
+    _clients.add(client)
+    return client
+
+
+def current() -> Client:
+    """The client that is open in this process. Raises ``UsageError`` if there is none, or more than one."""
+    found = [client for client in _clients if not client.closed]
+    if len(found) != 1:
+        raise UsageError(f"{len(found)} clients are open in this process; connect first, or say which: client=…")
+    return found[0]
+
+
+_clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
 def _number(name: str) -> int | None:

@@ -5,7 +5,6 @@ Every question may be asked twice: the coordinator answers the second time as it
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 from headwater.client.runtime import Runtime
@@ -28,7 +27,7 @@ class Control:
         self._dial = dial
         self._runtime = runtime
         self._timeout = timeout
-        self._lock = threading.Lock()
+        self._lock = runtime.lock()
         self._session = self._connect()
         self._closed = False
         try:

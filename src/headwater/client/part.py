@@ -45,6 +45,7 @@ class Part:
         self.lag = 0
         self.lsn = 0
         self.members = 0
+        self.known = self.clock = 0  # as of the last attachment: the shard's membership epoch and clock
         self.fresh = self.size  # local bytes from 0 that have arrived; all of them, unless a pull is under way
         self.awaiting = 0  # answers to pulls that are still to come, abandoned ones too
         self.attach: Callable[[float], None]  # the table's: on a new connection, by a deadline

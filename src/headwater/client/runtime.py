@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 
@@ -16,6 +17,7 @@ class Runtime(Protocol):
     def sleep(self, seconds: float) -> None: ...
     def every(self, period: float, act: Callable[[], None]) -> Callable[[], None]: ...
     def token(self) -> int: ...
+    def lock(self) -> AbstractContextManager[object]: ...
 
 
 class Threads:
@@ -38,6 +40,10 @@ class Threads:
 
         threading.Thread(target=beat, name="headwater-heartbeat", daemon=True).start()
         return stop.set
+
+    def lock(self) -> AbstractContextManager[object]:
+        """A lock between this client's threads."""
+        return threading.Lock()
 
     def token(self) -> int:
         """63 random bits: a session's number, which nobody else guesses."""

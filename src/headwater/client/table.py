@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Groups = Sequence[Mapping[str, Hyper]]
 _TURN = 0.25  # seconds
+_PAUSE = 0.01  # seconds
 _SLOTS = 4 << 20  # bytes of optimizer state per request
 
 
@@ -91,11 +92,33 @@ class Table:
         if part.lsn == 0 and not part.sent_seq:
             self.clock = max(self.clock, attached.clock)
         part.lsn = max(part.lsn, attached.lsn)
+        part.known, part.clock = attached.members, attached.clock
         if self._region is not None and part.live:
             self._map_again(part, self._region)
         if old is not None:
             old.close()
         part.resume(attached.seq)
+
+    def rejoin(self, members: int) -> None:
+        """After a rest: others' steps were applied meanwhile. A shard counts from when it knows ``members``."""
+        self._members = members
+        if not isinstance(self.spec.sync, Bulk):
+            return
+        deadline = self._client.runtime.now() + self._client.timeout
+        for part in self._parts:
+            self._client.reach(part.session)
+            part.known = -1
+            while part.known < members:
+                try:
+                    self._attach_part(part, deadline)
+                except LinkError as error:
+                    self._client.recover(part.session, deadline, error)
+                if part.known < members:
+                    self._client.runtime.sleep(_PAUSE)
+        self.clock = max(part.clock for part in self._parts)
+        self.refresh()
+        if not self.live:
+            self.pull().wait()
 
     def _map_live(self) -> torch.Tensor:
         """All shards' values side by side, copy-on-write: a stray in-place write stays in this process."""

@@ -13,11 +13,13 @@ from collections.abc import Mapping
 import msgspec
 
 from headwater.cluster import status
-from headwater.cluster.fleet import SILENCE, Fleet, Member
+from headwater.cluster.dataplan import ALL, DataPlans
+from headwater.cluster.fleet import SILENCE, Fleet, Member, members_of
 from headwater.cluster.membership import HEARTBEAT, Membership
 from headwater.cluster.membership import Member as Worker
 from headwater.cluster.tables import Asker, Tables
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, UsageError, WorkerLost
+from headwater.types import Bulk
 from headwater.wire import messages as m
 from headwater.wire.frames import Frame, Kind, Outgoing
 
@@ -61,6 +63,7 @@ class Coordinator:
         self.fleet = Fleet(self.rules.servers, self.rules.shards, self.rules.replicas, self.rules.silence)
         self.tables = Tables(self, self.rules.shards)
         self._joining: list[tuple[Asker, m.Join]] = []
+        self.plans = DataPlans(state)
         self._barriers: dict[str, dict[int, tuple[Asker, int]]] = {}
         self._passed: dict[str, dict[int, int]] = {}  # by name: session -> its last turn that is over
         self._draining: list[tuple[Asker, int]] = []
@@ -128,7 +131,7 @@ class Coordinator:
 
     def changes(self) -> dict[str, bytes | None]:
         """Keys that must be durable before what was returned with them is sent; None deletes one."""
-        changes, self._changes = self._changes, {}
+        changes, self._changes = self._changes | self.plans.changes(), {}
         return changes
 
     # ---- requests ----------------------------------------------------------------------------
@@ -157,6 +160,13 @@ class Coordinator:
             case m.Drain():
                 self.fleet.drain(message.server)
                 self._draining.append((asker, message.server))
+            case m.PlanNext():
+                worker = self._worker(asker.peer)
+                self.reply(asker, self.plans.ask(worker.join.session, message, self._committed()))
+            case m.Rest():
+                if self.membership.rest(self._worker(asker.peer), message.away):
+                    self._announce()
+                self.reply(asker, m.Rested(self.membership.epoch))
             case m.Status():
                 self.reply(asker, self.status())
             case _:
@@ -168,8 +178,9 @@ class Coordinator:
         r = self.rules
         self.reply(asker, m.Welcome(member.number, r.shards, r.replicas, r.min_copies, r.ack, r.heartbeat, r.durable))
         self._save_cluster()
-        for hosted in join.hosted:
-            self._hosts(member, hosted)
+        self.save(f"server/{member.number}", msgspec.msgpack.encode(join))
+        if join.resume:
+            self._resumed(member, join.hosted)
         if self.fleet.begin() and self._joining and not self._unserved():
             waiting, self._joining = self._joining, []
             for other, request in waiting:
@@ -178,16 +189,17 @@ class Coordinator:
                 except HeadwaterError as error:
                     self.fail(other, error)
 
-    def _hosts(self, server: Member, hosted: m.Hosted) -> None:
-        """A server that comes back says what it has: it is told the view, and what it may have missed."""
-        view = self.fleet.views.get(hosted.shard)
-        if view is None or server.peer is None:
-            return
-        self._notify(server.peer, view)
-        for commit in hosted.commits if hosted.role == "primary" else ():
-            self.tables.learned(commit)
-        if view.primary is not None and view.primary.server == server.number and not self._settling:
-            self._brief(view)
+    def _resumed(self, server: Member, hosted: tuple[m.Hosted, ...]) -> None:
+        """A server that comes back says what it has; it is told its views, and what it may have missed."""
+        for replica in hosted if self._settling else ():
+            for commit in replica.commits if replica.role == "primary" else ():
+                self.tables.learned(commit)
+        claims = {replica.shard for replica in hosted}
+        for shard, view in self.fleet.views.items():
+            if server.peer is not None and (shard in claims or server.number in members_of(view)):
+                self._notify(server.peer, view)
+            if view.primary is not None and view.primary.server == server.number and not self._settling:
+                self._brief(view)
 
     def _join(self, asker: Asker, join: m.Join) -> None:
         self._refuse_twice(asker.peer)
@@ -202,6 +214,9 @@ class Coordinator:
                 self._joining.append((asker, join))
                 return
             self._refuse_if_unserved()
+            holder = self.membership.workers.get(-1 if join.rank is None else join.rank)
+            if holder is not None and holder.gone is not None:  # it may not come back: another has its rank now
+                self._depart(holder, clean=False, why="died: its connection ended")
             member = self.membership.admit(asker.peer, join, self._now)
             if member.rank >= 0:
                 self._announce()
@@ -230,6 +245,7 @@ class Coordinator:
         self.membership.depart(member, clean=clean, why=why)
         if member.rank < 0:
             return
+        self.plans.forget(member.join.session, ALL if clean else self._committed())
         self._announce()
         for name, askers in list(self._barriers.items()):
             askers.pop(member.rank, None)
@@ -248,7 +264,7 @@ class Coordinator:
 
     def _members(self) -> m.Members:
         s = self.membership
-        return m.Members(s.epoch, s.ranks(), s.lost, s.reason, s.sessions())
+        return m.Members(s.epoch, s.needed(), s.lost, s.reason, s.sessions())
 
     def _barrier(self, asker: Asker, message: m.Barrier) -> None:
         worker = self._worker(asker.peer)
@@ -288,6 +304,13 @@ class Coordinator:
         if waits or self.membership.holds(peer) or any(s.peer == peer for s in self.fleet.servers.values()):
             raise ClusterError("this connection has joined already")
 
+    def _committed(self) -> int:
+        """The last bulk step that is decided, over all tables; a table on one shard tells by heartbeats."""
+        bulk = {t.number for t in self.tables.by_number.values() if isinstance(t.spec.sync, Bulk)}
+        decided = [t.decided.clock for t in self.tables.by_number.values() if t.decided is not None]
+        told = [clock for s in self.fleet.servers.values() for number, clock in s.report.tables if number in bulk]
+        return max([*decided, *told], default=0)
+
     def _known(self, peer: int) -> None:
         if not self.membership.holds(peer):
             raise ClusterError("join first: only a member can use tables")
@@ -302,6 +325,8 @@ class Coordinator:
 
     def _bury(self, server: Member) -> None:
         """A server is dead. Where nobody can take over, nobody waits for what it cannot create any more."""
+        if self.fleet.empty(server.number):
+            self.save(f"server/{server.number}", None)
         alone = {
             v.shard for v in self.fleet.views.values()
             if v.primary is not None and v.primary.server == server.number and not v.backups
@@ -314,8 +339,7 @@ class Coordinator:
     def _publish(self, old: m.View, new: m.View) -> None:
         """A view is durable first, then all who are in it, or were, hear of it."""
         self.save(f"view/{new.shard}", msgspec.msgpack.encode(new))
-        told = {x.server for v in (old, new) for x in (*([v.primary] if v.primary else []), *v.backups, *v.learners)}
-        for number in sorted(told):
+        for number in sorted(members_of(old) | members_of(new)):
             peer = self.fleet.servers[number].peer if number in self.fleet.servers else None
             if peer is not None:
                 self._notify(peer, new)
@@ -403,7 +427,8 @@ class Coordinator:
                 f"not {_shape(kept)}; start it with the same, or in another state folder"
             )
         views = [msgspec.msgpack.decode(v, type=m.View) for k, v in state.items() if k.startswith("view/")]
-        self.fleet.restore(views, now, max(GRACE, 3 * self.rules.silence))
+        joins = {int(k[7:]): msgspec.msgpack.decode(v, type=m.Join) for k, v in state.items() if k.startswith("server/")}
+        self.fleet.restore(views, joins, now, max(GRACE, 3 * self.rules.silence))
         self.fleet.numbers_from(saved.next_server)
         for key in sorted(k for k in state if k.startswith("table/")):
             self.tables.restore(state[key])
@@ -420,6 +445,9 @@ class Coordinator:
             for asker, server in [x for x in self._draining if self.fleet.empty(x[1])]:
                 self._draining.remove((asker, server))
                 self.reply(asker, m.Done())
+                peer = self.fleet.servers[server].peer
+                if peer is not None:  # it may end
+                    self._out.append(Outgoing(peer, Frame(Kind.REQUEST, body=m.pack(m.Drain(server)))))
         out, self._out = self._out, []
         return out
 

@@ -10,6 +10,7 @@ The rules (docs/reliability.md proves them):
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -68,7 +69,7 @@ class Fleet:
 
     def _resume(self, peer: int, join: m.Join, now: float) -> Member:
         known = self.servers.get(join.server)
-        if known is None or known.join.session not in (0, join.session):
+        if known is None or known.join.session != join.session:
             raise ClusterError(
                 f"server {join.server} is another process now, or is not known here; join as a new server"
             )
@@ -127,7 +128,7 @@ class Fleet:
 
     def empty(self, server: int) -> bool:
         """Whether nothing is left on a server."""
-        return not any(server in _members(view) for view in self.views.values())
+        return not any(server in members_of(view) for view in self.views.values())
 
     # ---- views -----------------------------------------------------------------------------------
 
@@ -190,7 +191,7 @@ class Fleet:
         coming = [x for x in view.learners if self._stays(x.server)]
         wanted = min(self.replicas, sum(self._stays(s) for s in self.servers))
         if len(staying) + len(coming) < wanted:
-            chosen = self._least_loaded(_members(view))
+            chosen = self._least_loaded(members_of(view))
             if chosen is not None:
                 self._change(view, learners=(*view.learners, chosen.endpoint))
             return
@@ -224,7 +225,7 @@ class Fleet:
             return
         most, least = max(stay, key=self._load), min(stay, key=self._load)
         if self._load(most) - self._load(least) >= 2:
-            shard = next((v for v in self.views.values() if most in _members(v) and least not in _members(v)), None)
+            shard = next((v for v in self.views.values() if most in members_of(v) and least not in members_of(v)), None)
             if shard is not None:
                 self._change(shard, learners=(self.servers[least].endpoint,))
             return
@@ -236,7 +237,7 @@ class Fleet:
                     return
 
     def _load(self, server: int) -> int:
-        return sum(server in _members(view) for view in self.views.values())
+        return sum(server in members_of(view) for view in self.views.values())
 
     def _primaries(self, server: int) -> int:
         return sum(v.primary is not None and v.primary.server == server for v in self.views.values())
@@ -247,15 +248,11 @@ class Fleet:
 
     # ---- what must be durable --------------------------------------------------------------------
 
-    def restore(self, views: list[m.View], now: float, grace: float) -> None:
+    def restore(self, views: list[m.View], joins: Mapping[int, m.Join], now: float, grace: float) -> None:
         """After a restart: the views stand; their servers have ``grace`` seconds to come back."""
         self.frozen_until = now + grace
-        for view in views:
-            self.views[view.shard] = view
-            for x in (*([view.primary] if view.primary else []), *view.backups, *view.learners):
-                if x.server not in self.servers:
-                    join = m.Join("server", 0, x.host, 0, address=x.address, local=x.local)
-                    self.servers[x.server] = Member(x.server, None, join, now, now, m.Heartbeat())
+        self.views = {view.shard: view for view in views}
+        self.servers = {n: Member(n, None, join, now, now, m.Heartbeat()) for n, join in sorted(joins.items())}
         self._next = max(self.servers, default=-1) + 1
 
     def numbers_from(self, number: int) -> None:
@@ -270,9 +267,10 @@ class Fleet:
         """Primaries that have not come back after a restart."""
         return [
             v.primary.server for v in self.views.values()
-            if v.primary is not None and self.servers[v.primary.server].peer is None
+            if v.primary is not None and (s := self.servers.get(v.primary.server)) is not None and s.peer is None
         ]  # fmt: skip
 
 
-def _members(view: m.View) -> set[int]:
+def members_of(view: m.View) -> set[int]:
+    """The servers in a view."""
     return {x.server for x in (*([view.primary] if view.primary else []), *view.backups, *view.learners)}

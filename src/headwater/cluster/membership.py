@@ -45,9 +45,22 @@ class Membership:
         self.lost = 0
         self.reason = ""
         self._departed: set[int] = set()
+        self._resting: set[int] = set()
+
+    def needed(self) -> tuple[int, ...]:
+        """The ranks that a bulk step needs, ascending: those that do not rest."""
+        return tuple(rank for rank in self.ranks() if rank not in self._resting)
+
+    def rest(self, member: Member, away: bool) -> bool:
+        """Bulk steps do without this worker, or need it again. Whether that is news."""
+        if (member.rank in self._resting) == away:
+            return False
+        self._resting ^= {member.rank}
+        self.epoch += 1
+        return True
 
     def ranks(self) -> tuple[int, ...]:
-        """The ranks that a step needs, ascending."""
+        """The ranks of all workers that are there or expected, ascending."""
         expected = set(range(self.world)) if self.world is not None else set(self.workers)
         return tuple(sorted((expected | set(self.workers)) - self._departed))
 
@@ -102,6 +115,7 @@ class Membership:
             return
         del self.workers[member.rank]
         self._departed.add(member.rank)
+        self._resting.discard(member.rank)
         self.epoch += 1
         if not clean:
             self.lost = self.epoch
@@ -136,13 +150,16 @@ class Membership:
         """What must survive the coordinator."""
         workers = tuple((rank, member.join) for rank, member in sorted(self.workers.items()))
         departed = tuple(sorted(self._departed))
-        return msgspec.msgpack.encode(_State(self.epoch, self.lost, self.reason, self.world, departed, workers))
+        resting = tuple(sorted(self._resting))
+        return msgspec.msgpack.encode(
+            _State(self.epoch, self.lost, self.reason, self.world, departed, workers, resting)
+        )
 
     def load(self, data: bytes, now: float) -> None:
         """The inverse of ``dump``: the workers have until ``silence`` seconds from ``now`` to come back."""
         state = msgspec.msgpack.decode(data, type=_State)
         self.epoch, self.lost, self.reason, self.world = state.epoch, state.lost, state.reason, state.world
-        self._departed = set(state.departed)
+        self._departed, self._resting = set(state.departed), set(state.resting)
         self.workers = {rank: Member(None, join, rank, now, now) for rank, join in state.workers}
 
 
@@ -153,3 +170,4 @@ class _State(msgspec.Struct, frozen=True):
     world: int | None
     departed: tuple[int, ...]
     workers: tuple[tuple[int, Join], ...]
+    resting: tuple[int, ...] = ()

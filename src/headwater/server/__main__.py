@@ -69,8 +69,8 @@ def _bound(sock: socket.socket, asked: addresses.Address) -> str:
     return str(addresses.Address("tcp", asked.host, sock.getsockname()[1]))
 
 
-def _announce(fd: int | None, address: str) -> None:
-    line = json.dumps({"address": address, "pid": os.getpid()}) + "\n"
+def _announce(fd: int | None, address: str, **more: int) -> None:
+    line = json.dumps({"address": address, "pid": os.getpid(), **more}) + "\n"
     if fd is not None:
         os.write(fd, line.encode())
         os.close(fd)
@@ -131,8 +131,10 @@ def run_server(args: argparse.Namespace, token: bytes | None) -> None:
         loop.send(server.receive(COORDINATOR, frame))
     Heart(serving, lambda: connect(coordinator, token, DIAL), welcome.heartbeat).start()
     loop.stop_on_signals()
-    _announce(args.ready_fd, join.address)
+    _announce(args.ready_fd, join.address, server=welcome.server)
     loop.run()
+    if serving.drained:
+        print(f"headwater server: Drained: server {welcome.server} holds nothing any more", file=sys.stderr)
 
 
 def _reach(dial: Dial, host: str, token: bytes | None) -> socket.socket:

@@ -207,7 +207,7 @@ class Clients:
         out = self._run(e.Attached(session, request.table, shared, request.base))
         clock = table.gathering.clock if table.bulk else min(table.clocks.clock.values(), default=0)
         done = self.shard.session(session).done.get(request.table, 0)
-        reply = m.Attached(self.shard.lsn, clock, kept.values.numel(), done)
+        reply = m.Attached(self.shard.lsn, clock, kept.values.numel(), done, self.shard.members.epoch)
         return [*out, Outgoing(peer, Frame(Kind.REPLY, seq=frame.seq, body=m.pack(reply)), give)]
 
     def _slots(self, peer: int, frame: Frame, number: int) -> list[Outgoing]:
@@ -323,7 +323,7 @@ class Clients:
 
     def _data(self, s: e.Send, flags: int, start: int, length: int) -> Frame:
         return Frame(
-            Kind.DATA, flags, self.shard.number, s.table, s.session, self.shard.epoch, s.request, s.lsn, s.clock,
+            Kind.DATA, flags, self.shard.number, s.table, s.session, self.shard.epoch, s.request, self.shard.lsn, s.clock,
             start, length, members=s.staleness,
         )  # fmt: skip
 

@@ -50,19 +50,23 @@ class Followers:
     blocks: Callable[[int], tuple[Block, ...]]
     by_peer: dict[int, Follower] = field(default_factory=dict)
     absent: dict[int, float] = field(default_factory=dict)  # view members that do not follow, since when
-    suspected: set[int] = field(default_factory=set)
+    suspected: dict[int, float] = field(default_factory=dict)  # when the coordinator was told
+    since: dict[int, int] = field(default_factory=dict)  # the epoch in which each became a member of the view
 
     def begin(self, peer: int, request: m.Follow, view: m.View, now: float) -> list[Outgoing]:
         """A server wants to follow. What it needs first is in the answer."""
         shard = self.shard
         for old in [f for f in self.by_peer.values() if f.server == request.server]:
             del self.by_peer[old.peer]
-        whole = request.epoch < shard.since or request.lsn < shard.lsn or request.lsn > shard.log.last
+        whole = not shard.continues(request)
         follower = self.by_peer[peer] = Follower(request.server, peer)
         self.absent.pop(request.server, None)
-        follower.accepted = shard.lsn if whole else request.lsn
+        if whole:
+            follower.accepted = shard.lsn
+        else:
+            follower.accepted = request.lsn if request.reign == shard.reign else shard.base
         shard.followed(request.server, follower.accepted)
-        out = [Outgoing(peer, self._reply(whole))]
+        out = [Outgoing(peer, self._reply(whole, follower.accepted))]
         if whole:
             out += self._state(follower)
         else:
@@ -70,14 +74,17 @@ class Followers:
         for record in shard.log.pending:
             if record.lsn > follower.accepted:
                 out += self._record(peer, record)
-        if not whole and request.server not in {b.server for b in view.backups}:
-            out.append(self.synced(follower))
-        return out
+        return out + self.synced_again(view)
 
-    def _reply(self, whole: bool) -> Frame:
+    def _reply(self, whole: bool, lsn: int) -> Frame:
         shard = self.shard
-        body = m.pack(m.Following(shard.epoch, shard.lsn, whole))
-        return Frame(Kind.REPLY, shard=shard.number, epoch=shard.epoch, seq=1, lsn=shard.lsn, body=body)
+        body = m.pack(m.Following(shard.epoch, lsn, whole, shard.reign))
+        return Frame(Kind.REPLY, shard=shard.number, epoch=shard.epoch, seq=1, lsn=lsn, body=body)
+
+    def synced_again(self, view: m.View) -> list[Outgoing]:
+        """Learners that have everything: the coordinator may have missed it, or was at another epoch."""
+        learners = {x.server for x in view.learners}
+        return [self.synced(f) for f in self.by_peer.values() if f.synced and f.server in learners]
 
     # ---- records ---------------------------------------------------------------------------------
 
@@ -116,6 +123,7 @@ class Followers:
         follower.accepted = max(follower.accepted, frame.lsn)
         follower.arrived = max(follower.arrived, frame.seq)
         follower.waits_since = None
+        self.suspected.pop(follower.server, None)
         out = self._more(follower)
         if frame.flags & Flag.END and not follower.synced:
             follower.synced = True
@@ -190,24 +198,25 @@ class Followers:
     def adopt(self, view: m.View, now: float) -> list[Outgoing]:
         """Those who are not in the view are let go; those who are and do not follow are missed from now on."""
         members = {x.server for x in (*view.backups, *view.learners)}
-        self.suspected &= members
+        self.suspected = {server: at for server, at in self.suspected.items() if server in members}
+        self.since = {server: self.since.get(server, view.epoch) for server in members}
         here = {f.server for f in self.by_peer.values()}
-        self.absent = {x.server: self.absent.get(x.server, now) for x in view.backups if x.server not in here}
+        self.absent = {server: self.absent.get(server, now) for server in members if server not in here}
         out = []
         for peer, follower in list(self.by_peer.items()):
             if follower.server not in members:
                 del self.by_peer[peer]
                 out.append(self._let_go(peer))
-        return out
+        return out + self.synced_again(view)
 
     def _let_go(self, peer: int) -> Outgoing:
         body = m.pack(m.ErrorBody("StaleEpoch", "this server is not in the shard's view any more"))
         return Outgoing(peer, Frame(Kind.ERROR, shard=self.shard.number, body=body), close=True)
 
     def closed(self, peer: int, view: m.View, now: float) -> Follower | None:
-        """A follower's connection ended. A backup is waited for; a learner is not."""
+        """A follower's connection ended: it is missed from now on."""
         follower = self.by_peer.pop(peer, None)
-        if follower is not None and follower.server in {b.server for b in view.backups}:
+        if follower is not None and follower.server in {x.server for x in (*view.backups, *view.learners)}:
             self.absent[follower.server] = now
         return follower
 
@@ -226,4 +235,4 @@ class Followers:
         for server, since in self.absent.items():
             if now - since > patience:
                 found.append((server, None, "its connection ended and it did not come back"))
-        return found
+        return [x for x in found if now - self.suspected.get(x[0], float("-inf")) >= patience]

@@ -69,7 +69,13 @@ class ServerHost:
     """Serves a ``Server``; peer 0 is the coordinator. ``stop`` is called when the server has to end."""
 
     def __init__(
-        self, server: Server, join: m.Join, welcome: m.Welcome, coordinator: str, stop: Callable[[], None]
+        self,
+        server: Server,
+        join: m.Join,
+        welcome: m.Welcome,
+        coordinator: str,
+        stop: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._server = server
         self._join = join
@@ -79,7 +85,9 @@ class ServerHost:
         self._away: float | None = None  # since when the coordinator is
         self._again = 0.0
         self._dialing = False
-        self.turned = time.monotonic()
+        self._clock = clock
+        self.drained = False
+        self.turned = clock()
         self.beat = b""
 
     def landing(self, peer: int, frame: Frame) -> memoryview:
@@ -90,6 +98,10 @@ class ServerHost:
     def receive(self, peer: int, frame: Frame, fds: tuple[int, ...]) -> list[Instruction]:
         if peer == COORDINATOR and frame.kind == Kind.REPLY:
             return self._back(m.unpack_reply(frame.body))
+        if peer == COORDINATOR and frame.kind == Kind.REQUEST and frame.body == self._drain:
+            self.drained = True
+            self._stop()
+            return []
         if peer == COORDINATOR and frame.kind == Kind.ERROR and self._away is not None:
             log.error("%s", m.read_error(frame.body))
             self._stop()
@@ -103,8 +115,8 @@ class ServerHost:
             log.error("%s", LinkBroken("the coordinator is gone; this server ends, its tables end with it"))
             self._stop()
             return []
-        self._away = self._away or time.monotonic()
-        self._again = time.monotonic() + AGAIN
+        self._away = self._away or self._clock()
+        self._again = self._clock() + AGAIN
         return []
 
     def tick(self, now: float) -> list[Instruction]:
@@ -127,13 +139,17 @@ class ServerHost:
             return self._server.dialed(key, peer)
         self._dialing = False
         if peer is None:
-            self._again = time.monotonic() + AGAIN
+            self._again = self._clock() + AGAIN
             return []
         join = m.Join(
             "server", self._join.session, self._join.host, self._join.pid, address=self._join.address,
             local=self._join.local, resume=True, server=self._server.setting.server, hosted=self._server.hosted(),
         )  # fmt: skip
         return [Outgoing(COORDINATOR, Frame(Kind.REQUEST, seq=1, body=m.pack(join)))]
+
+    @property
+    def _drain(self) -> bytes:
+        return m.pack(m.Drain(self._server.setting.server))
 
     def _back(self, reply: m.Reply) -> list[Instruction]:
         """The coordinator knows this server again."""

@@ -99,11 +99,11 @@ class Node:
             out += self._hang_up()
             backups = {x.server for x in new.backups}
             blocked = 1 + len(backups) < self._setting.min_copies
+            out += self.take(self.shard.lead(new.epoch, backups, blocked))
             out += self.followers.adopt(new, self._now)
             here = backups | {f.server for f in self.followers.by_peer.values()}
             for server in [s for s in self.shard.log.required if s not in here]:
                 out += self.take(self.shard.unfollowed(server))
-            out += self.take(self.shard.lead(new.epoch, backups, blocked))
             return out
         out += self._dismiss(new)
         if old.primary != new.primary:
@@ -126,7 +126,7 @@ class Node:
         if upstream is None:
             return []
         upstream.work()  # what was accepted counts
-        return [Outgoing(upstream.peer, Frame(Kind.NOTICE, shard=self.shard.number, body=m.pack(m.Leave())), close=True)]
+        return [self._bye(upstream.peer)]
 
     def _dial(self) -> list[Instruction]:
         primary = self.view.primary
@@ -163,12 +163,16 @@ class Node:
         if learner and peer is not None:
             del self.followers.by_peer[peer]
             out += self.take(self.shard.unfollowed(server))
-            out.append(Outgoing(peer, Frame(Kind.NOTICE, shard=self.shard.number, body=m.pack(m.Leave())), close=True))
-        if server not in self.followers.suspected:
-            self.followers.suspected.add(server)
-            body = m.pack(m.Suspect(self.shard.number, self.shard.epoch, server, why))
-            out.append(Outgoing(COORDINATOR, Frame(Kind.NOTICE, shard=self.shard.number, body=body)))
-        return out
+            out.append(self._bye(peer))
+        return [*out, self._suspect(server, why)]
+
+    def _suspect(self, server: int, why: str) -> Outgoing:
+        self.followers.suspected[server] = self._now
+        body = m.pack(m.Suspect(self.shard.number, self.shard.epoch, server, why))
+        return Outgoing(COORDINATOR, Frame(Kind.NOTICE, shard=self.shard.number, body=body))
+
+    def _bye(self, peer: int) -> Outgoing:
+        return Outgoing(peer, Frame(Kind.NOTICE, shard=self.shard.number), close=True)
 
     # ---- frames ----------------------------------------------------------------------------------
 
@@ -197,18 +201,20 @@ class Node:
 
     def follow(self, peer: int, frame: Frame, request: m.Follow) -> list[Instruction]:
         """Another server wants to follow this one."""
-        members = {x.server for x in (*self.view.backups, *self.view.learners)}
-        if not self.leads or request.server not in members or request.epoch > self.view.epoch:
+        since = self.followers.since.get(request.server, self.view.epoch + 1)
+        if not self.leads or not since <= request.epoch <= self.view.epoch:
             error = StaleEpoch(
                 f"server {request.server} may not follow server {self._setting.server} in epoch {self.view.epoch} of "
                 f"shard {self.shard.number}: ask again when both know the same view"
             )
             return [Outgoing(peer, Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(error)), close=True)]
+        if request.server in {x.server for x in self.view.backups} and not self.shard.continues(request):
+            # Not in sync, whatever the view says: it must become a learner first.
+            error = StaleEpoch(f"server {request.server} is behind shard {self.shard.number}, and is no learner yet")
+            refusal = Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(error))
+            return [self._suspect(request.server, str(error)), Outgoing(peer, refusal, close=True)]
         before = {p for p, f in self.followers.by_peer.items() if f.server == request.server}
-        out: list[Instruction] = [
-            Outgoing(p, Frame(Kind.NOTICE, shard=self.shard.number, body=m.pack(m.Leave())), close=True) for p in before
-        ]
-        self.followers.suspected.discard(request.server)
+        out: list[Instruction] = [self._bye(p) for p in before]
         out += self.followers.begin(peer, request, self.view, self._now)
         return out + self.take(self.shard.accepted(request.server, self.followers.by_peer[peer].accepted))
 
@@ -252,7 +258,7 @@ class Node:
         follower = self.followers.closed(peer, self.view, self._now)
         if follower is None:
             return list(self.clients.closed(peer))
-        if follower.server not in self.followers.absent and not follower.synced:
+        if not follower.synced:
             return self.take(self.shard.unfollowed(follower.server))
         self.followers.absent.setdefault(follower.server, self._now)
         return []
@@ -309,7 +315,9 @@ class Node:
         """For a coordinator that has forgotten: the steps that wait for its verdict."""
         if not self.leads:
             return []
-        return [self._ready(self.shard.ready(t)) for t in self.shard.tables.values() if t.prepared is not None]
+        ready = [self._ready(self.shard.ready(t)) for t in self.shard.tables.values() if t.prepared is not None]
+        self.followers.suspected.clear()
+        return [*ready, *self.followers.synced_again(self.view)]
 
     # ---- memory of the tables ----------------------------------------------------------------------
 

@@ -306,7 +306,8 @@ class Replica:
                 found.update(tensor.detach().contiguous().reshape(-1).view(_BYTES).numpy().data)  # type: ignore[arg-type]
             clocks = sorted(table.clocks.clock.items())
             found.update(f"{number} {table.gathering.clock} {table.clocks.version} {clocks}".encode())
-        for session in sorted(self.sessions.values(), key=lambda s: s.number):
+        workers = [s for s in self.sessions.values() if s.rank >= 0]  # readers are known to the primary only
+        for session in sorted(workers, key=lambda s: s.number):
             found.update(f"{session.number} {session.rank} {sorted(session.done.items())}".encode())
         return found.hexdigest()
 

@@ -47,6 +47,8 @@ class Server:
 
     def _first(self, peer: int, frame: Frame, fds: tuple[int, ...]) -> list[Instruction]:
         """A connection's first frame says which shard it is for."""
+        if frame.kind == Kind.NOTICE:  # another server that has dialed in vain says goodbye
+            return []
         request = m.unpack_request(frame.body) if frame.kind == Kind.REQUEST else None
         if not isinstance(request, m.Open | m.Follow):
             close_all(fds)
@@ -75,7 +77,7 @@ class Server:
         if node is None or node.dialing != key:
             if peer is None:
                 return []
-            return [Outgoing(peer, Frame(Kind.NOTICE, body=m.pack(m.Leave())), close=True)]
+            return [Outgoing(peer, Frame(Kind.NOTICE), close=True)]
         if peer is not None:
             self._of_peer[peer] = node
         return self._noted(node.dialed(peer))

@@ -22,7 +22,7 @@ from headwater.server.table import Session, Table
 from headwater.server.tables.plan import Contribution
 from headwater.types import Bulk, Version
 from headwater.wire.frames import Flag
-from headwater.wire.messages import Commit, Members, Ready, StepBody
+from headwater.wire.messages import Commit, Follow, Members, Ready, StepBody
 
 Asked = TypeVar("Asked", e.Push, e.Pull)
 
@@ -31,12 +31,15 @@ class Shard(Replica):
     """One replica, which decides while it is the primary.
 
     ``since``: the epoch in which this server became the primary. What a client sent to an earlier one is refused.
+    ``reign``: the same of the primary whose log this replica has followed; its own while it leads. ``before``: the
+    reign that its own followed upon, and ``base`` the last record of that.
     """
 
     def __init__(self, number: int, memory: Memory) -> None:
         super().__init__(number, memory)
-        self.since = 0
+        self.since = self.reign = self.before = self.base = 0
         self.log = Log()
+        self._left: list[Record] = []  # proposed and not applied when this server stepped down
         self._applying = False
 
     @property
@@ -51,7 +54,8 @@ class Shard(Replica):
         self.epoch = epoch
         if first:
             self.primary, self.since = True, epoch
-            self.log = Log(self.lsn)
+            self.before, self.base, self.reign = self.reign, self.lsn, epoch
+            self.log, self._left = Log(self.lsn), []
             for session in self.sessions.values():
                 session.seq, session.inflight = dict(session.done), 0
                 session.gradients.clear()
@@ -69,9 +73,29 @@ class Shard(Replica):
         self.epoch = epoch
         if self.primary:
             self.primary = False
+            self._left = list(self.log.pending)
             self.log = Log(self.lsn)
             for table in self.tables.values():
                 table.follow_none()
+
+    @property
+    def tail(self) -> int:
+        """The last record that this replica knows: as the former primary, more than it has applied."""
+        return self._left[-1].lsn if self._left else self.lsn
+
+    def catch_up(self, lsn: int) -> None:
+        """The new primary holds what this one had proposed up to ``lsn``; the rest is void."""
+        for record in self._left:
+            if self.lsn < record.lsn <= lsn:
+                self.apply(record)
+        self._left = []
+
+    def continues(self, request: Follow) -> bool:
+        """Whether a follower's state is a point of this log: then it needs no more than the records after it."""
+        if request.reign == self.reign:
+            return self.lsn <= request.lsn <= self.log.last
+        same = request.reign == self.before and self.lsn == self.base
+        return same and request.lsn <= self.base <= max(request.lsn, request.tail)
 
     def followed(self, server: int, lsn: int) -> None:
         """A server follows from ``lsn`` on, and is waited for from now on."""
@@ -364,6 +388,7 @@ class Shard(Replica):
                 self._end_step(session, table, event)
             else:  # behind those that wait already: they have the older values
                 table.held.append(event)
+                self.progress(table)
 
     def _may_apply(self, session: Session, table: Table, held: Collection[int] = ()) -> bool:
         """Under a cap one step at a time: the next is judged by what the last has changed."""

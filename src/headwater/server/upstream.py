@@ -43,7 +43,8 @@ class Upstream:
 
     def follow(self, lsn: int) -> Outgoing:
         """Ask to follow from ``lsn`` on."""
-        body = m.pack(m.Follow(self.shard.number, self._epoch, self._server, lsn))
+        shard = self.shard
+        body = m.pack(m.Follow(shard.number, self._epoch, self._server, lsn, shard.reign, shard.tail))
         return Outgoing(self.peer, Frame(Kind.REQUEST, shard=self.shard.number, seq=1, body=body))
 
     # ---- payloads --------------------------------------------------------------------------------
@@ -101,8 +102,10 @@ class Upstream:
             raise ProtocolError(f"a primary answered {type(reply).__name__} to a follower")
         self.ready = True
         self.learning = reply.whole
-        if reply.whole:
-            self._received = reply.lsn
+        if not reply.whole:
+            self.shard.catch_up(reply.lsn)
+        self._received = reply.lsn
+        self.shard.reign = reply.since
         self.shard.epoch = max(self.shard.epoch, reply.epoch)
         return []
 

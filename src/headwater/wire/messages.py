@@ -11,6 +11,10 @@ import msgspec
 
 from headwater.errors import HeadwaterError, ProtocolError, from_code
 from headwater.types import Hyper, TableSpec
+from headwater.wire.plans import PlanChunk as PlanChunk
+from headwater.wire.plans import PlanNext as PlanNext
+from headwater.wire.plans import Rest as Rest
+from headwater.wire.plans import Rested as Rested
 
 # ---- handshake (FORMAT.md, section 3) ------------------------------------------------------------
 
@@ -275,13 +279,15 @@ class Suspect(msgspec.Struct, frozen=True, tag="suspect"):
 class Follow(msgspec.Struct, frozen=True, tag="follow"):
     """Backup or learner to primary: send me what comes after ``lsn``.
 
-    ``tail``: the last record that it knows and has not applied, if it was the primary itself.
+    ``reign``: the epoch in which the primary began whose log it has followed so far, or its own. ``tail``: the last
+    record that it knows and has not applied, if it was that primary.
     """
 
     shard: int
     epoch: int
     server: int
     lsn: int
+    reign: int = 0
     tail: int = 0
 
 
@@ -408,6 +414,7 @@ class Attached(msgspec.Struct, frozen=True, tag="attached"):
     clock: int
     size: int = 0
     seq: int = 0  # the last push of this session to the table that was applied
+    members: int = 0  # the membership epoch that the shard has heard of
 
 
 class Slots(msgspec.Struct, frozen=True, tag="slots"):
@@ -472,6 +479,8 @@ Request = (
     | Slots
     | SlotPart
     | Follow
+    | PlanNext
+    | Rest
 )
 Reply = (
     Joined
@@ -486,6 +495,8 @@ Reply = (
     | Attached
     | SlotPart
     | Following
+    | PlanChunk
+    | Rested
 )
 Notice = Members | Ready | Commit | Heartbeat | Drop | View | Synced | Suspect | Cut | CutDone
 

@@ -24,7 +24,7 @@ from headwater.server.tables.dense import DenseShard
 from headwater.types import Segment, TableSpec
 from headwater.wire.tensors import DTYPES
 
-_AT_ONCE = 64
+_AT_ONCE = 256
 """Chunks that a thread checks before it looks for more work."""
 
 
@@ -254,7 +254,7 @@ def load(snapshot: Snapshot, dense: DenseShard, threads: int | None = None) -> N
         dense.set_groups(entry.mark.groups)
     held = [segment for segment in dense.segments if segment.nbytes]
     regions = dense.regions()
-    parts = [(segment, slot, memory) for segment in held for slot, memory in regions.items()]
+    parts = [(segment, slot, memory) for slot, memory in regions.items() for segment in held]
 
     def read(part: tuple[Segment, str, torch.Tensor]) -> None:
         segment, slot, memory = part
