@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import msgspec
 
-from headwater.cluster.coordinator import Coordinator
+from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.errors import HeadwaterError
 from headwater.testing import FakeClock
 from headwater.types import Bulk, Init, OptimizerSpec, ParameterSpec, TableSpec
@@ -17,7 +17,7 @@ from headwater.wire.frames import Frame, Kind, Outgoing
 T = TypeVar("T", bound=msgspec.Struct)
 Heard = m.Reply | m.Notice | m.Request | HeadwaterError
 
-SERVER, WORKER, READER = 100, 200, 300
+SERVER, WORKER, READER, HEART = 100, 200, 300, 400
 
 
 def spec(name: str = "t", init: str = "zeros", **changes: object) -> TableSpec:
@@ -28,15 +28,22 @@ def spec(name: str = "t", init: str = "zeros", **changes: object) -> TableSpec:
 
 
 class Script:
-    """``servers`` of them have joined as peers 100, 101, …; worker r is peer 200 + r, reader r is peer 300 + r."""
+    """``servers`` of them have joined as peers 100, 101, …; worker r is peer 200 + r, reader r is peer 300 + r.
 
-    def __init__(self, servers: int = 2, joined: bool = True) -> None:
+    A server's heartbeats come over a connection of their own: peer 400, 401, ….
+    """
+
+    def __init__(self, servers: int = 2, joined: bool = True, **rules: object) -> None:
         self.clock = FakeClock(1000.0)
-        self.coordinator = Coordinator(servers, self.clock())
+        self.coordinator = Coordinator(Rules(servers, **rules), self.clock())  # type: ignore[arg-type]
         self.heard: dict[int, list[Heard]] = {}
         self._seq = 0
         for shard in range(servers if joined else 0):
-            self.ask(SERVER + shard, m.Join("server", shard, address=f"tcp://127.0.0.1:{shard}"))
+            self.start(shard)
+
+    def start(self, number: int) -> None:
+        """The process of server ``number`` joins."""
+        self.ask(SERVER + number, m.Join("server", number, address=f"tcp://127.0.0.1:{number}"))
 
     def ask(self, peer: int, message: m.Request) -> None:
         self._seq += 1
@@ -45,12 +52,13 @@ class Script:
     def tell(self, peer: int, message: m.Notice) -> None:
         self._send(peer, Frame(Kind.NOTICE, body=m.pack(message)))
 
-    def answer(self, peer: int, number: int, message: m.Reply | HeadwaterError) -> None:
-        """A server's answer to the creation of table ``number``."""
+    def answer(self, peer: int, number: int, message: m.Reply | HeadwaterError, shard: int | None = None) -> None:
+        """A server's answer to the creation of table ``number`` on ``shard`` (default: that of its own number)."""
+        shard = max(0, peer - SERVER) % self.coordinator.shards if shard is None else shard
         if isinstance(message, HeadwaterError):
-            self._send(peer, Frame(Kind.ERROR, seq=number, body=m.error_body(message)))
+            self._send(peer, Frame(Kind.ERROR, shard=shard, seq=number, body=m.error_body(message)))
         else:
-            self._send(peer, Frame(Kind.REPLY, seq=number, body=m.pack(message)))
+            self._send(peer, Frame(Kind.REPLY, shard=shard, seq=number, body=m.pack(message)))
 
     def _send(self, peer: int, frame: Frame) -> None:
         self._note(self.coordinator.receive(peer, frame, self.clock()))
@@ -63,8 +71,15 @@ class Script:
         for _ in range(round(seconds * 2)):
             self.clock.advance(0.5)
             for peer in alive:
-                self.tell(peer, m.Heartbeat())
+                self.beat(peer)
             self._note(self.coordinator.tick(self.clock()))
+
+    def beat(self, peer: int) -> None:
+        """The heartbeat of a worker, a reader or (server n, as peer 100 + n) a server."""
+        if SERVER <= peer < WORKER:
+            self.tell(peer - SERVER + HEART, m.Heartbeat(server=peer - SERVER))
+        else:
+            self.tell(peer, m.Heartbeat())
 
     def _note(self, outgoing: list[Outgoing]) -> None:
         readers: dict[Kind, Callable[[bytes], Heard]] = {

@@ -86,7 +86,23 @@ def test_a_refused_landing_takes_no_memory(pair: tuple[socket.socket, socket.soc
     receiver = Receiver(ours, refuse)
     theirs.sendall(encode(Frame(Kind.PUSH, length=1 << 33)))
     with pytest.raises(ProtocolError, match="no payload is expected"):
-        receiver.read()
+        list(receiver.read())
+
+
+def test_a_frame_is_looked_at_when_the_one_before_it_is_dealt_with(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    known: list[int] = []
+
+    def landing(frame: Frame) -> memoryview:
+        assert known == [1], "the table of this payload is made by the frame before it"
+        return land(frame)
+
+    receiver = Receiver(ours, landing)
+    theirs.sendall(encode(Frame(Kind.RECORD, seq=1)) + encode(Frame(Kind.RECORD, seq=2, length=3)) + b"abc")
+    frames = receiver.read()
+    known.append(next(frames)[0].seq)
+    ((last, _),) = frames
+    assert (last.seq, bytes(last.payload or b"")) == (2, b"abc")
 
 
 def test_a_damaged_payload_is_not_handed_out(pair: tuple[socket.socket, socket.socket]) -> None:
@@ -94,7 +110,7 @@ def test_a_damaged_payload_is_not_handed_out(pair: tuple[socket.socket, socket.s
     receiver = Receiver(ours, land)
     theirs.sendall(encode(Frame(Kind.PUSH, Flag.CHECKED, length=4, check=checksum(b"good"))) + b"gord")
     with pytest.raises(ProtocolError, match="damaged"):
-        receiver.read()
+        list(receiver.read())
 
 
 def test_the_buffer_grows_only_to_what_a_sound_header_announced(pair: tuple[socket.socket, socket.socket]) -> None:
@@ -102,7 +118,7 @@ def test_the_buffer_grows_only_to_what_a_sound_header_announced(pair: tuple[sock
     receiver = Receiver(ours, refuse, limit=4096)
     theirs.sendall(encode(Frame(Kind.REQUEST, body=bytes(5000)))[:200])
     with pytest.raises(ProtocolError, match="at most 4096"):
-        receiver.read()
+        list(receiver.read())
     assert len(receiver._buffer) == BUFFER
 
 
@@ -121,10 +137,10 @@ def test_the_end_of_a_stream_is_a_broken_link_also_inside_a_frame(pair: tuple[so
     receiver = Receiver(ours, land)
     theirs.sendall(encode(Frame(Kind.PUSH, length=1000)) + b"half")
     theirs.close()
-    assert receiver.read() == []
+    assert list(receiver.read()) == []
     assert receiver.midway
     with pytest.raises(LinkBroken, match="closed the connection"):
-        receiver.read()
+        list(receiver.read())
 
 
 def test_descriptors_arrive_beside_their_frame_and_are_closed_if_nobody_takes_them(
@@ -134,7 +150,7 @@ def test_descriptors_arrive_beside_their_frame_and_are_closed_if_nobody_takes_th
     receiver = Receiver(ours, refuse)
     read, write = os.pipe()
     theirs.sendmsg([encode(Frame(Kind.REQUEST))], descriptors((read,)))
-    ((_, (got,)),) = receiver.read()
+    ((_, (got,)),) = list(receiver.read())
     assert os.fstat(got).st_ino == os.fstat(read).st_ino
     assert not os.get_inheritable(got)
     os.close(got)

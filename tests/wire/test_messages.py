@@ -27,6 +27,9 @@ SPEC = TableSpec(
     "skip",
     7,
 )
+ENDPOINT = m.Endpoint(1, "tcp://h:1", "local://x", "id")
+HOSTED = m.Hosted(0, 3, "primary", 9, (m.Commit(1, 4, 3, False, 2.0, 0.5),))
+SHARD_VIEW = m.ShardView(0, 1, "tcp://h:1", "local://x", "id")
 REQUESTS: list[m.Request] = [
     m.Join("worker", 5, "host", 9, 0, 2),
     m.Leave(),
@@ -34,30 +37,57 @@ REQUESTS: list[m.Request] = [
     m.Declare(msgspec.structs.replace(SPEC, sync=Stale(3), max_grad_norm=None)),
     m.Declare(msgspec.structs.replace(SPEC, sync=Async(4))),
     m.Initialised(1),
-    m.Barrier("b"),
+    m.Barrier("b", 3),
     m.Status(),
+    m.Find(2),
+    m.Drain(1),
+    m.TakeSnapshot(),
+    m.Join("server", 5, "host", 9, address="tcp://h:1", resume=True, server=1, hosted=(HOSTED,)),
+    m.PlanNext("data", 10, 2, 3, 4, True, 5, ((1, 2),)),
+    m.Rest(away=True),
     m.Create(1, SPEC),
-    m.Open(5, -1, 0),
-    m.Attach(1, True, 4096),
+    m.Open(5, -1, 0, 4),
+    m.Attach(1, True, 4096, 7),
+    m.Follow(1, 2, 3, 4),
     m.Slots(1),
     m.SlotPart(1, (m.Slot(0, "exp_avg", 0, (2,), "float32", b"12345678"),), False),
 ]
 REPLIES: list[m.Reply] = [
-    m.Joined(1, 2, 0.5, (m.ShardView(0, 1, "tcp://h:1", "local://x", "id"),)),
-    m.Welcome(0, 2, 1, 0.5),
+    m.Joined(1, 2, 0.5, (SHARD_VIEW,), 3, True),
+    SHARD_VIEW,
+    m.Welcome(0, 2, 2, 1, "memory", 0.5, True),
     m.Declared(1, SPEC, True, 3),
     m.Done(),
-    m.ClusterStatus(1.0, 2, (), (), ()),
+    m.ClusterStatus(
+        1.0,
+        2,
+        2,
+        1,
+        (m.ServerStatus(0, "tcp://h:1", 9, "alive", (0,), (1,), (2,), 3, 4, 5, 6, 7.0),),
+        (m.ShardStatus(0, 4, 0, (1,), (2,), 9, 1, 2, 2),),
+        (m.WorkerStatus(0, "worker", 9, "alive", 1, 2, 3, 4, 0.5),),
+        (m.TableStatus("t", 1, 2, 3, 4, "SGD", "Bulk()", 5, (6, 7)),),
+    ),  # fmt: skip
+    m.SnapshotTaken("snapshots/3", 99, 1.5),
+    m.Following(2, 3, True),
+    m.PlanChunk(1, 2, 3, 4),
+    m.Rested(5),
     m.Created(1, 99),
-    m.Opened(3),
-    m.Attached(4, 5, 6),
+    m.Opened(3, 9),
+    m.Attached(4, 5, 6, 7, 8),
 ]
 NOTICES: list[m.Notice] = [
-    m.Members(3, (0, 2), 2, "worker 1 died"),
+    m.Members(3, (0, 2), 2, "worker 1 died", (70, 72)),
     m.Ready(1, 0, 4, 3, (1.5, 1e-17), False),
     m.Commit(1, 4, 3, False, 2.0, 0.5),
-    m.Heartbeat(1, 2, 3, 4, 5, 6, 7, ((1, 9),)),
+    m.Heartbeat(1, 2, 3, 4, 5, 6, ((1, 9),), ((0, 7, 2),), 1),
     m.Drop(3),
+    m.View(0, 3, ENDPOINT, (ENDPOINT,), (ENDPOINT,)),
+    m.View(0, 3, None),
+    m.Synced(0, 3, 1, 9),
+    m.Suspect(0, 3, 1, "silent"),
+    m.Cut(1, 0, "snapshots/1", ((1, 5),)),
+    m.CutDone(1, 0, "0.safetensors", 9, "ab", 3, ((1, 5),), 0.1, ""),
 ]
 DECODERS: list[Callable[[bytes], object]] = [
     m.unpack_request,
@@ -89,8 +119,8 @@ def test_a_message_of_another_set_is_refused() -> None:
 
 
 def test_unknown_fields_are_ignored_so_that_a_later_release_can_add_some() -> None:
-    data = msgspec.msgpack.encode({"type": "barrier", "name": "x", "colour": [1, {"deep": None}]})
-    assert m.unpack_request(data) == m.Barrier("x")
+    data = msgspec.msgpack.encode({"type": "barrier", "name": "x", "turn": 2, "colour": [1, {"deep": None}]})
+    assert m.unpack_request(data) == m.Barrier("x", 2)
 
 
 @pytest.mark.parametrize("field", ["shape", "dtype", "group", "init"])
