@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from headwater.errors import UsageError
+from headwater.cluster.store import SqliteStore
+from headwater.errors import StateInUse, UsageError
 from headwater.launch import Launcher, Shape
 
 
@@ -60,6 +61,48 @@ def test_a_folder_that_cannot_be_made_or_is_not_there(tmp_path: Path) -> None:
         Shape(state=tmp_path / "file" / "below").prepare()
     with pytest.raises(UsageError, match="no snapshot"):
         Shape(restore=tmp_path / "nowhere").prepare()
+
+
+def _remembered(folder: Path, *keys: str) -> None:
+    store = SqliteStore(folder)
+    store.put(dict.fromkeys(keys, b"x"))
+    store.close()
+
+
+def _left(folder: Path) -> set[str]:
+    store = SqliteStore(folder)
+    try:
+        return set(store.items())
+    finally:
+        store.close()
+
+
+def test_the_state_of_a_cluster_without_tables_is_set_aside(tmp_path: Path) -> None:
+    _remembered(tmp_path, "view/0", "server/1")
+    Shape(state=tmp_path).set_aside(findable=True)
+    assert _left(tmp_path) == {"view/0", "server/1"}
+    Shape(state=tmp_path, ack="disk").set_aside(findable=False)
+    assert _left(tmp_path) == {"view/0", "server/1"}
+    Shape(state=tmp_path).set_aside(findable=False)
+    assert _left(tmp_path) == set()
+
+
+def test_tables_that_are_gone_are_not_forgotten_in_silence(tmp_path: Path) -> None:
+    _remembered(tmp_path, "view/0", "table/0")
+    with pytest.raises(UsageError, match=r"gone with them.*--restore"):
+        Shape(state=tmp_path).set_aside(findable=False)
+    assert _left(tmp_path) == {"view/0", "table/0"}
+    Shape(state=tmp_path, restore=tmp_path).set_aside(findable=True)
+    assert _left(tmp_path) == set()
+
+
+def test_the_state_of_a_cluster_that_runs_is_left_alone(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    try:
+        with pytest.raises(StateInUse):
+            Shape(state=tmp_path).set_aside(findable=False)
+    finally:
+        store.close()
 
 
 def test_a_running_cluster_has_its_shape() -> None:

@@ -170,6 +170,7 @@ class Launcher:
             return
         try:
             self.shape.prepare()
+            self.shape.set_aside(findable=self._listen.port != 0)
             if self._state is None and self._keep_going:
                 self._state = self._private = registry.private_state()
             self._again["coordinator", 0] = self._start_coordinator

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from headwater.cluster.store import SqliteStore
 from headwater.errors import UsageError
 
 Ack = Literal["memory", "disk"]
@@ -87,6 +88,28 @@ class Shape:
                 raise UsageError(f"{folder} cannot be made: {error.strerror}; nothing was started") from None
         if self.restore is not None and not self.restore.exists():
             raise UsageError(f"there is no snapshot {self.restore} to restore; nothing was started")
+
+    def set_aside(self, findable: bool) -> None:
+        """Forget the state of a cluster that has ended, if nothing is lost with it.
+
+        ``findable``: servers of it that run elsewhere may come back, as the coordinator listens where it did before.
+
+        Raises ``UsageError`` if it had tables and no snapshot was given to begin with; ``StateInUse`` if it runs.
+        """
+        if self.state is None or (self.restore is None and (findable or self.ack == "disk")):
+            return
+        store = SqliteStore(self.state)
+        try:
+            known = store.items()
+            if self.restore is None and any(key.startswith("table/") for key in known):
+                raise UsageError(
+                    f"the state in {self.state} is of a cluster that has ended, and what its servers held in memory is "
+                    "gone with them: begin with a snapshot (--restore), or with another folder; nothing was started"
+                )
+            if known:
+                store.put(dict.fromkeys(known))
+        finally:
+            store.close()
 
     def coordinator_options(self, state: Path | None) -> list[str]:
         """Of its command line; ``state`` is the folder it is to use."""
