@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -11,15 +10,13 @@ from random import Random
 from typing import Any
 from unittest.mock import patch
 
-from headwater.client import control
 from headwater.client.table import Table
 from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.errors import HeadwaterError
-from headwater.server import hosts as server_hosts
 from headwater.server.replica import Replica
 from headwater.testing.faults import LETHAL, Fault
-from headwater.testing.hosts import CLOCK, SimCoordinator, SimServer, SimStore
-from headwater.testing.links import FibreLock, SimRuntime
+from headwater.testing.hosts import SimCoordinator, SimServer, SimStore
+from headwater.testing.links import SimRuntime
 from headwater.testing.network import Network
 from headwater.testing.oracles import Ledger, Oracles, Violation
 from headwater.testing.processes import Process
@@ -93,13 +90,7 @@ class SimCluster:
 
     def run(self) -> Outcome:
         """Everything, from the first process to the audit. A violation is in the outcome, not raised."""
-        draws = self._random("secrets")
-        with (
-            patch.object(Replica, "observer", self._observer()),
-            patch.object(secrets, "randbits", draws.getrandbits),
-            patch.object(server_hosts, "time", CLOCK),
-            patch.object(control, "threading", _Threading(self.scheduler)),
-        ):
+        with patch.object(Replica, "observer", self._observer()):
             try:
                 self._run()
             except Violation as violation:
@@ -120,6 +111,7 @@ class SimCluster:
             for fault in self.scenario.plan.faults:
                 self.scheduler.at(zero + fault.at, self._due, fault)
             self._until(lambda: self.now >= zero + self.scenario.seconds, self.scenario.seconds + 1.0, "")
+            self._armed.clear()
             self._until(self._healed, 20.0, "the faults never ended")
             healed = self.now
             self._until(lambda: self._recovered(healed), HEALED, "not every shard acknowledges again")
@@ -313,7 +305,12 @@ class SimCluster:
         ways += [(name, fault.target) for name in others] if fault.kind != "mute" else []
         for way in ways:
             self.network.block(*way)
-        self._lasting(fault, lambda: [self.network.heal(*way) for way in ways])
+
+        def heal() -> None:
+            for way in ways:
+                self.network.heal(*way)
+
+        self._lasting(fault, heal)
 
     _deaf = _mute = _isolate
 
@@ -380,9 +377,9 @@ class SimCluster:
 
     def _audit(self) -> None:
         """All stop; then a fresh reader reads everything, and every replica is looked at."""
-        for program in (*self.workers.values(), *self.readers.values()):
+        programs: list[Worker | Reader] = [*self.workers.values(), *self.readers.values()]
+        for program in programs:
             program.stopping = True
-        programs = (*self.workers.values(), *self.readers.values())
         self._until(lambda: all(p.finished for p in programs), HEALED, "a worker never stops")
         process = self._process("auditor")
         auditor = Auditor(self.scenario, self._runtime(process), self._check)
@@ -412,7 +409,6 @@ class SimCluster:
                 if shard.primary:
                     self.oracles.leads(shard, shard.lsn)
                 self.oracles.replica(shard, f"server {x.server}")
-                shard.sessions = {n: s for n, s in shard.sessions.items() if s.rank >= 0}  # readers are nobody else's
                 digest = shard.digest()
                 before = digests.setdefault(shard.lsn, (digest, x.server))
                 if before[0] != digest:
@@ -427,7 +423,7 @@ class SimCluster:
 
     def _sent(self, process: Process, frame: Frame) -> None:
         """A coordinator or a server says something."""
-        if frame.kind in (Kind.ACK, Kind.DATA):
+        if frame.kind in (Kind.ACK, Kind.DATA, Kind.STATE):
             self._leads(process, frame.shard)
         if frame.kind == Kind.ACK:
             if frame.seq:
@@ -450,7 +446,7 @@ class SimCluster:
 
     def _received(self, process: Process, frame: Frame) -> None:
         """A client hears something."""
-        if frame.kind in (Kind.ACK, Kind.DATA) and frame.lsn:
+        if frame.kind == Kind.DATA:
             self.oracles.saw(frame.session, frame.shard, frame.epoch, frame.lsn)
         if self.trace:
             self.say(f"{process.name} hears {_line(frame)}")
@@ -458,16 +454,6 @@ class SimCluster:
     def say(self, text: str) -> None:
         if self.trace:
             self.outcome.history.append(f"{self.now - self._begun:9.4f} {text}")
-
-
-class _Threading:
-    """Stands for the module ``threading`` where fibres are the threads."""
-
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
-
-    def Lock(self) -> FibreLock:  # noqa: N802
-        return FibreLock(self._scheduler)
 
 
 class _Observer:

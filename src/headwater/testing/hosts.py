@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from random import Random
 
 from headwater.cluster.coordinator import Coordinator
@@ -19,18 +20,6 @@ from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
 TICK = 0.05  # seconds between ticks of a loop
 ADDRESS = "sim://coordinator"
 
-
-class _Clock:
-    """Stands for the module ``time`` in code that has no clock passed in: whose code runs, their time it is."""
-
-    process: Process | None = None
-
-    def monotonic(self) -> float:
-        assert self.process is not None
-        return self.process.clock()
-
-
-CLOCK = _Clock()
 Sent = Callable[[Process, Frame], None]
 
 
@@ -73,16 +62,12 @@ class SimHost:
             del self._ends[peer]
             self.carry_out(self.closed(peer))
 
-    def on_clock(self) -> None:
-        """This process's clock is the one that its code sees."""
-        CLOCK.process = self.process
-
     def carry_out(self, instructions: Iterable[Instruction]) -> None:
         for x in instructions:
             if not self.process.alive:
                 return
             if isinstance(x, Dial):
-                self.network.connect(self.process, x.address, lambda end, key=x.key: self.dialed(key, end))
+                self.network.connect(self.process, x.address, partial(self.dialed, x.key))
                 continue
             end = self._ends.get(x.peer)
             if end is None:
@@ -201,8 +186,7 @@ class SimServer(SimHost):
                 detach=self._detach,
             )
         )  # fmt: skip
-        self.on_clock()
-        self._host = ServerHost(self.server, self._join, welcome, ADDRESS, self._die)
+        self._host = ServerHost(self.server, self._join, welcome, ADDRESS, self._die, self.process.clock)
         self.process.every(TICK, self._tick)
         self.process.every(welcome.heartbeat, self._beat)
         return []
@@ -221,13 +205,11 @@ class SimServer(SimHost):
         return super().adopt(end, peer)
 
     def landing(self, peer: int, frame: Frame) -> memoryview:
-        self.on_clock()
         if self._host is None:
             raise ProtocolError("no payload is expected yet")
         return self._host.landing(peer, frame)
 
     def receive(self, peer: int, frame: Frame) -> Iterable[Instruction]:
-        self.on_clock()
         if self._host is None:
             if peer != COORDINATOR:
                 raise ProtocolError("this server has not joined yet")
@@ -236,7 +218,6 @@ class SimServer(SimHost):
         return self._host.work()
 
     def closed(self, peer: int) -> Iterable[Instruction]:
-        self.on_clock()
         if self._host is not None:
             return self._host.closed(peer)
         if peer == COORDINATOR:
@@ -244,14 +225,12 @@ class SimServer(SimHost):
         return []
 
     def dialed(self, key: int, end: End | None) -> None:
-        self.on_clock()
         assert self._host is not None
         peer = None if end is None else self.adopt(end, COORDINATOR if key == COORDINATOR else None)
         self.carry_out(self._host.dialed(key, peer))
 
     def _tick(self) -> None:
         assert self._host is not None
-        self.on_clock()
         self.carry_out(self._host.tick(self.process.clock()))
 
     def _beat(self) -> None:

@@ -189,9 +189,10 @@ class Oracles:
             expected, got = np.frombuffer(fold.at(lsn)), np.frombuffer(found)
             wrong = np.flatnonzero(expected != got)
             raise Violation(
-                "fold", f"shard {log.shard}, table {number}: after LSN {lsn} "
-                f"({type(log.entries[lsn - 1].body).__name__}) the {'primary' if replica.primary else 'follower'} holds {got[wrong[:4]]} at elements {wrong[:4]}, "
-                f"the log says {expected[wrong[:4]]}"
+                "fold",
+                f"shard {log.shard}, table {number}, LSN {lsn} ({type(log.entries[lsn - 1].body).__name__}): a "
+                f"{'primary' if replica.primary else 'follower'} holds {got[wrong[:4]]} at elements {wrong[:4]}, "
+                f"the log says {expected[wrong[:4]]}",
             )  # fmt: skip
         self._astray.pop(id(replica), None)
 
