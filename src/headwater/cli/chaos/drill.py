@@ -136,7 +136,7 @@ class Drill:
         else:
             self.fail(f"not acknowledged within {HEALING:g} s of healing: {self._who_is_late(moment)}")
         if not self.wait_whole(moment + QUIET, WHOLE):
-            self.fail(f"not all copies {WHOLE:g} s after healing: {self._shards()}")
+            self.fail(f"not all copies {WHOLE:g} s after healing: {self.shards()}")
 
     def end_workers(self) -> None:
         """They finish the push under way and leave."""
@@ -203,7 +203,7 @@ class Drill:
         begun = self._risky + QUIET
         if self._wait(lambda: self._whole(begun) or time.monotonic() > until, limit - time.monotonic()):
             return True
-        self.fail(f"not all copies {WHOLE:g} s after the last fault: {self._shards()}")
+        self.fail(f"not all copies {WHOLE:g} s after the last fault: {self.shards()}")
         return False
 
     def _whole(self, since: float) -> bool:
@@ -230,17 +230,19 @@ class Drill:
             if last < since:
                 running = "runs" if self._cluster.members[name].running else "does not run"
                 late.append(f"{name} ({running}, {len(pushes)} pushes, {ledger.errors[-1:]})")
-        return "; ".join(late) + f"; shards: {self._shards()}; monitor: {self._monitor.problem or 'fine'}"
+        return "; ".join(late) + f"; shards: {self.shards()}; monitor: {self._monitor.problem or 'fine'}"
 
-    def _shards(self) -> str:
+    def shards(self) -> str:
+        """What the coordinator said last."""
         sight = self._monitor.sight
         if sight is None:
             return f"the coordinator has never answered ({self._monitor.problem})"
         age = time.monotonic() - sight.asked
+        servers = {s.server: f"{s.state} pid {s.pid}" for s in sight.status.servers if s.state != "dead"}
         return f"({age:.1f} s ago) " + "; ".join(
             f"{s.shard}: epoch {s.epoch}, primary {s.primary}, backups {s.backups}, learners {s.learners}, "
             f"{s.copies} of {s.wanted}" for s in sight.status.shards
-        )  # fmt: skip
+        ) + f"; servers: {servers}"  # fmt: skip
 
     def _rate(self, since: float) -> float:
         count = sum(

@@ -81,4 +81,4 @@ def _compare_copies(
         drill.fail(f"without {server}, the copies of tensors {different} differ from what the primaries had")
     cluster.start(server)
     if not drill.wait_whole(begun, WHOLE):
-        drill.fail(f"not all copies {WHOLE:g} s after {server} was killed at the end")
+        drill.fail(f"not all copies {WHOLE:g} s after {server} was killed at the end: {drill.shards()}")

@@ -12,12 +12,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import headwater
 from headwater.cli.chaos.ledger import WIDTHS, Tail, Writer, in_bounds
-from headwater.client import Client, Table
+from headwater.client import Client, Table, Ticket
 from headwater.errors import HeadwaterError, RankTaken
 from headwater.types import Async, Bulk, OptimizerSpec, ParameterSpec, Stale, Sync, TableSpec
 
@@ -60,6 +61,15 @@ def digest(tensors: list[torch.Tensor]) -> str:
     return found.hexdigest()[:32]
 
 
+class Sent(NamedTuple):
+    """A push that is under way."""
+
+    name: str
+    number: int
+    table: Table
+    ticket: Ticket
+
+
 class Pusher:
     """One process's work: steps until it is told to stop."""
 
@@ -84,31 +94,46 @@ class Pusher:
         number = self._ledger.last("ledger")
         while not self.stopping:
             number += 1
-            self._push("ledger", number, self._main, self._mark)
+            # Both leave before either is waited for: under Bulk a worker that waits must have contributed to every
+            # table's step, or two that wait for different tables would wait for one another.
+            sent = [self._send("ledger", number, self._main, self._mark)]
             if self.mode == "bulk":
-                self._push("model", number, self._other, self._learn)
+                sent.append(self._send("model", number, self._other, self._learn))
             elif number % EVERY == 0:
-                self._push("ballast", number, self._other, self._load)
+                sent.append(self._send("ballast", number, self._other, self._load))
+            for each in sent:
+                self._settle(each)
+            self._tail.read()
             if number % EVERY == 0:
                 self._look()
             time.sleep(self.pace)
         self._writer.write("E")
         self._writer.close()
 
-    def _push(self, name: str, number: int, table: Table, fill: Callable[[int], None]) -> None:
+    def _send(self, name: str, number: int, table: Table, fill: Callable[[int], None]) -> Sent:
         fill(number)
         self._writer.write("P", name, number)
+        names = self._pages if table is self._main else self._others
         try:
-            names = self._pages if table is self._main else self._others
-            result = table.push_step(names, want=name == "model").wait()
+            return Sent(name, number, table, table.push_step(names, want=name == "model"))
         except HeadwaterError as error:
-            self._writer.write("X", name, number, text=f"{error.code}: {error}".replace("\n", " "))
+            self._fail(name, number, error)
             raise
-        self._writer.write("A", name, number, result.clock)
-        if name == "model":
-            table.wait()
-            self._writer.write("H", name, number, result.clock, digest([table.values[n] for n in self._others]))
-        self._tail.read()
+
+    def _settle(self, sent: Sent) -> None:
+        try:
+            result = sent.ticket.wait()
+        except HeadwaterError as error:
+            self._fail(sent.name, sent.number, error)
+            raise
+        self._writer.write("A", sent.name, sent.number, result.clock)
+        if sent.name == "model":
+            sent.table.wait()
+            values = [sent.table.values[name] for name in self._others]
+            self._writer.write("H", sent.name, sent.number, result.clock, digest(values))
+
+    def _fail(self, name: str, number: int, error: HeadwaterError) -> None:
+        self._writer.write("X", name, number, text=f"{error.code}: {error}".replace("\n", " "))
 
     def _mark(self, number: int) -> None:
         """One element of the own row in every page; the one before is cleared."""

@@ -31,7 +31,7 @@ PRELOADED = (
     "headwater.cluster.coordinator",
     "headwater.server.hosts",
     "headwater.server.loop",
-    "headwater.cli.chaos.pusher",
+    "headwater.cli.chaos.ledger",
 )
 PATIENCE = 60.0  # seconds that it may take to import everything
 
