@@ -11,7 +11,8 @@ from headwater.server.snapshots import manifest as manifests
 from headwater.server.snapshots import restore
 from headwater.server.snapshots.capture import Capture
 from headwater.server.snapshots.disk import DISK, Disk
-from headwater.server.snapshots.files import Mark, Piece, ShardMark, Written, write_shard
+from headwater.server.snapshots.files import Piece, write_shard
+from headwater.server.snapshots.format import Mark, ShardMark, Written
 from headwater.server.snapshots.manifest import Manifest
 from headwater.types import Async, OptimizerSpec, ParameterSpec, TableSpec
 from tests.server.tables.tools import Sharded, gradients

@@ -11,7 +11,7 @@ from headwater.errors import InternalError
 from headwater.server.snapshots import cut, manifest
 from headwater.server.snapshots.capture import Capture
 from headwater.server.snapshots.disk import Disk, Sink
-from headwater.server.snapshots.files import Mark
+from headwater.server.snapshots.format import Mark
 from tests.server.snapshots import scene
 from tests.server.tables.tools import Sharded, table
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,8 @@ import torch
 from safetensors import safe_open
 
 from headwater.errors import SnapshotCorrupt, TableConflict, UnknownTable, UsageError
-from headwater.server.snapshots import files, manifest, restore
-from headwater.server.snapshots.files import CHUNK
+from headwater.server.snapshots import manifest, restore
+from headwater.server.snapshots.format import CHUNK, Mark, Written
 from headwater.server.tables import DenseShard
 from headwater.types import OptimizerSpec, ParameterSpec, TableSpec
 from tests.server.snapshots import scene
@@ -74,7 +76,7 @@ def test_hyperparameters_that_changed_come_back(tmp_path: Path) -> None:
     capture.prepare(0, old.shards[0])
     old.shards[0].set_groups([{"lr": 0.5, "momentum": 0.9}])
     stepper.step(old)
-    capture.begin(files.Mark(0, 1, groups=tuple(old.shards[0].groups)), old.shards[0])
+    capture.begin(Mark(0, 1, groups=tuple(old.shards[0].groups)), old.shards[0])
     capture.seal(1, ())
     assert capture.advance(100)
     written = capture.result()
@@ -141,6 +143,20 @@ def test_large_and_small_pieces_over_chunks(tmp_path: Path) -> None:
         for index, value in enumerate(old.values()):
             lo, hi = sorted((rng.randrange(sizes[index] + 1), rng.randrange(sizes[index] + 1)))
             assert torch.equal(snapshot.read("t", index, "value", lo, hi), value[lo:hi])
+
+
+def test_what_json_cannot_say(tmp_path: Path) -> None:
+    """An infinite bound measures the norm and never clips."""
+    spec = table("SGD", [(3,)], max_grad_norm=float("inf"))
+    made = scene.take(tmp_path, {0: scene.filled(spec, 1)})
+    with restore.newest(tmp_path).snapshot as snapshot:
+        assert snapshot.table("t").spec == spec
+        assert snapshot.manifest == made
+
+
+def test_a_coordinator_needs_no_torch() -> None:
+    code = "import sys, headwater.server.snapshots.opened; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # ---- damage --------------------------------------------------------------------------------------
@@ -237,8 +253,8 @@ def test_only_sha256_sees_a_change_with_new_checksums(tmp_path: Path) -> None:
     folder = tmp_path / "00000002"
     made = manifest.read(folder)
     entry = made.files[0]
-    wrong = files.Written(entry.name, entry.nbytes, "0" * 64)
-    other = files.Written(made.files[1].name, made.files[1].nbytes, made.files[1].sha256)
+    wrong = Written(entry.name, entry.nbytes, "0" * 64)
+    other = Written(made.files[1].name, made.files[1].nbytes, made.files[1].sha256)
     manifest.publish(tmp_path, 2, [wrong, other], {0: scene.SMALL}, 2)
     with restore.newest(tmp_path).snapshot as snapshot, pytest.raises(SnapshotCorrupt, match="SHA-256"):
         snapshot.verify(sha256=True)

@@ -3,8 +3,10 @@
     cut.py       a copy of some memory as it was at one moment, made behind the back of who writes to it
     capture.py   one shard's part: from its tables to a file, by two threads of its own
     disk.py      the few file operations that all of this is made of; tests record them and cut them short
-    files.py     one shard's file: safetensors, with checksums that let a part be read and trusted alone
+    format.py    one shard's file: safetensors, with checksums that let a part be read and trusted alone
+    files.py     writing it
     manifest.py  what makes files a snapshot: written last, renamed into place; and what is deleted after it
+    opened.py    which snapshot is sound and to be used
     restore.py   back onto any number of shards
     export.py    plain files for other programs
 

@@ -24,7 +24,8 @@ import torch
 from headwater.errors import InternalError
 from headwater.server.snapshots.cut import Allocate, Cut, Loose, anonymous
 from headwater.server.snapshots.disk import DISK, Disk
-from headwater.server.snapshots.files import COUNT, VALUE, Mark, Piece, ShardMark, Written, write_shard
+from headwater.server.snapshots.files import Piece, write_shard
+from headwater.server.snapshots.format import COUNT, VALUE, Mark, ShardMark, Written
 from headwater.server.tables.dense import DenseShard
 from headwater.types import ITEMSIZE, Segment
 from headwater.wire import optimizers

@@ -22,7 +22,8 @@ import torch
 
 from headwater.errors import UsageError
 from headwater.server.snapshots.disk import DISK, replace
-from headwater.server.snapshots.files import COUNT, VALUE, tensor_bytes, type_name
+from headwater.server.snapshots.files import tensor_bytes, type_name
+from headwater.server.snapshots.format import COUNT, VALUE
 from headwater.server.snapshots.manifest import TableEntry
 from headwater.server.snapshots.restore import Snapshot
 from headwater.server.tables.kernels import FLAT, kernel

@@ -18,7 +18,7 @@ import xxhash
 
 from headwater.errors import SnapshotCorrupt
 from headwater.server.snapshots.disk import DISK, Disk, replace
-from headwater.server.snapshots.files import Mark, ShardFile, ShardMark, Written
+from headwater.server.snapshots.format import Mark, ShardFile, ShardMark, Written
 from headwater.types import Bulk, TableSpec
 
 NAME = "manifest.json"
@@ -27,11 +27,15 @@ KEEP = 2
 
 
 class TableEntry(msgspec.Struct, frozen=True):
-    """A table at the cut; what differs from shard to shard is merged (``merge``)."""
+    """A table at the cut; what differs from shard to shard is merged (``merge``).
+
+    ``packed``: the spec again, exactly; JSON has no infinity, which is a good ``max_grad_norm``.
+    """
 
     table: int
     spec: TableSpec
     mark: Mark
+    packed: bytes = b""
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -113,7 +117,10 @@ def publish(
     if sorted(entry.shard for entry in entries) != list(range(shards)):
         raise SnapshotCorrupt(f"{folder}: files of shards {[entry.shard for entry in entries]}, not of all {shards}")
     entries.sort(key=lambda entry: entry.shard)
-    merged = tuple(TableEntry(table, spec, merge(folder, table, spec, marks)) for table, spec in sorted(tables.items()))
+    merged = tuple(
+        TableEntry(table, spec, merge(folder, table, spec, marks), msgspec.msgpack.encode(spec))
+        for table, spec in sorted(tables.items())
+    )
     created = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
     manifest = Manifest(FORMAT, number, created, shards, merged, tuple(entries), plan)
     manifest = msgspec.structs.replace(manifest, check=_check(manifest))
@@ -182,13 +189,15 @@ def read(folder: Path) -> Manifest:
         if version != FORMAT:
             raise SnapshotCorrupt(f"{path}: format {version}, this Headwater reads {FORMAT}")
         manifest = msgspec.json.decode(data, type=Manifest)
+        exact = [msgspec.msgpack.decode(table.packed, type=TableSpec) for table in manifest.tables]
     except OSError as error:
         raise SnapshotCorrupt(f"{path}: {error.strerror}") from None
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise SnapshotCorrupt(f"{path}: {error}") from None
     if manifest.check != _check(manifest):
         raise SnapshotCorrupt(f"{path}: it fails its checksum")
-    return manifest
+    replaced = [msgspec.structs.replace(t, spec=spec) for t, spec in zip(manifest.tables, exact, strict=True)]
+    return msgspec.structs.replace(manifest, tables=tuple(replaced))
 
 
 def _check(manifest: Manifest) -> str:
