@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from headwater.client.client import Client
 
 Groups = Sequence[Mapping[str, Hyper]]
-_TURN = 0.25  # seconds
+_TURN = 0.25  # seconds after which one looks whether a silent server is still its shard's primary
+_FIRST = 0.01  # seconds: the first turn at each server, doubled from round to round
 _PAUSE = 0.01  # seconds
 _SLOTS = 4 << 20  # bytes of optimizer state per request
 
@@ -279,30 +280,33 @@ class Table:
         begun = now()
         deadline = begun + (self._client.timeout if timeout is None else timeout)
         waiting = [part for part in self._parts if not getattr(part, what)()]
+        turn = _FIRST
         while waiting:
             for part in waiting:
-                self._pump_part(part, getattr(part, what), deadline)
+                self._pump_part(part, getattr(part, what), deadline, turn)
             waiting = [part for part in waiting if not getattr(part, what)()]
+            turn = min(2 * turn, _TURN)
         self._client.waited(now() - begun)
 
-    def _pump_part(self, part: Part, done: Callable[[], bool], deadline: float) -> None:
+    def _pump_part(self, part: Part, done: Callable[[], bool], deadline: float, turn: float = _TURN) -> None:
         """Wait for one server for a turn: it may wait for another that is dead, or be dead itself without a sign.
 
         Another worker's death undoes a step; it is pushed again here, from the same memory.
         """
         client, link = self._client, part.session.link
         assert link is not None
-        if part.lost is not None:
-            self._members = client.members = max(part.members, self._members)
-            part.push_again(self._members)
+        for other in self._parts:
+            if other.lost is not None:
+                self._members = client.members = max(other.members, self._members)
+                other.push_again(self._members)
         try:
-            link.pump(lambda: done() or part.lost is not None, min(deadline, client.runtime.now() + _TURN))
+            link.pump(lambda: done() or part.lost is not None, min(deadline, client.runtime.now() + turn))
         except LinkError as error:
             client.recover(part.session, deadline, error)
         except DeadlineExceeded:
             if client.runtime.now() >= deadline:
                 raise
-            if not client.still_there(part.session, deadline):
+            if turn == _TURN and not client.still_there(part.session, deadline):
                 client.recover(part.session, deadline, DeadlineExceeded(f"{part.session.name} has another primary now"))
 
     # ---- values ----------------------------------------------------------------------------------

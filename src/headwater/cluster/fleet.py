@@ -199,8 +199,7 @@ class Fleet:
         if len(staying) >= max(1, wanted) and leaving:
             self._dismiss(view, leaving[0], staying)
         elif not leaving and len(copies) > self.replicas:
-            most = max(copies, key=lambda x: self._load(x.server))
-            self._dismiss(view, most, [x for x in copies if x != most])
+            self._without(view, max(view.backups, key=lambda x: self._load(x.server)).server)
 
     def _dismiss(self, view: m.View, who: m.Endpoint, staying: list[m.Endpoint]) -> None:
         """A primary hands over first and goes when its heir leads."""

@@ -48,6 +48,7 @@ class Replica:
         self.epoch = 0
         self.lsn = 0
         self.primary = False
+        self.partial = False  # the state of another replica has begun to arrive and is not complete
         self.tables: dict[int, Table] = {}
         self.sessions: dict[int, Session] = {}
         self.members = Members(0, (), 0)
@@ -70,7 +71,7 @@ class Replica:
         for number in list(self.tables):
             del self.tables[number]
             self._memory.discard(number)
-        self.lsn, self.members = lsn, members
+        self.lsn, self.members, self.partial = lsn, members, True
         self.sessions = {
             s.number: Session(s.number, s.rank, s.members, dict(s.done), dict(s.done)) for s in sessions
         }
@@ -176,6 +177,11 @@ class Replica:
 
     def _prepare(self, record: Record, body: r.Prepare) -> None:
         table = self.tables[body.table]
+        gathering = table.gathering
+        if body.members != gathering.members or body.clock != gathering.clock + 1:
+            gathering.announced = False  # the membership changed while it was on its way: void, on every replica
+            self.progress(table)
+            return
         table.prepared = Prepared(body, record.sources(body.ranges), record.divide)
         if body.commit is not None:
             self._commit(body.commit)

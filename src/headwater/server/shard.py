@@ -92,6 +92,8 @@ class Shard(Replica):
 
     def continues(self, request: Follow) -> bool:
         """Whether a follower's state is a point of this log: then it needs no more than the records after it."""
+        if request.lsn < 0:
+            return False
         if request.reign == self.reign:
             return self.lsn <= request.lsn <= self.log.last
         same = request.reign == self.before and self.lsn == self.base

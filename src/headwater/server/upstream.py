@@ -44,6 +44,8 @@ class Upstream:
     def follow(self, lsn: int) -> Outgoing:
         """Ask to follow from ``lsn`` on."""
         shard = self.shard
+        if shard.partial:  # what is here is no point of any log
+            lsn = -1
         body = m.pack(m.Follow(shard.number, self._epoch, self._server, lsn, shard.reign, shard.tail))
         return Outgoing(self.peer, Frame(Kind.REQUEST, shard=self.shard.number, seq=1, body=body))
 
@@ -133,13 +135,18 @@ class Upstream:
             record = self._queue.popleft()
             prepared = self._prepared_steps() if isinstance(record.body, m.Commit | m.Members) else {}
             self.shard.apply(record)
-            if not isinstance(record.body, r.Prepare) or record.body.commit is not None:
+            if not self._holds(record):
                 self._release(record)
             kept = self._prepared_steps() if prepared else {}
             for number, step in prepared.items():
                 if kept.get(number) is not step:
                     for source in step.sources:
                         self._free.setdefault(number, []).append(source.gradient)
+
+    def _holds(self, record: Record) -> bool:
+        """Whether a prepared step waits for its verdict with this record's gradient."""
+        table = self.shard.tables.get(getattr(record.body, "table", 0))
+        return table is not None and table.prepared is not None and table.prepared.body is record.body
 
     def _prepared_steps(self) -> dict[int, Prepared]:
         return {n: table.prepared for n, table in self.shard.tables.items() if table.prepared is not None}
@@ -166,7 +173,7 @@ class Upstream:
                 self._apply(self._received)
                 for table in self.shard.tables.values():
                     table.have = None
-                self.learning = False
+                self.learning = self.shard.partial = False
                 return [self._accept(Flag.END)]
         return []
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import struct
 import threading
@@ -124,6 +125,8 @@ class StreamLink:
         self._handler = handler
         self._checked = checked
         self._receiver = Receiver(sock, handler.landing)
+        self._poller = select.poll()
+        self._poller.register(sock.fileno(), select.POLLIN)
         self._error: HeadwaterError | None = None
         self._reading = threading.RLock()
         self._arrived = threading.Condition()
@@ -136,8 +139,6 @@ class StreamLink:
         self._has_wanted = threading.Condition()
         self._prefetcher: threading.Thread | None = None
         sock.settimeout(None)
-        tick = struct.pack("ll", int(TICK), int(TICK % 1 * 1e6))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND, 0))
 
     @property
@@ -213,7 +214,7 @@ class StreamLink:
             if self._reading.acquire(blocking=False):
                 try:
                     if not done() and not self._spin():
-                        self._read_once()
+                        self._wait(deadline)
                 finally:
                     self._reading.release()
                     if self._waiters:
@@ -224,6 +225,12 @@ class StreamLink:
                     self._waiters += 1
                     self._arrived.wait(0.01)
                     self._waiters -= 1
+
+    def _wait(self, deadline: float) -> None:
+        """Sleep until something comes, a tick or the deadline."""
+        left = min(TICK, deadline - time.monotonic())
+        if left > 0 and self._poller.poll(left * 1000):
+            self._read_once(socket.MSG_DONTWAIT)
 
     def _read_once(self, flags: int = 0) -> bool:
         """One receive call; False if nothing came."""
