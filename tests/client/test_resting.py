@@ -1,0 +1,70 @@
+"""A worker that waits for others rests: their bulk steps do without it, and it comes back to where they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headwater.client import Client, Dense
+from headwater.errors import HeadwaterError
+from headwater.types import Async, Bulk, Sync
+from tests.client.conftest import Connect
+
+SHAPE = (300_000,)  # lies on both servers
+
+
+def _pair(connect: Connect, name: str, sync: Sync) -> tuple[list[Client], list[Dense]]:
+    clients = [connect(rank=rank, world=2) for rank in (0, 1)]
+    made = [c.dense(name, SHAPE, optimizer=torch.optim.SGD, lr=1.0, sync=sync) for c in clients]
+    return clients, made
+
+
+def _value(w: Dense) -> float:
+    (value,) = set(w.pull().tolist())
+    return float(value)
+
+
+def test_steps_go_on_without_a_worker_that_rests(connect: Connect, name: str) -> None:
+    (_, second), (a, b) = _pair(connect, name, Bulk())
+    one = torch.ones(SHAPE)
+    for ticket in [a.push(one), b.push(3 * one)]:
+        ticket.wait()
+    assert _value(b) == -2  # the mean of two
+    with second.resting():
+        for _ in range(3):
+            a.push(one).wait()
+    assert b.table.clock == a.table.clock == 4
+    assert _value(b) == -5  # three steps of one worker alone
+    for ticket in [a.push(one), b.push(3 * one)]:
+        ticket.wait()
+    assert _value(a) == _value(b) == -7
+
+
+def test_a_step_under_way_is_finished_before_the_rest(connect: Connect, name: str) -> None:
+    (_, second), (a, b) = _pair(connect, name, Bulk())
+    one = torch.ones(SHAPE)
+    ticket = b.push(one)
+    a.push(one)
+    with second.resting():
+        assert ticket.done()
+        a.push(one).wait()
+    assert _value(b) == -2
+
+
+def test_resting_is_harmless_under_other_policies(connect: Connect, name: str) -> None:
+    (first, second), (a, b) = _pair(connect, name, Async())
+    one = torch.ones(SHAPE)
+    with first.resting(), second.resting():
+        a.push(one).wait()
+    b.push(one).wait()
+    assert _value(b) == -2
+
+
+def test_a_rest_ends_with_what_ended_it(connect: Connect, name: str) -> None:
+    (_, second), (a, b) = _pair(connect, name, Bulk())
+    with pytest.raises(HeadwaterError, match="enough"), second.resting():
+        raise HeadwaterError("enough")
+    one = torch.ones(SHAPE)
+    for ticket in [a.push(one), b.push(one)]:
+        ticket.wait()
+    assert _value(a) == -1
