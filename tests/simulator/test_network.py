@@ -154,8 +154,8 @@ def _asks(block: bool, cut: bool) -> tuple[list[object], float]:
 
     def body() -> None:
         runtime = SimRuntime(scheduler, network, client, Random(2), lambda frame: None)
-        session = Session("echo", 7)
-        session.link = runtime.dial(None, session)  # type: ignore[arg-type]
+        session = Session("echo", 7, runtime)
+        session.link = runtime.dial(None, session)
         if block:
             network.block("coordinator", "w")
         if cut:
@@ -200,7 +200,8 @@ def test_nobody_listens() -> None:
 
     def body() -> None:
         try:
-            SimRuntime(scheduler, network, client, Random(2), lambda frame: None).dial(None, Session("x", 1))
+            runtime = SimRuntime(scheduler, network, client, Random(2), lambda frame: None)
+            runtime.dial(None, Session("x", 1, runtime))
         except Unreachable as error:
             found.append(str(error))
 

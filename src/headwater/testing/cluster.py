@@ -427,7 +427,7 @@ class SimCluster:
             self._leads(process, frame.shard)
         if frame.kind == Kind.ACK:
             if frame.seq:
-                self.oracles.acknowledged(frame.shard, frame.session, frame.seq, frame.epoch, frame.lsn)
+                self.oracles.acknowledged(frame.shard, frame.session, frame.table, frame.seq, frame.lsn)
             self._acks[frame.shard] = self.now
         elif frame.kind == Kind.DATA and frame.payload is not None:
             self.oracles.pulled(frame.shard, frame.table, frame.lsn, frame.start, frame.payload)

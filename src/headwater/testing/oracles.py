@@ -96,9 +96,10 @@ class Log:
         self.shard = shard
         self.entries: list[_Entry] = []
         self.folds: dict[int, Fold] = {}
-        self.done: dict[int, dict[int, int]] = defaultdict(dict)  # session -> seq -> LSN
-        self.last: dict[int, int] = {}  # session -> the last push of it that was applied
+        self.done: dict[tuple[int, int], dict[int, int]] = defaultdict(dict)  # (session, table) -> seq -> LSN
+        self.last: dict[tuple[int, int], int] = {}  # (session, table) -> the last push of it that was applied
         self.steps: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {}  # (table, clock) -> (rank, session)
+        self.members = 0  # the membership epoch
 
     @property
     def lsn(self) -> int:
@@ -204,28 +205,29 @@ class Oracles:
             case r.Drop():
                 log.folds.pop(body.table, None)
             case r.Update():
-                self._applied(log, body.session, body.seq, record.lsn)
+                self._applied(log, (body.session, body.table), body.seq, record.lsn)
                 if not body.skip:
                     log.folds[body.table].add(_pieces(record, body.ranges), record.lsn, 1, body.scale)
             case r.Values():
-                self._applied(log, body.session, body.seq, record.lsn)
+                self._applied(log, (body.session, body.table), body.seq, record.lsn)
                 log.folds[body.table].put(_pieces(record, r.spans(body)), record.lsn)
             case r.Prepare():
                 self._prepare(log, record, body)
             case Commit():
                 self._commit(log, body, record.lsn)
             case Members():
+                log.members = body.epoch
                 for fold in log.folds.values():
                     fold.prepared = None
             case _:
                 pass
 
-    def _applied(self, log: Log, session: int, seq: int, lsn: int) -> None:
+    def _applied(self, log: Log, session: tuple[int, int], seq: int, lsn: int) -> None:
         if seq in log.done[session]:
             before = log.done[session][seq]
-            raise Violation("ledger", f"shard {log.shard}: push {seq} of {session:x} is LSN {before} and LSN {lsn}")
+            raise Violation("ledger", f"shard {log.shard}: push {seq} of {session[0]:x} is LSN {before} and LSN {lsn}")
         if seq <= log.last.get(session, 0):
-            raise Violation("order", f"shard {log.shard}: push {seq} of {session:x} came after {log.last[session]}")
+            raise Violation("order", f"shard {log.shard}: push {seq} of {session[0]:x} came after {log.last[session]}")
         log.done[session][seq] = lsn
         log.last[session] = seq
 
@@ -233,6 +235,9 @@ class Oracles:
 
     def _prepare(self, log: Log, record: Record, body: r.Prepare) -> None:
         fold = log.folds[body.table]
+        fold.prepared = None
+        if body.members != log.members:  # the membership has changed before it: void
+            return
         fold.prepared = _Prepared(body, _pieces(record, body.ranges), record.divide)
         if not body.skip:
             self._one_process(log, fold.prepared)
@@ -250,7 +255,7 @@ class Oracles:
         who = tuple((part.rank, part.session) for part in prepared.body.parts)
         log.steps[body.table, body.clock] = who
         for part in prepared.body.parts:
-            self._applied(log, part.session, part.seq, lsn)
+            self._applied(log, (part.session, body.table), part.seq, lsn)
         if not body.skip:
             fold.add(prepared.total, lsn, prepared.divide, body.scale)
         for other in self.logs.values():
@@ -278,11 +283,11 @@ class Oracles:
 
     # ---- answers ---------------------------------------------------------------------------------
 
-    def acknowledged(self, shard: int, session: int, seq: int, epoch: int, lsn: int) -> None:
+    def acknowledged(self, shard: int, session: int, table: int, seq: int, lsn: int) -> None:
         """A server tells a client that its push is applied."""
         self.acks += 1
         log = self.log(shard)
-        if log.last.get(session, 0) < seq:
+        if log.last.get((session, table), 0) < seq:
             raise Violation("ack", f"shard {shard} acknowledged push {seq} of {session:x}, which nobody has applied")
         if lsn > log.lsn:
             raise Violation("ack", f"shard {shard} acknowledged at LSN {lsn}, its log ends at {log.lsn}")

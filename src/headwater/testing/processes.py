@@ -12,6 +12,8 @@ from headwater.testing.times import Line
 if TYPE_CHECKING:
     from headwater.testing.network import End
 
+ROUNDING = 1e-6  # seconds: more than what is lost between two clocks
+
 
 class Process:
     """One start of a program. A restart is another ``Process`` of the same name.
@@ -37,8 +39,8 @@ class Process:
         return self._offset + self._rate * self._scheduler.now
 
     def moment(self, clock: float) -> float:
-        """The scheduler's time at which this process's clock shows ``clock``."""
-        return (clock - self._offset) / self._rate
+        """The scheduler's time at which this process's clock shows ``clock``, and surely no earlier."""
+        return (clock - self._offset) / self._rate + ROUNDING
 
     def call(self, act: Callable[..., None], *args: Any) -> None:
         """Have the process do something: now, when it is continued, or never if it is dead."""

@@ -1,0 +1,142 @@
+"""Bugs put in on purpose: the battery must find each. A battery that finds none of them proves nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+
+from headwater.cluster.fleet import Fleet
+from headwater.server.log import Log
+from headwater.server.node import Node
+from headwater.server.records import Record
+from headwater.server.replica import Replica
+from headwater.server.shard import Shard
+from headwater.testing import battery
+from headwater.testing.battery import Tally
+from headwater.testing.hosts import SimServer
+from headwater.wire import messages as m
+
+SEEDS = range(600)
+SAFETY = {"log", "fold", "ledger", "order", "ack", "pull", "sum", "bulk", "atomic", "replicas", "monotonic"}
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Servers that are told to go say so: that is not what is looked for here."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def acknowledge_before_replicating(patch: pytest.MonkeyPatch) -> None:
+    """The primary applies and acknowledges at once, whoever follows."""
+
+    def take(self: Log) -> Record | None:
+        pending: deque[Record] = self.pending
+        return pending.popleft() if pending and not self.blocked else None
+
+    patch.setattr(Log, "take", take)
+
+
+def forget_session_numbers(patch: pytest.MonkeyPatch) -> None:
+    """A newcomer gets the values, and no word of which pushes are in them."""
+    begin = Replica.begin_anew
+
+    def begin_anew(self: Replica, lsn: int, members: m.Members, sessions: tuple[Any, ...], *rest: Any) -> None:
+        begin(self, lsn, members, tuple(msgspec.structs.replace(s, done=()) for s in sessions), *rest)
+
+    patch.setattr(Replica, "begin_anew", begin_anew)
+
+
+def skip_the_epoch_check(patch: pytest.MonkeyPatch) -> None:
+    """Whoever asks may follow, from whatever epoch it last heard of; and a promise of an earlier epoch counts."""
+    follow, synced = Node.follow, Fleet.synced
+
+    def any_follow(self: Node, peer: int, frame: Any, request: m.Follow) -> Any:
+        return follow(self, peer, frame, msgspec.structs.replace(request, epoch=self.view.epoch))
+
+    def any_synced(self: Fleet, message: m.Synced, sender: int) -> None:
+        view = self.views.get(message.shard)
+        epoch = view.epoch if view is not None else message.epoch
+        synced(self, msgspec.structs.replace(message, epoch=epoch), sender)
+
+    patch.setattr(Node, "follow", any_follow)
+    patch.setattr(Fleet, "synced", any_synced)
+
+
+def reuse_an_incarnation(patch: pytest.MonkeyPatch) -> None:
+    """A server that was started again says that it is the one from before."""
+    begin = SimServer.__init__
+    known: dict[tuple[int, str], SimServer] = {}
+
+    def init(self: SimServer, network: Any, process: Any, *rest: Any) -> None:
+        begin(self, network, process, *rest)
+        before = known.get((id(network), process.name))
+        if before is not None and before.number >= 0:
+            self._join = msgspec.structs.replace(before._join, resume=True, server=before.number)
+        known[id(network), process.name] = self
+
+    def disconnected(self: Fleet, peer: int) -> Any:
+        """The coordinator is not quicker than the restart."""
+        for member in self.servers.values():
+            if member.peer == peer:
+                member.peer = None
+
+    patch.setattr(SimServer, "__init__", init)
+    patch.setattr(Fleet, "disconnected", disconnected)
+
+
+def promote_one_that_is_out_of_sync(patch: pytest.MonkeyPatch) -> None:
+    """A newcomer counts as a backup before it has anything."""
+    copies = Fleet._copies
+
+    def at_once(self: Fleet, view: m.View) -> None:
+        copies(self, view)
+        now = self.views[view.shard]
+        if now.learners:
+            self.views[view.shard] = msgspec.structs.replace(now, backups=(*now.backups, *now.learners), learners=())
+
+    def any_follow(self: Node, request: m.Follow) -> bool:
+        return True
+
+    patch.setattr(Fleet, "_copies", at_once)
+
+
+BUGS: list[Patch] = [
+    acknowledge_before_replicating,
+    forget_session_numbers,
+    skip_the_epoch_check,
+    reuse_an_incarnation,
+    promote_one_that_is_out_of_sync,
+]
+
+
+def _found(tally: Tally) -> bool:
+    return bool(tally.violations)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+def test_the_battery_catches(bug: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug(monkeypatch)
+    tally = battery.sweep(SEEDS, stop=_found)
+    assert tally.violations, f"{tally.runs} runs did not find: {bug.__doc__}"
+
+
+def test_a_failing_run_is_shortened_and_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    acknowledge_before_replicating(monkeypatch)
+    tally = battery.sweep(SEEDS, stop=_found)
+    seed, mode, _ = tally.violations[0]
+    one = battery.scenario(seed, mode)
+    text = battery.explain(one, battery.play(one))
+    assert f"--seed {seed} --mode {mode} --keep" in text
+    assert text.count("VIOLATION") == 1
+    assert replace(one, reader=False) is not one
+    assert Shard is not None
