@@ -47,6 +47,7 @@ class FakeClient:
     """As much of a client as a sampler uses."""
 
     timeout = 5.0
+    rests = 0
 
     def __init__(self, cluster: Cluster, session: int = 1) -> None:
         self.runtime = self.cluster = cluster
@@ -56,10 +57,6 @@ class FakeClient:
     def ask(self, message: PlanNext, timeout: float | None = None) -> PlanChunk:
         self.cluster.asked.append(message)
         return self.cluster.plans.ask(self.session, message, self.cluster.settled)
-
-
-class RestingClient(FakeClient):
-    rests = 0
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
@@ -303,29 +300,12 @@ def test_as_long_as_others_get_on_the_wait_goes_on(cluster: Cluster) -> None:
 
 def test_under_bulk_a_worker_that_waits_is_not_waited_for(cluster: Cluster) -> None:
     finish = _other(cluster)
-    client = RestingClient(cluster)
+    client = FakeClient(cluster)
     client.tables = {"a": SimpleNamespace(clock=0, spec=SimpleNamespace(sync=Bulk()))}
     mine = sampler(client, 10)
     cluster.asleep = lambda: cluster.plans.ask(2, finish)  # type: ignore[assignment]
     assert [len(list(mine)) for _ in mine.epochs()] == [6]
     assert client.rests == 1
-
-
-def test_under_bulk_a_client_that_cannot_rest_ends_early(cluster: Cluster) -> None:
-    _other(cluster)
-    client = FakeClient(cluster)
-    client.tables = {"a": SimpleNamespace(clock=0, spec=SimpleNamespace(sync=Bulk()))}
-    mine = sampler(client, 10)
-    assert [len(list(mine)) for _ in mine.epochs()] == [6]
-    assert cluster.time == 0
-    _other(other := Cluster(), epochs=2, overlap=False)
-    client = FakeClient(other)
-    client.tables = {"a": SimpleNamespace(clock=0, spec=SimpleNamespace(sync=Bulk()))}
-    mine = sampler(client, 10, 2, overlap=False)
-    rounds = (list(mine) for _ in mine.epochs())
-    assert len(next(rounds)) == 6
-    with pytest.raises(UsageError, match="needs overlap=True"):
-        next(rounds)
 
 
 # ---- one process ---------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 
@@ -40,13 +40,7 @@ class PlanClient(Protocol):
     @property
     def runtime(self) -> Runtime: ...
     def ask(self, message: PlanNext, timeout: float | None = None) -> Any: ...
-
-
-@runtime_checkable
-class _Resting(Protocol):
-    """A client that bulk steps can go on without."""
-
-    def resting(self) -> contextlib.AbstractContextManager[object]: ...
+    def resting(self) -> contextlib.AbstractContextManager[None]: ...
 
 
 class ShardSampler(torch.utils.data.Sampler[int]):
@@ -183,13 +177,8 @@ class ShardSampler(torch.utils.data.Sampler[int]):
         if cursor.over:
             return
         bulk = any(isinstance(table.spec.sync, Bulk) for table in client.tables.values())
-        if not bulk:
+        with client.resting() if bulk else contextlib.nullcontext():  # else the others' steps would wait for ours
             self._poll()
-        elif isinstance(client, _Resting):  # else the others' steps would wait for ours
-            with client.resting():
-                self._poll()
-        elif not self.spec.overlap:
-            raise UsageError("under Bulk a data plan needs overlap=True: the others' steps would wait for this worker")
 
     def _poll(self) -> None:
         client = self._connected()
