@@ -209,11 +209,14 @@ class Drill:
     def _whole(self, since: float) -> bool:
         servers = all(member.running and not member.stopped for member in self._cluster.of("server"))
         quiet = not any(struck.fault.risky for struck in self._active) and time.monotonic() > since
-        return servers and quiet and self._monitor.redundant_since(since)
+        return servers and quiet and self._redundant_since(since)
+
+    def _redundant_since(self, since: float) -> bool:
+        return self._monitor.redundant_since(since, {m.pid for m in self._cluster.of("server") if m.running})
 
     def wait_whole(self, since: float, seconds: float) -> bool:
         """Until the coordinator, asked after ``since``, says that every shard has all its copies."""
-        return self._wait(lambda: self._monitor.redundant_since(since), seconds)
+        return self._wait(lambda: self._redundant_since(since), seconds)
 
     def _all_acknowledged(self, since: float, times: int) -> bool:
         for ledger in self.ledgers.values():

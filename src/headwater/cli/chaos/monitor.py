@@ -6,6 +6,7 @@ import contextlib
 import socket
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from headwater.errors import HeadwaterError, LinkBroken
@@ -25,11 +26,16 @@ class Sight:
     asked: float
     status: m.ClusterStatus
 
-    @property
-    def redundant(self) -> bool:
-        """Every shard has all its copies, and nobody is still learning."""
+    def redundant(self, pids: Collection[int]) -> bool:
+        """Every shard has all its copies, on servers that are these processes.
+
+        A coordinator that has just been started again believes that all are alive until it knows better.
+        """
+        here = {s.server for s in self.status.servers if s.state == "alive" and s.pid in pids}
         shards = self.status.shards
-        return bool(shards) and all(s.primary >= 0 and s.copies >= s.wanted for s in shards)
+        return bool(shards) and all(
+            s.copies >= s.wanted and {s.primary, *s.backups} <= here and len(s.backups) + 1 >= s.wanted for s in shards
+        )
 
 
 class Monitor:
@@ -43,9 +49,9 @@ class Monitor:
         self._thread = threading.Thread(target=self._run, name="headwater-monitor", daemon=True)
         self._thread.start()
 
-    def redundant_since(self, moment: float) -> bool:
-        """Whether an answer to a question asked after ``moment`` said that nothing is missing."""
-        return self.sight is not None and self.sight.asked > moment and self.sight.redundant
+    def redundant_since(self, moment: float, pids: Collection[int]) -> bool:
+        """Whether an answer to a question asked after ``moment`` said that nothing is missing on these processes."""
+        return self.sight is not None and self.sight.asked > moment and self.sight.redundant(pids)
 
     def close(self) -> None:
         self._stop.set()
