@@ -127,8 +127,8 @@ class Session:
             answers.error, answers.done = error, True
         elif frame.seq >= _REQUEST:
             return  # nobody waits any more
-        elif isinstance(error, StaleEpoch):
-            raise LinkBroken(f"{self.name} is not the primary any more: {error}")
+        elif isinstance(error, StaleEpoch) or not frame.seq:  # it answers nothing: the connection is what it ends
+            raise LinkBroken(f"{self.name} ended the connection: {error}")
         elif part is not None:
             part.failed(frame, error)
         else:

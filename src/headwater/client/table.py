@@ -13,7 +13,7 @@ from headwater.client.flat import Gradients, Mapped, plain, views
 from headwater.client.part import Part, Span
 from headwater.client.tickets import StepResult, Ticket
 from headwater.cluster.placement import Layout
-from headwater.errors import DeadlineExceeded, HeadwaterError, LinkError, ShapeMismatch, UsageError
+from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken, LinkError, ShapeMismatch, UsageError
 from headwater.transports import memory
 from headwater.types import Async, Bulk, Hyper, ParameterSpec, Segment
 from headwater.wire import messages as m
@@ -89,6 +89,8 @@ class Table:
         answer = session.request(request, max(0.0, deadline - self._client.runtime.now()), fds)
         attached = answer.replies[0]
         assert isinstance(attached, m.Attached)
+        if shared and len(answer.fds) != 2:
+            raise LinkBroken(f"{session.name} sent {len(answer.fds)} descriptors of shared memory, not 2")
         old, part.mapped = part.mapped, Mapped(answer.fds, attached.size) if shared else None
         if part.lsn == 0 and not part.sent_seq:
             self.clock = max(self.clock, attached.clock)

@@ -23,7 +23,7 @@ from headwater.types import Bulk
 from headwater.wire import messages as m
 from headwater.wire.frames import Frame, Kind, Outgoing
 
-WORKERS = 5  # a worker's heartbeats come as many times less often than a server's
+WORKERS = 2  # a worker's heartbeats come as many times less often than a server's
 GRACE = 3.0  # seconds after a restart in which servers may come back before others take over
 
 

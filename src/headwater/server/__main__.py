@@ -18,7 +18,7 @@ import time
 
 from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.cluster.membership import HEARTBEAT
-from headwater.errors import HeadwaterError, LinkBroken
+from headwater.errors import AuthenticationFailed, HeadwaterError, LinkBroken, LinkError
 from headwater.server import COORDINATOR
 from headwater.server.loop import Loop, listen
 from headwater.transports import address as addresses
@@ -30,8 +30,9 @@ from headwater.wire.auth import token_from_environment
 from headwater.wire.frames import Dial, Frame, Kind, encode
 
 JOIN = 60.0  # seconds until a server gives up joining
+AGAIN = 0.2  # seconds between two attempts to join
 DIAL = 2.0  # seconds until a server gives up reaching another
-GRACE = 0.3  # seconds in which a worker whose connection broke may come back over another
+GRACE = 0.5  # seconds in which a worker whose connection broke may come back over another
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -106,12 +107,11 @@ def run_server(args: argparse.Namespace, token: bytes | None) -> None:
     local = f"headwater-{secrets.token_hex(12)}" if host else ""
     unix = listen(addresses.Address("local", local), token) if local else None
     coordinator = addresses.parse(args.coordinator)
-    control = connect(coordinator, token, JOIN)
     join = m.Join(
         "server", secrets.randbits(63), host, os.getpid(), address=args.advertise or _bound(tcp, asked),
         local=local and f"local://{local}",
     )  # fmt: skip
-    welcome, early = _join(control, join)
+    control, welcome, early = _join(coordinator, token, join)
     loop: Loop
     server = Server(
         Setting(
@@ -143,8 +143,25 @@ def _reach(dial: Dial, host: str, token: bytes | None) -> socket.socket:
     return connect(addresses.parse(dial.local if same else dial.address), token, DIAL)
 
 
-def _join(control: socket.socket, join: m.Join) -> tuple[m.Welcome, list[Arrived]]:
-    """Join; returns the coordinator's answer and the frames that came with it."""
+def _join(
+    coordinator: addresses.Address, token: bytes | None, join: m.Join
+) -> tuple[socket.socket, m.Welcome, list[Arrived]]:
+    """Join, however often it takes: the coordinator may be just coming up, or coming back."""
+    deadline = time.monotonic() + JOIN
+    while True:
+        try:
+            control = connect(coordinator, token, DIAL)
+            return control, *_ask_to_join(control, join)
+        except AuthenticationFailed:
+            raise
+        except (LinkError, TimeoutError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(AGAIN)
+
+
+def _ask_to_join(control: socket.socket, join: m.Join) -> tuple[m.Welcome, list[Arrived]]:
+    """The coordinator's answer and the frames that came with it."""
     control.settimeout(JOIN)
     control.sendall(encode(Frame(Kind.REQUEST, seq=1, body=m.pack(join))))
     receiver = Receiver(control, lambda frame: memoryview(b""))

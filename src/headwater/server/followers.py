@@ -18,7 +18,7 @@ from headwater.server import state as s
 from headwater.server.records import Record
 from headwater.server.shard import Shard
 from headwater.wire import messages as m
-from headwater.wire.frames import Flag, Frame, Kind, Outgoing
+from headwater.wire.frames import Flag, Frame, Kind, Outgoing, checksum
 from headwater.wire.tensors import dtype_name
 
 CREDITS = 4  # blocks of state under way to one newcomer
@@ -48,6 +48,7 @@ class Followers:
 
     shard: Shard
     blocks: Callable[[int], tuple[Block, ...]]
+    checked: bool = False  # payloads carry a checksum
     by_peer: dict[int, Follower] = field(default_factory=dict)
     absent: dict[int, float] = field(default_factory=dict)  # view members that do not follow, since when
     suspected: dict[int, float] = field(default_factory=dict)  # when the coordinator was told
@@ -108,8 +109,10 @@ class Followers:
             if stop > start:
                 assert record.gradient is not None
                 frame.payload = s.view(record.gradient[start - record.base : stop - record.base])
+                if self.checked:
+                    frame.flags, frame.check = Flag.CHECKED, checksum(frame.payload)
             frames.append(frame)
-        frames[-1].flags = Flag.END
+        frames[-1].flags |= Flag.END
         for frame in frames:
             frame.flags |= flags
         frames[-1].body = r.pack(record.body)
@@ -166,6 +169,9 @@ class Followers:
         frame.table = getattr(body, "table", 0)
         if payload is not None:
             frame.payload, frame.length = payload, len(payload)
+            if self.checked:
+                frame.flags |= Flag.CHECKED
+                frame.check = checksum(payload)
         return Outgoing(peer, frame)
 
     def _more(self, follower: Follower) -> list[Outgoing]:

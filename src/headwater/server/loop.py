@@ -326,7 +326,7 @@ class Loop:
             sent = sock.send(first.data)
         else:
             batch = [first.data]
-            for i in range(1, min(len(outbox), VECTORS)):
+            for i in range(1, 1 if first.fds else min(len(outbox), VECTORS)):  # descriptors travel with one frame
                 if outbox[i].fds:
                     break
                 batch.append(outbox[i].data)

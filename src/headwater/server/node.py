@@ -67,7 +67,7 @@ class Node:
         self._keys = keys
         self._kept: dict[int, Kept] = {}
         self.clients = Clients(self.shard, self._kept, self.run, setting.checked)
-        self.followers = Followers(self.shard, lambda table: self._kept[table].blocks)
+        self.followers = Followers(self.shard, lambda table: self._kept[table].blocks, setting.checked)
         self.upstream: Upstream | None = None
         self.dialing = 0  # the key of the dial under way
         self._retry = 0.0

@@ -284,6 +284,7 @@ class Replica:
     def _set_slots(self, body: r.SetSlots) -> None:
         table = self.tables[body.table]
         refusal: HeadwaterError | None = None
+        self._memory.before_write(body.table, ((0, table.size),))
         try:
             if body.reset:
                 table.dense.reset_slots()

@@ -34,6 +34,7 @@ class Receiver:
         self._frame: Frame | None = None  # its payload is arriving
         self._rest: memoryview | None = None  # where the next bytes of it go
         self._fds: list[int] = []
+        self._beside = 0  # where in the buffer the frame ends, at the earliest, that they came with
 
     @property
     def between(self) -> bool:
@@ -56,7 +57,12 @@ class Receiver:
         if self._rest is not None:
             yield from self._read_payload(self._rest, flags)
             return
+        before = len(self._fds)
         self._end += self._recv(self._buffer[self._end :], flags)
+        if len(self._fds) > before:
+            # The kernel glues plain bytes before a message with descriptors, and stops behind it: they are beside
+            # the frame that holds the last byte of this call.
+            self._beside = self._end
         while self._frame is None and self._end > self._start:
             frame, at = parse(self._buffer, self._start, self._end, self.limit)
             if frame is None:
@@ -64,7 +70,7 @@ class Receiver:
                 break
             self._start = at
             if self._take(frame):
-                yield frame, self._take_fds()
+                yield frame, self._take_fds() if self._start >= self._beside else ()
         if self._start == self._end:
             self._start = self._end = 0
 
@@ -117,7 +123,7 @@ class Receiver:
     def _take_fds(self) -> tuple[int, ...]:
         if not self._fds:
             return ()
-        fds, self._fds = tuple(self._fds), []
+        fds, self._fds, self._beside = tuple(self._fds), [], 0
         return fds
 
     def _make_room(self, needed: int) -> None:
@@ -129,6 +135,7 @@ class Receiver:
             self._buffer = larger
         elif self._start:
             self._buffer[:here] = bytes(self._buffer[self._start : self._end])
+        self._beside = max(0, self._beside - self._start)
         self._start, self._end = 0, here
 
     def close(self) -> None:
