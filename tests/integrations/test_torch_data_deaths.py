@@ -20,9 +20,9 @@ import headwater
 
 samples, epochs, batch, (policy, marker) = *map(int, sys.argv[1:4]), sys.argv[4:]
 torch.manual_seed(0)
-x = torch.randn(samples, 4)
-data = TensorDataset(torch.arange(samples), x, (x[:, :1] > 0).float())
-model = torch.nn.Linear(4, 1)
+x = torch.randn(samples, 400)
+data = TensorDataset(torch.arange(samples), x, (x[:, 0] > 0).long())
+model = torch.nn.Linear(400, 500)  # lies on both servers, so the coordinator decides the steps
 sync = headwater.Bulk() if policy == "bulk" else headwater.Async()
 with headwater.Optimizer(model, torch.optim.SGD, lr=0.1, sync=sync) as opt:
     sampler = headwater.data.shards(samples, epochs, chunk=batch)
@@ -30,7 +30,7 @@ with headwater.Optimizer(model, torch.optim.SGD, lr=0.1, sync=sync) as opt:
     trained = 0
     for epoch in sampler.epochs():
         for indices, x, y in loader:
-            torch.nn.functional.binary_cross_entropy_with_logits(model(x), y).backward()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
             opt.step()
             opt.zero_grad()
             sampler.commit(len(y))
