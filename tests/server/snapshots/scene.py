@@ -12,7 +12,7 @@ from headwater.server.snapshots import restore
 from headwater.server.snapshots.capture import Capture
 from headwater.server.snapshots.disk import DISK, Disk
 from headwater.server.snapshots.files import Piece, write_shard
-from headwater.server.snapshots.format import Mark, ShardMark, Written
+from headwater.server.snapshots.format import Mark, SessionMark, ShardMark, Written
 from headwater.server.snapshots.manifest import Manifest
 from headwater.types import Async, OptimizerSpec, ParameterSpec, TableSpec
 from tests.server.tables.tools import Sharded, gradients
@@ -50,7 +50,7 @@ def take(root: Path, tables: Mapping[int, Sharded], clock: int = 0, disk: Disk =
         capture = Capture(folder, number, shard, disk=disk, threads=False)
         for index, table in tables.items():
             capture.begin(Mark(index, clock=clock), table.shards[shard])
-        capture.seal(lsn=10 * clock + shard, sessions=((1000 + shard, 0, clock),))
+        capture.seal(lsn=10 * clock + shard, sessions=(SessionMark(1000 + shard, 0, ((0, clock),)),))
         while not capture.advance(7):
             assert not capture.error, capture.error
         files.append(capture.result() or Written("", 0, ""))
@@ -83,7 +83,7 @@ def small(root: Path, value: float, clock: int, disk: Disk = DISK) -> Manifest:
         pieces = [Piece(0, 0, "value", lo, torch.full((hi - lo,), value, dtype=torch.float64))]
         if shard:
             pieces.append(Piece(0, 1, "value", 0, torch.full((3,), value, dtype=torch.float64)))
-        mark = ShardMark(number, shard, clock, ((7, 0, clock),), (Mark(0, clock),))
+        mark = ShardMark(number, shard, clock, (SessionMark(7, 0, ((0, clock),)),), (Mark(0, clock),))
         files.append(write_shard(folder, pieces, mark, disk))
     return manifests.publish(root, number, files, {0: SMALL}, 2, disk=disk)
 

@@ -11,7 +11,7 @@ from headwater.errors import InternalError
 from headwater.server.snapshots import cut, manifest
 from headwater.server.snapshots.capture import Capture
 from headwater.server.snapshots.disk import Disk, Sink
-from headwater.server.snapshots.format import Mark
+from headwater.server.snapshots.format import Mark, SessionMark
 from tests.server.snapshots import scene
 from tests.server.tables.tools import Sharded, table
 
@@ -45,7 +45,7 @@ def test_steps_that_follow_are_not_in_it(
     if not threads:
         capture.advance(before)
     step(now, stepper, capture)
-    capture.seal(5, ((1, 0, 2),))
+    capture.seal(5, (SessionMark(1, 0, ((0, 2),)),))
     step(now, stepper, capture)
     if not threads:
         while not capture.advance():

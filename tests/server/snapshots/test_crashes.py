@@ -14,6 +14,7 @@ import pytest
 
 from headwater.errors import SnapshotCorrupt, UsageError
 from headwater.server.snapshots import manifest, restore
+from headwater.server.snapshots.format import SessionMark
 from headwater.types import Bulk
 from tests.server.snapshots import scene
 from tests.server.snapshots.crashes import Crash, Recorder, crashes
@@ -42,7 +43,7 @@ def check(crash: Crash) -> int:
     with found.snapshot as snapshot:
         assert snapshot.number in (crash.least, crash.least + 1), crash.what
         assert scene.values_of(snapshot) == {float(snapshot.number)}, crash.what
-        assert snapshot.sessions(0) == ((7, 0, snapshot.number),), crash.what
+        assert snapshot.sessions(0) == (SessionMark(7, 0, ((0, snapshot.number),)),), crash.what
         assert not found.refused, crash.what
         return snapshot.number
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from headwater.errors import SnapshotCorrupt, TableConflict, UnknownTable, UsageError
 from headwater.server.snapshots import manifest, restore
-from headwater.server.snapshots.format import CHUNK, Mark, Written
+from headwater.server.snapshots.format import CHUNK, Mark, SessionMark, Written
 from headwater.server.tables import DenseShard
 from headwater.types import OptimizerSpec, ParameterSpec, TableSpec
 from tests.server.snapshots import scene
@@ -99,7 +99,7 @@ def test_two_tables_and_what_the_manifest_says(tmp_path: Path) -> None:
         assert snapshot.manifest.plan == b"\x00plan"
         assert snapshot.manifest.created.startswith("2001-09-09")
         assert snapshot.table("counts").mark.clock == 7
-        assert snapshot.sessions(1) == ((1001, 0, 7),)
+        assert snapshot.sessions(1) == (SessionMark(1001, 0, ((0, 7),)),)
         assert [file.lsn for file in snapshot.manifest.files] == [70, 71]
         assert snapshot.read("counts", 0, "value", 1, 4).tolist() == tables[4].values()[0][1:4].tolist()
         assert snapshot.read("t", 0, "exp_avg", 0, 2).tolist() == [0, 0]  # not stepped: not stored

@@ -25,7 +25,7 @@ from headwater.errors import InternalError
 from headwater.server.snapshots.cut import Allocate, Cut, Loose, anonymous
 from headwater.server.snapshots.disk import DISK, Disk
 from headwater.server.snapshots.files import Piece, write_shard
-from headwater.server.snapshots.format import COUNT, VALUE, Mark, ShardMark, Written
+from headwater.server.snapshots.format import COUNT, VALUE, Mark, SessionMark, ShardMark, Written
 from headwater.server.tables.dense import DenseShard
 from headwater.types import ITEMSIZE, Segment
 from headwater.wire import optimizers
@@ -151,8 +151,8 @@ class Capture:
         if cut is not None:
             cut.cut.before_write(lo, hi)
 
-    def seal(self, lsn: int, sessions: tuple[tuple[int, int, int], ...]) -> None:
-        """Every table has had its moment; ``sessions`` as in ``ShardMark``. The file is written from here on."""
+    def seal(self, lsn: int, sessions: tuple[SessionMark, ...]) -> None:
+        """Every table has had its moment. The file is written from here on."""
         self._mark = ShardMark(self.snapshot, self.shard, lsn, sessions, tuple(self._marks.values()))
         for table in self._tables.keys() - self._marks.keys():  # dropped before its moment
             self._tables.pop(table).cut.drop()

@@ -56,13 +56,21 @@ class Mark(msgspec.Struct, frozen=True):
     groups: tuple[dict[str, Hyper], ...] | None = None  # the present hyperparameters
 
 
+class SessionMark(msgspec.Struct, frozen=True, array_like=True):
+    """A worker's session. ``done``: (table, last push applied)."""
+
+    session: int
+    rank: int
+    done: tuple[tuple[int, int], ...]
+
+
 class ShardMark(msgspec.Struct, frozen=True):
-    """Whose file it is, and the shard's own state. ``sessions``: (session, rank, last push applied)."""
+    """Whose file it is, and the shard's own state."""
 
     snapshot: int
     shard: int
     lsn: int
-    sessions: tuple[tuple[int, int, int], ...] = ()
+    sessions: tuple[SessionMark, ...] = ()
     tables: tuple[Mark, ...] = ()
 
 

@@ -18,7 +18,7 @@ import xxhash
 
 from headwater.errors import SnapshotCorrupt
 from headwater.server.snapshots.disk import DISK, Disk, replace
-from headwater.server.snapshots.format import Mark, ShardFile, ShardMark, Written
+from headwater.server.snapshots.format import Mark, SessionMark, ShardFile, ShardMark, Written
 from headwater.types import Bulk, TableSpec
 
 NAME = "manifest.json"
@@ -39,7 +39,7 @@ class TableEntry(msgspec.Struct, frozen=True):
 
 
 class FileEntry(msgspec.Struct, frozen=True):
-    """A shard's file. ``sessions``: (session, rank, last push applied)."""
+    """A shard's file, and the state of the shard that it is the file of."""
 
     shard: int
     name: str
@@ -47,7 +47,7 @@ class FileEntry(msgspec.Struct, frozen=True):
     sha256: str
     seal: int
     lsn: int
-    sessions: tuple[tuple[int, int, int], ...]
+    sessions: tuple[SessionMark, ...]
 
 
 class Manifest(msgspec.Struct, frozen=True):

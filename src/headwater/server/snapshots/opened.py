@@ -15,7 +15,7 @@ from typing import Generic, NamedTuple, Self, TypeVar
 
 from headwater.errors import SnapshotCorrupt, UnknownTable, UsageError
 from headwater.server.snapshots import manifest as manifests
-from headwater.server.snapshots.format import VALUE, Entry, ShardFile
+from headwater.server.snapshots.format import VALUE, Entry, SessionMark, ShardFile
 from headwater.server.snapshots.manifest import Manifest, TableEntry
 
 _AT_ONCE = 256
@@ -90,8 +90,8 @@ class Opened:
             known = ", ".join(sorted(self._by_name)) or "none"
             raise UnknownTable(f"no table {name!r} in {self.folder}; it has: {known}") from None
 
-    def sessions(self, shard: int) -> tuple[tuple[int, int, int], ...]:
-        """(session, rank, last push applied) of a shard of the cluster that was."""
+    def sessions(self, shard: int) -> tuple[SessionMark, ...]:
+        """Of a shard of the cluster that was."""
         return self.manifest.files[shard].sessions
 
     def _open(self) -> None:

@@ -1,0 +1,98 @@
+"""The coordinator's file work for snapshots, in a thread: commits do not wait for a disk."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from headwater.errors import ClusterError, HeadwaterError
+from headwater.server.snapshots import manifest
+from headwater.server.snapshots.disk import DISK, Disk
+from headwater.server.snapshots.format import Written
+from headwater.types import TableSpec
+from headwater.wire import messages as m
+
+
+class Started(NamedTuple):
+    number: int
+    folder: str
+
+
+class Published(NamedTuple):
+    path: str
+
+
+Outcome = Started | Published | HeadwaterError
+
+
+class Keeper:
+    """``root``: the folder of snapshots. Each call is answered by one outcome of ``poll``, in their order.
+
+    ``threads=False``: the work is done at once, in the call; for the simulator.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        landed: Callable[[], None] | None = None,
+        wall: Callable[[], float] = time.time,
+        disk: Disk = DISK,
+        threads: bool = True,
+    ) -> None:
+        self._root = root.absolute()
+        self._landed = landed
+        self._wall = wall
+        self._disk = disk
+        self._threads = threads
+        self._done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+
+    def start(self) -> None:
+        """A folder for a new snapshot."""
+        self._do(self._start)
+
+    def publish(
+        self, number: int, parts: Sequence[m.CutDone], tables: Mapping[int, TableSpec], shards: int, plan: bytes
+    ) -> None:
+        """All parts are on disk: make it a snapshot, and delete the ones that are not kept."""
+        self._do(lambda: self._publish(number, parts, tables, shards, plan))
+
+    def poll(self) -> Outcome | None:
+        """What has become of a call."""
+        try:
+            return self._done.get_nowait()
+        except queue.Empty:
+            return None
+
+    def _do(self, act: Callable[[], Outcome]) -> None:
+        if self._threads:
+            threading.Thread(target=self._guard, args=(act,), name="headwater-keeper", daemon=True).start()
+        else:
+            self._guard(act)
+
+    def _guard(self, act: Callable[[], Outcome]) -> None:
+        try:
+            outcome = act()
+        except HeadwaterError as error:
+            outcome = error
+        except Exception as error:  # noqa: BLE001 - a disk's error becomes the asker's answer
+            outcome = ClusterError(f"the folder of snapshots {self._root} cannot be written: {error}")
+        self._done.put(outcome)
+        if self._landed is not None:
+            self._landed()
+
+    def _start(self) -> Outcome:
+        number, folder = manifest.start(self._root, self._disk)
+        return Started(number, str(folder))
+
+    def _publish(
+        self, number: int, parts: Sequence[m.CutDone], tables: Mapping[int, TableSpec], shards: int, plan: bytes
+    ) -> Outcome:
+        files = [Written(part.file, part.nbytes, part.sha256) for part in parts]
+        manifest.publish(self._root, number, files, tables, shards, plan=plan, now=self._wall(), disk=self._disk)
+        manifest.prune(self._root, disk=self._disk)
+        return Published(str(manifest.folder_of(self._root, number)))

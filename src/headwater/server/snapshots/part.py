@@ -1,0 +1,124 @@
+"""What a shard's primary does about a snapshot: from the coordinator's ``Cut`` to its ``CutDone``.
+
+All tables of a shard are cut at one LSN: the last that was proposed when the ``Cut`` came. The coordinator sends the
+``Cut`` after the COMMITs of the clocks that it names and before any later one, so the tables are at those clocks then;
+a shard where they are not says so, and the coordinator begins anew.
+
+The owner calls ``due`` before it applies a record and now and then, ``before_write`` before it changes bytes of a
+table (values or optimizer state), ``result`` now and then, and ``drop`` when it is not the primary any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headwater.server.snapshots.capture import Capture
+from headwater.server.snapshots.disk import DISK, Disk
+from headwater.server.snapshots.format import Mark, SessionMark
+from headwater.wire import messages as m
+
+if TYPE_CHECKING:
+    from headwater.server.shard import Shard
+    from headwater.server.table import Table
+
+
+class Part:
+    """One at a time: a new ``Cut`` ends the one before.
+
+    ``threads=False``: nothing happens by itself, ``advance`` copies and writes; for the simulator.
+    """
+
+    def __init__(
+        self, shard: Shard, *, landed: Callable[[], None] | None = None, disk: Disk = DISK, threads: bool = True
+    ) -> None:
+        self._shard = shard
+        self._landed = landed
+        self._disk = disk
+        self._threads = threads
+        self._capture: Capture | None = None
+        self._cut: m.Cut | None = None
+        self._error = ""
+        self._at = self._lsn = 0
+        self._begun = False
+
+    def cut(self, message: m.Cut) -> None:
+        """The coordinator wants this shard's part of a snapshot."""
+        self.drop()
+        self._cut, self._at = message, self._shard.log.last
+        self._capture = Capture(
+            Path(message.folder), message.snapshot, self._shard.number,
+            landed=self._landed, disk=self._disk, threads=self._threads,
+        )  # fmt: skip
+        for table in self._shard.tables.values():
+            self._capture.prepare(table.number, table.dense)
+        self.due()
+
+    def due(self) -> None:
+        """Records may have been applied since, and the next one is not yet: perhaps this is the moment."""
+        if self._capture is None or self._cut is None or self._begun or self._shard.lsn < self._at:
+            return
+        self._begun, self._lsn = True, self._shard.lsn
+        self._error = self._missed(self._cut)
+        if self._error:
+            self._capture.drop()
+            return
+        for table in self._shard.tables.values():
+            self._capture.begin(_mark(table), table.dense)
+        self._capture.seal(self._lsn, self._sessions())
+
+    def before_write(self, table: int, ranges: Sequence[tuple[int, int]]) -> None:
+        """These bytes of the table are about to change."""
+        if self._capture is not None and self._begun:
+            for lo, hi in ranges:
+                self._capture.before_write(table, lo, hi)
+
+    def advance(self, units: int = 1) -> None:
+        """Without threads: go on with it."""
+        if self._capture is not None and self._begun and not self._error:
+            self._capture.advance(units)
+
+    def result(self) -> m.CutDone | None:
+        """What became of it, once."""
+        cut, capture = self._cut, self._capture
+        if cut is None or capture is None or not self._begun:
+            return None
+        written, error = capture.result(), self._error or capture.error
+        if written is None and not error:
+            return None
+        self._cut = self._capture = None
+        if written is None:
+            return m.CutDone(cut.snapshot, cut.shard, error=error)
+        clocks = tuple((table, clock) for table, clock in cut.clocks if table in self._shard.tables)
+        return m.CutDone(
+            cut.snapshot, cut.shard, written.name, written.nbytes, written.sha256, self._lsn, clocks, capture.pause
+        )  # fmt: skip
+
+    def drop(self) -> None:
+        """Give it up, if there is one."""
+        if self._capture is not None:
+            self._capture.drop()
+        self._cut = self._capture = None
+        self._begun, self._error = False, ""
+
+    def _missed(self, cut: m.Cut) -> str:
+        for number, clock in cut.clocks:
+            table = self._shard.tables.get(number)
+            if table is not None and table.gathering.clock != clock:
+                return (
+                    f"table {table.spec.name!r} is at clock {table.gathering.clock} on shard {cut.shard}, "
+                    f"not at {clock}"
+                )
+        return ""
+
+    def _sessions(self) -> tuple[SessionMark, ...]:
+        found = sorted(self._shard.sessions.values(), key=lambda session: session.number)
+        return tuple(SessionMark(s.number, s.rank, tuple(sorted(s.done.items()))) for s in found if s.rank >= 0)
+
+
+def _mark(table: Table) -> Mark:
+    clocks = tuple(sorted(table.clocks.clock.items()))
+    clock = table.gathering.clock if table.bulk else max((clock for _, clock in clocks), default=0)
+    groups = tuple(dict(group) for group in table.dense.groups)
+    return Mark(table.number, clock, table.clocks.version, () if table.bulk else clocks, groups)
