@@ -10,7 +10,7 @@ import pytest
 
 from headwater.launch import Launcher, Process
 
-SAMPLES, EPOCHS, BATCH = 600, 2, 8
+SAMPLES, EPOCHS, BATCH = 240, 2, 8
 
 WORKER = """
 import contextlib, os, signal, sys
@@ -36,7 +36,7 @@ with headwater.Optimizer(model, torch.optim.SGD, lr=0.1, sync=sync) as opt:
             sampler.commit(len(y))
             print("trained", *indices.tolist(), flush=True)
             trained += 1
-            if trained == 20:  # the first to come here
+            if trained == 8:  # the first to come here
                 with contextlib.suppress(FileExistsError):
                     os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
                     os.kill(os.getpid(), signal.SIGKILL)
