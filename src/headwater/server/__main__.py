@@ -116,6 +116,7 @@ def run_server(args: argparse.Namespace, token: bytes | None) -> None:
     server = Server(
         Setting(
             welcome.server, welcome.shards, welcome.min_copies, share=bool(host),
+            host="" if os.environ.get("HEADWATER_TRANSPORT") == "tcp" else host,
             checked=os.environ.get("HEADWATER_CHECKSUM") == "1", available=memory.available_memory,
             detach=lambda shard, table, ranges: loop.detach(shard, table, ranges),
         )

@@ -15,6 +15,7 @@ import torch
 from headwater.cluster.placement import Block
 from headwater.server import records as r
 from headwater.server import state as s
+from headwater.server.lending import Buffer, Lending
 from headwater.server.records import Record
 from headwater.server.shard import Shard
 from headwater.wire import messages as m
@@ -34,6 +35,8 @@ class Follower:
 
     server: int
     peer: int
+    shared: bool = False  # it can map the buffers
+    lent: set[tuple[int, int]] = field(default_factory=set)  # those that it has: (table, index)
     state: Iterator[Where] | None = None
     sent: int = 0  # blocks
     arrived: int = 0
@@ -48,6 +51,8 @@ class Followers:
 
     shard: Shard
     blocks: Callable[[int], tuple[Block, ...]]
+    lending: Lending
+    host: str = ""
     checked: bool = False  # payloads carry a checksum
     by_peer: dict[int, Follower] = field(default_factory=dict)
     absent: dict[int, float] = field(default_factory=dict)  # view members that do not follow, since when
@@ -60,7 +65,8 @@ class Followers:
         for old in [f for f in self.by_peer.values() if f.server == request.server]:
             del self.by_peer[old.peer]
         whole = not shard.continues(request)
-        follower = self.by_peer[peer] = Follower(request.server, peer)
+        shared = bool(self.host) and request.host == self.host
+        follower = self.by_peer[peer] = Follower(request.server, peer, shared)
         self.absent.pop(request.server, None)
         if whole:
             follower.accepted = shard.lsn
@@ -98,6 +104,10 @@ class Followers:
 
     def _record(self, peer: int, record: Record, kind: Kind = Kind.RECORD, flags: int = 0) -> list[Outgoing]:
         self.shard.materialise(record)
+        follower = self.by_peer[peer]
+        buffer = self.lending.of(record.gradient) if follower.shared and follower.synced else None
+        if buffer is not None and buffer.fd >= 0:
+            return self._doorbell(follower, record, buffer)
         spans = [
             (at, min(at + CHUNK, stop)) for start, stop in r.spans(record.body) for at in range(start, stop, CHUNK)
         ]
@@ -117,6 +127,19 @@ class Followers:
             frame.flags |= flags
         frames[-1].body = r.pack(record.body)
         return [Outgoing(peer, frame) for frame in frames]
+
+    def _doorbell(self, follower: Follower, record: Record, buffer: Buffer) -> list[Outgoing]:
+        """A record whose gradient the follower maps."""
+        out = []
+        shard = self.shard.number
+        if (buffer.table, buffer.index) not in follower.lent:
+            follower.lent.add((buffer.table, buffer.index))
+            body = m.pack(m.Lend(buffer.table, buffer.index, len(buffer.tensor)))
+            out.append(Outgoing(follower.peer, Frame(Kind.REQUEST, shard=shard, body=body), (buffer.fd,)))
+        flags = Flag.END | Flag.SHARED
+        frame = Frame(Kind.RECORD, flags, shard, buffer.table, epoch=self.shard.epoch, lsn=record.lsn)
+        frame.start, frame.body = buffer.index, r.pack(record.body)
+        return [*out, Outgoing(follower.peer, frame)]
 
     def accepted(self, peer: int, frame: Frame) -> tuple[Follower | None, list[Outgoing]]:
         """An ACCEPT: how far the follower is; more of the state, if it needs more."""

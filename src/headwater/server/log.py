@@ -43,6 +43,11 @@ class Log:
                 return None
         return self.pending.popleft()
 
+    @property
+    def accepted_by_all(self) -> int:
+        """The last record that every follower has."""
+        return min(self.required.values(), default=self.last)
+
     def behind(self) -> dict[int, int]:
         """How many records each follower has yet to accept."""
         return {server: self.last - has for server, has in self.required.items()}

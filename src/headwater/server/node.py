@@ -18,6 +18,7 @@ from headwater.server import COORDINATOR
 from headwater.server import events as e
 from headwater.server.clients import Clients, Kept
 from headwater.server.followers import PATIENCE, Followers
+from headwater.server.lending import Lending
 from headwater.server.shard import Shard
 from headwater.server.state import view
 from headwater.server.table import Table
@@ -52,6 +53,7 @@ class Setting:
     min_copies: int = 1
     patience: float = PATIENCE
     share: bool = False
+    host: str = ""  # servers of the same one share gradients with their followers
     checked: bool = False
     available: Callable[[], int] = _unlimited
     detach: Callable[[int, int, tuple[tuple[int, int], ...]], None] = lambda shard, table, ranges: None
@@ -67,7 +69,10 @@ class Node:
         self._keys = keys
         self._kept: dict[int, Kept] = {}
         self.clients = Clients(self.shard, self._kept, self.run, setting.checked)
-        self.followers = Followers(self.shard, lambda table: self._kept[table].blocks, setting.checked)
+        self.lending = Lending(setting.share)
+        self.followers = Followers(
+            self.shard, lambda table: self._kept[table].blocks, self.lending, setting.host, setting.checked
+        )
         self.upstream: Upstream | None = None
         self.dialing = 0  # the key of the dial under way
         self._retry = 0.0
@@ -115,6 +120,7 @@ class Node:
     def _dismiss(self, new: m.View) -> list[Instruction]:
         """No primary, or not any more."""
         self.shard.step_down(new.epoch)
+        self.lending.drop()
         out: list[Instruction] = list(self.followers.adopt(m.View(new.shard, new.epoch, None), self._now))
         why = StaleEpoch(f"shard {new.shard} is in epoch {new.epoch}, with another primary; ask the coordinator for it")
         return out + list(self.clients.dismiss(why))
@@ -141,7 +147,7 @@ class Node:
         if peer is None:
             self._retry = self._now + AGAIN
             return []
-        self.upstream = Upstream(self.shard, peer, self._setting.server, self.shard.epoch)
+        self.upstream = Upstream(self.shard, peer, self._setting.server, self.shard.epoch, self._setting.host)
         return [self.upstream.follow(self.shard.lsn)]
 
     def tick(self, now: float) -> list[Instruction]:
@@ -185,8 +191,10 @@ class Node:
     def receive(self, peer: int, frame: Frame, fds: tuple[int, ...] = ()) -> list[Instruction]:
         """A frame from a client, a follower or the primary."""
         if self.upstream is not None and peer == self.upstream.peer:
-            memory.close_all(fds)
-            return self._from_primary(frame)
+            try:
+                return self._from_primary(frame, fds)
+            finally:
+                memory.close_all(fds)
         if peer in self.followers.by_peer:
             memory.close_all(fds)
             return self._from_follower(peer, frame)
@@ -228,12 +236,12 @@ class Node:
             return list(out)
         return [*out, *self.take(self.shard.accepted(follower.server, follower.accepted))]
 
-    def _from_primary(self, frame: Frame) -> list[Instruction]:
+    def _from_primary(self, frame: Frame, fds: tuple[int, ...]) -> list[Instruction]:
         assert self.upstream is not None
         if frame.kind in (Kind.ERROR, Kind.NOTICE):  # it does not know the view yet, or is going
             return self._lost_primary()
         try:
-            return list(self.upstream.receive(frame))
+            return list(self.upstream.receive(frame, fds))
         except HeadwaterError:
             self._lost_primary()
             raise
@@ -337,9 +345,15 @@ class Node:
 
     def discard(self, number: int) -> None:
         """Give a table's memory back."""
+        self.lending.drop(number)
         kept = self._kept.pop(number, None)
         if kept is not None:
             memory.close_all(kept.fds)
+
+    def lend(self, table: int, size: int, lsn: int, accepted: int) -> torch.Tensor | None:
+        """Memory for the gradient of a record that followers may map; ``None``: not now."""
+        buffer = self.lending.take(table, size, lsn, accepted)
+        return None if buffer is None else buffer.tensor
 
     def before_write(self, table: int, ranges: tuple[tuple[int, int], ...]) -> None:
         self._setting.detach(self.shard.number, table, ranges)
@@ -361,6 +375,7 @@ class Node:
         """Give all memory back."""
         for number in list(self._kept):
             self.discard(number)
+        self.lending.drop()
 
     # ---- instructions ----------------------------------------------------------------------------
 

@@ -24,6 +24,8 @@ from headwater.types import Bulk, Version
 from headwater.wire.frames import Flag
 from headwater.wire.messages import Commit, Follow, Members, Ready, StepBody
 
+LEND = 64 << 10  # bytes from which a push is worth a copy into memory that followers share
+
 Asked = TypeVar("Asked", e.Push, e.Pull)
 
 
@@ -342,11 +344,12 @@ class Shard(Replica):
         if record.contributions is None or not isinstance(record.body, r.Prepare):
             return
         table = self.tables[record.body.table]
-        if table.aggregate is None:
-            table.aggregate = torch.zeros(table.size, dtype=torch.uint8)
+        aggregate = self._memory.lend(table.number, table.size, record.lsn, self.log.accepted_by_all)
+        if aggregate is None:
+            aggregate = torch.zeros(table.size, dtype=torch.uint8)
         if record.contributions:
-            table.dense.aggregate(record.contributions, record.divide, table.aggregate)
-        record.gradient, record.contributions, record.divide = table.aggregate, None, 1
+            table.dense.aggregate(record.contributions, record.divide, aggregate)
+        record.gradient, record.contributions, record.divide = aggregate, None, 1
 
     def _contributions(self, table: Table) -> list[Contribution]:
         """In rank order, each with its union of ranges."""
@@ -379,8 +382,8 @@ class Shard(Replica):
         end = bool(event.flags & Flag.END)
         if table.eager and event.gradient is not None:
             span = ((event.start, event.start + event.length),)
-            gradient = event.gradient.clone() if event.transient and self.log.replicated else event.gradient
-            self._propose_update(session, table, event, span, gradient, event.base)
+            gradient, base = self._stable(table, event)
+            self._propose_update(session, table, event, span, gradient, base)
             return
         if event.length:
             self._gradients(session, table)
@@ -391,6 +394,20 @@ class Shard(Replica):
             else:  # behind those that wait already: they have the older values
                 table.held.append(event)
                 self.progress(table)
+
+    def _stable(self, table: Table, event: e.Push) -> tuple[torch.Tensor, int]:
+        """The push's gradient where followers can have it, and it stays until all do."""
+        assert event.gradient is not None
+        if not self.log.replicated:
+            return event.gradient, event.base
+        start, stop, base = event.start, event.start + event.length, event.base
+        lent = None
+        if event.length >= LEND:
+            lent = self._memory.lend(table.number, table.size, self.log.last + 1, self.log.accepted_by_all)
+        if lent is None:
+            return (event.gradient.clone() if event.transient else event.gradient), base
+        lent[start:stop] = event.gradient[start - base : stop - base]
+        return lent, 0
 
     def _may_apply(self, session: Session, table: Table, held: Collection[int] = ()) -> bool:
         """Under a cap one step at a time: the next is judged by what the last has changed."""

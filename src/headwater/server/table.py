@@ -85,7 +85,6 @@ class Table:
         self.held: list[e.Push] = []
         self.staged: dict[int, list[tuple[int, int]]] = {}
         self.inflight = 0
-        self.aggregate: torch.Tensor | None = None
         self._starts = [s.offset for s in segments]
         self._ends = [s.end for s in segments]
         self._sound: set[tuple[int, int]] = {(0, 0), (0, self.size)}

@@ -12,6 +12,7 @@ from headwater.server import state as s
 from headwater.server.records import Record
 from headwater.server.shard import Shard
 from headwater.server.table import Prepared
+from headwater.transports import memory
 from headwater.wire import messages as m
 from headwater.wire.frames import Flag, Frame, Kind, Outgoing
 from headwater.wire.tensors import DTYPES
@@ -27,13 +28,15 @@ class Upstream:
     the primary has applied it. Otherwise a record is accepted first and applied right after (``work``).
     """
 
-    def __init__(self, shard: Shard, peer: int, server: int, epoch: int) -> None:
+    def __init__(self, shard: Shard, peer: int, server: int, epoch: int, host: str = "") -> None:
         self.shard = shard
         self.peer = peer
         self.learning = False
         self.ready = False  # the primary has answered
         self._server = server
         self._epoch = epoch
+        self._host = host
+        self._lent: dict[tuple[int, int], torch.Tensor] = {}  # the primary's buffers, by table and index
         self._received = shard.lsn
         self._blocks = 0
         self._queue: deque[Record] = deque()
@@ -46,7 +49,7 @@ class Upstream:
         shard = self.shard
         if shard.partial:  # what is here is no point of any log
             lsn = -1
-        body = m.pack(m.Follow(shard.number, self._epoch, self._server, lsn, shard.reign, shard.tail))
+        body = m.pack(m.Follow(shard.number, self._epoch, self._server, lsn, shard.reign, shard.tail, self._host))
         return Outgoing(self.peer, Frame(Kind.REQUEST, shard=self.shard.number, seq=1, body=body))
 
     # ---- payloads --------------------------------------------------------------------------------
@@ -84,12 +87,31 @@ class Upstream:
         """A gradient that is applied: its buffer serves again."""
         table = getattr(record.body, "table", 0)
         if record.gradient is not None and table in self.shard.tables:
-            self._free.setdefault(table, []).append(record.gradient)
+            self._give_back(table, record.gradient)
+
+    def _give_back(self, table: int, gradient: torch.Tensor) -> None:
+        if not any(gradient is lent for lent in self._lent.values()):
+            self._free.setdefault(table, []).append(gradient)
+
+    def lent(self, request: m.Lend, fds: tuple[int, ...]) -> None:
+        """A buffer of the primary's. Raises ``ProtocolError``."""
+        if len(fds) != 1:
+            raise ProtocolError(f"a buffer was lent with {len(fds)} descriptors beside it")
+        memory.verify(fds[0], request.size)
+        region = memory.Region([memory.Piece(fds[0], 0, request.size)], writable=False)
+        tensor = torch.frombuffer(region.buffer, dtype=torch.uint8)[: request.size]
+        self._lent[request.table, request.index] = tensor
 
     # ---- frames ----------------------------------------------------------------------------------
 
-    def receive(self, frame: Frame) -> list[Outgoing]:
+    def receive(self, frame: Frame, fds: tuple[int, ...] = ()) -> list[Outgoing]:
         """A frame of the primary."""
+        if frame.kind == Kind.REQUEST:
+            request = m.unpack_request(frame.body)
+            if not isinstance(request, m.Lend):
+                raise ProtocolError(f"a primary asked for {type(request).__name__}")
+            self.lent(request, fds)
+            return []
         if frame.kind == Kind.RECORD:
             return self._record(frame)
         if frame.kind == Kind.STATE:
@@ -116,8 +138,13 @@ class Upstream:
             return []
         if frame.lsn != self._received + 1:
             raise ProtocolError(f"record {frame.lsn} after {self._received}: one in between is missing")
+        gradient = self._buffers.pop(frame.lsn, None)
+        if frame.flags & Flag.SHARED:
+            gradient = self._lent.get((frame.table, frame.start))
+            if gradient is None:
+                raise ProtocolError(f"record {frame.lsn} in a buffer that was not lent")
         self._received = frame.lsn
-        self._queue.append(Record(frame.lsn, r.unpack(frame.body), self._buffers.pop(frame.lsn, None)))
+        self._queue.append(Record(frame.lsn, r.unpack(frame.body), gradient))
         return [self._accept()]
 
     def _accept(self, flags: int = 0) -> Outgoing:
@@ -141,7 +168,7 @@ class Upstream:
             for number, step in prepared.items():
                 if kept.get(number) is not step:
                     for source in step.sources:
-                        self._free.setdefault(number, []).append(source.gradient)
+                        self._give_back(number, source.gradient)
 
     def _holds(self, record: Record) -> bool:
         """Whether a prepared step waits for its verdict with this record's gradient."""

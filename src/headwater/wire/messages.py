@@ -289,6 +289,15 @@ class Follow(msgspec.Struct, frozen=True, tag="follow"):
     lsn: int
     reign: int = 0
     tail: int = 0
+    host: str = ""  # where memory can be shared with it; empty: nowhere
+
+
+class Lend(msgspec.Struct, frozen=True, tag="lend"):
+    """Primary to follower on the same host: records of this table may lie in this memory, whose descriptor is beside."""
+
+    table: int
+    index: int
+    size: int
 
 
 class Following(msgspec.Struct, frozen=True, tag="following"):
@@ -479,6 +488,7 @@ Request = (
     | Slots
     | SlotPart
     | Follow
+    | Lend
     | PlanNext
     | Rest
 )
