@@ -8,14 +8,16 @@ work (``server.snapshots.keeper``), the coordinator sends the ``Cut``\\ s.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 from headwater.cluster.tables import Asker
 from headwater.errors import ClusterError, DeadlineExceeded, HeadwaterError, UsageError
+from headwater.types import TableSpec
 from headwater.wire import messages as m
 
-TRIES = 5
+TRIES = 6
+AGAIN = 0.1  # seconds until the second attempt, doubled for each further one
 PATIENCE = 600.0  # seconds for all parts of one snapshot
 CALM = 1.0  # seconds after a failed one before the next that nobody asked for
 
@@ -25,10 +27,46 @@ class Start(NamedTuple):
 
 
 class Publish(NamedTuple):
-    """To the host: all parts are on disk, make it a snapshot; then ``published`` or ``failed``."""
+    """To the host: all parts are on disk, make it a snapshot; then ``published`` or ``failed``.
+
+    ``plan``: the data plans' state; the coordinator puts it in.
+    """
 
     number: int
     parts: tuple[m.CutDone, ...]
+    tables: Mapping[int, TableSpec]
+    plan: bytes = b""
+
+
+class Started(NamedTuple):
+    """The host has made a folder."""
+
+    number: int
+    folder: str
+
+
+class Published(NamedTuple):
+    """The host has made it a snapshot."""
+
+    path: str
+
+
+Outcome = Started | Published | HeadwaterError
+
+
+class Kept(NamedTuple):
+    """A table of a snapshot that a cluster begins with. ``clock``: its last bulk step."""
+
+    number: int
+    spec: TableSpec
+    clock: int
+
+
+class Restored(NamedTuple):
+    """A snapshot that a cluster begins with; ``folder`` is where the servers find it."""
+
+    folder: str
+    tables: tuple[Kept, ...]
     plan: bytes
 
 
@@ -63,7 +101,8 @@ class Snapshots:
         self._deadline = 0.0
         self._began = now
         self._tries = 0
-        self._plan = b""
+        self._retry = 0.0
+        self._tables: Mapping[int, TableSpec] = {}
         self._askers: list[Asker] = []
         self._next: list[Asker] = []  # who asked after the moment of the one that is on its way
         self._missing: set[int] = set()
@@ -94,7 +133,7 @@ class Snapshots:
         """Time has passed. ``served``: every shard has a primary, and nothing is being made or assigned."""
         if self.step == "idle" and self._here and self._every and now >= self._due:
             self._want(now)
-        if self.step == "wanted" and served:
+        if self.step == "wanted" and served and now >= self._retry:
             self.step = "starting"
             return [Start()]
         if self.step in ("wanted", "cutting") and now >= self._deadline:
@@ -103,22 +142,22 @@ class Snapshots:
         return []
 
     def _want(self, now: float) -> None:
-        self.step, self._tries = "wanted", 0
+        self.step, self._tries, self._retry = "wanted", 0, now
         self._began, self._deadline = now, now + PATIENCE
 
     # ---- on its way ------------------------------------------------------------------------------
 
     def started(
-        self, number: int, folder: str, shards: int, clocks: Iterable[tuple[int, int]], plan: bytes, now: float
+        self, made: Started, shards: int, clocks: Iterable[tuple[int, int]], tables: Mapping[int, TableSpec]
     ) -> list[Action]:
-        """There is a folder. ``clocks``: the last step of each bulk table that was committed by the coordinator.
+        """There is a folder. ``clocks``: the last step of each bulk table that the coordinator has committed.
 
-        The cuts that this returns must be sent before any later commit.
+        The cuts that this returns must be sent before any later commit. ``tables``: what the snapshot will hold.
         """
-        self.step, self.number, self._plan = "cutting", number, plan
+        self.step, self.number, self._tables = "cutting", made.number, tables
         self._missing, self._parts = set(range(shards)), {}
         at = tuple(sorted(clocks))
-        return [Send(shard, m.Cut(number, shard, folder, at)) for shard in range(shards)]
+        return [Send(shard, m.Cut(made.number, shard, made.folder, at)) for shard in range(shards)]
 
     def part(self, done: m.CutDone, now: float) -> list[Action]:
         """A shard has written its part, or could not."""
@@ -131,7 +170,7 @@ class Snapshots:
         if self._missing:
             return []
         self.step = "publishing"
-        return [Publish(self.number, tuple(self._parts[shard] for shard in sorted(self._parts)), self._plan)]
+        return [Publish(self.number, tuple(self._parts[shard] for shard in sorted(self._parts)), self._tables)]
 
     def moved(self, shard: int, now: float) -> list[Action]:
         """A shard has another primary, or none: it knows nothing of the cut."""
@@ -143,13 +182,13 @@ class Snapshots:
         self._tries += 1
         if self._tries >= TRIES:
             return self.failed(error, now)
-        self.step = "wanted"
+        self.step, self._retry = "wanted", now + AGAIN * 2**self._tries
         return []
 
-    def published(self, path: str, now: float) -> list[Action]:
+    def published(self, made: Published, now: float) -> list[Action]:
         """It exists."""
         nbytes = sum(part.nbytes for part in self._parts.values())
-        taken = m.SnapshotTaken(path, nbytes, now - self._began)
+        taken = m.SnapshotTaken(made.path, nbytes, now - self._began)
         self.error = ""
         return self._end(taken, now, now + self._every)
 

@@ -5,28 +5,15 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-from headwater.errors import ClusterError, HeadwaterError
+from headwater.cluster.snapshots import Kept, Outcome, Publish, Published, Restored, Started
+from headwater.errors import ClusterError, HeadwaterError, SnapshotCorrupt
 from headwater.server.snapshots import manifest
 from headwater.server.snapshots.disk import DISK, Disk
 from headwater.server.snapshots.format import Written
-from headwater.types import TableSpec
-from headwater.wire import messages as m
-
-
-class Started(NamedTuple):
-    number: int
-    folder: str
-
-
-class Published(NamedTuple):
-    path: str
-
-
-Outcome = Started | Published | HeadwaterError
+from headwater.server.snapshots.opened import newest
 
 
 class Keeper:
@@ -55,11 +42,9 @@ class Keeper:
         """A folder for a new snapshot."""
         self._do(self._start)
 
-    def publish(
-        self, number: int, parts: Sequence[m.CutDone], tables: Mapping[int, TableSpec], shards: int, plan: bytes
-    ) -> None:
+    def publish(self, wanted: Publish) -> None:
         """All parts are on disk: make it a snapshot, and delete the ones that are not kept."""
-        self._do(lambda: self._publish(number, parts, tables, shards, plan))
+        self._do(lambda: self._publish(wanted))
 
     def poll(self) -> Outcome | None:
         """What has become of a call."""
@@ -89,10 +74,22 @@ class Keeper:
         number, folder = manifest.start(self._root, self._disk)
         return Started(number, str(folder))
 
-    def _publish(
-        self, number: int, parts: Sequence[m.CutDone], tables: Mapping[int, TableSpec], shards: int, plan: bytes
-    ) -> Outcome:
-        files = [Written(part.file, part.nbytes, part.sha256) for part in parts]
-        manifest.publish(self._root, number, files, tables, shards, plan=plan, now=self._wall(), disk=self._disk)
+    def _publish(self, wanted: Publish) -> Outcome:
+        files = [Written(part.file, part.nbytes, part.sha256) for part in wanted.parts]
+        manifest.publish(
+            self._root, wanted.number, files, wanted.tables, len(files),
+            plan=wanted.plan, now=self._wall(), disk=self._disk,
+        )  # fmt: skip
         manifest.prune(self._root, disk=self._disk)
-        return Published(str(manifest.folder_of(self._root, number)))
+        return Published(str(manifest.folder_of(self._root, wanted.number)))
+
+
+def restored(path: Path) -> tuple[Restored, list[SnapshotCorrupt]]:
+    """What a cluster begins with: the newest sound snapshot of a folder, or the named one; and what was refused.
+
+    Raises ``SnapshotCorrupt`` or ``UsageError``.
+    """
+    found = newest(path)
+    with found.snapshot as snapshot:
+        tables = tuple(Kept(t.table, t.spec, t.mark.clock) for t in snapshot.manifest.tables)
+        return Restored(str(snapshot.folder.absolute()), tables, snapshot.manifest.plan), list(found.refused)

@@ -42,6 +42,7 @@ class Part:
         self._error = ""
         self._at = self._lsn = 0
         self._begun = False
+        self._clocks: tuple[tuple[int, int], ...] = ()
 
     def cut(self, message: m.Cut) -> None:
         """The coordinator wants this shard's part of a snapshot."""
@@ -64,7 +65,9 @@ class Part:
         if self._error:
             self._capture.drop()
             return
-        for table in self._shard.tables.values():
+        tables = self._shard.tables.values()
+        self._clocks = tuple((table.number, table.gathering.clock) for table in tables if table.bulk)
+        for table in tables:
             self._capture.begin(_mark(table), table.dense)
         self._capture.seal(self._lsn, self._sessions())
 
@@ -90,9 +93,9 @@ class Part:
         self._cut = self._capture = None
         if written is None:
             return m.CutDone(cut.snapshot, cut.shard, error=error)
-        clocks = tuple((table, clock) for table, clock in cut.clocks if table in self._shard.tables)
         return m.CutDone(
-            cut.snapshot, cut.shard, written.name, written.nbytes, written.sha256, self._lsn, clocks, capture.pause
+            cut.snapshot, cut.shard, written.name, written.nbytes, written.sha256, self._lsn, self._clocks,
+            capture.pause,
         )  # fmt: skip
 
     def drop(self) -> None:
