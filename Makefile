@@ -8,11 +8,12 @@ INPUTS := pyproject.toml constraints.txt
 export PIP_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench bench-peers clean clean-venv
+.PHONY: help install demo test chaos lint format bench bench-peers clean clean-venv
 
 help:
 	@echo "make demo         install, then train a small language model: 2 workers, 2 servers, about 3 minutes"
 	@echo "make test         install, then ruff, mypy and pytest"
+	@echo "make chaos        a cluster under kills, stops and network faults, 3 minutes per policy"
 	@echo "make bench        the figures of benchmarks/*.md on this machine"
 	@echo "make bench-peers  the same work on Gloo, Ray and TensorFlow, each in its own environment"
 	@echo "make lint         ruff and mypy only;  make format rewrites the layout"
@@ -37,6 +38,14 @@ demo: $(VENV)/.installed-demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+# CHAOS_SECONDS=600 for longer, CHAOS_SEED=7 for other faults.
+CHAOS_SECONDS ?= 180
+CHAOS_SEED ?= 1
+chaos: $(VENV)/.installed-test
+	for mode in bulk stale async; do \
+		$(BIN)/headwater chaos --mode $$mode --seconds $(CHAOS_SECONDS) --seed $(CHAOS_SEED) || exit 1; \
+	done
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

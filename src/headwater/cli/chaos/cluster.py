@@ -55,11 +55,16 @@ def free_port() -> int:
 class Cluster:
     """Coordinator, servers, workers and a reader.
 
+    ``local``: they share memory wherever they can; then only what goes to the coordinator passes through proxies.
+
     As a context manager: everything ends with it, also what is stopped, and the folder goes unless it is ``kept``.
     """
 
-    def __init__(self, mode: str, seed: int, tap: Callable[[str, str], Tap | None] | None = None) -> None:
+    def __init__(
+        self, mode: str, seed: int, tap: Callable[[str, str], Tap | None] | None = None, *, local: bool = False
+    ) -> None:
         self.mode = mode
+        self.local = local
         self.token = secrets.token_hex(16)
         self.folder = Path(tempfile.mkdtemp(prefix="headwater-chaos-"))
         self.kept = False
@@ -123,7 +128,7 @@ class Cluster:
             name = f"w{rank}" if rank >= 0 else "reader"
             ledger = self.folder / "ledgers" / name
             # the first worker shares memory with the servers; the others go over TCP, through the proxies
-            forced = {} if rank == 0 else {"HEADWATER_TRANSPORT": "tcp"}
+            forced = {} if rank == 0 or self.local else {"HEADWATER_TRANSPORT": "tcp"}
             arguments = ["--rank", str(rank), "--mode", self.mode, "--ledger", str(ledger)]
             here = {"HEADWATER_ADDRESS": str(coordinator), "HEADWATER_TIMEOUT": "30"} | forced
             self._add(name, "worker", arguments, here, module="headwater.cli.chaos.pusher")
@@ -150,7 +155,7 @@ class Cluster:
         ready: bool = False,
     ) -> None:
         common = {"HEADWATER_TOKEN": self.token, "HEADWATER_CHECKSUM": "1"}
-        if role == "server":
+        if role == "server" and not self.local:
             common["HEADWATER_TRANSPORT"] = "tcp"  # to each other, so through the proxies
         self.members[name] = Member(name, role, module, arguments, environment(common | extra), ready)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 QUIET_SHARE, QUIET_LEAST = 0.1, 1.5  # of the run, and seconds, without faults first
 
 
+class Transport(StrEnum):
+    """How servers, workers and the reader reach one another."""
+
+    tcp = "tcp"
+    local = "local"
+
+
 class Mode(StrEnum):
     """A synchronisation policy."""
 
@@ -34,9 +41,16 @@ def chaos(
     seconds: Annotated[float, typer.Option(min=3.0, help="How long to push, with and without faults.")] = 60.0,
     seed: Annotated[int, typer.Option(help="The faults and their order are drawn from it.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
+    transport: Annotated[
+        Transport,
+        typer.Option(help="tcp: through proxies that break it (one worker shares memory). local: all share it."),
+    ] = Transport.tcp,
     only_servers: Annotated[
         bool, typer.Option("--only-servers", help="Strike servers and the coordinator, no worker.")
     ] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help='Strike with such faults alone, e.g. "kill server"; may be repeated.')
+    ] = None,
     faultless: Annotated[
         bool, typer.Option("--faultless", help="Strike nobody: what the harness itself costs.")
     ] = False,
@@ -52,7 +66,17 @@ def chaos(
     def say(line: str) -> None:
         console.print(Text(line, "red" if "FAILED" in line else "dim"), soft_wrap=True)
 
-    report, course = perform(mode.value, seconds, seed, say, workers=not only_servers, faultless=faultless, keep=keep)
+    report, course = perform(
+        mode.value,
+        seconds,
+        seed,
+        say,
+        local=transport == Transport.local,
+        workers=not only_servers,
+        only=only or (),
+        faultless=faultless,
+        keep=keep,
+    )
     if as_json:
         from headwater.cli.chaos.report import to_json
 
@@ -71,7 +95,9 @@ def perform(
     seed: int,
     say: Callable[[str], None],
     *,
+    local: bool = False,
     workers: bool = True,
+    only: Sequence[str] = (),
     faultless: bool = False,
     keep: bool = False,
 ) -> tuple[Report, Course]:
@@ -83,8 +109,9 @@ def perform(
     from headwater.cli.chaos.monitor import Monitor
     from headwater.cli.chaos.replay import Recorder
 
+    faults = schedule.draw(seed, int(seconds * 4), workers=workers, only=only)
     recorder = Recorder()
-    with Cluster(mode, seed, recorder.tap) as cluster:
+    with Cluster(mode, seed, recorder.tap, local=local) as cluster:
         cluster.kept = keep
         if keep:
             say(f"logs and ledgers: {cluster.folder}")
@@ -95,7 +122,7 @@ def perform(
                 quiet = seconds if faultless else max(QUIET_LEAST, QUIET_SHARE * seconds)
                 drill.calm(quiet)
                 if not faultless:
-                    drill.storm(schedule.draw(seed, int(seconds * 4), workers=workers), seconds - quiet)
+                    drill.storm(faults, seconds - quiet)
             drill.heal()
             drill.end_workers()
             with _as_client(cluster.token, str(cluster.direct["coordinator"])):

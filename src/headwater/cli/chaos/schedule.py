@@ -7,9 +7,12 @@ coordinator, a worker, or connections.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
+
+from headwater.errors import UsageError
 
 Kind = Literal[
     "kill", "stop", "isolate", "cut-in", "cut-out", "half-open", "reset", "delay", "flip", "truncate",
@@ -82,16 +85,26 @@ class Fault:
         return f"{self.kind} {self.target}{lasting}{' during recovery' if self.early else ''}"
 
 
-def draw(seed: int, count: int, *, workers: bool = True) -> list[Fault]:
-    """``count`` faults. Without ``workers`` only servers and the coordinator are struck."""
+NAMES = tuple(f"{kind} {role}" for kind, role, *_ in _WEIGHTS)
+"""What ``only`` may name."""
+
+
+def draw(seed: int, count: int, *, workers: bool = True, only: Collection[str] = ()) -> list[Fault]:
+    """``count`` faults. Without ``workers`` only servers and the coordinator are struck; ``only``: such faults alone.
+
+    Raises ``UsageError`` for a fault that does not exist.
+    """
     random = Random(seed)
-    weights = [w for w in _WEIGHTS if workers or w[1] != "worker"]
+    unknown = [name for name in only if name not in NAMES]
+    if unknown:
+        raise UsageError(f"there is no fault {unknown[0]!r}; there are {', '.join(NAMES)}; nothing was started")
+    weights = [w for w in _WEIGHTS if (workers or w[1] != "worker") and (not only or f"{w[0]} {w[1]}" in only)]
     faults: list[Fault] = []
     while len(faults) < count:
         kind, role, _, low, high = random.choices(weights, [w[2] for w in weights])[0]
         target = _target(random, role)
         faults.append(Fault(kind, target, round(random.uniform(0.0, 0.4), 3), round(random.uniform(low, high), 3)))
-        if role == "server" and random.random() < 0.25:
+        if role == "server" and not only and random.random() < 0.25:
             faults.append(_early(random, target, workers, again=kind == "kill"))
     return faults[:count]
 

@@ -1,0 +1,24 @@
+"""A few seconds of chaos per policy, with real processes; `make chaos` runs minutes of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(("mode", "seed"), [("bulk", 11), ("stale", 12), ("async", 13)])
+def test_nothing_acknowledged_is_lost(mode: str, seed: int) -> None:
+    command = [sys.executable, "-m", "headwater", "chaos", "--mode", mode, "--seconds", "5", "--seed", str(seed)]
+    found = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, timeout=110)
+    said = f"\n{found.stderr}\n{found.stdout}"
+    assert found.returncode == 0, said
+    report = json.loads(found.stdout)
+    assert {"faults", "acknowledged", "lost", "doubled", "recovery", "throughput"} <= set(report)
+    assert (report["lost"], report["doubled"], report["failures"]) == (0, 0, []), said
+    assert sum(report["faults"].values()) >= 2, said
+    assert report["acknowledged"] > 0, said
+    assert report["equal_steps"] == report["steps"], said
+    assert "FAILED" not in found.stderr
