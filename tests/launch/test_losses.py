@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import headwater
-from headwater.launch import Launcher, Process, registry
+from headwater.launch import Launcher, Outcome, Process, registry
 from tests.launch.support import FOREVER, python
 
 StandIn = Callable[..., None]
@@ -196,6 +196,13 @@ def test_a_server_more(stand_in: StandIn) -> None:
         os.kill(job.add_server().pid, signal.SIGKILL)
         outcome = job.wait()
     assert outcome.message.endswith("what only it held is lost; shards with a copy elsewhere go on there")
+
+
+def test_a_server_more_that_is_drained_ends_well(stand_in: StandIn) -> None:
+    stand_in(f"{WAIT}\nprint('headwater server: Drained: gone', file=sys.stderr)")
+    with Job(0, address="tcp://127.0.0.1:9", token="t" * 64) as job:
+        os.kill(job.add_server().pid, signal.SIGUSR1)
+        assert job.wait() == Outcome()
 
 
 def test_the_private_state_goes_with_the_job(stand_in: StandIn) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,6 +20,8 @@ from headwater.launch.registry import find
 
 if TYPE_CHECKING:
     from headwater.launch import Process
+
+_LEAVING = 5.0
 
 
 def add_server(
@@ -74,6 +77,9 @@ def _leave(job: Launcher, process: Process, cluster: str, timeout: float) -> boo
             break
     else:
         thread.join(1.0)
+    until = time.monotonic() + _LEAVING
+    while not failed and process.running and time.monotonic() < until:  # it ends by itself when it is empty
+        job.linger(0.1)
     if failed:
         complain(f"not everything was moved away ({failed[0]}); what had no copy elsewhere is lost")
     else:

@@ -1,4 +1,4 @@
-"""``headwater drain``: move every shard off a server, so that it can be switched off."""
+"""``headwater drain``: move every shard off a server, which ends then."""
 
 from __future__ import annotations
 
@@ -24,17 +24,14 @@ def drain(
 ) -> None:
     """Move every shard off a server while training goes on.
 
-    When the command has ended the server holds nothing and can be ended.
+    When nothing is left on it the server ends, and so does the command.
     """
     with headwater.connect(locate(address), role="reader", timeout=timeout) as ps:
         found = find_server(ps.status(), server)
         note(f"headwater: {holdings(found)}")
         empty(ps, server)
-    out().print(
-        f"server {server} ({found.address.removeprefix('tcp://')}) holds nothing any more; it can be ended: "
-        f"kill {found.pid}",
-        highlight=False,
-    )
+    where = found.address.removeprefix("tcp://")
+    out().print(f"server {server} ({where}) holds nothing any more and has left the cluster", highlight=False)
 
 
 def empty(ps: headwater.Client, server: int) -> None:

@@ -44,9 +44,11 @@ def up(
     Example: headwater up --servers 3 --replicas 2
 
     Ctrl-C ends them. With two copies or more, a server that dies is
-    replaced and its shards go on meanwhile. Without --token-file, HEADWATER_TOKEN or
-    HEADWATER_TOKEN_FILE a token is made for this cluster; to listen
-    beyond this machine, one of the three must be given.
+    replaced, and its shards go on meanwhile.
+
+    Without --token-file, HEADWATER_TOKEN or HEADWATER_TOKEN_FILE a
+    token is made for this cluster; to listen beyond this machine, one
+    of the three must be given.
     """
     given = read_token(token_file) if token_file else _from_environment()
     job = Launcher(

@@ -414,7 +414,9 @@ class Launcher:
             if self._ending is not None:
                 return now
         if self.servers and not any(server.running or self._comes_back(server) for server in self.servers):
-            self._end(words.of_host(self.servers[-1], copies=True, own=self._own), now)
+            last = self.servers[-1]
+            left = words.drained(last) and not self._own
+            self._end(Outcome() if left else words.of_host(last, copies=True, own=self._own), now)
             return now
         return min(due, self._look_at_workers(now))
 
