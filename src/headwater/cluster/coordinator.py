@@ -24,7 +24,7 @@ from headwater.wire import messages as m
 from headwater.wire.frames import Frame, Kind, Outgoing
 
 WORKERS = 2  # a worker's heartbeats come as many times less often than a server's
-GRACE = 3.0  # seconds after a restart in which servers may come back before others take over
+GRACE = 1.5  # seconds after a restart in which servers may come back before others take over
 
 
 class Rules(msgspec.Struct, frozen=True):
@@ -213,7 +213,8 @@ class Coordinator:
             if not self.fleet.views or self._settling:
                 self._joining.append((asker, join))
                 return
-            self._refuse_if_unserved()
+            if join.role == "worker":
+                self._refuse_if_unserved()
             holder = self.membership.workers.get(-1 if join.rank is None else join.rank)
             if holder is not None and holder.gone is not None:  # it may not come back: another has its rank now
                 self._depart(holder, clean=False, why="died: its connection ended")
@@ -287,7 +288,8 @@ class Coordinator:
     def _unserved(self) -> list[m.View]:
         """Shards whose only copies are gone."""
         up = {s.number for s in self.fleet.servers.values() if s.alive}
-        return [v for v in self.fleet.views.values() if v.primary is None or v.primary.server not in up]
+        copies = {v.shard: {x.server for x in (v.primary, *v.backups) if x is not None} for v in self.fleet.views.values()}
+        return [view for shard, view in self.fleet.views.items() if not copies[shard] & up]
 
     def _refuse_if_unserved(self, shard: int | None = None) -> None:
         for view in self._unserved():
@@ -325,8 +327,7 @@ class Coordinator:
 
     def _bury(self, server: Member) -> None:
         """A server is dead. Where nobody can take over, nobody waits for what it cannot create any more."""
-        if self.fleet.empty(server.number):
-            self.save(f"server/{server.number}", None)
+        self._forget_if_gone(server.number)
         alone = {
             v.shard for v in self.fleet.views.values()
             if v.primary is not None and v.primary.server == server.number and not v.backups
@@ -336,6 +337,12 @@ class Coordinator:
                 why = ClusterError(f"server {server.number} died while it created {table.spec.name!r}")
                 self.tables.give_up(table, why)
 
+    def _forget_if_gone(self, number: int) -> None:
+        """A dead server that is in no view need not be known after a restart."""
+        server = self.fleet.servers.get(number)
+        if server is not None and not server.alive and self.fleet.empty(number):
+            self.save(f"server/{number}", None)
+
     def _publish(self, old: m.View, new: m.View) -> None:
         """A view is durable first, then all who are in it, or were, hear of it."""
         self.save(f"view/{new.shard}", msgspec.msgpack.encode(new))
@@ -343,6 +350,8 @@ class Coordinator:
             peer = self.fleet.servers[number].peer if number in self.fleet.servers else None
             if peer is not None:
                 self._notify(peer, new)
+        for number in members_of(old) - members_of(new):
+            self._forget_if_gone(number)
         if old.primary != new.primary:
             self._brief(new)
 
@@ -428,7 +437,7 @@ class Coordinator:
             )
         views = [msgspec.msgpack.decode(v, type=m.View) for k, v in state.items() if k.startswith("view/")]
         joins = {int(k[7:]): msgspec.msgpack.decode(v, type=m.Join) for k, v in state.items() if k.startswith("server/")}
-        self.fleet.restore(views, joins, now, max(GRACE, 3 * self.rules.silence))
+        self.fleet.restore(views, joins, now, max(GRACE, 1.5 * self.rules.silence))
         self.fleet.numbers_from(saved.next_server)
         for key in sorted(k for k in state if k.startswith("table/")):
             self.tables.restore(state[key])

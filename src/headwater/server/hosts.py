@@ -25,6 +25,7 @@ log = logging.getLogger("headwater")
 
 PATIENCE = 300.0  # seconds that a server waits for a coordinator that is to come back
 AGAIN = 0.2  # seconds between two attempts
+ANSWER = 5.0  # seconds that a coordinator has to answer a server that comes back
 STUCK = 60.0  # seconds in which the loop must turn once, or its server counts as dead
 
 
@@ -115,7 +116,8 @@ class ServerHost:
             log.error("%s", LinkBroken("the coordinator is gone; this server ends, its tables end with it"))
             self._stop()
             return []
-        self._away = self._away or self._clock()
+        self._dialing = False
+        self._away = self._away if self._away is not None else self._clock()
         self._again = self._clock() + AGAIN
         return []
 
@@ -126,8 +128,10 @@ class ServerHost:
         if self._away is not None and now - self._away > PATIENCE:
             log.error("the coordinator did not come back within %.0f s; this server ends", PATIENCE)
             self._stop()
-        elif self._away is not None and not self._dialing and now >= self._again:
-            self._dialing = True
+        elif self._away is not None and now >= self._again:
+            if self._dialing:  # it took the connection and has not answered since
+                out.append(Outgoing(COORDINATOR, Frame(Kind.NOTICE), close=True))
+            self._dialing, self._again = True, now + ANSWER
             out.append(Dial(COORDINATOR, self._coordinator, "", ""))
         return out
 
@@ -137,10 +141,11 @@ class ServerHost:
     def dialed(self, key: int, peer: int | None) -> list[Instruction]:
         if key != COORDINATOR:
             return self._server.dialed(key, peer)
-        self._dialing = False
         if peer is None:
+            self._dialing = False
             self._again = self._clock() + AGAIN
             return []
+        self._again = self._clock() + ANSWER
         join = m.Join(
             "server", self._join.session, self._join.host, self._join.pid, address=self._join.address,
             local=self._join.local, resume=True, server=self._server.setting.server, hosted=self._server.hosted(),
@@ -155,7 +160,7 @@ class ServerHost:
         """The coordinator knows this server again."""
         if not isinstance(reply, m.Welcome) or reply.server != self._server.setting.server:
             raise ProtocolError(f"the coordinator answered {reply} to a server that came back")
-        self._away = None
+        self._away, self._dialing = None, False
         return self._server.ready_again()
 
 

@@ -376,6 +376,9 @@ class Loop:
         if sock is not None:
             peer = COORDINATOR if key == COORDINATOR else self._next_peer
             self._next_peer += 1
+            old = self._by_peer.get(peer)
+            if old is not None:
+                self._close(old)
             self.adopt(sock, peer)
         self.send(self.host.dialed(key, peer))
 
@@ -397,6 +400,8 @@ class Loop:
             self.send(self.host.closed(connection.peer))
 
     def _close_all(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(-1)
         for sock in [*self._listeners.values(), *(c.sock for c in self._by_fd.values())]:
             sock.close()
         self._by_fd.clear()

@@ -25,6 +25,7 @@ class Server:
         self._dials: dict[int, Node] = {}
         self._keys = count(1)
         self._now = 0.0
+        self._retired = (0, 0)  # bytes pushed and pulled at shards that have moved on
 
     # ---- from the loop ---------------------------------------------------------------------------
 
@@ -125,6 +126,9 @@ class Server:
         out = node.adopt(view)
         if not node.role and node.view.epoch == view.epoch:
             del self.nodes[view.shard]
+            self._retired = (
+                self._retired[0] + node.clients.pushed_bytes, self._retired[1] + node.clients.pulled_bytes
+            )  # fmt: skip
             node.close()
         return out
 
@@ -148,8 +152,8 @@ class Server:
             (n.shard.number, n.shard.lsn, max(n.shard.log.behind().values(), default=0)) for n in leading
         )
         return m.Heartbeat(
-            pushed_bytes=sum(n.clients.pushed_bytes for n in nodes),
-            pulled_bytes=sum(n.clients.pulled_bytes for n in nodes),
+            pushed_bytes=self._retired[0] + sum(n.clients.pushed_bytes for n in nodes),
+            pulled_bytes=self._retired[1] + sum(n.clients.pulled_bytes for n in nodes),
             nbytes=sum(t.dense.nbytes for n in nodes for t in n.shard.tables.values()),
             sessions=sum(len(n.clients) for n in leading),
             tables=tuple(clocks.items()), shards=shards, server=self.setting.server,

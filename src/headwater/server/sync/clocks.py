@@ -50,7 +50,8 @@ class Clocks:
         """Stale(bound): a worker at ``clock`` reads once the slowest worker has reached ``clock - bound``."""
         if not isinstance(self.sync, Stale) or rank not in self.clock:
             return True
-        return min(self.clock.values()) >= max(clock, self.clock[rank]) - self.sync.bound
+        others = [at for other, at in self.clock.items() if other != rank]  # it does not wait for itself
+        return not others or min(others) >= max(clock, self.clock[rank]) - self.sync.bound
 
     def may_apply(self, rank: int, held: Collection[int] = ()) -> bool:
         """Async(max_staleness): whether one more step leaves every worker that still computes within the cap.
