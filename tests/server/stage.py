@@ -6,16 +6,18 @@ from typing import TypeVar
 
 import torch
 
-from headwater.cluster.coordinator import decide
 from headwater.cluster.placement import layout
+from headwater.cluster.tables import decide
 from headwater.server import events as e
+from headwater.server.records import Ranges
 from headwater.server.shard import Shard
+from headwater.server.table import Table
 from headwater.types import Bulk, Hyper, OptimizerSpec, ParameterSpec, Sync, TableSpec
 from headwater.wire.frames import Flag
 from headwater.wire.messages import Commit, Members, Ready, StepBody
 
 TABLE = 1
-I = TypeVar("I", e.Ack, e.Send, e.Fail, Ready)  # noqa: E741
+I = TypeVar("I", e.Ack, e.Send, e.Fail, e.Done, Ready)  # noqa: E741
 
 
 def spec(sync: Sync | None = None, numel: int = 40_000, max_grad_norm: float | None = None) -> TableSpec:
@@ -29,21 +31,52 @@ def spec(sync: Sync | None = None, numel: int = 40_000, max_grad_norm: float | N
     )
 
 
-class Stage:
-    """``shards`` shards of one table; worker r is session 10 + r and has opened and attached everywhere."""
+class Memory:
+    """Plain memory for the tables of one shard of ``shards``. ``alone``: no other shard has a say in its steps."""
 
-    def __init__(self, table: TableSpec | None = None, shards: int = 1, ranks: tuple[int, ...] = (0, 1)) -> None:
+    def __init__(self, shard: int, shards: int, alone: bool = False) -> None:
+        self.shard, self.shards, self.alone = shard, shards, alone
+        self.values: dict[int, torch.Tensor] = {}
+
+    def size(self, spec: TableSpec) -> int:
+        return layout(spec, self.shards).sizes[self.shard]
+
+    def create(self, number: int, spec: TableSpec) -> Table:
+        values = self.values[number] = torch.zeros(self.size(spec), dtype=torch.uint8)
+        return Table(number, spec, layout(spec, self.shards).segments[self.shard], values, alone=self.alone)
+
+    def discard(self, number: int) -> None:
+        self.values.pop(number, None)
+
+    def lend(self, table: int, size: int, lsn: int, accepted: int) -> torch.Tensor | None:
+        return None
+
+    def before_write(self, table: int, ranges: Ranges) -> None:
+        """No answer refers to the values."""
+
+
+class Stage:
+    """``shards`` shards of one table, each primary in epoch 1, without followers.
+
+    Worker r is session 10 + r and has opened and attached everywhere.
+    """
+
+    def __init__(
+        self, table: TableSpec | None = None, shards: int = 1, ranks: tuple[int, ...] = (0, 1), *, alone: bool = False
+    ) -> None:
         self.spec = table or spec()
-        plan = layout(self.spec, shards)
-        self.shards = [Shard(number, 1) for number in plan.participants]
-        self.values = [torch.zeros(plan.sizes[number], dtype=torch.uint8) for number in plan.participants]
+        parts = layout(self.spec, shards).participants
+        memories = [Memory(number, shards, alone) for number in parts]
+        self.shards = [Shard(number, memory) for number, memory in zip(parts, memories, strict=True)]
         self.heard: list[tuple[int, e.Instruction]] = []
         self.seq: dict[tuple[int, int], int] = {}
         self.clock = dict.fromkeys(ranks, 0)
         self.epoch = 0
-        alone = len(self.shards) == 1
-        for number, (shard, values) in enumerate(zip(self.shards, self.values, strict=True)):
-            self.event(number, e.Created(TABLE, self.spec, plan.segments[shard.number], values, alone))
+        self.sessions = {rank: 10 + rank for rank in ranks}
+        for number, shard in enumerate(self.shards):
+            shard.lead(1, (), blocked=False)
+            self.event(number, e.Create(TABLE, self.spec))
+        self.values = [memory.values[TABLE] for memory in memories]
         self.members(ranks)
         for rank in ranks:
             self.open(rank)
@@ -58,20 +91,28 @@ class Stage:
 
     def open(self, rank: int, session: int | None = None) -> None:
         session = 10 + rank if session is None else session
+        if rank >= 0:
+            self.sessions[rank] = session
         for number in range(len(self.shards)):
-            self.event(number, e.Opened(session, rank))
+            self.event(number, e.Opened(session, rank, self.epoch))
             self.event(number, e.Attached(session, TABLE, None))
 
     def close(self, rank: int, *numbers: int) -> None:
+        """The worker's connections end; its session goes on until the members say otherwise."""
         for number in numbers or range(len(self.shards)):
             self.event(number, e.Closed(10 + rank))
 
     def members(self, ranks: tuple[int, ...], lost: str = "") -> None:
         """The coordinator announces who is there; ``lost`` says who died."""
-        self.epoch += 1
-        message = Members(self.epoch, ranks, self.epoch if lost else 0, lost)
+        message = self.news(ranks, lost)
         for number in range(len(self.shards)):
             self.event(number, message)
+
+    def news(self, ranks: tuple[int, ...], lost: str = "") -> Members:
+        """The next announcement, for a test that lets the shards hear it one by one."""
+        self.epoch += 1
+        sessions = tuple(self.sessions[rank] for rank in ranks if rank in self.sessions)
+        return Members(self.epoch, ranks, self.epoch if lost else 0, lost, sessions)
 
     def push(
         self,
@@ -128,9 +169,7 @@ class Stage:
 
     def decide(self) -> Commit | None:
         """COMMIT to all shards if all are READY under the present membership."""
-        answers = {
-            ready.shard: ready for ready in self.take(Ready) if ready.members == self.epoch
-        }  # fmt: skip
+        answers = {ready.shard: ready for ready in self.take(Ready) if ready.members == self.epoch}
         if len(answers) < len(self.shards):
             return None
         commit = decide(self.spec, list(answers.values()))

@@ -53,18 +53,19 @@ def test_a_committed_bulk_push_sent_again_is_acknowledged_and_not_applied_to_the
     assert stage.value() == -2.0
 
 
-def test_a_held_push_sent_again_waits_and_one_of_another_session_with_its_number_does_not() -> None:
+def test_a_held_push_sent_again_is_held_once_and_one_of_another_session_with_its_number_is_no_duplicate() -> None:
     stage = Stage(spec(Async(max_staleness=0)))
     stage.pull(1)
     stage.push(0)
     assert stage.take(e.Ack) == [], "worker 1 computes with what it read"
-    stage.push(0, seq=1, number=0)
+    stage.push(0, seq=1, number=0, clock=1)
     assert stage.take(e.Ack) == []
-    stage.open(2, session=12)
-    stage.clock[2] = 0
-    stage.event(0, e.Push(12, 1, 1, stage.epoch, TABLE, 1, 0, 0, 0, None, 0, None))
-    stage.event(0, e.Push(12, 1, 1, stage.epoch, TABLE, 1, 0, 0, 0, None, 0, None))
-    assert [ack.session for ack in stage.take(e.Ack)] == [12]
+    assert [push.session for push in stage.shards[0].tables[TABLE].held] == [10]
+    stage.push(1)
+    assert [(ack.session, ack.seq) for ack in stage.take(e.Ack)] == [(10, 1), (11, 1)]
+    stage.push(0, seq=1, number=0, clock=1)
+    assert [(ack.session, ack.seq) for ack in stage.take(e.Ack)] == [(10, 1)]
+    assert stage.value() == -2.0
 
 
 @pytest.mark.parametrize("seq", [3, 17, 2**63])
@@ -142,13 +143,13 @@ def test_a_range_may_include_the_padding_behind_it_or_not() -> None:
 
 def test_pulls_and_assignments_past_the_end_are_refused() -> None:
     stage = Stage(ranks=(0,))
-    size = stage.values[0].numel()
+    size, lsn = stage.values[0].numel(), stage.shards[0].lsn
     (fail,) = stage.event(0, e.Pull(10, 5, TABLE, 0, 64, size))
     assert isinstance(fail, e.Fail)
     assert (fail.code, fail.seq) == ("ProtocolError", 5)
     with pytest.raises(ProtocolError, match="do not lie on whole segments"):
-        stage.event(0, e.Assign(10, 0, TABLE, 64, torch.zeros(size, dtype=torch.uint8), True))
-    assert stage.shards[0].lsn == 0
+        stage.event(0, e.Assign(10, 1, TABLE, 64, torch.zeros(size, dtype=torch.uint8), True))
+    assert stage.shards[0].lsn == lsn
 
 
 def test_a_reader_pulls_and_changes_nothing() -> None:
@@ -196,10 +197,23 @@ def test_an_assignment_overwrites_and_its_last_part_is_acknowledged() -> None:
     data = torch.full((40_000,), 2.5).view(torch.uint8)
     half = 16384 * 4
     with pytest.raises(ProtocolError):
-        stage.event(0, e.Assign(10, 0, TABLE, 0, data[:half], False))
-    stage.event(0, e.Assign(10, 0, TABLE, 0, data, True))
+        stage.event(0, e.Assign(10, 1, TABLE, 0, data[:half], False))
+    stage.event(0, e.Assign(10, 1, TABLE, 0, data, True))
     assert stage.value() == 2.5
     assert len(stage.take(e.Ack)) == 1
+
+
+def test_an_assignment_sent_again_is_acknowledged_and_not_repeated() -> None:
+    stage = Stage(spec(Async()), ranks=(0,))
+    data = torch.full((40_000,), 2.5).view(torch.uint8)
+    stage.event(0, e.Assign(10, 1, TABLE, 0, data, True))
+    stage.push(0, 1.0, 0, seq=2)
+    stage.take(e.Ack)
+    stage.event(0, e.Assign(10, 1, TABLE, 0, data, True))
+    assert [ack.seq for ack in stage.take(e.Ack)] == [1]
+    assert stage.value() == 1.5
+    with pytest.raises(ProtocolError, match="one in between is missing"):
+        stage.event(0, e.Assign(10, 4, TABLE, 0, data, True))
 
 
 @pytest.mark.parametrize(
@@ -214,8 +228,10 @@ def test_an_assignment_overwrites_and_its_last_part_is_acknowledged() -> None:
 )
 def test_a_slot_that_does_not_fit_is_refused(slot: Slot) -> None:
     stage = Stage(ranks=(0,))
-    with pytest.raises((UnknownOptimizer, ShapeMismatch)):
-        stage.event(0, e.AssignSlots(10, 0, TABLE, (slot,), False))
+    stage.event(0, e.AssignSlots(10, 5, TABLE, (slot,), False))
+    (done,) = stage.take(e.Done)
+    assert (done.session, done.request) == (10, 5)
+    assert isinstance(done.error, UnknownOptimizer | ShapeMismatch)
 
 
 # ---- bulk steps --------------------------------------------------------------------------------------
@@ -346,20 +362,56 @@ def test_a_death_tells_those_who_had_ended_and_those_who_push_later() -> None:
 
 @pytest.mark.parametrize("first_to_hear", [0, 1])
 def test_a_worker_that_dies_after_its_push_counts_on_all_shards_or_on_none(first_to_hear: int) -> None:
-    """Its connections to the shards end before the coordinator knows, and not at the same moment."""
+    """Its connections end before the coordinator knows; then the shards hear of it, and not at the same moment."""
     stage = Stage(spec(numel=200_000), shards=2)
+    before = stage.epoch
     stage.push(1, 6.0)
     stage.close(1, first_to_hear)
-    stage.push(0, 2.0)
+    news = stage.news((0,), lost="worker 1 died")
+    stage.event(first_to_hear, news)
+    stage.push(0, 2.0, members=before)
+    assert stage.decide() is None, "one shard has dropped the contribution, so none may use it"
     stage.close(1, 1 - first_to_hear)
-    stage.decide()
-    assert stage.value(0) == stage.value(1) == 0.0, "one shard forgot the contribution in time, so none may use it"
-    stage.members((0,), lost="worker 1 died")
-    assert {f.code for f in stage.take(e.Fail)} == {"WorkerLost"}
+    stage.event(1 - first_to_hear, news)
+    assert stage.value(0) == stage.value(1) == 0.0
+    assert [(f.session, f.code) for f in stage.take(e.Fail)] == [(10, "WorkerLost")] * 2
     stage.clock[0] = 0
     stage.push(0, 2.0)
     stage.decide()
     assert stage.value(0) == stage.value(1) == -2.0
+
+
+def test_a_connection_that_ends_takes_nothing_back() -> None:
+    """The worker's session goes on: it may be on its way back over another connection."""
+    stage = Stage(spec(numel=200_000), shards=2)
+    stage.push(1, 6.0)
+    stage.close(1)
+    stage.push(0, 2.0)
+    stage.decide()
+    assert stage.value(0) == stage.value(1) == -4.0
+    stage.open(1)
+    for rank in (0, 1):
+        stage.push(rank, 1.0)
+    stage.decide()
+    assert stage.value(0) == stage.value(1) == -5.0
+
+
+def test_a_session_that_has_ended_cannot_be_opened_again() -> None:
+    stage = Stage(ranks=(0, 1))
+    before = stage.epoch
+    stage.members((0,), lost="worker 1 was silent")
+    with pytest.raises(SessionExpired, match="may or may not be applied"):
+        stage.event(0, e.Opened(11, 1, before))
+
+
+def test_a_table_on_one_shard_commits_by_itself() -> None:
+    stage = Stage(alone=True)
+    for rank, value in ((1, 2.0), (0, 4.0)):
+        assert stage.value() == 0.0
+        stage.push(rank, value)
+    assert stage.value() == -3.0
+    assert stage.take(Ready) == []
+    assert sorted(ack.session for ack in stage.take(e.Ack)) == [10, 11]
 
 
 def test_a_worker_that_dies_after_ready_was_said_counts_on_all_shards() -> None:

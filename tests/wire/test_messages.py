@@ -67,7 +67,7 @@ REPLIES: list[m.Reply] = [
         (m.ShardStatus(0, 4, 0, (1,), (2,), 9, 1, 2, 2),),
         (m.WorkerStatus(0, "worker", 9, "alive", 1, 2, 3, 4, 0.5),),
         (m.TableStatus("t", 1, 2, 3, 4, "SGD", "Bulk()", 5, (6, 7)),),
-    ),  # fmt: skip
+    ),
     m.SnapshotTaken("snapshots/3", 99, 1.5),
     m.Following(2, 3, True),
     m.PlanChunk(1, 2, 3, 4),

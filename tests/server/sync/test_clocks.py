@@ -170,12 +170,13 @@ def test_the_measured_staleness_is_the_steps_of_others_since_the_read() -> None:
 
 
 @pytest.mark.parametrize("sync", [Stale(0), Async(0), Async()])
-def test_a_closed_session_leaves_nothing_that_waits(sync: Stale | Async) -> None:
+def test_a_session_that_ended_leaves_nothing_that_waits(sync: Stale | Async) -> None:
     stage = Stage(spec(sync, numel=8))
     stage.pull(1)
     stage.push(0)
     stage.pull(0)
     stage.close(0)
+    stage.members((1,), lost="worker 0 died")
     table = stage.shards[0].tables[TABLE]
     assert not table.waiting
     assert not table.held
