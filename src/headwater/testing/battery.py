@@ -161,12 +161,19 @@ def explain(one: Scenario, outcome: Outcome) -> str:
     assert outcome.violation is not None
     small = shorten(one, outcome.violation.oracle)
     again = play(small, trace=True)
-    return "\n".join(
-        [
-            str(outcome.violation), "", "shortened to:", str(small), "", *again.history[-LINES:], "",
-            f"again: python -m headwater.testing.battery --seed {one.seed} --mode {one.mode} {_options(one, small)}",
-        ]
-    )  # fmt: skip
+    lines = [str(outcome.violation), "", "shortened to:", str(small), "", *_telling(again.history), ""]
+    lines += [f"again: python -m headwater.testing.battery --seed {one.seed} --mode {one.mode} {_options(one, small)}"]
+    return "\n".join(lines)
+
+
+def _telling(history: list[str]) -> list[str]:
+    """What was said around the last fault, and at the end; not what clients and coordinator ask each other for ever."""
+    lines = [line for line in history if "ShardView(" not in line]
+    marks = [i for i, line in enumerate(lines) if " FAULT " in line or " END " in line or " start " in line]
+    first = max(0, (marks[-1] if marks else 0) - LINES // 3)
+    if len(lines) - first <= LINES + 6:
+        return lines[-LINES - 6 :]
+    return [*lines[first : first + LINES], f"  ... {len(lines) - first - LINES - 6} more ...", *lines[-6:]]
 
 
 def _options(one: Scenario, small: Scenario) -> str:

@@ -22,7 +22,7 @@ from headwater.testing.oracles import Ledger, Oracles, Violation
 from headwater.testing.processes import Process
 from headwater.testing.scenario import MARKS, Scenario
 from headwater.testing.scheduler import Scheduler, Stuck
-from headwater.testing.times import Jitter, TimeModel
+from headwater.testing.times import Jitter, Meter, TimeModel
 from headwater.testing.workload import Auditor, Reader, Worker
 from headwater.wire import messages as m
 from headwater.wire.frames import Flag, Frame, Kind
@@ -56,10 +56,22 @@ class Outcome:
 
 
 class SimCluster:
-    """One run. ``trace``: keep a history of everything that was said."""
+    """One run. ``trace``: keep a history of everything that was said. ``meter``: what servers do takes time."""
 
-    def __init__(self, scenario: Scenario, *, times: TimeModel | None = None, trace: bool = False) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        *,
+        times: TimeModel | None = None,
+        trace: bool = False,
+        meter: Meter | None = None,
+        worker: type[Worker] = Worker,
+        patience: float = PATIENCE,
+    ) -> None:
         self.scenario = scenario
+        self.meter = meter
+        self._worker = worker
+        self._patience = patience
         self.times = times or Jitter()
         self.scheduler = Scheduler(100.0)
         self.network = Network(self.scheduler, self.times, self._random("network"))
@@ -90,7 +102,7 @@ class SimCluster:
 
     def run(self) -> Outcome:
         """Everything, from the first process to the audit. A violation is in the outcome, not raised."""
-        with patch.object(Replica, "observer", self._observer()):
+        with patch.object(Replica, "observer", Eye(self.oracles.observe)):
             try:
                 self._run()
             except Violation as violation:
@@ -98,13 +110,13 @@ class SimCluster:
             except Exception as error:  # noqa: BLE001 - whatever it is, a run must not end so
                 self.outcome.violation = Violation("crash", "".join(traceback.format_exception(error))[-1500:])
             finally:
-                self._finish()
+                self.finish()
         if self.outcome.violation is not None:
             self.say(f"VIOLATION {self.outcome.violation}")
         return self.outcome
 
     def _run(self) -> None:
-        self._start()
+        self.start()
         try:
             self._until(self._well, BEGIN, "the cluster never began")
             zero = self.now
@@ -120,7 +132,8 @@ class SimCluster:
         except _Lost:
             self.outcome.excused = True
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Every process of the scenario begins."""
         self._start_coordinator()
         for i in range(self.scenario.servers):
             self._start_server(f"s{i}")
@@ -135,7 +148,8 @@ class SimCluster:
         except Stuck as stuck:
             raise Violation("liveness", f"{what}: {stuck}; {self._state()}") from None
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Count, and give everything back."""
         o = self.outcome
         o.events, o.seconds = self.scheduler.count, self.now - self._begun
         o.acknowledged, o.unknown = self.ledger.totals
@@ -172,7 +186,9 @@ class SimCluster:
     def _start_server(self, name: str) -> None:
         process = self._process(name)
         random = self._random("incarnation", name, self._starts[name])
-        self.servers[name] = SimServer(self.network, process, self._sent, random, PATIENCE, lambda: self._ended(name))
+        server = SimServer(self.network, process, self._sent, random, self._patience, lambda: self._ended(name))
+        server.meter = self.meter
+        self.servers[name] = server
 
     def _runtime(self, process: Process) -> SimRuntime:
         random = self._random("session", process.name, self._starts[process.name])
@@ -181,7 +197,7 @@ class SimCluster:
     def _start_worker(self, name: str) -> None:
         process = self._process(name)
         random = self._random("work", name, self._starts[name])
-        worker = Worker(
+        worker = self._worker(
             self.scenario, self._runtime(process), self.oracles, self.ledger, self.times, random, int(name[1:])
         )
         self.workers[name] = worker
@@ -418,11 +434,10 @@ class SimCluster:
 
     # ---- eyes ------------------------------------------------------------------------------------
 
-    def _observer(self) -> Any:
-        return _Observer(self.oracles.observe)
-
     def _sent(self, process: Process, frame: Frame) -> None:
         """A coordinator or a server says something."""
+        if self.meter is not None:  # a prediction: nothing is judged
+            return
         if frame.kind in (Kind.ACK, Kind.DATA, Kind.STATE):
             self._leads(process, frame.shard)
         if frame.kind == Kind.ACK:
@@ -446,6 +461,8 @@ class SimCluster:
 
     def _received(self, process: Process, frame: Frame) -> None:
         """A client hears something."""
+        if self.meter is not None:
+            return
         if frame.kind == Kind.DATA:
             self.oracles.saw(frame.session, frame.shard, frame.epoch, frame.lsn)
         if self.trace:
@@ -456,7 +473,7 @@ class SimCluster:
             self.outcome.history.append(f"{self.now - self._begun:9.4f} {text}")
 
 
-class _Observer:
+class Eye:
     """Callable, and no function: as a class's attribute it is not bound to its instances."""
 
     def __init__(self, act: Callable[..., None]) -> None:

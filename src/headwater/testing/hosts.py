@@ -14,6 +14,7 @@ from headwater.server.node import Setting
 from headwater.server.server import Server
 from headwater.testing.network import End, Network
 from headwater.testing.processes import Process
+from headwater.testing.times import Meter
 from headwater.wire import messages as m
 from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
 
@@ -159,6 +160,7 @@ class SimServer(SimHost):
         self._host: ServerHost | None = None
         self._join = m.Join("server", random.getrandbits(63), address=f"sim://{process.name}")
         self._patience = patience
+        self.meter: Meter | None = None  # None: what it does takes no time
         self._die = die
         self._beats: End | None = None
         network.listen(self._join.address, process, self.adopt)  # type: ignore[arg-type]
@@ -214,8 +216,22 @@ class SimServer(SimHost):
             if peer != COORDINATOR:
                 raise ProtocolError("this server has not joined yet")
             return self._welcomed(frame)
+        if self.meter is not None:
+            return self._receive_slowly(self._host, self.meter, peer, frame)
         self.carry_out(self._host.receive(peer, frame, ()))
         return self._host.work()
+
+    def _receive_slowly(self, host: ServerHost, meter: Meter, peer: int, frame: Frame) -> Iterable[Instruction]:
+        """What comes out leaves when the work for it is done; then comes what a follower does after its answer."""
+        meter.take()
+        if frame.payload is not None:
+            meter.copied += len(frame.payload)
+        out = host.receive(peer, frame, ())
+        done = self.process.work(self.network.times.handling(*meter.take()))
+        self.network.scheduler.at(done, self.carry_out, out)
+        later = host.work()
+        self.process.work(self.network.times.handling(*meter.take()))
+        return later
 
     def closed(self, peer: int) -> Iterable[Instruction]:
         if self._host is not None:

@@ -113,7 +113,7 @@ class Network:
         )  # fmt: skip
         if end.late and payload is not None:
             end.flying.append(copy)
-        self._travel(end, copy, HEADER + len(frame.body) + (0 if payload is None else len(payload)))
+        self._travel(end, copy, len(payload) if payload else HEADER + len(frame.body))
 
     def close(self, end: End) -> None:
         """This side hangs up: the other learns of it after everything that was sent."""

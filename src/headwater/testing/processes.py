@@ -31,6 +31,7 @@ class Process:
         self._offset = offset
         self._rate = rate
         self._stopped = 0
+        self._busy = 0.0
         self._backlog: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._fibres: list[Fibre] = []
 
@@ -48,8 +49,15 @@ class Process:
             return
         if self._stopped or self._backlog:
             self._backlog.append((act, args))
+        elif self._busy > self._scheduler.now:
+            self._scheduler.at(self._busy, self.call, act, *args)
         else:
             act(*args)
+
+    def work(self, seconds: float) -> float:
+        """It computes for so long and looks at nothing else; returns when it will be done."""
+        self._busy = max(self._busy, self._scheduler.now) + seconds
+        return self._busy
 
     def every(self, period: float, act: Callable[[], None]) -> None:
         """Call ``act`` every ``period`` seconds of this process's clock."""

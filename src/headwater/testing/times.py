@@ -19,6 +19,19 @@ class Line:
     into: float = 0.0
 
 
+@dataclass(slots=True)
+class Meter:
+    """Bytes that a server has copied and stepped since it was last asked."""
+
+    copied: int = 0
+    stepped: int = 0
+
+    def take(self) -> tuple[int, int]:
+        found = self.copied, self.stepped
+        self.copied = self.stepped = 0
+        return found
+
+
 class TimeModel(Protocol):
     """Costs in seconds of virtual time."""
 
@@ -28,8 +41,8 @@ class TimeModel(Protocol):
     def arrival(self, now: float, source: Line, target: Line, nbytes: int, random: Random) -> float:
         """When the last of ``nbytes`` that leave now is there."""
 
-    def handling(self, nbytes: int, applied: int) -> float:
-        """What a server takes for a frame with ``nbytes`` of payload that made it apply ``applied`` bytes."""
+    def handling(self, copied: int, stepped: int) -> float:
+        """What a server takes to receive or add up ``copied`` bytes, and to run its kernel over ``stepped``."""
 
     def computing(self, random: Random) -> float:
         """What a worker takes between two steps."""
@@ -50,7 +63,7 @@ class Jitter:
     def arrival(self, now: float, source: Line, target: Line, nbytes: int, random: Random) -> float:
         return now + self.latency(random)
 
-    def handling(self, nbytes: int, applied: int) -> float:
+    def handling(self, copied: int, stepped: int) -> float:
         return 0.0
 
     def computing(self, random: Random) -> float:
@@ -86,8 +99,8 @@ class Measured:
         target.into = max(begins + self.delay, target.into) + seconds
         return target.into
 
-    def handling(self, nbytes: int, applied: int) -> float:
-        return self.scale * ((nbytes / self.copy if nbytes >= 4096 else 0.0) + applied / self.kernel)
+    def handling(self, copied: int, stepped: int) -> float:
+        return self.scale * (copied / self.copy + stepped / self.kernel)
 
     def computing(self, random: Random) -> float:
         return self.compute

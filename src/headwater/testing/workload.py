@@ -42,24 +42,24 @@ class Worker:
         self.finished = False
         self.steps = 0
         self.failures: list[str] = []
-        self._runtime = runtime
+        self.runtime = runtime
         self._oracles = oracles
         self._ledger = ledger
-        self._times = times
-        self._random = random
+        self.times = times
+        self.random = random
 
     def body(self) -> None:
         """The process's main function."""
         while not self.stopping:
             try:
-                with connect(self._runtime, "worker", self.rank) as client:
+                with connect(self.runtime, "worker", self.rank) as client:
                     table = client.table(self.scenario.table)
                     while not self.stopping:
-                        self._runtime.sleep(self._times.computing(self._random))
+                        self.runtime.sleep(self.times.computing(self.random))
                         self._step(client, table)
             except HeadwaterError as error:
-                self.failures.append(f"{self._runtime.now():.3f} {type(error).__name__}: {error}")
-                self._runtime.sleep(REJOIN)
+                self.failures.append(f"{self.runtime.now():.3f} {type(error).__name__}: {error}")
+                self.runtime.sleep(REJOIN)
         self.finished = True
 
     def _step(self, client: Client, table: Table) -> None:
@@ -70,9 +70,9 @@ class Worker:
         result = ticket.wait()
         self._ledger.end(slot, applied=result.applied)
         self.steps += 1
-        if self._random.random() < 0.7:
+        if self.random.random() < 0.7:
             table.wait()
-        elif self._random.random() < 0.5:
+        elif self.random.random() < 0.5:
             table.pull().wait()
 
     def _fill(self, client: Client, table: Table, slot: int) -> None:
@@ -81,7 +81,7 @@ class Worker:
             gradient = table.gradients[name].numpy()
             gradient[:] = 0.0
             gradient[slot] = 1.0
-            gradient[MARKS : MARKS + NOISE] = [self._random.random() for _ in range(4)] * (NOISE // 4)
+            gradient[MARKS : MARKS + NOISE] = [self.random.random() for _ in range(4)] * (NOISE // 4)
         for shard, segments in enumerate(table.layout.segments):
             if segments:
                 flat = np.zeros(table.layout.sizes[shard] // 8)
@@ -92,7 +92,7 @@ class Worker:
 
     def _push(self, table: Table) -> Ticket:
         names = [p.name for p in table.spec.parameters]
-        which = self._random.random()
+        which = self.random.random()
         if which < 0.3:
             return table.push_pull()
         if which < 0.5:
@@ -148,6 +148,6 @@ class Auditor:
         self.finished = True
 
 
-def connect(runtime: SimRuntime, role: str, rank: int | None) -> Client:
+def connect(runtime: SimRuntime, role: str, rank: int | None, timeout: float = TIMEOUT) -> Client:
     """A client of the simulated cluster."""
-    return Client(runtime.dial, role=role, rank=rank, timeout=TIMEOUT, runtime=runtime)
+    return Client(runtime.dial, role=role, rank=rank, timeout=timeout, runtime=runtime)
