@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Create:
-    """The coordinator wants a table."""
+    """The coordinator wants a table, filled from this snapshot if it names one."""
 
     table: int
     spec: TableSpec
+    restore: str = ""
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,8 @@ from headwater.server.clients import Clients, Kept
 from headwater.server.followers import PATIENCE, Followers
 from headwater.server.lending import Lending
 from headwater.server.shard import Shard
+from headwater.server.snapshots.part import Part, fill
+from headwater.server.snapshots.restore import Snapshot
 from headwater.server.state import view
 from headwater.server.table import Table
 from headwater.server.tables.dense import state_bytes
@@ -46,6 +49,7 @@ class Setting:
 
     ``share``: keep values in memfds so that clients of this host can map them. ``available`` tells the bytes
     of memory that may still be taken. ``detach(table, ranges)`` is called before values are overwritten.
+    ``threads``: snapshots are copied and written by threads of their own, else by ``work``.
     """
 
     server: int = 0
@@ -57,6 +61,7 @@ class Setting:
     checked: bool = False
     available: Callable[[], int] = _unlimited
     detach: Callable[[int, int, tuple[tuple[int, int], ...]], None] = lambda shard, table, ranges: None
+    threads: bool = True
 
 
 class Node:
@@ -73,6 +78,8 @@ class Node:
         self.followers = Followers(
             self.shard, lambda table: self._kept[table].blocks, self.lending, setting.host, setting.checked
         )
+        self.part = Part(self.shard, threads=setting.threads)
+        self.shard.applied = self.part.due
         self.upstream: Upstream | None = None
         self.dialing = 0  # the key of the dial under way
         self._retry = 0.0
@@ -110,6 +117,7 @@ class Node:
             for server in [s for s in self.shard.log.required if s not in here]:
                 out += self.take(self.shard.unfollowed(server))
             return out
+        self.part.drop()
         out += self._dismiss(new)
         if old.primary != new.primary:
             out += self._hang_up()
@@ -157,6 +165,7 @@ class Node:
         if self.leads:
             for server, peer, why in self.followers.overdue(now, self._setting.patience):
                 out += self._give_up(server, peer, why)
+            out += self._cut_done()
         elif self.role and self.upstream is None and not self.dialing and now >= self._retry:
             out += self._dial()
         return out
@@ -255,6 +264,8 @@ class Node:
         """Apply what was accepted."""
         if self.upstream is not None:
             self.upstream.work()
+        if not self._setting.threads:
+            self.part.advance()
 
     def closed(self, peer: int) -> list[Instruction]:
         """A connection ended."""
@@ -284,6 +295,9 @@ class Node:
                 return self.run(e.Forget(message.table))
             case m.Create():
                 return self._create(message)
+            case m.Cut():
+                self.part.cut(message)
+                return []
             case _:
                 raise ProtocolError(f"the coordinator sent {type(message).__name__}")
 
@@ -292,7 +306,9 @@ class Node:
             return [self._created(request.table, self.shard.tables[request.table].dense.nbytes)]
         try:
             self._check_room(request.spec)
-            return self.run(e.Create(request.table, request.spec))
+            if request.restore:  # before it is a record, which nothing could take back
+                Snapshot(Path(request.restore)).close()
+            return self.run(e.Create(request.table, request.spec, request.restore))
         except HeadwaterError as error:
             refusal: HeadwaterError = error
         except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError where memory is refused
@@ -313,6 +329,14 @@ class Node:
                 f"table {spec.name!r} takes {needed / 2**20:.0f} MiB on shard {self.shard.number} "
                 f"(values, optimizer state, one gradient), {free / 2**20:.0f} MiB are free; it was not created"
             )
+
+    def _cut_done(self) -> list[Instruction]:
+        """What became of this shard's part of a snapshot, once."""
+        self.part.due()
+        done = self.part.result()
+        if done is None:
+            return []
+        return [Outgoing(COORDINATOR, Frame(Kind.NOTICE, shard=self.shard.number, body=m.pack(done)))]
 
     def hosted(self) -> m.Hosted:
         """What the coordinator must know of this replica when it has forgotten."""
@@ -355,7 +379,13 @@ class Node:
         buffer = self.lending.take(table, size, lsn, accepted)
         return None if buffer is None else buffer.tensor
 
+    def load(self, table: Table, folder: str) -> None:
+        """Fill a table that was just made from a snapshot. Raises ``SnapshotCorrupt``."""
+        with Snapshot(Path(folder)) as snapshot:
+            fill(table, snapshot)
+
     def before_write(self, table: int, ranges: tuple[tuple[int, int], ...]) -> None:
+        self.part.before_write(table, ranges)
         self._setting.detach(self.shard.number, table, ranges)
 
     def _allocate(self, spec: TableSpec, blocks: tuple[Block, ...], size: int) -> Kept:
@@ -373,6 +403,7 @@ class Node:
 
     def close(self) -> None:
         """Give all memory back."""
+        self.part.drop()
         for number in list(self._kept):
             self.discard(number)
         self.lending.drop()

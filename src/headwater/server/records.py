@@ -21,10 +21,11 @@ Groups = tuple[dict[str, Hyper], ...]
 
 
 class Begin(msgspec.Struct, frozen=True, tag="begin"):
-    """A table begins, filled by its initialisers."""
+    """A table begins, filled by its initialisers or from the snapshot in the folder ``restore``."""
 
     table: int
     spec: TableSpec
+    restore: str = ""
 
 
 class Drop(msgspec.Struct, frozen=True, tag="forget"):

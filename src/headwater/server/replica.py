@@ -30,6 +30,7 @@ class Memory(Protocol):
     def size(self, spec: TableSpec) -> int: ...
     def create(self, number: int, spec: TableSpec) -> Table: ...
     def discard(self, number: int) -> None: ...
+    def load(self, table: Table, folder: str) -> None: ...
     def lend(self, table: int, size: int, lsn: int, accepted: int) -> torch.Tensor | None: ...
     def before_write(self, table: int, ranges: r.Ranges) -> None: ...
 
@@ -40,9 +41,13 @@ Observer = Callable[["Replica", Record], None]
 
 
 class Replica:
-    """``observer`` is called after each record; the simulator's oracles look from there."""
+    """``observer`` is called after each record; the simulator's oracles look from there.
+
+    ``applied`` too: a snapshot is taken between two records.
+    """
 
     observer: Observer | None = None
+    applied: Callable[[], None] | None = None
 
     def __init__(self, number: int, memory: Memory) -> None:
         self.number = number
@@ -113,10 +118,15 @@ class Replica:
                 self._set_slots(body)
         if self.observer is not None:
             self.observer(self, record)
+        if self.applied is not None:
+            self.applied()
 
     def _begin(self, body: r.Begin) -> None:
         table = self._memory.create(body.table, body.spec)
-        table.dense.initialise()
+        if body.restore:
+            self._memory.load(table, body.restore)
+        else:
+            table.dense.initialise()
         self.tables[body.table] = table
         self._place(table)
         self._emit(e.Created(table.number, table.dense.nbytes))

@@ -136,7 +136,7 @@ class Shard(Replica):
                     self.propose(event)
             case e.Create():
                 if event.table not in self.tables:
-                    self.propose(r.Begin(event.table, event.spec))
+                    self.propose(r.Begin(event.table, event.spec, event.restore))
             case e.Forget():
                 if event.table in self.tables:
                     self.propose(r.Drop(event.table))

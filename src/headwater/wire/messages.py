@@ -336,8 +336,11 @@ class CutDone(msgspec.Struct, frozen=True, tag="cut_done"):
 
 
 class Create(msgspec.Struct, frozen=True, tag="create"):
+    """``restore``: the folder of the snapshot that fills it, where the server can read it."""
+
     table: int
     spec: TableSpec
+    restore: str = ""
 
 
 class Created(msgspec.Struct, frozen=True, tag="created"):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from headwater.server.snapshots.capture import Capture
 from headwater.server.snapshots.disk import DISK, Disk
 from headwater.server.snapshots.format import Mark, SessionMark
+from headwater.server.snapshots.restore import Snapshot, load
 from headwater.wire import messages as m
 
 if TYPE_CHECKING:
@@ -125,3 +126,14 @@ def _mark(table: Table) -> Mark:
     clock = table.gathering.clock if table.bulk else max((clock for _, clock in clocks), default=0)
     groups = tuple(dict(group) for group in table.dense.groups)
     return Mark(table.number, clock, table.clocks.version, () if table.bulk else clocks, groups)
+
+
+def fill(table: Table, snapshot: Snapshot) -> None:
+    """Values, optimizer state and clocks of a table that was just made. Raises ``SnapshotCorrupt``."""
+    load(snapshot, table.dense)
+    mark = snapshot.table(table.spec.name).mark
+    table.clocks.version = mark.version
+    table.clocks.clock = dict(mark.clocks)
+    table.clocks.read = dict.fromkeys(table.clocks.clock, mark.version)
+    if table.bulk:
+        table.gathering.clock = mark.clock
