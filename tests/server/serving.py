@@ -10,53 +10,70 @@ from typing import TypeVar
 
 import msgspec
 
-from headwater.cluster.coordinator import Coordinator
+from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.server import COORDINATOR
 from headwater.server.hosts import CoordinatorHost
 from headwater.server.loop import Loop, Ranges, listen
-from headwater.server.node import Node
-from headwater.testing import FakeClock
+from headwater.server.node import Node, Setting
+from headwater.server.server import Server
 from headwater.transports.address import Address
 from headwater.transports.receiver import Receiver, descriptors
 from headwater.types import TableSpec
 from headwater.wire import auth
 from headwater.wire import messages as m
-from headwater.wire.frames import Frame, Kind, Outgoing, encode
+from headwater.wire.frames import Frame, Instruction, Kind, Outgoing, encode
 
 TOKEN = b"a token for tests"
 T = TypeVar("T", bound=msgspec.Struct)
 
 
 class NodeHost:
-    """A server with shard 0 of 1 that has joined no coordinator; what it says to one is kept in ``said``."""
+    """A server that is the primary of shard 0 of 1; what it says to the coordinator is kept in ``said``.
+
+    Its membership epoch is 1, with one worker, of rank 0.
+    """
 
     def __init__(self) -> None:
-        self.detach: Callable[[int, Ranges], None] = lambda table, ranges: None
-        self.node = Node(0, 1, 1, share=True, detach=lambda table, ranges: self.detach(table, ranges))
+        self.detach: Callable[[int, int, Ranges], None] = lambda shard, table, ranges: None
+        detach = lambda shard, table, ranges: self.detach(shard, table, ranges)  # noqa: E731
+        self.server = Server(Setting(0, 1, share=True, detach=detach))
         self.said: list[Frame] = []
+        self.server.adopt(m.View(0, 1, m.Endpoint(0, "", "", "")))
+        self._told(Frame(Kind.NOTICE, body=m.pack(m.Members(1, (0,), 0))))
 
-    def _keep(self, outgoing: list[Outgoing]) -> list[Outgoing]:
-        self.said += [out.frame for out in outgoing if out.peer == COORDINATOR]
-        return [out for out in outgoing if out.peer != COORDINATOR]
+    @property
+    def node(self) -> Node:
+        return self.server.nodes[0]
+
+    def _told(self, frame: Frame) -> list[Instruction]:
+        return self._keep(self.server.receive(COORDINATOR, frame))
+
+    def _keep(self, instructions: list[Instruction]) -> list[Instruction]:
+        self.said += [out.frame for out in instructions if isinstance(out, Outgoing) and out.peer == COORDINATOR]
+        return [out for out in instructions if out.peer != COORDINATOR]  # type: ignore[union-attr]
 
     def landing(self, peer: int, frame: Frame) -> memoryview:
-        return self.node.landing(peer, frame)
+        return self.server.landing(peer, frame)
 
-    def receive(self, peer: int, frame: Frame, fds: tuple[int, ...]) -> list[Outgoing]:
-        return self._keep(self.node.receive(peer, frame, fds))
+    def receive(self, peer: int, frame: Frame, fds: tuple[int, ...]) -> list[Instruction]:
+        return self._keep(self.server.receive(peer, frame, fds))
 
-    def closed(self, peer: int) -> list[Outgoing]:
-        return self._keep(self.node.closed(peer))
+    def closed(self, peer: int) -> list[Instruction]:
+        return self._keep(self.server.closed(peer))
 
-    def tick(self, now: float) -> list[Outgoing]:
-        return []
+    def tick(self, now: float) -> list[Instruction]:
+        return self._keep(self.server.tick(now))
+
+    def work(self) -> list[Instruction]:
+        return self._keep(self.server.work())
+
+    def dialed(self, key: int, peer: int | None) -> list[Instruction]:
+        return self._keep(self.server.dialed(key, peer))
 
     def create(self, number: int, spec: TableSpec) -> m.Created:
-        """A table, for one worker of rank 0."""
-        body = m.pack(m.Create(number, spec))
-        (out,) = self.node.coordinator(Frame(Kind.REQUEST, seq=number, body=body))
-        self.node.coordinator(Frame(Kind.NOTICE, body=m.pack(m.Members(1, (0,), 0))))
-        created = m.unpack_reply(out.frame.body)
+        """A table."""
+        self._told(Frame(Kind.REQUEST, seq=number, body=m.pack(m.Create(number, spec))))
+        created = m.unpack_reply(self.said.pop().body)
         assert isinstance(created, m.Created)
         return created
 
@@ -92,9 +109,9 @@ def serve(host: NodeHost | CoordinatorHost, token: bytes | None = TOKEN, unix: s
 
 def coordinator() -> CoordinatorHost:
     """A control plane with one server, which has joined and never answers."""
-    made = Coordinator(1)
+    made = Coordinator(Rules(1, silence=1e9, worker_silence=1e9))
     made.receive(1 << 40, Frame(Kind.REQUEST, seq=1, body=m.pack(m.Join("server", 1))), 0.0)
-    return CoordinatorHost(made, FakeClock())
+    return CoordinatorHost(made)
 
 
 class Wire:

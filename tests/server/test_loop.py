@@ -21,6 +21,7 @@ from headwater.errors import (
     ClusterError,
     LinkBroken,
     ProtocolError,
+    StaleEpoch,
     Unreachable,
     UsageError,
 )
@@ -246,7 +247,14 @@ def fuzz(address: Address, good: list[bytes], rounds: int, seed: int) -> None:
 
 
 def test_damaged_frames_end_their_own_connection_only(control: Address, caplog: pytest.LogCaptureFixture) -> None:
-    requests = [m.Status(), m.Leave(), m.Barrier("x"), m.Declare(spec(Bulk())), m.Initialised(1), m.Join("reader", 1)]
+    requests = [
+        m.Status(),
+        m.Leave(),
+        m.Barrier("x", 1),
+        m.Declare(spec(Bulk())),
+        m.Initialised(1),
+        m.Join("reader", 1),
+    ]
     good = [encode(Frame(Kind.REQUEST, seq=i, body=m.pack(r))) for i, r in enumerate(requests)]
     good += [encode(Frame(Kind.NOTICE, body=m.pack(m.Heartbeat()))), encode(Frame(Kind.ERROR, seq=1))]
     with caplog.at_level(logging.ERROR):
@@ -274,7 +282,7 @@ def test_damaged_frames_do_not_hurt_a_server(server: tuple[Address, NodeHost]) -
     chance = random.Random(3)
     size = NUMEL * 4
     for i in range(150):
-        opening = encode(Frame(Kind.REQUEST, seq=1 << 62, body=m.pack(m.Open(1000 + i, 0, 0))))
+        opening = encode(Frame(Kind.REQUEST, seq=1 << 62, body=m.pack(m.Open(1000 + i, 0, 0, 1))))
         table = chance.choice([1, 2])
         good = [
             bulk_push(1, 1, table=table),
@@ -295,10 +303,12 @@ def test_damaged_frames_do_not_hurt_a_server(server: tuple[Address, NodeHost]) -
         host.node.shard.validate()
     with Wire(address) as wire:
         wire.greet()
-        wire.ask(m.Open(5, 0, 0))
+        wire.ask(m.Open(5, 0, 0, 1))
         wire.send(Frame(Kind.PULL, table=1, length=size))
         assert wire.read().length == size
-    assert host.node._links.keys() <= {max(host.node._links, default=0)}, "links of closed connections were kept"
+    assert host.node.clients._links.keys() <= {max(host.node.clients._links, default=0)}, (
+        "links of closed connections were kept"
+    )
 
 
 # ---- frames that are well made and still not allowed ----------------------------------------------------------
@@ -309,14 +319,14 @@ def test_a_shared_push_needs_shared_memory(server: tuple[Address, NodeHost], tab
     address, host = server
     with Wire(address) as wire:
         wire.greet()
-        wire.ask(m.Open(5, 0, 0))
+        wire.ask(m.Open(5, 0, 0, 1))
         wire.send(
             Frame(Kind.PUSH, Flag.SHARED | Flag.END, table=table, epoch=1, seq=1, clock=1, length=NUMEL * 4, members=1)
         )
         assert "without" in str(m.read_error(wire.ends()[0].body))
     with Wire(address) as wire:  # one thread serves all: what came before is done
         wire.greet()
-    assert not host.node.shard.sessions
+    assert not host.node.clients.peers
 
 
 def test_bytes_for_memory_that_is_shared_read_only_are_refused(server: tuple[Address, NodeHost]) -> None:
@@ -328,7 +338,7 @@ def test_bytes_for_memory_that_is_shared_read_only_are_refused(server: tuple[Add
     for table in (1, 2):
         with Wire(address) as wire:
             wire.greet()
-            wire.ask(m.Open(5, 0, 0))
+            wire.ask(m.Open(5, 0, 0, 1))
             wire.ask(m.Attach(table, True, size), fds=(fd,))
             wire.sock.sendall(bulk_push(1, 1, table=table))
             assert "whose gradients this client shares" in str(m.read_error(wire.ends()[0].body))
@@ -355,11 +365,12 @@ def test_wrong_descriptors_are_refused_and_closed(server: tuple[Address, NodeHos
     ]
     witness = Wire(address)
     witness.greet()
+    witness.ask(m.Open(6, 0, 0, 1))
     before = len(list(Path("/proc/self/fd").iterdir()))
     for frame, fds, says in cases:
         with Wire(address) as wire:
             wire.greet()
-            wire.ask(m.Open(5, 0, 0))
+            wire.ask(m.Open(5, 0, 0, 1))
             wire.send(frame, fds=fds)
             wire.sock.shutdown(socket.SHUT_WR)
             answers = wire.ends()
@@ -381,12 +392,12 @@ def test_wrong_descriptors_are_refused_and_closed(server: tuple[Address, NodeHos
         (Frame(Kind.PUSH, table=1, length=1 << 33), "nothing was allocated"),
         (Frame(Kind.PUSH, table=1, start=1 << 60, length=64), "nothing was allocated"),
         (Frame(Kind.ASSIGN, table=1, start=64, length=NUMEL * 4 + 4096), "nothing was allocated"),
-        (Frame(Kind.DATA, table=1, length=1 << 33), "nothing was allocated"),
+        (Frame(Kind.DATA, table=1, length=1 << 33), "DATA for table 1 before"),
         (Frame(Kind.ASSIGN, Flag.SHARED, table=1, length=64), "an assignment needs its bytes"),
         (Frame(Kind.ACK), "does not go to a server"),
         (Frame(Kind.NOTICE, body=m.pack(m.Commit(1, 1, 1, False))), "does not go to a server"),
         (Frame(Kind.REQUEST, body=m.pack(m.Create(3, spec(Bulk())))), "Create does not go to a server"),
-        (Frame(Kind.REQUEST, body=m.pack(m.Open(6, 0, 0))), "is open already"),
+        (Frame(Kind.REQUEST, body=m.pack(m.Open(6, 0, 0, 1))), "has opened session"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
@@ -396,34 +407,55 @@ def test_what_the_state_does_not_allow_ends_the_connection(
     address, host = server
     with Wire(address) as wire:
         wire.greet()
-        wire.ask(m.Open(5, 0, 0))
-        before = resident()
+        wire.ask(m.Open(5, 0, 0, 1))
+        before, lsn = resident(), host.node.shard.lsn
         wire.send(frame)
         assert says in str(m.read_error(wire.ends()[0].body))
         assert resident() - before < 32 << 20
     host.node.shard.validate()
-    assert host.node.shard.lsn == 0
+    assert host.node.shard.lsn == lsn
 
 
-def test_a_session_is_open_once_and_on_the_right_shard(server: tuple[Address, NodeHost]) -> None:
+def test_a_session_is_of_one_worker_and_on_one_connection(server: tuple[Address, NodeHost]) -> None:
     address, _ = server
     with Wire(address) as first, Wire(address) as second, Wire(address) as third:
         for wire in (first, second, third):
             wire.greet()
-        first.ask(m.Open(5, 0, 0))
-        with pytest.raises(ProtocolError, match="is open already"):
-            second.ask(m.Open(5, 1, 0))
-        with pytest.raises(ProtocolError, match="shard 3 is not here"):
-            third.ask(m.Open(7, 1, 3))
-        first.send(Frame(Kind.PULL, table=1, length=64))
-        assert first.read().kind == Kind.DATA
+        first.ask(m.Open(5, 0, 0, 1))
+        with pytest.raises(ProtocolError, match="of worker 0, not 1"):
+            third.ask(m.Open(5, 1, 0, 1))
+        second.ask(m.Open(5, 0, 0, 1))  # its client has lost the first connection before the server did
+        (moved,) = first.ends()
+        assert "moved to another connection" in str(m.read_error(moved.body))
+        second.send(Frame(Kind.PULL, table=1, length=64))
+        assert second.read().kind == Kind.DATA
+    with Wire(address) as wire:
+        wire.greet()
+        with pytest.raises(StaleEpoch, match="shard 3 is not on server 0"):
+            wire.ask(m.Open(7, 1, 3, 1))
+
+
+def test_a_worker_comes_back_over_another_connection_and_goes_on_where_it_was(
+    server: tuple[Address, NodeHost],
+) -> None:
+    address, host = server
+    for seq in (1, 2):
+        with Wire(address) as wire:
+            wire.greet()
+            wire.ask(m.Open(5, 0, 0, 1))
+            attached = wire.ask(m.Attach(2, False))
+            assert isinstance(attached, m.Attached)
+            assert attached.seq == seq - 1
+            wire.sock.sendall(bulk_push(seq, seq, table=2))
+            assert wire.read().kind == Kind.ACK
+    assert host.node.shard.tables[2].values[: NUMEL * 4].view(torch.float32).eq(-2.0).all()
 
 
 def test_a_duplicate_with_other_bytes_does_not_touch_what_is_pending(server: tuple[Address, NodeHost]) -> None:
     address, host = server
     with Wire(address) as wire:
         wire.greet()
-        wire.ask(m.Open(5, 0, 0))
+        wire.ask(m.Open(5, 0, 0, 1))
         wire.sock.sendall(bulk_push(1, 1, Flag.NONE))
         changed = bytearray(bulk_push(1, 1, Flag.NONE))
         changed[-NUMEL * 4 :] = torch.full((NUMEL,), 9.0).numpy().tobytes()
@@ -438,13 +470,14 @@ def test_a_checksum_that_is_wrong_keeps_the_push_out(server: tuple[Address, Node
     address, host = server
     with Wire(address) as wire:
         wire.greet()
-        wire.ask(m.Open(5, 0, 0))
+        wire.ask(m.Open(5, 0, 0, 1))
         frame = Frame(
             Kind.PUSH, Flag.END | Flag.CHECKED, table=2, epoch=1, seq=1, clock=1, length=64, members=1, check=1
         )
+        lsn = host.node.shard.lsn
         wire.send(frame, bytes(64))
         assert "damaged on the way" in str(m.read_error(wire.ends()[0].body))
-    assert host.node.shard.lsn == 0
+    assert host.node.shard.lsn == lsn
 
 
 def test_a_client_that_pulls_and_does_not_read_is_sent_what_was_there_when_it_asked(
@@ -456,7 +489,8 @@ def test_a_client_that_pulls_and_does_not_read_is_sent_what_was_there_when_it_as
     with Wire(address) as lazy, Wire(address) as busy:
         for session, wire in ((5, lazy), (6, busy)):
             wire.greet()
-            wire.ask(m.Open(session, 0, 0))
+            wire.ask(m.Open(session, 0, 0, 1))
+        lsn = host.node.shard.lsn
         lazy.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)
         for _ in range(pulls):
             lazy.send(Frame(Kind.PULL, table=2, length=NUMEL * 4))
@@ -469,10 +503,10 @@ def test_a_client_that_pulls_and_does_not_read_is_sent_what_was_there_when_it_as
             assert frame.payload is not None
             values = torch.frombuffer(frame.payload, dtype=torch.float32)
             assert values.min() == values.max(), "torn"
-            assert values[0].item() == (-1.0 if frame.lsn else 0.0)
+            assert values[0].item() == (-1.0 if frame.lsn > lsn else 0.0)
             seen.append(frame.lsn)
         assert seen == sorted(seen)
-    assert host.node.shard.lsn == 1
+    assert host.node.shard.lsn == lsn + 1
 
 
 def test_a_body_of_megabytes_is_read(control: Address) -> None:
