@@ -17,7 +17,20 @@ from headwater.cluster.dataplan import ALL, DataPlans
 from headwater.cluster.fleet import SILENCE, Fleet, Member, members_of
 from headwater.cluster.membership import HEARTBEAT, Membership
 from headwater.cluster.membership import Member as Worker
-from headwater.cluster.tables import Asker, Tables
+from headwater.cluster.snapshots import (
+    Action,
+    Answer,
+    Asker,
+    Outcome,
+    Publish,
+    Published,
+    Restored,
+    Send,
+    Snapshots,
+    Start,
+    Started,
+)
+from headwater.cluster.tables import Tables
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, UsageError, WorkerLost
 from headwater.types import Bulk
 from headwater.wire import messages as m
@@ -43,6 +56,8 @@ class Rules(msgspec.Struct, frozen=True):
     grace: float = 0.0
     heartbeat: float = HEARTBEAT
     durable: bool = False
+    snapshots: bool = False  # there is a folder for them
+    snapshot_every: float = 0.0
 
 
 class _Saved(msgspec.Struct, frozen=True):
@@ -53,10 +68,17 @@ class _Saved(msgspec.Struct, frozen=True):
 class Coordinator:
     """One cluster. ``rules.servers`` must have joined before clients are let in.
 
-    ``state``: what ``changes()`` gave before a restart. Raises ``UsageError`` for rules that cannot be kept.
+    ``state``: what ``changes()`` gave before a restart. ``begin``: a snapshot that a new cluster begins with; one that
+    has begun before is past it. Raises ``UsageError`` for rules that cannot be kept.
     """
 
-    def __init__(self, rules: Rules | int, now: float = 0.0, state: Mapping[str, bytes] | None = None) -> None:
+    def __init__(
+        self,
+        rules: Rules | int,
+        now: float = 0.0,
+        state: Mapping[str, bytes] | None = None,
+        begin: Restored | None = None,
+    ) -> None:
         rules = Rules(rules) if isinstance(rules, int) else rules
         self.rules = _check(msgspec.structs.replace(rules, shards=rules.shards or rules.servers))
         self.membership = Membership(self.rules.worker_silence, self.rules.grace)
@@ -64,6 +86,12 @@ class Coordinator:
         self.tables = Tables(self, self.rules.shards)
         self._joining: list[tuple[Asker, m.Join]] = []
         self.plans = DataPlans(state)
+        self.snapshots = Snapshots(self.rules.snapshots, self.rules.snapshot_every, now)
+        self._begin_with = begin
+        self._refusal: HeadwaterError | None = None  # why the cluster could not begin with its snapshot
+        self._cut_clock = 0  # steps above it are not in the snapshot under way
+        self._cut_plan: bytes | None = None
+        self._jobs: list[Start | Publish] = []
         self._barriers: dict[str, dict[int, tuple[Asker, int]]] = {}
         self._passed: dict[str, dict[int, int]] = {}  # by name: session -> its last turn that is over
         self._draining: list[tuple[Asker, int]] = []
@@ -105,6 +133,7 @@ class Coordinator:
         self._now = now
         self._joining = [(asker, join) for asker, join in self._joining if asker.peer != peer]
         self._draining = [(asker, server) for asker, server in self._draining if asker.peer != peer]
+        self.snapshots.gone(peer)
         server = self.fleet.disconnected(peer)
         if server is not None:
             self._bury(server)
@@ -127,6 +156,24 @@ class Coordinator:
         if not self._settling:
             for worker, why in self.membership.lost_now(now):
                 self._depart(worker, clean=False, why=why)
+        self._do(self.snapshots.tick(now, self._served()))
+        return self._flush()
+
+    def jobs(self) -> list[Start | Publish]:
+        """File work for the host, once; each is answered by ``kept``."""
+        jobs, self._jobs = self._jobs, []
+        return jobs
+
+    def kept(self, outcome: Outcome, now: float) -> list[Outgoing]:
+        """What became of the host's file work."""
+        self._now = now
+        match outcome:
+            case Started():
+                self._cut(outcome)
+            case Published():
+                self._do(self.snapshots.published(outcome, now))
+            case _:
+                self._do(self.snapshots.failed(outcome, now))
         return self._flush()
 
     def changes(self) -> dict[str, bytes | None]:
@@ -162,7 +209,12 @@ class Coordinator:
                 self._draining.append((asker, message.server))
             case m.PlanNext():
                 worker = self._worker(asker.peer)
-                self.reply(asker, self.plans.ask(worker.join.session, message, self._committed()))
+                self.reply(asker, self.plans.ask(worker.join.session, message, self._settled_clock()))
+            case m.TakeSnapshot():
+                self._known(asker.peer)
+                if not any(table.state == "ready" for table in self.tables.by_number.values()):
+                    raise ClusterError("there is no table yet, so there is nothing to write")
+                self.snapshots.ask(asker, self._now)
             case m.Rest():
                 if self.membership.rest(self._worker(asker.peer), message.away):
                     self._announce()
@@ -181,13 +233,18 @@ class Coordinator:
         self.save(f"server/{member.number}", msgspec.msgpack.encode(join))
         if join.resume:
             self._resumed(member, join.hosted)
-        if self.fleet.begin() and self._joining and not self._unserved():
-            waiting, self._joining = self._joining, []
-            for other, request in waiting:
-                try:
-                    self._join(other, request)
-                except HeadwaterError as error:
-                    self.fail(other, error)
+        if self.fleet.begin() and not self._unserved():
+            self._revive()
+            self._let_in()
+
+    def _let_in(self) -> None:
+        """Clients that wait at the door, if nothing keeps them there any more."""
+        waiting, self._joining = self._joining, []
+        for other, request in waiting:
+            try:
+                self._join(other, request)
+            except HeadwaterError as error:
+                self.fail(other, error)
 
     def _resumed(self, server: Member, hosted: tuple[m.Hosted, ...]) -> None:
         """A server that comes back says what it has; it is told its views, and what it may have missed."""
@@ -210,7 +267,9 @@ class Coordinator:
                     f"worker {join.rank} was given up while it was away; its unfinished step was not applied. "
                     "Connect again as a new worker"
                 )
-            if not self.fleet.views or self._settling:
+            if self._refusal is not None:
+                raise self._refusal
+            if not self.fleet.views or self._settling or self.tables.reviving:
                 self._joining.append((asker, join))
                 return
             if join.role == "worker":
@@ -353,6 +412,7 @@ class Coordinator:
         for number in members_of(old) - members_of(new):
             self._forget_if_gone(number)
         if old.primary != new.primary:
+            self._do(self.snapshots.moved(new.shard, self._now))
             self._brief(new)
 
     def _brief(self, view: m.View) -> None:
@@ -366,12 +426,7 @@ class Coordinator:
         self._settling = False
         for view in self.fleet.views.values():
             self._brief(view)
-        waiting, self._joining = self._joining, []
-        for other, request in waiting:
-            try:
-                self._join(other, request)
-            except HeadwaterError as error:
-                self.fail(other, error)
+        self._let_in()
 
     def _sender(self, peer: int) -> int:
         """The server at this connection. Raises ``ProtocolError``."""
@@ -383,12 +438,18 @@ class Coordinator:
     def _created(self, peer: int, shard: int, reply: m.Reply) -> None:
         if isinstance(reply, m.Created) and self._leads(peer, shard):
             self.tables.created(reply.table, shard)
+            if self._joining and not self.tables.reviving:
+                self._let_in()
 
     def _refused(self, peer: int, frame: Frame) -> None:
         """A server could not create a table."""
         table = self.tables.by_number.get(frame.seq)
         if table is not None and self._leads(peer, frame.shard):
-            self.tables.give_up(table, m.read_error(frame.body))
+            why = m.read_error(frame.body)
+            if table.restore:
+                self._refusal = ClusterError(f"this cluster could not begin with its snapshot {table.restore}: {why}")
+            self.tables.give_up(table, why)
+            self._let_in()
 
     def _leads(self, peer: int, shard: int) -> bool:
         """Whether the server at this connection is the shard's primary."""
@@ -411,12 +472,65 @@ class Coordinator:
                 self.fleet.synced(message, self._sender(peer))
             case m.Suspect():
                 self.fleet.suspect(message, self._sender(peer))
+            case m.CutDone():
+                if self._leads(peer, message.shard):
+                    self._do(self.snapshots.part(message, self._now))
             case _:
                 raise ProtocolError(f"{type(message).__name__} does not go to the coordinator")
 
     def status(self) -> m.ClusterStatus:
         """What is there now, from the last heartbeats."""
         return status.of(self.rules, self.fleet, self.membership, self.tables, self._now, self._since)
+
+    # ---- snapshots ---------------------------------------------------------------------------
+
+    def _served(self) -> bool:
+        """Every shard has its primary, so a snapshot can be taken."""
+        if self._settling or not self.fleet.views or self._unserved():
+            return False
+        return any(table.state == "ready" for table in self.tables.by_number.values())
+
+    def _cut(self, made: Started) -> None:
+        """Now: what has been decided until here is in the snapshot, what will be decided is not."""
+        ready = {t.number: t for t in self.tables.by_number.values() if t.state == "ready"}
+        clocks = [
+            (t.number, t.clock) for t in ready.values() if isinstance(t.spec.sync, Bulk) and len(t.participants) > 1
+        ]
+        bulk = all(isinstance(t.spec.sync, Bulk) for t in ready.values())
+        self._cut_clock, self._cut_plan = self._committed(), None if bulk else self.plans.snapshot()
+        tables = {t.number: t.spec for t in ready.values()}
+        self._do(self.snapshots.started(made, self.rules.shards, clocks, tables))
+
+    def _settled_clock(self) -> int:
+        """Steps up to here are committed, and a snapshot under way holds them."""
+        committed = self._committed()
+        return min(committed, self._cut_clock) if self.snapshots.step == "cutting" else committed
+
+    def _do(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Send():
+                    self.tell(action.shard, action.cut)
+                case Answer(reply=HeadwaterError() as error):
+                    self.fail(action.asker, error)
+                case Answer(reply=m.SnapshotTaken() as taken):
+                    self.reply(action.asker, taken)
+                case Publish():
+                    at = max((clock for part in action.parts for _, clock in part.clocks), default=0)
+                    plan = self.plans.snapshot(at) if self._cut_plan is None else self._cut_plan
+                    self._jobs.append(action._replace(plan=plan))
+                case Start():
+                    self._jobs.append(action)
+
+    def _revive(self) -> None:
+        """A new cluster begins with a snapshot's tables and data plans, before anybody may use it."""
+        begin, self._begin_with = self._begin_with, None
+        if begin is None or self.tables.by_number:
+            return
+        if begin.plan:
+            self.plans.restore(begin.plan)
+        for kept in begin.tables:
+            self.tables.revive(kept, begin.folder)
 
     # ---- what must be durable ----------------------------------------------------------------
 
@@ -444,6 +558,8 @@ class Coordinator:
         if "members" in state:
             self.membership.load(state["members"], now)
         self._settling = bool(views)
+        if views:
+            self._begin_with = None
 
     # ---- out ---------------------------------------------------------------------------------
 

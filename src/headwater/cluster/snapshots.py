@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
-from headwater.cluster.tables import Asker
 from headwater.errors import ClusterError, DeadlineExceeded, HeadwaterError, UsageError
 from headwater.types import TableSpec
 from headwater.wire import messages as m
@@ -20,6 +19,13 @@ TRIES = 6
 AGAIN = 0.1  # seconds until the second attempt, doubled for each further one
 PATIENCE = 600.0  # seconds for all parts of one snapshot
 CALM = 1.0  # seconds after a failed one before the next that nobody asked for
+
+
+class Asker(NamedTuple):
+    """Who waits for an answer."""
+
+    peer: int
+    seq: int
 
 
 class Start(NamedTuple):

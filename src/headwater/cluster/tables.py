@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
 
 from headwater.cluster.membership import Membership
 from headwater.cluster.placement import check_table, layout
+from headwater.cluster.snapshots import Asker, Kept
 from headwater.errors import ClusterError, HeadwaterError, TableConflict, UnknownTable
 from headwater.types import TableSpec
 from headwater.wire import messages as m
 from headwater.wire.exact import clip_factor, merge
-
-
-class Asker(NamedTuple):
-    """Who waits for an answer."""
-
-    peer: int
-    seq: int
 
 
 class Desk(Protocol):
@@ -35,7 +29,10 @@ class Desk(Protocol):
 
 @dataclass(slots=True)
 class Table:
-    """One table. ``decided``: the last verdict, for a primary that comes after it."""
+    """One table. ``decided``: the last verdict, for a primary that comes after it.
+
+    ``restore``: the folder of the snapshot that it began with; ``base``: its clock there.
+    """
 
     number: int
     spec: TableSpec
@@ -46,12 +43,21 @@ class Table:
     waiting: list[Asker] = field(default_factory=list)
     ready: dict[int, m.Ready] = field(default_factory=dict)
     decided: m.Commit | None = None
+    restore: str = ""
+    base: int = 0
+
+    @property
+    def clock(self) -> int:
+        """The last bulk step that the coordinator has committed."""
+        return max(self.base, self.decided.clock if self.decided is not None else 0)
 
 
 class _Saved(msgspec.Struct, frozen=True):
     number: int
     spec: TableSpec
     state: str
+    restore: str = ""
+    base: int = 0
 
 
 class Tables:
@@ -104,6 +110,19 @@ class Tables:
         for shard in parts:
             self._desk.tell(shard, m.Create(number, spec), number)
 
+    def revive(self, kept: Kept, folder: str) -> None:
+        """A table of the snapshot that the cluster begins with; primaries hear of it with their views (``brief``)."""
+        parts = layout(kept.spec, self._shards).participants
+        table = Table(kept.number, kept.spec, parts, set(parts), restore=folder, base=kept.clock)
+        self.by_number[kept.number] = table
+        self._names[kept.spec.name] = kept.number
+        self._save(table)
+
+    @property
+    def reviving(self) -> bool:
+        """Whether some of a snapshot's tables are not there yet."""
+        return any(table.restore and table.state == "creating" for table in self.by_number.values())
+
     def created(self, number: int, shard: int) -> None:
         """A shard has a table."""
         table = self.by_number.get(number)
@@ -112,7 +131,7 @@ class Tables:
         table.creating.discard(shard)
         if table.creating or table.state != "creating":
             return
-        if any(parameter.init.kind == "values" for parameter in table.spec.parameters):
+        if not table.restore and any(parameter.init.kind == "values" for parameter in table.spec.parameters):
             self._pass_on(table)
         else:
             self._release(table)
@@ -208,14 +227,14 @@ class Tables:
         """What a new primary may have missed of tables and verdicts."""
         for table in self.by_number.values():
             if shard in table.creating and table.state == "creating":
-                self._desk.tell(shard, m.Create(table.number, table.spec), table.number)
+                self._desk.tell(shard, m.Create(table.number, table.spec, table.restore), table.number)
             if table.decided is not None and shard in table.participants and len(table.participants) > 1:
                 self._desk.tell(shard, table.decided)
 
     # ---- what must be durable --------------------------------------------------------------------
 
     def _save(self, table: Table) -> None:
-        saved = _Saved(table.number, table.spec, table.state)
+        saved = _Saved(table.number, table.spec, table.state, table.restore, table.base)
         self._desk.save(f"table/{table.number}", msgspec.msgpack.encode(saved))
 
     def restore(self, data: bytes) -> None:
@@ -223,7 +242,9 @@ class Tables:
         saved = msgspec.msgpack.decode(data, type=_Saved)
         parts = layout(saved.spec, self._shards).participants
         creating = set(parts) if saved.state == "creating" else set()
-        self.by_number[saved.number] = Table(saved.number, saved.spec, parts, creating, saved.state)
+        self.by_number[saved.number] = Table(
+            saved.number, saved.spec, parts, creating, saved.state, restore=saved.restore, base=saved.base
+        )
         if saved.state != "refused":
             self._names[saved.spec.name] = saved.number
 

@@ -15,9 +15,12 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
+from pathlib import Path
 
 from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.cluster.membership import HEARTBEAT
+from headwater.cluster.snapshots import Restored
 from headwater.errors import AuthenticationFailed, HeadwaterError, LinkBroken, LinkError
 from headwater.server import COORDINATOR
 from headwater.server.loop import Loop, listen
@@ -28,6 +31,8 @@ from headwater.transports.stream import connect
 from headwater.wire import messages as m
 from headwater.wire.auth import token_from_environment
 from headwater.wire.frames import Dial, Frame, Kind, encode
+
+log = logging.getLogger("headwater")
 
 JOIN = 60.0  # seconds until a server gives up joining
 AGAIN = 0.2  # seconds between two attempts to join
@@ -80,20 +85,37 @@ def _announce(fd: int | None, address: str, **more: int) -> None:
 def run_coordinator(args: argparse.Namespace, token: bytes | None) -> None:
     from headwater.cluster.store import SqliteStore
     from headwater.server.hosts import CoordinatorHost
+    from headwater.server.snapshots.keeper import Keeper
 
     asked = addresses.parse(args.listen)
     store = SqliteStore(args.state) if args.state else None
     rules = Rules(
         args.servers, args.shards, args.replicas, args.min_copies, args.ack, args.silence, args.worker_silence,
         GRACE, min(HEARTBEAT, args.silence / 4), durable=store is not None,
+        snapshots=bool(args.snapshots), snapshot_every=args.snapshot_every,
     )  # fmt: skip
-    coordinator = Coordinator(rules, time.monotonic(), store.items() if store is not None else None)
+    state = store.items() if store is not None else {}
+    coordinator = Coordinator(rules, time.monotonic(), state or None, _begin_with(args.restore, state))
+    keeper = Keeper(Path(args.snapshots)) if args.snapshots else None
     sock = listen(asked, token)
-    loop = Loop(CoordinatorHost(coordinator, store), token)
+    loop = Loop(CoordinatorHost(coordinator, store, keeper=keeper), token)
     loop.serve(sock)
     loop.stop_on_signals()
     _announce(args.ready_fd, _bound(sock, asked))
     loop.run()
+
+
+def _begin_with(folder: str | None, state: Mapping[str, bytes]) -> Restored | None:
+    """The snapshot that a new cluster begins with; one that comes back from its state has begun already."""
+    from headwater.server.snapshots.keeper import restored
+
+    if not folder or any(key.startswith("view/") for key in state):
+        return None
+    found, refused = restored(Path(folder))
+    for error in refused:
+        log.warning("refused: %s", error)
+    log.info("beginning with snapshot %s", found.folder)
+    return found
 
 
 def run_server(args: argparse.Namespace, token: bytes | None) -> None:

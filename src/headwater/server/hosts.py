@@ -20,6 +20,7 @@ from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing, enco
 if TYPE_CHECKING:  # a coordinator holds no tensors and does not load torch
     from headwater.cluster.store import Store
     from headwater.server.server import Server
+    from headwater.server.snapshots.keeper import Keeper
 
 log = logging.getLogger("headwater")
 
@@ -30,14 +31,23 @@ STUCK = 60.0  # seconds in which the loop must turn once, or its server counts a
 
 
 class CoordinatorHost:
-    """Serves a ``Coordinator``. No payload ever comes here. What must be durable is, before anything is sent."""
+    """Serves a ``Coordinator``. No payload ever comes here. What must be durable is, before anything is sent.
+
+    ``keeper`` does the file work of snapshots, if there is a folder for them.
+    """
 
     def __init__(
-        self, coordinator: Coordinator, store: Store | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        coordinator: Coordinator,
+        store: Store | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        keeper: Keeper | None = None,
     ) -> None:
         self._coordinator = coordinator
         self._store = store
         self._clock = clock
+        self._keeper = keeper
+        self._said = ""
         self._durable([])
 
     def landing(self, peer: int, frame: Frame) -> memoryview:
@@ -51,7 +61,15 @@ class CoordinatorHost:
         return self._durable(self._coordinator.disconnected(peer, self._clock()))
 
     def tick(self, now: float) -> list[Instruction]:
-        return self._durable(self._coordinator.tick(now))
+        out = self._durable(self._coordinator.tick(now))
+        while self._keeper is not None and (outcome := self._keeper.poll()) is not None:
+            out += self._durable(self._coordinator.kept(outcome, now))
+        failed = self._coordinator.snapshots.error
+        if failed != self._said:
+            self._said = failed
+            if failed:
+                log.warning("no snapshot was written: %s", failed)
+        return out
 
     def work(self) -> list[Instruction]:
         return []
@@ -63,6 +81,9 @@ class CoordinatorHost:
         changes = self._coordinator.changes()
         if changes and self._store is not None:
             self._store.put(changes)
+        for job in self._coordinator.jobs():
+            if self._keeper is not None:
+                self._keeper.do(job)
         return list(out)
 
 

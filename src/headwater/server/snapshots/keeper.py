@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from headwater.cluster.snapshots import Kept, Outcome, Publish, Published, Restored, Started
+from headwater.cluster.snapshots import Kept, Outcome, Publish, Published, Restored, Start, Started
 from headwater.errors import ClusterError, HeadwaterError, SnapshotCorrupt
 from headwater.server.snapshots import manifest
 from headwater.server.snapshots.disk import DISK, Disk
@@ -38,13 +38,12 @@ class Keeper:
         self._threads = threads
         self._done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
 
-    def start(self) -> None:
-        """A folder for a new snapshot."""
-        self._do(self._start)
-
-    def publish(self, wanted: Publish) -> None:
-        """All parts are on disk: make it a snapshot, and delete the ones that are not kept."""
-        self._do(lambda: self._publish(wanted))
+    def do(self, job: Start | Publish) -> None:
+        """Make a folder for a new snapshot; or a snapshot of parts that are on disk, and delete the oldest."""
+        if isinstance(job, Publish):
+            self._do(lambda: self._publish(job))
+        else:
+            self._do(self._start)
 
     def poll(self) -> Outcome | None:
         """What has become of a call."""
