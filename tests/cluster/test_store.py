@@ -257,21 +257,21 @@ def test_a_creation_that_a_crash_cut_short_begins_again(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB, where mounting is allowed."""
+    """A file system of 1 MiB, where mounting is allowed."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
     if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_disk_is_told_and_nothing_of_the_change_is_kept(small_disk: Path) -> None:
     store = SqliteStore(small_disk)
     store.put({"a": b"1"})
     with pytest.raises(ClusterError, match="is full; nothing of this change was kept"):
-        store.put({"a": b"2", "big": os.urandom(400_000)})
+        store.put({"a": b"2", "big": os.urandom(2_000_000)})
     assert store.items() == {"a": b"1"}
     store.put({"a": b"3"})
     store.close()
@@ -295,6 +295,15 @@ def _put_until_refused(store: Store) -> tuple[int, str]:
         except ClusterError as error:
             return step - 1, str(error)
     raise AssertionError("the disk never filled up")
+
+
+def test_a_small_disk_is_enough_for_a_long_life(small_disk: Path) -> None:
+    """The log is moved into the database before it is long."""
+    store = SqliteStore(small_disk)
+    for step in range(300):
+        store.put({"step": b"%d" % step, f"k{step % 5}": bytes([step % 256]) * 3000})
+    assert store.items()["step"] == b"299"
+    store.close()
 
 
 def test_a_disk_that_fills_up_beside_the_store(small_disk: Path) -> None:

@@ -32,6 +32,7 @@ FILE = "coordinator.sqlite"
 LOCK = "coordinator.lock"
 _APPLICATION = 0x48574B56  # "HWKV", in the header of the file: says whose it is
 _VERSION = 1
+_LOG_PAGES = 128  # the log is moved into the database when it is this long: half a megabyte
 
 
 class Store(Protocol):
@@ -117,7 +118,8 @@ class SqliteStore:
             (verdict,) = db.execute("PRAGMA integrity_check(1)").fetchone()
             if verdict != "ok":
                 raise StateCorrupt(f"{self._path} is damaged ({verdict}); it was left as it is")
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            db.execute(f"PRAGMA wal_autocheckpoint={_LOG_PAGES}")
+            _shorten(db)
 
     def _identify(self, db: sqlite3.Connection) -> None:
         """Before anything is written to a file that may be another program's."""
@@ -161,9 +163,20 @@ class SqliteStore:
         with self._guard:
             db = self._opened()
             try:
-                self._put(db, changes)
+                self._put_with_room(db, changes)
             except sqlite3.Error as error:
                 self._fail(db, error)
+
+    def _put_with_room(self, db: sqlite3.Connection, changes: Mapping[str, bytes | None]) -> None:
+        """On a full disk the log gives up its room, and the change is tried once more."""
+        try:
+            self._put(db, changes)
+        except sqlite3.OperationalError as error:
+            if not _is(error, "SQLITE_FULL"):
+                raise
+            _undo(db)
+            _shorten(db)
+            self._put(db, changes)
 
     def _put(self, db: sqlite3.Connection, changes: Mapping[str, bytes | None]) -> None:
         kept = [(key, value, _checksum(key, value)) for key, value in changes.items() if value is not None]
@@ -175,9 +188,7 @@ class SqliteStore:
 
     def _fail(self, db: sqlite3.Connection, error: sqlite3.Error) -> None:
         """A full disk is told and may be tried again. After any other failure nobody knows what the disk holds."""
-        with contextlib.suppress(sqlite3.Error):
-            if db.in_transaction:
-                db.execute("ROLLBACK")
+        _undo(db)
         if _is(error, "SQLITE_FULL"):
             raise ClusterError(
                 f"the disk of the coordinator's state ({self.folder}) is full; nothing of this change was kept"
@@ -237,6 +248,17 @@ def _create(db: sqlite3.Connection) -> None:
     db.execute(f"PRAGMA user_version={_VERSION}")
     db.execute("CREATE TABLE state(key TEXT PRIMARY KEY, value BLOB NOT NULL, checksum BLOB NOT NULL) WITHOUT ROWID")
     db.execute("COMMIT")
+
+
+def _undo(db: sqlite3.Connection) -> None:
+    with contextlib.suppress(sqlite3.Error):
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+
+
+def _shorten(db: sqlite3.Connection) -> None:
+    """Move what the log holds into the database, and cut the log to nothing."""
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 def _number(db: sqlite3.Connection, pragma: str) -> int:
