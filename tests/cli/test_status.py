@@ -76,6 +76,14 @@ def test_a_shard_that_nobody_serves_stands_out_most() -> None:
     assert "|".join(_cells(_lines(now=_shards(nobody)), "7")) == "7|3|nobody|–|–|1,234|2|0 of 2"
 
 
+def test_a_shard_whose_last_copy_is_dead() -> None:
+    dead = msgspec.structs.replace(SHARD, shard=7, primary=9, backups=(), copies=0)
+    other = msgspec.structs.replace(dead, shard=8)
+    told = health(_shards(SHARD, dead, other))
+    assert told.plain == "nobody serves shards 7-8: the last copy was on server 9, which is dead"
+    assert "|".join(_cells(_lines(now=_shards(dead)), "7")) == "7|3|9 dead|–|–|1,234|2|0 of 2"
+
+
 def test_one_copy_that_was_asked_for_is_no_alarm() -> None:
     single = msgspec.structs.replace(SHARD, backups=(), copies=1, wanted=1)
     told = health(msgspec.structs.replace(_shards(single), replicas=1))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from headwater.wire.messages import ClusterStatus
+    from headwater.wire.messages import ClusterStatus, ShardStatus
 
 _WINDOW = 5.0
 """Seconds that the rates of --watch are averaged over."""
@@ -126,10 +126,13 @@ def draw(
 
 def health(now: ClusterStatus) -> Text:
     """In one line: whether what is acknowledged is where it should be."""
-    unserved = [shard.shard for shard in now.shards if shard.primary < 0]
-    short = [shard for shard in now.shards if shard.primary >= 0 and shard.copies < shard.wanted]
+    unserved = [shard for shard in now.shards if not _served(shard)]
+    short = [shard for shard in now.shards if _served(shard) and shard.copies < shard.wanted]
     if unserved:
-        return Text(f"nobody serves {_named(unserved)}: pushes to it wait", "bold red")
+        said = f"nobody serves {_named([shard.shard for shard in unserved])}"
+        last = sorted({shard.primary for shard in unserved if shard.primary >= 0})
+        why = f": the last copy was on {_named(last, 'server')}, which is dead" if last else ": pushes to it wait"
+        return Text(said + why, "bold red")
     if short:
         fewest = min(shard.copies for shard in short)
         learning = sum(len(shard.learners) for shard in short)
@@ -142,9 +145,14 @@ def health(now: ClusterStatus) -> Text:
     return Text("one copy of every shard: a server that dies ends the job", "dim")
 
 
-def _named(shards: Sequence[int]) -> str:
+def _served(shard: ShardStatus) -> bool:
+    """Whether somebody who lives has it."""
+    return shard.primary >= 0 and shard.copies > 0
+
+
+def _named(numbers: Sequence[int], what: str = "shard") -> str:
     """``shard 3``, ``shards 0-2 5``."""
-    return f"{'shard' if len(shards) == 1 else 'shards'} {ranges(shards)}"
+    return f"{what if len(numbers) == 1 else f'{what}s'} {ranges(numbers)}"
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -198,12 +206,13 @@ def _shards(now: ClusterStatus) -> Table:
     """What stands out: a shard that nobody serves, one with fewer copies than wanted."""
     table = _grid("Shards", "shard>", "epoch>", "primary>", "backups", "learners", "LSN>", "lag>", "copies")
     for shard in now.shards:
-        served, whole = shard.primary >= 0, shard.copies >= shard.wanted
-        style = "bold red" if not served or shard.copies < now.min_copies else "" if whole else "yellow"
+        blocked = not _served(shard) or shard.copies < now.min_copies
+        style = "bold red" if blocked else "" if shard.copies >= shard.wanted else "yellow"
+        primary = "nobody" if shard.primary < 0 else str(shard.primary) if shard.copies else f"{shard.primary} dead"
         table.add_row(
             str(shard.shard),
             str(shard.epoch),
-            str(shard.primary) if served else "nobody",
+            primary,
             ranges(shard.backups),
             ranges(shard.learners),
             f"{shard.lsn:,}",
