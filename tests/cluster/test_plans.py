@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-
 from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.cluster.membership import Membership
 from headwater.errors import ClusterError, UsageError
 from headwater.wire import messages as m
 from tests.cluster.script import READER, SERVER, WORKER, Script
-
-pytestmark = pytest.mark.skipif(not hasattr(m, "PlanNext"), reason="the coordinator keeps no plans yet")
 
 
 def question(turn: int, *finished: tuple[int, int], n: int = 10) -> m.PlanNext:

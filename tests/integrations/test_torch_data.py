@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import random
 import re
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +23,6 @@ from headwater.cluster.dataplan import ALL, DataPlans
 from headwater.errors import DeadlineExceeded, UsageError
 from headwater.integrations.torch_data import ShardSampler
 from headwater.types import Async, Bulk
-from headwater.wire import messages as m
 from headwater.wire.plans import PlanChunk, PlanNext
 
 
@@ -320,6 +321,17 @@ def test_samplers_of_one_client_and_name_share_their_place(cluster: Cluster) -> 
     assert sorted(sampler(client, 11, name="other")) == list(range(11))
 
 
+def test_without_a_client_it_is_the_one_that_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("headwater.client.connect"), "_clients", weakref.WeakSet())
+    mine = headwater.data.shards(10)
+    with pytest.raises(UsageError, match="0 clients are open"):
+        list(mine)
+    with headwater.connect("inproc://"):
+        assert sorted(mine) == list(range(10))
+        with headwater.connect("inproc://"), pytest.raises(UsageError, match="2 clients are open"):
+            list(headwater.data.shards(10))
+
+
 @pytest.mark.parametrize(("n", "chunk"), [(1, 1), (255, 1), (3000, 11), (60_000, 234), (10**9, 1024)])
 def test_chunks_are_a_256th_of_an_epoch_and_not_too_large(n: int, chunk: int) -> None:
     assert headwater.data.shards(n).spec.chunk == chunk
@@ -403,7 +415,6 @@ def test_each_sample_is_trained_on_whoever_dies(
 # ---- the page ------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not hasattr(m, "PlanNext"), reason="the coordinator keeps no plans yet")
 def test_the_example_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(headwater.__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
