@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -81,7 +81,7 @@ class Client:
         self._control = Control(dial, join, self.runtime, timeout)
         joined = self._control.joined
         self.rank, self.world, self.members = joined.rank, joined.world, joined.members
-        self._stop = lambda: None
+        self._stop: Callable[[], None] = _nothing
         try:
             for view in joined.views:
                 session = self.servers[view.shard] = Session(f"shard {view.shard}", self.session, self.runtime)
@@ -333,6 +333,10 @@ class Client:
         else:  # a step may be half pushed: the others are told that this worker died
             self._stop()
             self._hang_up()
+
+
+def _nothing() -> None:
+    """No heartbeat has begun."""
 
 
 def _nobody(error: ClusterError) -> bool:

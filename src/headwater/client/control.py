@@ -91,5 +91,3 @@ class Control:
     def close(self) -> None:
         self._closed = True
         self._session.close()
-
-

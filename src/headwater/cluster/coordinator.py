@@ -13,10 +13,13 @@ from collections.abc import Mapping
 import msgspec
 
 from headwater.cluster import status
+from headwater.cluster.barriers import Barriers
 from headwater.cluster.dataplan import ALL, DataPlans
-from headwater.cluster.fleet import SILENCE, Fleet, Member, members_of
-from headwater.cluster.membership import HEARTBEAT, Membership
+from headwater.cluster.fleet import Fleet, Member, members_of
 from headwater.cluster.membership import Member as Worker
+from headwater.cluster.membership import Membership
+from headwater.cluster.rules import Rules as Rules
+from headwater.cluster.rules import check, shape
 from headwater.cluster.snapshots import (
     Action,
     Answer,
@@ -31,33 +34,13 @@ from headwater.cluster.snapshots import (
     Started,
 )
 from headwater.cluster.tables import Tables
-from headwater.errors import ClusterError, HeadwaterError, ProtocolError, UsageError, WorkerLost
+from headwater.errors import ClusterError, HeadwaterError, ProtocolError, UsageError
 from headwater.types import Bulk
 from headwater.wire import messages as m
 from headwater.wire.frames import Frame, Kind, Outgoing
 
 WORKERS = 2  # a worker's heartbeats come as many times less often than a server's
 GRACE = 1.5  # seconds after a restart in which servers may come back before others take over
-
-
-class Rules(msgspec.Struct, frozen=True):
-    """What a cluster was started with. ``silence``: seconds without a heartbeat until a server counts as dead.
-
-    ``durable``: the coordinator comes back after a crash. ``grace``: seconds in which a worker whose connection broke may come back. ``heartbeat``: seconds between two.
-    """
-
-    servers: int = 1
-    shards: int = 0  # 0: as many as servers
-    replicas: int = 1
-    min_copies: int = 1
-    ack: str = "memory"
-    silence: float = SILENCE
-    worker_silence: float = 10.0
-    grace: float = 0.0
-    heartbeat: float = HEARTBEAT
-    durable: bool = False
-    snapshots: bool = False  # there is a folder for them
-    snapshot_every: float = 0.0
 
 
 class _Saved(msgspec.Struct, frozen=True):
@@ -80,7 +63,7 @@ class Coordinator:
         begin: Restored | None = None,
     ) -> None:
         rules = Rules(rules) if isinstance(rules, int) else rules
-        self.rules = _check(msgspec.structs.replace(rules, shards=rules.shards or rules.servers))
+        self.rules = check(msgspec.structs.replace(rules, shards=rules.shards or rules.servers))
         self.membership = Membership(self.rules.worker_silence, self.rules.grace)
         self.fleet = Fleet(self.rules.servers, self.rules.shards, self.rules.replicas, self.rules.silence)
         self.tables = Tables(self, self.rules.shards)
@@ -92,8 +75,7 @@ class Coordinator:
         self._cut_clock = 0  # steps above it are not in the snapshot under way
         self._cut_plan: bytes | None = None
         self._jobs: list[Start | Publish] = []
-        self._barriers: dict[str, dict[int, tuple[Asker, int]]] = {}
-        self._passed: dict[str, dict[int, int]] = {}  # by name: session -> its last turn that is over
+        self.barriers = Barriers(self)
         self._draining: list[tuple[Asker, int]] = []
         self._settling = False  # after a restart, until the primaries have said what they had committed
         self._since = self._now = now
@@ -183,7 +165,7 @@ class Coordinator:
 
     # ---- requests ----------------------------------------------------------------------------
 
-    def _request(self, asker: Asker, message: m.Request) -> None:
+    def _request(self, asker: Asker, message: m.Request) -> None:  # noqa: C901 - one line per question
         match message:
             case m.Join(role="server"):
                 self._join_server(asker, message)
@@ -200,7 +182,7 @@ class Coordinator:
             case m.Initialised():
                 self.tables.initialised(asker, message.table)
             case m.Barrier():
-                self._barrier(asker, message)
+                self.barriers.wait(asker, self._worker(asker.peer), message)
             case m.Find():
                 self._refuse_if_unserved(message.shard)
                 self.reply(asker, self._shard_view(message.shard))
@@ -283,9 +265,7 @@ class Coordinator:
         world = self.membership.world or len(self.membership.workers)
         views = tuple(self._shard_view(shard) for shard in sorted(self.fleet.views))
         r = self.rules
-        self.reply(
-            asker, m.Joined(member.rank, world, WORKERS * r.heartbeat, views, self.membership.epoch, r.durable)
-        )
+        self.reply(asker, m.Joined(member.rank, world, WORKERS * r.heartbeat, views, self.membership.epoch, r.durable))
 
     def _shard_view(self, shard: int) -> m.ShardView:
         view = self.fleet.views.get(shard)
@@ -307,13 +287,7 @@ class Coordinator:
             return
         self.plans.forget(member.join.session, ALL if clean else self._committed())
         self._announce()
-        for name, askers in list(self._barriers.items()):
-            askers.pop(member.rank, None)
-            if not clean:
-                for asker, _ in self._barriers.pop(name).values():
-                    self.fail(asker, _lost(self.membership))
-            else:
-                self._check_barrier(name)
+        self.barriers.departed(member.rank, clean)
 
     def _announce(self) -> None:
         """The shards answer again under the new membership."""
@@ -326,29 +300,11 @@ class Coordinator:
         s = self.membership
         return m.Members(s.epoch, s.needed(), s.lost, s.reason, s.sessions())
 
-    def _barrier(self, asker: Asker, message: m.Barrier) -> None:
-        worker = self._worker(asker.peer)
-        if self._passed.get(message.name, {}).get(worker.join.session, 0) >= message.turn:
-            self.reply(asker, m.Done())  # it is over; the answer was lost
-            return
-        self._barriers.setdefault(message.name, {})[worker.rank] = (asker, message.turn)
-        self._check_barrier(message.name)
-
-    def _check_barrier(self, name: str) -> None:
-        askers = self._barriers.get(name, {})
-        if not askers or not set(self.membership.ranks()) <= set(askers):
-            return
-        passed = self._passed.setdefault(name, {})
-        for rank, (asker, turn) in self._barriers.pop(name).items():
-            if rank in self.membership.workers:
-                passed[self.membership.workers[rank].join.session] = turn
-            self.reply(asker, m.Done())
-
     def _unserved(self) -> list[m.View]:
         """Shards whose only copies are gone."""
         up = {s.number for s in self.fleet.servers.values() if s.alive}
-        copies = {v.shard: {x.server for x in (v.primary, *v.backups) if x is not None} for v in self.fleet.views.values()}
-        return [view for shard, view in self.fleet.views.items() if not copies[shard] & up]
+        learners = {shard: {x.server for x in view.learners} for shard, view in self.fleet.views.items()}
+        return [view for shard, view in self.fleet.views.items() if not (members_of(view) - learners[shard]) & up]
 
     def _refuse_if_unserved(self, shard: int | None = None) -> None:
         for view in self._unserved():
@@ -544,13 +500,14 @@ class Coordinator:
     def _restore(self, state: Mapping[str, bytes], now: float) -> None:
         saved = msgspec.msgpack.decode(state["cluster"], type=_Saved)
         kept = msgspec.structs.replace(self.rules, silence=saved.rules.silence, grace=saved.rules.grace)
-        if _shape(kept) != _shape(saved.rules):
+        if shape(kept) != shape(saved.rules):
             raise UsageError(
-                f"the state is of a cluster with {_shape(saved.rules)} (servers, shards, replicas, min_copies), "
-                f"not {_shape(kept)}; start it with the same, or in another state folder"
+                f"the state is of a cluster with {shape(saved.rules)} (servers, shards, replicas, min_copies), "
+                f"not {shape(kept)}; start it with the same, or in another state folder"
             )
         views = [msgspec.msgpack.decode(v, type=m.View) for k, v in state.items() if k.startswith("view/")]
-        joins = {int(k[7:]): msgspec.msgpack.decode(v, type=m.Join) for k, v in state.items() if k.startswith("server/")}
+        known = {int(k[7:]): v for k, v in state.items() if k.startswith("server/")}
+        joins = {number: msgspec.msgpack.decode(v, type=m.Join) for number, v in known.items()}
         self.fleet.restore(views, joins, now, max(GRACE, 1.5 * self.rules.silence))
         self.fleet.numbers_from(saved.next_server)
         for key in sorted(k for k in state if k.startswith("table/")):
@@ -594,21 +551,3 @@ class Coordinator:
 
     def _notify(self, peer: int, view: m.View) -> None:
         self._out.append(Outgoing(peer, Frame(Kind.NOTICE, shard=view.shard, body=m.pack(view))))
-
-
-def _check(rules: Rules) -> Rules:
-    if not 1 <= rules.min_copies <= rules.replicas:
-        raise UsageError(f"min_copies={rules.min_copies} is not between 1 and the {rules.replicas} replicas")
-    if rules.ack not in ("memory", "disk"):
-        raise UsageError(f"ack={rules.ack!r} is neither 'memory' nor 'disk'")
-    if rules.silence < 2 * rules.heartbeat and rules.silence != SILENCE:
-        raise UsageError(f"silence={rules.silence} s is less than two heartbeats of {rules.heartbeat} s")
-    return rules
-
-
-def _shape(rules: Rules) -> tuple[int, int, int, int]:
-    return rules.servers, rules.shards, rules.replicas, rules.min_copies
-
-
-def _lost(membership: Membership) -> HeadwaterError:
-    return WorkerLost(f"{membership.reason}; the barrier was given up, {len(membership.ranks())} workers remain")

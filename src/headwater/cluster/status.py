@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from headwater.cluster.tables import Table, Tables
 
 
-def of(
-    rules: Rules, fleet: Fleet, membership: Membership, tables: Tables, now: float, since: float
-) -> m.ClusterStatus:
+def of(rules: Rules, fleet: Fleet, membership: Membership, tables: Tables, now: float, since: float) -> m.ClusterStatus:
     """The whole cluster at ``now``."""
     members = [*membership.workers.values(), *membership.readers.values()]
     return m.ClusterStatus(

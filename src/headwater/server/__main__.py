@@ -49,7 +49,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shards", type=int, default=0, help="coordinator: shards (default: as many as servers)")
     parser.add_argument("--replicas", type=int, default=1, help="coordinator: servers that hold each shard")
     parser.add_argument("--min-copies", type=int, default=1, help="coordinator: acknowledge with as many, or wait")
-    parser.add_argument("--ack", choices=("memory", "disk"), default="memory", help="coordinator: what acknowledged means")
+    parser.add_argument("--ack", choices=("memory", "disk"), default="memory", help="coordinator: what is kept where")
     parser.add_argument("--silence", type=float, default=1.0, help="coordinator: seconds until a silent server is dead")
     parser.add_argument("--worker-silence", type=float, default=10.0, help="coordinator: the same for a worker")
     parser.add_argument("--state", help="coordinator: a folder for what must survive it")

@@ -185,9 +185,7 @@ class Clients:
             return self._to(event.session, Frame(Kind.REPLY, seq=event.request, body=m.pack(m.Done())))
         return self._to(event.session, Frame(Kind.ERROR, seq=event.request, body=m.error_body(event.error)))
 
-    def _attach(
-        self, peer: int, link: _Link, frame: Frame, request: m.Attach, fds: tuple[int, ...]
-    ) -> list[Outgoing]:
+    def _attach(self, peer: int, link: _Link, frame: Frame, request: m.Attach, fds: tuple[int, ...]) -> list[Outgoing]:
         session = self._session(link)
         table = self.shard.table(request.table)
         kept = self._kept[request.table]
@@ -323,8 +321,8 @@ class Clients:
 
     def _data(self, s: e.Send, flags: int, start: int, length: int) -> Frame:
         return Frame(
-            Kind.DATA, flags, self.shard.number, s.table, s.session, self.shard.epoch, s.request, self.shard.lsn, s.clock,
-            start, length, members=s.staleness,
+            Kind.DATA, flags, self.shard.number, s.table, s.session, self.shard.epoch, s.request, self.shard.lsn,
+            s.clock, start, length, members=s.staleness,
         )  # fmt: skip
 
     def _to(self, session: int, frame: Frame, close: bool = False) -> list[Outgoing]:

@@ -181,9 +181,7 @@ class Followers:
                 out += self._record(follower.peer, kept, Kind.STATE, Flag.WANT)
                 if kept.gradient is not None:
                     p.sources, p.divide = kept.sources(p.body.ranges), 1
-        follower.state = iter(
-            [(t, b.local, b.local + b.size) for t in shard.tables for b in self.blocks(t) if b.size]
-        )
+        follower.state = iter([(t, b.local, b.local + b.size) for t in shard.tables for b in self.blocks(t) if b.size])
         return out + self._more(follower)
 
     def _tell(self, peer: int, body: s.State, flags: int = 0, payload: memoryview | None = None) -> Outgoing:

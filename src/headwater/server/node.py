@@ -278,7 +278,7 @@ class Node:
         if follower is None:
             return list(self.clients.closed(peer))
         if not follower.synced:
-            return self.take(self.shard.unfollowed(follower.server))
+            return list(self.take(self.shard.unfollowed(follower.server)))
         self.followers.absent.setdefault(follower.server, self._now)
         return []
 
@@ -290,9 +290,9 @@ class Node:
             return []
         match message:
             case m.Commit() | m.Members():
-                return self.run(message)
+                return list(self.run(message))
             case m.Drop():
-                return self.run(e.Forget(message.table))
+                return list(self.run(e.Forget(message.table)))
             case m.Create():
                 return self._create(message)
             case m.Cut():
@@ -308,7 +308,7 @@ class Node:
             self._check_room(request.spec)
             if request.restore:  # before it is a record, which nothing could take back
                 Snapshot(Path(request.restore)).close()
-            return self.run(e.Create(request.table, request.spec, request.restore))
+            return list(self.run(e.Create(request.table, request.spec, request.restore)))
         except HeadwaterError as error:
             refusal: HeadwaterError = error
         except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError where memory is refused

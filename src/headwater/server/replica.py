@@ -78,9 +78,7 @@ class Replica:
             del self.tables[number]
             self._memory.discard(number)
         self.lsn, self.members, self.partial = lsn, members, True
-        self.sessions = {
-            s.number: Session(s.number, s.rank, s.members, dict(s.done), dict(s.done)) for s in sessions
-        }
+        self.sessions = {s.number: Session(s.number, s.rank, s.members, dict(s.done), dict(s.done)) for s in sessions}
 
     def begin_table(self, state: TableState) -> None:
         """A table whose blocks follow."""
@@ -318,10 +316,10 @@ class Replica:
         """SHA-256 of what replicas must agree on: values, optimizer state, clocks and session numbers."""
         found = hashlib.sha256()
         for number, table in sorted(self.tables.items()):
-            found.update(table.values.numpy().data)  # type: ignore[arg-type]
+            found.update(table.values.numpy().data)
             for parameter, name, start, tensor in table.dense.read_slots():
                 found.update(f"{parameter} {name} {start}".encode())
-                found.update(tensor.detach().contiguous().reshape(-1).view(_BYTES).numpy().data)  # type: ignore[arg-type]
+                found.update(tensor.detach().contiguous().reshape(-1).view(_BYTES).numpy().data)
             clocks = sorted(table.clocks.clock.items())
             found.update(f"{number} {table.gathering.clock} {table.clocks.version} {clocks}".encode())
         workers = [s for s in self.sessions.values() if s.rank >= 0]  # readers are known to the primary only

@@ -148,9 +148,7 @@ class Server:
             for number, t in node.shard.tables.items():
                 clock = max(t.gathering.clock, max(t.clocks.clock.values(), default=0))
                 clocks[number] = max(clocks.get(number, 0), clock)
-        shards = tuple(
-            (n.shard.number, n.shard.lsn, max(n.shard.log.behind().values(), default=0)) for n in leading
-        )
+        shards = tuple((n.shard.number, n.shard.lsn, max(n.shard.log.behind().values(), default=0)) for n in leading)
         return m.Heartbeat(
             pushed_bytes=self._retired[0] + sum(n.clients.pushed_bytes for n in nodes),
             pulled_bytes=self._retired[1] + sum(n.clients.pulled_bytes for n in nodes),

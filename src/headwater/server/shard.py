@@ -127,7 +127,7 @@ class Shard(Replica):
             self._rare(event)
         return self._drain()
 
-    def _rare(self, event: e.Rare) -> None:
+    def _rare(self, event: e.Rare) -> None:  # noqa: C901 - one line per event
         match event:
             case Commit():
                 self._decided(event)

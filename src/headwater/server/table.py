@@ -117,9 +117,7 @@ class Table:
         """The parts of ``ranges`` that are here."""
         if self.have is None:
             return ranges
-        return tuple(
-            (max(a, lo), min(b, hi)) for a, b in ranges for lo, hi in self.have if max(a, lo) < min(b, hi)
-        )
+        return tuple((max(a, lo), min(b, hi)) for a, b in ranges for lo, hi in self.have if max(a, lo) < min(b, hi))
 
     def follow_none(self) -> None:
         """This replica is no primary any more, or not yet one: what only a primary knows is void."""

@@ -231,4 +231,3 @@ class Upstream:
             at += x.nbytes
         table.dense.write_block(body.start, body.stop, body.counts, slots)
         table.have = r.union([*(table.have or ()), (body.start, body.stop)])
-

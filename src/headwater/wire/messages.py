@@ -293,7 +293,7 @@ class Follow(msgspec.Struct, frozen=True, tag="follow"):
 
 
 class Lend(msgspec.Struct, frozen=True, tag="lend"):
-    """Primary to follower on the same host: records of this table may lie in this memory, whose descriptor is beside."""
+    """Primary to follower on the same host: records of this table may lie in the memory whose descriptor is beside."""
 
     table: int
     index: int

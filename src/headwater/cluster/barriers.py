@@ -1,0 +1,51 @@
+"""Where workers wait for each other. Part of the coordinator."""
+
+from __future__ import annotations
+
+from headwater.cluster.membership import Member, Membership
+from headwater.cluster.snapshots import Asker
+from headwater.cluster.tables import Desk
+from headwater.errors import HeadwaterError, WorkerLost
+from headwater.wire import messages as m
+
+
+class Barriers:
+    """By name: who waits, and each session's last turn that is over, so that asking again is harmless."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._waiting: dict[str, dict[int, tuple[Asker, int]]] = {}
+        self._passed: dict[str, dict[int, int]] = {}
+
+    def wait(self, asker: Asker, worker: Member, message: m.Barrier) -> None:
+        """A worker is at a barrier. It is answered when all are."""
+        if self._passed.get(message.name, {}).get(worker.join.session, 0) >= message.turn:
+            self._desk.reply(asker, m.Done())  # it is over; the answer was lost
+            return
+        self._waiting.setdefault(message.name, {})[worker.rank] = (asker, message.turn)
+        self._check(message.name)
+
+    def departed(self, rank: int, clean: bool) -> None:
+        """A worker is gone. After a death nobody knows what the others wait for: they are told."""
+        for name, askers in list(self._waiting.items()):
+            askers.pop(rank, None)
+            if clean:
+                self._check(name)
+                continue
+            for asker, _ in self._waiting.pop(name).values():
+                self._desk.fail(asker, _lost(self._desk.membership))
+
+    def _check(self, name: str) -> None:
+        askers = self._waiting.get(name, {})
+        workers = self._desk.membership.workers
+        if not askers or not set(self._desk.membership.ranks()) <= set(askers):
+            return
+        passed = self._passed.setdefault(name, {})
+        for rank, (asker, turn) in self._waiting.pop(name).items():
+            if rank in workers:
+                passed[workers[rank].join.session] = turn
+            self._desk.reply(asker, m.Done())
+
+
+def _lost(membership: Membership) -> HeadwaterError:
+    return WorkerLost(f"{membership.reason}; the barrier was given up, {len(membership.ranks())} workers remain")
