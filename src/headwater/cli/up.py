@@ -137,8 +137,9 @@ def _keeping(shape: Shape) -> dict[str, str]:
     """What outlives what."""
     found = {}
     if shape.replicas > 1:
+        where = "on disk" if shape.ack == "disk" else "in memory"
         held = f", {shape.min_copies} at least" if shape.min_copies > 1 else ""
-        found["copies"] = f"{shape.replicas} of every shard{held}; acknowledged when all have it in {shape.ack}"
+        found["copies"] = f"{shape.replicas} of every shard{held}; acknowledged when all have it {where}"
     if shape.state is not None:
         found["state"] = str(shape.state.absolute())
     if shape.snapshots is not None:

@@ -64,16 +64,13 @@ def advertise(address: str, token: str, command: str = "") -> Path | None:
 def private_state() -> Path:
     """A private folder for what this process's cluster must remember, to be removed by who asked for it.
 
-    Those of launchers that were killed are removed here. Raises ``OSError``.
+    Raises ``OSError``.
     """
     try:
         base = folder()
     except OSError:
         return Path(tempfile.mkdtemp(prefix="headwater-state-"))
-    for path in base.glob("*.state"):
-        pid = path.name.partition("-")[0]
-        if not (pid.isdecimal() and _alive(int(pid))):
-            shutil.rmtree(path, ignore_errors=True)
+    _sweep(base)
     return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", suffix=".state", dir=base))
 
 
@@ -81,6 +78,7 @@ def running() -> list[Record]:
     """The records whose launcher is alive, oldest first."""
     found = []
     with contextlib.suppress(OSError):
+        _sweep(folder())
         for path in sorted(folder().glob("*.json")):
             try:
                 record = msgspec.json.decode(path.read_bytes(), type=Record)
@@ -91,6 +89,14 @@ def running() -> list[Record]:
             else:
                 path.unlink(missing_ok=True)
     return sorted(found, key=lambda record: record.started)
+
+
+def _sweep(base: Path) -> None:
+    """Remove what launchers that were killed have left."""
+    for path in base.glob("*.state"):
+        pid = path.name.partition("-")[0]
+        if not (pid.isdecimal() and _alive(int(pid))):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def find(address: str) -> Record | None:
