@@ -35,7 +35,7 @@ from headwater.wire.tensors import dtype_name
 ZEROS, ASYNC = Init("zeros"), Async()
 OPEN = 5.0  # seconds in which a server must answer the first request of a connection
 AGAIN = 0.02  # seconds between two attempts to reach a shard
-UNSERVED = 2.0  # seconds in which the only server of a shard may come back
+UNSERVED = 5.0  # seconds in which the only server of a shard may come back
 DAMAGED = 20  # connections in a row that end for damaged frames until that is no accident
 
 
@@ -104,6 +104,9 @@ class Client:
         Raises ``LinkBroken`` if nobody serves the shard any more, or ``DeadlineExceeded``.
         """
         self.recoveries += 1
+        session.damaged += isinstance(error, ProtocolError)
+        if session.damaged > DAMAGED:
+            raise error
         self._reach(session, deadline, error)
 
     def _reach(self, session: Session, deadline: float, error: HeadwaterError | None) -> None:

@@ -97,7 +97,8 @@ class Session:
 
     def receive(self, frame: Frame, fds: Sequence[int] = ()) -> None:
         part = self.parts.get(frame.table)
-        self.damaged = 0
+        if frame.kind in (Kind.ACK, Kind.DATA):
+            self.damaged = 0
         if frame.kind == Kind.ACK and part is not None:
             part.acked(frame)
         elif frame.kind == Kind.DATA and part is not None:

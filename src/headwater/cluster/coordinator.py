@@ -37,9 +37,9 @@ from headwater.cluster.tables import Tables
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, UsageError
 from headwater.types import Bulk
 from headwater.wire import messages as m
-from headwater.wire.frames import Frame, Kind, Outgoing
+from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
 
-WORKERS = 2  # a worker's heartbeats come as many times less often than a server's
+WORKERS = 1  # a worker's heartbeats come as many times less often than a server's
 GRACE = 1.5  # seconds after a restart in which servers may come back before others take over
 
 
@@ -79,7 +79,7 @@ class Coordinator:
         self._draining: list[tuple[Asker, int]] = []
         self._settling = False  # after a restart, until the primaries have said what they had committed
         self._since = self._now = now
-        self._out: list[Outgoing] = []
+        self._out: list[Instruction] = []
         self._changes: dict[str, bytes | None] = {}
         if state:
             self._restore(state, now)
@@ -92,7 +92,7 @@ class Coordinator:
 
     # ---- events ------------------------------------------------------------------------------
 
-    def receive(self, peer: int, frame: Frame, now: float) -> list[Outgoing]:
+    def receive(self, peer: int, frame: Frame, now: float) -> list[Instruction]:
         """A frame from ``peer``. A refusal goes back as an ERROR frame; the state is unchanged then."""
         self._now = now
         try:
@@ -110,15 +110,15 @@ class Coordinator:
             self.fail(Asker(peer, frame.seq), error)
         return self._flush()
 
-    def disconnected(self, peer: int, now: float) -> list[Outgoing]:
+    def disconnected(self, peer: int, now: float) -> list[Instruction]:
         """The connection of ``peer`` ended."""
         self._now = now
         self._joining = [(asker, join) for asker, join in self._joining if asker.peer != peer]
         self._draining = [(asker, server) for asker, server in self._draining if asker.peer != peer]
         self.snapshots.gone(peer)
         server = self.fleet.disconnected(peer)
-        if server is not None:
-            self._bury(server)
+        if server is not None:  # is its process gone, or only the way there?
+            self._out.append(Dial(server.number + 1, server.join.address, server.join.local, server.join.host))
         member = self.membership.of(peer)
         if member is not None:
             self.tables.missed(peer)
@@ -128,7 +128,15 @@ class Coordinator:
                 self._depart(member, clean=False, why="died: its connection ended")
         return self._flush()
 
-    def tick(self, now: float) -> list[Outgoing]:
+    def dialed(self, key: int, reached: bool, now: float) -> list[Instruction]:
+        """What became of looking for a server whose connection ended."""
+        self._now = now
+        server = None if reached else self.fleet.refused(key - 1)
+        if server is not None:
+            self._bury(server)
+        return self._flush()
+
+    def tick(self, now: float) -> list[Instruction]:
         """Time has passed."""
         self._now = now
         for member in self.fleet.tick(now):
@@ -146,7 +154,7 @@ class Coordinator:
         jobs, self._jobs = self._jobs, []
         return jobs
 
-    def kept(self, outcome: Outcome, now: float) -> list[Outgoing]:
+    def kept(self, outcome: Outcome, now: float) -> list[Instruction]:
         """What became of the host's file work."""
         self._now = now
         match outcome:
@@ -520,7 +528,7 @@ class Coordinator:
 
     # ---- out ---------------------------------------------------------------------------------
 
-    def _flush(self) -> list[Outgoing]:
+    def _flush(self) -> list[Instruction]:
         if not self._settling:
             for old, new in self.fleet.plan():
                 self._publish(old, new)

@@ -81,15 +81,23 @@ class Fleet:
         member = self.servers.get(server)
         if member is not None:
             member.heard, member.report = now, report
-            member.alive = member.peer is not None
+            member.alive = member.alive or member.peer is not None
 
     def disconnected(self, peer: int) -> Member | None:
-        """The control connection of a server ended, as it does at once when its process dies."""
+        """The control connection of a server ended. That is no death yet: see ``refused``."""
         for member in self.servers.values():
             if member.peer == peer:
-                member.peer, member.alive = None, False
+                member.peer = None
                 return member
         return None
+
+    def refused(self, server: int) -> Member | None:
+        """Nobody listens at the address of a server whose connection ended: its process has died."""
+        member = self.servers.get(server)
+        if member is None or member.peer is not None or not member.alive:
+            return None
+        member.alive = False
+        return member
 
     def tick(self, now: float) -> list[Member]:
         """Declares silent servers dead; returns them."""

@@ -10,6 +10,7 @@ from headwater.errors import RankTaken, UsageError
 from headwater.wire.messages import Heartbeat, Join
 
 HEARTBEAT = 0.1  # seconds between heartbeats
+BACK = 3.0  # seconds after a restart of the coordinator in which workers come back
 MOST = 100_000  # workers: a bound, so that a wrong number is refused and not counted to
 SILENCE = 10.0  # seconds without one until a member whose connection still stands counts as dead
 
@@ -156,11 +157,12 @@ class Membership:
         )
 
     def load(self, data: bytes, now: float) -> None:
-        """The inverse of ``dump``: the workers have until ``silence`` seconds from ``now`` to come back."""
+        """The inverse of ``dump``: the workers have ``BACK`` seconds from ``now`` to come back."""
         state = msgspec.msgpack.decode(data, type=_State)
         self.epoch, self.lost, self.reason, self.world = state.epoch, state.lost, state.reason, state.world
         self._departed, self._resting = set(state.departed), set(state.resting)
-        self.workers = {rank: Member(None, join, rank, now, now) for rank, join in state.workers}
+        back = now + BACK - self.grace
+        self.workers = {rank: Member(None, join, rank, now, now, gone=back) for rank, join in state.workers}
 
 
 class _State(msgspec.Struct, frozen=True):

@@ -25,7 +25,7 @@ def of(rules: Rules, fleet: Fleet, membership: Membership, tables: Tables, now: 
         rules.min_copies,
         tuple(_server(fleet, s, now) for s in fleet.servers.values()),
         tuple(_shard(fleet, view) for _, view in sorted(fleet.views.items())),
-        tuple(_worker(member, 2 * rules.heartbeat, now) for member in members),
+        tuple(_worker(member, rules.heartbeat, now) for member in members),
         tuple(_table(fleet, t, rules.shards) for t in tables.by_number.values() if t.state != "refused"),
     )
 

@@ -37,7 +37,7 @@ log = logging.getLogger("headwater")
 JOIN = 60.0  # seconds until a server gives up joining
 AGAIN = 0.2  # seconds between two attempts to join
 DIAL = 2.0  # seconds until a server gives up reaching another
-GRACE = 0.5  # seconds in which a worker whose connection broke may come back over another
+GRACE = 0.3  # seconds in which a worker whose connection broke may come back over another
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -98,7 +98,8 @@ def run_coordinator(args: argparse.Namespace, token: bytes | None) -> None:
     coordinator = Coordinator(rules, time.monotonic(), state or None, _begin_with(args.restore, state))
     keeper = Keeper(Path(args.snapshots)) if args.snapshots else None
     sock = listen(asked, token)
-    loop = Loop(CoordinatorHost(coordinator, store, keeper=keeper), token)
+    host = addresses.host_identity()
+    loop = Loop(CoordinatorHost(coordinator, store, keeper=keeper), token, lambda dial: _reach(dial, host, token))
     loop.serve(sock)
     loop.stop_on_signals()
     _announce(args.ready_fd, _bound(sock, asked))

@@ -79,12 +79,11 @@ class Clients:
                 f"in blocks of at most {kept.limit}; nothing was allocated"
             )
         if frame.kind == Kind.PUSH:
-            self.shard.refuse_reader(session, "push")
             if frame.table in link.shared:
                 raise ProtocolError(f"bytes for table {frame.table}, whose gradients this client shares")
             again = frame.seq <= session.seq.get(frame.table, 0)  # a duplicate must not touch what is pending
             applied_now = self.shard.table(frame.table).eager and not self.shard.log.replicated
-            if not again and not applied_now:
+            if not again and not applied_now and session.rank >= 0:  # the shard refuses a reader's, with a word
                 return view(self.shard.staging(session.number, frame.table)[frame.start : end])
         # One receive call may complete several small frames before the first is acted on: each lands apart.
         target = link.scratch
@@ -161,6 +160,8 @@ class Clients:
             raise ProtocolError(f"session {request.session} of rank {request.rank} is out of range")
         if link.session is not None:
             raise ProtocolError(f"this connection has opened session {link.session:016x} already")
+        event = e.Opened(request.session, request.rank, request.members)
+        self.shard.check_open(event)  # before the connection that it has now is closed
         out: list[Outgoing] = []
         old = self._peers.get(request.session)
         if old is not None:  # it lost that connection before we did
@@ -169,7 +170,7 @@ class Clients:
             self._links.pop(old, None)
         link.session, link.asked = request.session, frame.seq
         self._peers[request.session] = peer
-        return out + self._run(e.Opened(request.session, request.rank, request.members))
+        return out + self._run(event)
 
     def seated(self, event: e.Seated) -> list[Outgoing]:
         """The session is in the log: say so."""

@@ -75,9 +75,10 @@ class CoordinatorHost:
         return []
 
     def dialed(self, key: int, peer: int | None) -> list[Instruction]:
-        return []
+        out = self._durable(self._coordinator.dialed(key, peer is not None, self._clock()))
+        return out if peer is None else [*out, Outgoing(peer, Frame(Kind.NOTICE), close=True)]
 
-    def _durable(self, out: list[Outgoing]) -> list[Instruction]:
+    def _durable(self, out: list[Instruction]) -> list[Instruction]:
         changes = self._coordinator.changes()
         if changes and self._store is not None:
             self._store.put(changes)

@@ -185,18 +185,23 @@ class Shard(Replica):
 
     # ---- sessions --------------------------------------------------------------------------------
 
-    def _open(self, event: e.Opened) -> None:
+    def check_open(self, event: e.Opened) -> None:
+        """Raises ``ProtocolError`` or ``SessionExpired`` if this session cannot be opened; nothing has changed then."""
         known = self.sessions.get(event.session)
-        if event.rank < 0:
-            self.sessions.setdefault(event.session, Session(event.session, -1))
-            self._out.append(e.Seated(event.session))
-        elif known is not None and known.rank != event.rank:
+        if known is not None and known.rank != event.rank:
             raise ProtocolError(f"session {event.session:016x} is of worker {known.rank}, not {event.rank}")
-        elif known is None and event.members < self.members.epoch and event.session not in self.members.sessions:
+        listed = event.session in self.members.sessions or event.members >= self.members.epoch
+        if known is None and event.rank >= 0 and not listed:
             raise SessionExpired(
                 f"session {event.session:016x} of worker {event.rank} has ended: it was silent for too long, or has "
                 "left; what it had not acknowledged may or may not be applied. Connect again"
             )
+
+    def _open(self, event: e.Opened) -> None:
+        self.check_open(event)
+        if event.rank < 0:
+            self.sessions.setdefault(event.session, Session(event.session, -1))
+            self._out.append(e.Seated(event.session))
         else:
             self.propose(r.Seat(event.session, event.rank, event.members))
 

@@ -85,12 +85,17 @@ def play(one: Scenario, *, trace: bool = False) -> Outcome:
     return SimCluster(one, trace=trace).run()
 
 
-def sweep(seeds: Iterable[int], mode: str | None = None, stop: Callable[[Tally], bool] | None = None) -> Tally:
+def sweep(
+    seeds: Iterable[int],
+    mode: str | None = None,
+    stop: Callable[[Tally], bool] | None = None,
+    make: Callable[[int, str | None], Scenario] = scenario,
+) -> Tally:
     """Run these seeds in this process; until ``stop`` says so."""
     tally = Tally()
     begun = time.perf_counter()
     for seed in seeds:
-        one = scenario(seed, mode)
+        one = make(seed, mode)
         tally.add(play(one), one.mode)
         if stop is not None and stop(tally):
             break

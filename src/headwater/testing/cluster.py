@@ -72,7 +72,7 @@ class SimCluster:
         self.meter = meter
         self._worker = worker
         self._patience = patience
-        self.times = times or Jitter()
+        self.times = times or Jitter(step=scenario.pace)
         self.scheduler = Scheduler(100.0)
         self.network = Network(self.scheduler, self.times, self._random("network"))
         self.oracles, self.ledger = Oracles(), Ledger(MARKS)

@@ -15,8 +15,8 @@ SERVER = ("kill", "kill", "kill", "vanish", "stop", "isolate", "cut", "deaf", "m
 WORKER = ("kill", "stop", "cut", "isolate")
 COORDINATOR = ("kill", "kill", "before_put", "after_put", "stop", "cut", "isolate")
 
-ON = ("ACK", "RECORD", "ACCEPT", "STATE", "DATA", "REPLY", "NOTICE", "REQUEST")
-"""Kinds of frames that a fault may wait for: it strikes as the target sends one."""
+ON = ("RECORD", "RECORD", "RECORD", "ACK", "ACK", "ACCEPT", "STATE", "DATA", "REPLY", "NOTICE", "REQUEST")
+"""Kinds of frames that a fault may wait for: it strikes as the target sends one. One of several RECORDs is the worst."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,18 @@ def draw(random: Random, servers: int, workers: int, seconds: float, rate: float
     return Plan(tuple(faults))
 
 
+def kills(random: Random, servers: int, seconds: float) -> Plan:
+    """Servers that die, or lose their connections, as they say something about a record."""
+    faults = []
+    at = 0.1
+    while at < seconds:
+        kind = random.choice(("kill", "kill", "cut", "isolate"))
+        on = random.choice(("RECORD", "ACK", "ACCEPT")) if kind != "isolate" else ""
+        faults.append(Fault(round(at, 6), kind, f"s{random.randrange(servers)}", 0.1 + 0.6 * random.random(), on))
+        at += 0.1 + 0.3 * random.random()
+    return Plan(tuple(faults))
+
+
 def _fault(random: Random, at: float, servers: int, workers: int) -> Fault:
     which = random.random()
     if which < 0.65:
@@ -71,6 +83,6 @@ def _fault(random: Random, at: float, servers: int, workers: int) -> Fault:
         target, kind = f"w{random.randrange(workers)}", random.choice(WORKER)
     else:
         target, kind = "coordinator", random.choice(COORDINATOR)
-    on = random.choice(ON) if random.random() < 0.4 and kind in ("kill", "vanish", "stop", "cut") else ""
+    on = random.choice(ON) if random.random() < 0.5 and kind in ("kill", "vanish", "stop", "cut") else ""
     seconds = random.choice((0.01, 0.1, 0.3, 1.0)) * (0.5 + random.random())
     return Fault(round(at, 6), kind, target, round(seconds, 6), on, random.random() < 0.2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from random import Random
 
-from headwater.testing.faults import Plan, draw
+from headwater.testing.faults import Plan, draw, kills
 from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Stale, Sync, TableSpec
 
 MODES = ("bulk", "stale", "async")
@@ -30,6 +30,7 @@ class Scenario:
     clip: bool = False
     bound: int = 1
     cap: int | None = None
+    pace: float = 0.05  # seconds between two steps of a worker, about
 
     @property
     def sync(self) -> Sync:
@@ -63,7 +64,7 @@ def scenario(seed: int, mode: str | None = None) -> Scenario:
     mode = mode or MODES[seed % len(MODES)]
     servers = random.choice((2, 3, 3, 4))
     workers = random.choice((1, 2, 2, 3))
-    replicas = 3 if servers > 2 and random.random() < 0.2 else 2
+    replicas = 3 if servers > 2 and random.random() < 0.35 else 2
     seconds = random.choice((1.0, 1.5, 2.0))
     return Scenario(
         seed,
@@ -79,4 +80,22 @@ def scenario(seed: int, mode: str | None = None) -> Scenario:
         clip=random.random() < 0.1,
         bound=random.choice((0, 1, 3)),
         cap=random.choice((None, None, 2)),
+    )
+
+
+def harsh(seed: int, mode: str | None = None) -> Scenario:
+    """One shard whose servers die in the middle of records, and workers that always have something under way."""
+    random = Random(f"harsh {seed}")
+    replicas = random.choice((2, 3))
+    return Scenario(
+        seed,
+        mode or MODES[seed % len(MODES)],
+        servers=replicas + random.choice((0, 1)),
+        shards=1,
+        replicas=replicas,
+        workers=random.choice((2, 3)),
+        reader=False,
+        seconds=2.0,
+        plan=kills(random, replicas, 2.0),
+        pace=0.01,
     )

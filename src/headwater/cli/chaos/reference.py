@@ -6,6 +6,7 @@ killed) may be part of a step or not; where the hash says that it is, it counts.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,6 +15,8 @@ import torch
 
 from headwater.cli.chaos.ledger import Ledger
 from headwater.cli.chaos.pusher import MODEL, WIDE, digest, gradient
+
+MOST = 64  # states that are kept for as long as nobody knows better
 
 Part = tuple[int, int]  # (rank, number of the push)
 
@@ -48,23 +51,12 @@ class OneProcess:
     def digest(self) -> str:
         return digest([tensor.detach() for tensor in self.tensors])
 
-    def save(self) -> list[torch.Tensor]:
-        """A copy of values and state."""
-        state = self._optimizer.state
-        return [x.detach().clone() for t in self.tensors for x in (t, *state[t].values())]
-
-    def load(self, saved: list[torch.Tensor]) -> None:
-        state = self._optimizer.state
-        at = iter(saved)
-        with torch.no_grad():
-            for tensor in self.tensors:
-                tensor.copy_(next(at))
-                for name in list(state[tensor]):
-                    state[tensor][name].copy_(next(at))
-
 
 def compare(ledgers: Collection[Ledger], most: int = 1 << 30) -> Comparison:
-    """Every step up to the ``most``-th. Stops at the first that no set of contributions explains."""
+    """Every step up to the ``most``-th. Stops at the first that no set of contributions explains.
+
+    A step whose hash nobody wrote down may leave more than one possible state; later hashes tell which it was.
+    """
     sure: dict[int, list[Part]] = {}
     seen: dict[int, str] = {}
     for ledger in ledgers:
@@ -74,12 +66,13 @@ def compare(ledgers: Collection[Ledger], most: int = 1 << 30) -> Comparison:
         for clock, found in ledger.hashes.items():
             if seen.setdefault(clock, found) != found:
                 return Comparison(len(seen), 0, f"two workers saw different values after step {clock}")
-    model = OneProcess()
+    models = [OneProcess()]
     equal = 0
     maybe = [_doubtful(ledger) for ledger in ledgers]
     for clock in range(1, min(max(seen, default=0), most) + 1):
         doubtful = [part for each in maybe for part, low, high in each if low < clock < high]
-        if not _explain(model, sure.get(clock, []), doubtful, seen.get(clock)):
+        models = _after(models, sure.get(clock, []), doubtful, seen.get(clock))
+        if not models:
             return Comparison(len(seen), equal, f"step {clock} of {sure.get(clock)}, perhaps {doubtful}")
         equal += clock in seen
     return Comparison(len(seen), equal)
@@ -99,18 +92,19 @@ def _doubtful(ledger: Ledger) -> list[tuple[Part, int, int]]:
     return found + [((ledger.rank, k), last, 1 << 62) for k in waiting]
 
 
-def _explain(model: OneProcess, sure: list[Part], doubtful: list[Part], wanted: str | None) -> bool:
-    saved = model.save() if doubtful else []
-    for parts in _sets(sure, doubtful):
-        if not parts:
-            continue
-        model.step(parts)
-        if wanted is None or model.digest() == wanted:
-            return True
-        if not saved:
-            return False
-        model.load(saved)
-    return False
+def _after(models: list[OneProcess], sure: list[Part], doubtful: list[Part], wanted: str | None) -> list[OneProcess]:
+    """The states that are possible after a step."""
+    sets = [parts for parts in _sets(sure, doubtful) if parts]
+    found: list[OneProcess] = []
+    for model in models:
+        for parts in sets:
+            after = model if len(sets) == 1 else copy.deepcopy(model)
+            after.step(parts)
+            if wanted is None:
+                found.append(after)
+            elif after.digest() == wanted:
+                return [after]
+    return found[:MOST]
 
 
 def _sets(sure: list[Part], doubtful: list[Part]) -> Iterator[list[Part]]:
