@@ -44,3 +44,17 @@ def test_two_workers_must_see_the_same() -> None:
     ledgers = _run([[(0, 1), (1, 1)]])
     ledgers[0].hashes[1] = "0" * 32
     assert "two workers saw different values" in compare(ledgers.values()).words
+
+
+def test_a_step_whose_hash_nobody_wrote_down() -> None:
+    """Its worker was acknowledged and killed; what else was part of that step, only later hashes tell."""
+    ledgers = _run([[(0, 1), (1, 1)], [(0, 2), (1, 2)], [(0, 3)], [(0, 4)]], frozenset({(1, 2)}))
+    for clock in (2, 3):
+        del ledgers[0].hashes[clock]
+    found = compare(ledgers.values())
+    assert (found.steps, found.equal) == (2, 2)
+
+
+def test_a_step_of_which_nobody_was_told() -> None:
+    ledgers = _run([[(0, 1), (1, 1)], [(0, 2), (1, 2)], [(2, 1)]], frozenset({(0, 2), (1, 2)}))
+    assert compare(ledgers.values()).equal == 2

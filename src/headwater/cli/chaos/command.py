@@ -51,6 +51,7 @@ def chaos(
     only: Annotated[
         list[str] | None, typer.Option(help='Strike with such faults alone, e.g. "kill server"; may be repeated.')
     ] = None,
+    every: Annotated[float, typer.Option(min=0.0, help="Seconds from one fault to the next, at least.")] = 0.0,
     faultless: Annotated[
         bool, typer.Option("--faultless", help="Strike nobody: what the harness itself costs.")
     ] = False,
@@ -74,6 +75,7 @@ def chaos(
         local=transport == Transport.local,
         workers=not only_servers,
         only=only or (),
+        every=every,
         faultless=faultless,
         keep=keep,
     )
@@ -98,6 +100,7 @@ def perform(
     local: bool = False,
     workers: bool = True,
     only: Sequence[str] = (),
+    every: float = 0.0,
     faultless: bool = False,
     keep: bool = False,
 ) -> tuple[Report, Course]:
@@ -122,7 +125,7 @@ def perform(
                 quiet = seconds if faultless else max(QUIET_LEAST, QUIET_SHARE * seconds)
                 drill.calm(quiet)
                 if not faultless:
-                    drill.storm(faults, seconds - quiet)
+                    drill.storm(faults, seconds - quiet, every)
             drill.heal()
             drill.end_workers()
             with _as_client(cluster.token, str(cluster.direct["coordinator"])):

@@ -106,13 +106,13 @@ class Drill:
         self.course.quiet = (begun, time.monotonic())
         self.note(f"faults begin; {self._rate(begun):.0f} pushes a second without")
 
-    def storm(self, faults: list[Fault], seconds: float) -> None:
-        """The faults, one after the other, for so many seconds at most."""
+    def storm(self, faults: list[Fault], seconds: float, every: float) -> None:
+        """The faults, one after the other, ``every`` so many seconds or later, for ``seconds`` at most."""
         begun = self._risky = time.monotonic()
         until = begun + seconds
         last = begun
         for fault in faults:
-            moment = last + fault.after if fault.early else self._over(last) + fault.after
+            moment = last + fault.after if fault.early else max(self._over(last), last + every) + fault.after
             self._wait(lambda moment=moment: time.monotonic() >= moment, max(0.0, until - time.monotonic()))  # type: ignore[misc]
             if not self._may_strike(fault, until) or time.monotonic() >= until:
                 break
