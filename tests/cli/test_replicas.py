@@ -1,4 +1,4 @@
-"""A cluster with two copies of every shard, seen from the shell: kill, look, add, drain. Real processes."""
+"""A cluster with two copies of every shard, seen from the shell: kill, look, add, drain, snapshot. Real processes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from headwater.launch.registry import running
 
 Command = Callable[..., Any]
 
@@ -124,3 +126,32 @@ def test_an_elastic_job_outlives_a_worker(tmp_path: Path, monkeypatch: pytest.Mo
         "[w0] sum 101.0 101.0",
         "[w2] sum 101.0 101.0",
     ]
+
+
+ADD = """
+import headwater, torch
+torch.set_num_threads(1)
+with headwater.connect() as ps:
+    w = ps.dense("w", (10_000,), optimizer=torch.optim.SGD, lr=1.0)
+    w.push(torch.full((10_000,), -1.0)).wait()
+    print(w.pull().unique().tolist(), flush=True)
+"""
+
+
+def test_a_snapshot_begins_a_cluster_of_another_size(headwater_command: Command, tmp_path: Path) -> None:
+    script, snapshots = tmp_path / "add.py", tmp_path / "snapshots"
+    script.write_text(ADD, encoding="utf-8")
+
+    def add() -> str:
+        (record,) = running()
+        return str(headwater_command("run", "--address", record.address, str(script)).out)
+
+    with _started("up", "-s", "2", "--snapshots", str(snapshots)) as process:
+        _line(process, "stdout", "Ctrl-C")
+        assert add() == "[w0] [1.0]\n"
+        taken = json.loads(headwater_command("snapshot", "--json").out)
+        assert Path(taken["path"]).parent == snapshots
+        assert add() == "[w0] [2.0]\n"  # after the snapshot: not in it
+    with _started("up", "-s", "3", "-r", "2", "--restore", str(snapshots)) as process:
+        _line(process, "stdout", "Ctrl-C")
+        assert add() == "[w0] [2.0]\n"
