@@ -72,12 +72,24 @@ class Table:
             part.live = live
             part.attach = partial(self._attach_part, part)
             part.session.parts[self.number] = part
+            self._attach_until(part, deadline, self._members)
+        self.clock = max(part.clock for part in self._parts)
+        self._flat = self._map_live() if live else plain(self.layout.size)
+        self._views()
+
+    def _attach_until(self, part: Part, deadline: float, members: int) -> None:
+        """Attach, under ``Bulk`` as of when the shard knows this worker: steps decided before that are not its own."""
+        part.known = -1
+        while True:
             try:
                 self._attach_part(part, deadline)
             except LinkError as error:
                 self._client.recover(part.session, deadline, error)
-        self._flat = self._map_live() if live else plain(self.layout.size)
-        self._views()
+            if part.known >= members or not isinstance(self.spec.sync, Bulk) or self._client.rank < 0:
+                return
+            if self._client.runtime.now() > deadline:
+                raise DeadlineExceeded(f"{part.session.name} did not hear of this worker in time; nothing was pushed")
+            self._client.runtime.sleep(_PAUSE)
 
     def _attach_part(self, part: Part, deadline: float) -> None:
         """Use the table over the present connection of its session; the first one, or one to a new primary."""
@@ -92,8 +104,6 @@ class Table:
         if shared and len(answer.fds) != 2:
             raise LinkBroken(f"{session.name} sent {len(answer.fds)} descriptors of shared memory, not 2")
         old, part.mapped = part.mapped, Mapped(answer.fds, attached.size) if shared else None
-        if part.lsn == 0 and not part.sent_seq:
-            self.clock = max(self.clock, attached.clock)
         part.lsn = max(part.lsn, attached.lsn)
         part.known, part.clock = attached.members, attached.clock
         if self._region is not None and part.live:
@@ -110,14 +120,7 @@ class Table:
         deadline = self._client.runtime.now() + self._client.timeout
         for part in self._parts:
             self._client.reach(part.session)
-            part.known = -1
-            while part.known < members:
-                try:
-                    self._attach_part(part, deadline)
-                except LinkError as error:
-                    self._client.recover(part.session, deadline, error)
-                if part.known < members:
-                    self._client.runtime.sleep(_PAUSE)
+            self._attach_until(part, deadline, members)
         self.clock = max(part.clock for part in self._parts)
         self.refresh()
         if not self.live:

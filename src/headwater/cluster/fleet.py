@@ -207,7 +207,9 @@ class Fleet:
         if len(staying) >= max(1, wanted) and leaving:
             self._dismiss(view, leaving[0], staying)
         elif not leaving and len(copies) > self.replicas:
-            self._without(view, max(view.backups, key=lambda x: self._load(x.server)).server)
+            # Of equally loaded ones a backup goes; a primary that goes is a backup at the next look, and goes then.
+            most = max([*view.backups, view.primary], key=lambda x: self._load(x.server))
+            self._dismiss(view, most, [x for x in copies if x != most])
 
     def _dismiss(self, view: m.View, who: m.Endpoint, staying: list[m.Endpoint]) -> None:
         """A primary hands over first and goes when its heir leads."""

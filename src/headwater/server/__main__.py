@@ -23,6 +23,7 @@ from headwater.cluster.membership import HEARTBEAT
 from headwater.cluster.snapshots import Restored
 from headwater.errors import AuthenticationFailed, HeadwaterError, LinkBroken, LinkError
 from headwater.server import COORDINATOR
+from headwater.server.hosts import Halt
 from headwater.server.loop import Loop, listen
 from headwater.transports import address as addresses
 from headwater.transports import memory
@@ -211,6 +212,9 @@ def main(argv: list[str] | None = None) -> int:
             run_coordinator(args, token)
         else:
             run_server(args, token)
+    except Halt as halt:
+        print(f"headwater {args.role}: {type(halt.__cause__).__name__}: {halt}", file=sys.stderr)
+        return 1
     except HeadwaterError as error:
         print(f"headwater {args.role}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -30,6 +30,10 @@ ANSWER = 5.0  # seconds that a coordinator has to answer a server that comes bac
 STUCK = 60.0  # seconds in which the loop must turn once, or its server counts as dead
 
 
+class Halt(Exception):
+    """This process cannot go on; the cause says why. No ``HeadwaterError``: no peer is at fault, nobody may catch it."""
+
+
 class CoordinatorHost:
     """Serves a ``Coordinator``. No payload ever comes here. What must be durable is, before anything is sent.
 
@@ -81,7 +85,10 @@ class CoordinatorHost:
     def _durable(self, out: list[Instruction]) -> list[Instruction]:
         changes = self._coordinator.changes()
         if changes and self._store is not None:
-            self._store.put(changes)
+            try:
+                self._store.put(changes)
+            except HeadwaterError as error:  # memory is ahead of the disk now
+                raise Halt(str(error)) from error
         for job in self._coordinator.jobs():
             if self._keeper is not None:
                 self._keeper.do(job)
