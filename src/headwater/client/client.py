@@ -118,6 +118,8 @@ class Client:
                     part.attach(deadline)
                 return
             except (LinkError, StaleEpoch) as again:
+                if self._control.gone:
+                    raise LinkBroken(f"{again}; pushes that were not acknowledged may or may not be applied") from None
                 error = again
                 session.damaged += isinstance(again, ProtocolError)
                 if session.damaged > DAMAGED:

@@ -30,6 +30,7 @@ class Control:
         self._lock = runtime.lock()
         self._session = self._connect()
         self._closed = False
+        self.gone = False  # the coordinator has died and does not come back
         try:
             joined = self._session.request(join, timeout).replies[0]
             if not isinstance(joined, m.Joined):
@@ -82,6 +83,7 @@ class Control:
                 if self._runtime.now() + AGAIN >= deadline:
                     break
                 self._runtime.sleep(AGAIN)
+            self.gone = not self.joined.durable
         raise error
 
     def leave(self) -> None:
