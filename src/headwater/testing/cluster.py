@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from headwater.client.table import Table
-from headwater.cluster.coordinator import Coordinator, Rules
+from headwater.cluster.coordinator import Rules
 from headwater.errors import HeadwaterError
 from headwater.server.replica import Replica
 from headwater.testing.faults import LETHAL, Fault
@@ -179,9 +179,8 @@ class SimCluster:
         )  # fmt: skip
         process = self._process("coordinator")
         self.coordinator = SimCoordinator(
-            self.network, process, self._sent, lambda: Coordinator(rules, process.clock(), dict(self.store.items)),
-            self.store, lambda: self._die("coordinator"),
-        )  # fmt: skip
+            self.network, process, self._sent, rules, self.store, lambda: self._die("coordinator")
+        )
 
     def _start_server(self, name: str) -> None:
         process = self._process(name)

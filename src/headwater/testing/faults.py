@@ -16,7 +16,7 @@ WORKER = ("kill", "stop", "cut", "isolate")
 COORDINATOR = ("kill", "kill", "before_put", "after_put", "stop", "cut", "isolate")
 
 ON = ("RECORD", "RECORD", "RECORD", "ACK", "ACK", "ACCEPT", "STATE", "DATA", "REPLY", "NOTICE", "REQUEST")
-"""Kinds of frames that a fault may wait for: it strikes as the target sends one. One of several RECORDs is the worst."""
+"""Kinds of frames that a fault may wait for: it strikes as the target sends one, be it one of several."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from random import Random
 
-from headwater.cluster.coordinator import Coordinator
+from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.errors import HeadwaterError, ProtocolError
 from headwater.server import COORDINATOR
-from headwater.server.hosts import ServerHost
+from headwater.server.hosts import CoordinatorHost, ServerHost
 from headwater.server.node import Setting
 from headwater.server.server import Server
 from headwater.testing.network import End, Network
@@ -93,59 +93,75 @@ class SimHost:
         raise NotImplementedError
 
 
+class Crash(BaseException):
+    """The process dies here; nothing in it catches this."""
+
+
 class SimStore:
     """The coordinator's durable memory. ``crash``: die before or after the next write."""
 
     def __init__(self) -> None:
-        self.items: dict[str, bytes] = {}
+        self.kept: dict[str, bytes] = {}
         self.crash = ""
 
+    def items(self) -> dict[str, bytes]:
+        return dict(self.kept)
+
     def put(self, changes: Mapping[str, bytes | None]) -> None:
+        crash, self.crash = self.crash, ""
+        if crash == "before":
+            raise Crash
         for key, value in changes.items():
             if value is None:
-                self.items.pop(key, None)
+                self.kept.pop(key, None)
             else:
-                self.items[key] = value
+                self.kept[key] = value
+        if crash == "after":
+            raise Crash
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class SimCoordinator(SimHost):
     """A coordinator process. ``die`` kills it, from within a write."""
 
     def __init__(
-        self, network: Network, process: Process, sent: Sent, make: Callable[[], Coordinator], store: SimStore,
-        die: Callable[[], None],
-    ) -> None:  # fmt: skip
+        self, network: Network, process: Process, sent: Sent, rules: Rules, store: SimStore, die: Callable[[], None]
+    ) -> None:
         super().__init__(network, process, sent)
-        self.coordinator = make()
-        self._store = store
         self._die = die
+        self.coordinator = Coordinator(rules, process.clock(), store.items())
+        self._host: CoordinatorHost | None = None
         network.listen(ADDRESS, process, self.adopt)  # type: ignore[arg-type]
-        self._durable([])
+        try:
+            self._host = CoordinatorHost(self.coordinator, store, process.clock)
+        except Crash:
+            die()
+            return
         process.every(TICK, self._tick)
 
     def receive(self, peer: int, frame: Frame) -> Iterable[Instruction]:
-        return self._durable(self.coordinator.receive(peer, frame, self.process.clock()))
+        return self._alive(lambda host: host.receive(peer, frame, ()))
 
     def closed(self, peer: int) -> Iterable[Instruction]:
-        return self._durable(self.coordinator.disconnected(peer, self.process.clock()))
+        return self._alive(lambda host: host.closed(peer))
+
+    def dialed(self, key: int, end: End | None) -> None:
+        peer = None if end is None else self.adopt(end)
+        self.carry_out(self._alive(lambda host: host.dialed(key, peer)))
 
     def _tick(self) -> None:
-        self.carry_out(self._durable(self.coordinator.tick(self.process.clock())))
+        self.carry_out(self._alive(lambda host: host.tick(self.process.clock())))
 
-    def _durable(self, out: list[Outgoing]) -> list[Outgoing]:
-        """First what must be kept, then what is said."""
-        changes = self.coordinator.changes()
-        if not changes:
-            return out
-        crash, self._store.crash = self._store.crash, ""
-        if crash == "before":
+    def _alive(self, act: Callable[[CoordinatorHost], list[Instruction]]) -> list[Instruction]:
+        if self._host is None:
+            return []
+        try:
+            return act(self._host)
+        except Crash:
             self._die()
             return []
-        self._store.put(changes)
-        if crash == "after":
-            self._die()
-            return []
-        return out
 
 
 class SimServer(SimHost):
