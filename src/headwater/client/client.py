@@ -133,6 +133,8 @@ class Client:
             if self.runtime.now() >= deadline:
                 break
             self.runtime.sleep(AGAIN)
+        if self._closed:
+            raise LinkBroken("this client has closed the connection; what was not acknowledged may not be applied")
         raise DeadlineExceeded(
             f"{session.name} could not be reached in time ({error}); "
             "what was sent and not acknowledged may or may not be applied"
