@@ -1,0 +1,97 @@
+"""Snapshots of a cluster of real processes: taken while it trains, and begun with by another cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import headwater
+from headwater.errors import ClusterError, HeadwaterError, UsageError
+from headwater.launch import Launcher
+from headwater.server.snapshots import manifest
+from headwater.wire import messages as m
+from headwater.wire.plans import PlanChunk, PlanNext
+
+SIZE = 30_000
+
+
+@contextmanager
+def cluster(monkeypatch: pytest.MonkeyPatch, servers: int, **options: object) -> Iterator[Launcher]:
+    with Launcher(servers, **options) as launcher:  # type: ignore[arg-type]
+        for name, value in launcher.environment().items():
+            monkeypatch.setenv(name, value)
+        yield launcher
+
+
+def train(ps: headwater.Client, first: int, last: int) -> torch.Tensor:
+    """Steps ``first`` to ``last`` of the one run that all of this is about; the values then."""
+    w = ps.dense("w", (SIZE,), init=headwater.init.normal(0.1), optimizer=torch.optim.AdamW, lr=0.01,
+                 sync=headwater.Bulk())  # fmt: skip
+    for step in range(first, last + 1):
+        values = w.push_pull(torch.randn(SIZE, generator=torch.Generator().manual_seed(step)))
+    return values.clone()
+
+
+def plan(ps: headwater.Client, turn: int, *finished: tuple[int, int]) -> int:
+    """The next chunk of a data plan of four."""
+    answer = ps.ask(PlanNext("data", n=40, epochs=1, seed=0, chunk=10, overlap=False, turn=turn, finished=finished))
+    assert isinstance(answer, PlanChunk)
+    return answer.chunk
+
+
+def take(ps: headwater.Client) -> Path:
+    taken = ps.ask(m.TakeSnapshot())
+    assert isinstance(taken, m.SnapshotTaken)
+    assert taken.nbytes > 4 * SIZE
+    return Path(taken.path)
+
+
+def test_another_cluster_goes_on_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "snapshots"
+    with cluster(monkeypatch, 2, snapshots=folder), headwater.connect() as ps:
+        with pytest.raises(ClusterError, match="no table yet"):
+            take(ps)
+        train(ps, 1, 3)
+        first = plan(ps, 1)
+        assert plan(ps, 2, (first, 3)) != first
+        assert take(ps) == folder / "00000001"
+        expected = train(ps, 4, 6)
+        assert take(ps) == folder / "00000002"
+
+    victim = folder / "00000002" / "shard-00001.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)  # so the one before is used
+
+    with cluster(monkeypatch, 3, replicas=2, restore=folder) as launcher, headwater.connect() as ps:
+        assert sorted(plan(ps, turn) for turn in (1, 2, 3)) == sorted({0, 1, 2, 3} - {first})
+        train(ps, 4, 4)
+        os.kill(launcher.servers[1].pid, signal.SIGKILL)  # its copies began with the snapshot too
+        assert torch.equal(train(ps, 5, 6), expected)
+        assert ps.tables["w"].clock == 6
+        with pytest.raises(UsageError, match="--snapshots DIR"):
+            take(ps)
+
+
+def test_the_period(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "snapshots"
+    with (
+        cluster(monkeypatch, 1, snapshots=folder, snapshot_every=0.1) as launcher,
+        headwater.connect() as ps,
+    ):
+        train(ps, 1, 1)
+        while max(manifest.finished(folder), default=0) < 4:
+            assert launcher.poll(0.05)
+        ps.status()
+    assert len(manifest.finished(folder)) == 2
+
+
+def test_a_cluster_that_cannot_begin_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(HeadwaterError, match="holds no finished snapshot"), cluster(monkeypatch, 1, restore=tmp_path):
+        pytest.fail("it has begun")
