@@ -34,4 +34,5 @@ def snapshot(
         return
     rate = f", {size(taken.nbytes / taken.seconds)}/s" if taken.seconds > 0 else ""
     out().print(taken.path, highlight=False, soft_wrap=True)
-    out().print(f"{size(taken.nbytes)} in {taken.seconds:.1f} s{rate}", style="dim", highlight=False)
+    pause = f"; training paused for {1000 * taken.pause:.0f} ms"
+    out().print(f"{size(taken.nbytes)} in {taken.seconds:.1f} s{rate}{pause}", style="dim", highlight=False)

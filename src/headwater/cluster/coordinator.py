@@ -205,6 +205,7 @@ class Coordinator:
                 if not any(table.state == "ready" for table in self.tables.by_number.values()):
                     raise ClusterError("there is no table yet, so there is nothing to write")
                 self.snapshots.ask(asker, self._now)
+                self._do(self.snapshots.tick(self._now, self._served()))
             case m.Rest():
                 if self.membership.rest(self._worker(asker.peer), message.away):
                     self._announce()

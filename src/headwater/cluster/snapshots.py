@@ -194,7 +194,8 @@ class Snapshots:
     def published(self, made: Published, now: float) -> list[Action]:
         """It exists."""
         nbytes = sum(part.nbytes for part in self._parts.values())
-        taken = m.SnapshotTaken(made.path, nbytes, now - self._began)
+        pause = max((part.pause for part in self._parts.values()), default=0.0)
+        taken = m.SnapshotTaken(made.path, nbytes, now - self._began, pause)
         self.error = ""
         return self._end(taken, now, now + self._every)
 

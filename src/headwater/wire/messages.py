@@ -150,9 +150,12 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
 
 class SnapshotTaken(msgspec.Struct, frozen=True, tag="snapshot_taken"):
+    """``pause``: the longest that a shard did nothing else for it, in seconds."""
+
     path: str
     nbytes: int
     seconds: float
+    pause: float = 0.0
 
 
 class ServerStatus(msgspec.Struct, frozen=True):
