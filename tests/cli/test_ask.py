@@ -81,10 +81,10 @@ def test_a_dead_server_cannot_be_drained() -> None:
 
 
 def test_snapshot_says_where_it_is(cluster: Cluster, headwater_command: Command) -> None:
-    cluster.answer = m.SnapshotTaken("/data/snapshots/12", 500_000_000, 2.0)
+    cluster.answer = m.SnapshotTaken("/data/snapshots/12", 500_000_000, 2.0, 0.0213)
     answer = headwater_command("snapshot")
     assert answer.code == 0
-    assert answer.out.splitlines() == ["/data/snapshots/12", "500 MB in 2.0 s, 250 MB/s"]
+    assert answer.out.splitlines() == ["/data/snapshots/12", "500 MB in 2.0 s, 250 MB/s; training paused for 21 ms"]
     assert cluster.asked == [m.TakeSnapshot()]
     seen = json.loads(headwater_command("snapshot", "--json").out)
     assert seen["path"] == "/data/snapshots/12"

@@ -9,6 +9,7 @@ from headwater.cluster.snapshots import (
     TRIES,
     Answer,
     Asker,
+    Moment,
     Publish,
     Published,
     Send,
@@ -28,14 +29,35 @@ def done(shard: int, snapshot: int = 5, error: str = "") -> m.CutDone:
     return m.CutDone(snapshot, shard, f"shard-{shard}", 100, "ab", error=error)
 
 
+def ready(shard: int, snapshot: int = 5) -> m.CutDone:
+    return m.CutDone(snapshot, shard, prepared=True)
+
+
 def cutting(now: float = 0.0, every: float = 0.0) -> Snapshots:
     """One that ANN asked for, on its way over two shards."""
     found = Snapshots(True, every)
     found.ask(ANN, now)
     assert found.tick(now, served=True) == [Start()]
-    sends = found.started(Started(5, "/s/5"), 2, [(1, 9)], {1: SPEC})
+    sends = found.started(Started(5, "/s/5"), 2)
+    assert sends == [Send(shard, m.Cut(5, shard, "/s/5", (), prepare=True)) for shard in range(2)]
+    assert found.part(ready(1), now) == []
+    assert found.part(ready(1), now) == []  # said twice
+    assert found.part(ready(0), now) == [Moment()]
+    sends = found.cut([(1, 9)], {1: SPEC})
     assert sends == [Send(shard, m.Cut(5, shard, "/s/5", ((1, 9),))) for shard in range(2)]
     return found
+
+
+def begun(found: Snapshots, number: int, shards: int = 1) -> None:
+    """One that has a folder is on its way."""
+    assert len(found.started(Started(number, f"/s/{number}"), shards)) == shards
+    for shard in range(shards):
+        found.part(ready(shard, number), 0.0)
+    assert len(found.cut([], {1: SPEC})) == shards
+
+
+def given_up(number: int = 5) -> list[Send]:
+    return [Send(shard, m.Cut(number, shard, "", ())) for shard in range(2)]
 
 
 def test_a_snapshot_from_wish_to_answer() -> None:
@@ -61,7 +83,7 @@ def test_the_period() -> None:
     assert found.tick(10.0, served=False) == []
     assert found.tick(11.0, served=True) == [Start()]
     assert found.tick(11.0, served=True) == []
-    found.started(Started(1, "/s/1"), 1, [], {1: SPEC})
+    begun(found, 1)
     found.part(done(0, snapshot=1), 12.0)
     assert found.published(Published("/s/1"), 13.0) == []  # nobody asked
     assert found.tick(22.9, served=True) == []
@@ -75,7 +97,7 @@ def test_who_asks_after_the_moment_gets_another_one() -> None:
     found.part(done(1), 2.0)
     assert found.published(Published("/s/5"), 3.0) == [Answer(ANN, m.SnapshotTaken("/s/5", 200, 3.0))]
     assert found.tick(3.0, served=True) == [Start()]
-    found.started(Started(6, "/s/6"), 1, [], {1: SPEC})
+    begun(found, 6)
     found.part(done(0, snapshot=6), 4.0)
     assert found.published(Published("/s/6"), 5.0) == [Answer(BOB, m.SnapshotTaken("/s/6", 100, 2.0))]
 
@@ -106,23 +128,25 @@ def test_another_primary_begins_it_anew() -> None:
     found.part(done(0), 1.0)
     assert found.moved(0, 1.0) == []
     assert found.step == "cutting"  # its part was there already
-    assert found.moved(1, 1.0) == []
+    assert found.moved(1, 1.0) == given_up()
     assert found.part(done(1), 1.0) == []  # too late
     assert found.tick(1.05, served=True) == []
     assert found.tick(2.0, served=False) == []
     assert found.tick(2.0, served=True) == [Start()]
-    assert len(found.started(Started(6, "/s/6"), 2, [], {1: SPEC})) == 2
+    found.started(Started(6, "/s/6"), 2)
+    found.part(ready(0, 6), 2.0)
+    assert found.moved(0, 2.0) == given_up(6)  # it has forgotten that it was ready
 
 
 def test_it_is_tried_a_few_times() -> None:
     found = cutting()
     now = 0.0
     for _ in range(TRIES - 1):
-        assert found.part(done(0, error="no room", snapshot=found.number), now) == []
+        assert found.part(done(0, error="no room", snapshot=found.number), now) == given_up(found.number)
         now += 100.0
         assert found.tick(now, served=True) == [Start()]
-        found.started(Started(found.number + 1, "/s"), 2, [], {1: SPEC})
-    (answer,) = found.part(done(0, error="no room", snapshot=found.number), now)
+        begun(found, found.number + 1, 2)
+    *_, answer = found.part(done(0, error="no room", snapshot=found.number), now)
     assert isinstance(answer, Answer)
     assert "no room" in str(answer.reply)
     assert "no room" in found.error
@@ -132,7 +156,8 @@ def test_it_does_not_wait_for_ever() -> None:
     found = cutting()
     found.part(done(0), 1.0)
     assert found.tick(PATIENCE - 1, served=True) == []
-    (answer,) = found.tick(PATIENCE, served=True)
+    *forget, answer = found.tick(PATIENCE, served=True)
+    assert forget == given_up()
     assert isinstance(answer, Answer)
     assert isinstance(answer.reply, DeadlineExceeded)
     assert "no part from shards [1]" in str(answer.reply)

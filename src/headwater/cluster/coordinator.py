@@ -24,6 +24,7 @@ from headwater.cluster.snapshots import (
     Action,
     Answer,
     Asker,
+    Moment,
     Outcome,
     Publish,
     Published,
@@ -159,7 +160,7 @@ class Coordinator:
         self._now = now
         match outcome:
             case Started():
-                self._cut(outcome)
+                self._do(self.snapshots.started(outcome, self.rules.shards))
             case Published():
                 self._do(self.snapshots.published(outcome, now))
             case _:
@@ -455,7 +456,7 @@ class Coordinator:
             return False
         return any(table.state == "ready" for table in self.tables.by_number.values())
 
-    def _cut(self, made: Started) -> None:
+    def _cut(self) -> None:
         """Now: what has been decided until here is in the snapshot, what will be decided is not."""
         ready = {t.number: t for t in self.tables.by_number.values() if t.state == "ready"}
         clocks = [
@@ -464,7 +465,7 @@ class Coordinator:
         bulk = all(isinstance(t.spec.sync, Bulk) for t in ready.values())
         self._cut_clock, self._cut_plan = self._committed(), None if bulk else self.plans.snapshot()
         tables = {t.number: t.spec for t in ready.values()}
-        self._do(self.snapshots.started(made, self.rules.shards, clocks, tables))
+        self._do(self.snapshots.cut(clocks, tables))
 
     def _settled_clock(self) -> int:
         """Steps up to here are committed, and a snapshot under way holds them."""
@@ -476,6 +477,8 @@ class Coordinator:
             match action:
                 case Send():
                     self.tell(action.shard, action.cut)
+                case Moment():
+                    self._cut()
                 case Answer(reply=HeadwaterError() as error):
                     self.fail(action.asker, error)
                 case Answer(reply=m.SnapshotTaken() as taken):

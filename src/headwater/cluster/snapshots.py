@@ -1,9 +1,9 @@
 """The coordinator's part in a snapshot, as a state machine: what happened in, what is to be done out.
 
-One snapshot at a time: *wanted* → *starting* (the host makes a folder) → *cutting* (every primary makes its part) →
-*publishing* (the host writes the manifest) → done, and whoever asked is answered. If a shard gets another primary
-before its part is there, all is begun anew under the next number; an error ends the attempt. The host does the file
-work (``server.snapshots.keeper``), the coordinator sends the ``Cut``\\ s.
+One snapshot at a time: *wanted* → *starting* (the host makes a folder) → *preparing* (every primary makes memory ready)
+→ *cutting* (every primary makes its part) → *publishing* (the host writes the manifest) → done, and whoever asked is
+answered. If a shard gets another primary before its part is there, or fails, all is begun anew under the next number, a
+few times. The host does the file work (``server.snapshots.keeper``), the coordinator sends each ``Cut``.
 """
 
 from __future__ import annotations
@@ -76,6 +76,10 @@ class Restored(NamedTuple):
     plan: bytes
 
 
+class Moment(NamedTuple):
+    """To the coordinator: all shards are ready; now ``cut``."""
+
+
 class Send(NamedTuple):
     """To the coordinator: this to the shard's primary."""
 
@@ -90,8 +94,8 @@ class Answer(NamedTuple):
     reply: m.SnapshotTaken | HeadwaterError
 
 
-Action = Start | Publish | Send | Answer
-Step = Literal["idle", "wanted", "starting", "cutting", "publishing"]
+Action = Start | Moment | Publish | Send | Answer
+Step = Literal["idle", "wanted", "starting", "preparing", "cutting", "publishing"]
 
 
 class Snapshots:
@@ -108,6 +112,8 @@ class Snapshots:
         self._began = now
         self._tries = 0
         self._retry = 0.0
+        self._folder = ""
+        self._shards = 0
         self._tables: Mapping[int, TableSpec] = {}
         self._askers: list[Asker] = []
         self._next: list[Asker] = []  # who asked after the moment of the one that is on its way
@@ -142,8 +148,8 @@ class Snapshots:
         if self.step == "wanted" and served and now >= self._retry:
             self.step = "starting"
             return [Start()]
-        if self.step in ("wanted", "cutting") and now >= self._deadline:
-            waits = f"no part from shards {sorted(self._missing)}" if self.step == "cutting" else "no primary"
+        if self.step in ("wanted", "preparing", "cutting") and now >= self._deadline:
+            waits = "no primary" if self.step == "wanted" else f"no part from shards {sorted(self._missing)}"
             return self.failed(DeadlineExceeded(f"snapshot {self.number}: {waits} in {PATIENCE:.0f} s"), now)
         return []
 
@@ -153,25 +159,33 @@ class Snapshots:
 
     # ---- on its way ------------------------------------------------------------------------------
 
-    def started(
-        self, made: Started, shards: int, clocks: Iterable[tuple[int, int]], tables: Mapping[int, TableSpec]
-    ) -> list[Action]:
-        """There is a folder. ``clocks``: the last step of each bulk table that the coordinator has committed.
+    def started(self, made: Started, shards: int) -> list[Action]:
+        """There is a folder."""
+        self.step, self.number, self._folder, self._shards = "preparing", made.number, made.folder, shards
+        return self._send(prepare=True)
+
+    def cut(self, clocks: Iterable[tuple[int, int]], tables: Mapping[int, TableSpec]) -> list[Action]:
+        """The moment. ``clocks``: the last step of each bulk table that the coordinator has committed.
 
         The cuts that this returns must be sent before any later commit. ``tables``: what the snapshot will hold.
         """
-        self.step, self.number, self._tables = "cutting", made.number, tables
-        self._missing, self._parts = set(range(shards)), {}
-        at = tuple(sorted(clocks))
-        return [Send(shard, m.Cut(made.number, shard, made.folder, at)) for shard in range(shards)]
+        self.step, self._tables, self._parts = "cutting", tables, {}
+        return self._send(tuple(sorted(clocks)))
+
+    def _send(self, clocks: tuple[tuple[int, int], ...] = (), *, prepare: bool = False) -> list[Action]:
+        self._missing = set(range(self._shards))
+        return [Send(shard, m.Cut(self.number, shard, self._folder, clocks, prepare)) for shard in range(self._shards)]
 
     def part(self, done: m.CutDone, now: float) -> list[Action]:
         """A shard has written its part, or could not."""
-        if self.step != "cutting" or done.snapshot != self.number or done.shard not in self._missing:
+        wanted = "preparing" if done.prepared else "cutting"
+        if self.step not in (wanted, "preparing") or done.snapshot != self.number or done.shard not in self._missing:
             return []
         if done.error:
             return self._again(ClusterError(f"snapshot {self.number}: {done.error}"), now)
         self._missing.discard(done.shard)
+        if done.prepared:
+            return [] if self._missing else [Moment()]
         self._parts[done.shard] = done
         if self._missing:
             return []
@@ -180,7 +194,7 @@ class Snapshots:
 
     def moved(self, shard: int, now: float) -> list[Action]:
         """A shard has another primary, or none: it knows nothing of the cut."""
-        if self.step != "cutting" or shard not in self._missing:
+        if self.step != "preparing" and (self.step != "cutting" or shard not in self._missing):
             return []
         return self._again(ClusterError(f"snapshot {self.number}: shard {shard} changed its primary"), now)
 
@@ -188,8 +202,15 @@ class Snapshots:
         self._tries += 1
         if self._tries >= TRIES:
             return self.failed(error, now)
+        forget = self._forget()
         self.step, self._retry = "wanted", now + AGAIN * 2**self._tries
-        return []
+        return forget
+
+    def _forget(self) -> list[Action]:
+        """The shards give back the memory that they keep for it."""
+        if self.step not in ("preparing", "cutting"):
+            return []
+        return [Send(shard, m.Cut(self.number, shard, "", ())) for shard in range(self._shards)]
 
     def published(self, made: Published, now: float) -> list[Action]:
         """It exists."""
@@ -202,7 +223,7 @@ class Snapshots:
     def failed(self, error: HeadwaterError, now: float) -> list[Action]:
         """It will not exist; the ones before are as they were."""
         self.error = str(error)
-        return self._end(error, now, now + max(CALM, self._every))
+        return self._forget() + self._end(error, now, now + max(CALM, self._every))
 
     def _end(self, outcome: m.SnapshotTaken | HeadwaterError, now: float, due: float) -> list[Action]:
         self.step, self._due = "idle", due

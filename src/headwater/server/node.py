@@ -345,6 +345,7 @@ class Node:
 
     def ready_again(self) -> list[Instruction]:
         """For a coordinator that has forgotten: the steps that wait for its verdict."""
+        self.part.drop()  # nobody waits for it any more
         if not self.leads:
             return []
         ready = [self._ready(self.shard.ready(t)) for t in self.shard.tables.values() if t.prepared is not None]

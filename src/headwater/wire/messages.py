@@ -316,16 +316,23 @@ class Following(msgspec.Struct, frozen=True, tag="following"):
 
 
 class Cut(msgspec.Struct, frozen=True, tag="cut"):
-    """Take part in a snapshot: of each table (number, clock) right after that bulk step, of others now."""
+    """Take part in a snapshot: of each table (number, clock) right after that bulk step, of others now.
+
+    ``prepare``: it is to come; make memory ready for the copy and say so. Without ``folder``: it was given up.
+    """
 
     snapshot: int
     shard: int
     folder: str
     clocks: tuple[tuple[int, int], ...]
+    prepare: bool = False
 
 
 class CutDone(msgspec.Struct, frozen=True, tag="cut_done"):
-    """A shard's part of a snapshot is written and synced, or ``error`` says why not."""
+    """A shard's part of a snapshot is written and synced, or ``error`` says why not.
+
+    ``prepared``: not yet; the shard is ready for its ``Cut``.
+    """
 
     snapshot: int
     shard: int
@@ -336,6 +343,7 @@ class CutDone(msgspec.Struct, frozen=True, tag="cut_done"):
     clocks: tuple[tuple[int, int], ...] = ()
     pause: float = 0.0  # seconds in which the shard did nothing else
     error: str = ""
+    prepared: bool = False
 
 
 class Create(msgspec.Struct, frozen=True, tag="create"):

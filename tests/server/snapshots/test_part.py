@@ -133,6 +133,26 @@ def test_a_new_cut_ends_the_one_before(tmp_path: Path) -> None:
     assert part.result() is None
 
 
+def test_one_that_is_prepared_waits_for_its_moment(tmp_path: Path) -> None:
+    stage = Stage(spec(Async()), ranks=(0,))
+    part = part_of(stage)
+    _, folder = manifest.start(tmp_path)
+    part.cut(m.Cut(1, 0, str(folder), (), prepare=True))
+    assert part.result() == m.CutDone(1, 0, prepared=True)
+    assert part.result() is None
+    stage.push(0, 3.0)
+    part.advance(100)
+    assert part.result() is None
+    part.cut(cut(folder))
+    stage.push(0, 3.0)
+    with published(tmp_path, stage, finished(part)) as snapshot:
+        assert set(snapshot.read("t", 0, "value", 0, 40_000).tolist()) == {-3.0}
+    part.cut(m.Cut(2, 0, str(folder), (), prepare=True))
+    part.cut(m.Cut(2, 0, "", ()))
+    assert part.result() is None
+    assert part._capture is None
+
+
 @pytest.mark.parametrize("sync", [Bulk(), Async()])
 def test_a_table_that_begins_with_it(sync: Bulk | Async, tmp_path: Path) -> None:
     stage = Stage(spec(sync), ranks=(0,))

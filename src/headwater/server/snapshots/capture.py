@@ -131,6 +131,11 @@ class Capture:
         if self._threads:
             cut.cut.prepare()
 
+    @property
+    def prepared(self) -> bool:
+        """Whether all that memory is ready."""
+        return not self._threads or all(cut.cut.prepared for cut in self._tables.values())
+
     def begin(self, mark: Mark, dense: DenseShard) -> None:
         """This is the moment of table ``mark.table``."""
         if mark.table in self._marks:

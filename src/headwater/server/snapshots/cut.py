@@ -93,8 +93,8 @@ class Cut:
 
     @property
     def prepared(self) -> bool:
-        """Whether the buffers are ready, so that ``begin`` now costs least."""
-        return self._touched == self._blocks
+        """Whether the buffers are ready, so that ``begin`` now costs least; or will never be."""
+        return self._touched == self._blocks or self._error is not None
 
     def begin(self, loose: Sequence[Loose] = (), *, thread: bool = True) -> None:
         """This is the moment: what the memory holds now is what the cut will hold."""

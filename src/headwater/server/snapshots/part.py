@@ -43,23 +43,31 @@ class Part:
         self._error = ""
         self._at = self._lsn = 0
         self._begun = False
+        self._told = False  # that it is prepared
         self._clocks: tuple[tuple[int, int], ...] = ()
 
     def cut(self, message: m.Cut) -> None:
-        """The coordinator wants this shard's part of a snapshot."""
-        self.drop()
+        """The coordinator wants this shard's part of a snapshot, or will want it soon; or not any more (no folder)."""
+        if not message.folder:
+            self.drop()
+            return
+        ready = self._cut is not None and self._cut.prepare and self._cut.snapshot == message.snapshot
+        if not ready or message.prepare:
+            self.drop()
+            self._capture = Capture(
+                Path(message.folder), message.snapshot, self._shard.number,
+                landed=self._landed, disk=self._disk, threads=self._threads,
+            )  # fmt: skip
+            for table in self._shard.tables.values():
+                self._capture.prepare(table.number, table.dense)
         self._cut, self._at = message, self._shard.log.last
-        self._capture = Capture(
-            Path(message.folder), message.snapshot, self._shard.number,
-            landed=self._landed, disk=self._disk, threads=self._threads,
-        )  # fmt: skip
-        for table in self._shard.tables.values():
-            self._capture.prepare(table.number, table.dense)
         self.due()
 
     def due(self) -> None:
         """Records may have been applied since, and the next one is not yet: perhaps this is the moment."""
         if self._capture is None or self._cut is None or self._begun or self._shard.lsn < self._at:
+            return
+        if self._cut.prepare:
             return
         self._begun, self._lsn = True, self._shard.lsn
         self._error = self._missed(self._cut)
@@ -84,14 +92,18 @@ class Part:
             self._capture.advance(units)
 
     def result(self) -> m.CutDone | None:
-        """What became of it, once."""
+        """What became of it, once; or that it is prepared, once."""
         cut, capture = self._cut, self._capture
+        if cut is not None and cut.prepare and not self._told and capture is not None and capture.prepared:
+            self._told = True
+            return m.CutDone(cut.snapshot, cut.shard, prepared=True)
         if cut is None or capture is None or not self._begun:
             return None
         written, error = capture.result(), self._error or capture.error
         if written is None and not error:
             return None
         self._cut = self._capture = None
+        self._begun = False
         if written is None:
             return m.CutDone(cut.snapshot, cut.shard, error=error)
         return m.CutDone(
@@ -104,7 +116,7 @@ class Part:
         if self._capture is not None:
             self._capture.drop()
         self._cut = self._capture = None
-        self._begun, self._error = False, ""
+        self._begun, self._told, self._error = False, False, ""
 
     def _missed(self, cut: m.Cut) -> str:
         for number, clock in cut.clocks:
