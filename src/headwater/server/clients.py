@@ -82,8 +82,8 @@ class Clients:
             if frame.table in link.shared:
                 raise ProtocolError(f"bytes for table {frame.table}, whose gradients this client shares")
             again = frame.seq <= session.seq.get(frame.table, 0)  # a duplicate must not touch what is pending
-            applied_now = self.shard.table(frame.table).eager and not self.shard.log.replicated
-            if not again and not applied_now and session.rank >= 0:  # the shard refuses a reader's, with a word
+            eager = self.shard.table(frame.table).eager  # each is a record, which the next one must not overwrite
+            if not again and not eager and session.rank >= 0:  # the shard refuses a reader's, with a word
                 return view(self.shard.staging(session.number, frame.table)[frame.start : end])
         # One receive call may complete several small frames before the first is acted on: each lands apart.
         target = link.scratch

@@ -422,7 +422,11 @@ class Shard(Replica):
 
     def _end_step(self, session: Session, table: Table, event: e.Push) -> None:
         ranges = r.union(table.staged.pop(session.number, []))
-        self._propose_update(session, table, event, ranges, self._gradients(session, table) if ranges else None, 0)
+        gradient = self._gradients(session, table) if ranges else None
+        if gradient is not None and self.log.replicated:  # the worker's next push lands there, perhaps too early
+            lent = self._memory.lend(table.number, table.size, self.log.last + 1, self.log.accepted_by_all)
+            gradient = gradient.clone() if lent is None else lent.copy_(gradient)
+        self._propose_update(session, table, event, ranges, gradient, 0)
 
     def _propose_update(
         self, session: Session, table: Table, event: e.Push, ranges: r.Ranges, gradient: torch.Tensor | None, base: int
