@@ -371,6 +371,9 @@ class Coordinator:
     def _publish(self, old: m.View, new: m.View) -> None:
         """A view is durable first, then all who are in it, or were, hear of it."""
         self.save(f"view/{new.shard}", msgspec.msgpack.encode(new))
+        for number in members_of(new):  # one that was forgotten as dead may be back
+            if number in self.fleet.servers:
+                self.save(f"server/{number}", msgspec.msgpack.encode(self.fleet.servers[number].join))
         for number in sorted(members_of(old) | members_of(new)):
             peer = self.fleet.servers[number].peer if number in self.fleet.servers else None
             if peer is not None:

@@ -158,6 +158,8 @@ def run_server(args: argparse.Namespace, token: bytes | None) -> None:
     loop.stop_on_signals()
     _announce(args.ready_fd, join.address, server=welcome.server)
     loop.run()
+    if serving.failure is not None:
+        raise serving.failure
     if serving.drained:
         print(f"headwater server: Drained: server {welcome.server} holds nothing any more", file=sys.stderr)
 

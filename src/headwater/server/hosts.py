@@ -117,6 +117,7 @@ class ServerHost:
         self._dialing = False
         self._clock = clock
         self.drained = False
+        self.failure: HeadwaterError | None = None  # why this server must end
         self.turned = clock()
         self.beat = b""
 
@@ -133,7 +134,7 @@ class ServerHost:
             self._stop()
             return []
         if peer == COORDINATOR and frame.kind == Kind.ERROR and self._away is not None:
-            log.error("%s", m.read_error(frame.body))
+            self.failure = m.read_error(frame.body)
             self._stop()
             return []
         return self._server.receive(peer, frame, fds)
@@ -142,7 +143,7 @@ class ServerHost:
         if peer != COORDINATOR:
             return self._server.closed(peer)
         if not self._welcome.durable:
-            log.error("%s", LinkBroken("the coordinator is gone; this server ends, its tables end with it"))
+            self.failure = LinkBroken("the coordinator is gone; this server ends, its tables end with it")
             self._stop()
             return []
         self._dialing = False
@@ -155,7 +156,7 @@ class ServerHost:
         self.beat = encode(Frame(Kind.NOTICE, body=m.pack(self._server.heartbeat())))
         out = self._server.tick(now)
         if self._away is not None and now - self._away > PATIENCE:
-            log.error("the coordinator did not come back within %.0f s; this server ends", PATIENCE)
+            self.failure = LinkBroken(f"the coordinator did not come back within {PATIENCE:.0f} s; this server ends")
             self._stop()
         elif self._away is not None and now >= self._again:
             if self._dialing:  # it took the connection and has not answered since
