@@ -15,6 +15,7 @@ import headwater
 from headwater.errors import ClusterError, HeadwaterError, UsageError
 from headwater.launch import Launcher
 from headwater.server.snapshots import manifest
+from headwater.server.snapshots.restore import newest
 from headwater.wire import messages as m
 from headwater.wire.plans import PlanChunk, PlanNext
 
@@ -95,3 +96,26 @@ def test_the_period(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cluster_that_cannot_begin_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HeadwaterError, match="holds no finished snapshot"), cluster(monkeypatch, 1, restore=tmp_path):
         pytest.fail("it has begun")
+
+
+def test_servers_and_coordinators_that_die_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snapshots go on after each of them, and what is there at any time is sound."""
+    folder = tmp_path / "snapshots"
+    options = {"replicas": 2, "state": tmp_path / "state", "snapshots": folder, "snapshot_every": 0.1}
+    with cluster(monkeypatch, 2, **options) as launcher, headwater.connect() as ps:
+        train(ps, 1, 1)
+        for victim in ("server", "coordinator"):
+            before = max(manifest.finished(folder), default=0)
+            process = launcher.servers[0] if victim == "server" else launcher.coordinator
+            assert process is not None
+            os.kill(process.pid, signal.SIGKILL)
+            while max(manifest.finished(folder), default=0) < before + 3:
+                assert launcher.poll(0.05), launcher.outcome
+        expected = train(ps, 2, 3)
+        number = max(manifest.finished(folder))
+        while max(manifest.finished(folder)) < number + 2:
+            assert launcher.poll(0.05), launcher.outcome
+    found = newest(folder)
+    with found.snapshot as snapshot:
+        assert not found.refused
+        assert torch.equal(snapshot.read("w", 0, "value", 0, SIZE), expected)
