@@ -283,6 +283,14 @@ class Optimizer(torch.optim.Optimizer):
         self._buffers.assign({name: values[name] for name in buffers if name in values})
 
     @property
+    def clock(self) -> int:
+        """The number of the last step that this worker has ended: under ``Bulk`` the same on all workers.
+
+        A worker that joins later begins where the others are; advance its schedulers by it.
+        """
+        return self._table.clock
+
+    @property
     def last_step(self) -> StepResult | None:
         """The outcome of the last step that is complete (clock, norm, staleness), None before the first."""
         self._note_last()

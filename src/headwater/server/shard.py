@@ -331,7 +331,8 @@ class Shard(Replica):
         clock, members = gathering.clock + 1, gathering.members
         ready = Ready(table.number, self.number, clock, members, squares, skip)
         ranges = r.union([span for c in contributions for span in c.ranges])
-        groups = table.groups[min(table.groups)] if table.groups else None  # all workers run the same schedule
+        # All run the same schedule; one that has just joined may still be at its beginning, and is not followed.
+        groups = table.groups.get(min(gathering.ranks))
         table.groups = {}
         parts = tuple(
             r.Contributor(rank, part.session, part.seq, part.wants)
