@@ -129,6 +129,7 @@ class Session:
         elif frame.seq >= _REQUEST:
             return  # nobody waits any more
         elif isinstance(error, StaleEpoch) or not frame.seq:  # it answers nothing: the connection is what it ends
+            self.damaged += isinstance(error, ProtocolError)
             raise LinkBroken(f"{self.name} ended the connection: {error}")
         elif part is not None:
             part.failed(frame, error)
