@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,11 +17,13 @@ from headwater.server.node import Node
 from headwater.server.records import Record
 from headwater.server.replica import Replica
 from headwater.server.shard import Shard
+from headwater.server.snapshots import manifest
 from headwater.testing import battery
 from headwater.testing.battery import Tally
 from headwater.testing.hosts import SimServer
 from headwater.testing.scenario import harsh
 from headwater.wire import messages as m
+from tests.server.snapshots import test_crashes
 
 SEEDS = range(800)
 
@@ -114,6 +117,22 @@ BUGS: list[Patch] = [
     reuse_an_incarnation,
     promote_one_that_is_out_of_sync,
 ]
+
+
+def test_an_old_snapshot_that_goes_before_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the level of files: a crash between the two leaves neither (tests/server/snapshots has the disk)."""
+    publish = manifest.publish
+
+    def too_early(root: Path, *args: Any, disk: Any, **kwargs: Any) -> Any:
+        manifest.prune(root, 0, disk)
+        for number in manifest.finished(root):
+            manifest._delete(manifest.folder_of(root, number), disk)
+        return publish(root, *args, disk=disk, **kwargs)
+
+    monkeypatch.setattr(manifest, "publish", too_early)
+    disk = test_crashes.record(tmp_path / "run")
+    with pytest.raises(AssertionError):
+        test_crashes.check_all(disk, tmp_path)
 
 
 def _found(tally: Tally) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 from unittest.mock import patch
@@ -179,13 +179,13 @@ class SimCluster:
         )  # fmt: skip
         process = self._process("coordinator")
         self.coordinator = SimCoordinator(
-            self.network, process, self._sent, rules, self.store, lambda: self._die("coordinator")
+            self.network, process, self, rules, self.store, lambda: self._die("coordinator")
         )
 
     def _start_server(self, name: str) -> None:
         process = self._process(name)
         random = self._random("incarnation", name, self._starts[name])
-        server = SimServer(self.network, process, self._sent, random, self._patience, lambda: self._ended(name))
+        server = SimServer(self.network, process, self, random, self._patience, lambda: self._ended(name))
         server.meter = self.meter
         self.servers[name] = server
 
@@ -237,11 +237,21 @@ class SimCluster:
     # ---- faults ----------------------------------------------------------------------------------
 
     def _due(self, fault: Fault) -> None:
+        fault = replace(fault, target=self._who(fault.target))
         if fault.on:
             self._armed.append(fault)
             self.scheduler.after(0.5, self._disarm, fault)
         else:
             self._strike(fault)
+
+    def _who(self, target: str) -> str:
+        """The server that has this part in shard 0 now; other targets are names already."""
+        views = self._views()
+        if target not in ("primary", "backup") or not views:
+            return target
+        part = views[0].backups if target == "backup" else [views[0].primary] if views[0].primary else []
+        hosts = [host for host in (self._host(x.server) for x in part) if host is not None]
+        return hosts[0].process.name if hosts else target
 
     def _disarm(self, fault: Fault) -> None:
         if fault in self._armed:
@@ -433,8 +443,8 @@ class SimCluster:
 
     # ---- eyes ------------------------------------------------------------------------------------
 
-    def _sent(self, process: Process, frame: Frame) -> None:
-        """A coordinator or a server says something."""
+    def says(self, process: Process, frame: Frame) -> None:
+        """A coordinator or a server is about to say something."""
         if self.meter is not None:  # a prediction: nothing is judged
             return
         if frame.kind in (Kind.ACK, Kind.DATA, Kind.STATE):
@@ -447,10 +457,20 @@ class SimCluster:
             self.oracles.pulled(frame.shard, frame.table, frame.lsn, frame.start, frame.payload)
         if self.trace:
             self.say(f"{process.name} says {_line(frame)}")
-        if self._armed:
-            for fault in [f for f in self._armed if f.target == process.name and f.on == frame.kind.name]:
+        self._trigger(process, frame, first=True)
+
+    def said(self, process: Process, frame: Frame) -> None:
+        """It is on its way."""
+        self._trigger(process, frame, first=False)
+
+    def _trigger(self, process: Process, frame: Frame, *, first: bool) -> None:
+        if not self._armed:
+            return
+        for fault in self._armed:
+            if fault.target == process.name and fault.on == frame.kind.name and fault.first == first:
                 self._armed.remove(fault)
                 self._strike(fault)
+                return
 
     def _leads(self, process: Process, number: int) -> None:
         host = self.servers[process.name]

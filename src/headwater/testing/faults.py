@@ -25,8 +25,9 @@ class Fault:
 
     kill: SIGKILL, started again after ``seconds``. vanish: the machine is gone, started again likewise. stop: SIGSTOP.
     isolate: nothing gets in or out. deaf, mute: one way only. cut: its connections break, and may be made anew.
+    ``target``: s0, w0, coordinator, or the primary or a backup of shard 0, whoever that is then.
     before_put, after_put: the coordinator is killed on either side of its next write. daring: it may strike while an
-    earlier fault is not healed; what it then destroys is excused.
+    earlier fault is not healed; what it then destroys is excused. first: before the frame leaves, not right after.
     """
 
     at: float
@@ -35,9 +36,10 @@ class Fault:
     seconds: float
     on: str = ""
     daring: bool = False
+    first: bool = False
 
     def __str__(self) -> str:
-        trigger = f" on {self.on}" if self.on else ""
+        trigger = f" {'before' if self.first else 'after'} {self.on}" if self.on else ""
         return f"{self.at:.3f} {self.kind} {self.target} for {self.seconds:.3f} s{trigger}{' daring' * self.daring}"
 
 
@@ -63,15 +65,17 @@ def draw(random: Random, servers: int, workers: int, seconds: float, rate: float
     return Plan(tuple(faults))
 
 
-def kills(random: Random, servers: int, seconds: float) -> Plan:
-    """Servers that die, or lose their connections, as they say something about a record."""
+def kills(random: Random, seconds: float) -> Plan:
+    """Servers that die, or lose their connections, as they say something about a record of shard 0."""
     faults = []
     at = 0.1
     while at < seconds:
-        kind = random.choice(("kill", "kill", "cut", "isolate"))
-        on = random.choice(("RECORD", "ACK", "ACCEPT")) if kind != "isolate" else ""
-        faults.append(Fault(round(at, 6), kind, f"s{random.randrange(servers)}", 0.1 + 0.6 * random.random(), on))
-        at += 0.1 + 0.3 * random.random()
+        kind = random.choice(("kill", "vanish", "vanish", "cut", "isolate"))
+        target, on = random.choice((("primary", "RECORD"), ("primary", "ACK"), ("backup", "ACCEPT")))
+        length = round(0.02 + 0.3 * random.random(), 6)
+        daring, first = random.random() < 0.5, random.random() < 0.5
+        faults.append(Fault(round(at, 6), kind, target, length, "" if kind == "isolate" else on, daring, first))
+        at += 0.1 + 0.2 * random.random()
     return Plan(tuple(faults))
 
 
@@ -85,4 +89,4 @@ def _fault(random: Random, at: float, servers: int, workers: int) -> Fault:
         target, kind = "coordinator", random.choice(COORDINATOR)
     on = random.choice(ON) if random.random() < 0.5 and kind in ("kill", "vanish", "stop", "cut") else ""
     seconds = random.choice((0.01, 0.1, 0.3, 1.0)) * (0.5 + random.random())
-    return Fault(round(at, 6), kind, target, round(seconds, 6), on, random.random() < 0.2)
+    return Fault(round(at, 6), kind, target, round(seconds, 6), on, random.random() < 0.2, random.random() < 0.5)

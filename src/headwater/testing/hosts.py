@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from random import Random
+from typing import Protocol
 
 from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.errors import HeadwaterError, ProtocolError
@@ -21,19 +22,30 @@ from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
 TICK = 0.05  # seconds between ticks of a loop
 ADDRESS = "sim://coordinator"
 
-Sent = Callable[[Process, Frame], None]
+
+class Ears(Protocol):
+    """Who hears what hosts say."""
+
+    def says(self, process: Process, frame: Frame) -> None:
+        """A frame is about to leave. The process may be dead after this."""
+
+    def said(self, process: Process, frame: Frame) -> None:
+        """It has left."""
 
 
 class SimHost:
-    """Connections by number, and instructions carried out. ``sent`` sees every frame that leaves."""
+    """Connections by number, and instructions carried out. ``ears`` hear every frame that leaves."""
 
-    def __init__(self, network: Network, process: Process, sent: Sent) -> None:
+    def __init__(self, network: Network, process: Process, ears: Ears) -> None:
         self.network = network
         self.process = process
-        self._sent = sent
+        self._ears = ears
         self._ends: dict[int, End] = {}
         self._numbers: dict[int, int] = {}  # number of an end -> peer
         self._next = 1
+
+    def dead(self) -> bool:
+        return not self.process.alive
 
     def adopt(self, end: End, peer: int | None = None) -> int:
         """Serve a connection from now on."""
@@ -65,7 +77,7 @@ class SimHost:
 
     def carry_out(self, instructions: Iterable[Instruction]) -> None:
         for x in instructions:
-            if not self.process.alive:
+            if self.dead():
                 return
             if isinstance(x, Dial):
                 self.network.connect(self.process, x.address, partial(self.dialed, x.key))
@@ -73,8 +85,11 @@ class SimHost:
             end = self._ends.get(x.peer)
             if end is None:
                 continue
+            self._ears.says(self.process, x.frame)
+            if self.dead():
+                return
             self.network.send(end, x.frame)
-            self._sent(self.process, x.frame)
+            self._ears.said(self.process, x.frame)
             if x.close:
                 self.hung_up(end)
 
@@ -127,9 +142,9 @@ class SimCoordinator(SimHost):
     """A coordinator process. ``die`` kills it, from within a write."""
 
     def __init__(
-        self, network: Network, process: Process, sent: Sent, rules: Rules, store: SimStore, die: Callable[[], None]
+        self, network: Network, process: Process, ears: Ears, rules: Rules, store: SimStore, die: Callable[[], None]
     ) -> None:
-        super().__init__(network, process, sent)
+        super().__init__(network, process, ears)
         self._die = die
         self.coordinator = Coordinator(rules, process.clock(), store.items())
         self._host: CoordinatorHost | None = None
@@ -168,9 +183,9 @@ class SimServer(SimHost):
     """A server process: joins, serves, and comes back to a coordinator that was gone. ``die`` ends it."""
 
     def __init__(
-        self, network: Network, process: Process, sent: Sent, random: Random, patience: float, die: Callable[[], None]
+        self, network: Network, process: Process, ears: Ears, random: Random, patience: float, die: Callable[[], None]
     ) -> None:
-        super().__init__(network, process, sent)
+        super().__init__(network, process, ears)
         self.server: Server | None = None
         self.number = -1
         self._host: ServerHost | None = None

@@ -38,6 +38,7 @@ class End:
     late: bool = False
     other: End = field(init=False, repr=False)
     open: bool = True
+    lost: bool = False  # its machine is gone, and what it was still sending
     flying: deque[Frame] = field(default_factory=deque)  # late payloads on their way
     last: float = 0.0  # when what was sent last arrives
     held: deque[Frame | None] = field(default_factory=deque)  # a blocked direction; None: it was closed
@@ -87,7 +88,10 @@ class Network:
         if not process.alive and end is not None:
             self.close(end)
             return
-        self.scheduler.after(self._latency(), process.call, done, end)
+        self.scheduler.after(self._latency(), process.call, self._told, done, end)
+
+    def _told(self, done: Callable[[End | None], None], end: End | None) -> None:
+        done(end if end is not None and end.open else None)  # it may have broken meanwhile
 
     def _end(self, process: Process) -> End:
         self._numbers += 1
@@ -136,7 +140,7 @@ class Network:
         if item is not None and item.payload is not None and end.other.flying:
             end.other.flying.popleft()
             item.payload = memoryview(bytes(item.payload))
-        if end.open:
+        if end.open and not end.other.lost:
             end.process.call(self._hand_over, end, item)
 
     def _hand_over(self, end: End, item: Frame | None) -> None:
@@ -172,8 +176,9 @@ class Network:
             self.close(end)
 
     def abandon(self, process: Process) -> None:
-        """The machine is gone: nobody learns of it by this."""
+        """The machine is gone: nobody learns of it by this, and what it was sending is lost."""
         for end in list(process.ends):
+            end.lost = True
             self._forget(end)
 
     def reset(self, dead: Process) -> None:

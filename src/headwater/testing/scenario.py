@@ -97,7 +97,7 @@ def harsh(seed: int, mode: str | None = None) -> Scenario:
         replicas=replicas,
         workers=random.choice((2, 3)),
         reader=False,
-        seconds=1.2,
-        plan=kills(random, replicas, 1.2),
+        seconds=1.5,
+        plan=kills(random, 1.5),
         pace=0.01,
     )
