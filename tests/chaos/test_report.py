@@ -9,7 +9,7 @@ from rich.console import Console
 from headwater.cli.chaos.drill import Course, Struck
 from headwater.cli.chaos.ledger import Ledger, Push, Verdict
 from headwater.cli.chaos.reference import Comparison
-from headwater.cli.chaos.report import draw, make, recovery, to_json
+from headwater.cli.chaos.report import contributing, draw, make, recovery, to_json
 from headwater.cli.chaos.schedule import Fault
 
 KILL = Fault("kill", "s0", 0.0, 0.3)
@@ -71,3 +71,11 @@ def test_the_table_shows_every_fault() -> None:
     console.file.close()
     for word in ("kill server", "kill s0", "lost", "doubled", "3 of 3", "failed: x"):
         assert word in text
+
+
+def test_the_share_of_running_workers_that_contribute() -> None:
+    ledgers = [_ledger(0, [(1.0, 1.5), (2.0, 2.5), (3.0, 3.5)]), _ledger(1, [(1.0, 1.5)])]
+    assert contributing([], ledgers) == round((1.0 + 0.5 + 0.5) / 3, 4)
+    killed = Struck(Fault("kill", "w1", 0.0, 1.0), 2.0)  # for step 2, not for step 3
+    assert contributing([killed], ledgers) == round((1.0 + 1.0 + 0.5) / 3, 4)
+    assert contributing([], []) == 0.0

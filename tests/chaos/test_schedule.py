@@ -23,7 +23,7 @@ def test_every_kind_comes() -> None:
 
 
 def test_without_workers_none_is_struck() -> None:
-    assert {fault.role for fault in draw(3, 300, workers=False)} == {"server", "coordinator"}
+    assert {fault.role for fault in draw(3, 300, workers=0)} == {"server", "coordinator"}
 
 
 @pytest.mark.parametrize("seed", range(20))

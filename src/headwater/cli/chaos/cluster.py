@@ -61,10 +61,16 @@ class Cluster:
     """
 
     def __init__(
-        self, mode: str, seed: int, tap: Callable[[str, str], Tap | None] | None = None, *, local: bool = False
+        self,
+        mode: str,
+        seed: int,
+        tap: Callable[[str, str], Tap | None] | None = None,
+        *,
+        local: bool = False,
+        workers: int = WORKERS,
     ) -> None:
         self.mode = mode
-        self.local = local
+        self.local, self.workers = local, workers
         self.token = secrets.token_hex(16)
         self.folder = Path(tempfile.mkdtemp(prefix="headwater-chaos-"))
         self.kept = False
@@ -124,12 +130,21 @@ class Cluster:
             outside = self._place(f"s{i}")
             arguments = ["--role", "server", "--listen", str(self.direct[f"s{i}"]), "--coordinator", str(coordinator)]
             self._add(f"s{i}", "server", [*arguments, "--advertise", str(outside)], {}, ready=True)
-        for rank in (*range(WORKERS), -1):
+        for rank in (*range(self.workers), -1):
             name = f"w{rank}" if rank >= 0 else "reader"
             ledger = self.folder / "ledgers" / name
             # the first worker shares memory with the servers; the others go over TCP, through the proxies
             forced = {} if rank == 0 or self.local else {"HEADWATER_TRANSPORT": "tcp"}
-            arguments = ["--rank", str(rank), "--mode", self.mode, "--ledger", str(ledger)]
+            arguments = [
+                "--rank",
+                str(rank),
+                "--ranks",
+                str(self.workers),
+                "--mode",
+                self.mode,
+                "--ledger",
+                str(ledger),
+            ]
             here = {"HEADWATER_ADDRESS": str(coordinator), "HEADWATER_TIMEOUT": "30"} | forced
             self._add(name, "worker", arguments, here, module="headwater.cli.chaos.pusher")
 

@@ -45,6 +45,7 @@ def chaos(
         Transport,
         typer.Option(help="tcp: through proxies that break it (one worker shares memory). local: all share it."),
     ] = Transport.tcp,
+    workers: Annotated[int, typer.Option(min=1, max=16, help="How many workers push.")] = 3,
     only_servers: Annotated[
         bool, typer.Option("--only-servers", help="Strike servers and the coordinator, no worker.")
     ] = False,
@@ -73,7 +74,8 @@ def chaos(
         seed,
         say,
         local=transport == Transport.local,
-        workers=not only_servers,
+        workers=workers,
+        only_servers=only_servers,
         only=only or (),
         every=every,
         faultless=faultless,
@@ -98,7 +100,8 @@ def perform(
     say: Callable[[str], None],
     *,
     local: bool = False,
-    workers: bool = True,
+    workers: int = 3,
+    only_servers: bool = False,
     only: Sequence[str] = (),
     every: float = 0.0,
     faultless: bool = False,
@@ -112,9 +115,9 @@ def perform(
     from headwater.cli.chaos.monitor import Monitor
     from headwater.cli.chaos.replay import Recorder
 
-    faults = schedule.draw(seed, int(seconds * 4), workers=workers, only=only)
+    faults = schedule.draw(seed, int(seconds * 4), workers=0 if only_servers else workers, only=only)
     recorder = Recorder()
-    with Cluster(mode, seed, recorder.tap, local=local) as cluster:
+    with Cluster(mode, seed, recorder.tap, local=local, workers=workers) as cluster:
         cluster.kept = keep
         if keep:
             say(f"logs and ledgers: {cluster.folder}")

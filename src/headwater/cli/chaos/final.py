@@ -22,7 +22,7 @@ def examine(drill: Drill, cluster: Cluster, monitor: Monitor) -> Verdict:
     """Compare the sums with the ledgers, and the copies with one another."""
     try:
         with headwater.connect(role="reader", timeout=PATIENCE) as client:
-            table = client.table(ledger_table(cluster.mode))
+            table = client.table(ledger_table(cluster.mode, cluster.workers))
             pages, shard_of = _read(table)
             verdict = judge(drill.ledgers.values(), pages, shard_of)
             other = client.table(model_table() if cluster.mode == "bulk" else ballast_table(cluster.mode))
@@ -71,7 +71,7 @@ def _compare_copies(
     begun = time.monotonic()
     cluster.kill(server)
     with headwater.connect(role="reader", timeout=PATIENCE) as client:
-        pages, _ = _read(client.table(ledger_table(cluster.mode)))
+        pages, _ = _read(client.table(ledger_table(cluster.mode, cluster.workers)))
         other = client.table(model_table() if cluster.mode == "bulk" else ballast_table(cluster.mode))
         other.pull().wait()
         other.wait()

@@ -22,7 +22,6 @@ from headwater.client import Client, Table, Ticket
 from headwater.errors import HeadwaterError, RankTaken
 from headwater.types import Async, Bulk, OptimizerSpec, ParameterSpec, Stale, Sync, TableSpec
 
-RANKS = 3
 MODEL = 6  # tensors of 64 KiB: two shards' worth of frames that are cut on the way
 WIDE = 16384 // 4
 EVERY = 16  # steps between two pushes of the ballast, and between two looks at the sums
@@ -30,9 +29,9 @@ EVERY = 16  # steps between two pushes of the ballast, and between two looks at 
 POLICIES: dict[str, Sync] = {"bulk": Bulk("sum"), "stale": Stale(1), "async": Async()}
 
 
-def ledger_table(mode: str) -> TableSpec:
-    """The table whose sums are the proof."""
-    pages = tuple(ParameterSpec(f"page{i}", (RANKS, width), "float64") for i, width in enumerate(WIDTHS))
+def ledger_table(mode: str, ranks: int) -> TableSpec:
+    """The table whose sums are the proof: a row per worker in each page."""
+    pages = tuple(ParameterSpec(f"page{i}", (ranks, width), "float64") for i, width in enumerate(WIDTHS))
     return TableSpec("ledger", pages, OptimizerSpec("SGD", ({"lr": 1.0},)), POLICIES[mode])
 
 
@@ -73,7 +72,7 @@ class Sent(NamedTuple):
 class Pusher:
     """One process's work: steps until it is told to stop."""
 
-    def __init__(self, client: Client, rank: int, mode: str, path: Path, pace: float) -> None:
+    def __init__(self, client: Client, rank: int, ranks: int, mode: str, path: Path, pace: float) -> None:
         self.client, self.rank, self.mode, self.pace = client, rank, mode, pace
         self.stopping = False
         self._tail = Tail(path, rank)
@@ -81,7 +80,7 @@ class Pusher:
         self._ledger = self._tail.ledger
         self._writer = Writer(path)
         self._writer.write("B", text=f"session {client.session:016x}")
-        self._main = client.table(ledger_table(mode))
+        self._main = client.table(ledger_table(mode, ranks))
         self._other = client.table(model_table() if mode == "bulk" else ballast_table(mode))
         self._pages = [f"page{i}" for i in range(len(WIDTHS))]
         self._others = [p.name for p in self._other.spec.parameters]
@@ -164,12 +163,12 @@ class Pusher:
 class Reader:
     """Pulls for ever; what it sees never goes back."""
 
-    def __init__(self, client: Client, mode: str, path: Path, pace: float) -> None:
+    def __init__(self, client: Client, ranks: int, mode: str, path: Path, pace: float) -> None:
         self.stopping = False
         self.pace = pace
         self._writer = Writer(path)
         self._writer.write("B", text=f"session {client.session:016x}")
-        self._table = client.table(ledger_table(mode))
+        self._table = client.table(ledger_table(mode, ranks))
         self._seen = {name: value.clone().zero_() for name, value in self._table.values.items()}
 
     def run(self) -> None:
@@ -206,6 +205,7 @@ def main(argv: list[str]) -> int:
     """Exit code 3 if Headwater raised: its ledger says what."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--mode", choices=tuple(POLICIES), required=True)
     parser.add_argument("--ledger", type=Path, required=True)
     parser.add_argument("--pace", type=float, default=0.002)
@@ -218,9 +218,9 @@ def main(argv: list[str]) -> int:
         with _connect(args.rank, 20.0) as client:
             worker: Pusher | Reader
             if args.rank < 0:
-                worker = Reader(client, args.mode, args.ledger, 10 * args.pace)
+                worker = Reader(client, args.ranks, args.mode, args.ledger, 10 * args.pace)
             else:
-                worker = Pusher(client, args.rank, args.mode, args.ledger, args.pace)
+                worker = Pusher(client, args.rank, args.ranks, args.mode, args.ledger, args.pace)
             signal.signal(signal.SIGTERM, lambda *_: setattr(worker, "stopping", True))
             worker.stopping = bool(told)
             worker.run()

@@ -59,6 +59,7 @@ class Report(msgspec.Struct, frozen=True):
     throughput: Throughput
     steps: int  # Bulk: of the model that somebody saw
     equal_steps: int  # of them, those with the bits of one process
+    contributing: float  # Bulk: the mean share of running workers that contributed to a step
     failures: list[str]
     surprises: list[str]
 
@@ -89,6 +90,7 @@ def make(
         _throughput(course, workers),
         same.steps,
         same.equal,
+        contributing(course.struck, workers) if mode == "bulk" else 0.0,
         failures,
         course.surprises[:20],
     )
@@ -114,6 +116,29 @@ def recovery(struck: Iterable[Struck], ledgers: Sequence[Ledger]) -> Recovery:
     every = sorted(second for found in times.values() for second in found)
     total = _times(every)
     return Recovery(total.p50, total.p99, total.most, {name: _times(sorted(found)) for name, found in times.items()})
+
+
+def contributing(struck: Iterable[Struck], ledgers: Sequence[Ledger]) -> float:
+    """Of the workers that ran when a step was acknowledged, the share that was part of it; the mean over steps.
+
+    A worker runs unless it was killed and not started again yet, or is stopped.
+    """
+    away = [
+        (s.fault.target, s.at, s.at + s.fault.seconds)
+        for s in struck
+        if s.fault.role == "worker" and s.fault.kind in ("kill", "stop")
+    ]
+    steps: dict[int, tuple[float, set[str]]] = {}
+    for ledger in ledgers:
+        for push in ledger.of("ledger").values():
+            if push.acked is not None:
+                moment, names = steps.get(push.clock, (push.acked, set()))
+                steps[push.clock] = min(moment, push.acked), names | {f"w{ledger.rank}"}
+    shares = []
+    for moment, names in steps.values():
+        gone = {name for name, begin, end in away if begin <= moment < end} - names
+        shares.append(len(names) / max(1, len(ledgers) - len(gone)))
+    return round(sum(shares) / len(shares), 4) if shares else 0.0
 
 
 def _times(found: list[float]) -> Times:
@@ -168,6 +193,7 @@ def _sums(report: Report) -> Table:
     ]
     if report.steps:
         rows.append(("steps with the bits of one process", f"{report.equal_steps} of {report.steps}"))
+        rows.append(("running workers that contributed to a step", f"{report.contributing:.1%}"))
     for name, value in rows:
         table.add_row(name, value, style="bold red" if name in ("lost", "doubled") and value != "0" else "")
     return table

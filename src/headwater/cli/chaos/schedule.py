@@ -89,7 +89,7 @@ NAMES = tuple(f"{kind} {role}" for kind, role, *_ in _WEIGHTS)
 """What ``only`` may name."""
 
 
-def draw(seed: int, count: int, *, workers: bool = True, only: Collection[str] = ()) -> list[Fault]:
+def draw(seed: int, count: int, *, workers: int = WORKERS, only: Collection[str] = ()) -> list[Fault]:
     """``count`` faults. Without ``workers`` only servers and the coordinator are struck; ``only``: such faults alone.
 
     Raises ``UsageError`` for a fault that does not exist.
@@ -102,22 +102,22 @@ def draw(seed: int, count: int, *, workers: bool = True, only: Collection[str] =
     faults: list[Fault] = []
     while len(faults) < count:
         kind, role, _, low, high = random.choices(weights, [w[2] for w in weights])[0]
-        target = _target(random, role)
+        target = _target(random, role, workers)
         faults.append(Fault(kind, target, round(random.uniform(0.0, 0.4), 3), round(random.uniform(low, high), 3)))
         if role == "server" and not only and random.random() < 0.25:
             faults.append(_early(random, target, workers, again=kind == "kill"))
     return faults[:count]
 
 
-def _early(random: Random, struck: str, workers: bool, again: bool) -> Fault:
+def _early(random: Random, struck: str, workers: int, again: bool) -> Fault:
     """``again``: the server that was struck holds nothing that is needed, so it may be killed once more."""
     kind, role = random.choice([e for e in _EARLY if (workers or e[1] != "worker") and (again or e[1] != "same")])
-    target = struck if role == "same" else _target(random, role)
+    target = struck if role == "same" else _target(random, role, workers)
     seconds = 0.0 if kind == "reset" else random.uniform(0.05, 0.5)
     return Fault(kind, target, round(random.uniform(0.05, 0.6), 3), round(seconds, 3), early=True)
 
 
-def _target(random: Random, role: str) -> str:
+def _target(random: Random, role: str, workers: int) -> str:
     if role == "coordinator":
         return role
-    return f"{role[0]}{random.randrange(SERVERS if role == 'server' else WORKERS)}"
+    return f"{role[0]}{random.randrange(SERVERS if role == 'server' else workers)}"
