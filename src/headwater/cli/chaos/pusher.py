@@ -47,10 +47,10 @@ def ballast_table(mode: str) -> TableSpec:
     return TableSpec("ballast", tensors, OptimizerSpec("SGD", ({"lr": 1.0},)), POLICIES[mode])
 
 
-def gradient(rank: int, number: int, tensor: int) -> torch.Tensor:
-    """What a worker contributes to the model by its push ``number``."""
-    generator = torch.Generator().manual_seed((rank * 1_000_003 + number) * 31 + tensor)
-    return torch.randn(WIDE, generator=generator)
+def gradient(rank: int, number: int) -> torch.Tensor:
+    """What a worker contributes to the model by its push ``number``: a row per tensor."""
+    generator = torch.Generator().manual_seed(rank * 1_000_003 + number)
+    return torch.randn(MODEL, WIDE, generator=generator)
 
 
 def digest(tensors: list[torch.Tensor]) -> str:
@@ -142,8 +142,8 @@ class Pusher:
             row[number % width] = -1.0
 
     def _learn(self, number: int) -> None:
-        for i, name in enumerate(self._others):
-            self._other.gradients[name].copy_(gradient(self.rank, number, i))
+        for name, row in zip(self._others, gradient(self.rank, number), strict=True):
+            self._other.gradients[name].copy_(row)
 
     def _load(self, number: int) -> None:
         del number

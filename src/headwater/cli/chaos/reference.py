@@ -39,13 +39,13 @@ class OneProcess:
 
     def step(self, parts: Collection[Part]) -> None:
         """Gradients added in rank order, divided by their number."""
-        for i, tensor in enumerate(self.tensors):
-            total: torch.Tensor | None = None
-            for rank, number in sorted(parts):
-                own = gradient(rank, number, i)
-                total = own if total is None else total.add_(own)
-            assert total is not None
-            tensor.grad = total.div_(len(parts))
+        total: torch.Tensor | None = None
+        for rank, number in sorted(parts):
+            own = gradient(rank, number)
+            total = own if total is None else total.add_(own)
+        assert total is not None
+        for tensor, row in zip(self.tensors, total.div_(len(parts)), strict=True):
+            tensor.grad = row
         self._optimizer.step()
 
     def digest(self) -> str:
