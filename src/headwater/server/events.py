@@ -184,10 +184,18 @@ class Created:
 
 
 @dataclass(slots=True)
+class Refused:
+    """A table cannot begin here: its snapshot cannot be read."""
+
+    table: int
+    error: HeadwaterError
+
+
+@dataclass(slots=True)
 class Replicate:
     """Send a record to every follower."""
 
     record: Record
 
 
-Instruction = Ack | Send | Fail | Ready | Seated | Done | Created | Replicate
+Instruction = Ack | Send | Fail | Ready | Seated | Done | Created | Refused | Replicate

@@ -314,12 +314,15 @@ class Node:
         except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError where memory is refused
             self.discard(request.table)
             refusal = NotEnoughMemory(f"table {request.spec.name!r}: {error}; it was not created")
-        body = m.error_body(refusal)
-        return [Outgoing(COORDINATOR, Frame(Kind.ERROR, shard=self.shard.number, seq=request.table, body=body))]
+        return [self._refused(request.table, refusal)]
 
     def _created(self, table: int, nbytes: int) -> Outgoing:
         body = m.pack(m.Created(table, nbytes))
         return Outgoing(COORDINATOR, Frame(Kind.REPLY, shard=self.shard.number, seq=table, body=body))
+
+    def _refused(self, table: int, error: HeadwaterError) -> Outgoing:
+        body = m.error_body(error)
+        return Outgoing(COORDINATOR, Frame(Kind.ERROR, shard=self.shard.number, seq=table, body=body))
 
     def _check_room(self, spec: TableSpec) -> None:
         segments = layout(spec, self._setting.shards).segments[self.shard.number]
@@ -439,6 +442,8 @@ class Node:
                 return self.clients.done(x)
             case e.Created():
                 return [self._created(x.table, x.nbytes)]
+            case e.Refused():
+                return [self._refused(x.table, x.error)]
             case m.Ready():
                 return [self._ready(x)]
             case _:

@@ -121,13 +121,25 @@ class Replica:
 
     def _begin(self, body: r.Begin) -> None:
         table = self._memory.create(body.table, body.spec)
-        if body.restore:
-            self._memory.load(table, body.restore)
-        else:
+        if not body.restore:
             table.dense.initialise()
+        elif not self._loaded(table, body.restore):
+            return
         self.tables[body.table] = table
         self._place(table)
         self._emit(e.Created(table.number, table.dense.nbytes))
+
+    def _loaded(self, table: Table, folder: str) -> bool:
+        """A primary says that it cannot; a follower is of no use then, and raises."""
+        try:
+            self._memory.load(table, folder)
+        except HeadwaterError as error:
+            self._memory.discard(table.number)
+            if not self.primary:
+                raise
+            self._emit(e.Refused(table.number, error))
+            return False
+        return True
 
     def _seat(self, body: r.Seat) -> None:
         """A session begins or goes on."""

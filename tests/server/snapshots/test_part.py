@@ -177,5 +177,7 @@ def test_a_table_that_begins_with_it(sync: Bulk | Async, tmp_path: Path) -> None
     assert set(table.values[: 4 * 40_000].view(torch.float32).tolist()) == {-6.0}
     assert table.clocks.version == 3
     assert table.gathering.clock == (3 if isinstance(sync, Bulk) else 0)
-    with pytest.raises(SnapshotCorrupt):
-        new.handle(e.Create(TABLE + 1, spec(), str(tmp_path / "none")))
+    (refused,) = new.handle(e.Create(TABLE + 1, spec(), str(tmp_path / "none")))
+    assert isinstance(refused, e.Refused)
+    assert isinstance(refused.error, SnapshotCorrupt)
+    assert TABLE + 1 not in new.tables
