@@ -1,0 +1,122 @@
+"""A cluster that begins with a snapshot: its tables first, then its clients; and what a coordinator asks of shards."""
+
+from __future__ import annotations
+
+import msgspec
+
+from headwater.cluster.coordinator import Coordinator, Rules
+from headwater.cluster.dataplan import DataPlans
+from headwater.cluster.snapshots import Kept, Publish, Published, Restored, Start, Started
+from headwater.errors import ClusterError, SnapshotCorrupt
+from headwater.types import Async
+from headwater.wire import messages as m
+from tests.cluster.script import SERVER, WORKER, Script, spec
+
+BEGIN = Restored("/s/7", (Kept(3, spec("a", init="values"), 12),), DataPlans().snapshot())
+
+
+def restored(state: dict[str, bytes] | None = None, **rules: object) -> Script:
+    """Two servers are to begin with a table of a snapshot; none has joined yet."""
+    script = Script(2, joined=False)
+    made = Rules(2, **rules)  # type: ignore[arg-type]
+    script.coordinator = Coordinator(made, script.clock(), state, BEGIN)
+    return script
+
+
+def test_clients_wait_until_the_tables_are_there() -> None:
+    script = restored()
+    script.join(0)
+    script.start(0)
+    script.start(1)
+    for server in (SERVER, SERVER + 1):
+        create = script.last(server, m.Create)
+        assert (create.table, create.spec.name, create.restore) == (3, "a", "/s/7")
+    script.answer(SERVER, 3, m.Created(3, 0))
+    assert script.take(WORKER) == []
+    script.answer(SERVER + 1, 3, m.Created(3, 0))
+    assert script.last(WORKER, m.Joined).rank == 0
+    script.ask(WORKER, m.Declare(spec("a", init="values")))
+    declared = script.last(WORKER, m.Declared)
+    assert (declared.table, declared.assign) == (3, False)  # nobody assigns its values anew
+    script.ask(WORKER, m.Declare(spec("b")))
+    assert script.last(SERVER, m.Create).restore == ""
+
+
+def test_who_comes_to_a_cluster_that_could_not_begin_is_told() -> None:
+    script = restored()
+    script.join(0)
+    script.start(0)
+    script.start(1)
+    script.answer(SERVER + 1, 3, SnapshotCorrupt("/s/7/shard-00001: ends at byte 5"))
+    assert "could not begin with its snapshot /s/7" in str(script.error(WORKER))
+    script.join(1)
+    assert "ends at byte 5" in str(script.error(WORKER + 1))
+
+
+def test_a_new_primary_is_told_of_the_snapshot_too() -> None:
+    script = restored(replicas=2)
+    script.start(0)
+    script.start(1)
+    script.take(SERVER + 1)
+    script.pass_time(3.0, alive=(SERVER + 1,))  # server 0 is silent
+    creates = [x for x in script.take(SERVER + 1) if isinstance(x, m.Create)]
+    assert creates
+    assert all(create.restore == "/s/7" for create in creates)
+
+
+def test_a_coordinator_that_comes_back_has_begun_already() -> None:
+    script = restored()
+    script.start(0)
+    script.start(1)
+    state = {key: value for key, value in script.coordinator.changes().items() if value is not None}
+    again = restored(state)
+    (table,) = again.coordinator.tables.by_number.values()
+    assert (table.number, table.restore, table.base, table.state) == (3, "/s/7", 12, "creating")
+
+
+def test_the_clock_of_a_cut() -> None:
+    """A bulk table on several shards is cut after the last step that was decided; the others now."""
+    script = restored(snapshots=True)
+    script.start(0)
+    script.start(1)
+    script.create(3)
+    script.join(0)
+    for number, other in ((4, spec("async", sync=Async())), (5, spec("b"))):
+        script.ask(WORKER, m.Declare(other))
+        script.create(number)
+    for shard in (0, 1):
+        script.tell(SERVER + shard, m.Ready(5, shard, 1, 1, (0.0,), False))
+    coordinator, now = script.coordinator, script.clock()
+    script.ask(WORKER, m.TakeSnapshot())
+    assert coordinator.jobs() == [Start()]
+    script._note(coordinator.kept(Started(1, "/s/1"), now))
+    assert script.last(SERVER, m.Cut).prepare
+    for shard in (0, 1):
+        script.tell(SERVER + shard, m.CutDone(1, shard, prepared=True))
+    cut = script.last(SERVER + 1, m.Cut)
+    assert (cut.snapshot, cut.folder, cut.clocks) == (1, "/s/1", ((3, 12), (5, 1)))
+    for shard in (0, 1):
+        script.tell(SERVER + shard, m.CutDone(1, shard, "f", 10, "ab"))
+    (job,) = coordinator.jobs()
+    assert isinstance(job, Publish)
+    assert sorted(job.tables) == [3, 4, 5]
+    assert msgspec.msgpack.decode(job.plan) == {}
+    script._note(coordinator.kept(Published("/s/1"), now))
+    assert script.last(WORKER, m.SnapshotTaken).nbytes == 20
+
+
+def test_who_may_not_have_one() -> None:
+    script = restored()
+    script.start(0)
+    script.start(1)
+    script.create(3)
+    script.ask(WORKER, m.TakeSnapshot())
+    assert "join first" in str(script.error(WORKER))
+    script.join(0)
+    script.ask(WORKER, m.TakeSnapshot())
+    assert "--snapshots DIR" in str(script.error(WORKER))
+    empty = Script(1, snapshots=True)
+    empty.join(0)
+    empty.ask(WORKER, m.TakeSnapshot())
+    assert isinstance(error := empty.error(WORKER), ClusterError)
+    assert "no table yet" in str(error)
