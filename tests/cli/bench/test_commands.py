@@ -31,7 +31,7 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
     return asked
 
 
-@pytest.mark.parametrize("name", ["dense", "small", "many", "step", "memory"])
+@pytest.mark.parametrize("name", bench.BENCHES)
 def test_each_bench_prints_one_object(name: str) -> None:
     result = runner.invoke(bench.app, [name, "--json"])
     assert result.exit_code == 0

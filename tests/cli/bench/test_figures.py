@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 
 from headwater.cli.bench.dense import same_host_figures, tcp_figures
+from headwater.cli.bench.goodput import Course, Life, Window, contributing, goodput_figures, scaled
 from headwater.cli.bench.many import TENSORS, many_figures
 from headwater.cli.bench.memory import memory_figures
+from headwater.cli.bench.recovery import longest_gap, recovery_figures
+from headwater.cli.bench.replicas import push_figures
+from headwater.cli.bench.replicas import step_figures as replica_figures
 from headwater.cli.bench.report import Figure
 from headwater.cli.bench.small import small_figures
+from headwater.cli.bench.snapshot import Taken, longest, read_figures, slowed, start_figures, write_figures
 from headwater.cli.bench.step import step_figures
 from headwater.cli.bench.targets import TARGETS
 
@@ -78,6 +83,70 @@ def test_memory_takes_the_bare_interpreter_off() -> None:
     assert found["3 workers more than 1 worker"].value == pytest.approx(9.5 / 256 * 100)
 
 
+COPIES = {"1": [0.10, 0.20], "2": [0.11, 0.22], "extra": [0.01, 0.01]}
+EVENTS = {"primary killed": [0.1, 0.3, 0.2], "primary stopped": [1.1, 1.2, 1.3], "worker killed": [0.4, 0.6, 0.5]}
+# A step takes 1 s, except the one that is under way when the snapshot begins.
+SAVED = Taken(10.0, 14.0, 0.1, 500 * MB, [7.0, 8.0, 9.0, 10.0, 11.5, 12.5, 13.5, 14.5, 15.5], 3.0)
+READ = {"read": [1.0, 2.0], "restore": [1.5, 3.0], "warm read": [0.2], "warm restore": [0.5]}
+
+
+def _storm() -> Course:
+    """Two workers that step ten times a second; in the second half one of them is away for 2 of 4 seconds."""
+    first = [(i / 10, i) for i in range(80)]
+    second = [(when, clock) for when, clock in first if not 4.0 <= when < 6.0]
+    return Course(
+        [Window(0.0, 4.0)], [Window(4.0, 8.0)], first + second, [Life(-1.0, 9.0), Life(-1.0, 4.0), Life(5.0, 9.0)]
+    )
+
+
+def test_replicas_are_compared_round_by_round() -> None:
+    found = _by_name(replica_figures("tcp", 1, COPIES))
+    assert found["tcp batch 1 2 replicas / 1"].value == pytest.approx(1.1)
+    assert found["tcp batch 1 2 replicas / 1"].ceiling == pytest.approx((1.1 + 1.05) / 2)
+    assert found["tcp batch 1 2 replicas / 1"].met is True
+    assert _by_name(push_figures("local", COPIES))["local 16 MB push, 2 replicas"].value == pytest.approx(165)
+
+
+def test_a_snapshots_pause_is_what_a_step_takes_longer() -> None:
+    assert longest(SAVED) == pytest.approx(0.5)
+    assert slowed(SAVED) == pytest.approx((1.5 + 1 + 1 + 1) / 4)
+    found = _by_name(write_figures([SAVED]))
+    assert found["servers' pause / time to write"].value == pytest.approx(2.5)
+    assert found["longest step, beyond the usual / time to write"].value == pytest.approx(12.5)
+    assert found["longest step, beyond the usual / time to write"].met is False
+
+
+def test_a_restore_is_compared_with_a_plain_read() -> None:
+    found = _by_name(read_figures(READ))
+    assert found["restore from disk / plain read"].value == pytest.approx(1.5)
+    assert found["restore from the page cache / plain read"].met is False
+    more = _by_name(start_figures({"with": [5.0, 9.0], "without": [4.0, 4.0], "read": [1.0, 1.0]}))
+    assert more["cluster start to first pull, more with it"].value == pytest.approx(3.0)
+
+
+def test_recoveries_and_pauses() -> None:
+    found = _by_name(recovery_figures(EVENTS, 0))
+    assert found["primary killed, acknowledges again, p50"].value == 0.2
+    assert found["primary killed, acknowledges again, p99"].value == 0.3
+    assert found["worker killed, survivors' pause, longest"].value == 0.6
+    assert longest_gap([1.0, 2.0, 5.0, 5.5, 9.0], 4.0, 8.0) == 3.0
+
+
+def test_the_goodput_counts_contributions() -> None:
+    found = _by_name(goodput_figures(_storm()))
+    assert found["training lost per fault"].value == pytest.approx(1.0)  # 2 s of one worker of two
+    assert found["faults an hour in the windows with faults"].value == pytest.approx(900)
+    assert found["throughput at that rate / without"].value == pytest.approx(75)
+    assert found["throughput with 125 faults an hour / without"].value == pytest.approx(100 * (1 - 125 / 3600))
+    assert scaled(0.0) == 1.0
+
+
+def test_a_process_that_starts_counts_as_live() -> None:
+    course = _storm()
+    # 1 s with one process, 1 s with two of which one starts, 2 s with both
+    assert contributing(course.acks, course.lives, course.loud) == pytest.approx((10 + 5 + 20) / 40)
+
+
 def test_every_target_has_a_figure() -> None:
     made = {
         "dense": [
@@ -96,6 +165,9 @@ def test_every_target_has_a_figure() -> None:
         ],
         "step": [f for b in (1, 4) for f in step_figures(b, {s: [1.0] for s in ("none", "headwater", "ddp")})],
         "memory": memory_figures({world: [MB, MB] for world in (1, 2, 3)}, 0, MB, 1000),
+        "replicas": [f for t in ("local", "tcp") for b in (1, 4) for f in replica_figures(t, b, COPIES)],
+        "snapshot": [*write_figures([SAVED]), *read_figures(READ)],
+        "recovery": [*recovery_figures(EVENTS, 0), *goodput_figures(_storm())],
     }
     with_target = {f"{bench}: {f.name}" for bench, figures in made.items() for f in figures if f.target}
     assert with_target == set(TARGETS)

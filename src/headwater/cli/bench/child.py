@@ -25,6 +25,8 @@ ROLES = {
     "echo": "headwater.cli.bench.sockets:Echo",
     "trainer": "headwater.cli.bench.trainer:Trainer",
     "pusher": "headwater.cli.bench.memory:Pusher",
+    "steady": "headwater.cli.bench.saved:Steady",
+    "loader": "headwater.cli.bench.saved:Loader",
 }
 """What a child may be: its name and the class that answers."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import headwater
 from headwater.cli.bench.options import Transport
@@ -37,16 +38,22 @@ def worker_environment(launcher: Launcher, rank: int, world: int, transport: Tra
     return launcher.environment() | {"HEADWATER_RANK": str(rank), "HEADWATER_WORLD_SIZE": str(world)} | forced
 
 
+def launcher(servers: int, transport: Transport = "local", replicas: int = 1, **options: Any) -> Launcher:
+    """A cluster whose servers reach each other as its workers do. Nobody's ``headwater status`` finds it."""
+    forced = {"HEADWATER_TRANSPORT": "tcp"} if transport == "tcp" else {}
+    return Launcher(servers=servers, replicas=replicas, advertise=False, env=forced, **options)
+
+
 @contextlib.contextmanager
-def connected(transport: Transport, servers: int) -> Iterator[headwater.Client]:
+def connected(transport: Transport, servers: int, replicas: int = 1) -> Iterator[headwater.Client]:
     """The only worker of a cluster of ``servers`` servers, which ends with the block."""
     if transport == "inproc":
         with headwater.connect("inproc://", rank=0, world=1, servers=servers) as client:
             yield client
         return
     with (
-        Launcher(servers=servers, advertise=False) as launcher,
-        exported(worker_environment(launcher, 0, 1, transport)),
+        launcher(servers, transport, replicas) as cluster,
+        exported(worker_environment(cluster, 0, 1, transport)),
         headwater.connect() as client,
     ):
         yield client

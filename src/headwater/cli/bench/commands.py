@@ -22,12 +22,17 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
-Rounds = Annotated[int | None, typer.Option(min=1, help="Pairs measured (memory: steps). Default: the bench's own.")]
+Rounds = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Pairs measured (memory: steps; recovery: events of each kind). Default: the bench's own."
+    ),
+]
 Size = Annotated[int, typer.Option(min=1, help="Size of the dense table in MB.")]
 Servers = Annotated[int, typer.Option(min=1, help="Servers in the cluster.")]
 Where = Annotated[Transport | None, typer.Option(help="Default: local, then tcp.")]
 
-BENCHES = ("dense", "small", "many", "step", "memory")
+BENCHES = ("dense", "small", "many", "step", "memory", "replicas", "snapshot", "recovery")
 """Each is a module of this package with a function ``measure``; ``all`` runs them in this order."""
 
 
@@ -101,6 +106,24 @@ def _step(transport: Where = None, rounds: Rounds = None, servers: Servers = 2, 
 def _memory(size: Size = 64, rounds: Rounds = None, servers: Servers = 2, json: Json = False) -> None:
     """What the servers hold, beside what the table needs, for 1, 2 and 3 workers."""
     run("memory", Options(_note, rounds, size, servers=servers), json)
+
+
+@app.command("replicas")
+def _replicas(transport: Where = None, rounds: Rounds = None, servers: Servers = 2, json: Json = False) -> None:
+    """A training step and a push of 16 MB with two copies of every shard, beside one."""
+    run("replicas", Options(_note, rounds, transport=transport, servers=servers), json)
+
+
+@app.command("snapshot")
+def _snapshot(rounds: Rounds = None, servers: Servers = 2, json: Json = False) -> None:
+    """500 MB written while a worker trains, and restored by three servers, beside a plain write and read."""
+    run("snapshot", Options(_note, rounds, servers=servers), json)
+
+
+@app.command("recovery")
+def _recovery(rounds: Rounds = None, json: Json = False) -> None:
+    """How long the death of a server or worker stops training, and what deaths cost in the long run."""
+    run("recovery", Options(_note, rounds), json)
 
 
 @app.command("all")

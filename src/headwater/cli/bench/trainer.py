@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,13 +25,14 @@ HYPER: dict[str, Any] = {"lr": 3e-4, "weight_decay": 0.1}
 class Trainer:
     """The child's side. ``model`` is ``module:function`` of something that makes a ``transformers`` configuration."""
 
-    def __init__(self, rank: int, world: int, store: str, model: str, size: str) -> None:
+    def __init__(self, rank: int, world: int, store: str, model: str, size: str, kinds: Sequence[str] = KINDS) -> None:
         torch.set_num_threads(1)
         self._rank = rank
         gloo.join(rank, world, store)
-        models = {kind: build(model, size) for kind in KINDS}
-        self._parameters: int = sum(parameter.numel() for parameter in models["none"].parameters())
-        self._vocabulary: int = models["none"].config.vocab_size
+        models = {kind: build(model, size) for kind in kinds}
+        first = models[kinds[0]]
+        self._parameters: int = sum(parameter.numel() for parameter in first.parameters())
+        self._vocabulary: int = first.config.vocab_size
         self._steps = {kind: stepper(kind, made) for kind, made in models.items()}
 
     def parameters(self) -> int:
