@@ -17,6 +17,7 @@ from headwater.testing.oracles import Ledger, Violation
 from headwater.testing.scenario import MODES, scenario
 
 SEEDS = 2000
+PARTS = 4  # tests, so that each has its own two minutes on a busy machine
 EVENTS = 500  # per run, at least
 
 
@@ -28,13 +29,15 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def test_two_thousand_seeds() -> None:
-    tally = battery.spread(0, SEEDS, jobs=2)
-    assert tally.runs == SEEDS
+@pytest.mark.parametrize("part", range(PARTS))
+def test_two_thousand_seeds(part: int) -> None:
+    each = SEEDS // PARTS
+    tally = battery.spread(part * each, (part + 1) * each, jobs=2)
+    assert tally.runs == each
     assert not tally.violations, f"{tally}\nmore: python -m headwater.testing.battery --seed {tally.violations[0][0]}"
-    assert tally.events >= SEEDS * EVENTS
-    assert tally.acknowledged >= 20 * SEEDS
-    assert tally.excused < 0.02 * SEEDS
+    assert tally.events >= each * EVENTS
+    assert tally.acknowledged >= 20 * each
+    assert tally.excused < 0.02 * each
     assert set(tally.faults) >= {"kill", "vanish", "stop", "isolate", "deaf", "mute", "cut", "before_put", "after_put"}
     assert tally.faults["kill"] + tally.faults["vanish"] >= 300
 

@@ -19,7 +19,7 @@ from headwater.testing.times import Meter
 from headwater.wire import messages as m
 from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
 
-TICK = 0.05  # seconds between ticks of a loop
+TICK = 0.1  # seconds between ticks of a loop, as the real one
 ADDRESS = "sim://coordinator"
 
 

@@ -67,7 +67,7 @@ def scenario(seed: int, mode: str | None = None) -> Scenario:
     servers = random.choice((2, 3, 3, 4))
     workers = random.choice((1, 2, 2, 3))
     replicas = 3 if servers > 2 and random.random() < 0.35 else 2
-    seconds = random.choice((1.0, 1.5, 2.0))
+    seconds = random.choice((0.8, 1.2, 1.6))
     return Scenario(
         seed,
         mode,
@@ -97,7 +97,7 @@ def harsh(seed: int, mode: str | None = None) -> Scenario:
         replicas=replicas,
         workers=random.choice((2, 3)),
         reader=False,
-        seconds=1.5,
-        plan=kills(random, 1.5),
+        seconds=1.2,
+        plan=kills(random, 1.2),
         pace=0.01,
     )
