@@ -17,6 +17,7 @@ Dial = Callable[[m.ShardView | None, Handler], Link]
 """Opens a link to a shard's server, or to the coordinator for ``None``."""
 
 AGAIN = 0.1  # seconds between two attempts to reach the coordinator
+ANSWER = 1.0  # seconds that a coordinator has to know this client again
 BRIEF = 2.0  # seconds of attempts where the coordinator does not come back after a crash
 
 
@@ -75,7 +76,7 @@ class Control:
             while not self._closed:
                 try:
                     session = self._connect()
-                    session.request(self._join, min(5.0, self._timeout))
+                    session.request(self._join, min(ANSWER, self._timeout))
                     self._session = session
                     return
                 except (LinkError, DeadlineExceeded) as again:

@@ -15,7 +15,7 @@ import msgspec
 from headwater.cluster import status
 from headwater.cluster.barriers import Barriers
 from headwater.cluster.dataplan import ALL, DataPlans
-from headwater.cluster.fleet import Fleet, Member, members_of
+from headwater.cluster.fleet import Fleet, Member, in_sync, members_of
 from headwater.cluster.membership import Member as Worker
 from headwater.cluster.membership import Membership
 from headwater.cluster.rules import Rules as Rules
@@ -41,6 +41,7 @@ from headwater.wire import messages as m
 from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
 
 WORKERS = 1  # a worker's heartbeats come as many times less often than a server's
+PAUSE = 0.5  # seconds between two ticks, which come ten times as often, that mean that this process was stopped
 GRACE = 1.5  # seconds after a restart in which servers may come back before others take over
 
 
@@ -79,7 +80,7 @@ class Coordinator:
         self.barriers = Barriers(self)
         self._draining: list[tuple[Asker, int]] = []
         self._settling = False  # after a restart, until the primaries have said what they had committed
-        self._since = self._now = now
+        self._since = self._now = self._ticked = now
         self._out: list[Instruction] = []
         self._changes: dict[str, bytes | None] = {}
         if state:
@@ -139,10 +140,13 @@ class Coordinator:
 
     def tick(self, now: float) -> list[Instruction]:
         """Time has passed."""
-        self._now = now
+        gap, self._now, self._ticked = now - self._ticked, now, now
+        if gap > PAUSE:  # this process stood still: nobody else was silent for that
+            self.fleet.forgive(gap)
+            self.membership.forgive(gap)
         for member in self.fleet.tick(now):
             self._bury(member)
-        if self._settling and (not self.fleet.missing() or now >= self.fleet.frozen_until):
+        if self._settling and (not self.fleet.missing() or self._waited_enough(now)):
             self._settled()
         if not self._settling:
             for worker, why in self.membership.lost_now(now):
@@ -241,10 +245,15 @@ class Coordinator:
     def _resumed(self, server: Member, hosted: tuple[m.Hosted, ...]) -> None:
         """A server that comes back says what it has; it is told its views, and what it may have missed."""
         for replica in hosted if self._settling else ():
-            for commit in replica.commits if replica.role == "primary" else ():
+            view = self.fleet.views.get(replica.shard)
+            synced = view is not None and server.number in {x.server for x in in_sync(view)}
+            said = replica.role == "primary" or (server.join.replayed and synced)
+            for commit in replica.commits if said else ():
                 self.tables.learned(commit)
         claims = {replica.shard for replica in hosted}
         for shard, view in self.fleet.views.items():
+            if shard in self.fleet.unpublished:
+                continue  # all who are in it will hear when it is durable
             if server.peer is not None and (shard in claims or server.number in members_of(view)):
                 self._notify(server.peer, view)
             if view.primary is not None and view.primary.server == server.number and not self._settling:
@@ -261,7 +270,8 @@ class Coordinator:
                 )
             if self._refusal is not None:
                 raise self._refusal
-            if not self.fleet.views or self._settling or self.tables.reviving:
+            waits = self.rules.ack == "disk" and bool(self._unserved())
+            if not self.fleet.views or self._settling or self.tables.reviving or waits:
                 self._joining.append((asker, join))
                 return
             if join.role == "worker":
@@ -317,7 +327,7 @@ class Coordinator:
         return [view for shard, view in self.fleet.views.items() if not (members_of(view) - learners[shard]) & up]
 
     def _refuse_if_unserved(self, shard: int | None = None) -> None:
-        for view in self._unserved():
+        for view in self._unserved() if self.rules.ack != "disk" else ():  # its log may come back
             if shard not in (None, view.shard):
                 continue
             server = view.primary.server if view.primary is not None else -1
@@ -380,7 +390,8 @@ class Coordinator:
                 self._notify(peer, new)
         for number in members_of(old) - members_of(new):
             self._forget_if_gone(number)
-        if old.primary != new.primary:
+        if old.primary != new.primary or new.shard in self.fleet.reborn:
+            self.fleet.reborn.discard(new.shard)
             self._do(self.snapshots.moved(new.shard, self._now))
             self._brief(new)
 
@@ -389,6 +400,10 @@ class Coordinator:
         self.tables.brief(view.shard)
         if self.membership.epoch:
             self.tell(view.shard, self._members())
+
+    def _waited_enough(self, now: float) -> bool:
+        """With logs on disks nobody is missing for good as long as nobody else has what it knows."""
+        return now >= self.fleet.frozen_until and (self.rules.ack != "disk" or self.fleet.served())
 
     def _settled(self) -> None:
         """After a restart: what one shard has committed, all commit; then the membership may change."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from headwater.errors import ClusterError, UsageError
+from headwater.errors import ClusterError, StateCorrupt, UsageError
 from headwater.wire import messages as m
 
 SILENCE = 1.0  # seconds without a heartbeat until another server takes over
@@ -53,6 +53,7 @@ class Fleet:
         self.servers: dict[int, Member] = {}
         self.views: dict[int, m.View] = {}
         self.frozen_until = 0.0  # after a restart nobody is declared dead before the servers could come back
+        self.reborn: set[int] = set()  # shards whose primary is the same server, and a new process
         self._next = 0
         self._changed: dict[int, m.View] = {}  # by shard: the view before the first change of this turn
 
@@ -73,8 +74,34 @@ class Fleet:
             raise ClusterError(
                 f"server {join.server} is another process now, or is not known here; join as a new server"
             )
+        if join.replayed:
+            self._check_logs(join)
         known.peer, known.join, known.heard, known.alive = peer, join, now, True
+        if join.replayed:
+            self._replayed(known)
         return known
+
+    def _check_logs(self, join: m.Join) -> None:
+        held = {replica.shard for replica in join.hosted}
+        for shard, view in self.views.items():
+            if join.server in {x.server for x in in_sync(view)} and shard not in held:
+                raise StateCorrupt(f"server {join.server} comes back without the log of shard {shard}, which it held")
+
+    def _replayed(self, member: Member) -> None:
+        """A new process with what an old one had put on its disk; it listens elsewhere.
+
+        As a primary it may lack records that a backup has, and the other way round: it begins a new epoch alone, and
+        the others must find out whether they are in sync with it. As a backup it has all that it ever accepted.
+        """
+        here, number = member.endpoint, member.number
+        for view in list(self.views.values()):
+            if view.primary is not None and view.primary.server == number:
+                self.reborn.add(view.shard)
+                self._change(view, primary=here, backups=(), learners=(*view.backups, *view.learners))
+            elif number in members_of(view):
+                backups = tuple(here if x.server == number else x for x in view.backups)
+                learners = tuple(here if x.server == number else x for x in view.learners)
+                self._change(view, backups=backups, learners=learners)
 
     def heard(self, server: int, report: m.Heartbeat, now: float) -> None:
         """A heartbeat. A server that was only slow is alive again; views that went on without it stay as they are."""
@@ -107,6 +134,12 @@ class Fleet:
         for member in dead:
             member.alive = False
         return dead
+
+    def forgive(self, seconds: float) -> None:
+        """These seconds count for nobody: nobody could be heard."""
+        self.frozen_until += seconds
+        for member in self.servers.values():
+            member.heard += seconds
 
     def synced(self, message: m.Synced, sender: int) -> None:
         """The primary says that a learner has everything."""
@@ -272,6 +305,16 @@ class Fleet:
     def next_number(self) -> int:
         return self._next
 
+    @property
+    def unpublished(self) -> set[int]:
+        """Shards whose view has changed since the last ``plan``."""
+        return set(self._changed)
+
+    def served(self) -> bool:
+        """Whether of every shard somebody is connected who is in sync."""
+        peers = {n for n, s in self.servers.items() if s.peer is not None}
+        return all(peers & {x.server for x in in_sync(view)} for view in self.views.values())
+
     def missing(self) -> list[int]:
         """Primaries that have not come back after a restart."""
         return [
@@ -283,3 +326,8 @@ class Fleet:
 def members_of(view: m.View) -> set[int]:
     """The servers in a view."""
     return {x.server for x in (*([view.primary] if view.primary else []), *view.backups, *view.learners)}
+
+
+def in_sync(view: m.View) -> tuple[m.Endpoint, ...]:
+    """Those in a view who have all that is acknowledged."""
+    return (*([view.primary] if view.primary else []), *view.backups)

@@ -137,6 +137,12 @@ class Membership:
         if member is not None:
             member.heard, member.report = now, report
 
+    def forgive(self, seconds: float) -> None:
+        """These seconds count for nobody: nobody could be heard."""
+        for member in [*self.workers.values(), *self.readers.values()]:
+            member.heard += seconds
+            member.gone = None if member.gone is None else member.gone + seconds
+
     def lost_now(self, now: float) -> list[tuple[Member, str]]:
         """Members to give up: silent for too long, or gone and not back. With the reason."""
         found = []

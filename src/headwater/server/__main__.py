@@ -15,13 +15,24 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.cluster.membership import HEARTBEAT
 from headwater.cluster.snapshots import Restored
-from headwater.errors import AuthenticationFailed, HeadwaterError, LinkBroken, LinkError
+from headwater.errors import (
+    AuthenticationFailed,
+    ClusterError,
+    HeadwaterError,
+    LinkBroken,
+    LinkError,
+    StateCorrupt,
+    UsageError,
+)
 from headwater.server import COORDINATOR
 from headwater.server.hosts import Halt
 from headwater.server.loop import Loop, listen
@@ -32,6 +43,10 @@ from headwater.transports.stream import connect
 from headwater.wire import messages as m
 from headwater.wire.auth import token_from_environment
 from headwater.wire.frames import Dial, Frame, Kind, encode
+
+if TYPE_CHECKING:  # a coordinator holds no tensors and does not load torch
+    from headwater.server.disk import Folder
+    from headwater.server.server import Server
 
 log = logging.getLogger("headwater")
 
@@ -89,6 +104,8 @@ def run_coordinator(args: argparse.Namespace, token: bytes | None) -> None:
     from headwater.server.snapshots.keeper import Keeper
 
     asked = addresses.parse(args.listen)
+    if args.ack == "disk" and not args.state:
+        raise UsageError("ack=disk is for a cluster that comes back: name a folder for the coordinator too (--state)")
     store = SqliteStore(args.state) if args.state else None
     rules = Rules(
         args.servers, args.shards, args.replicas, args.min_copies, args.ack, args.silence, args.worker_silence,
@@ -121,10 +138,12 @@ def _begin_with(folder: str | None, state: Mapping[str, bytes]) -> Restored | No
 
 
 def run_server(args: argparse.Namespace, token: bytes | None) -> None:
+    from headwater.server.disk import Folder
     from headwater.server.hosts import Heart, ServerHost
     from headwater.server.node import Setting
     from headwater.server.server import Server
 
+    folder = Folder(Path(args.data)) if args.data else None
     asked = addresses.parse(args.listen)
     tcp = listen(asked, token)
     host = addresses.host_identity()
@@ -135,16 +154,23 @@ def run_server(args: argparse.Namespace, token: bytes | None) -> None:
         "server", secrets.randbits(63), host, os.getpid(), address=args.advertise or _bound(tcp, asked),
         local=local and f"local://{local}",
     )  # fmt: skip
-    control, welcome, early = _join(coordinator, token, join)
     loop: Loop
-    server = Server(
-        Setting(
-            welcome.server, welcome.shards, welcome.min_copies, share=bool(host),
-            host="" if os.environ.get("HEADWATER_TRANSPORT") == "tcp" else host,
-            checked=os.environ.get("HEADWATER_CHECKSUM") == "1", available=memory.available_memory,
-            detach=lambda shard, table, ranges: loop.detach(shard, table, ranges),
-        )
-    )  # fmt: skip
+
+    def make(welcome: m.Welcome) -> Server:
+        return Server(
+            Setting(
+                welcome.server, welcome.shards, welcome.min_copies, share=bool(host),
+                host="" if os.environ.get("HEADWATER_TRANSPORT") == "tcp" else host,
+                checked=os.environ.get("HEADWATER_CHECKSUM") == "1", available=memory.available_memory,
+                detach=lambda shard, table, ranges: loop.detach(shard, table, ranges),
+                data=folder.path if folder is not None and welcome.ack == "disk" else None,
+            )
+        )  # fmt: skip
+
+    def enter(join: m.Join) -> _Entered:
+        return _join(coordinator, token, join)
+
+    server, join, (control, welcome, early) = _enter(folder, join, make, enter)
     serving = ServerHost(server, join, welcome, args.coordinator, lambda: loop.stop())
     loop = Loop(serving, token, lambda dial: _reach(dial, host, token))
     loop.serve(tcp)
@@ -154,6 +180,9 @@ def run_server(args: argparse.Namespace, token: bytes | None) -> None:
     loop.send(serving.tick(time.monotonic()))
     for frame, _ in early:
         loop.send(server.receive(COORDINATOR, frame))
+    if welcome.ack == "disk":
+        loop.sync = serving.sync
+        loop.send(serving.sync())
     Heart(serving, lambda: connect(coordinator, token, DIAL), welcome.heartbeat).start()
     loop.stop_on_signals()
     _announce(args.ready_fd, join.address, server=welcome.server)
@@ -164,15 +193,44 @@ def run_server(args: argparse.Namespace, token: bytes | None) -> None:
         print(f"headwater server: Drained: server {welcome.server} holds nothing any more", file=sys.stderr)
 
 
+def _enter(
+    folder: Folder | None, join: m.Join, make: Callable[[m.Welcome], Server], enter: Callable[[m.Join], _Entered]
+) -> tuple[Server, m.Join, _Entered]:
+    """Join the cluster: as the server whose log is in the folder, if the cluster still knows it, else as a new one."""
+    from headwater.server.disk import Identity
+
+    known = folder.identity() if folder is not None else None
+    if folder is not None and known is not None:
+        server = make(known.welcome)
+        server.replay(folder.shards())
+        number = known.welcome.server
+        back = msgspec.structs.replace(
+            join, session=known.session, resume=True, server=number, hosted=server.hosted(), replayed=True
+        )
+        try:
+            return server, back, enter(back)
+        except StateCorrupt:
+            raise
+        except ClusterError as error:
+            log.warning("%s; its log is put aside, into %s", error, folder.path / "before")
+    entered = enter(join)
+    if entered[1].ack == "disk":
+        if folder is None:
+            raise UsageError("this cluster acknowledges what is on disk (ack=disk): name a folder for the log (--data)")
+        folder.claim(Identity(join.session, entered[1]))
+    return make(entered[1]), join, entered
+
+
 def _reach(dial: Dial, host: str, token: bytes | None) -> socket.socket:
     """Another server, or the coordinator: over a unix socket where both are on one host."""
     same = bool(dial.local) and dial.host == host and os.environ.get("HEADWATER_TRANSPORT") != "tcp"
     return connect(addresses.parse(dial.local if same else dial.address), token, DIAL)
 
 
-def _join(
-    coordinator: addresses.Address, token: bytes | None, join: m.Join
-) -> tuple[socket.socket, m.Welcome, list[Arrived]]:
+_Entered = tuple[socket.socket, m.Welcome, list[Arrived]]
+
+
+def _join(coordinator: addresses.Address, token: bytes | None, join: m.Join) -> _Entered:
     """Join, however often it takes: the coordinator may be just coming up, or coming back."""
     deadline = time.monotonic() + JOIN
     while True:

@@ -301,9 +301,9 @@ class Clients:
     def send(self, s: e.Send) -> list[Outgoing]:
         """Values: a grant where the client maps them, else one DATA frame per block."""
         peer = self._peers.get(s.session)
-        if peer is None:
+        kept = self._kept.get(s.table)
+        if peer is None or kept is None:
             return []
-        kept = self._kept[s.table]
         self.pulled_bytes += s.length
         if s.table in self._links[peer].shared:
             return self._to(s.session, self._data(s, Flag.SHARED | Flag.END, s.start, s.length))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from headwater.cluster.placement import Block
+from headwater.errors import ProtocolError
 from headwater.server import records as r
 from headwater.server import state as s
 from headwater.server.lending import Buffer, Lending
@@ -75,12 +76,12 @@ class Followers:
         shard.followed(request.server, follower.accepted)
         out = [Outgoing(peer, self._reply(whole, follower.accepted))]
         if whole:
-            out += self._state(follower)
+            out += self.state(follower)
         else:
             follower.synced = True
         for record in shard.log.pending:
             if record.lsn > follower.accepted:
-                out += self._record(peer, record)
+                out += self.record(peer, record)
         return out + self.synced_again(view)
 
     def _reply(self, whole: bool, lsn: int) -> Frame:
@@ -99,10 +100,10 @@ class Followers:
         """A record to everyone who follows."""
         out: list[Outgoing] = []
         for peer in self.by_peer:
-            out += self._record(peer, record)
+            out += self.record(peer, record)
         return out
 
-    def _record(self, peer: int, record: Record, kind: Kind = Kind.RECORD, flags: int = 0) -> list[Outgoing]:
+    def record(self, peer: int, record: Record, kind: Kind = Kind.RECORD, flags: int = 0) -> list[Outgoing]:
         self.shard.materialise(record)
         follower = self.by_peer[peer]
         buffer = self.lending.of(record.gradient) if follower.shared and follower.synced else None
@@ -146,11 +147,16 @@ class Followers:
         follower = self.by_peer.get(peer)
         if follower is None:
             return None, []
+        if frame.lsn > self.shard.log.last or frame.seq > follower.sent:
+            raise ProtocolError(
+                f"server {follower.server} has accepted record {frame.lsn} and {frame.seq} blocks, but was sent "
+                f"records to {self.shard.log.last} and {follower.sent} blocks"
+            )
         follower.accepted = max(follower.accepted, frame.lsn)
         follower.arrived = max(follower.arrived, frame.seq)
         follower.waits_since = None
         self.suspected.pop(follower.server, None)
-        out = self._more(follower)
+        out = self.more(follower)
         if frame.flags & Flag.END and not follower.synced:
             follower.synced = True
             out.append(self.synced(follower))
@@ -164,7 +170,7 @@ class Followers:
 
     # ---- state -----------------------------------------------------------------------------------
 
-    def _state(self, follower: Follower) -> list[Outgoing]:
+    def state(self, follower: Follower) -> list[Outgoing]:
         shard = self.shard
         sessions = tuple(
             s.SessionState(x.number, x.rank, x.members, tuple(x.done.items()))
@@ -178,11 +184,11 @@ class Followers:
                 kept = Record(shard.lsn, p.body, contributions=p.sources, divide=p.divide)
                 if not p.body.ranges or (p.divide == 1 and len(p.sources) == 1 and p.sources[0].base == 0):
                     kept.gradient, kept.contributions = (p.sources[0].gradient if p.sources else None), None
-                out += self._record(follower.peer, kept, Kind.STATE, Flag.WANT)
+                out += self.record(follower.peer, kept, Kind.STATE, Flag.WANT)
                 if kept.gradient is not None:
                     p.sources, p.divide = kept.sources(p.body.ranges), 1
         follower.state = iter([(t, b.local, b.local + b.size) for t in shard.tables for b in self.blocks(t) if b.size])
-        return out + self._more(follower)
+        return out + self.more(follower)
 
     def _tell(self, peer: int, body: s.State, flags: int = 0, payload: memoryview | None = None) -> Outgoing:
         shard = self.shard
@@ -195,7 +201,7 @@ class Followers:
                 frame.check = checksum(payload)
         return Outgoing(peer, frame)
 
-    def _more(self, follower: Follower) -> list[Outgoing]:
+    def more(self, follower: Follower) -> list[Outgoing]:
         """The next blocks, as they are now."""
         out: list[Outgoing] = []
         while follower.state is not None and follower.sent - follower.arrived < CREDITS:
@@ -246,6 +252,13 @@ class Followers:
         if follower is not None and follower.server in {x.server for x in (*view.backups, *view.learners)}:
             self.absent[follower.server] = now
         return follower
+
+    def forgive(self, seconds: float) -> None:
+        """This server stood still: its followers could not be heard."""
+        self.absent = {server: since + seconds for server, since in self.absent.items()}
+        for follower in self.by_peer.values():
+            if follower.waits_since is not None:
+                follower.waits_since += seconds
 
     def overdue(self, now: float, patience: float) -> list[tuple[int, int | None, str]]:
         """Servers that should be let go: (server, peer or None, why)."""

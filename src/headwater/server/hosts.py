@@ -168,6 +168,10 @@ class ServerHost:
     def work(self) -> list[Instruction]:
         return self._server.work()
 
+    def sync(self) -> list[Instruction]:
+        """Once per turn of the loop."""
+        return self._server.sync()
+
     def dialed(self, key: int, peer: int | None) -> list[Instruction]:
         if key != COORDINATOR:
             return self._server.dialed(key, peer)
@@ -179,6 +183,7 @@ class ServerHost:
         join = m.Join(
             "server", self._join.session, self._join.host, self._join.pid, address=self._join.address,
             local=self._join.local, resume=True, server=self._server.setting.server, hosted=self._server.hosted(),
+            replayed=self._server.replayed,
         )  # fmt: skip
         return [Outgoing(COORDINATOR, Frame(Kind.REQUEST, seq=1, body=m.pack(join)))]
 

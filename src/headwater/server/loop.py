@@ -108,6 +108,7 @@ class Loop:
     """Serves ``host`` on the listening sockets until ``stop`` or a signal.
 
     ``connector`` opens and authenticates a connection for a ``Dial``; it may block, in a thread of its own.
+    ``sync`` is called once per turn: what the turn's frames have in common is done there.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Loop:
         self._next_peer = 1
         self._stopping = False
         self._spins = False
+        self.sync: Callable[[], list[Instruction]] | None = None
         self._connector = connector
         self._dials: queue.SimpleQueue[tuple[int, socket.socket | None]] = queue.SimpleQueue()
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -167,6 +169,8 @@ class Loop:
                     next_tick = now + TICK
                     self._expire(now)
                     self.send(self.host.tick(now))
+                if self.sync is not None:
+                    self.send(self.sync())
         finally:
             self._close_all()
 
@@ -404,6 +408,8 @@ class Loop:
             signal.set_wakeup_fd(-1)
         for sock in [*self._listeners.values(), *(c.sock for c in self._by_fd.values())]:
             sock.close()
+        for connection in self._by_fd.values():
+            connection.receiver.close()
         self._by_fd.clear()
         self._by_peer.clear()
         self._epoll.close()

@@ -6,6 +6,7 @@ connection, to the primary (``upstream.py``).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import torch
 
-from headwater.cluster.placement import BLOCK, PAGE, Block, layout
+from headwater.cluster.placement import BLOCK, PAGE, Block, check_table, layout
 from headwater.errors import ClusterError, HeadwaterError, NotEnoughMemory, ProtocolError, StaleEpoch
 from headwater.server import COORDINATOR
 from headwater.server import events as e
 from headwater.server.clients import Clients, Kept
+from headwater.server.disk import DISK, DiskLog
 from headwater.server.followers import PATIENCE, Followers
 from headwater.server.lending import Lending
 from headwater.server.shard import Shard
@@ -32,6 +34,9 @@ from headwater.types import TableSpec
 from headwater.wire import messages as m
 from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
 
+log = logging.getLogger("headwater")
+
+PAUSE = 0.5  # seconds between two ticks, which come more often, that mean that this process was stopped
 AGAIN = 0.1  # seconds until a follower looks for its primary again
 
 
@@ -49,7 +54,8 @@ class Setting:
 
     ``share``: keep values in memfds so that clients of this host can map them. ``available`` tells the bytes
     of memory that may still be taken. ``detach(table, ranges)`` is called before values are overwritten.
-    ``threads``: snapshots are copied and written by threads of their own, else by ``work``.
+    ``data``: the folder for logs, where an acknowledgement waits for the disk. ``threads``: snapshots are copied and
+    written by threads of their own, else by ``work``.
     """
 
     server: int = 0
@@ -62,6 +68,7 @@ class Setting:
     available: Callable[[], int] = _unlimited
     detach: Callable[[int, int, tuple[tuple[int, int], ...]], None] = lambda shard, table, ranges: None
     threads: bool = True
+    data: Path | None = None
 
 
 class Node:
@@ -78,6 +85,8 @@ class Node:
         self.followers = Followers(
             self.shard, lambda table: self._kept[table].blocks, self.lending, setting.host, setting.checked
         )
+        data = setting.data
+        self.disk = None if data is None else DiskLog(data, self.shard, lambda table: self._kept[table].blocks)
         self.part = Part(self.shard, threads=setting.threads)
         self.shard.applied = self.part.due
         self.upstream: Upstream | None = None
@@ -111,7 +120,9 @@ class Node:
             out += self._hang_up()
             backups = {x.server for x in new.backups}
             blocked = 1 + len(backups) < self._setting.min_copies
-            out += self.take(self.shard.lead(new.epoch, backups, blocked))
+            if self.disk is not None:
+                backups.add(DISK)
+            out += self._lead(new.epoch, backups, blocked)
             out += self.followers.adopt(new, self._now)
             here = backups | {f.server for f in self.followers.by_peer.values()}
             for server in [s for s in self.shard.log.required if s not in here]:
@@ -124,6 +135,16 @@ class Node:
         if self.role and self.upstream is None and not self.dialing:
             out += self._dial()
         return out
+
+    def _lead(self, epoch: int, waited: set[int], blocked: bool) -> list[Instruction]:
+        first = not self.shard.primary
+        if first and self.disk is not None:
+            self.disk.sync()  # what this replica has applied it may acknowledge
+        out = self.shard.lead(epoch, waited, blocked)
+        if first and self.disk is not None:
+            self.disk.mark()
+            self.disk.sync()
+        return list(self.take(out))
 
     def _dismiss(self, new: m.View) -> list[Instruction]:
         """No primary, or not any more."""
@@ -155,12 +176,15 @@ class Node:
         if peer is None:
             self._retry = self._now + AGAIN
             return []
-        self.upstream = Upstream(self.shard, peer, self._setting.server, self.shard.epoch, self._setting.host)
+        setting = self._setting
+        self.upstream = Upstream(self.shard, peer, setting.server, self.shard.epoch, setting.host, self.disk)
         return [self.upstream.follow(self.shard.lsn)]
 
     def tick(self, now: float) -> list[Instruction]:
         """Time has passed: give up on followers that do not answer, look for the primary again."""
-        self._now = now
+        gap, self._now = now - self._now, now
+        if gap > PAUSE:
+            self.followers.forgive(gap)
         out: list[Instruction] = []
         if self.leads:
             for server, peer, why in self.followers.overdue(now, self._setting.patience):
@@ -260,12 +284,28 @@ class Node:
         self._retry = self._now + AGAIN
         return out
 
-    def work(self) -> None:
+    def work(self) -> list[Instruction]:
         """Apply what was accepted."""
+        out: list[Instruction] = []
         if self.upstream is not None:
             self.upstream.work()
+            if self.upstream.broken is not None:
+                log.warning("shard %d follows no more: %s", self.shard.number, self.upstream.broken)
+                out = self._lost_primary()
         if not self._setting.threads:
             self.part.advance()
+        return out
+
+    def sync(self) -> list[Instruction]:
+        """Put the log on the disk, and count what is there; called once per turn."""
+        if self.disk is None:
+            return []
+        self.disk.sync()
+        out: list[Instruction] = []
+        if self.leads:
+            out += self.take(self.shard.accepted(DISK, self.disk.written))
+        self.disk.step()
+        return out if self.upstream is None else [*out, *self.upstream.synced()]
 
     def closed(self, peer: int) -> list[Instruction]:
         """A connection ended."""
@@ -325,6 +365,7 @@ class Node:
         return Outgoing(COORDINATOR, Frame(Kind.ERROR, shard=self.shard.number, seq=table, body=body))
 
     def _check_room(self, spec: TableSpec) -> None:
+        check_table(spec)
         segments = layout(spec, self._setting.shards).segments[self.shard.number]
         needed, free = state_bytes(spec, segments), self._setting.available()
         if needed > free:
@@ -358,13 +399,14 @@ class Node:
     # ---- memory of the tables ----------------------------------------------------------------------
 
     def size(self, spec: TableSpec) -> int:
+        check_table(spec)
         return layout(spec, self._setting.shards).sizes[self.shard.number]
 
     def create(self, number: int, spec: TableSpec) -> Table:
         """Memory for a table. Raises ``NotEnoughMemory``."""
+        self._check_room(spec)
         plan = layout(spec, self._setting.shards)
         segments, size = plan.segments[self.shard.number], plan.sizes[self.shard.number]
-        self._check_room(spec)
         kept = self._kept[number] = self._allocate(spec, plan.blocks_of(self.shard.number), size)
         alone = len(plan.participants) == 1
         table = Table(number, spec, segments, kept.values, alone=alone, versions=kept.versions)
@@ -427,6 +469,8 @@ class Node:
             elif isinstance(x, e.Send):
                 out += self.clients.send(x)
             elif isinstance(x, e.Replicate):
+                if self.disk is not None:
+                    self.disk.append(x.record)
                 out += self.followers.send(x.record)
             else:
                 out += self._take_rare(x)

@@ -36,6 +36,7 @@ class Memory(Protocol):
 
 
 _BYTES = torch.uint8
+_OF_TABLES = (r.Update, Commit, r.Prepare, r.Values, r.SetSlots)
 
 Observer = Callable[["Replica", Record], None]
 
@@ -94,7 +95,10 @@ class Replica:
         """Take the next record. Instructions follow from it at a primary only."""
         self.lsn = record.lsn
         body = record.body
+        void = isinstance(body, _OF_TABLES) and body.table not in self.tables
         match body:
+            case _ if void:
+                """The table was dropped while this was on its way; so it is on every replica."""
             case r.Update():
                 self._update(record, body)
             case Commit():
@@ -120,6 +124,9 @@ class Replica:
             self.applied()
 
     def _begin(self, body: r.Begin) -> None:
+        if body.table in self.tables:  # the coordinator asked again before the first was applied
+            self._emit(e.Created(body.table, self.tables[body.table].dense.nbytes))
+            return
         table = self._memory.create(body.table, body.spec)
         if not body.restore:
             table.dense.initialise()

@@ -50,14 +50,19 @@ class Server:
         """A connection's first frame says which shard it is for."""
         if frame.kind == Kind.NOTICE:  # another server that has dialed in vain says goodbye
             return []
-        request = m.unpack_request(frame.body) if frame.kind == Kind.REQUEST else None
-        if not isinstance(request, m.Open | m.Follow):
+        try:
+            request = m.unpack_request(frame.body) if frame.kind == Kind.REQUEST else None
+        except ProtocolError:
             close_all(fds)
+            raise
+        if not isinstance(request, m.Open):
+            close_all(fds)
+        if not isinstance(request, m.Open | m.Follow):
             error = ProtocolError(f"{frame.kind.name} before a session was opened")
             return [Outgoing(peer, Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(error)), close=True)]
         node = self.nodes.get(request.shard)
         if node is None:
-            close_all(fds)
+            close_all(fds if isinstance(request, m.Open) else ())
             stale = StaleEpoch(
                 f"shard {request.shard} is not on server {self.setting.server}; ask the coordinator where it is"
             )
@@ -90,9 +95,17 @@ class Server:
 
     def work(self) -> list[Instruction]:
         """What may come after the answers: followers apply what they have accepted."""
-        for node in self.nodes.values():
-            node.work()
-        return []
+        return self._noted([x for node in self.nodes.values() for x in node.work()])
+
+    def sync(self) -> list[Instruction]:
+        """Once per turn: what was logged meanwhile is put on the disk, at once for all of it, and counts."""
+        out: list[Instruction] = []
+        nodes = list(self.nodes.values()) if self.setting.data is not None else []
+        while True:
+            for node in nodes:
+                out += node.sync()
+            if not any(node.disk is not None and node.disk.dirty for node in nodes):
+                return self._noted(out)
 
     def _noted(self, instructions: list[Instruction]) -> list[Instruction]:
         """Remember which replica dials."""
@@ -123,6 +136,8 @@ class Server:
                 return []
             node = self.nodes[view.shard] = Node(view.shard, self.setting, self._keys)
             node.tick(self._now)
+            if node.disk is not None:
+                node.disk.begin()
         out = node.adopt(view)
         if not node.role and node.view.epoch == view.epoch:
             del self.nodes[view.shard]
@@ -130,11 +145,27 @@ class Server:
                 self._retired[0] + node.clients.pushed_bytes, self._retired[1] + node.clients.pulled_bytes
             )  # fmt: skip
             node.close()
+            if node.disk is not None:
+                node.disk.remove()
         return out
+
+    def replay(self, shards: list[int]) -> None:
+        """Begin with what is on this server's disk. Raises ``StateCorrupt``."""
+        for shard in shards:
+            node = Node(shard, self.setting, self._keys)
+            if node.disk is not None and node.disk.replay():
+                self.nodes[shard] = node
+            else:
+                node.close()
 
     def ready_again(self) -> list[Instruction]:
         """For a coordinator that has forgotten: steps that wait for its verdict."""
         return [x for node in self.nodes.values() for x in node.ready_again()]
+
+    @property
+    def replayed(self) -> bool:
+        """Whether the coordinator has not yet answered to what was on this server's disk."""
+        return any(node.view.epoch == 0 for node in self.nodes.values())
 
     def hosted(self) -> tuple[m.Hosted, ...]:
         return tuple(node.hosted() for node in self.nodes.values())

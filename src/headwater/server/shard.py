@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from headwater.cluster.tables import decide
-from headwater.errors import HeadwaterError, ProtocolError, SessionExpired, StaleEpoch, WorkerLost
+from headwater.errors import ClusterError, HeadwaterError, ProtocolError, SessionExpired, StaleEpoch, WorkerLost
 from headwater.server import events as e
 from headwater.server import records as r
 from headwater.server.log import Log
@@ -24,6 +24,7 @@ from headwater.types import Bulk, Version
 from headwater.wire.frames import Flag
 from headwater.wire.messages import Commit, Follow, Members, Ready, StepBody
 
+STRANGERS = 1 << 16  # sessions beyond those that the coordinator has named: more are refused
 LEND = 64 << 10  # bytes from which a push is worth a copy into memory that followers share
 
 Asked = TypeVar("Asked", e.Push, e.Pull)
@@ -42,6 +43,7 @@ class Shard(Replica):
         self.since = self.reign = self.before = self.base = 0
         self.log = Log()
         self._left: list[Record] = []  # proposed and not applied when this server stepped down
+        self._told = 0  # the membership epoch of the last record about it
         self._applying = False
 
     @property
@@ -58,6 +60,7 @@ class Shard(Replica):
             self.primary, self.since = True, epoch
             self.before, self.base, self.reign = self.reign, self.lsn, epoch
             self.log, self._left = Log(self.lsn), []
+            self._told = self.members.epoch
             for session in self.sessions.values():
                 session.seq, session.inflight = dict(session.done), 0
                 session.gradients.clear()
@@ -84,6 +87,11 @@ class Shard(Replica):
     def tail(self) -> int:
         """The last record that this replica knows: as the former primary, more than it has applied."""
         return self._left[-1].lsn if self._left else self.lsn
+
+    @property
+    def ahead(self) -> list[Record]:
+        """What this replica knows and has not applied."""
+        return [*self.log.pending, *self._left]
 
     def catch_up(self, lsn: int) -> None:
         """The new primary holds what this one had proposed up to ``lsn``; the rest is void."""
@@ -132,7 +140,8 @@ class Shard(Replica):
             case Commit():
                 self._decided(event)
             case Members():
-                if event != self.members:
+                if event.epoch > self._told:  # a coordinator that comes back repeats itself
+                    self._told = event.epoch
                     self.propose(event)
             case e.Create():
                 if event.table not in self.tables:
@@ -179,7 +188,8 @@ class Shard(Replica):
                 while (record := self.log.take()) is not None:
                     self.apply(record)
             finally:
-                self._applying = False
+                self._told = 0  # the membership epoch of the last record about it
+        self._applying = False
         out, self._out = self._out, []
         return out
 
@@ -188,6 +198,11 @@ class Shard(Replica):
     def check_open(self, event: e.Opened) -> None:
         """Raises ``ProtocolError`` or ``SessionExpired`` if this session cannot be opened; nothing has changed then."""
         known = self.sessions.get(event.session)
+        if known is None and len(self.sessions) >= len(self.members.sessions) + STRANGERS:
+            raise ClusterError(
+                f"shard {self.number} has {len(self.sessions)} sessions, most of which the coordinator does not know; "
+                "no more are opened before it has ended some"
+            )
         if known is not None and known.rank != event.rank:
             raise ProtocolError(f"session {event.session:016x} is of worker {known.rank}, not {event.rank}")
         listed = event.session in self.members.sessions or event.members >= self.members.epoch
@@ -269,6 +284,8 @@ class Shard(Replica):
     def _again(self, session: Session, table: Table, event: e.Push) -> None:
         """A duplicate: acknowledged again if it is applied, else the answer is still to come."""
         if event.seq > session.done.get(table.number, 0):
+            if table.bulk and event.members < table.gathering.lost:  # undone, and the word of it was lost on the way
+                raise WorkerLost(self.why_lost(event.clock))
             part = table.gathering.parts.get(session.rank)
             if part is not None and part.seq == event.seq and event.flags & Flag.WANT:
                 part.wants = True

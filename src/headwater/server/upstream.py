@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import TYPE_CHECKING
 
 import torch
 
-from headwater.errors import ProtocolError
+from headwater.errors import HeadwaterError, ProtocolError
 from headwater.server import records as r
 from headwater.server import state as s
 from headwater.server.records import Record
@@ -17,8 +18,15 @@ from headwater.wire import messages as m
 from headwater.wire.frames import Flag, Frame, Kind, Outgoing
 from headwater.wire.tensors import DTYPES
 
+if TYPE_CHECKING:
+    from headwater.server.disk import DiskLog
+
 AHEAD = 1 << 16  # records: how far the primary may be ahead of what is applied here
+BUFFERS = 2  # that a primary may lend for one table
 MOST = 16  # times the size of a block: values and slots of the most state-hungry optimizer
+
+# What the state machine raises for a record or a piece of state that does not fit it.
+_MISFITS = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
 
 
 class Upstream:
@@ -26,16 +34,23 @@ class Upstream:
 
     ``learning``: the state is still arriving, so a record is applied only when a block (or the end) says that
     the primary has applied it. Otherwise a record is accepted first and applied right after (``work``).
+    ``disk``: nothing is accepted before it is there (``synced``); a state, when all of it is.
     """
 
-    def __init__(self, shard: Shard, peer: int, server: int, epoch: int, host: str = "") -> None:
+    def __init__(
+        self, shard: Shard, peer: int, server: int, epoch: int, host: str = "", disk: DiskLog | None = None
+    ) -> None:
         self.shard = shard
         self.peer = peer
         self.learning = False
         self.ready = False  # the primary has answered
+        self.broken: HeadwaterError | None = None  # why what was accepted cannot be applied
         self._server = server
         self._epoch = epoch
         self._host = host
+        self._disk = disk
+        self._owed = False  # something waits for the disk to be accepted
+        self._arrived = False  # the state has, and is not all on the disk yet
         self._lent: dict[tuple[int, int], torch.Tensor] = {}  # the primary's buffers, by table and index
         self._received = shard.lsn
         self._blocks = 0
@@ -47,7 +62,7 @@ class Upstream:
     def follow(self, lsn: int) -> Outgoing:
         """Ask to follow from ``lsn`` on."""
         shard = self.shard
-        if shard.partial:  # what is here is no point of any log
+        if shard.partial or (self._disk is not None and not self._disk.whole):  # no point of any log
             lsn = -1
         body = m.pack(m.Follow(shard.number, self._epoch, self._server, lsn, shard.reign, shard.tail, self._host))
         return Outgoing(self.peer, Frame(Kind.REQUEST, shard=self.shard.number, seq=1, body=body))
@@ -56,31 +71,36 @@ class Upstream:
 
     def landing(self, frame: Frame) -> memoryview:
         """Where a payload of the primary goes. Raises ``ProtocolError`` before anything is allocated by its word."""
-        size = self._size(frame)
+        if not self.ready:
+            raise ProtocolError(f"{frame.kind.name} with a payload from a primary that has not answered")
+        size = self._size(frame.table)
         if frame.kind == Kind.STATE and not frame.flags & Flag.WANT:
             if frame.length > MOST * (size + 4096):
                 raise ProtocolError(f"{frame.length} bytes of state for a table of {size}; nothing was allocated")
             target = self._landed[id(frame)] = torch.empty(frame.length, dtype=torch.uint8)
             return s.view(target)
-        if frame.start + frame.length > size or not 0 <= frame.lsn - self.shard.lsn <= AHEAD:
+        next_ = frame.kind == Kind.STATE or frame.lsn == self._received + 1
+        if frame.start + frame.length > size or not (next_ and 0 <= frame.lsn - self.shard.lsn <= AHEAD):
             raise ProtocolError(f"record {frame.lsn} of bytes {frame.start}:{frame.start + frame.length} is not next")
         return s.view(self._buffer(frame.table, frame.lsn, size)[frame.start : frame.start + frame.length])
 
-    def _size(self, frame: Frame) -> int:
-        """Bytes of the frame's table on this shard; it may begin in a record that is not applied yet."""
-        table = self.shard.tables.get(frame.table)
+    def _size(self, number: int) -> int:
+        """Bytes of a table on this shard; it may begin in a record that is not applied yet."""
+        table = self.shard.tables.get(number)
         if table is not None:
             return table.size
         for record in self._queue:
-            if isinstance(record.body, r.Begin) and record.body.table == frame.table:
+            if isinstance(record.body, r.Begin) and record.body.table == number:
                 return self.shard.size_of(record.body.spec)
-        raise ProtocolError(f"{frame.kind.name} for table {frame.table}, which is not here")
+        raise ProtocolError(f"bytes for table {number}, which is not here")
 
     def _buffer(self, table: int, lsn: int, size: int) -> torch.Tensor:
         found = self._buffers.get(lsn)
         if found is None:
             free = self._free.get(table)
             found = self._buffers[lsn] = free.pop() if free else torch.zeros(size, dtype=torch.uint8)
+        if len(found) != size:
+            raise ProtocolError(f"record {lsn} is of one table with {len(found)} bytes, and of one with {size}")
         return found
 
     def _release(self, record: Record) -> None:
@@ -97,6 +117,8 @@ class Upstream:
         """A buffer of the primary's. Raises ``ProtocolError``."""
         if len(fds) != 1:
             raise ProtocolError(f"a buffer was lent with {len(fds)} descriptors beside it")
+        if not 0 <= request.index < BUFFERS or request.size != self._size(request.table):
+            raise ProtocolError(f"buffer {request.index} of {request.size} bytes was lent for table {request.table}")
         memory.verify(fds[0], request.size)
         region = memory.Region([memory.Piece(fds[0], 0, request.size)], writable=False)
         tensor = torch.frombuffer(region.buffer, dtype=torch.uint8)[: request.size]
@@ -105,7 +127,25 @@ class Upstream:
     # ---- frames ----------------------------------------------------------------------------------
 
     def receive(self, frame: Frame, fds: tuple[int, ...] = ()) -> list[Outgoing]:
-        """A frame of the primary."""
+        """A frame of the primary. Raises ``ProtocolError`` for what makes no sense here."""
+        try:
+            return self._receive(frame, fds)
+        except _MISFITS as error:
+            self._give_up()
+            raise ProtocolError(f"{frame.kind.name} {frame.lsn} does not fit: {type(error).__name__}: {error}") from None
+        except HeadwaterError:
+            if frame.kind == Kind.STATE:
+                self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        """What the primary says makes no sense: nothing more of it is applied, and what is here may be half of it."""
+        self._queue.clear()
+        self.shard.partial = self.shard.partial or self.ready
+
+    def _receive(self, frame: Frame, fds: tuple[int, ...]) -> list[Outgoing]:
+        if frame.kind != Kind.REPLY and not self.ready:
+            raise ProtocolError(f"{frame.kind.name} from a primary that has not answered")
         if frame.kind == Kind.REQUEST:
             request = m.unpack_request(frame.body)
             if not isinstance(request, m.Lend):
@@ -124,6 +164,8 @@ class Upstream:
         reply = m.unpack_reply(frame.body)
         if not isinstance(reply, m.Following):
             raise ProtocolError(f"a primary answered {type(reply).__name__} to a follower")
+        if self.ready or reply.lsn < 0 or reply.epoch < 0 or reply.since < 0:
+            raise ProtocolError(f"a primary answered {reply} to a follower")
         self.ready = True
         self.learning = reply.whole
         if not reply.whole:
@@ -131,6 +173,11 @@ class Upstream:
         self._received = reply.lsn
         self.shard.reign = reply.since
         self.shard.epoch = max(self.shard.epoch, reply.epoch)
+        if self._disk is not None:
+            if reply.whole:
+                self._disk.abandon()
+            else:
+                self._disk.mark()
         return []
 
     def _record(self, frame: Frame) -> list[Outgoing]:
@@ -144,8 +191,23 @@ class Upstream:
             if gradient is None:
                 raise ProtocolError(f"record {frame.lsn} in a buffer that was not lent")
         self._received = frame.lsn
-        self._queue.append(Record(frame.lsn, r.unpack(frame.body), gradient))
-        return [self._accept()]
+        record = Record(frame.lsn, r.unpack(frame.body), gradient)
+        self._queue.append(record)
+        if self._disk is None or self.learning:
+            return [self._accept()]
+        self._disk.append(record)
+        self._disk.write()
+        self._owed = True
+        return []
+
+    def synced(self) -> list[Outgoing]:
+        """What is on the disk now is accepted."""
+        done = self._arrived and self._disk is not None and self._disk.whole
+        if not self._owed and not done:
+            return []
+        self._owed = False
+        self._arrived = self._arrived and not done
+        return [self._accept(Flag.END if done else 0)]
 
     def _accept(self, flags: int = 0) -> Outgoing:
         shard = self.shard
@@ -154,8 +216,16 @@ class Upstream:
 
     def work(self) -> None:
         """Apply what was accepted; called when the acceptances are on their way."""
-        if not self.learning:
+        if self.learning or self.broken is not None:
+            return
+        try:
             self._apply(self._received)
+        except HeadwaterError as error:
+            self.broken = error
+        except _MISFITS as error:
+            self.broken = ProtocolError(f"a record does not fit this replica: {type(error).__name__}: {error}")
+        if self.broken is not None:
+            self._give_up()
 
     def _apply(self, upto: int) -> None:
         while self._queue and self._queue[0].lsn <= upto:
@@ -181,6 +251,8 @@ class Upstream:
     # ---- state -----------------------------------------------------------------------------------
 
     def _state(self, frame: Frame) -> list[Outgoing]:
+        if not self.learning:
+            raise ProtocolError("a piece of state for a follower that did not ask for it")
         if frame.flags & Flag.WANT:
             if frame.flags & Flag.END:
                 self._prepared(frame)
@@ -201,6 +273,10 @@ class Upstream:
                 for table in self.shard.tables.values():
                     table.have = None
                 self.learning = self.shard.partial = False
+                if self._disk is not None:
+                    self._disk.renew()
+                    self._arrived = True
+                    return []
                 return [self._accept(Flag.END)]
         return []
 

@@ -61,7 +61,7 @@ class Join(msgspec.Struct, frozen=True, tag="join"):
     """Become a member. ``session`` is the random incarnation that the process drew at its start.
 
     ``resume``: it was a member before its connection broke or the coordinator restarted. A server then says in
-    ``hosted`` what it holds.
+    ``hosted`` what it holds; ``replayed``: from its disk, as a new process.
     """
 
     role: str
@@ -75,6 +75,7 @@ class Join(msgspec.Struct, frozen=True, tag="join"):
     resume: bool = False
     server: int = -1  # servers that resume: the number they were given
     hosted: tuple[Hosted, ...] = ()
+    replayed: bool = False
 
 
 class Leave(msgspec.Struct, frozen=True, tag="leave"):
