@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -12,7 +12,7 @@ from headwater.errors import HeadwaterError
 from headwater.testing import FakeClock
 from headwater.types import Bulk, Init, OptimizerSpec, ParameterSpec, TableSpec
 from headwater.wire import messages as m
-from headwater.wire.frames import Frame, Kind, Outgoing
+from headwater.wire.frames import Dial, Frame, Instruction, Kind
 
 T = TypeVar("T", bound=msgspec.Struct)
 Heard = m.Reply | m.Notice | m.Request | HeadwaterError
@@ -37,6 +37,7 @@ class Script:
         self.clock = FakeClock(1000.0)
         self.coordinator = Coordinator(Rules(servers, **rules), self.clock())  # type: ignore[arg-type]
         self.heard: dict[int, list[Heard]] = {}
+        self.dials: list[Dial] = []
         self._seq = 0
         for shard in range(servers if joined else 0):
             self.start(shard)
@@ -63,8 +64,12 @@ class Script:
     def _send(self, peer: int, frame: Frame) -> None:
         self._note(self.coordinator.receive(peer, frame, self.clock()))
 
-    def hang_up(self, peer: int) -> None:
+    def hang_up(self, peer: int, *, listens: bool = False) -> None:
+        """A connection ends. Where it was a server's, the coordinator looks whether anybody ``listens`` there still."""
         self._note(self.coordinator.disconnected(peer, self.clock()))
+        dials, self.dials = self.dials, []
+        for dial in dials:
+            self._note(self.coordinator.dialed(dial.key, listens, self.clock()))
 
     def pass_time(self, seconds: float, alive: tuple[int, ...] = ()) -> None:
         """Half-second ticks; the peers in ``alive`` send heartbeats."""
@@ -81,14 +86,22 @@ class Script:
         else:
             self.tell(peer, m.Heartbeat())
 
-    def _note(self, outgoing: list[Outgoing]) -> None:
+    def restart(self, state: dict[str, bytes]) -> None:
+        """The coordinator's process is another one now; everybody's connection has ended."""
+        self.coordinator = Coordinator(self.coordinator.rules, self.clock(), state)
+        self.heard = {}
+
+    def _note(self, instructions: Sequence[Instruction]) -> None:
         readers: dict[Kind, Callable[[bytes], Heard]] = {
             Kind.REPLY: m.unpack_reply,
             Kind.NOTICE: m.unpack_notice,
             Kind.REQUEST: m.unpack_request,
             Kind.ERROR: m.read_error,
         }
-        for out in outgoing:
+        for out in instructions:
+            if isinstance(out, Dial):
+                self.dials.append(out)
+                continue
             self.heard.setdefault(out.peer, []).append(readers[out.frame.kind](out.frame.body))
 
     def take(self, peer: int) -> list[Heard]:
