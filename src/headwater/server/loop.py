@@ -253,7 +253,9 @@ class Loop:
             raise ProtocolError(f"{frame.kind.name} with descriptors, which only a request carries")
         if connection.stage == "open":
             self.send(self.host.receive(connection.peer, frame, fds))
-            self.send(self.host.work())
+            after = self.host.work()
+            if after:
+                self.send(after)
         else:
             self._handshake(connection, frame)
 

@@ -95,7 +95,11 @@ class Server:
 
     def work(self) -> list[Instruction]:
         """What may come after the answers: followers apply what they have accepted."""
-        return self._noted([x for node in self.nodes.values() for x in node.work()])
+        out: list[Instruction] = []
+        for node in self.nodes.values():
+            if node.upstream is not None:
+                out += node.work()
+        return self._noted(out) if out else out
 
     def sync(self) -> list[Instruction]:
         """Once per turn: what was logged meanwhile is put on the disk, at once for all of it, and counts."""

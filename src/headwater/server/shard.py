@@ -347,7 +347,10 @@ class Shard(Replica):
             squares = tuple(table.dense.square_norm(contributions, self._divide(table)))
         clock, members = gathering.clock + 1, gathering.members
         ready = Ready(table.number, self.number, clock, members, squares, skip)
-        ranges = r.union([span for c in contributions for span in c.ranges])
+        if len(contributions) == 1:
+            ranges = contributions[0].ranges
+        else:
+            ranges = r.union([span for c in contributions for span in c.ranges])
         # All run the same schedule; one that has just joined may still be at its beginning, and is not followed.
         groups = table.groups.get(min(gathering.ranks))
         table.groups = {}
