@@ -114,6 +114,34 @@ def test_a_newcomer_gets_the_state_while_pushes_go_on(
     assert worker.open(1, base=worker.seq + 1).seq == worker.seq
 
 
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_a_newcomer_gets_a_step_that_waits_for_its_verdict(optimizer: str) -> None:
+    ring = Ring(2, shards=2)
+    ring.adopt(0)
+    ring.begin(spec(Bulk(), optimizer, (200_000,)), ranks=(0, 1))
+    workers = [Worker(ring, rank) for rank in (0, 1)]
+    for worker in workers:
+        worker.open(0)
+        worker.push(worker.rank)
+    (ready,) = ring.heard(m.Ready)
+    ring.adopt(0, learners=[1])
+    assert ring.heard(m.Synced)
+    ring.adopt(0, backups=[1])
+    ring.kill(0)
+    ring.adopt(1)
+    assert ring.heard(m.Ready) == [ready]
+    ring.tell(1, m.Commit(1, 1, MEMBERS, False))
+    reference = Ring(1, shards=2)
+    reference.adopt(0)
+    reference.begin(spec(Bulk(), optimizer, (200_000,)), ranks=(0, 1))
+    for rank in (0, 1):
+        other = Worker(reference, rank)
+        other.open(0)
+        other.push(rank)
+    reference.tell(0, m.Commit(1, 1, MEMBERS, False))
+    assert ring.digest(1)[1] == reference.digest(0)[1]
+
+
 def test_a_learner_whose_connection_breaks_midway_begins_anew() -> None:
     ring = Ring(2)
     ring.adopt(0)
@@ -136,6 +164,47 @@ def test_a_learner_whose_connection_breaks_midway_begins_anew() -> None:
     ring.adopt(0, backups=[1])
     worker.push(1)
     assert ring.digest(0) == ring.digest(1)
+
+
+# ---- three servers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heir", [1, 2])
+def test_with_three_copies_all_must_have_it_and_either_backup_may_lead(heir: int) -> None:
+    ring = Ring(3)
+    ring.adopt(0, backups=[1, 2])
+    ring.begin(spec())
+    worker = Worker(ring)
+    worker.open(0)
+    ring.muted = {(2, 0)}
+    worker.push(1)
+    assert worker.acks() == [], "one of two is not all"
+    ring.muted = set()
+    ring.run()
+    assert worker.acks() == [1]
+    ring.muted = {(0, 2)}
+    last = worker.push(2)  # only server 1 has this one
+    ring.kill(0)
+    ring.muted = set()
+    other = 3 - heir
+    ring.adopt(heir, backups=[other])
+    ring.tick(0.5)
+    if ring.heard(m.Suspect):  # it knows more than its new primary: what it has is no point of this log
+        ring.adopt(heir, learners=[other])
+        ring.tick(0.5)
+        assert ring.heard(m.Synced)
+        ring.adopt(heir, backups=[other])
+    done = worker.open(heir, base=2).seq
+    assert done == (2 if heir == 1 else 1)
+    worker.again(last)
+    assert worker.acks() == [2]
+    worker.push(3)
+    assert worker.acks() == [3]
+    assert ring.digest(heir) == ring.digest(other)
+    reference, others = pair()
+    for seed in (1, 2, 3):
+        others.push(seed)
+    assert ring.digest(heir)[1] == reference.digest(0)[1], "each push once"
 
 
 # ---- a primary dies ----------------------------------------------------------------------------------
