@@ -531,3 +531,28 @@ def test_what_is_said_about_a_table_that_was_dropped_is_void(recorded: list[Said
     trial.town.carry(trial.town.primary(0), trial.town.primary(0).nodes[0].take(shard.handle(m.Members(0, (), 0))))
     trial.town.run()
     assert len(set(before.values())) == len(set(trial.town.digests().values()))
+
+
+def test_who_says_it_is_a_backup_and_lies_is_found_out(recorded: list[Said]) -> None:
+    """It has the token, so it is heard; the real backup comes back, and the copies agree again."""
+    trial = Trial(recorded)
+    town = trial.town
+    for seed in range(FIRST, FIRST + 60):
+        mutator = Mutator(seed, trial.strange)
+        chance, shard = mutator.chance, mutator.chance.choice((0, 2))
+        node = town.primary(shard).nodes[shard]
+        follow = m.Follow(shard, node.view.epoch, chance.choice((0, 1)), chance.choice((-1, 0, node.shard.lsn)), 1)
+        talk = [(Frame(Kind.REQUEST, 0, shard, seq=1, body=m.pack(follow)), b"")]
+        for _ in range(3):
+            flags, lsn, seq = chance.choice((0, Flag.END)), chance.choice((0, node.shard.log.last, 1 << 62)), 1 << 60
+            talk.append((Frame(Kind.ACCEPT, flags, shard, epoch=1, lsn=lsn, seq=chance.choice((0, 1, 9, seq))), b""))
+        end, _ = town.visit(town.primary(shard))
+        for data in mutator.talk(talk, 1):
+            if end.alive:
+                town.feed(end, data)
+                town.run()
+        town.close(end)
+        for _ in range(4):
+            town.tick(1.2)
+        trial.good.open()
+        trial.batch(seed, at_a_server, 0)
