@@ -156,7 +156,7 @@ def marks(course: Course) -> list[tuple[float, str, str]]:
     found = [
         (course.killed, KILL, f"s{course.server} gets SIGKILL"),
         (course.taken, TAKEN, "its backups are primaries"),
-        (after, LINE, "next step"),
+        (after, LINE, "the next step ends"),
         (course.joined, INK, "a new process has joined"),
         (course.whole, WHOLE, "all copies back"),
     ]
@@ -164,11 +164,12 @@ def marks(course: Course) -> list[tuple[float, str, str]]:
 
 
 def words(course: Course) -> list[str]:
-    times = [b[0] - a[0] for a, b in itertools.pairwise(course.steps)]
-    across = next(b[0] - a[0] for a, b in itertools.pairwise(course.steps) if b[0] > course.killed)
+    steps = list(itertools.pairwise(when for when, _, _ in course.steps))
+    usual = statistics.median(b - a for a, b in steps)
+    longest = max(b - a for a, b in steps if b > course.killed and a < course.taken + LOOK)
     return [
         *(f"{seconds:6.2f} s  {text}" for seconds, _, text in marks(course)),
-        f"{len(course.steps)} steps, {statistics.median(times):.2f} s each; the one across the kill {across:.2f} s",
+        f"{len(course.steps)} steps of {usual:.2f} s; the one that met the kill took {longest:.2f} s",
     ]
 
 

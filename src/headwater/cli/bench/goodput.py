@@ -31,7 +31,7 @@ from headwater.transports.address import parse
 WORKERS = 8
 SERVERS = 3
 FAULTS = 12
-WINDOW = 4.0
+WINDOW = 3.0
 STEP = 0.05  # seconds of each worker's own time in a step
 AN_HOUR = 125
 PATIENCE = 90.0

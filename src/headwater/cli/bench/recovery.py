@@ -27,7 +27,7 @@ EVENTS = 20
 SEED = 1
 TURN = 0.01
 PATIENCE = 30.0  # seconds for any recovery
-SHADOW = 2.0  # seconds after a worker's death in which a survivor's pause is looked for
+SHADOW = 1.0  # seconds after a worker's death in which a survivor's pause may begin
 FIRST = 20  # acknowledged pushes of each worker before the first event
 
 
@@ -110,9 +110,9 @@ class Course:
         survivors = [name for name in self._names if name != victim]
         moment = time.monotonic()
         self._cluster.kill(victim)
-        self._until(lambda: all(self._after(name, moment) for name in survivors), "the survivors are acknowledged")
-        self._until(lambda: time.monotonic() > moment + SHADOW, "the shadow has passed")
-        pause = max(longest_gap(self._acks(name), moment, moment + SHADOW) for name in survivors)
+        over = moment + SHADOW
+        self._until(lambda: all(self._after(name, over) for name in survivors), "the survivors are acknowledged")
+        pause = max(longest_gap(self._acks(name), moment, time.monotonic()) for name in survivors)
         self._cluster.start(victim)
         self._all_back(time.monotonic())
         return pause
