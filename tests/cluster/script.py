@@ -82,7 +82,7 @@ class Script:
     def beat(self, peer: int) -> None:
         """The heartbeat of a worker, a reader or (server n, as peer 100 + n) a server."""
         if SERVER <= peer < WORKER:
-            self.tell(peer - SERVER + HEART, m.Heartbeat(server=peer - SERVER))
+            self.tell(peer - SERVER + HEART, m.Heartbeat(server=peer - SERVER, session=peer - SERVER))
         else:
             self.tell(peer, m.Heartbeat())
 

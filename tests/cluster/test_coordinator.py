@@ -514,7 +514,7 @@ def test_the_status_tells_what_the_heartbeats_said() -> None:
     script.ask(WORKER, m.Declare(spec("emb", sync=Async())))
     script.create()
     script.tell(WORKER, m.Heartbeat(clock=5, pushed_bytes=6, pulled_bytes=7, staleness=1))
-    report = m.Heartbeat(0, 3, 0, 0, 800, 1, ((1, 5),), ((0, 9, 2),), 0)
+    report = m.Heartbeat(0, 3, 0, 0, 800, 1, ((1, 5),), ((0, 9, 2),), 0, 0)
     script.tell(HEART, report)
     script.clock.advance(3)
     script.ask(WORKER, m.Status())

@@ -151,12 +151,12 @@ def test_a_broken_connection_alone_is_no_death() -> None:
 
 def test_a_silent_server_is_dead_after_a_second_and_its_heartbeat_brings_it_back() -> None:
     land = Land(2)
-    land.fleet.heard(1, m.Heartbeat(), land.now + 0.9)
+    land.fleet.heard(1, m.Heartbeat(session=1 + 1), land.now + 0.9)
     assert [s.number for s in land.fleet.tick(land.now + 1.0)] == []
     assert [s.number for s in land.fleet.tick(land.now + 1.1)] == [0]
     land.fleet.plan()
     assert land.view() == (1, (), ())
-    land.fleet.heard(0, m.Heartbeat(), land.now + 1.2)
+    land.fleet.heard(0, m.Heartbeat(session=0 + 1), land.now + 1.2)
     land.fleet.plan()
     assert land.view() == (1, (), (0,)), "views that went on without it stay: it learns what it has missed"
 
@@ -180,8 +180,8 @@ def test_synced_of_another_epoch_or_from_another_server_is_passed_over() -> None
 
 def test_a_suspected_backup_leaves_and_comes_back_as_a_learner() -> None:
     land = Land(2)
-    land.suspect(1, sender=1)
-    assert land.view() == (0, (1,), ()), "only the primary may say this"
+    land.suspect(1, sender=7)
+    assert land.view() == (0, (1,), ()), "only the primary, or the backup itself, may say this"
     land.suspect(1)
     assert land.view() == (0, (), (1,)), "the only other server: it must get everything again"
     assert land.epoch() == 3, "not in one step: a backup that was left behind is not in sync"
@@ -273,7 +273,7 @@ def test_after_a_restart_a_server_comes_back_under_its_number_and_a_stranger_doe
 def test_after_the_grace_of_a_restart_the_silent_are_dead() -> None:
     new = again(Land(2))
     new.resume(1)
-    new.fleet.heard(1, m.Heartbeat(), new.now + 3.5)
+    new.fleet.heard(1, m.Heartbeat(session=1 + 1), new.now + 3.5)
     assert [s.number for s in new.fleet.tick(new.now + 3.6)] == [0]
     new.fleet.plan()
     assert new.view() == (1, (), ())

@@ -207,7 +207,7 @@ def test_nobody_takes_over_before_the_servers_could_come_back() -> None:
     script.crash()
     script.back(1)
     script.clock.advance(1.5)
-    script.tell(HEART + 1, m.Heartbeat(server=1))
+    script.tell(HEART + 1, m.Heartbeat(server=1, session=1))
     script._note(script.coordinator.tick(script.clock()))
     assert [s.primary for s in script.coordinator.status().shards] == [0, 1]
     script.back(0)

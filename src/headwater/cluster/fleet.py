@@ -18,6 +18,7 @@ import msgspec
 from headwater.errors import ClusterError, StateCorrupt, UsageError
 from headwater.wire import messages as m
 
+KEPT = 16  # dead servers that are remembered
 SILENCE = 1.0  # seconds without a heartbeat until another server takes over
 
 
@@ -66,7 +67,14 @@ class Fleet:
         member = Member(self._next, peer, join, now, now, m.Heartbeat())
         self._next += 1
         self.servers[member.number] = member
+        self._forget_old()
         return member
+
+    def _forget_old(self) -> None:
+        """Of those that are dead and in no view the last few are kept, for ``headwater status``."""
+        gone = [n for n, s in self.servers.items() if not s.alive and s.peer is None and self.empty(n)]
+        for number in gone[:-KEPT]:
+            del self.servers[number]
 
     def _resume(self, peer: int, join: m.Join, now: float) -> Member:
         known = self.servers.get(join.server)
@@ -106,7 +114,7 @@ class Fleet:
     def heard(self, server: int, report: m.Heartbeat, now: float) -> None:
         """A heartbeat. A server that was only slow is alive again; views that went on without it stay as they are."""
         member = self.servers.get(server)
-        if member is not None:
+        if member is not None and member.join.session == report.session:
             member.heard, member.report = now, report
             member.alive = member.alive or member.peer is not None
 
@@ -152,11 +160,12 @@ class Fleet:
             self._change(view, backups=(*view.backups, *found), learners=learners)
 
     def suspect(self, message: m.Suspect, sender: int) -> None:
-        """The primary does not hear from a follower: it may go on without it."""
+        """The primary does not hear from a follower, or that cannot follow any more: go on without it."""
         view = self.views.get(message.shard)
-        if view is None or view.primary is None or view.primary.server != sender:
+        if view is None or view.primary is None or sender not in (view.primary.server, message.server):
             return
-        self._without(view, message.server)
+        if message.server != view.primary.server:
+            self._without(view, message.server)
 
     def drain(self, server: int) -> None:
         """Move everything off a server. Raises ``ClusterError`` if it is unknown or the last one."""

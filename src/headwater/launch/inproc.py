@@ -40,7 +40,7 @@ class InprocHub:
         for number in range(servers):
             peer = next(self._peers)
             self._server_peer[peer] = number
-            self._servers.append(Server(Setting(number, servers)))
+            self._servers.append(Server(Setting(number, servers, session=number)))
             join = m.Join("server", number, address=f"inproc://{number}")
             frame = Frame(Kind.REQUEST, seq=1, body=m.pack(join))
             self._say(_TO_COORDINATOR, self._coordinator.receive(peer, frame, time.monotonic()))

@@ -160,7 +160,7 @@ def run_server(args: argparse.Namespace, token: bytes | None) -> None:
         return Server(
             Setting(
                 welcome.server, welcome.shards, welcome.min_copies, share=bool(host),
-                host="" if os.environ.get("HEADWATER_TRANSPORT") == "tcp" else host,
+                session=join.session, host="" if os.environ.get("HEADWATER_TRANSPORT") == "tcp" else host,
                 checked=os.environ.get("HEADWATER_CHECKSUM") == "1", available=memory.available_memory,
                 detach=lambda shard, table, ranges: loop.detach(shard, table, ranges),
                 data=folder.path if folder is not None and welcome.ack == "disk" else None,

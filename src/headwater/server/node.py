@@ -63,6 +63,7 @@ class Setting:
     min_copies: int = 1
     patience: float = PATIENCE
     share: bool = False
+    session: int = 0  # the incarnation of this process
     host: str = ""  # servers of the same one share gradients with their followers
     checked: bool = False
     available: Callable[[], int] = _unlimited
@@ -98,7 +99,8 @@ class Node:
 
     @property
     def leads(self) -> bool:
-        return self.view.primary is not None and self.view.primary.server == self._setting.server
+        named = self.view.primary is not None and self.view.primary.server == self._setting.server
+        return named and not self.shard.partial  # half a state is no state
 
     @property
     def role(self) -> str:
@@ -291,7 +293,8 @@ class Node:
             self.upstream.work()
             if self.upstream.broken is not None:
                 log.warning("shard %d follows no more: %s", self.shard.number, self.upstream.broken)
-                out = self._lost_primary()
+                why = f"it could not apply a record: {self.upstream.broken}"
+                out = [*self._lost_primary(), self._suspect(self._setting.server, why)]
         if not self._setting.threads:
             self.part.advance()
         return out

@@ -157,6 +157,8 @@ class Replica:
         self._emit(e.Seated(session.number))
 
     def _members(self, body: Members) -> None:
+        if body.epoch <= self.members.epoch:
+            return  # said again: a step that is prepared under it stays so
         self.members = body
         ended = [
             s for s in self.sessions.values()

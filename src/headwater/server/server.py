@@ -189,5 +189,5 @@ class Server:
             pulled_bytes=self._retired[1] + sum(n.clients.pulled_bytes for n in nodes),
             nbytes=sum(t.dense.nbytes for n in nodes for t in n.shard.tables.values()),
             sessions=sum(len(n.clients) for n in leading),
-            tables=tuple(clocks.items()), shards=shards, server=self.setting.server,
+            tables=tuple(clocks.items()), shards=shards, server=self.setting.server, session=self.setting.session,
         )  # fmt: skip

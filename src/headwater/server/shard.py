@@ -188,8 +188,7 @@ class Shard(Replica):
                 while (record := self.log.take()) is not None:
                     self.apply(record)
             finally:
-                self._told = 0  # the membership epoch of the last record about it
-        self._applying = False
+                self._applying = False
         out, self._out = self._out, []
         return out
 

@@ -216,7 +216,7 @@ class SimServer(SimHost):
         self.server = Server(
             Setting(
                 server=welcome.server, shards=welcome.shards, min_copies=welcome.min_copies, patience=self._patience,
-                detach=self._detach,
+                detach=self._detach, session=self._join.session,
             )
         )  # fmt: skip
         self._host = ServerHost(self.server, self._join, welcome, ADDRESS, self._die, self.process.clock)

@@ -400,7 +400,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     sessions: int = 0
     tables: tuple[tuple[int, int], ...] = ()  # (table, clock)
     shards: tuple[tuple[int, int, int], ...] = ()  # (shard, LSN, lag) of those it is the primary of
-    server: int = -1  # servers, whose heartbeats have a connection of their own
+    server: int = -1  # servers, whose heartbeats have a connection of their own,
+    session: int = 0  # and the incarnation that proves whose they are
 
 
 # ---- client -> server ---------------------------------------------------------------------------
