@@ -140,14 +140,18 @@ def _steps(taken: Taken) -> tuple[list[float], list[float]]:
 
 
 def _read(root: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds of ``read`` and ``restore`` with the files on disk only, and (``warm …``) in memory."""
+    """Seconds of ``read``, ``check`` and ``load`` with the files on disk only, and (``warm …``) in memory."""
     folder = _newest(root)
     with contextlib.ExitStack() as stack:
         loaders = [stack.enter_context(Child("loader", shard=i, shards=OTHERS)) for i in range(OTHERS)]
-        read: Measure = lambda: plain_read(folder)  # noqa: E731
-        restore: Measure = lambda: _restore(loaders, folder)  # noqa: E731
-        cold: dict[str, Measure] = {"read": _cold(read, folder), "restore": _cold(restore, folder)}
-        return interleave(cold, rounds, warmup=1) | interleave({"warm read": read, "warm restore": restore}, rounds)
+        warm: dict[str, Measure] = {
+            "read": lambda: plain_read(folder),
+            "check": lambda: _check(folder),
+            "load": lambda: _load(loaders, folder),
+        }
+        cold = {name: _cold(measure, folder) for name, measure in warm.items()}
+        kept = {f"warm {name}": seconds for name, seconds in interleave(warm, rounds).items()}
+        return interleave(cold, rounds, warmup=1) | kept
 
 
 def _newest(root: Path) -> Path:
@@ -155,10 +159,16 @@ def _newest(root: Path) -> Path:
         return snapshot.folder
 
 
-def _restore(loaders: Sequence[Child], folder: Path) -> float:
-    """What a cluster does: the coordinator reads and checks all of it, then every server reads and checks its own."""
+def _check(folder: Path) -> float:
+    """What the coordinator does with the newest snapshot: read and check all of it."""
     start = time.perf_counter()
     newest(folder).snapshot.close()
+    return time.perf_counter() - start
+
+
+def _load(loaders: Sequence[Child], folder: Path) -> float:
+    """What the servers do then, side by side: make memory, read and check what is theirs."""
+    start = time.perf_counter()
     for loader in loaders:
         loader.tell("load", folder=str(folder))
     for loader in loaders:
@@ -167,14 +177,12 @@ def _restore(loaders: Sequence[Child], folder: Path) -> float:
 
 
 def plain_read(folder: Path) -> float:
-    """Seconds to read a snapshot's files, one after the other, into one buffer."""
-    buffer = bytearray(CHUNK)
+    """Seconds to read a snapshot's files into memory, one after the other, with nothing looked at."""
     start = time.perf_counter()
-    for path in _files(folder):
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-    return time.perf_counter() - start
+    held = [path.read_bytes() for path in _files(folder)]
+    seconds = time.perf_counter() - start
+    del held
+    return seconds
 
 
 def _cold(measure: Measure, folder: Path) -> Measure:
@@ -198,11 +206,14 @@ def read_figures(seconds: dict[str, list[float]]) -> list[Figure]:
     """Figures from seconds per round."""
     found = []
     for prefix, where in (("", "from disk"), ("warm ", "from the page cache")):
-        read, restore = seconds[f"{prefix}read"], seconds[f"{prefix}restore"]
+        read, check, load = (seconds[prefix + name] for name in ("read", "check", "load"))
+        both = [a + b for a, b in zip(check, load, strict=True)]
         middle = statistics.median(read)
         found += [
-            figure("snapshot", f"restore {where}", statistics.median(restore), "s", middle),
-            figure("snapshot", f"restore {where} / plain read", median_ratio(restore, read), "×", 1.0),
+            figure("snapshot", f"restore {where}, servers", statistics.median(load), "s", middle),
+            figure("snapshot", f"restore {where}, servers / plain read", median_ratio(load, read), "×", 1.0),
+            figure("snapshot", f"the coordinator's check before it, {where}", statistics.median(check), "s", middle),
+            figure("snapshot", f"restore {where}, with that check / plain read", median_ratio(both, read), "×", 1.0),
         ]
     return found
 
