@@ -192,7 +192,10 @@ class Drill:
             words = f"{member.name} ended by itself (code {code}): {ledger.ledger.errors[-1:]}"
         if not full:
             self.course.surprises.append(words)
-        self.note(words)
+        if "DeadlineExceeded" in words:  # something that should have ended the wait did not
+            self.fail(f"a wait that only its deadline ended: {words}")
+        else:
+            self.note(words)
         member.due = now + AGAIN
 
     def _over(self, last: float) -> float:
