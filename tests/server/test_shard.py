@@ -259,6 +259,20 @@ def test_a_commit_for_another_step_or_membership_is_ignored() -> None:
     assert stage.value() == -1.0, "a commit heard twice"
 
 
+def test_a_membership_that_is_told_again_leaves_a_prepared_step_alone() -> None:
+    """A coordinator that comes back, and a new primary's briefing, repeat what may be known already."""
+    stage = Stage()
+    for rank in (0, 1):
+        stage.push(rank)
+    known, shard = stage.shards[0].members, stage.shards[0]
+    assert shard.tables[TABLE].prepared is not None
+    stage.event(0, known)
+    assert shard.tables[TABLE].prepared is not None, "the promise behind READY was broken"
+    shard.propose(known)  # nor does it when it is in the log twice
+    stage.event(0, Commit(TABLE, 1, stage.epoch, False))
+    assert stage.value() == -1.0
+
+
 def test_a_step_that_one_worker_skips_is_skipped_for_all() -> None:
     stage = Stage(spec(max_grad_norm=1.0, numel=200_000), shards=2)
     stage.push(0, 5.0)
