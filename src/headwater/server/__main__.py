@@ -154,7 +154,7 @@ def run_server(args: argparse.Namespace, token: bytes | None) -> None:
         "server", secrets.randbits(63), host, os.getpid(), address=args.advertise or _bound(tcp, asked),
         local=local and f"local://{local}",
     )  # fmt: skip
-    loop: Loop
+    loop: Loop | None = None  # not while the log is replayed: no answer refers to the values then
 
     def make(welcome: m.Welcome) -> Server:
         return Server(
@@ -162,7 +162,7 @@ def run_server(args: argparse.Namespace, token: bytes | None) -> None:
                 welcome.server, welcome.shards, welcome.min_copies, share=bool(host),
                 session=join.session, host="" if os.environ.get("HEADWATER_TRANSPORT") == "tcp" else host,
                 checked=os.environ.get("HEADWATER_CHECKSUM") == "1", available=memory.available_memory,
-                detach=lambda shard, table, ranges: loop.detach(shard, table, ranges),
+                detach=lambda shard, table, ranges: None if loop is None else loop.detach(shard, table, ranges),
                 data=folder.path if folder is not None and welcome.ack == "disk" else None,
             )
         )  # fmt: skip
@@ -171,7 +171,7 @@ def run_server(args: argparse.Namespace, token: bytes | None) -> None:
         return _join(coordinator, token, join)
 
     server, join, (control, welcome, early) = _enter(folder, join, make, enter)
-    serving = ServerHost(server, join, welcome, args.coordinator, lambda: loop.stop())
+    serving = ServerHost(server, join, welcome, args.coordinator, lambda: None if loop is None else loop.stop())
     loop = Loop(serving, token, lambda dial: _reach(dial, host, token))
     loop.serve(tcp)
     if unix is not None:
