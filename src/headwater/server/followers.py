@@ -182,8 +182,6 @@ class Followers:
             if table.prepared is not None:
                 p = table.prepared
                 kept = Record(shard.lsn, p.body, contributions=p.sources, divide=p.divide)
-                if not p.body.ranges or (p.divide == 1 and len(p.sources) == 1 and p.sources[0].base == 0):
-                    kept.gradient, kept.contributions = (p.sources[0].gradient if p.sources else None), None
                 out += self.record(follower.peer, kept, Kind.STATE, Flag.WANT)
                 if kept.gradient is not None:
                     p.sources, p.divide = kept.sources(p.body.ranges), 1

@@ -31,7 +31,7 @@ STUCK = 60.0  # seconds in which the loop must turn once, or its server counts a
 
 
 class Halt(Exception):
-    """This process cannot go on; the cause says why. No ``HeadwaterError``: no peer is at fault, nobody may catch it."""
+    """This process cannot go on; the cause says why. No ``HeadwaterError``: no peer is at fault, none may catch it."""
 
 
 class CoordinatorHost:

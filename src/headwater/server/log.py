@@ -45,8 +45,9 @@ class Log:
 
     @property
     def accepted_by_all(self) -> int:
-        """The last record that every follower has."""
-        return min(self.required.values(), default=self.last)
+        """The last record that every follower has, and that is or may be applied here."""
+        here = self.pending[0].lsn - 1 if self.pending else self.last
+        return min([*self.required.values(), here])
 
     def behind(self) -> dict[int, int]:
         """How many records each follower has yet to accept."""

@@ -34,6 +34,7 @@ log = logging.getLogger("headwater")
 TICK = 0.1  # seconds
 HANDSHAKE = 5.0  # seconds until a connection that has not proved itself is closed
 HELLO_LIMIT = 4096  # bytes of body before the peer has proved itself
+OUTBOX = 64 << 20  # bytes of answers that a peer has not taken, above which it is asked to take them first
 READS = 64  # receive calls per connection and turn, so that one flood does not starve the others
 SPIN = 100e-6  # seconds
 VECTORS = 64  # buffers per send call
@@ -74,7 +75,8 @@ class _Connection:
     client_nonce: bytes = b""
     server_nonce: bytes = b""
     stage: str = "hello"  # hello, proof, open
-    writing: bool = False
+    queued: int = 0  # bytes in the outbox
+    mask: int = select.EPOLLIN
     closing: bool = False
 
 
@@ -302,17 +304,20 @@ class Loop:
             self._flush(connection)
 
     def _put(self, connection: _Connection, frame: Frame, fds: tuple[int, ...] = ()) -> None:
-        connection.outbox.append(_Entry(memoryview(encode(frame)), fds))
+        head = memoryview(encode(frame))
+        connection.outbox.append(_Entry(head, fds))
+        connection.queued += len(head)
         if frame.payload is not None and len(frame.payload):
             values = frame.kind == Kind.DATA  # other payloads stay as they are until they have arrived
             span = (frame.shard, frame.table, frame.start, frame.start + frame.length) if values else None
             connection.outbox.append(_Entry(frame.payload, (), span))
+            connection.queued += len(frame.payload)
 
     def _flush(self, connection: _Connection) -> None:
         outbox = connection.outbox
         try:
             while outbox:
-                self._send_some(connection.sock, outbox)
+                connection.queued -= self._send_some(connection.sock, outbox)
         except BlockingIOError:
             if connection.closing:  # it does not read its refusal
                 self._close(connection)
@@ -326,7 +331,8 @@ class Loop:
         if connection.closing:
             self._close(connection)
 
-    def _send_some(self, sock: socket.socket, outbox: deque[_Entry]) -> None:
+    def _send_some(self, sock: socket.socket, outbox: deque[_Entry]) -> int:
+        """One send call; the bytes that it took."""
         first = outbox[0]
         if len(outbox) == 1 and not first.fds:
             sent = sock.send(first.data)
@@ -337,18 +343,22 @@ class Loop:
                     break
                 batch.append(outbox[i].data)
             sent = sock.sendmsg(batch, descriptors(first.fds))
-        while sent:
+        left = sent
+        while left:
             entry = outbox[0]
-            if sent < len(entry.data):
-                entry.data, entry.fds = entry.data[sent:], ()
-                return
-            sent -= len(entry.data)
+            if left < len(entry.data):
+                entry.data, entry.fds = entry.data[left:], ()
+                break
+            left -= len(entry.data)
             outbox.popleft()
+        return sent
 
     def _want_write(self, connection: _Connection, wanted: bool) -> None:
-        if wanted != connection.writing:
-            connection.writing = wanted
-            mask = select.EPOLLIN | (select.EPOLLOUT if wanted else 0)
+        """Write when there is room; read no more questions from one that does not take its answers."""
+        asks = not wanted or connection.queued <= OUTBOX
+        mask = (select.EPOLLIN if asks else 0) | (select.EPOLLOUT if wanted else 0)
+        if mask != connection.mask:
+            connection.mask = mask
             self._epoll.modify(connection.sock.fileno(), mask)
 
     def detach(self, shard: int, table: int, ranges: Ranges) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from headwater.errors import ClusterError, HeadwaterError, ShapeMismatch, UnknownTable
+from headwater.errors import ClusterError, HeadwaterError, NotEnoughMemory, ShapeMismatch, UnknownTable
 from headwater.server import events as e
 from headwater.server import records as r
 from headwater.server.records import Record
@@ -91,7 +91,7 @@ class Replica:
 
     # ---- records ---------------------------------------------------------------------------------
 
-    def apply(self, record: Record) -> None:
+    def apply(self, record: Record) -> None:  # noqa: C901 - one line per kind
         """Take the next record. Instructions follow from it at a primary only."""
         self.lsn = record.lsn
         body = record.body
@@ -127,26 +127,32 @@ class Replica:
         if body.table in self.tables:  # the coordinator asked again before the first was applied
             self._emit(e.Created(body.table, self.tables[body.table].dense.nbytes))
             return
-        table = self._memory.create(body.table, body.spec)
-        if not body.restore:
-            table.dense.initialise()
-        elif not self._loaded(table, body.restore):
+        table = self._made(body)
+        if table is None:
             return
         self.tables[body.table] = table
         self._place(table)
         self._emit(e.Created(table.number, table.dense.nbytes))
 
-    def _loaded(self, table: Table, folder: str) -> bool:
-        """A primary says that it cannot; a follower is of no use then, and raises."""
+    def _made(self, body: r.Begin) -> Table | None:
+        """The table with its first values. A primary says that it cannot; a follower is of no use then, and raises."""
+        refusal: HeadwaterError
         try:
-            self._memory.load(table, folder)
+            table = self._memory.create(body.table, body.spec)
+            if body.restore:
+                self._memory.load(table, body.restore)
+            else:
+                table.dense.initialise()
+            return table
         except HeadwaterError as error:
-            self._memory.discard(table.number)
-            if not self.primary:
-                raise
-            self._emit(e.Refused(table.number, error))
-            return False
-        return True
+            refusal = error
+        except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError where memory is refused
+            refusal = NotEnoughMemory(f"table {body.spec.name!r}: {error}; it was not created")
+        self._memory.discard(body.table)
+        if not self.primary:
+            raise refusal
+        self._emit(e.Refused(body.table, refusal))
+        return None
 
     def _seat(self, body: r.Seat) -> None:
         """A session begins or goes on."""

@@ -147,8 +147,7 @@ class Shard(Replica):
                 if event.table not in self.tables:
                     self.propose(r.Begin(event.table, event.spec, event.restore))
             case e.Forget():
-                if event.table in self.tables:
-                    self.propose(r.Drop(event.table))
+                self.propose(r.Drop(event.table))  # a follower may have it even if it could not be made here
             case e.Opened():
                 self._open(event)
             case e.Closed():
@@ -430,7 +429,7 @@ class Shard(Replica):
         if event.length >= LEND:
             lent = self._memory.lend(table.number, table.size, self.log.last + 1, self.log.accepted_by_all)
         if lent is None:
-            return (event.gradient.clone() if event.transient else event.gradient), base
+            return event.gradient[start - base : stop - base].clone(), start  # what is a client's may change
         lent[start:stop] = event.gradient[start - base : stop - base]
         return lent, 0
 

@@ -132,7 +132,8 @@ class Upstream:
             return self._receive(frame, fds)
         except _MISFITS as error:
             self._give_up()
-            raise ProtocolError(f"{frame.kind.name} {frame.lsn} does not fit: {type(error).__name__}: {error}") from None
+            what = f"{type(error).__name__}: {error}"
+            raise ProtocolError(f"{frame.kind.name} {frame.lsn} does not fit: {what}") from None
         except HeadwaterError:
             if frame.kind == Kind.STATE:
                 self._give_up()
@@ -168,8 +169,7 @@ class Upstream:
             raise ProtocolError(f"a primary answered {reply} to a follower")
         self.ready = True
         self.learning = reply.whole
-        if not reply.whole:
-            self.shard.catch_up(reply.lsn)
+        self.shard.catch_up(-1 if reply.whole else reply.lsn)
         self._received = reply.lsn
         self.shard.reign = reply.since
         self.shard.epoch = max(self.shard.epoch, reply.epoch)
