@@ -166,10 +166,10 @@ def marks(course: Course) -> list[tuple[float, str, str]]:
 def words(course: Course) -> list[str]:
     steps = list(itertools.pairwise(when for when, _, _ in course.steps))
     usual = statistics.median(b - a for a, b in steps)
-    longest = max(b - a for a, b in steps if b > course.killed and a < course.taken + LOOK)
+    longest = max(b - a for a, b in steps if b > course.killed and a < course.whole)
     return [
         *(f"{seconds:6.2f} s  {text}" for seconds, _, text in marks(course)),
-        f"{len(course.steps)} steps of {usual:.2f} s; the one that met the kill took {longest:.2f} s",
+        f"{len(course.steps)} steps of {usual:.2f} s; the longest until all copies were back {longest:.2f} s",
     ]
 
 
