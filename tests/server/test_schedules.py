@@ -30,7 +30,7 @@ class Play:
         self.ring = Ring(3)
         self.fleet = Fleet(3, 1, COPIES)
         for number in range(3):
-            self.fleet.join(100 + number, m.Join("server", number, address=f"s{number}"), 0.0)
+            self.fleet.join(100 + number, m.Join("server", 0, address=f"s{number}"), 0.0)
         self.fleet.begin()
         self.plan()
         self.ring.begin(spec(sync, "SGD", (2_000,), (30, 40)))
@@ -129,7 +129,7 @@ class Play:
         self.fleet.refused(victim)
         self.plan()
         number = self.fleet.next_number
-        self.fleet.join(100 + number, m.Join("server", number, address=f"s{number}"), 0.0)
+        self.fleet.join(100 + number, m.Join("server", 0, address=f"s{number}"), 0.0)
         self.ring.servers.append(Server(Setting(number, 1, 1, threads=False)))
 
     def heal(self) -> None:

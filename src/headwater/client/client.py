@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,8 @@ from headwater.wire import messages as m
 from headwater.wire.tensors import dtype_name
 
 ZEROS, ASYNC = Init("zeros"), Async()
+log = logging.getLogger("headwater")
+
 OPEN = 5.0  # seconds in which a server must answer the first request of a connection
 AGAIN = 0.02  # seconds between two attempts to reach a shard
 UNSERVED = 5.0  # seconds in which the only server of a shard may come back
@@ -315,9 +318,12 @@ class Client:
         """Finish the steps under way and leave. The others go on without this worker."""
         if self._closed:
             return
-        with contextlib.suppress(HeadwaterError):
-            for table in self.tables.values():
+        for table in self.tables.values():
+            try:
                 table.wait()
+            except HeadwaterError as error:  # whoever wants to know waits for the step before
+                log.warning("the last step of table %r was not acknowledged: %s", table.spec.name, error)
+        with contextlib.suppress(HeadwaterError):
             # only now: a step that was ended and not decided would be dropped with a worker that leaves
             self._control.leave()
         self._stop()

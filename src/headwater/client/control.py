@@ -58,12 +58,12 @@ class Control:
                 self._again(session, deadline, error)
 
     def notify(self, message: m.Notice) -> None:
-        """Say something that needs no answer; it may be lost. Raises as ``ask`` if the line cannot be mended."""
+        """Say something that needs no answer; it may be lost. Raises as ``ask`` if the line cannot be mended soon."""
         session = self._session
         try:
             session.notify(message)
         except LinkError as error:
-            self._again(session, self._runtime.now() + self._timeout, error)
+            self._again(session, self._runtime.now() + ANSWER, error)
 
     def _again(self, broken: Session, deadline: float, error: HeadwaterError) -> None:
         """Come back as the same member. One thread does it, the others wait for it."""
@@ -75,9 +75,7 @@ class Control:
             broken.close()
             while not self._closed:
                 try:
-                    session = self._connect()
-                    session.request(self._join, min(ANSWER, self._timeout))
-                    self._session = session
+                    self._session = self._resumed()
                     return
                 except (LinkError, DeadlineExceeded) as again:
                     error = again
@@ -86,6 +84,15 @@ class Control:
                 self._runtime.sleep(AGAIN)
             self.gone = not self.joined.durable
         raise error
+
+    def _resumed(self) -> Session:
+        session = self._connect()
+        try:
+            session.request(self._join, min(ANSWER, self._timeout))
+        except BaseException:
+            session.close()
+            raise
+        return session
 
     def leave(self) -> None:
         """Say goodbye, once and without waiting for a coordinator that is away."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from headwater.cluster.membership import Member, Membership
 from headwater.cluster.snapshots import Asker
 from headwater.cluster.tables import Desk
@@ -27,6 +29,11 @@ class Barriers:
 
     def departed(self, rank: int, clean: bool) -> None:
         """A worker is gone. After a death nobody knows what the others wait for: they are told."""
+        there = {member.join.session for member in self._desk.membership.workers.values()}
+        for name, passed in list(self._passed.items()):
+            self._passed[name] = {session: turn for session, turn in passed.items() if session in there}
+            if not self._passed[name]:
+                del self._passed[name]
         for name, askers in list(self._waiting.items()):
             askers.pop(rank, None)
             if clean:
@@ -45,6 +52,11 @@ class Barriers:
             if rank in workers:
                 passed[workers[rank].join.session] = turn
             self._desk.reply(asker, m.Done())
+        self._desk.save("barriers", msgspec.msgpack.encode(self._passed))
+
+    def restore(self, data: bytes) -> None:
+        """Turns that were over before a restart: whoever asks again is answered as the first time."""
+        self._passed = msgspec.msgpack.decode(data, type=dict[str, dict[int, int]])
 
 
 def _lost(membership: Membership) -> HeadwaterError:

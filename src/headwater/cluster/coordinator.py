@@ -542,6 +542,8 @@ class Coordinator:
         self.fleet.numbers_from(saved.next_server)
         for key in sorted(k for k in state if k.startswith("table/")):
             self.tables.restore(state[key])
+        if "barriers" in state:
+            self.barriers.restore(state["barriers"])
         if "members" in state:
             self.membership.load(state["members"], now)
         self._settling = bool(views)

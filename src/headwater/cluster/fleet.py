@@ -18,6 +18,7 @@ import msgspec
 from headwater.errors import ClusterError, StateCorrupt, UsageError
 from headwater.wire import messages as m
 
+AVOID = 10.0  # seconds in which a server that could not follow a shard is the last choice for it
 KEPT = 16  # dead servers that are remembered
 SILENCE = 1.0  # seconds without a heartbeat until another server takes over
 
@@ -37,7 +38,8 @@ class Member:
 
     @property
     def endpoint(self) -> m.Endpoint:
-        return m.Endpoint(self.number, self.join.address, self.join.local, self.join.host)
+        j = self.join
+        return m.Endpoint(self.number, j.address, j.local, j.host, j.session)
 
 
 class Fleet:
@@ -56,6 +58,8 @@ class Fleet:
         self.frozen_until = 0.0  # after a restart nobody is declared dead before the servers could come back
         self.reborn: set[int] = set()  # shards whose primary is the same server, and a new process
         self._next = 0
+        self._now = 0.0
+        self._suspects: dict[tuple[int, int], float] = {}  # (shard, server): when it was last suspected
         self._changed: dict[int, m.View] = {}  # by shard: the view before the first change of this turn
 
     # ---- events ----------------------------------------------------------------------------------
@@ -136,6 +140,8 @@ class Fleet:
 
     def tick(self, now: float) -> list[Member]:
         """Declares silent servers dead; returns them."""
+        self._now = now
+        self._suspects = {key: at for key, at in self._suspects.items() if now - at < AVOID}
         if now < self.frozen_until:
             return []
         dead = [s for s in self.servers.values() if s.alive and now - s.heard > self.silence]
@@ -164,8 +170,13 @@ class Fleet:
         view = self.views.get(message.shard)
         if view is None or view.primary is None or sender not in (view.primary.server, message.server):
             return
+        self._suspects[message.shard, message.server] = self._now
         if message.server != view.primary.server:
             self._without(view, message.server)
+            return
+        heir = next((x for x in view.backups if self._up(x.server)), None)
+        if heir is not None:
+            self._change(view, primary=heir, backups=tuple(x for x in view.backups if x != heir), learners=())
 
     def drain(self, server: int) -> None:
         """Move everything off a server. Raises ``ClusterError`` if it is unknown or the last one."""
@@ -241,7 +252,9 @@ class Fleet:
         coming = [x for x in view.learners if self._stays(x.server)]
         wanted = min(self.replicas, sum(self._stays(s) for s in self.servers))
         if len(staying) + len(coming) < wanted:
-            chosen = self._least_loaded(members_of(view))
+            avoided = {server for shard, server in self._suspects if shard == view.shard}
+            taken = members_of(view)
+            chosen = self._least_loaded(taken | avoided) or self._least_loaded(taken)
             if chosen is not None:
                 self._change(view, learners=(*view.learners, chosen.endpoint))
             return

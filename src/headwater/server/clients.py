@@ -15,9 +15,10 @@ from headwater.server.state import view
 from headwater.transports import memory
 from headwater.types import TableSpec
 from headwater.wire import messages as m
-from headwater.wire.frames import Flag, Frame, Kind, Outgoing, checksum
+from headwater.wire.frames import MAX_BODY, Flag, Frame, Kind, Outgoing, checksum
 from headwater.wire.tensors import to_bytes
 
+ROOM = 4096  # bytes that a record of slots is larger than the request
 SLOT_PART = 4 << 20  # bytes of optimizer state per reply
 
 
@@ -148,6 +149,8 @@ class Clients:
             case m.Slots():
                 return self._slots(peer, frame, request.table)
             case m.SlotPart():
+                if len(frame.body) > MAX_BODY - ROOM:
+                    raise ProtocolError(f"{len(frame.body)} bytes of slots do not fit into one record; nothing was set")
                 session = self._session(link)
                 return self._run(e.AssignSlots(session, frame.seq, request.table, request.slots, request.reset))
             case _:

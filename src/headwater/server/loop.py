@@ -34,6 +34,7 @@ log = logging.getLogger("headwater")
 TICK = 0.1  # seconds
 HANDSHAKE = 5.0  # seconds until a connection that has not proved itself is closed
 HELLO_LIMIT = 4096  # bytes of body before the peer has proved itself
+UNPROVEN = 128  # connections that have not proved themselves; beyond that the oldest is closed
 OUTBOX = 64 << 20  # bytes of answers that a peer has not taken, above which it is asked to take them first
 READS = 64  # receive calls per connection and turn, so that one flood does not starve the others
 SPIN = 100e-6  # seconds
@@ -125,6 +126,7 @@ class Loop:
         self._next_peer = 1
         self._stopping = False
         self._spins = False
+        self._deaf: list[socket.socket] = []  # listeners that had no descriptor left to accept with
         self.sync: Callable[[], list[Instruction]] | None = None
         self._connector = connector
         self._dials: queue.SimpleQueue[tuple[int, socket.socket | None]] = queue.SimpleQueue()
@@ -208,12 +210,21 @@ class Loop:
                 os.read(fd, 512)
 
     def _accept(self, listener: socket.socket) -> None:
-        with contextlib.suppress(OSError):
+        try:
             sock, _ = listener.accept()
-            if sock.family != socket.AF_UNIX:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._add(sock, self._next_peer)
-            self._next_peer += 1
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # it would stay ready: look again at the next tick
+                log.error("no descriptors are left: %s", error.strerror)
+                self._epoll.modify(listener.fileno(), 0)
+                self._deaf.append(listener)
+            return
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        unproven = [c for c in self._by_fd.values() if c.stage != "open"]
+        if len(unproven) >= UNPROVEN:
+            self._close(min(unproven, key=lambda c: c.deadline))
+        self._add(sock, self._next_peer)
+        self._next_peer += 1
 
     def _add(self, sock: socket.socket, peer: int) -> _Connection:
         sock.setblocking(False)
@@ -305,7 +316,8 @@ class Loop:
 
     def _put(self, connection: _Connection, frame: Frame, fds: tuple[int, ...] = ()) -> None:
         head = memoryview(encode(frame))
-        connection.outbox.append(_Entry(head, fds))
+        # Duplicates: their owner may close them before they are sent, and the numbers be used again.
+        connection.outbox.append(_Entry(head, tuple(os.dup(fd) for fd in fds)))
         connection.queued += len(head)
         if frame.payload is not None and len(frame.payload):
             values = frame.kind == Kind.DATA  # other payloads stay as they are until they have arrived
@@ -343,11 +355,14 @@ class Loop:
                     break
                 batch.append(outbox[i].data)
             sent = sock.sendmsg(batch, descriptors(first.fds))
+        if first.fds:
+            close_all(first.fds)
+            first.fds = ()
         left = sent
         while left:
             entry = outbox[0]
             if left < len(entry.data):
-                entry.data, entry.fds = entry.data[left:], ()
+                entry.data = entry.data[left:]
                 break
             left -= len(entry.data)
             outbox.popleft()
@@ -401,6 +416,8 @@ class Loop:
     # ---- ends ------------------------------------------------------------------------------------
 
     def _expire(self, now: float) -> None:
+        while self._deaf:
+            self._epoll.modify(self._deaf.pop().fileno(), select.EPOLLIN)
         for connection in [c for c in self._by_fd.values() if c.stage != "open" and now > c.deadline]:
             self._close(connection)
 
@@ -412,6 +429,8 @@ class Loop:
             self._epoll.unregister(connection.sock.fileno())
         connection.sock.close()
         connection.receiver.close()
+        for entry in connection.outbox:
+            close_all(entry.fds)
         if connection.stage == "open":
             self.send(self.host.closed(connection.peer))
 

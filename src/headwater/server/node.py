@@ -119,7 +119,7 @@ class Node:
         old, self.view = self.view, new
         out: list[Instruction] = []
         if self.leads:
-            out += self._hang_up()
+            out += self.hang_up()
             backups = {x.server for x in new.backups}
             blocked = 1 + len(backups) < self._setting.min_copies
             if self.disk is not None:
@@ -132,8 +132,11 @@ class Node:
             return out
         self.part.drop()
         out += self._dismiss(new)
+        if self.shard.partial and new.primary is not None and new.primary.server == self._setting.server:
+            log.error("shard %d: this server was made the primary and has only half of its state", new.shard)
+            out.append(self._suspect(self._setting.server, "it has only half of the state"))
         if old.primary != new.primary:
-            out += self._hang_up()
+            out += self.hang_up()
         if self.role and self.upstream is None and not self.dialing:
             out += self._dial()
         return out
@@ -156,7 +159,7 @@ class Node:
         why = StaleEpoch(f"shard {new.shard} is in epoch {new.epoch}, with another primary; ask the coordinator for it")
         return out + list(self.clients.dismiss(why))
 
-    def _hang_up(self) -> list[Instruction]:
+    def hang_up(self) -> list[Instruction]:
         """Leave the primary that was."""
         self.dialing = 0
         upstream, self.upstream = self.upstream, None
@@ -179,7 +182,9 @@ class Node:
             self._retry = self._now + AGAIN
             return []
         setting = self._setting
-        self.upstream = Upstream(self.shard, peer, setting.server, self.shard.epoch, setting.host, self.disk)
+        self.upstream = Upstream(
+            self.shard, peer, setting.server, self.shard.epoch, setting.host, self.disk, setting.session
+        )
         return [self.upstream.follow(self.shard.lsn)]
 
     def tick(self, now: float) -> list[Instruction]:
@@ -203,6 +208,7 @@ class Node:
         learner = follower is not None and not follower.synced
         if learner and peer is not None:
             del self.followers.by_peer[peer]
+            self.followers.absent[server] = self._now  # said again until the view is another
             out += self.take(self.shard.unfollowed(server))
             out.append(self._bye(peer))
         return [*out, self._suspect(server, why)]
@@ -245,7 +251,9 @@ class Node:
     def follow(self, peer: int, frame: Frame, request: m.Follow) -> list[Instruction]:
         """Another server wants to follow this one."""
         since = self.followers.since.get(request.server, self.view.epoch + 1)
-        if not self.leads or not since <= request.epoch <= self.view.epoch:
+        known = {x.server: x.session for x in (*self.view.backups, *self.view.learners)}
+        itself = known.get(request.server) == request.session
+        if not self.leads or not itself or not since <= request.epoch <= self.view.epoch:
             error = StaleEpoch(
                 f"server {request.server} may not follow server {self._setting.server} in epoch {self.view.epoch} of "
                 f"shard {self.shard.number}: ask again when both know the same view"
@@ -282,7 +290,7 @@ class Node:
             raise
 
     def _lost_primary(self) -> list[Instruction]:
-        out = self._hang_up()
+        out = self.hang_up()
         self._retry = self._now + AGAIN
         return out
 

@@ -143,7 +143,8 @@ class Server:
             if node.disk is not None:
                 node.disk.begin()
         out = node.adopt(view)
-        if not node.role and node.view.epoch == view.epoch:
+        if not any(x.server == me for x in members) and node.view.epoch == view.epoch:
+            out += node.hang_up()
             del self.nodes[view.shard]
             self._retired = (
                 self._retired[0] + node.clients.pushed_bytes, self._retired[1] + node.clients.pulled_bytes

@@ -24,6 +24,7 @@ from headwater.types import Bulk, Version
 from headwater.wire.frames import Flag
 from headwater.wire.messages import Commit, Follow, Members, Ready, StepBody
 
+NEWER = 1024  # membership epochs by which a client may be ahead of the shard
 STRANGERS = 1 << 16  # sessions beyond those that the coordinator has named: more are refused
 LEND = 64 << 10  # bytes from which a push is worth a copy into memory that followers share
 
@@ -135,7 +136,7 @@ class Shard(Replica):
             self._rare(event)
         return self._drain()
 
-    def _rare(self, event: e.Rare) -> None:  # noqa: C901 - one line per event
+    def _rare(self, event: e.Rare) -> None:
         match event:
             case Commit():
                 self._decided(event)
@@ -194,13 +195,15 @@ class Shard(Replica):
     # ---- sessions --------------------------------------------------------------------------------
 
     def check_open(self, event: e.Opened) -> None:
-        """Raises ``ProtocolError`` or ``SessionExpired`` if this session cannot be opened; nothing has changed then."""
+        """Raises ``ProtocolError``, ``ClusterError`` or ``SessionExpired`` if not; nothing has changed then."""
         known = self.sessions.get(event.session)
         if known is None and len(self.sessions) >= len(self.members.sessions) + STRANGERS:
             raise ClusterError(
                 f"shard {self.number} has {len(self.sessions)} sessions, most of which the coordinator does not know; "
                 "no more are opened before it has ended some"
             )
+        if event.members > self.members.epoch + NEWER:
+            raise ProtocolError(f"membership epoch {event.members} of a session, where {self.members.epoch} is known")
         if known is not None and known.rank != event.rank:
             raise ProtocolError(f"session {event.session:016x} is of worker {known.rank}, not {event.rank}")
         listed = event.session in self.members.sessions or event.members >= self.members.epoch

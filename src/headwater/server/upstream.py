@@ -21,6 +21,7 @@ from headwater.wire.tensors import DTYPES
 if TYPE_CHECKING:
     from headwater.server.disk import DiskLog
 
+SPARE = 2  # buffers per table that are kept for the next records
 AHEAD = 1 << 16  # records: how far the primary may be ahead of what is applied here
 BUFFERS = 2  # that a primary may lend for one table
 MOST = 16  # times the size of a block: values and slots of the most state-hungry optimizer
@@ -38,7 +39,14 @@ class Upstream:
     """
 
     def __init__(
-        self, shard: Shard, peer: int, server: int, epoch: int, host: str = "", disk: DiskLog | None = None
+        self,
+        shard: Shard,
+        peer: int,
+        server: int,
+        epoch: int,
+        host: str = "",
+        disk: DiskLog | None = None,
+        session: int = 0,
     ) -> None:
         self.shard = shard
         self.peer = peer
@@ -47,7 +55,7 @@ class Upstream:
         self.broken: HeadwaterError | None = None  # why what was accepted cannot be applied
         self._server = server
         self._epoch = epoch
-        self._host = host
+        self._host, self._session = host, session
         self._disk = disk
         self._owed = False  # something waits for the disk to be accepted
         self._arrived = False  # the state has, and is not all on the disk yet
@@ -64,7 +72,8 @@ class Upstream:
         shard = self.shard
         if shard.partial or (self._disk is not None and not self._disk.whole):  # no point of any log
             lsn = -1
-        body = m.pack(m.Follow(shard.number, self._epoch, self._server, lsn, shard.reign, shard.tail, self._host))
+        mine = self._server, lsn, shard.reign, shard.tail, self._host, self._session
+        body = m.pack(m.Follow(shard.number, self._epoch, *mine))
         return Outgoing(self.peer, Frame(Kind.REQUEST, shard=self.shard.number, seq=1, body=body))
 
     # ---- payloads --------------------------------------------------------------------------------
@@ -110,7 +119,8 @@ class Upstream:
             self._give_back(table, record.gradient)
 
     def _give_back(self, table: int, gradient: torch.Tensor) -> None:
-        if not any(gradient is lent for lent in self._lent.values()):
+        lent = any(gradient is lent for lent in self._lent.values())
+        if not lent and len(self._free.get(table, ())) < SPARE:
             self._free.setdefault(table, []).append(gradient)
 
     def lent(self, request: m.Lend, fds: tuple[int, ...]) -> None:
@@ -181,8 +191,8 @@ class Upstream:
         return []
 
     def _record(self, frame: Frame) -> list[Outgoing]:
-        if not frame.flags & Flag.END:
-            return []
+        if not frame.flags & Flag.END:  # a sign of life: a long record takes its time on a slow link
+            return [] if self._owed else [self._accept()]
         if frame.lsn != self._received + 1:
             raise ProtocolError(f"record {frame.lsn} after {self._received}: one in between is missing")
         gradient = self._buffers.pop(frame.lsn, None)

@@ -229,12 +229,13 @@ class ClusterStatus(msgspec.Struct, frozen=True, tag="cluster"):
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """A server, and where it listens."""
+    """A server, where it listens, and its incarnation: who says to be it must know that."""
 
     server: int
     address: str
     local: str
     host: str
+    session: int = 0
 
 
 class View(msgspec.Struct, frozen=True, tag="view"):
@@ -294,6 +295,7 @@ class Follow(msgspec.Struct, frozen=True, tag="follow"):
     reign: int = 0
     tail: int = 0
     host: str = ""  # where memory can be shared with it; empty: nowhere
+    session: int = 0  # the incarnation of the server
 
 
 class Lend(msgspec.Struct, frozen=True, tag="lend"):
