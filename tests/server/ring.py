@@ -181,7 +181,7 @@ class Ring:
                 self._queue.append(Message(server, x.peer, _copied(x.frame), x.close))
                 if x.close:  # a loop reads nothing more from a connection that it closes
                     here = server, x.peer
-                    self._queue[:] = [q for q in self._queue if self._ends.get((q.source, q.peer)) != here]
+                    self._queue = deque(q for q in self._queue if self._ends.get((q.source, q.peer)) != here)
 
 
 def _copied(frame: Frame) -> Frame:
