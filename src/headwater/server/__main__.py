@@ -156,11 +156,11 @@ def run_server(args: argparse.Namespace, token: bytes | None) -> None:
     )  # fmt: skip
     loop: Loop | None = None  # not while the log is replayed: no answer refers to the values then
 
-    def make(welcome: m.Welcome) -> Server:
+    def make(welcome: m.Welcome, session: int) -> Server:
         return Server(
             Setting(
                 welcome.server, welcome.shards, welcome.min_copies, share=bool(host),
-                session=join.session, host="" if os.environ.get("HEADWATER_TRANSPORT") == "tcp" else host,
+                session=session, host="" if os.environ.get("HEADWATER_TRANSPORT") == "tcp" else host,
                 checked=os.environ.get("HEADWATER_CHECKSUM") == "1", available=memory.available_memory,
                 detach=lambda shard, table, ranges: None if loop is None else loop.detach(shard, table, ranges),
                 data=folder.path if folder is not None and welcome.ack == "disk" else None,
@@ -194,14 +194,14 @@ def run_server(args: argparse.Namespace, token: bytes | None) -> None:
 
 
 def _enter(
-    folder: Folder | None, join: m.Join, make: Callable[[m.Welcome], Server], enter: Callable[[m.Join], _Entered]
+    folder: Folder | None, join: m.Join, make: Callable[[m.Welcome, int], Server], enter: Callable[[m.Join], _Entered]
 ) -> tuple[Server, m.Join, _Entered]:
     """Join the cluster: as the server whose log is in the folder, if the cluster still knows it, else as a new one."""
     from headwater.server.disk import Identity
 
     known = folder.identity() if folder is not None else None
     if folder is not None and known is not None:
-        server = make(known.welcome)
+        server = make(known.welcome, known.session)
         server.replay(folder.shards())
         number = known.welcome.server
         back = msgspec.structs.replace(
@@ -218,7 +218,7 @@ def _enter(
         if folder is None:
             raise UsageError("this cluster acknowledges what is on disk (ack=disk): name a folder for the log (--data)")
         folder.claim(Identity(join.session, entered[1]))
-    return make(entered[1]), join, entered
+    return make(entered[1], join.session), join, entered
 
 
 def _reach(dial: Dial, host: str, token: bytes | None) -> socket.socket:
