@@ -34,7 +34,7 @@ def test_a_forked_module_runs_as_from_a_shell(tmp_path: Path) -> None:
     try:
         log, given = tmp_path / "child.log", environment({"GIVEN": "this"})
         code = "import os; print(os.environ['GIVEN'])"
-        pid = zygote.start(Order("timeit", ["-n", "1", code], given, str(log)))
+        pid = zygote.start(Order("timeit", ["-n", "1", "-r", "1", code], given, str(log)))
         assert _until(zygote.ended) == Word(pid, 0)
         assert log.read_text().startswith("this")
         pid = zygote.start(Order("json.tool", [], given, str(log)))  # nothing comes on its standard input

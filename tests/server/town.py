@@ -139,11 +139,14 @@ class Town:
 
     def start(self, number: int) -> Server:
         """A server joins."""
-        server = Server(Setting(number, SHARDS, share=self.share, available=lambda: ROOM, threads=False))
+        session = 1 << 40 | number
+        server = Server(
+            Setting(number, SHARDS, share=self.share, available=lambda: ROOM, threads=False, session=session)
+        )
         self.servers[number] = server
         there, here = self.connect(f"server {number}", server, "coordinator", self.control, COORDINATOR)
         assert here.other is there
-        join = m.Join("server", 1 << 40 | number, address=f"{number}")
+        join = m.Join("server", session, address=f"{number}")
         self.say(there, Frame(Kind.REQUEST, seq=1, body=m.pack(join)))
         self.run()
         return server
