@@ -42,6 +42,12 @@ def test_two_thousand_seeds(part: int) -> None:
     assert tally.faults["kill"] + tally.faults["vanish"] >= 300
 
 
+@pytest.mark.parametrize("seed", [7002, 20361])
+def test_seeds_that_found_a_bug_once(seed: int) -> None:
+    """A membership told again voided a promised step; a verdict that only a backup knew was forgotten with two others."""
+    assert battery.play(scenario(seed, "bulk")).violation is None
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_seed_is_the_same_run_every_time(mode: str) -> None:
     one = scenario(11, mode)

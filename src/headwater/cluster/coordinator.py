@@ -247,7 +247,7 @@ class Coordinator:
         for replica in hosted if self._settling else ():
             view = self.fleet.views.get(replica.shard)
             synced = view is not None and server.number in {x.server for x in in_sync(view)}
-            said = replica.role == "primary" or (server.join.replayed and synced)
+            said = replica.role == "primary" or synced  # a backup may know what its primary died with
             for commit in replica.commits if said else ():
                 self.tables.learned(commit)
         claims = {replica.shard for replica in hosted}
