@@ -44,7 +44,7 @@ def test_two_thousand_seeds(part: int) -> None:
 
 @pytest.mark.parametrize("seed", [7002, 20361])
 def test_seeds_that_found_a_bug_once(seed: int) -> None:
-    """A membership told again voided a promised step; a verdict that only a backup knew was forgotten with two others."""
+    """A membership told again voided a promised step; a verdict that only a backup knew was forgotten."""
     assert battery.play(scenario(seed, "bulk")).violation is None
 
 
