@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -84,14 +84,9 @@ class Client:
         self._control = Control(dial, join, self.runtime, timeout)
         joined = self._control.joined
         self.rank, self.world, self.members = joined.rank, joined.world, joined.members
-        self._stop: Callable[[], None] = _nothing
-        try:
-            for view in joined.views:
-                session = self.servers[view.shard] = Session(f"shard {view.shard}", self.session, self.runtime)
-                session.shard = view.shard  # connected when a table needs it
-        except BaseException:
-            self._hang_up()
-            raise
+        for view in joined.views:
+            session = self.servers[view.shard] = Session(f"shard {view.shard}", self.session, self.runtime)
+            session.shard = view.shard  # connected when a table needs it
         self._stop = self.runtime.every(joined.heartbeat, self._heartbeat)
 
     # ---- shards ------------------------------------------------------------------------------------
@@ -346,10 +341,6 @@ class Client:
         else:  # a step may be half pushed: the others are told that this worker died
             self._stop()
             self._hang_up()
-
-
-def _nothing() -> None:
-    """No heartbeat has begun."""
 
 
 def _nobody(error: ClusterError) -> bool:

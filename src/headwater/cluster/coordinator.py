@@ -40,7 +40,6 @@ from headwater.types import Bulk
 from headwater.wire import messages as m
 from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
 
-WORKERS = 1  # a worker's heartbeats come as many times less often than a server's
 PAUSE = 0.5  # seconds between two ticks, which come ten times as often, that mean that this process was stopped
 GRACE = 1.5  # seconds after a restart in which servers may come back before others take over
 
@@ -285,7 +284,7 @@ class Coordinator:
         world = self.membership.world or len(self.membership.workers)
         views = tuple(self._shard_view(shard) for shard in sorted(self.fleet.views))
         r = self.rules
-        self.reply(asker, m.Joined(member.rank, world, WORKERS * r.heartbeat, views, self.membership.epoch, r.durable))
+        self.reply(asker, m.Joined(member.rank, world, r.heartbeat, views, self.membership.epoch, r.durable))
 
     def _shard_view(self, shard: int) -> m.ShardView:
         view = self.fleet.views.get(shard)

@@ -174,9 +174,7 @@ class Fleet:
         if message.server != view.primary.server:
             self._without(view, message.server)
             return
-        heir = next((x for x in view.backups if self._up(x.server)), None)
-        if heir is not None:
-            self._change(view, primary=heir, backups=tuple(x for x in view.backups if x != heir), learners=())
+        self._promote(view)
 
     def drain(self, server: int) -> None:
         """Move everything off a server. Raises ``ClusterError`` if it is unknown or the last one."""
@@ -234,15 +232,22 @@ class Fleet:
         view = self.views[shard]
         assert view.primary is not None
         if not self._up(view.primary.server):
-            heir = next((x for x in view.backups if self._up(x.server)), None)
-            if heir is None:
+            promoted = self._promote(view)
+            if promoted is None:
                 return  # nobody else has it: wait for the primary to come back
-            rest = tuple(x for x in view.backups if x != heir and self._up(x.server))
-            view = self._change(view, primary=heir, backups=rest, learners=())
+            view = promoted
         for x in (*view.backups, *view.learners):
             if not self._up(x.server):
                 view = self._without(view, x.server)
         self._copies(view)
+
+    def _promote(self, view: m.View) -> m.View | None:
+        """A backup that is up leads, if there is one; the other backups stay, learners must begin anew."""
+        heir = next((x for x in view.backups if self._up(x.server)), None)
+        if heir is None:
+            return None
+        rest = tuple(x for x in view.backups if x != heir and self._up(x.server))
+        return self._change(view, primary=heir, backups=rest, learners=())
 
     def _copies(self, view: m.View) -> None:
         """Enough copies on servers that stay; then let go of those that are too many."""
@@ -347,7 +352,7 @@ class Fleet:
 
 def members_of(view: m.View) -> set[int]:
     """The servers in a view."""
-    return {x.server for x in (*([view.primary] if view.primary else []), *view.backups, *view.learners)}
+    return {x.server for x in (*in_sync(view), *view.learners)}
 
 
 def in_sync(view: m.View) -> tuple[m.Endpoint, ...]:

@@ -15,7 +15,7 @@ from headwater.server.state import view
 from headwater.transports import memory
 from headwater.types import TableSpec
 from headwater.wire import messages as m
-from headwater.wire.frames import MAX_BODY, Flag, Frame, Kind, Outgoing, checksum
+from headwater.wire.frames import MAX_BODY, Flag, Frame, Kind, Outgoing, seal
 from headwater.wire.tensors import to_bytes
 
 ROOM = 4096  # bytes that a record of slots is larger than the request
@@ -318,8 +318,7 @@ class Clients:
                 frame = self._data(s, Flag.END if end == stop else Flag.NONE, start, end - start)
                 frame.payload = kept.view[start:end]
                 if self._checked:
-                    frame.flags |= Flag.CHECKED
-                    frame.check = checksum(frame.payload)
+                    seal(frame)
                 out += self._to(s.session, frame)
         return out if s.length else self._to(s.session, self._data(s, Flag.END, s.start, 0))
 

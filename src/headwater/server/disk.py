@@ -143,7 +143,7 @@ class DiskLog:
     def mark(self) -> None:
         """From here on the log is of another reign; records above this replica's LSN that came before are void."""
         self.write()
-        self._put([Outgoing(0, self._standing(whole=False))])
+        self._put([Outgoing(0, self._reader.standing(False, self._shard.lsn))])
 
     def sync(self) -> None:
         """Everything that was appended is on the disk when this returns."""
@@ -190,11 +190,6 @@ class DiskLog:
     def _limit(self) -> int:
         return max(LEAST, TIMES * sum(table.dense.nbytes for table in self._shard.tables.values()))
 
-    def _standing(self, *, whole: bool) -> Frame:
-        shard = self._shard
-        body = m.pack(m.Following(shard.epoch, shard.lsn, whole, shard.reign))
-        return Frame(Kind.REPLY, shard=shard.number, epoch=shard.epoch, seq=1, lsn=shard.lsn, body=body)
-
     def renew(self) -> None:
         """Begin a new file with the state as it is; ``step`` goes on with it."""
         self.write()
@@ -203,7 +198,7 @@ class DiskLog:
         self._follower = self._reader.by_peer[0] = Follower(DISK, 0)
         with _writing(self.path):
             self._next = _File(self._fresh, os.O_TRUNC)
-            self._next.put([Outgoing(0, self._standing(whole=True))])
+            self._next.put([Outgoing(0, self._reader.standing(True, self._shard.lsn))])
             self._next.put(self._reader.state(self._follower))
             for record in self._shard.ahead:
                 self._next.put(self._record(record))

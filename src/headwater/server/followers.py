@@ -20,7 +20,7 @@ from headwater.server.lending import Buffer, Lending
 from headwater.server.records import Record
 from headwater.server.shard import Shard
 from headwater.wire import messages as m
-from headwater.wire.frames import Flag, Frame, Kind, Outgoing, checksum
+from headwater.wire.frames import Flag, Frame, Kind, Outgoing, seal
 from headwater.wire.tensors import dtype_name
 
 CREDITS = 4  # blocks of state under way to one newcomer
@@ -74,7 +74,7 @@ class Followers:
         else:
             follower.accepted = request.lsn if request.reign == shard.reign else shard.base
         shard.followed(request.server, follower.accepted)
-        out = [Outgoing(peer, self._reply(whole, follower.accepted))]
+        out = [Outgoing(peer, self.standing(whole, follower.accepted))]
         if whole:
             out += self.state(follower)
         else:
@@ -84,7 +84,8 @@ class Followers:
                 out += self.record(peer, record)
         return out + self.synced_again(view)
 
-    def _reply(self, whole: bool, lsn: int) -> Frame:
+    def standing(self, whole: bool, lsn: int) -> Frame:
+        """Where the log stands for one who follows from ``lsn`` on."""
         shard = self.shard
         body = m.pack(m.Following(shard.epoch, lsn, whole, shard.reign))
         return Frame(Kind.REPLY, shard=shard.number, epoch=shard.epoch, seq=1, lsn=lsn, body=body)
@@ -121,7 +122,7 @@ class Followers:
                 assert record.gradient is not None
                 frame.payload = s.view(record.gradient[start - record.base : stop - record.base])
                 if self.checked:
-                    frame.flags, frame.check = Flag.CHECKED, checksum(frame.payload)
+                    seal(frame)
             frames.append(frame)
         frames[-1].flags |= Flag.END
         for frame in frames:
@@ -195,8 +196,7 @@ class Followers:
         if payload is not None:
             frame.payload, frame.length = payload, len(payload)
             if self.checked:
-                frame.flags |= Flag.CHECKED
-                frame.check = checksum(payload)
+                seal(frame)
         return Outgoing(peer, frame)
 
     def more(self, follower: Follower) -> list[Outgoing]:

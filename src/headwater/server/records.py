@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from headwater.errors import ProtocolError
 from headwater.server.tables.plan import Contribution
 from headwater.types import Hyper, TableSpec
-from headwater.wire.messages import Commit, Members, Slot
+from headwater.wire.messages import Commit, Members, Slot, decoded
 
 Ranges = tuple[tuple[int, int], ...]
 Groups = tuple[dict[str, Hyper], ...]
@@ -142,10 +141,7 @@ def pack(body: Body) -> bytes:
 
 def unpack(data: bytes) -> Body:
     """Raises ``ProtocolError``."""
-    try:
-        return _decoder.decode(data)
-    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
-        raise ProtocolError(f"a record that cannot be read: {error}") from None
+    return decoded(_decoder, data, "record")
 
 
 def spans(body: Body) -> Ranges:

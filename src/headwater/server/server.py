@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from itertools import count
 
+from headwater.cluster.fleet import members_of
 from headwater.errors import ProtocolError, StaleEpoch
 from headwater.server import COORDINATOR
 from headwater.server.node import Node, Setting
@@ -133,17 +134,17 @@ class Server:
     def adopt(self, view: m.View) -> list[Instruction]:
         """A shard's view: this server begins, changes or ends its part in it."""
         me = self.setting.server
-        members = (*([view.primary] if view.primary else []), *view.backups, *view.learners)
+        member = me in members_of(view)
         node = self.nodes.get(view.shard)
         if node is None:
-            if not any(x.server == me for x in members):
+            if not member:
                 return []
             node = self.nodes[view.shard] = Node(view.shard, self.setting, self._keys)
             node.tick(self._now)
             if node.disk is not None:
                 node.disk.begin()
         out = node.adopt(view)
-        if not any(x.server == me for x in members) and node.view.epoch == view.epoch:
+        if not member and node.view.epoch == view.epoch:
             out += node.hang_up()
             del self.nodes[view.shard]
             self._retired = (

@@ -5,11 +5,10 @@ from __future__ import annotations
 import msgspec
 import torch
 
-from headwater.errors import ProtocolError
 from headwater.server.records import Groups
 from headwater.server.table import Table
 from headwater.types import TableSpec
-from headwater.wire.messages import Commit, Members
+from headwater.wire.messages import Commit, Members, decoded
 
 
 class SessionState(msgspec.Struct, frozen=True):
@@ -77,10 +76,7 @@ def pack(body: State) -> bytes:
 
 def unpack(data: bytes) -> State:
     """Raises ``ProtocolError``."""
-    try:
-        return _decoder.decode(data)
-    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
-        raise ProtocolError(f"a piece of state that cannot be read: {error}") from None
+    return decoded(_decoder, data, "piece of state")
 
 
 def table_state(table: Table) -> TableState:

@@ -30,7 +30,7 @@ from headwater.transports.address import Address, family
 from headwater.transports.receiver import Arrived, Receiver, descriptors
 from headwater.wire import auth
 from headwater.wire import messages as m
-from headwater.wire.frames import Flag, Frame, Kind, checksum, encode
+from headwater.wire.frames import Frame, Kind, encode, seal
 
 INLINE = 128 << 10  # bytes: a larger payload is left to the sender thread
 TICK = 0.5  # seconds: how often a blocked call looks at its deadline
@@ -153,9 +153,8 @@ class StreamLink:
         if self._error is not None:
             raise self._error
         payload = frame.payload
-        if payload is not None and self._checked:
-            frame.flags |= Flag.CHECKED
-            frame.check = checksum(payload)
+        if self._checked:
+            seal(frame)
         head = encode(frame)
         with self._sending:
             if self._backlog or (payload is not None and len(payload) > INLINE):

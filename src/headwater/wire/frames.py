@@ -119,6 +119,13 @@ def checksum(payload: Buffer) -> int:
     return xxhash.xxh3_64_intdigest(payload) & 0xFFFFFFFF
 
 
+def seal(frame: Frame) -> None:
+    """Let the frame carry its payload's checksum."""
+    if frame.payload is not None:
+        frame.flags |= Flag.CHECKED
+        frame.check = checksum(frame.payload)
+
+
 def encode(frame: Frame) -> bytes:
     """Header and body as bytes; the payload is sent behind them, uncopied. Raises ``ProtocolError`` over a bound."""
     body = frame.body

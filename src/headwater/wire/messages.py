@@ -544,25 +544,26 @@ T = TypeVar("T")
 
 def unpack(data: bytes, kind: type[T]) -> T:
     """A message of one known type. Raises ``ProtocolError`` for anything else."""
-    return _checked(msgspec.msgpack.Decoder(kind), data, kind.__name__)
+    return decoded(msgspec.msgpack.Decoder(kind), data, kind.__name__)
 
 
 def unpack_request(data: bytes) -> Request:
-    found: Request = _checked(_request, data, "request")
+    found: Request = decoded(_request, data, "request")
     return found
 
 
 def unpack_reply(data: bytes) -> Reply:
-    found: Reply = _checked(_reply, data, "reply")
+    found: Reply = decoded(_reply, data, "reply")
     return found
 
 
 def unpack_notice(data: bytes) -> Notice:
-    found: Notice = _checked(_notice, data, "notice")
+    found: Notice = decoded(_notice, data, "notice")
     return found
 
 
-def _checked(decoder: msgspec.msgpack.Decoder[T], data: bytes, what: str) -> T:
+def decoded(decoder: msgspec.msgpack.Decoder[T], data: bytes, what: str) -> T:
+    """What ``decoder`` reads. Raises ``ProtocolError`` that names ``what`` it should have been."""
     try:
         return decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import headwater
 from headwater.cli.bench.options import Transport
+from headwater.cli.environment import exported as exported
 from headwater.launch import Launcher, cores
 
 
 def server_threads(servers: int) -> int:
     """The threads of one server: what the launcher gives it."""
     return max(1, cores() // servers)
-
-
-@contextlib.contextmanager
-def exported(variables: Mapping[str, str]) -> Iterator[None]:
-    """``variables`` in this process's environment, for as long as the block runs."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def worker_environment(launcher: Launcher, rank: int, world: int, transport: Transport = "local") -> dict[str, str]:

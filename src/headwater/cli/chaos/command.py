@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +12,7 @@ import typer
 from rich.text import Text
 
 from headwater.cli.console import err, out
+from headwater.cli.environment import exported
 
 if TYPE_CHECKING:
     from headwater.cli.chaos.drill import Course
@@ -139,17 +139,6 @@ def perform(
         return report.make(mode, seed, seconds, drill.course, ledgers, verdict, same), drill.course
 
 
-@contextlib.contextmanager
-def _as_client(token: str, address: str) -> Iterator[None]:
+def _as_client(token: str, address: str) -> contextlib.AbstractContextManager[None]:
     """This process's environment is that of a client of the cluster."""
-    given = {"HEADWATER_TOKEN": token, "HEADWATER_ADDRESS": address, "HEADWATER_TRANSPORT": "tcp"}
-    before = {name: os.environ.get(name) for name in given}
-    os.environ.update(given)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    return exported({"HEADWATER_TOKEN": token, "HEADWATER_ADDRESS": address, "HEADWATER_TRANSPORT": "tcp"})
