@@ -20,6 +20,7 @@ from headwater.errors import (
     ClusterError,
     DataError,
     DeadlineExceeded,
+    DeltaCorrupt,
     GradientModified,
     HeadwaterError,
     InternalError,
@@ -39,11 +40,14 @@ from headwater.errors import (
     TableConflict,
     UnknownOptimizer,
     UnknownTable,
+    UnknownVersion,
     Unreachable,
     UsageError,
+    VersionExists,
+    VersionExpired,
     WorkerLost,
 )
-from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Stale, TableSpec
+from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Stale, TableSpec, VersionInfo
 
 if TYPE_CHECKING:
     from headwater import data, init, launch
@@ -61,6 +65,7 @@ __all__ = [
     "ClusterError",
     "DataError",
     "DeadlineExceeded",
+    "DeltaCorrupt",
     "Dense",
     "GradientModified",
     "HeadwaterError",
@@ -89,8 +94,12 @@ __all__ = [
     "Ticket",
     "UnknownOptimizer",
     "UnknownTable",
+    "UnknownVersion",
     "Unreachable",
     "UsageError",
+    "VersionExists",
+    "VersionExpired",
+    "VersionInfo",
     "WorkerLost",
     "__version__",
     "connect",

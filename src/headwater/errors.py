@@ -10,6 +10,9 @@ HeadwaterError
 │   └── DataError                       a corpus that is empty, unreadable or not text; a run folder that exists
 ├── ClusterError                        the cluster refused; it goes on
 │   ├── UnknownTable                    no table of that name or number
+│   ├── UnknownVersion                  no version or tag of that name
+│   ├── VersionExpired                  the version was retired, or its memory is lost
+│   ├── VersionExists                   a version of that name is there already
 │   ├── TableConflict                   the table exists with another shape, optimizer or policy
 │   ├── RankTaken                       another live worker holds this rank
 │   ├── NotEnoughMemory                 the table does not fit into a server's memory
@@ -23,6 +26,7 @@ HeadwaterError
 │   ├── Unreachable                     nobody answers at the address
 │   ├── AddressInUse                    the port to listen on is taken
 │   ├── AuthenticationFailed            the token is wrong or missing
+│   ├── DeltaCorrupt                    a delta that is damaged, or of another base; fetch the version whole
 │   └── ProtocolError                   a frame that FORMAT.md does not allow
 ├── WorkerLost                          another worker died; the step was not applied on any shard
 ├── DeadlineExceeded (also a TimeoutError)
@@ -76,6 +80,18 @@ class UnknownTable(ClusterError):
     """No table of that name or number."""
 
 
+class UnknownVersion(ClusterError):
+    """No version or tag of that name; nothing was leased or changed."""
+
+
+class VersionExpired(ClusterError):
+    """The version was retired while it was wanted, or no server holds it any more; what a reader maps stays whole."""
+
+
+class VersionExists(ClusterError):
+    """A version of that name is there already; nothing was published."""
+
+
 class TableConflict(ClusterError):
     """The table exists with another shape, optimizer or policy."""
 
@@ -126,6 +142,10 @@ class AddressInUse(LinkError):
 
 class AuthenticationFailed(LinkError):
     """The token is wrong or missing."""
+
+
+class DeltaCorrupt(LinkError):
+    """A delta is damaged, or its outcome is not the version it should be; the version must be fetched whole."""
 
 
 class ProtocolError(LinkError):
