@@ -1,0 +1,1 @@
+"""The gateway: inference over HTTP with weights that stay current (``headwater serve``)."""
