@@ -1,0 +1,122 @@
+"""The ASGI application: which path is answered by what."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from headwater.gateway.chat import chat_completions
+from headwater.gateway.gate import Gate
+from headwater.gateway.gateway import Gateway
+from headwater.gateway.limits import Limits
+from headwater.gateway.metrics import CONTENT_TYPE, Metrics
+from headwater.gateway.openai_types import ModelList
+from headwater.gateway.problems import no_such_model, not_allowed, not_found
+
+if TYPE_CHECKING:
+    from headwater.gateway.auth import Keys
+    from headwater.gateway.served import Served
+
+Handler = Callable[[Request, Gateway], Awaitable[Response]]
+
+
+def make_app(served: Served, limits: Limits | None = None, keys: Keys | None = None) -> Starlette:
+    """The application. ``app.state.gateway`` is what it shares; its lifespan's end closes it, and the model.
+
+    Args:
+        served: the model, which may be attached later: until then most paths answer 503.
+        limits: what a client may ask.
+        keys: who may ask; None: everybody.
+    """
+    metrics = Metrics(served)
+    gateway = Gateway(served, limits or Limits(), metrics)
+    app = Starlette(
+        routes=[_route(gateway, *row) for row in ROUTES],
+        middleware=[Middleware(Gate, served=served, metrics=metrics, keys=keys)],
+        exception_handlers={HTTPException: _unrouted},
+        lifespan=_lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.gateway = gateway
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: Starlette) -> AsyncIterator[None]:
+    yield
+    app.state.gateway.close()
+
+
+def _route(gateway: Gateway, method: str, path: str, handler: Handler) -> Route:
+    async def endpoint(request: Request) -> Response:
+        return await handler(request, gateway)
+
+    return Route(path, endpoint, methods=[method])
+
+
+def _unrouted(request: Request, error: Exception) -> Response:
+    """What the router refuses: no such path, another method."""
+    path, headers = request.url.path, getattr(error, "headers", None) or {}
+    if getattr(error, "status_code", 404) == 405:
+        refusal = not_allowed(request.method, path, headers.get("Allow", "").split(", "))
+    else:
+        refusal = not_found(path)
+    return refusal.response()
+
+
+async def healthz(request: Request, gateway: Gateway) -> Response:
+    """The process lives."""
+    del request, gateway
+    return _json({"status": "ok"})
+
+
+async def readyz(request: Request, gateway: Gateway) -> Response:
+    """The first version is there and the server is not ending."""
+    del request
+    if gateway.served.closing or gateway.served.standing() is None:
+        return _json({"status": "ending" if gateway.served.closing else "loading"}, 503)
+    return _json({"status": "ready"})
+
+
+async def models(request: Request, gateway: Gateway) -> Response:
+    """The one model."""
+    del request
+    return _json(ModelList([gateway.served.card()]))
+
+
+async def model(request: Request, gateway: Gateway) -> Response:
+    """The one model, by its name."""
+    name: str = request.path_params["model"]
+    if name != gateway.served.name:
+        raise no_such_model(name, gateway.served.name)
+    return _json(gateway.served.card())
+
+
+async def metrics(request: Request, gateway: Gateway) -> Response:
+    """Prometheus' text format."""
+    del request
+    return Response(gateway.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+ROUTES: list[tuple[str, str, Handler]] = [
+    ("GET", "/healthz", healthz),
+    ("GET", "/readyz", readyz),
+    ("GET", "/metrics", metrics),
+    ("GET", "/v1/models", models),
+    ("GET", "/v1/models/{model:path}", model),
+    ("POST", "/v1/chat/completions", chat_completions),
+]
+"""Method, path, what answers."""

@@ -1,0 +1,157 @@
+"""What every request passes: who is it, what became of it, which version answered. One log line each.
+
+Errors become answers here. A client that has left gets none.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from headwater.errors import HeadwaterError
+from headwater.gateway.problems import Refusal, refusal_of, unforeseen
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from headwater.gateway.auth import Keys
+    from headwater.gateway.metrics import Metrics
+    from headwater.gateway.served import Served
+    from headwater.types import VersionInfo
+
+log = logging.getLogger("headwater.gateway")
+
+OPEN = ("/healthz", "/readyz")
+"""Paths that need no key: what a load balancer asks, and what tells nothing about the model."""
+
+_RECORD = "headwater.record"
+
+
+class ClientGone(Exception):
+    """The client hung up; nobody is there to be answered."""
+
+
+class Record:
+    """What is known of one request; handlers add to it."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.route = "other"
+        self.status = 0
+        self.versions: list[VersionInfo] = []
+        self.first_token: float | None = None
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.streamed = False
+        self.gone = False
+        self.problem = ""
+
+    def answered_by(self, version: VersionInfo | None) -> None:
+        if version is not None and version not in self.versions:
+            self.versions.append(version)
+
+
+def record_of(request: Request) -> Record:
+    found: Record = request.scope[_RECORD]
+    return found
+
+
+class Gate:
+    """An ASGI middleware."""
+
+    def __init__(self, app: ASGIApp, served: Served, metrics: Metrics, keys: Keys | None) -> None:
+        self._app = app
+        self._served = served
+        self._metrics = metrics
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = scope[_RECORD] = Record()
+        self._metrics.active.inc()
+        try:
+            await self._answer(scope, receive, self._naming_versions(record, send), record)
+        finally:
+            self._metrics.active.dec()
+            self._book(scope, record)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
+        try:
+            if self._keys is not None and scope["path"] not in OPEN:
+                self._keys.check(scope["headers"])
+            await self._app(scope, receive, send)
+        except ClientGone:
+            record.gone = True
+        except HeadwaterError as error:
+            await self._refuse(refusal_of(error), scope, receive, send, record)
+        except Exception:
+            log.exception("%s %s failed", scope["method"], scope["path"])
+            await self._refuse(unforeseen(), scope, receive, send, record)
+
+    async def _refuse(self, refusal: Refusal, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
+        record.problem = refusal.slug or ""
+        if record.status:
+            raise refusal  # half an answer is out already: the connection is closed, which a client notices
+        await refusal.response()(scope, receive, send)
+
+    def _naming_versions(self, record: Record, send: Send) -> Send:
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                message["headers"] = [*message["headers"], *self._version_headers(record)]
+            await send(message)
+
+        return named
+
+    def _version_headers(self, record: Record) -> list[tuple[bytes, bytes]]:
+        """An answer that no version computed (an error, a list) names the one that would answer now."""
+        standing = self._served.standing()
+        versions = record.versions or ([standing.version] if standing else [])
+        if not versions:
+            return []
+        named = {
+            "x-headwater-version": ", ".join(quote(version.name, safe="!#$&'()*+/:;=?@[]~ ") for version in versions),
+            "x-headwater-version-number": ", ".join(str(version.number) for version in versions),
+            "x-headwater-version-step": ", ".join(str(version.step) for version in versions),
+        }
+        if standing and standing.stale_since is not None:
+            named["x-headwater-stale"] = str(max(0, round(time.time() - standing.stale_since)))
+        return [(name.encode(), value.encode("latin-1")) for name, value in named.items()]
+
+    def _book(self, scope: Scope, record: Record) -> None:
+        route = scope.get("route")
+        record.route = getattr(route, "path", "other")
+        seconds = time.monotonic() - record.began
+        if record.gone:
+            self._metrics.hang_ups.labels(record.route).inc()
+        else:
+            self._metrics.requests.labels(record.route, record.status).inc()
+            self._metrics.seconds.labels(record.route).observe(seconds)
+        if record.first_token is not None:
+            self._metrics.first_token.observe(record.first_token - record.began)
+        self._metrics.tokens.labels("prompt").inc(record.prompt_tokens)
+        self._metrics.tokens.labels("completion").inc(record.completion_tokens)
+        log.info("%s", _line(scope, record, seconds))
+
+
+def _line(scope: Scope, record: Record, seconds: float) -> str:
+    client = scope.get("client")
+    parts = [client[0] if client else "-", scope["method"], quote(scope["path"])[:200]]
+    parts.append("gone" if record.gone else str(record.status))
+    parts.append(f"{seconds:.3f}s")
+    if record.versions:
+        parts.append(", ".join(f"{version.name}#{version.number}" for version in record.versions))
+    if record.completion_tokens or record.prompt_tokens:
+        parts.append(f"{record.prompt_tokens}+{record.completion_tokens} tokens")
+    if record.first_token is not None:
+        parts.append(f"first after {record.first_token - record.began:.3f}s")
+    if record.streamed:
+        parts.append("streamed")
+    if record.problem:
+        parts.append(record.problem)
+    return " ".join(parts)

@@ -1,0 +1,258 @@
+"""From the engine's thread to a client: the generations of one request, answered at once or as a stream of events.
+
+A client that hangs up, before its first token or amid a stream, cancels its generations: the engine frees their slots
+at its next step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import msgspec
+from starlette.responses import Response
+
+from headwater.errors import HeadwaterError
+from headwater.gateway.engine_types import Event, Failed, Finished, Token
+from headwater.gateway.gate import ClientGone
+from headwater.gateway.openai_types import Usage
+from headwater.gateway.problems import Refusal, refusal_of, too_late, unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.types import Receive, Scope, Send
+
+    from headwater.gateway.engine_types import GenerationRequest, Handle
+    from headwater.gateway.gate import Record
+    from headwater.gateway.served import Generator
+    from headwater.types import VersionInfo
+
+_Sign = Literal["gone", "closing"]
+
+
+@dataclass(slots=True)
+class Choice:
+    """One generation. ``tokens``: how many have come; ``finished``: how it ended, once it has."""
+
+    request: GenerationRequest
+    handle: Handle
+    tokens: int = 0
+    finished: Finished | None = None
+
+    @property
+    def version(self) -> VersionInfo | None:
+        return self.finished.version if self.finished else self.handle.version
+
+
+class Run:
+    """The generations of one request. Iterate over (choice's number, ``Token`` or ``Finished``); then ``close``.
+
+    Args:
+        deadline: seconds that the request had, for the message if they pass.
+
+    Raises, from the constructor: ``QueueFull``, ``PromptTooLong``, … of ``Generator.submit``; nothing is left queued.
+    Raises, from the iteration: ``ClientGone``; ``Refusal`` if a generation failed, was late, or the server ends.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        requests: Sequence[GenerationRequest],
+        receive: Receive,
+        record: Record,
+        runs: Runs,
+        deadline: float,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event] | _Sign] = asyncio.Queue()
+        self._record = record
+        self._runs = runs
+        self._deadline = deadline
+        self._held: tuple[int, Token | Finished] | None = None
+        self.choices: list[Choice] = []
+        try:
+            for number, request in enumerate(requests):
+                handle = generator.submit(request, self._sender(number))
+                self.choices.append(Choice(request, handle))
+        except HeadwaterError:
+            self._cancel()
+            raise
+        self._watch = self._loop.create_task(self._watch_client(receive))
+        runs.add(self)
+
+    def stop(self) -> None:
+        """The server ends: what has not been generated will not be."""
+        self._events.put_nowait("closing")
+
+    def close(self) -> None:
+        """Cancel what runs; book the rest. Safe to call twice."""
+        self._runs.discard(self)
+        self._watch.cancel()
+        self._cancel()
+        prompts = {choice.request.prompt: len(choice.request.prompt) for choice in self.choices}
+        self._record.prompt_tokens = sum(prompts.values())
+        self._record.completion_tokens = sum(choice.tokens for choice in self.choices)
+
+    async def first(self) -> None:
+        """Wait until there is something to answer: its version is known then, and an error has its own status."""
+        self._held = await anext(self, None)
+
+    def __aiter__(self) -> AsyncIterator[tuple[int, Token | Finished]]:
+        return self
+
+    async def __anext__(self) -> tuple[int, Token | Finished]:
+        if self._held is not None:
+            held, self._held = self._held, None
+            return held
+        if all(choice.finished for choice in self.choices):
+            raise StopAsyncIteration
+        match await self._events.get():
+            case "gone":
+                raise ClientGone
+            case "closing":
+                raise unavailable(f"the server is ending; {self._so_far()}", "closing")
+            case (_, Failed(error)):
+                raise refusal_of(error)
+            case (int(number), Token() | Finished() as event):
+                self._note(number, event)
+                return number, event
+            case other:
+                raise AssertionError(f"no such event: {other!r}")
+
+    def versions(self) -> list[VersionInfo]:
+        """The distinct ones of the choices so far."""
+        found: list[VersionInfo] = []
+        for choice in self.choices:
+            if choice.version is not None and choice.version not in found:
+                found.append(choice.version)
+        return found
+
+    def usage(self) -> Usage:
+        """A prompt counts once, however many choices it has."""
+        prompts = {choice.request.prompt: len(choice.request.prompt) for choice in self.choices}
+        made = sum(choice.finished.completion_tokens for choice in self.choices if choice.finished)
+        read = sum(prompts.values())
+        return Usage(read, made, read + made)
+
+    def _note(self, number: int, event: Token | Finished) -> None:
+        choice = self.choices[number]
+        if isinstance(event, Token):
+            choice.tokens += 1
+            if self._record.first_token is None:
+                self._record.first_token = time.monotonic()
+        else:
+            choice.finished = event
+        self._record.answered_by(choice.version)
+        if isinstance(event, Finished) and event.reason == "deadline":
+            raise too_late(self._deadline, self._so_far())
+        if isinstance(event, Finished) and event.reason == "cancelled":
+            raise unavailable(f"the generation was cancelled; {self._so_far()}", "cancelled")
+
+    def _so_far(self) -> str:
+        made = sum(choice.tokens for choice in self.choices)
+        if not made:
+            return "no token was generated"
+        return f"{made} tokens were generated, which a stream has sent and an answer in one piece leaves out"
+
+    def _sender(self, number: int) -> Callable[[Event], None]:
+        """What the engine's thread calls."""
+
+        def send(event: Event) -> None:
+            try:
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
+            except RuntimeError:
+                return  # the loop is closed: the server has ended, and the engine must not stumble over it
+
+        return send
+
+    async def _watch_client(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._events.put_nowait("gone")
+
+    def _cancel(self) -> None:
+        for choice in self.choices:
+            if choice.finished is None:
+                choice.handle.cancel()
+
+
+class Runs(set[Run]):
+    """What a server generates now, so that it can end in time."""
+
+    def stop(self) -> None:
+        for run in tuple(self):
+            run.stop()
+
+
+class Writer(Protocol):
+    """How a run becomes an answer: chat's way, or that of completions. ``event``: structs of one event of a stream."""
+
+    def event(self, run: Run, number: int, event: Token | Finished) -> Iterator[Any]: ...
+    def usage(self, run: Run) -> Any: ...
+    def whole(self, run: Run, events: Sequence[Sequence[Token | Finished]]) -> Any: ...
+
+
+async def answer(run: Run, writer: Writer, record: Record, *, stream: bool, usage: bool) -> Response:
+    """The answer to a request: in one piece, or a response that streams. ``usage``: the stream ends with it.
+
+    The run is closed when the answer is out, or has failed.
+    """
+    try:
+        if stream:
+            record.streamed = True
+            await run.first()
+            return EventStream(run, writer, record, usage)
+        events: list[list[Token | Finished]] = [[] for _ in run.choices]
+        async for number, event in run:
+            events[number].append(event)
+        body = msgspec.json.encode(writer.whole(run, events))
+    except BaseException:
+        run.close()
+        raise
+    run.close()
+    return Response(body, media_type="application/json")
+
+
+class EventStream(Response):
+    """Server-sent events, each one ``data: JSON``; the last is ``data: [DONE]``.
+
+    What goes wrong once the head is out is an event ``data: {"error": …}``, which the openai client raises.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, run: Run, writer: Writer, record: Record, usage: bool) -> None:
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._run = run
+        self._writer = writer
+        self._record = record
+        self._usage = usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for part in self._parts():
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+        finally:
+            self._run.close()
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+    async def _parts(self) -> AsyncIterator[bytes]:
+        try:
+            async for number, event in self._run:
+                if parts := b"".join(_data(part) for part in self._writer.event(self._run, number, event)):
+                    yield parts
+            if self._usage:
+                yield _data(self._writer.usage(self._run))
+        except Refusal as refusal:
+            self._record.problem = refusal.slug or ""
+            yield _data(refusal.answer())
+
+
+def _data(value: Any) -> bytes:
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
