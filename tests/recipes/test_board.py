@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from headwater_recipes.lm.board import Board
-from headwater_recipes.lm.reports import Finished, Saved, Stepped, Validated, hear, say
+from headwater_recipes.common.board import Board
+from headwater_recipes.common.reports import Finished, Saved, Stepped, Validated, hear, say
 
 
 def _step(rank: int, step: int, loss: float, staleness: int = 0) -> Stepped:

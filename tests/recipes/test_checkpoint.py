@@ -9,8 +9,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from headwater.errors import DataError
-from headwater_recipes.lm import checkpoint, model
-from headwater_recipes.lm.settings import Settings, State
+from headwater_recipes.common import checkpoint
+from headwater_recipes.lm import model
+from headwater_recipes.lm.settings import RECIPE, Settings, State
 
 
 def _model() -> Any:
@@ -35,7 +36,7 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     _, optimizer = _trained()
     path = checkpoint.save(tmp_path, made, optimizer.state_dict(), _state(3))
     assert checkpoint.newest(tmp_path) == path
-    assert checkpoint.read_state(path) == _state(3)
+    assert checkpoint.read_state(path, Settings) == _state(3)
     for folder in (tmp_path, path):
         for name, value in model.load(folder).state_dict().items():
             assert torch.equal(value, made.state_dict()[name])
@@ -73,34 +74,34 @@ def test_a_disk_without_hard_links_gets_copies(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
-    fresh = checkpoint.new_folder(tmp_path / "runs" / "a")
+    fresh = checkpoint.new_folder("lm", tmp_path / "runs" / "a")
     assert fresh.is_dir()
-    assert checkpoint.new_folder(fresh) == fresh
+    assert checkpoint.new_folder("lm", fresh) == fresh
     (fresh / "model.safetensors").write_text("precious", encoding="utf-8")
     with pytest.raises(DataError, match=r"exists and is not empty.*--resume"):
-        checkpoint.new_folder(fresh)
+        checkpoint.new_folder("lm", fresh)
     with pytest.raises(DataError, match="exists and is not empty"):
-        checkpoint.new_folder(fresh / "model.safetensors")
+        checkpoint.new_folder("lm", fresh / "model.safetensors")
     assert (fresh / "model.safetensors").read_text(encoding="utf-8") == "precious"
 
 
 def test_the_newest_run_is_found_and_an_empty_one_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="holds no run of a model"):
-        checkpoint.find_folder(None)
+        checkpoint.find_folder(RECIPE, None)
     for name in ("lm-1", "lm-2"):
         (tmp_path / "runs" / name / "checkpoints" / "00000001").mkdir(parents=True)
     (tmp_path / "runs" / "lm-3").mkdir()
-    assert checkpoint.find_folder(None) == Path("runs", "lm-2")
+    assert checkpoint.find_folder(RECIPE, None) == Path("runs", "lm-2")
     with pytest.raises(DataError, match="no checkpoint"):
-        checkpoint.find_folder(tmp_path)
+        checkpoint.find_folder(RECIPE, tmp_path)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, _model(), _trained()[1].state_dict(), _state(1))
     (path / "trainer.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match=r"trainer\.json"):
-        checkpoint.read_state(path)
+        checkpoint.read_state(path, Settings)
     (path / "optimizer.safetensors").write_bytes(b"damaged")
     with pytest.raises(DataError, match="optimizer's state cannot be read"):
         checkpoint.load_optimizer(path)

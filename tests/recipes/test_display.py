@@ -4,9 +4,9 @@ import io
 
 from rich.console import Console
 
-from headwater_recipes.lm import display
-from headwater_recipes.lm.board import Board
-from headwater_recipes.lm.reports import Started, Stepped, Validated
+from headwater_recipes.common import display
+from headwater_recipes.common.board import Board
+from headwater_recipes.common.reports import Started, Stepped, Validated
 
 
 def _board() -> Board:

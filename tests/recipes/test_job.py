@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from headwater.errors import DataError
 from headwater.launch import Process
-from headwater_recipes.lm import checkpoint, finish, job
+from headwater_recipes.common import checkpoint, metrics
+from headwater_recipes.lm import job
 from headwater_recipes.lm.settings import Settings, State
 from tests.recipes.conftest import TINY, write_corpus
 
@@ -32,7 +33,7 @@ class _Impatient(job.Job):
 
 
 def test_two_workers_and_two_servers_train_stop_and_go_on(run: Path) -> None:
-    state = checkpoint.read_state(run)
+    state = checkpoint.read_state(run, Settings)
     settings = msgspec.structs.replace(state.settings, workers=2, servers=2, steps=None, minutes=10.0, log_every=5)
     checkpoint.write_json(run / "trainer.json", msgspec.structs.replace(state, settings=settings))
     out = io.StringIO()
@@ -41,7 +42,7 @@ def test_two_workers_and_two_servers_train_stop_and_go_on(run: Path) -> None:
     assert all(worker.returncode == 0 for worker in stopped.launcher.workers)
     found = checkpoint.newest(run)
     assert found is not None
-    step = checkpoint.read_state(found).step
+    step = checkpoint.read_state(found, Settings).step
     assert f"stopped\nstep {step} is saved in {run}\n" in out.getvalue()
     assert "Traceback" not in out.getvalue()
 
@@ -53,7 +54,7 @@ def test_two_workers_and_two_servers_train_stop_and_go_on(run: Path) -> None:
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     assert report["step"] == step + 10
     assert report["largest_logit_difference_of_saved_model"] < 1e-5
-    rows = finish.read_rows(run)
+    rows = metrics.read_rows(run)
     assert [row["step"] for row in rows] == [*range(5, step + 11, 5), step + 10]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "sample.txt").read_text(encoding="utf-8").strip()
@@ -74,7 +75,7 @@ class _Killer(job.Job):
 
 
 def test_a_server_is_killed_and_training_goes_on(run: Path) -> None:
-    state = checkpoint.read_state(run)
+    state = checkpoint.read_state(run, Settings)
     settings = msgspec.structs.replace(
         state.settings, workers=2, servers=2, replicas=2, steps=60, minutes=None, log_every=5
     )
@@ -85,7 +86,7 @@ def test_a_server_is_killed_and_training_goes_on(run: Path) -> None:
     assert "was killed by SIGKILL; its shards go on elsewhere" in out.getvalue()
     events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     assert "was killed by SIGKILL" in events[0]
-    steps = [row["step"] for row in finish.read_rows(run) if row["kind"] == "step"]
+    steps = [row["step"] for row in metrics.read_rows(run) if row["kind"] == "step"]
     assert steps == list(range(5, 61, 5))
     assert "gives the same logits" in out.getvalue()
 
@@ -99,11 +100,11 @@ def _checkpoint(run: Path, settings: Settings, step: int = 10, elapsed: float = 
 def test_going_on_changes_what_may_change_and_forgets_what_was_not_saved(tmp_path: Path) -> None:
     _checkpoint(tmp_path, Settings(minutes=1.0))
     rows = [{"kind": "step", "step": step, "loss": 1.0} for step in (5, 10, 15)]
-    finish.write_rows(tmp_path, rows)
+    metrics.write_rows(tmp_path, rows)
     job.resume(tmp_path, {"lr": 5e-4, "steps": 40})
-    settings = checkpoint.read_state(tmp_path).settings
+    settings = checkpoint.read_state(tmp_path, Settings).settings
     assert (settings.lr, settings.steps, settings.minutes) == (5e-4, 40, None)
-    assert finish.read_rows(tmp_path) == rows[:2]
+    assert metrics.read_rows(tmp_path) == rows[:2]
     with pytest.raises(DataError, match="seq=128, which cannot change"):
         job.resume(tmp_path, {"seq": 64})
     with pytest.raises(DataError, match="has reached its end"):
@@ -124,4 +125,4 @@ def test_nothing_is_made_when_the_text_cannot_be_used(tmp_path: Path) -> None:
 
 def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 1}\n{"kind": "st', encoding="utf-8")
-    assert finish.read_rows(tmp_path) == [{"kind": "step", "step": 1}]
+    assert metrics.read_rows(tmp_path) == [{"kind": "step", "step": 1}]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from headwater.errors import UsageError
+from headwater_recipes.common import trainer
 from headwater_recipes.lm import model
 
 
@@ -27,7 +28,7 @@ def test_parameters_wait_on_the_meta_device_for_the_servers() -> None:
 
 def test_gains_do_not_decay() -> None:
     made = model.empty(model.config("tiny", 300, 32))
-    matrices, gains = model.groups(made, 0.1)
+    matrices, gains = trainer.groups(made, 0.1)
     assert (matrices["weight_decay"], gains["weight_decay"]) == (0.1, 0.0)
     assert {p.ndim for p in gains["params"]} == {1}
     assert len(matrices["params"]) + len(gains["params"]) == len(list(made.parameters()))
@@ -39,5 +40,5 @@ def test_an_unknown_preset_is_refused() -> None:
 
 
 def test_precision_is_a_fact_of_the_processor() -> None:
-    assert model.fast_bfloat16() is model.fast_bfloat16()
+    assert trainer.fast_bfloat16() is trainer.fast_bfloat16()
     assert torch.get_num_threads() == 1

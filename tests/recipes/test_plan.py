@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from headwater_recipes.lm.plan import FLOOR, LEAD, Pace, Plan, PlanFile, factor
+from headwater_recipes.common.plan import FLOOR, LEAD, Pace, Plan, PlanFile, factor
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_floor() -> None:

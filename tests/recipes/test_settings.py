@@ -9,7 +9,8 @@ import pytest
 import headwater
 from headwater.errors import UsageError
 from headwater.launch import Launcher
-from headwater_recipes.lm.settings import Settings, check, cluster, make_changes, parse_sync
+from headwater_recipes.common.settings import cluster, make_changes, parse_sync
+from headwater_recipes.lm.settings import Settings, check
 
 
 def test_the_policies() -> None:

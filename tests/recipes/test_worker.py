@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 import headwater
-from headwater_recipes.lm import checkpoint, generation, reports
+from headwater_recipes.common import checkpoint, reports
+from headwater_recipes.lm import generation
+from headwater_recipes.lm.settings import Settings
 from headwater_recipes.lm.worker import Worker
 
 
 def _change(run: Path, **changes: Any) -> None:
-    state = checkpoint.read_state(run)
+    state = checkpoint.read_state(run, Settings)
     settings = msgspec.structs.replace(state.settings, **changes)
     checkpoint.write_json(run / "trainer.json", msgspec.structs.replace(state, settings=settings))
 
@@ -59,10 +61,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(run: Path) -> None
     whole = Path(shutil.copytree(run, run.with_name("whole")))
     _train(whole)
     _train(run, stop=True)
-    assert checkpoint.read_state(checkpoint.newest(run) or run).step == 2
+    assert checkpoint.read_state(checkpoint.newest(run) or run, Settings).step == 2
     (run / "plan.json").unlink()
     _train(run)
-    assert checkpoint.read_state(checkpoint.newest(run) or run).step == 6
+    assert checkpoint.read_state(checkpoint.newest(run) or run, Settings).step == 6
     expected, found = _weights(whole), _weights(run)
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []

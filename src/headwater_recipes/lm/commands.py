@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from headwater_recipes.common import options
 
 
 def train(
@@ -14,38 +16,33 @@ def train(
         list[Path] | None, typer.Option(help="Text files or folders. Default: Python's standard library.")
     ] = None,
     run: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/lm-DATE-TIME.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with --run, or the newest run.")] = False,
+    resume: options.Resume = False,
     preset: Annotated[str | None, typer.Option(help="Model: tiny, 6m, 9m or 12m. Default: 9m.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", "-w", help="Worker processes. Default: 2.")] = None,
-    servers: Annotated[int | None, typer.Option("--servers", "-s", help="Servers. Default: 2.")] = None,
-    replicas: Annotated[
-        int | None, typer.Option("--replicas", "-r", help="Copies of every shard; with 2 a server may die. Default: 1.")
-    ] = None,
-    shards: Annotated[int | None, typer.Option(help="Slices of the model. Default: as many as servers.")] = None,
-    min_copies: Annotated[int | None, typer.Option(help="Block rather than go on with fewer copies.")] = None,
-    ack: Annotated[
-        str | None, typer.Option(help="memory, or disk: acknowledge what is in logs. Default: memory.")
-    ] = None,
-    state: Annotated[
-        Path | None, typer.Option(help="Folder of what the coordinator remembers (and logs). Default: a private one.")
-    ] = None,
-    snapshots: Annotated[Path | None, typer.Option(help="Folder that the cluster's snapshots go to.")] = None,
-    snapshot_every: Annotated[float | None, typer.Option(help="Seconds between two snapshots.")] = None,
-    restore: Annotated[Path | None, typer.Option(help="Begin with the values of this snapshot.")] = None,
-    sync: Annotated[str | None, typer.Option(help="bulk, stale:N, async or async:N. Default: bulk.")] = None,
+    servers: options.Servers = None,
+    replicas: options.Replicas = None,
+    shards: options.Shards = None,
+    min_copies: options.MinCopies = None,
+    ack: options.Ack = None,
+    state: options.StateFolder = None,
+    snapshots: options.Snapshots = None,
+    snapshot_every: options.SnapshotEvery = None,
+    restore: options.Restore = None,
+    sync: options.Sync = None,
     batch: Annotated[int | None, typer.Option(help="Sequences per worker and step.")] = None,
     seq: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     vocabulary: Annotated[int | None, typer.Option(help="Tokens that the tokenizer learns.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Train for so many steps in all.")] = None,
+    steps: options.Steps = None,
     minutes: Annotated[float | None, typer.Option(help="Train for so long in all. Default: 2.5.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of values, batches and the sample.")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="auto, float32 or bfloat16: of the workers' matrix products.")
+    seed: options.Seed = None,
+    precision: options.Precision = None,
+    publish_every: Annotated[
+        int | None, typer.Option(help="Steps between versions that readers can follow. Default: none.")
     ] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
-    validate_every: Annotated[int | None, typer.Option(help="Steps between validations.")] = None,
-    log_every: Annotated[int | None, typer.Option(help="Steps between rows of metrics.jsonl.")] = None,
+    save_every: options.SaveEvery = None,
+    validate_every: options.ValidateEvery = None,
+    log_every: options.LogEvery = None,
 ) -> None:
     """Train a small language model through servers of its own.
 
@@ -54,35 +51,12 @@ def train(
     Ctrl-C stops and saves; --resume goes on. The run's folder holds a
     model that transformers loads, its metrics and its loss curve.
     """
+    given = dict(locals())
+    from headwater_recipes.common.settings import make_changes
     from headwater_recipes.lm import job
-    from headwater_recipes.lm.settings import Settings, make_changes
+    from headwater_recipes.lm.settings import Settings
 
-    given: dict[str, Any] = {
-        "data": tuple(str(path.resolve()) for path in data) if data else None,
-        "preset": preset,
-        "workers": workers,
-        "servers": servers,
-        "replicas": replicas,
-        "shards": shards,
-        "min_copies": min_copies,
-        "ack": ack,
-        "state": str(state.resolve()) if state else None,
-        "snapshots": str(snapshots.resolve()) if snapshots else None,
-        "snapshot_every": snapshot_every,
-        "sync": sync,
-        "batch": batch,
-        "seq": seq,
-        "lr": lr,
-        "vocabulary": vocabulary,
-        "steps": steps,
-        "minutes": minutes,
-        "seed": seed,
-        "precision": precision,
-        "save_every": save_every,
-        "validate_every": validate_every,
-        "log_every": log_every,
-    }
-    changes = make_changes(given)
+    changes = make_changes({name: value for name, value in given.items() if name not in ("run", "resume", "restore")})
     console = Console()
     folder = job.resume(run, changes) if resume else job.prepare(Settings(**changes), run, console)
     code = job.Job(folder, console, restore).run()
@@ -102,9 +76,10 @@ def generate(
 
     Example: headwater generate --run runs/lm-20260101-120000 --prompt "import os"
     """
-    from headwater_recipes.lm.checkpoint import find_folder
+    from headwater_recipes.common.checkpoint import find_folder
     from headwater_recipes.lm.generation import generate_text
+    from headwater_recipes.lm.settings import RECIPE
 
-    folder = find_folder(run)
+    folder = find_folder(RECIPE, run)
     text = generate_text(folder, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
     typer.echo(text)

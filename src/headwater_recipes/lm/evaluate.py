@@ -1,44 +1,19 @@
-"""How good a model is: bits per byte of held-out text, beside those of a model without context.
-
-Bits per byte do not depend on the tokenizer, as losses per token do.
-"""
+"""How good a model is on the held-out text, beside a model without context."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from headwater_recipes.common.score import Score, total
 from headwater_recipes.lm.tokenizer import Arrays
 from headwater_recipes.lm.windows import cut
 
 _ROWS = 16
-
-
-class Score(NamedTuple):
-    """The sum of the negative log likelihoods in nats, over ``tokens`` tokens that stand for ``nbytes`` bytes."""
-
-    nats: float
-    tokens: int
-    nbytes: int
-
-    @property
-    def loss(self) -> float:
-        """Nats per token."""
-        return self.nats / max(1, self.tokens)
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / max(1, self.nbytes)
-
-
-def total(scores: Sequence[Score]) -> Score:
-    """Parts of one text together."""
-    return Score(sum(s.nats for s in scores), sum(s.tokens for s in scores), sum(s.nbytes for s in scores))
 
 
 def starts(arrays: Arrays, length: int, most: int | None = None) -> list[int]:
@@ -57,15 +32,12 @@ def fits(arrays: Arrays, length: int) -> int:
 def score(model: Any, arrays: Arrays, places: Sequence[int], length: int, bfloat16: bool = False) -> Score:
     """The model's score on the windows at ``places``; context does not reach over a window's start."""
     parts = []
-    was_training = model.training
-    model.eval()
     for first in range(0, len(places), _ROWS):
         inputs_bt, targets_bt = cut(arrays.validation, list(places[first : first + _ROWS]), length)
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             logits_btv = model(input_ids=inputs_bt, use_cache=False).logits
         nats = F.cross_entropy(logits_btv.float().flatten(0, 1), targets_bt.flatten(), reduction="sum").item()
         parts.append(Score(nats, targets_bt.numel(), int(arrays.lengths[targets_bt.numpy()].sum())))
-    model.train(was_training)
     return total(parts)
 
 

@@ -1,14 +1,14 @@
-"""After training: the curve, a sample and the summary, all in the run folder."""
+"""After training: a sample and the summary, in the run folder."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from headwater_recipes.lm import checkpoint, evaluate, tokenizer
-from headwater_recipes.lm.board import Board
-from headwater_recipes.lm.evaluate import Score
+from headwater_recipes.common import checkpoint
+from headwater_recipes.common.board import Board
+from headwater_recipes.common.score import Score
+from headwater_recipes.lm import evaluate, tokenizer
 from headwater_recipes.lm.generation import generate_text
 
 PROMPT = "def __init__(self"
@@ -55,62 +55,3 @@ def prompt_of(folder: Path, data: tuple[str, ...]) -> str:
         return PROMPT
     tokens = tokenizer.load_arrays(folder).validation[:8].tolist()
     return str(tokenizer.load(folder).decode(tokens, skip_special_tokens=True))
-
-
-def read_rows(folder: Path, upto: int | None = None) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl`` up to a step; a last line that a crash cut off is left out."""
-    path = folder / "metrics.jsonl"
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if upto is None or row["step"] <= upto:
-            rows.append(row)
-    return rows
-
-
-def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace ``metrics.jsonl``."""
-    beside = folder / "metrics.jsonl.new"
-    beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    beside.replace(folder / "metrics.jsonl")
-
-
-def plot(folder: Path, rows: list[dict[str, Any]], unigram: float | None = None) -> None:
-    """``loss.png``: training and validation loss by step, in nats per token."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    steps = [row for row in rows if row["kind"] == "step"]
-    held = [row for row in rows if row["kind"] == "validation"]
-    final = [row for row in rows if row["kind"] == "final"]
-    axes.plot([row["step"] for row in steps], [row["loss"] for row in steps], color="#4878a8", lw=1.2, label="training")
-    if held:
-        axes.plot(
-            [r["step"] for r in held],
-            [r["loss"] for r in held],
-            "o-",
-            color="#c8553d",
-            ms=4,
-            label="part of the held-out text",
-        )
-    if final:
-        axes.plot(
-            [r["step"] for r in final],
-            [r["loss"] for r in final],
-            "*",
-            color="#c8553d",
-            ms=11,
-            label="all held-out text",
-        )
-    if unigram is not None:
-        axes.axhline(unigram, color="#888888", ls="--", lw=1, label="unigram baseline")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"Headwater: {folder.name}")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.savefig(folder / "loss.png", dpi=120)

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 
 from headwater.errors import UsageError
+from headwater_recipes.common.trainer import quiet
 from headwater_recipes.lm import model, tokenizer
 
 
@@ -29,7 +30,7 @@ def generate_text(
     """
     if max_new_tokens < 1 or temperature < 0 or top_k < 1:
         raise UsageError("max_new_tokens and top_k must be 1 or more, temperature 0 or more; nothing was generated")
-    model.quiet()
+    quiet()
     loaded, words = cast(Any, model.load(folder)).eval(), tokenizer.load(folder)
     end: int = words.get_vocab()[tokenizer.END]
     ids: list[int] = cast(Any, words)(prompt)["input_ids"] or [end]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -98,29 +97,3 @@ def _quick(model: Any) -> Any:
     # On a CPU and at a few hundred tokens, plain attention is faster than the fused kernel's backward.
     model.set_attn_implementation("eager")
     return model
-
-
-def quiet() -> None:
-    """No progress bars from transformers: ours shows the progress."""
-    from transformers.utils import logging
-
-    cast(Any, logging).disable_progress_bar()
-
-
-def groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: matrices decay, the gains of the norms do not."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    gains = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
-
-
-def fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices faster than float32 ones (AMX, AVX-512 or Arm BF16)."""
-    flags: set[str] = set()
-    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
-        for line in lines:
-            name, _, value = line.partition(":")
-            if name.strip() in ("flags", "Features"):
-                flags.update(value.split())
-                break
-    return not flags.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})

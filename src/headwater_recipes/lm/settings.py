@@ -1,130 +1,38 @@
-"""What a run was asked to do, and how far it has come: ``trainer.json``."""
+"""What a run of this recipe is asked to do."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal, get_args
-
-import msgspec
-
-import headwater
-from headwater import launch
 from headwater.errors import UsageError
+from headwater_recipes.common import settings as common
+from headwater_recipes.common.recipe import Recipe
 from headwater_recipes.lm import model
 
-Precision = Literal["auto", "float32", "bfloat16"]
 
-Ack = Literal["memory", "disk"]
+class Settings(common.Training, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The defaults are what ``make demo`` runs."""
 
-CLUSTER = ("shards", "replicas", "min_copies", "ack", "state", "snapshots", "snapshot_every")
-"""Settings that are ``headwater.launch.Launcher``'s, by the same names."""
-
-MINUTES = 2.5
-"""How long a run trains that was given neither --minutes nor --steps."""
-
-
-class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The defaults are what ``make demo`` runs. ``batch`` is per worker; ``minutes`` and ``steps`` are totals."""
-
-    data: tuple[str, ...] = ()
     preset: str = "9m"
     vocabulary: int = 4096
-    workers: int = 2
-    servers: int = 2
-    sync: str = "bulk"
-    batch: int = 4
-    seq: int = 128
     lr: float = 2e-3
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.99)
-    warmup: int = 40
-    max_grad_norm: float = 1.0
-    steps: int | None = None
-    minutes: float | None = None
-    seed: int = 0
-    precision: Precision = "auto"
-    log_every: int = 10
-    save_every: int = 200
-    validate_every: int = 200
-    shards: int | None = None
-    replicas: int = 1
-    min_copies: int = 1
-    ack: Ack = "memory"
-    state: str | None = None
-    snapshots: str | None = None
-    snapshot_every: float | None = None
 
 
-FIXED = ("data", "preset", "vocabulary", "seq", "seed")
-"""What a run that goes on cannot change: the tokens, the shapes and the order of the batches hang on it."""
-
-
-class State(msgspec.Struct, frozen=True, kw_only=True):
-    """``trainer.json``. ``elapsed``: seconds of training; ``progress`` along the learning-rate schedule, 0 to 1."""
-
-    step: int = 0
-    elapsed: float = 0.0
-    progress: float = 0.0
-    seed: int = 0
-    settings: Settings
-    headwater: str = headwater.__version__
-
-
-def make_changes(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What was given on the command line, by the names of ``Settings``; options left out are None.
-
-    Raises:
-        UsageError: a precision, or a kind of acknowledgement, that there is not.
-    """
-    for name, kind in (("precision", Precision), ("ack", Ack)):
-        if given.get(name) is not None and given[name] not in get_args(kind):
-            raise UsageError(f"--{name} {given[name]}: must be one of {', '.join(get_args(kind))}")
-    return {name: value for name, value in given.items() if value is not None}
-
-
-_SYNC = re.compile(r"(?P<kind>bulk|stale|async)(?::(?P<bound>\d+))?")
-
-
-def parse_sync(text: str) -> headwater.Bulk | headwater.Stale | headwater.Async:
-    """``bulk``, ``stale:N``, ``async`` or ``async:N``.
-
-    Raises:
-        UsageError: anything else.
-    """
-    found = _SYNC.fullmatch(text)
-    bound = int(found["bound"]) if found and found["bound"] else None
-    if found and found["kind"] == "bulk" and bound is None:
-        return headwater.Bulk()
-    if found and found["kind"] == "stale" and bound is not None:
-        return headwater.Stale(bound)
-    if found and found["kind"] == "async":
-        return headwater.Async(bound)
-    raise UsageError(f"--sync {text}: must be bulk, stale:N, async or async:N (N in steps); nothing was started")
-
-
-def cluster(settings: Settings) -> dict[str, Any]:
-    """What the launcher is told about the cluster, beside the number of servers."""
-    found = {name: getattr(settings, name) for name in CLUSTER}
-    return {**found, **{name: Path(found[name]) for name in ("state", "snapshots") if found[name] is not None}}
+State = common.State[Settings]
 
 
 def check(settings: Settings) -> None:
     """Raises ``UsageError`` for a setting that cannot work."""
-    parse_sync(settings.sync)
+    common.check(settings)
     model.size(settings.preset)
-    for name in ("workers", "servers", "batch", "seq", "log_every", "save_every", "validate_every"):
-        if getattr(settings, name) < 1:
-            raise UsageError(f"{name}={getattr(settings, name)}: must be 1 or more; nothing was started")
-    launch.Shape(settings.servers, **cluster(settings))
-    if settings.seq < 2:
-        raise UsageError("seq=1: a window needs 2 tokens or more; nothing was started")
     if not 257 <= settings.vocabulary <= 65_535:
         raise UsageError(f"vocabulary={settings.vocabulary}: must be from 257 to 65535; nothing was started")
-    if settings.steps is not None and settings.minutes is not None:
-        raise UsageError("--steps and --minutes: give one of them; nothing was started")
-    for name in ("lr", "steps", "minutes"):
-        value = getattr(settings, name)
-        if value is not None and value <= 0:
-            raise UsageError(f"--{name} {value}: must be above 0; nothing was started")
+
+
+RECIPE = Recipe(
+    name="lm",
+    command="headwater train lm",
+    worker="headwater_recipes.lm.worker",
+    settings=Settings,
+    check=check,
+    # The tokens, the shapes and the order of the batches hang on these.
+    fixed=("data", "preset", "vocabulary", "seq", "seed"),
+)

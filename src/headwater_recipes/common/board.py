@@ -5,15 +5,16 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
-from headwater_recipes.lm.evaluate import Score, total
-from headwater_recipes.lm.reports import Finished, Report, Saved, Started, Stepped, Validated
+from headwater_recipes.common.reports import Finished, Published, Report, Saved, Started, Stepped, Validated
+from headwater_recipes.common.score import Score, total
 
 
 class Board:
     """Pure: reports in, rows out. A row needs every rank's report of its step.
 
     Attributes: ``latest`` the last ``Stepped`` of each rank; ``rows`` the metrics so far, oldest first; ``saved`` the
-    step of the last checkpoint; ``finished`` by rank; ``final`` the score of the whole validation text.
+    step of the last checkpoint; ``published`` the last version's name; ``finished`` by rank; ``final`` the score of all
+    held-out data.
     """
 
     def __init__(self, world: int, rows: list[dict[str, Any]] | None = None) -> None:
@@ -24,6 +25,7 @@ class Board:
         self.latest: dict[int, Stepped] = {}
         self.finished: dict[int, Finished] = {}
         self.saved: int | None = None
+        self.published: str | None = None
         self.final: Score | None = None
         self.rows: list[dict[str, Any]] = list(rows or [])
 
@@ -40,6 +42,8 @@ class Board:
                 row = self._validation(report)
             case Saved():
                 self.saved = report.step
+            case Published():
+                self.published = report.name
             case Finished():
                 self.finished[report.rank] = report
         if row is not None:

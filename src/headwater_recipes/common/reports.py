@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-_MARK = "::headwater-lm "  # no ordinary output starts so
+_MARK = "::headwater-recipe "  # no ordinary output starts so
 
 
 class Started(msgspec.Struct, frozen=True, tag="started"):
@@ -33,7 +33,7 @@ class Stepped(msgspec.Struct, frozen=True, tag="step"):
 
 
 class Validated(msgspec.Struct, frozen=True, tag="validation"):
-    """One rank's share of the validation text; see ``evaluate.Score``."""
+    """One rank's share of the validation text; see ``score.Score``."""
 
     rank: int
     step: int
@@ -48,6 +48,13 @@ class Saved(msgspec.Struct, frozen=True, tag="saved"):
     step: int
 
 
+class Published(msgspec.Struct, frozen=True, tag="published"):
+    """A version that readers can lease from now on."""
+
+    step: int
+    name: str
+
+
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
     """``difference``: between the logits in training and those of the saved model, the largest (rank 0 only)."""
 
@@ -58,7 +65,7 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     difference: float | None = None
 
 
-Report = Started | Stepped | Validated | Saved | Finished
+Report = Started | Stepped | Validated | Saved | Published | Finished
 _decoder: msgspec.json.Decoder[Report] = msgspec.json.Decoder(Report)
 
 

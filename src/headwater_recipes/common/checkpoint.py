@@ -2,8 +2,9 @@
 
     config.json, model.safetensors, tokenizer.json, …    what ``transformers`` loads: the newest checkpoint's model
     checkpoints/00000400/                                model, optimizer state and trainer.json of one step
-    tokens/*.npy                                         the corpus as token ids
-    metrics.jsonl, loss.png, report.json, sample.txt     what is known of it
+    headwater.json                                       which table set readers of the run follow
+    tokens/*.npy                                         the data as token ids
+    metrics.jsonl, loss.png, report.json, …              what is known of it
 
 A checkpoint appears by the rename of a whole folder, so it is there entirely or not at all.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,30 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from headwater.errors import DataError
-from headwater_recipes.lm.settings import State
+from headwater_recipes.common.recipe import Recipe
+from headwater_recipes.common.settings import AnySettings, State, Training
 
 _KEEP = 2
 
+TABLE = "model"
+"""The table set that a run trains."""
 
-def new_folder(asked: Path | None, now: float | None = None) -> Path:
-    """Make the folder of a new run: the one asked for, or ``runs/lm-<date>-<time>``.
+
+def free(folder: Path | None) -> bool:
+    """Whether a new run can have the folder."""
+    return folder is None or not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def new_folder(kind: str, asked: Path | None, now: float | None = None) -> Path:
+    """Make the folder of a new run: the one asked for, or ``runs/<kind>-<date>-<time>``.
 
     Raises:
         DataError: it exists and holds something.
     """
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
-    folder = asked or Path("runs", f"lm-{stamp}")
+    folder = asked or Path("runs", f"{kind}-{stamp}")
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not free(folder):
             raise DataError(
                 f"--run {folder}: it exists and is not empty. Nothing was changed; go on with it by --resume, or name "
                 f"another folder."
@@ -47,8 +57,14 @@ def new_folder(asked: Path | None, now: float | None = None) -> Path:
     return folder
 
 
-def find_folder(asked: Path | None, *, begun: bool = False) -> Path:
-    """The folder of a run there is: the one asked for, or the newest in ``runs/``.
+def begin(folder: Path, settings: Training) -> None:
+    """Say in a run's folder what is to be done in it, and which table set readers of the run follow."""
+    write_json(folder / "headwater.json", {"model": TABLE})
+    write_json(folder / "trainer.json", State(seed=settings.seed, settings=settings))
+
+
+def find_folder(recipe: Recipe[Any], asked: Path | None, *, begun: bool = False) -> Path:
+    """The folder of a run there is: the one asked for, or the recipe's newest in ``runs/``.
 
     Args:
         begun: a run without a checkpoint yet will do.
@@ -61,9 +77,9 @@ def find_folder(asked: Path | None, *, begun: bool = False) -> Path:
         return newest(folder) is not None or (begun and (folder / "trainer.json").is_file())
 
     if asked is None:
-        found = sorted(path for path in Path("runs").glob("lm-*") if good(path))
+        found = sorted(path for path in Path("runs").glob(f"{recipe.name}-*") if good(path))
         if not found:
-            raise DataError("runs/ holds no run of a model; train one (headwater train lm) or give --run DIR")
+            raise DataError(f"runs/ holds no run of a model; train one ({recipe.command}) or give --run DIR")
         return found[-1]
     if not good(asked):
         raise DataError(f"--run {asked}: no checkpoint of a trained model there; check the path")
@@ -76,11 +92,11 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def read_state(checkpoint: Path) -> State:
+def read_state(checkpoint: Path, settings: type[AnySettings]) -> State[AnySettings]:
     """Raises ``DataError`` if ``trainer.json`` is missing or damaged."""
     path = checkpoint / "trainer.json"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=State)
+        return msgspec.json.decode(path.read_bytes(), type=State[settings])  # type: ignore[valid-type]
     except (OSError, msgspec.MsgspecError) as error:
         raise DataError(f"{path}: {error}. The run cannot go on from this checkpoint.") from error
 
@@ -92,7 +108,20 @@ def write_json(path: Path, value: Any) -> None:
     beside.replace(path)
 
 
-def save(folder: Path, model: Any, optimizer: Mapping[str, Any], state: State) -> Path:
+def write_model(model: Any, folder: Path) -> None:
+    """Write a transformers model."""
+    # Copies, because parameters are views into one memory, which safetensors takes for tied weights.
+    values = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=values)
+
+
+def save(
+    folder: Path,
+    model: Any,
+    optimizer: Mapping[str, Any],
+    state: State[Any],
+    write: Callable[[Any, Path], None] = write_model,
+) -> Path:
     """Write a checkpoint and make its model the run's.
 
     Args:
@@ -100,14 +129,13 @@ def save(folder: Path, model: Any, optimizer: Mapping[str, Any], state: State) -
         model: a transformers model.
         optimizer: a torch optimizer's ``state_dict()``.
         state: what ``trainer.json`` says.
+        write: writes the model's part into a folder.
     """
     final = folder / "checkpoints" / f"{state.step:08d}"
     beside = final.with_name(f"{final.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    # Copies, because parameters are views into one memory, which safetensors takes for tied weights.
-    values = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    model.save_pretrained(beside, state_dict=values)
+    write(model, beside)
     tensors, rest = _flatten(optimizer)
     save_file(tensors, beside / "optimizer.safetensors")
     write_json(beside / "optimizer.json", rest)

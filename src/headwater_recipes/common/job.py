@@ -1,0 +1,182 @@
+"""The launching process of a run: make the folder ready, start and watch the processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, Generic
+
+import msgspec
+from rich.console import Console
+from rich.text import Text
+
+import headwater
+from headwater import launch
+from headwater.errors import DataError, HeadwaterError
+from headwater_recipes.common import checkpoint, display, metrics, reports, settings
+from headwater_recipes.common.board import Board
+from headwater_recipes.common.recipe import Recipe
+from headwater_recipes.common.settings import AnySettings, State
+
+_STATUS_EVERY = 1.0
+_PATIENCE = 60.0
+"""Seconds that the workers get after Ctrl-C to end their step and save."""
+
+
+def resume(recipe: Recipe[AnySettings], run: Path | None, changes: dict[str, Any]) -> Path:
+    """Make a run's folder ready to go on from its newest checkpoint (or from the start), with changed settings.
+
+    Raises:
+        DataError: nothing to go on from, a setting that is fixed, or a run that has reached its end.
+    """
+    folder = checkpoint.find_folder(recipe, run, begun=True)
+    state = checkpoint.read_state(checkpoint.newest(folder) or folder, recipe.settings)
+    for name in recipe.fixed:
+        if name in changes and changes[name] != getattr(state.settings, name):
+            raise DataError(
+                f"{folder} was begun with {name}={getattr(state.settings, name)!r}, which cannot change on the way. "
+                f"Nothing was changed; leave the option out, or start a new run."
+            )
+    if "steps" in changes:
+        changes = {"minutes": None, **changes}
+    elif "minutes" in changes:
+        changes = {"steps": None, **changes}
+    wanted = msgspec.structs.replace(state.settings, **changes)
+    recipe.check(wanted)
+    if _over(state, wanted):
+        raise DataError(
+            f"{folder} has reached its end (step {state.step}, {state.elapsed / 60:.1f} minutes). Nothing was changed; "
+            f"to train on, give a greater total: --steps or --minutes."
+        )
+    checkpoint.begin(folder, wanted)  # progress stands in the checkpoint
+    metrics.write_rows(folder, metrics.read_rows(folder, upto=state.step))
+    return folder
+
+
+def _over(state: State[AnySettings], wanted: AnySettings) -> bool:
+    if wanted.steps is not None:
+        return state.step >= wanted.steps
+    return wanted.budget is not None and state.elapsed >= wanted.budget
+
+
+class Job(ABC, Generic[AnySettings]):
+    """One launch of a run whose folder is ready.
+
+    ``restore``: a snapshot of the cluster to begin with.
+    """
+
+    def __init__(
+        self, recipe: Recipe[AnySettings], folder: Path, console: Console, restore: Path | None = None
+    ) -> None:
+        self.recipe, self.folder, self.console, self.restore = recipe, folder, console, restore
+        self.settings = checkpoint.read_state(folder, recipe.settings).settings
+        self.board = Board(self.settings.workers, metrics.read_rows(folder))
+        self.display: display.Display | None = None
+        self._metrics = folder / "metrics.jsonl"
+        (folder / "plan.json").unlink(missing_ok=True)  # an earlier launch's, with its stop
+
+    def run(self) -> int:
+        """Train; returns the exit code."""
+        s = self.settings
+        self.launcher = launcher = launch.Launcher(
+            s.servers,
+            on_line=self._line,
+            on_note=self._note,
+            patience=_PATIENCE,
+            restore=self.restore,
+            **settings.cluster(s),
+        )
+        try:
+            with launcher.signals(), launcher:
+                self.display = display.make(self.console)
+                command = [sys.executable, "-m", self.recipe.worker, str(self.folder)]
+                launcher.start_workers(command, s.workers)
+                self._watch(launcher)
+                outcome = launcher.outcome
+        finally:
+            if self.display is not None:
+                self.display.close()
+        if self._trained():
+            self._report()
+            return 0
+        return self._explain(outcome)
+
+    def _trained(self) -> bool:
+        return self.board.final is not None and len(self.board.finished) == self.settings.workers
+
+    def _watch(self, launcher: launch.Launcher) -> None:
+        assert self.display is not None
+        with contextlib.ExitStack() as stack:
+            reader, cluster, asked = self._reader(launcher, stack), None, 0.0
+            while launcher.poll(0.25):
+                if reader is not None and time.monotonic() - asked >= _STATUS_EVERY:
+                    asked = time.monotonic()
+                    with contextlib.suppress(HeadwaterError):
+                        cluster = reader.status()
+                self.display.update(self.board, cluster)
+            self.display.update(self.board, cluster)
+
+    def _reader(self, launcher: launch.Launcher, stack: contextlib.ExitStack) -> headwater.Client | None:
+        """A client that only looks."""
+        before = {name: os.environ.get(name) for name in launcher.environment()}
+        os.environ.update(launcher.environment())
+        try:
+            return stack.enter_context(headwater.connect(role="reader", timeout=5.0))
+        except HeadwaterError:
+            return None
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+    def _note(self, text: str) -> None:
+        """What the launcher says: a server died, another took its place."""
+        if self.display is not None:
+            self.display.note(f"headwater: {text}")
+        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), "event": text}) + "\n")
+
+    def _line(self, process: launch.Process, stream: str, line: str) -> None:
+        report = reports.hear(line) if process.role == "worker" and stream == "stdout" else None
+        if report is None:
+            # A worker that Ctrl-C met while it was still importing has nothing to say that the user does not know.
+            if self.display is not None and not self.launcher.outcome.interrupted:
+                self.display.note(f"{process.name}: {line}")
+            return
+        row = self.board.hear(report)
+        if row is not None:
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    # ---- the end -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _report(self) -> None:
+        """The run came to its end: say what came of it."""
+
+    def _explain(self, outcome: launch.Outcome) -> int:
+        """A run that did not come to its end."""
+        found = checkpoint.newest(self.folder)
+        rows = self.board.rows
+        if rows:
+            metrics.plot(self.folder, rows)
+        if outcome.code == 0 or outcome.interrupted:
+            self._say("stopped" if outcome.interrupted else "the workers ended before the run did")
+        else:
+            self._say(f"the run failed: {outcome.message}")
+        if found is not None:
+            self._say(f"step {int(found.name)} is saved in {self.folder}")
+        else:
+            self._say(f"no step is saved yet; {self.folder} holds the data as tokens")
+        self._say(f"go on: {self.recipe.command} --run {self.folder} --resume")
+        return outcome.code or 1
+
+    def _say(self, line: str) -> None:
+        self.console.print(Text(line), soft_wrap=True)

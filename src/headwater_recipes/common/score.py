@@ -1,0 +1,30 @@
+"""How good a model is on some text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Score(NamedTuple):
+    """The sum of the negative log likelihoods in nats, over ``tokens`` tokens that stand for ``nbytes`` bytes."""
+
+    nats: float
+    tokens: int
+    nbytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / max(1, self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Unlike losses per token, these do not depend on the tokenizer."""
+        return self.nats / math.log(2) / max(1, self.nbytes)
+
+
+def total(scores: Sequence[Score]) -> Score:
+    """Parts of one text together."""
+    return Score(sum(s.nats for s in scores), sum(s.tokens for s in scores), sum(s.nbytes for s in scores))

@@ -1,0 +1,280 @@
+"""The training loop of a worker process, whatever it trains.
+
+Only the optimizer's line knows of servers. Rank and cluster come from the environment (docs/environment.md), settings
+from the run folder. After SIGINT all workers stop at the same step: the one that rank 0 chose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, Literal, NamedTuple, cast
+
+import torch
+
+import headwater
+from headwater_recipes.common import checkpoint, reports
+from headwater_recipes.common.plan import Pace, Plan, PlanFile, factor
+from headwater_recipes.common.recipe import Recipe
+from headwater_recipes.common.score import Score
+from headwater_recipes.common.settings import AnySettings, State
+
+
+class Step(NamedTuple):
+    """``loss`` in nats per token that was learnt from; ``tokens`` that went through the model."""
+
+    loss: float
+    tokens: int
+
+
+class Trainer(ABC, Generic[AnySettings]):
+    """One rank's training. ``ps`` is its client; ``folder`` a run folder that the recipe's job prepared."""
+
+    def __init__(self, recipe: Recipe[AnySettings], folder: Path, ps: headwater.Client) -> None:
+        self.recipe, self.folder, self.ps = recipe, folder, ps
+        self.stopping = False
+        found = checkpoint.newest(folder)
+        asked = checkpoint.read_state(folder, recipe.settings)
+        self.start = asked if found is None else checkpoint.read_state(found, recipe.settings)
+        self.settings = s = asked.settings
+        self.step = self.start.step
+        self.bfloat16 = s.precision == "bfloat16" or (s.precision == "auto" and fast_bfloat16())
+        self.model, self.optimizer = self.build(found)
+        if found is not None:
+            self.optimizer.load_state_dict(checkpoint.load_optimizer(found))
+            for group in self.optimizer.param_groups:
+                group["initial_lr"] = s.lr
+        ps.barrier("ready")  # nobody pushes while another still writes state
+        self._schedule()
+
+    # ---- what a recipe says ----------------------------------------------------------------------
+
+    @abstractmethod
+    def build(self, found: Path | None) -> tuple[torch.nn.Module, headwater.Optimizer]:
+        """The model (of the checkpoint ``found``, if there is one) and its optimizer."""
+
+    @abstractmethod
+    def train_step(self) -> Step:
+        """Forward and backward of step ``self.step``; the gradients leave."""
+
+    @abstractmethod
+    def score(self, whole: bool) -> Score:
+        """The model on this rank's share of the held-out data: of all of it, or of a part that is quick to do."""
+
+    def write(self, model: Any, folder: Path) -> None:
+        """Write the model's part of a checkpoint."""
+        checkpoint.write_model(model, folder)
+
+    def before(self) -> None:
+        """Called on all ranks before the first step, with no time running."""
+
+    def verify(self) -> float | None:
+        """Rank 0: the largest difference between this model's outputs and those of the model in the run folder."""
+        return None
+
+    # ---- the loop --------------------------------------------------------------------------------
+
+    def _schedule(self) -> None:
+        s, start, budget = self.settings, self.start, self.settings.budget
+        if s.steps is not None:
+            first = Plan(start.step, start.step / s.steps, 1 / s.steps, s.steps)
+        else:
+            assert budget is not None
+            first = Plan(start.step, min(1.0, start.elapsed / budget), 0.0)
+        self.pace = Pace(first, budget)
+        self.plans = PlanFile(self.folder, first)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            lambda taken: factor(
+                self.plans.at(start.step + taken).at(start.step + taken), start.step + taken, s.warmup
+            ),
+        )
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, earlier parts of the run included."""
+        return self.start.elapsed + time.monotonic() - self.begun
+
+    def run(self) -> None:
+        """Train until the plan says stop, then save, verify and validate."""
+        self.begun = time.monotonic()
+        size = sum(p.numel() for p in self.model.parameters())
+        precision = "bfloat16" if self.bfloat16 else "float32"
+        reports.say(reports.Started(self.ps.rank, self.step, size, precision))
+        self.before()
+        self.begun = time.monotonic()
+        self.meter = Meter(self.ps, self.begun)
+        self.model.train()
+        while not self._over():
+            taken = self.train_step()
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+            self.step += 1
+            self._after_step(taken)
+        self._finish()
+
+    def _over(self) -> bool:
+        """Follow the plan, which rank 0 makes."""
+        if self.ps.rank == 0:
+            decided = self.pace.decide(self.step, self.elapsed, self.stopping)
+            if decided is not None:
+                self.plans.publish(decided)
+        stop = self.plans.at(self.step).stop
+        return stop is not None and self.step >= stop
+
+    def _after_step(self, taken: Step) -> None:
+        s = self.settings
+        self.meter.add(taken)
+        if s.publish_every and self.step % s.publish_every == 0:
+            self._publish()
+        if self.step % s.log_every == 0:
+            self._report()
+        if self.step % s.validate_every == 0:
+            self.validate(whole=False)
+        if self.step % s.save_every == 0 and self.ps.rank == 0:
+            self._save()
+
+    def _publish(self) -> None:
+        """Rank 0 names the state after the step just taken; readers find it as ``latest`` too."""
+        if self.ps.rank != 0:
+            return
+        name = f"step-{self.step}"
+        cast(Any, self.optimizer).publish(name, metadata={"run": self.folder.name, "recipe": self.recipe.name})
+        reports.say(reports.Published(self.step, name))
+
+    def _report(self) -> None:
+        last = self.optimizer.last_step
+        progress = self.plans.at(self.step).at(self.step)
+        self.meter.report(
+            self.step, float(self.scheduler.get_last_lr()[0]), last.grad_norm if last else None, self.elapsed, progress
+        )
+
+    def validate(self, whole: bool, final: bool = False) -> None:
+        """This rank's share; the launcher adds them up."""
+        self.optimizer.synchronize()
+        elapsed = self.elapsed
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            found = self.score(whole)
+        self.model.train(was_training)
+        reports.say(reports.Validated(self.ps.rank, self.step, elapsed, *found, final=final))
+
+    def _save(self) -> None:
+        """Under ``Stale`` and ``Async`` the others go on meanwhile: values and state may be some pushes apart."""
+        s = self.settings
+        progress = self.plans.at(self.step).at(self.step)
+        state = State(step=self.step, elapsed=self.elapsed, progress=progress, seed=s.seed, settings=s)
+        checkpoint.save(self.folder, self.model, self.optimizer.state_dict(), state, self.write)
+        reports.say(reports.Saved(self.step))
+
+    def _finish(self) -> None:
+        elapsed, s = self.elapsed, self.settings
+        self.optimizer.synchronize()
+        if s.publish_every and self.step % s.publish_every:
+            self._publish()
+        table = self.ps.tables[checkpoint.TABLE]
+        if isinstance(table.spec.sync, headwater.Async):
+            # Under a staleness cap the others wait for every worker that has read and not pushed since. An empty
+            # step that reads nothing says that this one is not computing any more.
+            table.push_step([], want=False).wait()
+        self.ps.barrier("trained")
+        table.pull().wait()  # under Stale and Async: what the others pushed last
+        difference = None
+        if self.ps.rank == 0:
+            self._save()
+            difference = self.verify()
+        if not self.stopping:
+            self.validate(whole=True, final=True)
+        self.ps.barrier("validated")
+        reason: Literal["done", "stopped"] = "stopped" if self.stopping else "done"
+        reports.say(reports.Finished(self.ps.rank, self.step, elapsed, reason, difference))
+
+
+class Meter:
+    """Means and rates between two reports."""
+
+    def __init__(self, ps: headwater.Client, now: float) -> None:
+        self._ps = ps
+        self._losses: list[float] = []
+        self._tokens = 0
+        self._since = now
+        self._pushed = self._pulled = 0
+
+    def add(self, taken: Step) -> None:
+        """A step."""
+        self._losses.append(taken.loss)
+        self._tokens += taken.tokens
+
+    def report(self, step: int, lr: float, norm: float | None, elapsed: float, progress: float) -> None:
+        """Say what happened since the last report."""
+        now, seen = time.monotonic(), self._ps.statistics()
+        seconds = max(now - self._since, 1e-9)
+        reports.say(
+            reports.Stepped(
+                self._ps.rank,
+                step,
+                sum(self._losses) / max(1, len(self._losses)),
+                lr,
+                self._tokens / seconds,
+                (seen.pushed_bytes - self._pushed) / seconds,
+                (seen.pulled_bytes - self._pulled) / seconds,
+                seen.staleness_last,
+                norm,
+                elapsed,
+                progress,
+            )
+        )
+        self._losses, self._tokens, self._since = [], 0, now
+        self._pushed, self._pulled = seen.pushed_bytes, seen.pulled_bytes
+
+
+def main(make: Callable[[Path, headwater.Client], Trainer[Any]], folder: Path) -> None:
+    """Train in the run folder, as the rank that the environment says."""
+    interrupted = False
+    worker: Trainer[Any] | None = None
+
+    def interrupt(*_: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+        if worker is not None:
+            worker.stopping = True
+
+    signal.signal(signal.SIGINT, interrupt)
+    quiet()
+    with headwater.connect() as ps:
+        worker = make(folder, ps)
+        worker.stopping = interrupted
+        worker.run()
+        worker.optimizer.close()
+
+
+def quiet() -> None:
+    """No progress bars from transformers: ours shows the progress."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of what is trained: matrices decay, the gains of the norms do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kinds = [([p for p in trained if p.ndim >= 2], weight_decay), ([p for p in trained if p.ndim < 2], 0.0)]
+    return [{"params": params, "weight_decay": decay} for params, decay in kinds if params]
+
+
+def fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices faster than float32 ones (AMX, AVX-512 or Arm BF16)."""
+    flags: set[str] = set()
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                flags.update(value.split())
+                break
+    return not flags.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})
