@@ -13,7 +13,7 @@ ClusterError
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -147,14 +147,18 @@ class Weights(Protocol):
 
     @property
     def version(self) -> VersionInfo: ...
-    def keys(self) -> object: ...
+    def __iter__(self) -> Iterator[str]: ...
     def __getitem__(self, name: str, /) -> torch.Tensor: ...
     def __len__(self) -> int: ...
     def release(self) -> None: ...
 
 
 class Source(Protocol):
-    """Where versions come from; ``headwater.reader`` is one."""
+    """Where versions come from; ``headwater.reader`` is one.
+
+    ``wait`` returns the version of a tag once its number is not ``after``, or raises ``DeadlineExceeded``. A source
+    that can be out of reach while it waits has ``statistics()`` too, with ``connected`` (bool) and ``error`` (str).
+    """
 
     def lease(self, name: str = "latest") -> Weights: ...
     def wait(self, after: int, name: str = "latest", timeout: float = 30.0) -> VersionInfo: ...

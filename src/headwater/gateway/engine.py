@@ -1,0 +1,443 @@
+"""The generation engine: continuous batching on weights that change meanwhile.
+
+One thread computes. Each of its steps takes the scheduler's plan: read some of a prompt, then one token for every
+running sequence, with one forward for each version that is in use. A second thread follows the source: it leases the
+next version and makes it ready, and the computing thread takes it between two steps, by a pointer. A generation ends
+on the version that it began on; a version and its lease are given back when its last generation has ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from headwater.errors import HeadwaterError
+from headwater.gateway.cache import KeyValues, Window
+from headwater.gateway.detokenize import Detokenizer, StopTexts
+from headwater.gateway.engine_types import (
+    EngineClosed,
+    EngineStatistics,
+    Failed,
+    Finished,
+    GenerationFailed,
+    GenerationRequest,
+    OnEvent,
+    PromptInvalid,
+    PromptTooLong,
+    Reason,
+    Source,
+    Token,
+)
+from headwater.gateway.follow import Follower, Ready
+from headwater.gateway.sampling import Choice, Sampler, Warper, likeliest
+from headwater.gateway.scheduler import Chunk, Scheduler, Sequence
+from headwater.gateway.weights import Bindable
+from headwater.types import VersionInfo
+
+_log = logging.getLogger(__name__)
+
+
+class Model(Protocol):
+    """What the engine needs of a model; ``hf.ModelFolder`` is one."""
+
+    name: str
+    module: nn.Module
+    context: int
+    eos: frozenset[int]
+    vocabulary: int
+    layers: int
+
+    def forward(self, ids: Tensor, window: Window, past: KeyValues, dtype: torch.dtype) -> Tensor: ...
+    def warpers(self, request: GenerationRequest) -> list[Warper]: ...
+    def encode(self, text: str) -> tuple[int, ...]: ...
+    def decode(self, ids: Seq[int]) -> str: ...
+    def apply_chat_template(
+        self, messages: Seq[Mapping[str, Any]], tools: Seq[Mapping[str, Any]] | None = None
+    ) -> tuple[int, ...]: ...
+
+
+@dataclass(slots=True)
+class _Live:
+    """A version in use: its tensors, its lease, and the keys and values of the sequences that run on it."""
+
+    ready: Ready
+    past: KeyValues
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What the engine keeps of a request: where its events go and how its tokens become text."""
+
+    on_event: OnEvent
+    sampler: Sampler
+    text: Detokenizer
+    stops: StopTexts
+    version: VersionInfo | None = None
+    last: int = 0
+    over: bool = False
+
+
+_Running = Sequence[_Answer]
+
+
+class EngineHandle:
+    """A submitted request."""
+
+    def __init__(self, sequence: _Running) -> None:
+        self._sequence = sequence
+
+    @property
+    def version(self) -> VersionInfo | None:
+        """The version that answers; None while the request waits for a slot."""
+        return self._sequence.extra.version
+
+    def cancel(self) -> None:
+        """The client is gone: the request ends before the next step, and its slot is free. Twice does nothing."""
+        self._sequence.cancelled = True
+
+
+class Engine:
+    """Generates for many requests at once on the newest weights of ``source``.
+
+    ``slots`` requests run together, ``queue`` more may wait. ``chunk``: tokens of prompts that are read between two
+    tokens of the running answers. ``tag``: which version to follow. ``dtype``: compute in it, by a copy of each version
+    that has another; default: the version's own, without a copy. ``base``: if the source has nothing yet, begin on the
+    model's own values under this name. ``retry``: seconds between questions to a source that does not answer.
+
+    Key-value memory is at most 2 × ``slots`` × the model's context, and grows with what is in use.
+    Raises what ``source.lease`` raises, and ``ShapeMismatch`` if its first version does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        source: Source,
+        *,
+        slots: int = 8,
+        queue: int = 64,
+        chunk: int = 64,
+        tag: str = "latest",
+        dtype: torch.dtype | None = None,
+        base: VersionInfo | None = None,
+        retry: float = 1.0,
+    ) -> None:
+        self._model = model
+        self._weights = Bindable(model.module, dtype)
+        self._scheduler: Scheduler[_Answer] = Scheduler(slots, queue, chunk)
+        self._work = threading.Condition()
+        self._closing = False
+        self._counts: Counter[str] = Counter()
+        self._finished: Counter[str] = Counter()
+        self._last_step = self._swap_pause = self._swap_seconds = 0.0
+        self._position_bytes = 0
+        self._live: dict[int, _Live] = {}
+        self._follower = Follower(source, self._weights.fit, self._wake, tag=tag, retry=retry)
+        self._newest = self._take(self._follower.first(base))
+        self._warm_up()
+        self._thread = threading.Thread(target=self._run, name="headwater-engine", daemon=True)
+        self._thread.start()
+        self._follower.start(self._newest)
+
+    # What callers on other threads use.
+
+    def submit(self, request: GenerationRequest, on_event: OnEvent) -> EngineHandle:
+        """Queue a request. ``on_event`` is called on the engine's thread and must not block; the last event is
+        ``Finished`` or ``Failed``.
+
+        Raises ``QueueFull``, ``PromptTooLong``, ``PromptInvalid`` or ``EngineClosed``; then nothing was queued.
+        """
+        self._check(request.prompt)
+        answer = _Answer(
+            on_event,
+            Sampler(request, self._model.warpers(request), self._model.decode),
+            Detokenizer(self._model.decode, request.prompt),
+            StopTexts(request.stop),
+        )
+        sequence = Sequence(request, answer)
+        with self._work:
+            if self._closing:
+                raise EngineClosed("the gateway is shutting down; nothing was queued: ask another one")
+            self._scheduler.add(sequence)
+            self._work.notify()
+        return EngineHandle(sequence)
+
+    def _check(self, prompt: tuple[int, ...]) -> None:
+        if not prompt:
+            raise PromptInvalid("the prompt has no tokens; nothing was queued: send at least one")
+        if len(prompt) >= self._model.context:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt)} tokens and {self._model.name} holds {self._model.context} with the "
+                "answer; nothing was queued: shorten it"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < self._model.vocabulary:
+            raise PromptInvalid(f"token ids go from 0 to {self._model.vocabulary - 1} here; nothing was queued")
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """The tokens of a text."""
+        return self._model.encode(text)
+
+    def apply_chat_template(
+        self, messages: Seq[Mapping[str, Any]], tools: Seq[Mapping[str, Any]] | None = None
+    ) -> tuple[int, ...]:
+        """The tokens of a conversation, up to where the answer begins; or ``PromptInvalid``."""
+        return self._model.apply_chat_template(messages, tools)
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self._model.context
+
+    @property
+    def version(self) -> VersionInfo:
+        """The version that a new request would begin on."""
+        return self._newest
+
+    def statistics(self) -> EngineStatistics:
+        """A moment of the engine."""
+        with self._work:
+            live = list(self._live.items())
+            return EngineStatistics(
+                running=self._scheduler.running,
+                waiting=len(self._scheduler.waiting),
+                slots=self._scheduler.slots,
+                queue=self._scheduler.queue,
+                prompt_tokens=self._counts["prompt_tokens"],
+                tokens_generated=self._counts["tokens"],
+                finished=dict(self._finished),
+                swaps=self._counts["swaps"],
+                refused_versions=self._follower.refused,
+                versions=tuple(number for number, _ in live),
+                version=self._newest,
+                steps=self._counts["steps"],
+                last_step_seconds=self._last_step,
+                swap_pause=self._swap_pause,
+                swap_seconds=self._swap_seconds,
+                stale_since=self._follower.stale_since,
+                error=self._follower.error,
+                cache_bytes=sum(each.past.nbytes for _, each in live),
+                cache_bound=2 * self._scheduler.slots * self._model.context * self._position_bytes,
+            )
+
+    def close(self, timeout: float = 30.0) -> None:
+        """End: requests that run or wait get ``Failed`` (``EngineClosed``), leases are released. Twice does nothing."""
+        with self._work:
+            self._closing = True
+            self._work.notify_all()
+        self._follower.close(timeout)
+        self._thread.join(timeout)
+
+    def _warm_up(self) -> None:
+        """One token through the model: it is known to run, and how large a position is."""
+        live = self._live[self._newest.number]
+        with torch.inference_mode():
+            self._forward(live, torch.tensor([[0]]), Window(0, torch.tensor([[0]]), 1))
+        live.past.free()
+
+    def _wake(self) -> None:
+        with self._work:
+            self._work.notify_all()
+
+    # The computing thread.
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while self._wait_for_work():
+                self._swap()
+                began = time.perf_counter()
+                if self._step():
+                    self._last_step = time.perf_counter() - began
+                self._retire()
+            self._shut()
+
+    def _wait_for_work(self) -> bool:
+        with self._work:
+            self._work.wait_for(
+                lambda: self._closing or self._scheduler.running or self._scheduler.waiting or self._follower.has_next
+            )
+            return not self._closing
+
+    def _step(self) -> bool:
+        """One plan; False if there was nothing to do."""
+        with self._work:
+            plan = self._scheduler.plan(time.monotonic(), self._newest.number)
+        for sequence, reason in plan.over:
+            self._finish(sequence, reason)
+        for sequence in plan.begun:
+            sequence.extra.version = self._newest
+        for chunk in plan.chunks:
+            self._attempt([chunk.sequence], partial(self._read, chunk))
+        for version in plan.versions:
+            running = self._scheduler.generating(version)
+            if running:
+                self._attempt(running, partial(self._generate, running, self._live[version]))
+        self._counts["steps"] += not plan.empty
+        return not plan.empty
+
+    def _attempt(self, sequences: list[_Running], work: Callable[[], None]) -> None:
+        """Do ``work``; if it raises, those whose work it was fail, and nobody else."""
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - whatever a model raises, the engine goes on
+            _log.exception("a forward of %s failed", self._model.name)
+            failure = error if isinstance(error, HeadwaterError) else _forward_failed(error)
+            for sequence in sequences:
+                self._fail(sequence, failure)
+
+    def _read(self, chunk: Chunk[_Answer]) -> None:
+        """Some of a prompt; behind its last token comes the answer's first."""
+        sequence = chunk.sequence
+        live = self._live[sequence.version or 0]
+        ids = torch.tensor([sequence.request.prompt[chunk.start : chunk.stop]])
+        window = Window(self._scheduler.row(sequence), torch.arange(chunk.start, chunk.stop)[None], chunk.stop)
+        logits = self._forward(live, ids, window)
+        sequence.read = chunk.stop
+        self._counts["prompt_tokens"] += chunk.stop - chunk.start
+        if sequence.decoding:
+            self._deliver([sequence], logits)
+
+    def _generate(self, running: list[_Running], live: _Live) -> None:
+        """One token for each of a version's sequences."""
+        lengths = [s.length for s in running]
+        ids = torch.tensor([[s.extra.last] for s in running])
+        window = Window(0, torch.tensor(lengths)[:, None], max(lengths) + 1)
+        self._deliver(running, self._forward(live, ids, window))
+
+    def _forward(self, live: _Live, ids: Tensor, window: Window) -> Tensor:
+        live.past.reserve(window.first + window.rows, window.length)
+        self._weights.bind(live.ready.binding)
+        logits = self._model.forward(ids, window, live.past, live.ready.binding.dtype)
+        self._position_bytes = live.past.nbytes_of_position
+        return logits
+
+    def _deliver(self, sequences: list[_Running], logits: Tensor) -> None:
+        for sequence, token, row in zip(sequences, likeliest(logits), logits, strict=True):
+            self._attempt([sequence], partial(self._extend, sequence, token, row))
+
+    def _extend(self, sequence: _Running, likeliest: int | None, logits: Tensor) -> None:
+        """One token more, as text, and the end of the sequence if it was the last."""
+        if likeliest is None:
+            raise _not_finite()
+        request, answer = sequence.request, sequence.extra
+        choice = Choice(likeliest) if answer.sampler.plain else answer.sampler.pick(logits)
+        answer.last = choice.id
+        sequence.generated += 1
+        self._counts["tokens"] += 1
+        ended = choice.id in self._model.eos and not request.ignore_eos
+        text, stopped = answer.stops.push("" if ended else answer.text.push(choice.id))
+        full = sequence.generated >= request.max_tokens or sequence.length + 1 >= self._model.context
+        reason: Reason | None = "stop" if ended or stopped else "length" if full else None
+        if reason and not stopped:
+            text += answer.stops.flush()
+        self._tell(sequence, Token(text, choice.id, choice.logprob, choice.top))
+        if reason:
+            self._finish(sequence, reason)
+
+    def _finish(self, sequence: _Running, reason: Reason) -> None:
+        version = sequence.extra.version or self._newest
+        self._leave(sequence)
+        self._finished[reason] += 1
+        self._tell(sequence, Finished(reason, len(sequence.request.prompt), sequence.generated, version))
+
+    def _fail(self, sequence: _Running, error: HeadwaterError) -> None:
+        if sequence.extra.over:
+            return
+        self._leave(sequence)
+        self._finished["failed"] += 1
+        self._tell(sequence, Failed(error))
+
+    def _tell(self, sequence: _Running, event: Token | Finished | Failed) -> None:
+        try:
+            sequence.extra.on_event(event)
+        except Exception:  # noqa: BLE001 - a listener's error is its own
+            _log.exception("whoever asked cannot be told; the request is cancelled")
+            sequence.cancelled = True
+
+    def _leave(self, sequence: _Running) -> None:
+        """Free a sequence's slot, and close the gap in the memory of its version."""
+        sequence.extra.over = True
+        if sequence.version is None:
+            return
+        past = self._live[sequence.version].past
+        with self._work:
+            vacated = self._scheduler.leave(sequence)
+        # A forward that raised may have written beyond what counts as stored.
+        past.clear(vacated.row, vacated.length + self._scheduler.chunk)
+        for source, target, length in vacated.moves:
+            past.move(source, target, length)
+        if sequence.version not in self._scheduler.batches:
+            past.free()
+
+    # Versions.
+
+    def _take(self, ready: Ready) -> VersionInfo:
+        version = ready.binding.version
+        past = KeyValues(self._model.layers, self._scheduler.slots, self._model.context)
+        with self._work:
+            self._live[version.number] = _Live(ready, past)
+        return version
+
+    def _swap(self) -> None:
+        """If the follower has a version ready, new requests begin on it from here on."""
+        ready = self._follower.take()
+        if ready is None:
+            return
+        began = time.perf_counter()
+        if ready.binding.version.number in self._live:  # the tag came back to a version that is still in use
+            ready.release()
+            self._newest = self._live[ready.binding.version.number].ready.binding.version
+        else:
+            self._newest = self._take(ready)
+        self._retire()
+        self._weights.bind(self._live[self._newest.number].ready.binding)
+        self._swap_pause, self._swap_seconds = time.perf_counter() - began, ready.seconds
+        self._counts["swaps"] += 1
+
+    def _retire(self) -> None:
+        """Give back versions that nobody uses any more, and the memory of rows that an old one does not need."""
+        for number in [n for n in self._live if n != self._newest.number]:
+            rows = self._scheduler.batches.get(number)
+            if rows:
+                self._live[number].past.shrink(len(rows))
+            else:
+                self._drop(number)
+
+    def _drop(self, number: int) -> None:
+        with self._work:
+            live = self._live.pop(number)
+        self._weights.forget(live.ready.binding)
+        live.ready.release()
+
+    def _shut(self) -> None:
+        with self._work:
+            left = [*self._scheduler.waiting, *(s for rows in self._scheduler.batches.values() for s in rows)]
+            self._scheduler.waiting.clear()
+        for sequence in left:
+            self._fail(
+                sequence, EngineClosed("the gateway is shutting down; the answer was not ended: ask another one")
+            )
+        for number in list(self._live):
+            self._drop(number)
+
+
+def _not_finite() -> GenerationFailed:
+    return GenerationFailed(
+        "the model's logits are NaN or infinite: this version's weights are damaged, or its training has diverged; "
+        "the generation was given up: ask for an older version, or publish a better one"
+    )
+
+
+def _forward_failed(error: Exception) -> GenerationFailed:
+    return GenerationFailed(
+        f"the model raised {type(error).__name__}: {error}; this request was given up, others go on: "
+        "if it happens again, the model or the version does not suit the gateway"
+    )

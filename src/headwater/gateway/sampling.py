@@ -1,0 +1,87 @@
+"""The next token out of a row of logits."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headwater.gateway.engine_types import Alternative, GenerationRequest
+
+Warper = Callable[[Tensor, Tensor], Tensor]
+"""A logits processor of ``transformers``: (ids, scores of shape (1, vocabulary)) to scores."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A token and, if asked for, how likely it was and what else was."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[Alternative, ...] = ()
+
+
+class Sampler:
+    """Draws the tokens of one request, from a generator of its own: what runs beside it cannot change the draws.
+
+    ``warpers`` are those for temperature, top-k and top-p.
+    """
+
+    def __init__(
+        self, request: GenerationRequest, warpers: Sequence[Warper], decode: Callable[[Sequence[int]], str]
+    ) -> None:
+        self._request = request
+        self._warpers = warpers
+        self._decode = decode
+        self._counts: Counter[int] = Counter()
+        self._penalised = bool(request.frequency_penalty or request.presence_penalty)
+        seed = request.seed if request.seed is not None else int.from_bytes(os.urandom(8))
+        self._generator = torch.Generator().manual_seed(seed % 2**63)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the token is the likeliest one and nothing else is asked for."""
+        return self._request.temperature == 0.0 and not self._penalised and self._request.logprobs is None
+
+    def pick(self, logits: Tensor) -> Choice:
+        """The next token. ``logits``: (vocabulary,), of any float dtype; it is not changed."""
+        scores = logits.float()
+        token = self._draw(self._penalise(scores) if self._penalised else scores)
+        self._counts[token] += 1
+        if self._request.logprobs is None:
+            return Choice(token)
+        return Choice(token, *self._likely(scores, token, self._request.logprobs))
+
+    def _penalise(self, scores: Tensor) -> Tensor:
+        if not self._counts:
+            return scores
+        ids = torch.tensor(list(self._counts))
+        counts = torch.tensor(list(self._counts.values()), dtype=scores.dtype)
+        loss = self._request.frequency_penalty * counts + self._request.presence_penalty
+        return scores.index_add(0, ids, -loss)
+
+    def _draw(self, scores: Tensor) -> int:
+        if self._request.temperature == 0.0:
+            return int(scores.argmax())
+        row = scores[None]
+        for warper in self._warpers:
+            row = warper(row, row)
+        return int(torch.multinomial(row.softmax(-1)[0], 1, generator=self._generator))
+
+    def _likely(self, scores: Tensor, token: int, count: int) -> tuple[float, tuple[Alternative, ...]]:
+        logprobs = scores.log_softmax(-1)
+        values, ids = logprobs.topk(min(count, len(logprobs)))
+        top = (Alternative(i, self._decode([i]), p) for i, p in zip(ids.tolist(), values.tolist(), strict=True))
+        return float(logprobs[token]), tuple(top)
+
+
+def likeliest(logits: Tensor) -> list[int | None]:
+    """The likeliest token of each row of ``logits``, (rows, vocabulary); None for a row that is not finite."""
+    ids = logits.argmax(-1)
+    # NaN counts as the largest, and the largest is infinite if any is: one value tells of the whole row.
+    finite = logits.gather(1, ids[:, None]).isfinite()[:, 0]
+    return [token if good else None for token, good in zip(ids.tolist(), finite.tolist(), strict=True)]
