@@ -15,11 +15,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from headwater.gateway.chat import chat_completions
+from headwater.gateway.completions import completions
+from headwater.gateway.embeddings import embeddings
 from headwater.gateway.gate import Gate
 from headwater.gateway.gateway import Gateway
 from headwater.gateway.limits import Limits
 from headwater.gateway.metrics import CONTENT_TYPE, Metrics
 from headwater.gateway.openai_types import ModelList
+from headwater.gateway.predict import predict
 from headwater.gateway.problems import no_such_model, not_allowed, not_found
 
 if TYPE_CHECKING:
@@ -117,6 +120,9 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/metrics", metrics),
     ("GET", "/v1/models", models),
     ("GET", "/v1/models/{model:path}", model),
+    ("POST", "/v1/completions", completions),
     ("POST", "/v1/chat/completions", chat_completions),
+    ("POST", "/v1/embeddings", embeddings),
+    ("POST", "/v1/predict", predict),
 ]
 """Method, path, what answers."""

@@ -26,7 +26,7 @@ from headwater.gateway.openai_types import (
     TokenLogprob,
 )
 from headwater.gateway.problems import Refusal
-from headwater.gateway.requests import finish_reason, generations, including_usage, text_of
+from headwater.gateway.requests import finish_reason, generations, including_usage, own_text, text_of
 from headwater.gateway.served import fingerprint
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _logprobs(events: Sequence[Token | Finished]) -> ChatLogprobs | None:
 
 
 def _logprob(token: Token) -> TokenLogprob:
-    own = next((likely.text for likely in token.top if likely.id == token.id), token.text)
+    own = own_text(token)
     top = [Likely(likely.text, likely.logprob, _bytes(likely.text)) for likely in token.top]
     return TokenLogprob(own, token.logprob or 0.0, _bytes(own), top)
 

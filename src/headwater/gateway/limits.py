@@ -25,8 +25,8 @@ reads sees the answer and not a broken connection."""
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds of one server. Bytes and seconds.
 
-    ``body``: of a request. ``deadline``: from a request's head to its answer's end. ``body_timeout``: for a whole body to
-    arrive; ``head_timeout``: for a whole head, and for a client that has stopped reading. ``messages``: of a chat.
+    ``body``: of a request. ``deadline``: from a request's head to its answer's end. ``body_timeout``: for a whole body
+    to arrive; ``head_timeout``: for a whole head, and for a client that has stopped reading. ``messages``: of a chat.
     ``choices``: ``n`` times the number of prompts. ``max_tokens``: of one choice. ``inputs``: of one request for
     embeddings. ``threads``: forwards of /v1/predict and /v1/embeddings at once, ``queue``: how many more may wait.
     ``connections``: open ones. ``grace``: for what is running when the server ends.

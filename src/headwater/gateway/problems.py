@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from starlette.responses import Response
 
-from headwater.errors import DeadlineExceeded, HeadwaterError, UsageError
+from headwater.errors import DeadlineExceeded, HeadwaterError, InternalError, UsageError
 from headwater.gateway.engine_types import EngineClosed, GenerationFailed, PromptInvalid, PromptTooLong, QueueFull
 
 if TYPE_CHECKING:
@@ -165,6 +165,8 @@ def refusal_of(error: HeadwaterError) -> Refusal:
             return Refusal(500, str(error), kind="server_error", slug="generation_failed")
         case UsageError():
             return Refusal(400, str(error), slug="invalid_value")
+        case InternalError():
+            return Refusal(500, str(error), kind="server_error", slug="internal")
         case DeadlineExceeded():
             return unavailable(str(error), "deadline_exceeded")
     return unavailable(str(error), error.code)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from headwater.gateway.engine_types import Finished, GenerationRequest, Token
-from headwater.gateway.openai_types import Common, FinishReason
+from headwater.gateway.openai_types import Common, FinishReason, Prompt
 from headwater.gateway.problems import Refusal
 
 if TYPE_CHECKING:
+    from headwater.gateway.gateway import Gateway
     from headwater.gateway.limits import Limits
 
 _SEEDS = 1 << 63
@@ -64,6 +65,27 @@ def including_usage(asked: Common) -> bool:
     return asked.stream_options.include_usage
 
 
+async def read_prompts(
+    prompt: Prompt, field: str, encode: Callable[[str], Sequence[int]], gateway: Gateway
+) -> list[tuple[int, ...]]:
+    """The token ids of one prompt or several: texts, token ids, or a list of either.
+
+    Raises ``Refusal``: a mixture; ``PromptInvalid`` of ``encode``.
+    """
+    if isinstance(prompt, str):
+        return [tuple(await gateway.tokenize(lambda: encode(prompt)))]
+    kinds = {type(item) for item in prompt}
+    if len(kinds) > 1:
+        said = f"{field!r} mixes texts and token ids: send texts, token ids, or lists of token ids"
+        raise Refusal(400, said, param=field, slug="invalid_value")
+    if kinds == {int}:
+        return [tuple(item for item in prompt if isinstance(item, int))]
+    if kinds == {list}:
+        return [tuple(item) for item in prompt if isinstance(item, list)]
+    texts = [item for item in prompt if isinstance(item, str)]
+    return await gateway.tokenize(lambda: [tuple(encode(text)) for text in texts])
+
+
 def text_of(events: Sequence[Token | Finished]) -> str:
     """The answer that a choice's events make."""
     return "".join(event.text for event in events if isinstance(event, Token))
@@ -72,3 +94,8 @@ def text_of(events: Sequence[Token | Finished]) -> str:
 def finish_reason(event: Token | Finished) -> FinishReason:
     """Of a choice that has ended; the other reasons are errors and do not come here."""
     return "length" if isinstance(event, Finished) and event.reason == "length" else "stop"
+
+
+def own_text(token: Token) -> str:
+    """A token's text alone, where it is known: the text that is shown may wait for the next token."""
+    return next((likely.text for likely in token.top if likely.id == token.id), token.text)

@@ -1,0 +1,91 @@
+"""Completions as the stock client asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.gateway.http_fakes import FakeEngine, Running, running
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running(FakeEngine(slots=4, queue=8)) as found:
+        yield found
+
+
+def ask(server: Running, **wanted: Any) -> Any:
+    with server.client() as client:
+        answer = client.completions.create(**{"model": "toy", "prompt": "ab"} | wanted)
+        return list(answer) if wanted.get("stream") else answer
+
+
+def test_sixteen_tokens_unless_told_otherwise(server: Running) -> None:
+    answer = ask(server, temperature=0)
+    assert answer.choices[0].text == "abcdefghijklmnop"
+    assert answer.system_fingerprint == "step-100#1"
+    assert answer.usage.completion_tokens == 16
+
+
+def test_many_prompts_and_choices_are_numbered_as_openai_does(server: Running) -> None:
+    answer = ask(server, prompt=["one", "two"], n=2, seed=5, echo=True, max_tokens=4)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert [choice.text[:3] for choice in answer.choices] == ["one", "one", "two", "two"]
+    assert answer.usage.prompt_tokens == 6
+
+
+def test_token_ids_are_prompts(server: Running) -> None:
+    same = [ask(server, prompt=prompt, seed=1).choices[0].text for prompt in ("ab", [97, 98], [[97, 98]], ["ab"])]
+    assert len(set(same)) == 1
+
+
+def test_a_stream_says_the_same_as_one_piece(server: Running) -> None:
+    wanted: Any = {"seed": 2, "max_tokens": 9, "echo": True}
+    whole = ask(server, **wanted)
+    chunks = ask(server, **wanted, stream=True, stream_options={"include_usage": True})
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
+    assert whole.choices[0].text.startswith("ab")
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage == whole.usage
+
+
+def test_logprobs(server: Running) -> None:
+    (choice,) = ask(server, temperature=0, max_tokens=3, logprobs=2).choices
+    assert choice.logprobs.tokens == ["a", "b", "c"]
+    assert choice.logprobs.text_offset == [0, 1, 2]
+    assert choice.logprobs.token_logprobs == [-0.5] * 3
+    assert choice.logprobs.top_logprobs[1] == {"b": -0.5, "c": -1.5}
+    chunks = ask(server, temperature=0, max_tokens=3, logprobs=0, stream=True)
+    assert [chunk.choices[0].logprobs.text_offset for chunk in chunks[:-1]] == [[0], [1], [2]]
+    assert chunks[0].choices[0].logprobs.top_logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "param"),
+    [
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"echo": True, "prompt": [97]}, "echo"),
+        ({"prompt": ["a", 97]}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [-1]}, "prompt[0]"),
+        ({"prompt": [300]}, "prompt"),
+        ({"prompt": ["a"] * 17}, "prompt"),
+        ({"prompt": "x" * 64}, "prompt"),
+        ({"logprobs": 6}, "logprobs"),
+    ],
+)
+def test_what_is_not_done_is_refused_by_name(server: Running, wanted: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(server, **wanted)
+    assert refused.value.param == param
+
+
+def test_a_prompt_that_is_too_long_has_openais_code(server: Running) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(server, prompt="x" * 64)
+    assert refused.value.code == "context_length_exceeded"
