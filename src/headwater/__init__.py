@@ -51,8 +51,9 @@ from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Sta
 
 if TYPE_CHECKING:
     from headwater import data, init, launch
-    from headwater.client import Client, Dense, Table, Ticket, connect
+    from headwater.client import Client, Dense, Publication, Table, Ticket, connect
     from headwater.integrations.torch import Optimizer
+    from headwater.readers import Follower, Reader, Weights, reader
 
 __version__ = "0.1.0"
 
@@ -67,6 +68,7 @@ __all__ = [
     "DeadlineExceeded",
     "DeltaCorrupt",
     "Dense",
+    "Follower",
     "GradientModified",
     "HeadwaterError",
     "Init",
@@ -80,7 +82,9 @@ __all__ = [
     "ParameterModified",
     "ParameterSpec",
     "ProtocolError",
+    "Publication",
     "RankTaken",
+    "Reader",
     "SessionExpired",
     "ShapeMismatch",
     "SnapshotCorrupt",
@@ -100,6 +104,7 @@ __all__ = [
     "VersionExists",
     "VersionExpired",
     "VersionInfo",
+    "Weights",
     "WorkerLost",
     "__version__",
     "connect",
@@ -107,6 +112,7 @@ __all__ = [
     "errors",
     "init",
     "launch",
+    "reader",
 ]
 
 _LATE = {
@@ -115,9 +121,14 @@ _LATE = {
     "Table": "headwater.client",
     "Ticket": "headwater.client",
     "connect": "headwater.client",
+    "Follower": "headwater.readers",
     "Optimizer": "headwater.integrations.torch",
+    "Publication": "headwater.client",
+    "Reader": "headwater.readers",
+    "Weights": "headwater.readers",
+    "reader": "headwater.readers",
 }
-"""Public names that need torch: where each one lives."""
+"""Public names that need more than the standard library: where each one lives."""
 
 
 def __getattr__(name: str) -> Any:
@@ -125,9 +136,16 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"headwater.{name}")
     if name not in _LATE:
         raise AttributeError(f"module 'headwater' has no attribute {name!r}")
-    importlib.import_module("headwater.launch.inproc")  # so that inproc:// addresses work
+    _offer_inproc()
     found = globals()[name] = getattr(importlib.import_module(_LATE[name]), name)
     return found
+
+
+def _offer_inproc() -> None:
+    """Let inproc:// addresses work, without loading servers for those who use none."""
+    transport = importlib.import_module("headwater.transports.inproc")
+    if not transport.provided():
+        transport.provide(lambda *asked: importlib.import_module("headwater.launch.inproc").open_hub(*asked))
 
 
 def __dir__() -> list[str]:

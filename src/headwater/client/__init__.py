@@ -1,9 +1,45 @@
-"""The client: sessions with shards, tables as flat memory, tickets."""
+"""The client: sessions with shards, tables as flat memory, tickets. Names load on first use: readers need no tables."""
 
-from headwater.client.client import Client, ClientStatistics
-from headwater.client.connect import connect, current
-from headwater.client.dense import Dense
-from headwater.client.table import Table
-from headwater.client.tickets import StepResult, Ticket
+from __future__ import annotations
 
-__all__ = ["Client", "ClientStatistics", "Dense", "StepResult", "Table", "Ticket", "connect", "current"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headwater.client.client import Client, ClientStatistics
+    from headwater.client.connect import connect, current
+    from headwater.client.dense import Dense
+    from headwater.client.publication import Publication
+    from headwater.client.table import Table
+    from headwater.client.tickets import StepResult, Ticket
+
+__all__ = [
+    "Client",
+    "ClientStatistics",
+    "Dense",
+    "Publication",
+    "StepResult",
+    "Table",
+    "Ticket",
+    "connect",
+    "current",
+]
+
+_FROM = {
+    "Client": "client",
+    "ClientStatistics": "client",
+    "Dense": "dense",
+    "Publication": "publication",
+    "StepResult": "tickets",
+    "Table": "table",
+    "Ticket": "tickets",
+    "connect": "connect",
+    "current": "connect",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FROM:
+        raise AttributeError(f"module 'headwater.client' has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(f"headwater.client.{_FROM[name]}"), name)
+    return found

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -14,6 +14,7 @@ import torch
 
 from headwater.client.control import Control, Dial
 from headwater.client.dense import Dense
+from headwater.client.publication import Publication, publish
 from headwater.client.runtime import Runtime, Threads
 from headwater.client.session import Session
 from headwater.client.table import Table, check_tensor
@@ -26,6 +27,7 @@ from headwater.errors import (
     LinkError,
     ProtocolError,
     StaleEpoch,
+    UnknownTable,
     UsageError,
 )
 from headwater.transports.address import host_identity
@@ -237,6 +239,49 @@ class Client:
             table.pull().wait()
         self.tables[spec.name] = table
         return table
+
+    def publish(
+        self,
+        tables: Iterable[Table | Dense | str],
+        name: str,
+        *,
+        model: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        keep: int = 3,
+        age: float | None = None,
+        tags: Iterable[str] = (),
+    ) -> Publication:
+        """Make the present state of ``tables`` an immutable version that readers can lease.
+
+        Under ``Bulk`` it is exactly the state after this worker's last step, on all shards; the call returns when that
+        moment is past (after the step is committed, and one round to the servers). The servers copy while training
+        goes on: wait for the outcome, or do not. Under ``Stale`` and ``Async`` each shard takes its present state.
+
+        Args:
+            tables: tables of this client, or their names.
+            name: of the version, new among those of ``model``.
+            model: the table set whose version it is; default: the name of the first table.
+            metadata: text by name, at most 64 KiB; readers get it with the version.
+            keep: how many of the newest versions of the model are kept. Tags and leases hold others beyond that.
+            age: seconds after which a version that is not the newest goes too.
+            tags: tags that move to the version when it is ready. ``latest`` moves by itself.
+
+        Raises:
+            VersionExists: the model has a version of that name.
+            UnknownTable: a name that is no table of this client.
+            UsageError: a name, ``keep``, ``age`` or metadata that cannot be.
+        """
+        chosen = [self._table_of(table) for table in tables]
+        return publish(self, chosen, name, model=model, metadata=metadata, keep=keep, age=age, tags=tags)
+
+    def _table_of(self, table: Table | Dense | str) -> Table:
+        if isinstance(table, Dense):
+            return table.table
+        if isinstance(table, Table):
+            return table
+        if table not in self.tables:
+            raise UnknownTable(f"this client uses no table {table!r}; it uses {sorted(self.tables)}")
+        return self.tables[table]
 
     # ---- the rest ------------------------------------------------------------------------------------
 

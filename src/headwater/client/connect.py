@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
+from typing import TYPE_CHECKING
 
-from headwater.client.client import Client
 from headwater.client.control import Dial
 from headwater.errors import Unreachable, UsageError
 from headwater.transports import inproc
@@ -14,6 +14,9 @@ from headwater.transports.stream import Handler, Link, StreamLink
 from headwater.transports.stream import connect as open_socket
 from headwater.wire.auth import token_from_environment
 from headwater.wire.messages import ShardView
+
+if TYPE_CHECKING:
+    from headwater.client.client import Client
 
 
 def connect(
@@ -37,15 +40,21 @@ def connect(
     """
     if role not in ("worker", "reader"):
         raise UsageError(f"role {role!r} is neither 'worker' nor 'reader'")
-    target = parse(address or os.environ.get("HEADWATER_ADDRESS") or "inproc://")
+    from headwater.client.client import Client  # with torch, which a reader of versions can do without
+
     patience = float(os.environ.get("HEADWATER_TIMEOUT", "300")) if timeout is None else timeout
     if role == "worker":
         rank = _number("HEADWATER_RANK") if rank is None else rank
         world = _number("HEADWATER_WORLD_SIZE") if world is None else world
-    dial = _dial_inproc(target.host, servers) if target.scheme == "inproc" else _dial(target, patience)
-    client = Client(dial, role=role, rank=rank, world=world, timeout=patience)
+    client = Client(dial_for(address, patience, servers), role=role, rank=rank, world=world, timeout=patience)
     _clients.add(client)
     return client
+
+
+def dial_for(address: str | None, timeout: float, servers: int = 1) -> Dial:
+    """How a client of the cluster at ``address`` reaches its coordinator and servers. Raises ``UsageError``."""
+    target = parse(address or os.environ.get("HEADWATER_ADDRESS") or "inproc://")
+    return _dial_inproc(target.host, servers) if target.scheme == "inproc" else _dial(target, timeout)
 
 
 def current() -> Client:

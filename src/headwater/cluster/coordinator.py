@@ -18,6 +18,7 @@ from headwater.cluster.dataplan import ALL, DataPlans
 from headwater.cluster.fleet import Fleet, Member, in_sync, members_of
 from headwater.cluster.membership import Member as Worker
 from headwater.cluster.membership import Membership
+from headwater.cluster.publications import Publications
 from headwater.cluster.rules import Rules as Rules
 from headwater.cluster.rules import check, shape
 from headwater.cluster.snapshots import (
@@ -39,6 +40,7 @@ from headwater.errors import ClusterError, HeadwaterError, ProtocolError, UsageE
 from headwater.types import Bulk
 from headwater.wire import messages as m
 from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
+from headwater.wire.versions import VersionNotice, VersionRequest
 
 PAUSE = 0.5  # seconds between two ticks, which come ten times as often, that mean that this process was stopped
 GRACE = 1.5  # seconds after a restart in which servers may come back before others take over
@@ -79,7 +81,8 @@ class Coordinator:
         self.barriers = Barriers(self)
         self._draining: list[tuple[Asker, int]] = []
         self._settling = False  # after a restart, until the primaries have said what they had committed
-        self._since = self._now = self._ticked = now
+        self._since = self.now = self._ticked = now
+        self.publications = Publications(self)
         self._out: list[Instruction] = []
         self._changes: dict[str, bytes | None] = {}
         if state:
@@ -95,7 +98,7 @@ class Coordinator:
 
     def receive(self, peer: int, frame: Frame, now: float) -> list[Instruction]:
         """A frame from ``peer``. A refusal goes back as an ERROR frame; the state is unchanged then."""
-        self._now = now
+        self.now = now
         try:
             if frame.kind == Kind.REQUEST:
                 self._request(Asker(peer, frame.seq), m.unpack_request(frame.body))
@@ -113,10 +116,11 @@ class Coordinator:
 
     def disconnected(self, peer: int, now: float) -> list[Instruction]:
         """The connection of ``peer`` ended."""
-        self._now = now
+        self.now = now
         self._joining = [(asker, join) for asker, join in self._joining if asker.peer != peer]
         self._draining = [(asker, server) for asker, server in self._draining if asker.peer != peer]
         self.snapshots.gone(peer)
+        self.publications.versions.gone(peer)
         server = self.fleet.disconnected(peer)
         if server is not None:  # is its process gone, or only the way there?
             self._out.append(Dial(server.number + 1, server.join.address, server.join.local, server.join.host))
@@ -131,7 +135,7 @@ class Coordinator:
 
     def dialed(self, key: int, reached: bool, now: float) -> list[Instruction]:
         """What became of looking for a server whose connection ended."""
-        self._now = now
+        self.now = now
         server = None if reached else self.fleet.refused(key - 1)
         if server is not None:
             self._bury(server)
@@ -139,7 +143,7 @@ class Coordinator:
 
     def tick(self, now: float) -> list[Instruction]:
         """Time has passed."""
-        gap, self._now, self._ticked = now - self._ticked, now, now
+        gap, self.now, self._ticked = now - self._ticked, now, now
         if gap > PAUSE:  # this process stood still: nobody else was silent for that
             self.fleet.forgive(gap)
             self.membership.forgive(gap)
@@ -151,6 +155,7 @@ class Coordinator:
             for worker, why in self.membership.lost_now(now):
                 self._depart(worker, clean=False, why=why)
         self._do(self.snapshots.tick(now, self._served()))
+        self.publications.versions.tick(now)
         return self._flush()
 
     def jobs(self) -> list[Start | Publish]:
@@ -160,7 +165,7 @@ class Coordinator:
 
     def kept(self, outcome: Outcome, now: float) -> list[Instruction]:
         """What became of the host's file work."""
-        self._now = now
+        self.now = now
         match outcome:
             case Started():
                 self._do(self.snapshots.started(outcome, self.rules.shards))
@@ -208,20 +213,22 @@ class Coordinator:
                 self._known(asker.peer)
                 if not any(table.state == "ready" for table in self.tables.by_number.values()):
                     raise ClusterError("there is no table yet, so there is nothing to write")
-                self.snapshots.ask(asker, self._now)
-                self._do(self.snapshots.tick(self._now, self._served()))
+                self.snapshots.ask(asker, self.now)
+                self._do(self.snapshots.tick(self.now, self._served()))
             case m.Rest():
                 if self.membership.rest(self._worker(asker.peer), message.away):
                     self._announce()
                 self.reply(asker, m.Rested(self.membership.epoch))
             case m.Status():
                 self.reply(asker, self.status())
+            case _ if isinstance(message, VersionRequest):
+                self.publications.request(asker, message)
             case _:
                 raise ProtocolError(f"{type(message).__name__} does not go to the coordinator")
 
     def _join_server(self, asker: Asker, join: m.Join) -> None:
         self._refuse_twice(asker.peer)
-        member = self.fleet.join(asker.peer, join, self._now)
+        member = self.fleet.join(asker.peer, join, self.now)
         r = self.rules
         self.reply(asker, m.Welcome(member.number, r.shards, r.replicas, r.min_copies, r.ack, r.heartbeat, r.durable))
         self._save_cluster()
@@ -260,7 +267,7 @@ class Coordinator:
 
     def _join(self, asker: Asker, join: m.Join) -> None:
         self._refuse_twice(asker.peer)
-        member = self.membership.resume(asker.peer, join, self._now) if join.resume else None
+        member = self.membership.resume(asker.peer, join, self.now) if join.resume else None
         if member is None:
             if join.resume and join.role == "worker":
                 raise ClusterError(
@@ -278,7 +285,8 @@ class Coordinator:
             holder = self.membership.workers.get(-1 if join.rank is None else join.rank)
             if holder is not None and holder.gone is not None:  # it may not come back: another has its rank now
                 self._depart(holder, clean=False, why="died: its connection ended")
-            member = self.membership.admit(asker.peer, join, self._now)
+            member = self.membership.admit(asker.peer, join, self.now)
+            self.publications.versions.joined(join.session)
             if member.rank >= 0:
                 self._announce()
         world = self.membership.world or len(self.membership.workers)
@@ -302,6 +310,7 @@ class Coordinator:
 
     def _depart(self, member: Worker, *, clean: bool, why: str = "") -> None:
         self.membership.depart(member, clean=clean, why=why)
+        self.publications.versions.left(member.join.session, self.now, clean=clean)
         if member.rank < 0:
             return
         self.plans.forget(member.join.session, ALL if clean else self._committed())
@@ -362,6 +371,7 @@ class Coordinator:
     def _bury(self, server: Member) -> None:
         """A server is dead. Where nobody can take over, nobody waits for what it cannot create any more."""
         self._forget_if_gone(server.number)
+        self.publications.versions.buried(server.number)
         alone = {
             v.shard for v in self.fleet.views.values()
             if v.primary is not None and v.primary.server == server.number and not v.backups
@@ -391,14 +401,15 @@ class Coordinator:
             self._forget_if_gone(number)
         if old.primary != new.primary or new.shard in self.fleet.reborn:
             self.fleet.reborn.discard(new.shard)
-            self._do(self.snapshots.moved(new.shard, self._now))
+            self._do(self.snapshots.moved(new.shard, self.now))
             self._brief(new)
 
     def _brief(self, view: m.View) -> None:
-        """A new primary hears what the old one may not have passed on: tables, verdicts, members; in this order."""
+        """A new primary hears what the old one may not have passed on, in this order."""
         self.tables.brief(view.shard)
         if self.membership.epoch:
             self.tell(view.shard, self._members())
+        self.publications.versions.moved(view.shard)
 
     def _waited_enough(self, now: float) -> bool:
         """With logs on disks nobody is missing for good as long as nobody else has what it knows."""
@@ -417,6 +428,11 @@ class Coordinator:
             if server.peer == peer:
                 return server.number
         raise ProtocolError("only a server that has joined can say this")
+
+    def check_sender(self, peer: int, server: int) -> None:
+        """Raises ``ProtocolError`` if another one than ``server`` is at this connection."""
+        if self._sender(peer) != server:
+            raise ProtocolError(f"this connection is not server {server}'s")
 
     def _created(self, peer: int, shard: int, reply: m.Reply) -> None:
         if isinstance(reply, m.Created) and self._leads(peer, shard):
@@ -445,25 +461,28 @@ class Coordinator:
         match message:
             case m.Heartbeat():
                 if message.server >= 0:
-                    self.fleet.heard(message.server, message, self._now)
+                    self.fleet.heard(message.server, message, self.now)
                 else:
-                    self.membership.heard(peer, message, self._now)
+                    self.membership.heard(peer, message, self.now)
             case m.Ready():
                 if self._leads(peer, message.shard):
                     self.tables.ready(message.shard, message)
+                    self.publications.versions.advance()
             case m.Synced():
                 self.fleet.synced(message, self._sender(peer))
             case m.Suspect():
                 self.fleet.suspect(message, self._sender(peer))
             case m.CutDone():
                 if self._leads(peer, message.shard):
-                    self._do(self.snapshots.part(message, self._now))
+                    self._do(self.snapshots.part(message, self.now))
+            case _ if isinstance(message, VersionNotice):
+                self.publications.notice(peer, message)
             case _:
                 raise ProtocolError(f"{type(message).__name__} does not go to the coordinator")
 
     def status(self) -> m.ClusterStatus:
         """What is there now, from the last heartbeats."""
-        return status.of(self.rules, self.fleet, self.membership, self.tables, self._now, self._since)
+        return status.of(self.rules, self.fleet, self.membership, self.tables, self.now, self._since)
 
     # ---- snapshots ---------------------------------------------------------------------------
 
@@ -545,6 +564,7 @@ class Coordinator:
             self.barriers.restore(state["barriers"])
         if "members" in state:
             self.membership.load(state["members"], now)
+        self.publications.restore(state)
         self._settling = bool(views)
         if views:
             self._begin_with = None
@@ -571,6 +591,10 @@ class Coordinator:
     def fail(self, asker: Asker, error: HeadwaterError) -> None:
         """Refuse a request."""
         self._out.append(Outgoing(asker.peer, Frame(Kind.ERROR, seq=asker.seq, body=m.error_body(error))))
+
+    def say(self, out: Outgoing) -> None:
+        """Send a frame."""
+        self._out.append(out)
 
     def tell(self, shard: int, message: m.Notice | m.Request, seq: int = 0) -> None:
         """To the primary of a shard, if it is there; a later one is briefed."""

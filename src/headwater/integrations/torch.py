@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -27,7 +27,7 @@ from headwater.types import Bulk, Sync, TableSpec
 from headwater.wire import optimizers
 
 if TYPE_CHECKING:
-    from headwater.client import Client, StepResult, Ticket
+    from headwater.client import Client, Publication, StepResult, Ticket
 
 _OPEN: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _OPEN_LOCK = threading.Lock()
@@ -281,6 +281,24 @@ class Optimizer(torch.optim.Optimizer):
             self._table.refresh()  # what was written into parameters here is now what the servers hold
             self._held.arrived(leaves)
         self._buffers.assign({name: values[name] for name in buffers if name in values})
+
+    def publish(
+        self,
+        name: str,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        keep: int = 3,
+        age: float | None = None,
+        tags: Iterable[str] = (),
+    ) -> Publication:
+        """Make the model as it is after this worker's last step a version that readers can lease; one worker calls it.
+
+        Parameters and module buffers, as all shards hold them. See ``Client.publish`` for the arguments and errors;
+        the version's model is this optimizer's ``name``.
+        """
+        self._check_open()
+        tables = [self._table, *self._buffers.tables]
+        return self._client.publish(tables, name, metadata=metadata, keep=keep, age=age, tags=tags)
 
     @property
     def clock(self) -> int:

@@ -51,6 +51,11 @@ class Buffers:
         """Whether the module has buffers here."""
         return id(module) in self._owners
 
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """The table that holds them, if there are any."""
+        return () if self._table is None else (self._table,)
+
     def values(self) -> dict[str, torch.Tensor]:
         """The modules' present buffers by name."""
         return {path: module.get_buffer(key) for path, (module, key) in self._places.items()}

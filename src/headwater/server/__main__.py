@@ -164,6 +164,7 @@ def run_server(args: argparse.Namespace, token: bytes | None) -> None:
                 checked=os.environ.get("HEADWATER_CHECKSUM") == "1", available=memory.available_memory,
                 detach=lambda shard, table, ranges: None if loop is None else loop.detach(shard, table, ranges),
                 data=folder.path if folder is not None and welcome.ack == "disk" else None,
+                wake=lambda: None if loop is None else loop.wake(),
             )
         )  # fmt: skip
 

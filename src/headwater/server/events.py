@@ -34,6 +34,14 @@ class Forget:
 
 
 @dataclass(slots=True)
+class Publish:
+    """The coordinator wants these tables' state as it is now, as a part of a version."""
+
+    version: int
+    tables: tuple[int, ...]
+
+
+@dataclass(slots=True)
 class Opened:
     """A client's session begins, or goes on over a new connection (see ``messages.Open``)."""
 
@@ -112,7 +120,7 @@ class AssignSlots:
     reset: bool
 
 
-Rare = Create | Forget | Opened | Closed | Attached | Assign | AssignSlots | Commit | Members
+Rare = Create | Forget | Publish | Opened | Closed | Attached | Assign | AssignSlots | Commit | Members
 Event = Push | Pull | Rare
 
 # ---- instructions ----------------------------------------------------------------------------------

@@ -78,6 +78,9 @@ class CoordinatorHost:
     def work(self) -> list[Instruction]:
         return []
 
+    def woken(self) -> list[Instruction]:
+        return []
+
     def dialed(self, key: int, peer: int | None) -> list[Instruction]:
         out = self._durable(self._coordinator.dialed(key, peer is not None, self._clock()))
         return out if peer is None else [*out, Outgoing(peer, Frame(Kind.NOTICE), close=True)]
@@ -167,6 +170,9 @@ class ServerHost:
 
     def work(self) -> list[Instruction]:
         return self._server.work()
+
+    def woken(self) -> list[Instruction]:
+        return self._server.woken()
 
     def sync(self) -> list[Instruction]:
         """Once per turn of the loop."""

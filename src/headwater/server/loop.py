@@ -46,7 +46,8 @@ Ranges = tuple[tuple[int, int], ...]
 class Host(Protocol):
     """A state machine that the loop serves. Peers are numbered by connection.
 
-    ``work`` is called when what ``receive`` returned is on its way. ``dialed`` says what became of a ``Dial``.
+    ``work`` is called when what ``receive`` returned is on its way, ``woken`` after ``Loop.wake``. ``dialed`` says what
+    became of a ``Dial``.
     """
 
     def landing(self, peer: int, frame: Frame) -> memoryview: ...
@@ -54,6 +55,7 @@ class Host(Protocol):
     def closed(self, peer: int) -> list[Instruction]: ...
     def tick(self, now: float) -> list[Instruction]: ...
     def work(self) -> list[Instruction]: ...
+    def woken(self) -> list[Instruction]: ...
     def dialed(self, key: int, peer: int | None) -> list[Instruction]: ...
 
 
@@ -126,6 +128,7 @@ class Loop:
         self._next_peer = 1
         self._stopping = False
         self._spins = False
+        self._woken = False
         self._deaf: list[socket.socket] = []  # listeners that had no descriptor left to accept with
         self.sync: Callable[[], list[Instruction]] | None = None
         self._connector = connector
@@ -152,6 +155,12 @@ class Loop:
     def _on_signal(self, number: int, frame: object) -> None:
         self._stopping = True
 
+    def wake(self) -> None:
+        """From any thread: something is finished that the host has to look at."""
+        self._woken = True
+        with contextlib.suppress(OSError):
+            os.write(self._wake_w, b"w")
+
     def stop(self) -> None:
         self._stopping = True
         with contextlib.suppress(OSError):
@@ -168,6 +177,9 @@ class Loop:
                     self._event(fd, mask)
                 while not self._dials.empty():
                     self._dialed(*self._dials.get())
+                if self._woken:
+                    self._woken = False
+                    self.send(self.host.woken())
                 now = time.monotonic()
                 if now >= next_tick:
                     next_tick = now + TICK

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from headwater.cluster.placement import BLOCK, PAGE, Block, check_table, layout
 from headwater.errors import ClusterError, HeadwaterError, NotEnoughMemory, ProtocolError, StaleEpoch
 from headwater.server import COORDINATOR
 from headwater.server import events as e
+from headwater.server import records as r
 from headwater.server.clients import Clients, Kept
 from headwater.server.disk import DISK, DiskLog
 from headwater.server.followers import PATIENCE, Followers
@@ -29,9 +30,11 @@ from headwater.server.state import view
 from headwater.server.table import Table
 from headwater.server.tables.dense import state_bytes
 from headwater.server.upstream import Upstream
+from headwater.server.versions.shelf import Shelf
 from headwater.transports import memory
 from headwater.types import TableSpec
 from headwater.wire import messages as m
+from headwater.wire import versions as v
 from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
 
 log = logging.getLogger("headwater")
@@ -55,7 +58,8 @@ class Setting:
     ``share``: keep values in memfds so that clients of this host can map them. ``available`` tells the bytes
     of memory that may still be taken. ``detach(table, ranges)`` is called before values are overwritten.
     ``data``: the folder for logs, where an acknowledgement waits for the disk. ``threads``: snapshots are copied and
-    written by threads of their own, else by ``work``.
+    written by threads of their own, else by ``work``. ``wake``, which any thread may call, makes the loop look for what
+    threads have finished; without it versions are copied at once. ``shelf``: the parts of versions that are held here.
     """
 
     server: int = 0
@@ -70,6 +74,11 @@ class Setting:
     detach: Callable[[int, int, tuple[tuple[int, int], ...]], None] = lambda shard, table, ranges: None
     threads: bool = True
     data: Path | None = None
+    wake: Callable[[], None] | None = None
+    shelf: Shelf = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shelf = Shelf(self.server, share=self.share, wake=self.wake, checked=self.checked)
 
 
 class Node:
@@ -90,6 +99,7 @@ class Node:
         self.disk = None if data is None else DiskLog(data, self.shard, lambda table: self._kept[table].blocks)
         self.part = Part(self.shard, threads=setting.threads)
         self.shard.applied = self.part.due
+        self.cuts: list[v.CutVersion] = []  # versions whose moment is still to come
         self.upstream: Upstream | None = None
         self.dialing = 0  # the key of the dial under way
         self._retry = 0.0
@@ -131,6 +141,7 @@ class Node:
                 out += self.take(self.shard.unfollowed(server))
             return out
         self.part.drop()
+        self.cuts.clear()
         out += self._dismiss(new)
         if self.shard.partial and new.primary is not None and new.primary.server == self._setting.server:
             log.error("shard %d: this server was made the primary and has only half of its state", new.shard)
@@ -349,6 +360,9 @@ class Node:
             case m.Cut():
                 self.part.cut(message)
                 return []
+            case v.CutVersion():
+                self._cut_version(message)
+                return self.due()
             case _:
                 raise ProtocolError(f"the coordinator sent {type(message).__name__}")
 
@@ -392,6 +406,37 @@ class Node:
         if done is None:
             return []
         return [Outgoing(COORDINATOR, Frame(Kind.NOTICE, shard=self.shard.number, body=m.pack(done)))]
+
+    # ---- versions ----------------------------------------------------------------------------------
+
+    def _cut_version(self, message: v.CutVersion) -> None:
+        """The coordinator wants this shard's part of a version, perhaps not for the first time."""
+        shelf, number = self._setting.shelf, self.shard.number
+        coming = any(isinstance(x.body, r.Publish) and x.body.version == message.number for x in self.shard.log.pending)
+        if shelf.knows(message.number, number):
+            shelf.say(message.number, number)
+        elif message.late and not coming:
+            why = f"the primary of shard {number} died before its part of the version was on another server"
+            shelf.said.append(v.PartDone(message.number, number, self._setting.server, error=why))
+        elif not coming and message not in self.cuts:
+            self.cuts.append(message)
+
+    def due(self) -> list[Instruction]:
+        """Begin the versions whose moment has come: everything that was decided until now is in the log before it."""
+        out: list[Instruction] = []
+        for cut in list(self.cuts) if self.leads else ():
+            # A table on this shard alone takes its steps by itself; those of others came before the coordinator's word.
+            alone = [(self.shard.tables.get(number), clock) for number, clock in cut.clocks]
+            if all(t is None or not t.alone or not t.bulk or t.gathering.clock >= clock for t, clock in alone):
+                self.cuts.remove(cut)
+                out += self.run(e.Publish(cut.number, cut.tables))
+        return out
+
+    def publish(self, body: r.Publish) -> None:
+        """A version's moment; the same on every replica."""
+        if not self.shard.partial:
+            tables = [self.shard.tables[number] for number in body.tables if number in self.shard.tables]
+            self._setting.shelf.begin(body.version, self.shard.number, tables)
 
     def hosted(self) -> m.Hosted:
         """What the coordinator must know of this replica when it has forgotten."""
@@ -443,6 +488,7 @@ class Node:
 
     def before_write(self, table: int, ranges: tuple[tuple[int, int], ...]) -> None:
         self.part.before_write(table, ranges)
+        self._setting.shelf.before_write(self.shard.number, table, ranges)
         self._setting.detach(self.shard.number, table, ranges)
 
     def _allocate(self, spec: TableSpec, blocks: tuple[Block, ...], size: int) -> Kept:

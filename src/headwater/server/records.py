@@ -105,7 +105,14 @@ class SetSlots(msgspec.Struct, frozen=True, tag="set_slots"):
     reset: bool
 
 
-Body = Begin | Drop | Seat | Members | Prepare | Commit | Update | Values | SetSlots
+class Publish(msgspec.Struct, frozen=True, tag="publish"):
+    """A version's moment: each replica keeps what these tables hold now."""
+
+    version: int
+    tables: tuple[int, ...]
+
+
+Body = Begin | Drop | Seat | Members | Prepare | Commit | Update | Values | SetSlots | Publish
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Body] = msgspec.msgpack.Decoder(Body)

@@ -33,6 +33,7 @@ class Memory(Protocol):
     def load(self, table: Table, folder: str) -> None: ...
     def lend(self, table: int, size: int, lsn: int, accepted: int) -> torch.Tensor | None: ...
     def before_write(self, table: int, ranges: r.Ranges) -> None: ...
+    def publish(self, body: r.Publish) -> None: ...
 
 
 _BYTES = torch.uint8
@@ -118,6 +119,8 @@ class Replica:
                 self._assign(record, body)
             case r.SetSlots():
                 self._set_slots(body)
+            case r.Publish():
+                self._memory.publish(body)
         if self.observer is not None:
             self.observer(self, record)
         if self.applied is not None:

@@ -11,6 +11,7 @@ from headwater.server import COORDINATOR
 from headwater.server.node import Node, Setting
 from headwater.transports.memory import close_all
 from headwater.wire import messages as m
+from headwater.wire import versions as v
 from headwater.wire.frames import Frame, Instruction, Kind, Outgoing
 
 log = logging.getLogger("headwater")
@@ -26,6 +27,7 @@ class Server:
         self._dials: dict[int, Node] = {}
         self._keys = count(1)
         self._now = 0.0
+        self._readers: set[int] = set()  # connections that fetch parts of versions
         self._retired = (0, 0)  # bytes pushed and pulled at shards that have moved on
 
     # ---- from the loop ---------------------------------------------------------------------------
@@ -42,6 +44,9 @@ class Server:
         if peer == COORDINATOR:
             close_all(fds)
             return self._noted(self._coordinator(frame))
+        if peer in self._readers:
+            close_all(fds)
+            return self._noted(self.setting.shelf.receive(peer, frame))
         node = self._of_peer.get(peer)
         if node is None:
             return self._noted(self._first(peer, frame, fds))
@@ -58,6 +63,9 @@ class Server:
             raise
         if not isinstance(request, m.Open):
             close_all(fds)
+        if isinstance(request, v.Fetch):
+            self._readers.add(peer)
+            return self.setting.shelf.receive(peer, frame)
         if not isinstance(request, m.Open | m.Follow):
             error = ProtocolError(f"{frame.kind.name} before a session was opened")
             return [Outgoing(peer, Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(error)), close=True)]
@@ -75,6 +83,10 @@ class Server:
 
     def closed(self, peer: int) -> list[Instruction]:
         """A connection ended."""
+        if peer in self._readers:
+            self._readers.discard(peer)
+            self.setting.shelf.closed(peer)
+            return []
         node = self._of_peer.pop(peer, None)
         return [] if node is None else self._noted(node.closed(peer))
 
@@ -92,7 +104,12 @@ class Server:
     def tick(self, now: float) -> list[Instruction]:
         """Time has passed."""
         self._now = now
-        return self._noted([x for node in self.nodes.values() for x in node.tick(now)])
+        ticked = [x for node in self.nodes.values() for x in node.tick(now)]
+        return self._noted([*ticked, *self.setting.shelf.woken()])
+
+    def woken(self) -> list[Instruction]:
+        """A thread has finished something."""
+        return self._noted(self.setting.shelf.woken())
 
     def work(self) -> list[Instruction]:
         """What may come after the answers: followers apply what they have accepted."""
@@ -100,7 +117,7 @@ class Server:
         for node in self.nodes.values():
             if node.upstream is not None:
                 out += node.work()
-        return self._noted(out) if out else out
+        return self._noted(out) if out or self.setting.shelf.said else out
 
     def sync(self) -> list[Instruction]:
         """Once per turn: what was logged meanwhile is put on the disk, at once for all of it, and counts."""
@@ -113,7 +130,15 @@ class Server:
                 return self._noted(out)
 
     def _noted(self, instructions: list[Instruction]) -> list[Instruction]:
-        """Remember which replica dials."""
+        """Versions whose moment has come; what there is to say of them; and which replica dials."""
+        for node in self.nodes.values():
+            if node.cuts:
+                instructions = [*instructions, *node.due()]
+        shelf = self.setting.shelf
+        if shelf.said:
+            said, shelf.said = shelf.said, []
+            notices = (Frame(Kind.NOTICE, shard=done.shard, body=m.pack(done)) for done in said)
+            instructions = [*instructions, *(Outgoing(COORDINATOR, notice) for notice in notices)]
         for x in instructions:
             if not isinstance(x, Outgoing):
                 self._dials[x.key] = next(node for node in self.nodes.values() if node.dialing == x.key)
@@ -128,6 +153,8 @@ class Server:
         message = m.unpack_request(frame.body) if frame.kind == Kind.REQUEST else m.unpack_notice(frame.body)
         if isinstance(message, m.View):
             return self.adopt(message)
+        if isinstance(message, v.DropVersion):
+            return self.setting.shelf.drop(message.numbers)
         node = self.nodes.get(frame.shard)
         return [] if node is None else node.coordinator(frame, message)
 
@@ -166,7 +193,8 @@ class Server:
 
     def ready_again(self) -> list[Instruction]:
         """For a coordinator that has forgotten: steps that wait for its verdict."""
-        return [x for node in self.nodes.values() for x in node.ready_again()]
+        self.setting.shelf.say_all()
+        return self._noted([x for node in self.nodes.values() for x in node.ready_again()])
 
     @property
     def replayed(self) -> bool:

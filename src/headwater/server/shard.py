@@ -136,7 +136,7 @@ class Shard(Replica):
             self._rare(event)
         return self._drain()
 
-    def _rare(self, event: e.Rare) -> None:
+    def _rare(self, event: e.Rare) -> None:  # noqa: C901 - one line per kind
         match event:
             case Commit():
                 self._decided(event)
@@ -149,6 +149,8 @@ class Shard(Replica):
                     self.propose(r.Begin(event.table, event.spec, event.restore))
             case e.Forget():
                 self.propose(r.Drop(event.table))  # a follower may have it even if it could not be made here
+            case e.Publish():
+                self.propose(r.Publish(event.version, event.tables))
             case e.Opened():
                 self._open(event)
             case e.Closed():

@@ -27,6 +27,11 @@ def provide(provider: Provider) -> None:
     _provider[:] = [provider]
 
 
+def provided() -> bool:
+    """Whether somebody has."""
+    return bool(_provider)
+
+
 def hub(name: str, servers: int) -> Hub:
     if not _provider:
         raise UsageError("inproc:// needs headwater.launch.inproc to be imported; use headwater.connect")

@@ -20,8 +20,12 @@ from headwater.errors import NotEnoughMemory, ProtocolError
 
 AVAILABLE = sys.platform == "linux" and hasattr(os, "memfd_create")
 _SEALS = 0x1 | 0x2 | 0x4  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW: a peer can never pull pages away under a reader
+_SEAL_WRITES = 0x10  # F_SEAL_FUTURE_WRITE: only mappings that were made before it may write
 _MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
 _MADV_DONTNEED = 4
+_MADV_HUGEPAGE = 14
+_HUGE = 2 << 20  # bytes of a huge page
 _FAILED = ctypes.c_void_p(-1).value
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -86,6 +90,36 @@ def create(name: str, size: int) -> int:
     return fd
 
 
+class Sealed:
+    """A memfd that this process writes and others can only read: ``fd`` for them, ``region`` for itself.
+
+    Its pages come with the first write, in huge pages where the kernel has them, so that making it costs nothing.
+    Raises ``NotEnoughMemory`` where they would not fit now.
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        free = available_memory()
+        if size > free:
+            raise NotEnoughMemory(f"{size} bytes for a {name}, but {free} are free on this machine; none were taken")
+        self.fd = os.memfd_create(f"headwater:{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, size)
+            self.region = Region([Piece(self.fd, 0, size)], huge=True)
+            try:
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS | _SEAL_WRITES)
+            except OSError:  # a kernel before 5.1: readers are trusted to map it for reading only
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self._close = weakref.finalize(self, close_all, (self.fd,))
+
+    def close(self) -> None:
+        """Let go of the descriptor. The bytes go with the last mapping of them, here or elsewhere."""
+        self._close()
+        self.fd = -1
+
+
 def verify(fd: int, size: int) -> None:
     """Refuse a received descriptor that is no memfd, smaller than agreed, or could still shrink."""
     try:
@@ -114,17 +148,28 @@ class Region:
     """Pieces of shared memory mapped side by side, as one buffer.
 
     ``buffer`` keeps the mapping alive: it is unmapped when the last memoryview or tensor on it is gone.
-    ``private`` maps copy-on-write: a stray write stays in this process.
+    ``private`` maps copy-on-write: a stray write stays in this process. ``huge``: in huge pages where the kernel can.
+    ``reserve``: bytes of address space, if ``pieces`` are mapped into them later (``replace``).
     """
 
-    def __init__(self, pieces: Sequence[Piece], *, writable: bool = True, private: bool = False) -> None:
-        self.size = sum(piece.size for piece in pieces)
-        reserve = max(self.size, mmap.PAGESIZE)
-        address = _libc.mmap(None, reserve, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
-        if address == _FAILED:
-            raise NotEnoughMemory(f"{reserve} bytes of address space were refused; nothing was mapped")
-        self.buffer = (ctypes.c_ubyte * reserve).from_address(address)
-        weakref.finalize(self.buffer, _unmap, address, reserve)
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        *,
+        writable: bool = True,
+        private: bool = False,
+        huge: bool = False,
+        reserve: int = 0,
+    ) -> None:
+        self.size = reserve or sum(piece.size for piece in pieces)
+        room = max(self.size, mmap.PAGESIZE)
+        taken = room + _HUGE if huge else room
+        begin = _libc.mmap(None, taken, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
+        if begin == _FAILED:
+            raise NotEnoughMemory(f"{taken} bytes of address space were refused; nothing was mapped")
+        address = -(-begin // _HUGE) * _HUGE if huge else begin
+        self.buffer = (ctypes.c_ubyte * room).from_address(address)
+        weakref.finalize(self.buffer, _unmap, begin, taken)
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable or private else 0)
         flags = (mmap.MAP_PRIVATE if private else mmap.MAP_SHARED) | _MAP_FIXED
         at = address
@@ -133,6 +178,8 @@ class Region:
                 raise NotEnoughMemory(f"mapping {piece.size} bytes failed: {os.strerror(ctypes.get_errno())}")
             at += piece.size
         self._address = address
+        if huge:
+            _libc.madvise(address, self.size, _MADV_HUGEPAGE)
 
     def replace(self, start: int, piece: Piece | None, size: int) -> None:
         """Map other memory over bytes ``start:start+size``, at the same addresses; ``None``: zeros of this process.

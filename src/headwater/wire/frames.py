@@ -45,6 +45,7 @@ class Kind(IntEnum):
     RECORD = 21
     STATE = 22
     ACCEPT = 23
+    PIECE = 24
 
 
 class Flag:
@@ -111,7 +112,7 @@ class Dial(NamedTuple):
 
 Instruction = Outgoing | Dial
 
-_CARRIERS = frozenset({Kind.PUSH, Kind.DATA, Kind.ASSIGN, Kind.RECORD, Kind.STATE})
+_CARRIERS = frozenset({Kind.PUSH, Kind.DATA, Kind.ASSIGN, Kind.RECORD, Kind.STATE, Kind.PIECE})
 
 
 def checksum(payload: Buffer) -> int:

@@ -15,6 +15,7 @@ from headwater.wire.plans import PlanChunk as PlanChunk
 from headwater.wire.plans import PlanNext as PlanNext
 from headwater.wire.plans import Rest as Rest
 from headwater.wire.plans import Rested as Rested
+from headwater.wire.versions import VersionNotice, VersionReply, VersionRequest
 
 # ---- handshake (FORMAT.md, section 3) ------------------------------------------------------------
 
@@ -509,6 +510,7 @@ Request = (
     | Lend
     | PlanNext
     | Rest
+    | VersionRequest
 )
 Reply = (
     Joined
@@ -525,8 +527,9 @@ Reply = (
     | Following
     | PlanChunk
     | Rested
+    | VersionReply
 )
-Notice = Members | Ready | Commit | Heartbeat | Drop | View | Synced | Suspect | Cut | CutDone
+Notice = Members | Ready | Commit | Heartbeat | Drop | View | Synced | Suspect | Cut | CutDone | VersionNotice
 
 _encoder = msgspec.msgpack.Encoder()
 _request = msgspec.msgpack.Decoder(Request)

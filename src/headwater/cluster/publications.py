@@ -1,0 +1,108 @@
+"""Publication at the coordinator: requests and notices to its ``Versions``, and what these need to know of the rest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from headwater.cluster.snapshots import Asker
+from headwater.cluster.versions import Known, Versions
+from headwater.errors import ClusterError, HeadwaterError, ProtocolError
+from headwater.types import Bulk
+from headwater.wire import messages as m
+from headwater.wire import versions as v
+from headwater.wire.frames import Frame, Kind, Outgoing
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from headwater.cluster.coordinator import Coordinator
+
+
+class Publications:
+    """The coordinator's desk for versions."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self.versions = Versions(self, coordinator.shards, lambda: coordinator.now)
+
+    # ---- in --------------------------------------------------------------------------------------
+
+    def request(self, asker: Asker, message: v.VersionRequest) -> None:
+        """A client's question. Raises what it is refused with."""
+        match message:
+            case v.Publish():
+                self._session(asker.peer)
+                self.versions.publish(asker, message)
+            case v.Await():
+                self.versions.await_ready(asker, message.number)
+            case v.Watch():
+                self._session(asker.peer)
+                self.versions.watch(asker, message)
+            case v.Lease():
+                self.versions.lease(asker, self._session(asker.peer), message)
+            case v.ListVersions():
+                self.reply(asker, v.VersionList(self.versions.status(message.model)))
+            case v.SetTag():
+                self._session(asker.peer)
+                self.versions.set_tag(asker, message)
+            case v.Retire():
+                self._session(asker.peer)
+                self.versions.retire(asker, message)
+            case v.Fetch():
+                raise ProtocolError("the coordinator holds no parts of versions; ask a server")
+
+    def notice(self, peer: int, message: v.VersionNotice) -> None:
+        """What a reader or a server says."""
+        match message:
+            case v.Release():
+                member = self._coordinator.membership.of(peer)
+                if member is not None:
+                    self.versions.release(member.join.session, message.number)
+            case v.PartDone():
+                self._coordinator.check_sender(peer, message.server)
+                self.versions.part(message)
+            case _:
+                raise ProtocolError(f"{type(message).__name__} does not go to the coordinator")
+
+    def restore(self, state: Mapping[str, bytes]) -> None:
+        """What was there before a restart."""
+        self.versions.restore(state)
+
+    def _session(self, peer: int) -> int:
+        member = self._coordinator.membership.of(peer)
+        if member is None:
+            raise ClusterError("join first: only a member can publish or lease")
+        return member.join.session
+
+    # ---- out: what Versions asks of its desk ---------------------------------------------------------
+
+    def reply(self, asker: Asker, message: m.Reply) -> None:
+        self._coordinator.reply(asker, message)
+
+    def fail(self, asker: Asker, error: HeadwaterError) -> None:
+        self._coordinator.fail(asker, error)
+
+    def save(self, key: str, value: bytes | None) -> None:
+        self._coordinator.save(key, value)
+
+    def tell(self, shard: int, message: v.CutVersion) -> None:
+        self._coordinator.tell(shard, message)
+
+    def drop(self, numbers: tuple[int, ...]) -> None:
+        body = m.pack(v.DropVersion(numbers))
+        for server in self._coordinator.fleet.servers.values():
+            if server.peer is not None:
+                self._coordinator.say(Outgoing(server.peer, Frame(Kind.NOTICE, body=body)))
+
+    def table(self, number: int) -> Known:
+        table = self._coordinator.tables.get(number)
+        if table.state != "ready":
+            raise ClusterError(f"table {table.spec.name!r} has no values yet; nothing was published")
+        known = isinstance(table.spec.sync, Bulk) and len(table.participants) > 1
+        return Known(table.spec, table.participants, table.clock if known else None)
+
+    def holder(self, server: int) -> v.Holder | None:
+        member = self._coordinator.fleet.servers.get(server)
+        if member is None or not member.alive:
+            return None
+        return v.Holder(member.join.address, member.join.local, member.join.host)

@@ -1,0 +1,497 @@
+"""Versions, tags and leases as a state machine: what happened in, what is to be said out. No sockets, no clock.
+
+A version is *waiting* (a step that it wants is not committed yet) → *cutting* (every shard begins and makes its part) →
+*ready* (each part is held by somebody; readers may lease it) → gone: retired by count or age when no tag means it and
+nobody leases it, or *lost* when the last holder of a part died. Tags are names that move; ``latest`` is always the
+newest ready version and cannot be moved. The coordinator has one of these, and so has every relay.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import msgspec
+import xxhash
+
+from headwater.cluster.snapshots import Asker
+from headwater.errors import ClusterError, HeadwaterError, UnknownVersion, UsageError, VersionExists, VersionExpired
+from headwater.types import TableSpec, VersionInfo
+from headwater.wire import messages as m
+from headwater.wire import versions as v
+
+LATEST = "latest"
+LEASE = 10.0  # seconds in which a reader whose connection broke may come back to its leases
+METADATA = 64 << 10  # bytes of a version's metadata
+NAME = 200  # characters of a model's, version's or tag's name
+UNFINISHED = 16  # versions of one cluster that are on their way; more are refused
+
+
+class Known(NamedTuple):
+    """A table as it concerns versions. ``clock``: its last committed step, None where only its shard knows."""
+
+    spec: TableSpec
+    shards: tuple[int, ...]
+    clock: int | None
+
+
+class Desk(Protocol):
+    """Whom a ``Versions`` speaks through."""
+
+    def reply(self, asker: Asker, message: m.Reply) -> None: ...
+    def fail(self, asker: Asker, error: HeadwaterError) -> None: ...
+    def save(self, key: str, value: bytes | None) -> None: ...
+    def tell(self, shard: int, message: v.CutVersion) -> None: ...
+    def drop(self, numbers: tuple[int, ...]) -> None: ...
+    def table(self, number: int) -> Known: ...
+    def holder(self, server: int) -> v.Holder | None: ...
+
+
+@dataclass(slots=True)
+class Entry:
+    """One version. ``parts``: by (shard, table); ``holders``: servers by shard; ``leases``: how many by session."""
+
+    info: VersionInfo
+    ask: v.Publish
+    shards: tuple[int, ...]
+    state: str = "waiting"
+    begun: dict[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    parts: dict[tuple[int, int], v.PartDigest] = field(default_factory=dict)
+    holders: dict[int, set[int]] = field(default_factory=dict)
+    pause: float = 0.0
+    leases: Counter[int] = field(default_factory=Counter)
+    since: float = 0.0  # by the desk's clock, which begins anew with its process
+    publishers: list[Asker] = field(default_factory=list)
+    awaiting: list[Asker] = field(default_factory=list)
+
+    @property
+    def number(self) -> int:
+        return self.info.number
+
+    @property
+    def whole(self) -> bool:
+        """Whether somebody holds each part."""
+        return all(self.holders.get(shard) for shard in self.shards)
+
+
+class _Saved(msgspec.Struct, frozen=True):
+    info: VersionInfo
+    ask: v.Publish
+    shards: tuple[int, ...]
+    parts: tuple[tuple[int, v.PartDigest], ...]  # (shard, …)
+
+
+class Waiting(NamedTuple):
+    asker: Asker
+    model: str
+    name: str
+    after: int
+
+
+class Versions:
+    """All versions of a cluster of ``shards`` shards. ``clock``: seconds, of which only differences mean anything."""
+
+    def __init__(self, desk: Desk, shards: int, clock: Callable[[], float]) -> None:
+        self.entries: dict[int, Entry] = {}
+        self.tags: dict[tuple[str, str], int] = {}
+        self._desk = desk
+        self._shards = shards
+        self._clock = clock
+        self._next = 1
+        self._watching: list[Waiting] = []
+        self._away: dict[int, float] = {}  # sessions whose connection broke, and when their leases end
+
+    # ---- publishing ------------------------------------------------------------------------------
+
+    def publish(self, asker: Asker, ask: v.Publish) -> None:
+        """Begin a version as soon as its moment is there. Raises what is wrong with it; nothing is begun then."""
+        _check(ask)
+        known = {table: self._desk.table(table) for table in ask.tables}
+        twin = self._named(ask.model, ask.name)
+        if twin is not None:
+            if ask.clocks and ask.clocks == twin.ask.clocks:  # asked again, over a new connection or by another worker
+                self._answer_begun(twin, asker)
+                return
+            raise VersionExists(
+                f"{ask.model!r} has a version {ask.name!r} already (number {twin.number}); nothing was published. "
+                "Choose another name"
+            )
+        if sum(entry.state in ("waiting", "cutting") for entry in self.entries.values()) >= UNFINISHED:
+            raise ClusterError(f"{UNFINISHED} versions are on their way already; nothing was published. Wait for one")
+        parent = self._newest(ask.model)
+        info = VersionInfo(
+            ask.model, self._next, ask.name, parent.number if parent else 0, 0, ask.time,
+            tuple(each.spec.name for each in known.values()), 0, "", dict(ask.metadata),
+        )  # fmt: skip
+        self._next += 1
+        shards = sorted({shard for each in known.values() for shard in each.shards})
+        entry = self.entries[info.number] = Entry(info, ask, tuple(shards), since=self._clock(), publishers=[asker])
+        self.advance(entry)
+
+    def advance(self, entry: Entry | None = None) -> None:
+        """Steps have been committed: what has waited for them is cut now, before anything after them is."""
+        for each in [entry] if entry is not None else list(self.entries.values()):
+            if each.state != "waiting":
+                continue
+            clocks = [(self._desk.table(table).clock, clock) for table, clock in each.ask.clocks]
+            if all(now is None or now >= wanted for now, wanted in clocks):
+                each.state = "cutting"
+                for shard in each.shards:
+                    self._order(each, shard)
+
+    def _order(self, entry: Entry, shard: int) -> None:
+        tables = tuple(t for t in entry.ask.tables if shard in self._desk.table(t).shards)
+        late = len(entry.begun) == len(entry.shards)
+        self._desk.tell(shard, v.CutVersion(entry.number, shard, tables, entry.ask.clocks, late))
+
+    def moved(self, shard: int) -> None:
+        """A shard has another primary, which may not know what the one before was told."""
+        for entry in self.entries.values():
+            if entry.state == "cutting" and shard in entry.shards and not entry.holders.get(shard):
+                self._order(entry, shard)
+
+    def part(self, done: v.PartDone) -> None:
+        """A server's word about its parts of a version."""
+        entry = self.entries.get(done.number)
+        if entry is None or done.shard not in entry.shards:
+            self._desk.drop((done.number,))
+            return
+        if done.error:
+            if entry.state == "cutting" and not entry.holders.get(done.shard):
+                self._give_up(entry, ClusterError(f"version {entry.info.name!r} was not published: {done.error}"))
+            return
+        entry.pause = max(entry.pause, done.pause)
+        if entry.state == "cutting" and done.shard not in entry.begun:
+            self._begun(entry, done)
+        if done.parts and done.number in self.entries:
+            self._holds(entry, done)
+
+    def _begun(self, entry: Entry, done: v.PartDone) -> None:
+        entry.begun[done.shard] = done.clocks
+        if len(entry.begun) < len(entry.shards):
+            return
+        steps: dict[int, set[int]] = {}
+        for table, clock in (each for clocks in entry.begun.values() for each in clocks):
+            steps.setdefault(table, set()).add(clock)
+        torn = [table for table, found in steps.items() if len(found) > 1 and self._desk.table(table).clock is not None]
+        if torn:  # the publisher did not wait, and a step was committed between the shards' moments
+            name = self._desk.table(torn[0]).spec.name
+            why = f"a step of table {name!r} was committed while the shards began their parts"
+            self._give_up(entry, ClusterError(f"version {entry.info.name!r} was not published: {why}. Publish again"))
+            return
+        step = max((clock for found in steps.values() for clock in found), default=0)
+        entry.info = msgspec.structs.replace(entry.info, step=step)
+        publishers, entry.publishers = entry.publishers, []
+        for asker in publishers:
+            self._desk.reply(asker, v.Publishing(entry.number))
+
+    def _holds(self, entry: Entry, done: v.PartDone) -> None:
+        for part in done.parts:
+            known = entry.parts.setdefault((done.shard, part.table), part)
+            if known != part:  # replicas of one shard hold the same bytes, or one of them is broken
+                self._desk.drop((done.number,))
+                self._give_up(entry, ClusterError(f"two replicas of shard {done.shard} differ in {entry.info.name!r}"))
+                return
+        entry.holders.setdefault(done.shard, set()).add(done.server)
+        if entry.state == "lost" and entry.whole:
+            entry.state = "ready"
+            self._changed(entry.info.model)
+        elif entry.state == "cutting" and entry.whole and len(entry.begun) == len(entry.shards):
+            self._ready(entry)
+
+    def _ready(self, entry: Entry) -> None:
+        digest = xxhash.xxh3_64()
+        for key in sorted(entry.parts):
+            digest.update(entry.parts[key].digest.to_bytes(8, "little"))
+        nbytes = sum(part.size for part in entry.parts.values())
+        entry.info = msgspec.structs.replace(entry.info, nbytes=nbytes, digest=digest.hexdigest())
+        entry.state = "ready"
+        self._save(entry)
+        for tag in entry.ask.tags:
+            self._move(entry.info.model, tag, entry.number)
+        awaiting, entry.awaiting = entry.awaiting, []
+        for asker in awaiting:
+            self._desk.reply(asker, v.Found(entry.info, entry.pause))
+        self._changed(entry.info.model)
+        self.retain()
+
+    def adopt(self, info: VersionInfo, ask: v.Publish, parts: Mapping[tuple[int, int], v.PartDigest]) -> None:
+        """A version that was made elsewhere is here, whole."""
+        shards = tuple(sorted({shard for shard, _ in parts}))
+        holders = {shard: {0} for shard in shards}
+        entry = Entry(info, ask, shards, "ready", parts=dict(parts), holders=holders, since=self._clock())
+        self.entries[info.number] = entry
+        self._changed(info.model)
+        self.retain()
+
+    def _give_up(self, entry: Entry, error: HeadwaterError) -> None:
+        for asker in [*entry.publishers, *entry.awaiting]:
+            self._desk.fail(asker, error)
+        self._remove(entry)
+
+    def _answer_begun(self, entry: Entry, asker: Asker) -> None:
+        if entry.state in ("waiting", "cutting") and len(entry.begun) < len(entry.shards):
+            entry.publishers.append(asker)
+        else:
+            self._desk.reply(asker, v.Publishing(entry.number))
+
+    def await_ready(self, asker: Asker, number: int) -> None:
+        """Answer when the version can be leased. Raises ``UnknownVersion`` if it never will be."""
+        entry = self.entries.get(number)
+        if entry is None:
+            raise UnknownVersion(
+                f"version number {number} is not on its way: it was given up, retired, or the coordinator was "
+                "restarted meanwhile. What is published stands; publish again"
+            )
+        if entry.state in ("waiting", "cutting"):
+            entry.awaiting.append(asker)
+        else:
+            self._desk.reply(asker, v.Found(entry.info, entry.pause))
+
+    # ---- readers ---------------------------------------------------------------------------------
+
+    def lease(self, asker: Asker, session: int, ask: v.Lease) -> None:
+        """Hold a version for a reader. Raises ``UnknownVersion`` or ``VersionExpired``."""
+        entry = self.resolve(ask.model, ask.name)
+        parts = tuple(
+            v.PartAt(shard, table, part.size, part.digest, self._where(entry, shard))
+            for (shard, table), part in sorted(entry.parts.items())
+        )
+        if entry.state == "lost" or not all(part.holders for part in parts):
+            raise VersionExpired(
+                f"no server that is there holds all of version {entry.info.name!r} of {entry.info.model!r} (number "
+                f"{entry.number}): the last one with a part of it died. Lease another one, or publish again"
+            )
+        specs = tuple((t, self._desk.table(t).spec) for t in entry.ask.tables if t not in ask.known)
+        entry.leases[session] += 1
+        self._desk.reply(asker, v.Leased(entry.info, self._shards, entry.ask.tables, specs, parts))
+
+    def _where(self, entry: Entry, shard: int) -> tuple[v.Holder, ...]:
+        found = (self._desk.holder(server) for server in sorted(entry.holders.get(shard, ())))
+        return tuple(holder for holder in found if holder is not None)
+
+    def release(self, session: int, number: int) -> None:
+        """A lease ends. One that is not there is no fault: it may have timed out."""
+        entry = self.entries.get(number)
+        if entry is not None and entry.leases[session]:
+            entry.leases[session] -= 1
+            if not entry.leases[session]:
+                del entry.leases[session]
+            self.retain()
+
+    def watch(self, asker: Asker, ask: v.Watch) -> None:
+        """Answer when a name or tag means another version than number ``after``; a tag that is not there may come."""
+        entry = self._find(ask.model, ask.name)
+        if entry is not None and entry.state == "ready" and entry.number != ask.after:
+            self._desk.reply(asker, v.Found(entry.info, entry.pause))
+        else:  # whoever asks the same again has given the first question up
+            again = (asker.peer, ask.model, ask.name, ask.after)
+            self._watching = [w for w in self._watching if (w.asker.peer, w.model, w.name, w.after) != again]
+            self._watching.append(Waiting(asker, ask.model, ask.name, ask.after))
+
+    def gone(self, peer: int) -> None:
+        """Whoever asked over this connection is not there any more."""
+        self._watching = [each for each in self._watching if each.asker.peer != peer]
+        for entry in self.entries.values():
+            entry.publishers = [asker for asker in entry.publishers if asker.peer != peer]
+            entry.awaiting = [asker for asker in entry.awaiting if asker.peer != peer]
+
+    def left(self, session: int, now: float, *, clean: bool) -> None:
+        """A client has left, or its connection broke: then its leases stand for a while."""
+        self._away[session] = now if clean else now + LEASE
+        if clean:
+            self.tick(now)
+
+    def joined(self, session: int) -> None:
+        """A client is there, perhaps again."""
+        self._away.pop(session, None)
+
+    def tick(self, now: float) -> None:
+        """Time has passed: leases of readers that are gone end, versions grow old."""
+        over = [session for session, until in self._away.items() if now >= until]
+        for session in over:
+            del self._away[session]
+            for entry in self.entries.values():
+                entry.leases.pop(session, None)
+        if over or any(entry.ask.age is not None for entry in self.entries.values()):
+            self.retain()
+
+    # ---- tags and retention --------------------------------------------------------------------------
+
+    def resolve(self, model: str, name: str) -> Entry:
+        """The version that a name or tag means. Raises ``UnknownVersion`` with what there is."""
+        entry = self._find(model, name)
+        if entry is not None and entry.state in ("ready", "lost"):
+            return entry
+        if entry is not None:
+            raise UnknownVersion(f"version {name!r} of {model!r} is being published; wait for it")
+        models = sorted({each.info.model for each in self.entries.values()})
+        if model not in models:
+            there = f"there are versions of {', '.join(map(repr, models))}" if models else "nothing is published yet"
+            raise UnknownVersion(f"no version of {model!r} is published; {there}")
+        names = [each.info.name for each in self.entries.values() if each.info.model == model]
+        tags = [tag for of, tag in self.tags if of == model]
+        raise UnknownVersion(
+            f"{model!r} has no version or tag {name!r}; versions: {', '.join(names[-8:])}; tags: "
+            f"{', '.join([LATEST, *sorted(tags)])}"
+        )
+
+    def set_tag(self, asker: Asker, ask: v.SetTag) -> None:
+        """Move a tag. Raises ``UsageError`` or ``UnknownVersion``; it means what it did then."""
+        if ask.tag == LATEST:
+            raise UsageError(f"the tag {LATEST!r} is always the newest version; it cannot be moved. Choose another tag")
+        if not ask.name:
+            if (ask.model, ask.tag) not in self.tags:
+                raise UnknownVersion(f"{ask.model!r} has no tag {ask.tag!r}")
+            self._move(ask.model, ask.tag, None)
+        else:
+            _check_name("tag", ask.tag)
+            if self._named(ask.model, ask.tag) is not None:
+                raise UsageError(f"{ask.tag!r} is a version of {ask.model!r}; a tag needs a name of its own")
+            self._move(ask.model, ask.tag, self.resolve(ask.model, ask.name).number)
+        self._desk.reply(asker, m.Done())
+        self._changed(ask.model)
+        self.retain()
+
+    def _move(self, model: str, tag: str, number: int | None) -> None:
+        if number is None:
+            self.tags.pop((model, tag), None)
+        else:
+            self.tags[model, tag] = number
+        mine = {each: to for (of, each), to in self.tags.items() if of == model}
+        self._desk.save(f"tags/{model}", msgspec.msgpack.encode(mine) if mine else None)
+
+    def retire(self, asker: Asker, ask: v.Retire) -> None:
+        """Let a version go. Raises ``UsageError`` if a tag or a reader holds it."""
+        entry = self.resolve(ask.model, ask.name)
+        tags = self._tags(entry)
+        if tags or entry.leases:
+            held = f"tag {tags[0]!r}" if tags else f"{sum(entry.leases.values())} leases"
+            raise UsageError(f"version {entry.info.name!r} is held by {held}; it was not retired")
+        self._remove(entry)
+        self._desk.reply(asker, m.Done())
+        self._changed(ask.model)
+
+    def retain(self) -> None:
+        """Let go of what is neither new, nor tagged, nor leased."""
+        for model in {entry.info.model for entry in self.entries.values()}:
+            mine = [e for e in self._of(model) if e.state in ("ready", "lost")]
+            newest = self._newest(model)
+            for place, entry in enumerate(reversed(mine)):
+                if entry is newest or entry.leases or self._tags(entry):
+                    continue
+                policy = newest.ask if newest is not None else entry.ask
+                old = policy.age is not None and self._clock() - entry.since > policy.age
+                if place >= policy.keep or old:
+                    self._remove(entry)
+
+    def _remove(self, entry: Entry) -> None:
+        ready = entry.state in ("ready", "lost")
+        self.entries.pop(entry.number, None)
+        self._desk.drop((entry.number,))
+        if ready:
+            self._desk.save(f"version/{entry.number}", None)
+
+    def _tags(self, entry: Entry) -> tuple[str, ...]:
+        return tuple(sorted(tag for (_, tag), number in self.tags.items() if number == entry.number))
+
+    # ---- servers -----------------------------------------------------------------------------------
+
+    def buried(self, server: int) -> None:
+        """A server is dead: what only it held is lost, until it is back."""
+        for entry in list(self.entries.values()):
+            for holders in entry.holders.values():
+                holders.discard(server)
+            if entry.state == "ready" and not entry.whole:
+                entry.state = "lost"
+                self._changed(entry.info.model)
+
+    def status(self, model: str) -> tuple[v.VersionStatus, ...]:
+        """For ``headwater versions``."""
+        newest = {each: self._newest(each) for each in {entry.info.model for entry in self.entries.values()}}
+        found = []
+        for entry in self.entries.values():
+            if model and entry.info.model != model:
+                continue
+            tags = self._tags(entry)
+            if newest[entry.info.model] is entry:
+                tags = (LATEST, *tags)
+            copies = min((len(self._where(entry, shard)) for shard in entry.shards), default=0)
+            found.append(v.VersionStatus(entry.info, entry.state, tags, sum(entry.leases.values()), copies))
+        return tuple(found)
+
+    # ---- who is who ----------------------------------------------------------------------------------
+
+    def _of(self, model: str) -> list[Entry]:
+        return [entry for number, entry in sorted(self.entries.items()) if entry.info.model == model]
+
+    def _named(self, model: str, name: str) -> Entry | None:
+        return next((entry for entry in self._of(model) if entry.info.name == name), None)
+
+    def _newest(self, model: str) -> Entry | None:
+        return next((entry for entry in reversed(self._of(model)) if entry.state == "ready"), None)
+
+    def _find(self, model: str, name: str) -> Entry | None:
+        if name == LATEST:
+            return self._newest(model)
+        number = self.tags.get((model, name))
+        return self.entries.get(number) if number is not None else self._named(model, name)
+
+    def _changed(self, model: str) -> None:
+        """What a name means may be another version now: tell those who wait for it."""
+        waiting, self._watching = self._watching, []
+        for each in waiting:
+            if each.model == model:
+                self.watch(each.asker, v.Watch(each.model, each.name, each.after))
+            else:
+                self._watching.append(each)
+
+    # ---- what must be durable --------------------------------------------------------------------
+
+    def _save(self, entry: Entry) -> None:
+        parts = tuple((shard, part) for (shard, _), part in sorted(entry.parts.items()))
+        saved = _Saved(entry.info, entry.ask, entry.shards, parts)
+        self._desk.save(f"version/{entry.number}", msgspec.msgpack.encode(saved))
+        self._desk.save("versions", msgspec.msgpack.encode(self._next))
+
+    def restore(self, state: Mapping[str, bytes]) -> None:
+        """What was ready before a restart; the servers will say what they hold."""
+        for key, data in state.items():
+            if key.startswith("version/"):
+                saved = msgspec.msgpack.decode(data, type=_Saved)
+                parts = {(shard, part.table): part for shard, part in saved.parts}
+                self.entries[saved.info.number] = Entry(
+                    saved.info, saved.ask, saved.shards, "lost", parts=parts, since=self._clock()
+                )
+            elif key.startswith("tags/"):
+                for tag, number in msgspec.msgpack.decode(data, type=dict[str, int]).items():
+                    self.tags[key[len("tags/") :], tag] = number
+        if "versions" in state:
+            self._next = msgspec.msgpack.decode(state["versions"], type=int)
+        # Numbers that were given out and not kept are not given out again: a server may hold parts under them.
+        self._next = max([self._next, *self.entries]) + UNFINISHED
+
+
+def _check(ask: v.Publish) -> None:
+    _check_name("model", ask.model)
+    _check_name("version", ask.name)
+    if ask.name == LATEST:
+        raise UsageError(f"{LATEST!r} is a tag; a version needs a name of its own. Nothing was published")
+    if not ask.tables or len(set(ask.tables)) != len(ask.tables):
+        raise UsageError("a version is of one table or more, each named once; nothing was published")
+    if ask.keep < 1 or (ask.age is not None and not ask.age > 0):
+        raise UsageError(f"keep={ask.keep}, age={ask.age}: keep 1 or more, for more than 0 s; nothing was published")
+    size = sum(len(key.encode()) + len(value.encode()) for key, value in ask.metadata.items())
+    if size > METADATA:
+        raise UsageError(f"metadata of {size} bytes, over the bound of {METADATA}; nothing was published")
+    for tag in ask.tags:
+        _check_name("tag", tag)
+        if tag in (LATEST, ask.name):
+            raise UsageError(f"tag {tag!r}: {LATEST!r} moves by itself, and a tag is not a version's name")
+
+
+def _check_name(what: str, name: str) -> None:
+    if not 0 < len(name) <= NAME or not name.isprintable() or name != name.strip():
+        raise UsageError(f"{what} name {name[:NAME]!r}: 1 to {NAME} printable characters without spaces at the ends")

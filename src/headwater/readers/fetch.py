@@ -1,0 +1,237 @@
+"""From a lease to a version in this process: shared memory from holders on this host, bytes or deltas from others."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from headwater.cluster.placement import layout
+from headwater.errors import DeltaCorrupt, HeadwaterError, LinkError, ProtocolError, VersionExpired
+from headwater.readers.line import Answer, Dial, Line
+from headwater.readers.stored import Key, Mapped, Mine, Place, Stored, Table, Theirs
+from headwater.transports import memory
+from headwater.transports.rooms import Room, Rooms
+from headwater.types import TableSpec
+from headwater.wire import delta, sums
+from headwater.wire import versions as v
+
+
+class Counts(NamedTuple):
+    """Parts that came as memory, as all of their bytes, as deltas; and those that came damaged."""
+
+    shared_parts: int = 0
+    whole_parts: int = 0
+    deltas: int = 0
+    damaged: int = 0
+
+
+class _Asked(NamedTuple):
+    """A part on its way into ``room`` (or shared), over ``line``."""
+
+    at: v.PartAt
+    key: Key
+    line: Line
+    answer: Answer
+    room: list[Room]
+
+
+class Fetcher:
+    """The connections of one reader, and the memory that it fetches into.
+
+    ``share``: map holders' memory where possible. One thread at a time fetches; what goes wrong is a ``LinkError``,
+    ``VersionExpired``, ``NotEnoughMemory`` or ``DeadlineExceeded``.
+    """
+
+    def __init__(self, dial: Dial, *, share: bool = True) -> None:
+        self.rooms = Rooms(share=True)
+        self.counts = Counts()
+        self._dial = dial
+        self._share = share
+        self._lines: dict[str, Line] = {}
+        self._unmapped: queue.SimpleQueue[tuple[Line, Key]] = queue.SimpleQueue()
+        self._gone_bytes = 0  # that came over connections which have ended
+        self._turn = threading.RLock()
+
+    # ---- whole versions --------------------------------------------------------------------------
+
+    def store(self, leased: v.Leased, specs: Mapping[int, TableSpec], base: Stored | None, deadline: float) -> Stored:
+        """Fetch a version. ``base``: one that is here; where that helps, only what changed since is fetched."""
+        with self._turn:
+            self.settle()
+            places = self._places(leased, base, deadline)
+        tables: list[Table] = []
+        rooms: dict[tuple[int, int], Room] = {}
+        for number in leased.tables:
+            plan = layout(specs[number], leased.shards)
+            mine = {shard: place for (shard, table), place in places.items() if table == number}
+            tables.append(Table(specs[number], Mapped(plan, mine, self.rooms.give)))
+            rooms |= {(s, number): place.room for s, place in mine.items() if isinstance(place, Mine)}
+        return Stored(leased.info, tables, rooms)
+
+    def _places(self, leased: v.Leased, base: Stored | None, deadline: float) -> dict[tuple[int, int], Place]:
+        """All parts are asked for at once, then waited for one by one."""
+        have = base.rooms if base is not None else {}
+        number = base.info.number if base is not None else 0
+        asked: list[_Asked] = []
+        places: dict[tuple[int, int], Place] = {}
+        try:
+            for at in leased.parts:
+                room = have.get((at.shard, at.table))
+                usable = number if room is not None and room.size == at.size else 0
+                asked.append(self._ask(leased.info.number, at, usable))
+            for each in asked:
+                places[each.at.shard, each.at.table] = self._wait(each, have, deadline)
+        except BaseException:
+            for place in places.values():
+                self._give_up(place)
+            for each in asked[len(places) :]:  # their answers may still come, into memory that nobody wants
+                self._drop(each.line)
+            raise
+        return places
+
+    def _give_up(self, place: Place) -> None:
+        if isinstance(place, Mine):
+            self.rooms.give(place.room)
+        else:
+            memory.close_all((place.fd,))
+            place.unmapped()
+
+    # ---- one part --------------------------------------------------------------------------------
+
+    def part(self, number: int, at: v.PartAt, base: int, have: Room | None, deadline: float) -> tuple[Room, sums.Sums]:
+        """One part in memory of this process, for a relay; ``have`` holds version ``base`` of it."""
+        with self._turn:
+            asked = self._ask(number, at, base if have is not None and have.size == at.size else 0)
+            found = {} if have is None else {(at.shard, at.table): have}
+            place = self._wait(asked, found, deadline)
+            assert isinstance(place, Mine)
+            assert asked.answer.part is not None
+            return place.room, sums.unpack(asked.answer.part.sums)
+
+    def _ask(self, number: int, at: v.PartAt, base: int) -> _Asked:
+        line = self._line(at)
+        room: list[Room] = []
+        fetch = v.Fetch(number, at.shard, at.table, base, self._share and line.shared)
+
+        def land(part: v.Part) -> memoryview:
+            if part.size != at.size or len(part.sums) != 8 * sums.blocks(at.size):
+                raise ProtocolError(f"{line.holder.address} sent a part of {part.size} bytes instead of {at.size}")
+            if sums.digest(sums.unpack(part.sums)) != at.digest:
+                raise ProtocolError(f"{line.holder.address} holds another version than number {number}")
+            if part.encoding == "delta":
+                if part.nbytes > at.size:
+                    raise ProtocolError(f"a delta of {part.nbytes} bytes to a part of {at.size}")
+                return memoryview(bytearray(part.nbytes))
+            if part.encoding == "whole":
+                if part.nbytes != at.size:
+                    raise ProtocolError(f"{part.nbytes} bytes of a part of {at.size}")
+                room.append(self.rooms.take(at.size))
+                return room[0].array.data
+            return memoryview(b"")
+
+        return _Asked(at, (number, at.shard, at.table), line, line.ask(fetch, land), room)
+
+    def _wait(self, asked: _Asked, have: Mapping[tuple[int, int], Room], deadline: float) -> Place:
+        """The part, checked. What came damaged is fetched once more, whole."""
+        try:
+            part = asked.line.wait(asked.answer, deadline)
+            if part.encoding == "shared":
+                return self._shared(asked)
+            if part.encoding == "delta":
+                asked.room.append(self.rooms.take(asked.at.size))
+                self._apply(asked, have[asked.at.shard, asked.at.table])
+            else:
+                self._count(whole_parts=1)
+            self._verify(asked, part)
+            return Mine(asked.room[0])
+        except DeltaCorrupt:
+            self._recycle(asked)
+            self._count(damaged=1)
+            if asked.answer.part is not None and asked.answer.part.encoding == "delta":
+                return self._wait(self._ask(asked.key[0], asked.at, 0), have, deadline)
+            raise
+        except HeadwaterError:
+            self._recycle(asked)
+            raise
+
+    def _recycle(self, asked: _Asked) -> None:
+        memory.close_all(asked.answer.fds)
+        for room in asked.room:
+            room.spoilt = not asked.answer.done  # bytes may still be on their way into it
+            self.rooms.give(room)
+
+    def _shared(self, asked: _Asked) -> Theirs:
+        if len(asked.answer.fds) != 1:
+            raise ProtocolError(f"{asked.line.holder.address} shares a part without a descriptor")
+        memory.verify(asked.answer.fds[0], asked.at.size)
+        self._count(shared_parts=1)
+        # Whoever lets go of memory may be the garbage collector, in any thread: it only makes a note (``settle``).
+        note = (asked.line, asked.key)
+        return Theirs(asked.answer.fds[0], lambda: self._unmapped.put(note))
+
+    def settle(self) -> None:
+        """Tell the holders what is not mapped here any more, so that they use its memory again."""
+        while not self._unmapped.empty():
+            line, key = self._unmapped.get()
+            with contextlib.suppress(HeadwaterError):
+                line.unmap(key)
+
+    def _apply(self, asked: _Asked, old: Room) -> None:
+        """The version before, copied, and what changed since."""
+        np.copyto(asked.room[0].array, old.array)
+        delta.apply(asked.room[0].array, asked.answer.target)
+        self._count(deltas=1)
+
+    def _verify(self, asked: _Asked, part: v.Part) -> None:
+        bad = sums.damaged(asked.room[0].array, sums.unpack(part.sums), range(sums.blocks(asked.at.size)))
+        if bad:
+            raise DeltaCorrupt(
+                f"{len(bad)} blocks of version number {asked.key[0]} (shard {asked.at.shard}) came damaged from "
+                f"{asked.line.holder.address}; they were thrown away. The version that was here before stays"
+            )
+
+    # ---- connections -----------------------------------------------------------------------------
+
+    def _line(self, at: v.PartAt) -> Line:
+        """A connection to one who holds the part: one that is there, or the first that answers."""
+        for holder in at.holders:
+            line = self._lines.get(holder.address)
+            if line is not None and not line.broken:
+                return line
+            if line is not None:
+                self._drop(line)
+        error: HeadwaterError = VersionExpired(f"nobody holds shard {at.shard} of this version any more")
+        for holder in at.holders:
+            try:
+                line = self._lines[holder.address] = Line(self._dial, holder)
+            except LinkError as refused:
+                error = refused
+            else:
+                return line
+        raise error
+
+    def _drop(self, line: Line) -> None:
+        line.close()
+        if self._lines.pop(line.holder.address, None) is line:
+            self._gone_bytes += line.fetched_bytes
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes that came over connections."""
+        return self._gone_bytes + sum(line.fetched_bytes for line in list(self._lines.values()))
+
+    def _count(self, **more: int) -> None:
+        self.counts = self.counts._replace(**{name: getattr(self.counts, name) + by for name, by in more.items()})
+
+    def close(self) -> None:
+        """Hang up. Versions that are here stay."""
+        with self._turn:
+            self.settle()
+            for line in list(self._lines.values()):
+                self._drop(line)
+            self.rooms.close()

@@ -1,0 +1,253 @@
+"""``headwater.reader``: a client that only reads published versions. Importing it loads no torch; a lease does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import weakref
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from headwater.client.connect import dial_for
+from headwater.client.control import Control
+from headwater.client.runtime import Runtime, Threads
+from headwater.errors import (
+    DeadlineExceeded,
+    HeadwaterError,
+    InternalError,
+    LinkError,
+    VersionExpired,
+)
+from headwater.readers.fetch import Counts, Fetcher
+from headwater.transports.address import host_identity
+from headwater.types import TableSpec, VersionInfo
+from headwater.wire import messages as m
+from headwater.wire import versions as v
+
+if TYPE_CHECKING:
+    import torch
+
+    from headwater.readers.follow import Follower
+    from headwater.readers.line import Dial
+    from headwater.readers.stored import Stored
+    from headwater.readers.weights import Weights
+
+LATEST = "latest"
+BEAT = 1.0  # seconds between two signs of life: its leases end 10 s after the last
+AGAIN = 0.05  # seconds until a lease that failed for somebody's death is asked for again
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderStatistics:
+    """How a reader stands.
+
+    ``connected``: the cluster or relay answered last time. ``version``: the newest one that was leased here. ``age``:
+    seconds since then was last known to be the newest, 0 while connected. ``error``: what went wrong last, empty while
+    connected. ``leases``: that are open. ``fetched_bytes``: that came over connections; shared memory does not count.
+    """
+
+    connected: bool
+    version: VersionInfo | None
+    age: float
+    error: str
+    leases: int
+    fetched_bytes: int
+    parts: Counts
+
+
+def reader(
+    model: str = "model",
+    address: str | None = None,
+    *,
+    timeout: float | None = None,
+    share: bool = True,
+) -> Reader:
+    """Read the published versions of a table set.
+
+    Args:
+        model: the table set: the ``name`` of the trainer's ``headwater.Optimizer``.
+        address: of the coordinator or of a relay, as for ``headwater.connect``; default ``HEADWATER_ADDRESS``. The
+            token comes from the environment as there.
+        timeout: seconds that any wait may take (``HEADWATER_TIMEOUT``, else 300).
+        share: map the memory of servers on this host instead of copying it.
+
+    Raises:
+        Unreachable: nobody answers there.
+        AuthenticationFailed: the token is wrong or missing.
+    """
+    patience = float(os.environ.get("HEADWATER_TIMEOUT", "300")) if timeout is None else timeout
+    return Reader(model, dial_for(address, patience), timeout=patience, share=share)
+
+
+class Reader:
+    """Made by ``headwater.reader``. Thread-safe, and a context manager."""
+
+    def __init__(
+        self, model: str, dial: Dial, *, timeout: float, share: bool = True, runtime: Runtime | None = None
+    ) -> None:
+        self.model = model
+        self.timeout = timeout
+        self._runtime = runtime or Threads()
+        session = self._runtime.token()
+        self._control = Control(dial, m.Join("reader", session, host_identity(), os.getpid()), self._runtime, timeout)
+        self._fetcher = Fetcher(dial, share=share)
+        self._specs: dict[int, TableSpec] = {}
+        self._stored: weakref.WeakValueDictionary[int, Stored] = weakref.WeakValueDictionary()
+        self._newest: Stored | None = None  # kept: the base of the next delta
+        self._leases = 0
+        self._guard = threading.RLock()
+        self._heard = self._runtime.now()
+        self._error = ""
+        self._closed = False
+        self._stop = self._runtime.every(BEAT, self._beat)
+
+    # ---- leases ----------------------------------------------------------------------------------
+
+    def lease(self, name: str = LATEST, timeout: float | None = None) -> Weights:
+        """Hold a version: by its name, by a tag, or the newest. All of it, or an error.
+
+        On the host of the servers nothing is copied, and it takes the same time for every size. From elsewhere the
+        version is fetched; what this reader has of an older one is used, so that only what changed travels.
+
+        Raises:
+            UnknownVersion: no version or tag of that name.
+            VersionExpired: it was retired, or died with the servers that held it.
+            DeadlineExceeded: not in ``timeout`` seconds (default: the reader's).
+            LinkError: the cluster cannot be reached. Versions that are leased already stay whole.
+        """
+        deadline = self._runtime.now() + (self.timeout if timeout is None else timeout)
+        while True:
+            try:
+                return self._lease_once(name, deadline)
+            except (LinkError, VersionExpired) as error:  # somebody died, or the newest is another one now
+                self._failed(error)
+                lasting = isinstance(error, VersionExpired) and name != LATEST
+                if lasting or self._closed or self._runtime.now() + AGAIN >= deadline or self._control.gone:
+                    raise
+                self._runtime.sleep(AGAIN)
+
+    def _lease_once(self, name: str, deadline: float) -> Weights:
+        from headwater.readers.weights import Weights
+
+        leased = self._ask(v.Lease(self.model, name, tuple(self._specs)), deadline)
+        if not isinstance(leased, v.Leased):
+            raise InternalError(f"{type(leased).__name__} came in answer to the wish for a lease")
+        number = leased.info.number
+        try:
+            with self._guard:
+                self._specs.update(leased.specs)
+                stored = self._stored.get(number)
+                if stored is None:
+                    stored = self._fetcher.store(leased, self._specs, self._newest, deadline)
+                    self._stored[number] = stored
+                if self._newest is None or number > self._newest.info.number:
+                    self._newest = stored
+                self._leases += 1
+        except BaseException:
+            self._release(number, 0)
+            raise
+        return Weights(stored, lambda: self._release(number, 1))
+
+    def _release(self, number: int, leases: int) -> None:
+        with self._guard:
+            self._leases -= leases
+        with contextlib.suppress(HeadwaterError):  # then it ends with this reader's connection
+            self._control.notify(v.Release(number))
+        self._fetcher.settle()
+
+    # ---- news ------------------------------------------------------------------------------------
+
+    def wait(self, after: int = 0, name: str = LATEST, timeout: float | None = None) -> VersionInfo:
+        """Until ``name`` means another version than number ``after``; a tag or version that is not there may come.
+
+        Raises ``DeadlineExceeded`` after ``timeout`` seconds (default: the reader's), ``LinkError``.
+        """
+        deadline = self._runtime.now() + (self.timeout if timeout is None else timeout)
+        found = self._ask(v.Watch(self.model, name, after), deadline)
+        if not isinstance(found, v.Found):
+            raise InternalError(f"{type(found).__name__} came in answer to the wish for a version")
+        return found.info
+
+    def versions(self) -> tuple[v.VersionStatus, ...]:
+        """What there is of the model: versions with their states, tags and leases."""
+        found = self._ask(v.ListVersions(self.model), self._runtime.now() + self.timeout)
+        if not isinstance(found, v.VersionList):
+            raise InternalError(f"{type(found).__name__} came in answer to the question for versions")
+        return found.versions
+
+    def follow(
+        self,
+        module: torch.nn.Module,
+        name: str = LATEST,
+        *,
+        every: float = 0.0,
+        cast: bool = False,
+        wait: bool = True,
+    ) -> Follower:
+        """Keep a module current: see ``headwater.readers.Follower`` for the arguments."""
+        from headwater.readers.follow import Follower
+
+        return Follower(self, module, name, every=every, cast=cast, wait=wait)
+
+    def statistics(self) -> ReaderStatistics:
+        """How this reader stands now."""
+        with self._guard:
+            newest = self._newest.info if self._newest is not None else None
+            away = 0.0 if not self._error else self._runtime.now() - self._heard
+            return ReaderStatistics(
+                not self._error, newest, away, self._error, self._leases, self._fetcher.fetched_bytes,
+                self._fetcher.counts,
+            )  # fmt: skip
+
+    # ---- the line to the coordinator -------------------------------------------------------------
+
+    def _ask(self, message: m.Request, deadline: float) -> m.Reply:
+        try:
+            answer = self._control.ask(message, max(0.0, deadline - self._runtime.now()))
+        except LinkError as error:
+            self._failed(error)
+            raise
+        self._reached()
+        return answer
+
+    def _reached(self) -> None:
+        self._error, self._heard = "", self._runtime.now()
+
+    def _failed(self, error: HeadwaterError) -> None:
+        if isinstance(error, LinkError):
+            self._error = str(error)
+
+    def _beat(self) -> None:
+        self._fetcher.settle()
+        try:
+            self._control.notify(m.Heartbeat())
+            if self._error:  # a notice may be lost: only an answer says that the other side is there
+                self._control.ask(v.ListVersions(self.model), BEAT)
+        except DeadlineExceeded:
+            pass
+        except HeadwaterError as error:
+            self._failed(error)
+        else:
+            self._reached()
+
+    def close(self) -> None:
+        """End all leases and leave. Tensors taken before stay valid."""
+        if self._closed:
+            return
+        self._closed = True
+        self._stop()
+        with contextlib.suppress(HeadwaterError):
+            self._control.leave()
+        self._control.close()
+        self._fetcher.close()
+        self._newest = None
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,118 @@
+"""A version in this process: its parts as memory, mapped side by side table by table, block by block on demand."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from headwater.cluster.placement import Layout
+from headwater.transports import memory
+from headwater.transports.rooms import Room
+from headwater.types import TableSpec, VersionInfo
+
+Key = tuple[int, int, int]
+"""(number, shard, table)"""
+
+
+class Mine(NamedTuple):
+    """A part in memory of this process."""
+
+    room: Room
+
+    @property
+    def fd(self) -> int:
+        return self.room.fd
+
+
+class Theirs(NamedTuple):
+    """A part in the memory of the process that holds it. ``unmapped``: called when nothing of it is mapped here."""
+
+    fd: int
+    unmapped: Callable[[], None]
+
+
+Place = Mine | Theirs
+
+
+class _Hold:
+    """What a mapping needs while it is there: descriptors, and the memory behind them."""
+
+    def __init__(self, places: Sequence[Place], spare: Callable[[Room], None]) -> None:
+        self._places = places
+        self._spare = spare
+
+    def end(self) -> None:
+        """The mapping is gone."""
+        for place in self._places:
+            if isinstance(place, Mine):
+                self._spare(place.room)
+            else:
+                memory.close_all((place.fd,))
+                place.unmapped()
+
+
+class Mapped:
+    """One table of a version, at one range of addresses; a block is mapped when a tensor in it is asked for.
+
+    So a lease costs the same for every size. Stray writes stay in this process (copy-on-write).
+    """
+
+    def __init__(self, layout: Layout, places: Mapping[int, Place], spare: Callable[[Room], None]) -> None:
+        self.layout = layout
+        self._places = places
+        self._region = memory.Region((), private=True, reserve=layout.size)
+        self._done = bytearray(len(layout.blocks))
+        self._guard = threading.Lock()
+        weakref.finalize(self._region.buffer, _Hold(list(places.values()), spare).end).atexit = False
+
+    @property
+    def buffer(self) -> Any:
+        """The memory. Only what was ``ensure``\\ d may be read."""
+        return self._region.buffer
+
+    def ensure(self, start: int, stop: int) -> None:
+        """Map the blocks that bytes ``start:stop`` of the table's address space lie in."""
+        with self._guard:
+            for index in _overlapping(self.layout, start, stop):
+                if not self._done[index]:
+                    block = self.layout.blocks[index]
+                    piece = memory.Piece(self._places[block.shard].fd, block.local, block.size)
+                    self._region.replace(block.start, piece, block.size)
+                    self._done[index] = 1
+
+
+def _overlapping(layout: Layout, start: int, stop: int) -> range:
+    """The indices of blocks (they are in the order of their starts) that overlap ``start:stop``."""
+    blocks = layout.blocks
+    lo, hi = 0, len(blocks)
+    while lo < hi:
+        middle = (lo + hi) // 2
+        if blocks[middle].start + blocks[middle].size <= start:
+            lo = middle + 1
+        else:
+            hi = middle
+    end = lo
+    while end < len(blocks) and blocks[end].start < stop:
+        end += 1
+    return range(lo, end)
+
+
+class Table(NamedTuple):
+    """A table of a version."""
+
+    spec: TableSpec
+    mapped: Mapped
+
+
+class Stored:
+    """A version that is here, whole. It stays as long as something refers to it or to a tensor of it.
+
+    ``rooms``: its parts that lie in memory of this process, to apply the next delta to.
+    """
+
+    def __init__(self, info: VersionInfo, tables: Sequence[Table], rooms: Mapping[tuple[int, int], Room]) -> None:
+        self.info = info
+        self.tables = tuple(tables)
+        self.rooms = dict(rooms)

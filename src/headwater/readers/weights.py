@@ -1,0 +1,111 @@
+"""The tensors of one version."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from headwater.errors import ShapeMismatch, UsageError
+from headwater.types import ParameterSpec, VersionInfo
+from headwater.wire.tensors import DTYPES
+
+if TYPE_CHECKING:
+    from headwater.readers.stored import Mapped, Stored
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """All tensors of one version by name: parameters and buffers, as the trainer's module names them.
+
+    Tensors are views of memory that all readers of this host share, made when they are asked for; nothing is copied.
+    Treat them as read-only: a stray write is seen in this process alone. They stay whole and unchanged as long as they
+    are referred to, whatever becomes of the lease, of the version and of the servers.
+
+    A context manager; iterating ``items()`` gives the (name, tensor) pairs that inference engines take.
+    """
+
+    def __init__(self, stored: Stored, release: Callable[[], None]) -> None:
+        self.version: VersionInfo = stored.info
+        self._release = release
+        self._stored: Stored | None = stored
+        self._places: dict[str, tuple[Mapped, int, ParameterSpec]] = {}
+        for table in stored.tables:
+            for at, parameter in zip(table.mapped.layout.offsets, table.spec.parameters, strict=True):
+                self._places[parameter.name] = (table.mapped, at, parameter)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if self._stored is None:
+            raise UsageError(f"the lease of version {self.version.name!r} has ended; tensors taken before stay valid")
+        mapped, at, parameter = self._places[name]
+        mapped.ensure(at, at + parameter.nbytes)
+        dtype = DTYPES[parameter.dtype]
+        if not parameter.numel:
+            return torch.empty(parameter.shape, dtype=dtype)
+        flat = torch.frombuffer(mapped.buffer, dtype=dtype, count=parameter.numel, offset=at)
+        return flat.view(parameter.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def state_dict(self, *, copy: bool = False) -> dict[str, torch.Tensor]:
+        """All tensors by name; with ``copy`` in memory of their own, else as views."""
+        return {name: tensor.clone() if copy else tensor for name, tensor in self.items()}
+
+    def copy_to(self, target: torch.nn.Module | Mapping[str, torch.Tensor]) -> None:
+        """Copy the values into a module's parameters and buffers, or into tensors by name.
+
+        Raises ``ShapeMismatch`` before anything is written, if a tensor is missing or has another shape.
+        """
+        into = module_tensors(target) if isinstance(target, torch.nn.Module) else target
+        check(self.shapes(), into, self.version)
+        with torch.no_grad():
+            for name in self:
+                into[name].copy_(self[name])
+
+    def shapes(self) -> dict[str, ParameterSpec]:
+        """Name, shape and dtype of every tensor, without touching one."""
+        return {name: parameter for name, (_, _, parameter) in self._places.items()}
+
+    def release(self) -> None:
+        """End the lease: the version may be retired. Tensors taken before stay valid. Calling it again is harmless."""
+        if self._stored is not None:
+            self._stored = None
+            self._places = {name: place for name, place in self._places.items() if place is None}
+            self._release()
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def module_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A module's parameters and persistent buffers by name; one that is tied stands under each of its names."""
+    return {name: tensor.detach() for name, tensor in module.state_dict(keep_vars=True).items()}
+
+
+def check(wanted: Mapping[str, ParameterSpec], into: Mapping[str, torch.Tensor], version: VersionInfo) -> None:
+    """Whether tensors can take a version's values. Raises ``ShapeMismatch`` naming the first that cannot."""
+    for name, parameter in wanted.items():
+        found = into.get(name)
+        if found is None:
+            raise ShapeMismatch(
+                f"version {version.name!r} of {version.model!r} holds {name!r}, which this model does not have; "
+                f"nothing was changed. It has {', '.join(sorted(into)[:4])}, …: is it the one that was trained?"
+            )
+        if tuple(found.shape) != parameter.shape:
+            raise ShapeMismatch(
+                f"{name!r} has shape {tuple(found.shape)} here and {parameter.shape} in version {version.name!r} of "
+                f"{version.model!r}; nothing was changed"
+            )

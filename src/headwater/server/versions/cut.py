@@ -1,0 +1,66 @@
+"""A part of a version in the making: a copy of a table's values as they are at one moment, and its checksums."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from headwater.server.snapshots.cut import Cut
+from headwater.transports.rooms import Room
+from headwater.wire.sums import Sums, block_sum
+from headwater.wire.versions import SUM_BLOCK
+
+
+class PartCut(Cut):
+    """``landed`` is called, from the copying thread, when the copy and its ``sums`` are there or have failed.
+
+    A block is summed right after it is copied, while it is in the cache: so a publication is one pass over the memory.
+    What the owner of the memory copies is summed by the thread: the owner has to go on.
+    """
+
+    def __init__(self, values: torch.Tensor, room: Room, landed: Callable[[], None]) -> None:
+        super().__init__({"value": values}, lambda size: torch.from_numpy(room.array), SUM_BLOCK)
+        self.sums: Sums = np.zeros(self._blocks, dtype=np.uint64)
+        self.summed = False
+        self._part = room.array
+        self._have = bytearray(self._blocks)
+        self._landed = landed
+
+    def finish(self) -> None:
+        """Copy and sum all of it here and now; for an owner without threads."""
+        self.begin(thread=False)
+        self.advance(self._blocks)
+        self._sum_rest()
+
+    @property
+    def failed(self) -> BaseException | None:
+        """What the copying thread failed of."""
+        return self._error
+
+    def _copy(self, unit: int) -> None:
+        super()._copy(unit)
+        if threading.current_thread() is self._thread:
+            self._sum(unit)
+
+    def _sum(self, block: int) -> None:
+        self.sums[block] = block_sum(self._part, block)
+        self._have[block] = 1
+
+    def _sum_rest(self) -> None:
+        for block in range(self._blocks):
+            if not self._have[block]:
+                self._sum(block)
+        self.summed = True
+
+    def _run(self) -> None:
+        super()._run()
+        try:
+            if self._error is None and not self._dropped:
+                self.wait()
+                self._sum_rest()
+        except BaseException as error:  # noqa: BLE001 - whoever waits is told
+            self._error = error
+        self._landed()

@@ -1,0 +1,334 @@
+"""The parts of versions that one process holds, and its answers to readers: memory, bytes or a delta.
+
+A server puts parts here from its shards' memory (``begin``), a relay from the bytes that it has fetched (``put``). What
+takes long, the copy and the deltas, is done by threads; ``woken`` collects what they have finished.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from headwater.cluster.placement import BLOCK
+from headwater.cluster.spans import spans
+from headwater.errors import ClusterError, HeadwaterError, ProtocolError, VersionExpired
+from headwater.server.table import Table
+from headwater.server.versions.cut import PartCut
+from headwater.transports.rooms import Room, Rooms
+from headwater.wire import delta
+from headwater.wire import messages as m
+from headwater.wire import versions as v
+from headwater.wire.frames import Flag, Frame, Instruction, Kind, Outgoing, seal
+from headwater.wire.sums import Sums, digest, pack
+
+DELTAS = 8
+"""Encoded deltas of one part that are kept, each from another base."""
+
+
+class Key(NamedTuple):
+    """A part: of which version, shard and table."""
+
+    number: int
+    shard: int
+    table: int
+
+
+class Asked(NamedTuple):
+    """A reader that waits for an answer."""
+
+    peer: int
+    seq: int
+
+
+@dataclass(slots=True)
+class Held:
+    """A part. ``cut``: it is still being copied. ``deltas``: by the base's number; ``None``: not worth its time.
+
+    ``waiting``: readers that wait for a delta, by its base.
+    """
+
+    room: Room
+    spans: tuple[delta.Span, ...]
+    sums: Sums | None = None
+    cut: PartCut | None = None
+    deltas: dict[int, bytes | None] = field(default_factory=dict)
+    waiting: dict[int, list[Asked]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Making:
+    """One shard's parts of a version, and how their making went."""
+
+    keys: list[Key]
+    clocks: tuple[tuple[int, int], ...]
+    pause: float = 0.0
+    error: str = ""
+
+
+class _Job(NamedTuple):
+    """A delta to be encoded. The views keep both parts' memory from being used again meanwhile."""
+
+    key: Key
+    base: int
+    old: memoryview
+    new: memoryview
+    spans: tuple[delta.Span, ...]
+
+
+class Shelf:
+    """``wake`` makes the owner call ``woken`` soon; without it (no threads) everything is done at once.
+
+    ``number``: of this server. ``checked``: frames carry checksums of their bytes, beside the parts' own.
+    """
+
+    def __init__(
+        self, number: int = 0, *, share: bool = False, wake: Callable[[], None] | None = None, checked: bool = False
+    ) -> None:
+        self.rooms = Rooms(share)
+        self.parts: dict[Key, Held] = {}
+        self.sent_bytes = 0  # to readers, over connections
+        self._number = number
+        self._wake = wake
+        self._checked = checked
+        self._making: dict[tuple[int, int], _Making] = {}
+        self.said: list[v.PartDone] = []  # for the coordinator, on its way
+        self._cutting: dict[Key, PartCut] = {}
+        self._given: dict[tuple[Key, int], Room] = {}  # descriptors, by whom they went to
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._made: queue.SimpleQueue[tuple[Key, int, bytes | None]] = queue.SimpleQueue()
+        self._encoder: threading.Thread | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parts that are held."""
+        return sum(held.room.size for held in self.parts.values())
+
+    # ---- parts -----------------------------------------------------------------------------------
+
+    def begin(self, number: int, shard: int, tables: Sequence[Table]) -> None:
+        """Now: what these tables hold at this moment is this shard's part of version ``number``."""
+        clocks = tuple((table.number, _clock(table)) for table in tables)
+        making = self._making[number, shard] = _Making([], clocks)
+        try:
+            for table in tables:
+                self._cut(Key(number, shard, table.number), table)
+                making.keys.append(Key(number, shard, table.number))
+        except HeadwaterError as refused:
+            making.error = str(refused)
+        self.say(number, shard)
+
+    def _cut(self, key: Key, table: Table) -> None:
+        room = self.rooms.take(table.size)
+        cut = PartCut(table.values, room, self._wake or _nothing)
+        held = self.parts[key] = Held(room, spans(table.spec, table.dense.segments, table.size), cut=cut)
+        if self._wake is None:
+            cut.finish()
+            held.sums, held.cut = cut.sums, None
+        else:
+            self._cutting[key] = cut
+            cut.begin()
+
+    def knows(self, number: int, shard: int) -> bool:
+        """Whether this shard's moment in version ``number`` has been."""
+        return (number, shard) in self._making
+
+    def say_all(self) -> None:
+        """Say all of it again, to a coordinator that has forgotten."""
+        for number, shard in self._making:
+            self.say(number, shard)
+
+    def _standing(self, number: int, shard: int) -> v.PartDone:
+        making = self._making[number, shard]
+        if making.error:
+            return v.PartDone(number, shard, self._number, error=making.error)
+        parts = []
+        for key in making.keys:
+            sums = self.parts[key].sums
+            if sums is None:  # begun, and on its way
+                return v.PartDone(number, shard, self._number, clocks=making.clocks)
+            parts.append(v.PartDigest(key.table, self.parts[key].room.size, digest(sums)))
+        return v.PartDone(number, shard, self._number, tuple(parts), making.clocks, making.pause)
+
+    def say(self, number: int, shard: int) -> None:
+        """Let the coordinator hear of this shard's part of a version."""
+        self.said.append(self._standing(number, shard))
+
+    def put(self, key: Key, room: Room, sums: Sums, layout: tuple[delta.Span, ...]) -> None:
+        """A part that was fetched."""
+        self.parts[key] = Held(room, layout, sums)
+
+    def before_write(self, shard: int, table: int, ranges: Sequence[tuple[int, int]]) -> None:
+        """These bytes of a table are about to change."""
+        for key, cut in self._cutting.items():
+            if key.shard == shard and key.table == table:
+                for lo, hi in ranges:
+                    cut.before_write(lo, hi)
+
+    def drop(self, numbers: Sequence[int]) -> list[Instruction]:
+        """Nobody wants these versions any more; a reader that waits for one is told."""
+        out: list[Instruction] = []
+        for key in [key for key in self.parts if key.number in numbers]:
+            held = self.parts.pop(key)
+            cut = self._cutting.pop(key, None)
+            if cut is not None:
+                cut.drop()
+                held.room.spoilt = True  # its thread may still write into it
+            out += [_refuse(asked, _expired(key)) for waiting in held.waiting.values() for asked in waiting]
+            self.rooms.give(held.room)
+        for made in [made for made in self._making if made[0] in numbers]:
+            del self._making[made]
+        return out
+
+    def woken(self) -> list[Instruction]:
+        """What the threads have finished; what concerns the coordinator is ``said``."""
+        for (number, shard), making in self._making.items():
+            cuts = {key: self._cutting[key] for key in making.keys if key in self._cutting}
+            failed = next((cut.failed for cut in cuts.values() if cut.failed is not None), None)
+            if not cuts or (failed is None and not all(cut.summed for cut in cuts.values())):
+                continue
+            making.pause = max(cut.pause for cut in cuts.values())
+            making.error = "" if failed is None else f"shard {shard} could not copy its part: {failed}"
+            for key, cut in cuts.items():
+                del self._cutting[key]
+                self.parts[key].sums, self.parts[key].cut = cut.sums, None
+            self.say(number, shard)
+        out: list[Instruction] = []
+        while not self._made.empty():
+            out += self._encoded(*self._made.get())
+        return out
+
+    def close(self) -> None:
+        """Let go of everything; what readers map stays theirs."""
+        self._jobs.put(None)
+        for cut in self._cutting.values():
+            cut.drop()
+        for held in self.parts.values():
+            held.room.close()
+        self.rooms.close()
+
+    # ---- readers ---------------------------------------------------------------------------------
+
+    def receive(self, peer: int, frame: Frame) -> list[Instruction]:
+        """A reader's question or word. Raises ``ProtocolError`` for what a reader does not say."""
+        if frame.kind == Kind.REQUEST:
+            request = m.unpack_request(frame.body)
+            if isinstance(request, v.Fetch):
+                return self._fetch(Asked(peer, frame.seq), request)
+            raise ProtocolError(f"{type(request).__name__} from a reader of versions")
+        if frame.kind != Kind.NOTICE:
+            raise ProtocolError(f"{frame.kind.name} from a reader of versions")
+        notice = m.unpack_notice(frame.body) if frame.body else None
+        if isinstance(notice, v.Unmap):
+            room = self._given.pop((Key(notice.number, notice.shard, notice.table), peer), None)
+            if room is not None:
+                room.forget(peer, clean=True)
+        return []
+
+    def closed(self, peer: int) -> None:
+        """A reader's connection ended. It may still map what it was given."""
+        for given in [given for given in self._given if given[1] == peer]:
+            self._given.pop(given).forget(peer, clean=False)
+        for held in self.parts.values():
+            for base, waiting in held.waiting.items():
+                held.waiting[base] = [asked for asked in waiting if asked.peer != peer]
+
+    def _fetch(self, asked: Asked, request: v.Fetch) -> list[Instruction]:
+        key = Key(request.number, request.shard, request.table)
+        held = self.parts.get(key)
+        if held is None or held.sums is None:
+            return [_refuse(asked, _expired(key))]
+        if request.shared and held.room.fd >= 0:
+            held.room.readers.add(asked.peer)
+            self._given[key, asked.peer] = held.room
+            body = m.pack(self._part(held, "shared", 0))
+            return [Outgoing(asked.peer, Frame(Kind.REPLY, seq=asked.seq, body=body), (held.room.fd,))]
+        base = self.parts.get(key._replace(number=request.base))
+        if base is None or base.sums is None or base is held or base.room.size != held.room.size:
+            return self._whole(asked, held)
+        if request.base in held.deltas:
+            return self._answer(asked, held, held.deltas[request.base])
+        held.waiting.setdefault(request.base, []).append(asked)
+        if len(held.waiting[request.base]) == 1:
+            self._encode(_Job(key, request.base, base.room.lend(), held.room.lend(), held.spans))
+        return self.woken() if self._wake is None else []
+
+    def _answer(self, asked: Asked, held: Held, encoded: bytes | None) -> list[Instruction]:
+        if encoded is None:
+            return self._whole(asked, held)
+        return self._send(asked, self._part(held, "delta", len(encoded)), memoryview(encoded))
+
+    def _whole(self, asked: Asked, held: Held) -> list[Instruction]:
+        return self._send(asked, self._part(held, "whole", held.room.size), held.room.lend())
+
+    def _part(self, held: Held, encoding: v.Encoding, nbytes: int) -> v.Part:
+        assert held.sums is not None
+        return v.Part(held.room.size, pack(held.sums), encoding, nbytes)
+
+    def _send(self, asked: Asked, part: v.Part, data: memoryview) -> list[Instruction]:
+        """The reply, then the bytes in blocks: so that other connections get their turn."""
+        self.sent_bytes += len(data)
+        out: list[Instruction] = [Outgoing(asked.peer, Frame(Kind.REPLY, seq=asked.seq, body=m.pack(part)))]
+        for at in range(0, len(data), BLOCK):
+            piece = data[at : at + BLOCK]
+            end = Flag.END if at + len(piece) == len(data) else Flag.NONE
+            frame = Frame(Kind.PIECE, end, seq=asked.seq, start=at, length=len(piece), payload=piece)
+            if self._checked:
+                seal(frame)
+            out.append(Outgoing(asked.peer, frame))
+        return out
+
+    # ---- deltas ------------------------------------------------------------------------------------
+
+    def _encode(self, job: _Job) -> None:
+        if self._wake is None:
+            self._made.put(_made(job))
+            return
+        if self._encoder is None:
+            self._encoder = threading.Thread(target=self._run, name="headwater-delta", daemon=True)
+            self._encoder.start()
+        self._jobs.put(job)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._made.put(_made(job))
+            del job  # its views hold memory
+            if self._wake is not None:
+                self._wake()
+
+    def _encoded(self, key: Key, base: int, encoded: bytes | None) -> list[Instruction]:
+        held = self.parts.get(key)
+        if held is None:  # dropped meanwhile; who waited was told
+            return []
+        held.deltas[base] = encoded
+        while len(held.deltas) > DELTAS:
+            del held.deltas[next(iter(held.deltas))]
+        return [x for asked in held.waiting.pop(base, ()) for x in self._answer(asked, held, encoded)]
+
+
+def _made(job: _Job) -> tuple[Key, int, bytes | None]:
+    old, new = np.frombuffer(job.old, dtype=np.uint8), np.frombuffer(job.new, dtype=np.uint8)
+    return job.key, job.base, delta.encode(old, new, job.spans)
+
+
+def _clock(table: Table) -> int:
+    return table.gathering.clock if table.bulk else max(table.clocks.clock.values(), default=0)
+
+
+def _refuse(asked: Asked, error: ClusterError) -> Outgoing:
+    return Outgoing(asked.peer, Frame(Kind.ERROR, seq=asked.seq, body=m.error_body(error)))
+
+
+def _expired(key: Key) -> VersionExpired:
+    return VersionExpired(
+        f"version number {key.number} is not held here (shard {key.shard}, table {key.table}): it was retired, or this "
+        "process has just begun. Lease the newest one"
+    )
+
+
+def _nothing() -> None:
+    """Nobody waits."""

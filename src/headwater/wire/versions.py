@@ -1,0 +1,227 @@
+"""Control messages of publication: versions, tags, leases, and the parts that hold their bytes (FORMAT.md).
+
+A version consists of parts: one per shard and table, with the bytes of that table's memory on that shard as they were
+at the version's cut. Whoever holds a part, a server or a relay, hands it out in the same way.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from headwater.types import TableSpec, VersionInfo
+
+SUM_BLOCK = 1 << 20
+"""Bytes of a part under one checksum (XXH3-64)."""
+
+
+# ---- client -> coordinator -------------------------------------------------------------------------
+
+
+class Publish(msgspec.Struct, frozen=True, tag="publish"):
+    """Make a version of these tables. Answered by ``Publishing`` when its moment is past.
+
+    ``clocks``: (table, step) of bulk tables; the version is the state right after these steps, if they are the last or
+    still to come. ``keep``: the newest versions of this model that are kept; ``age``: seconds after which one that is
+    not the newest goes; tags and leases hold versions beyond both. ``time``: seconds since 1970, for people to read.
+    """
+
+    model: str
+    name: str
+    tables: tuple[int, ...]
+    clocks: tuple[tuple[int, int], ...] = ()
+    metadata: dict[str, str] = {}
+    keep: int = 3
+    age: float | None = None
+    tags: tuple[str, ...] = ()
+    time: float = 0.0
+
+
+class Publishing(msgspec.Struct, frozen=True, tag="publishing"):
+    """Every shard has begun its part: what is pushed from now on is not in the version."""
+
+    number: int
+
+
+class Await(msgspec.Struct, frozen=True, tag="await"):
+    """Answered by ``Found`` when the version can be leased; an error if it never will be."""
+
+    number: int
+
+
+class Watch(msgspec.Struct, frozen=True, tag="watch"):
+    """Answered by ``Found`` when the version that ``name`` (a name or tag) means is not number ``after``."""
+
+    model: str
+    name: str
+    after: int = 0
+
+
+class Found(msgspec.Struct, frozen=True, tag="found"):
+    info: VersionInfo
+    pause: float = 0.0  # seconds in which a shard did nothing else for it, at most
+
+
+class Lease(msgspec.Struct, frozen=True, tag="lease"):
+    """Hold a version. ``known``: tables whose specs this reader has. It ends with ``Release`` or the reader."""
+
+    model: str
+    name: str
+    known: tuple[int, ...] = ()
+
+
+class Holder(msgspec.Struct, frozen=True):
+    """A process that holds a part, and where it listens."""
+
+    address: str
+    local: str
+    host: str
+
+
+class PartAt(msgspec.Struct, frozen=True):
+    """A part: ``size`` bytes, the XXH3-64 of its blocks' checksums, and who holds it."""
+
+    shard: int
+    table: int
+    size: int
+    digest: int
+    holders: tuple[Holder, ...]
+
+
+class Leased(msgspec.Struct, frozen=True, tag="leased"):
+    """``shards``: of the cluster, from which the tables' layouts follow. ``specs``: of tables that were not known."""
+
+    info: VersionInfo
+    shards: int
+    tables: tuple[int, ...]
+    specs: tuple[tuple[int, TableSpec], ...]
+    parts: tuple[PartAt, ...]
+
+
+class Release(msgspec.Struct, frozen=True, tag="release"):
+    """A lease of this version ends; not answered."""
+
+    number: int
+
+
+class ListVersions(msgspec.Struct, frozen=True, tag="list_versions"):
+    """``model``: empty for all."""
+
+    model: str = ""
+
+
+class VersionStatus(msgspec.Struct, frozen=True):
+    """``state``: cutting, ready or lost. ``copies``: of the part that fewest processes hold."""
+
+    info: VersionInfo
+    state: str
+    tags: tuple[str, ...]
+    leases: int
+    copies: int
+
+
+class VersionList(msgspec.Struct, frozen=True, tag="version_list"):
+    versions: tuple[VersionStatus, ...]
+
+
+class SetTag(msgspec.Struct, frozen=True, tag="set_tag"):
+    """Let ``tag`` mean the version of this name; an empty name takes the tag away. Answered by ``Done``."""
+
+    model: str
+    tag: str
+    name: str
+
+
+class Retire(msgspec.Struct, frozen=True, tag="retire"):
+    """Let a version go that nobody leases and no tag means. Answered by ``Done``."""
+
+    model: str
+    name: str
+
+
+# ---- coordinator <-> server ------------------------------------------------------------------------
+
+
+class CutVersion(msgspec.Struct, frozen=True, tag="cut_version"):
+    """To the primary: begin your part now; where ``clocks`` name a table's step, not before it.
+
+    ``late``: other shards have begun theirs long ago; say what became of it, do not begin now.
+    """
+
+    number: int
+    shard: int
+    tables: tuple[int, ...]
+    clocks: tuple[tuple[int, int], ...] = ()
+    late: bool = False
+
+
+class PartDigest(msgspec.Struct, frozen=True):
+    table: int
+    size: int
+    digest: int
+
+
+class PartDone(msgspec.Struct, frozen=True, tag="part_done"):
+    """A replica holds its parts of a version; or, without ``parts``, will; or, with ``error``, will not.
+
+    ``clocks``: (table, step) that they are the state of.
+    """
+
+    number: int
+    shard: int
+    server: int
+    parts: tuple[PartDigest, ...] = ()
+    clocks: tuple[tuple[int, int], ...] = ()
+    pause: float = 0.0
+    error: str = ""
+
+
+class DropVersion(msgspec.Struct, frozen=True, tag="drop_version"):
+    """Nobody wants these any more."""
+
+    numbers: tuple[int, ...]
+
+
+# ---- reader -> whoever holds a part ------------------------------------------------------------------
+
+
+class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
+    """Give me a part. ``shared``: as memory, if you can; ``base``: I have that version of it, a delta will do.
+
+    Answered by ``Part``; its bytes follow as PIECE frames of the same ``seq``.
+    """
+
+    number: int
+    shard: int
+    table: int
+    base: int = 0
+    shared: bool = False
+
+
+Encoding = Literal["shared", "whole", "delta"]
+
+
+class Part(msgspec.Struct, frozen=True, tag="part"):
+    """``sums``: the XXH3-64 of each 1 MiB of the part, 8 bytes each. ``nbytes`` follow, END on the last.
+
+    ``shared``: nothing follows; a descriptor of a sealed memfd is beside this frame.
+    """
+
+    size: int
+    sums: bytes
+    encoding: Encoding
+    nbytes: int
+
+
+class Unmap(msgspec.Struct, frozen=True, tag="unmap"):
+    """Nothing of the shared part is mapped any more; its memory may be used again. Not answered."""
+
+    number: int
+    shard: int
+    table: int
+
+
+VersionRequest = Publish | Await | Watch | Lease | ListVersions | SetTag | Retire | Fetch
+VersionReply = Publishing | Found | Leased | VersionList | Part
+VersionNotice = Release | CutVersion | PartDone | DropVersion | Unmap
