@@ -27,6 +27,9 @@ log = logging.getLogger("headwater.gateway")
 OPEN = ("/healthz", "/readyz")
 """Paths that need no key: what a load balancer asks, and what tells nothing about the model."""
 
+_QUIET = (*OPEN, "/metrics")
+"""Paths that are asked every few seconds: no line of the log."""
+
 _RECORD = "headwater.record"
 
 
@@ -136,7 +139,7 @@ class Gate:
             self._metrics.first_token.observe(record.first_token - record.began)
         self._metrics.tokens.labels("prompt").inc(record.prompt_tokens)
         self._metrics.tokens.labels("completion").inc(record.completion_tokens)
-        log.info("%s", _line(scope, record, seconds))
+        log.log(logging.DEBUG if scope["path"] in _QUIET else logging.INFO, "%s", _line(scope, record, seconds))
 
 
 def _line(scope: Scope, record: Record, seconds: float) -> str:

@@ -156,7 +156,7 @@ class Run:
         made = sum(choice.tokens for choice in self.choices)
         if not made:
             return "no token was generated"
-        return f"{made} tokens were generated, which a stream has sent and an answer in one piece leaves out"
+        return f"{made} tokens were generated and {'sent' if self._record.streamed else 'not sent'}"
 
     def _sender(self, number: int) -> Callable[[Event], None]:
         """What the engine's thread calls."""

@@ -38,11 +38,6 @@ class Recipe(NamedTuple):
     longest: int
 
 
-def is_sentence_encoder(folder: Path) -> bool:
-    """Whether a folder has the layout of sentence-transformers."""
-    return (folder / "modules.json").is_file()
-
-
 def read_recipe(folder: Path) -> Recipe:
     """Raises ``UsageError``: a file is damaged, or asks for what is not done here."""
     modules: list[dict[str, Any]] = _read(folder / "modules.json")
@@ -83,12 +78,13 @@ def load(folder: Path) -> tuple[nn.Module, Any]:
 class SentenceEncoder:
     """A ``served.Embedder``: a live encoder, its tokenizer and its recipe."""
 
-    def __init__(self, live: Live, tokenizer: Any, recipe: Recipe, width: int) -> None:
+    def __init__(self, live: Live, tokenizer: Any, recipe: Recipe) -> None:
         self._live = live
         self._tokenizer = tokenizer
         self._recipe = recipe
         self._lock = threading.Lock()
-        self.width = width
+        with live.hold() as (module, _):
+            self.width = int(cast(Any, module).config.hidden_size)
         self.longest = recipe.longest
 
     def encode(self, text: str) -> Sequence[int]:

@@ -1,0 +1,191 @@
+"""``headwater serve``: a model over HTTP, with weights that stay current."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+import headwater
+from headwater.cli.console import out
+from headwater.cli.options import Address
+from headwater.cli.status import locate
+from headwater.errors import UsageError
+from headwater.gateway import loading
+from headwater.gateway.loading import Dtype, FromReader, Plan, Still
+from headwater.launch.registry import running
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from socket import socket
+
+    from headwater.gateway.served import Model, Served
+    from headwater.gateway.serving import Server
+
+log = logging.getLogger("headwater.gateway")
+
+_UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+_PATIENCE = 30.0
+"""Seconds that a model which is being loaded when the server ends has to come to its end."""
+
+
+def serve(
+    model: Annotated[
+        str, typer.Option(help="A run's folder, a Hugging Face folder or hub name, a GGUF file, or a table set.")
+    ],
+    base: Annotated[str | None, typer.Option(help="Where --model is a table set: the files of the model.")] = None,
+    module: Annotated[str | None, typer.Option(help="PACKAGE.MODULE:FACTORY of an nn.Module, for /v1/predict.")] = None,
+    name: Annotated[str | None, typer.Option(help="What clients call it. Default: as the folder.")] = None,
+    tag: Annotated[str, typer.Option(help="Which version: a tag to follow, or a version's name.")] = "latest",
+    static: Annotated[bool, typer.Option("--static", help="Serve the files' own weights; follow no cluster.")] = False,
+    address: Address = None,
+    host: Annotated[str, typer.Option(help="Where to listen. Beyond this machine only with --api-keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="A file of keys, one a line, that you alone can read; read again on changes.")
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Generations that run together.")] = 8,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get 429.")] = 64,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 60.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 4096,
+    max_body: Annotated[str, typer.Option(help="Of a request.")] = "1MiB",
+    dtype: Annotated[Dtype | None, typer.Option(help="Compute in this. Default: as the weights are.")] = None,
+) -> None:
+    """Answer over HTTP with the newest weights of a cluster, or those of files.
+
+    Language models have the OpenAI-compatible /v1/completions and
+    /v1/chat/completions, sentence encoders /v1/embeddings, any other
+    module (--module) /v1/predict.
+
+    Example: headwater serve --model runs/lm-20260101-120000
+
+    Every answer names the version that made it. Ctrl-C ends it: what
+    runs has ten seconds to end.
+    """
+    from headwater.gateway.app import make_app
+    from headwater.gateway.auth import Keys
+    from headwater.gateway.limits import Limits
+    from headwater.gateway.served import Served
+    from headwater.gateway.serving import Server, bind
+
+    wanted = loading.plan(model, base=base, module=module, name=name)
+    limits = Limits(body=parse_size(max_body), deadline=deadline, max_tokens=max_tokens, queue=queue)
+    keys = Keys(api_keys) if api_keys else None
+    made = loading.make_module(wanted.module) if wanted.module else None
+    with closing(bind(host, port, proven=keys is not None)) as sock:
+        where = None if static else _cluster(wanted, address)
+        _log_to_stderr()
+        with closing(FromReader(headwater.reader(wanted.tables, where)) if where else Still(wanted.tables)) as source:
+            served = Served(wanted.name)
+            server = Server(make_app(served, limits, keys), limits)
+            loader = _Loader(
+                served,
+                server,
+                lambda: loading.wait_for_first(source, tag, served),
+                lambda: loading.load(wanted, source, limits, tag=tag, slots=slots, dtype=dtype, module=made),
+            )
+            _announce(wanted, tag, where, sock, api_keys)
+            loader.start()
+            server.run(sockets=[sock])
+            loader.finish()
+    out().print("The server has ended.")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``1MiB``, ``500kB`` or ``1000``. Raises ``UsageError``."""
+    found = re.fullmatch(r"([1-9]\d*) ?(|B|kB|MB|GB|KiB|MiB|GiB)", text.strip())
+    if found is None:
+        raise UsageError(f"--max-body {text}: a size such as 1MiB, 500kB or 1000; nothing was started")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+def _cluster(wanted: Plan, address: str | None) -> str | None:
+    """The address of the cluster whose versions are served; None: there is none, and the files' own weights are.
+
+    Raises ``UsageError``: several clusters run here, or a table set is wanted and none does.
+    """
+    known = address or os.environ.get("HEADWATER_ADDRESS") or running()
+    return locate(address) if known or not wanted.complete else None
+
+
+class _Loader:
+    """Loads the model beside the server, which meanwhile says that it is not ready. If that fails, the server ends."""
+
+    def __init__(self, served: Served, server: Server, wait: Callable[[], bool], load: Callable[[], Model]) -> None:
+        self._served = served
+        self._server = server
+        self._wait = wait
+        self._load = load
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="headwater-load", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Raises what loading has raised."""
+        self._thread.join(_PATIENCE)
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            if self._wait():
+                self._attach()
+        except Exception as error:  # noqa: BLE001 - raised again where the command ends
+            self._error = error
+            self._server.should_exit = True
+
+    def _attach(self) -> None:
+        began = time.monotonic()
+        model = self._load()
+        self._served.attach(model)
+        if self._served.closing:
+            model.close()
+            return
+        version = model.statistics().version
+        named = f"version {version.name} (number {version.number}, step {version.step})"
+        log.info("ready with %s, loaded in %.1f s", named, time.monotonic() - began)
+
+
+def _log_to_stderr() -> None:
+    """One line a request, and whatever else the server has to say; no progress bars between the lines."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    for name, level in (("headwater", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(level)
+        logger.propagate = False
+
+
+def _announce(wanted: Plan, tag: str, where: str | None, sock: socket, api_keys: Path | None) -> None:
+    """What one needs to know to ask; each line can be copied whole, so none is wrapped."""
+    host, port = sock.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    weights = (
+        f"{tag!r} of table set {wanted.tables!r} at {where}" if where else "the files' own; no cluster is followed"
+    )
+    rows = {
+        "model": wanted.name,
+        "weights": weights,
+        "address": f"{url}/v1",
+        "keys": f"those in {api_keys}" if api_keys else "none: whoever can reach the address may ask",
+        "to look": f"curl {url}/readyz",
+        "to end": "Ctrl-C",
+    }
+    console = out()
+    console.print(Text(f"Headwater {headwater.__version__} serves", "bold"))
+    for name, value in rows.items():
+        console.print(Text().append(f"  {name:<10}", "dim").append(value), soft_wrap=True)

@@ -1,0 +1,244 @@
+"""From what a user names to a model that answers: where the files are, which table set the weights follow."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+import msgspec
+
+from headwater.errors import DeadlineExceeded, Unreachable, UsageError
+from headwater.types import VersionInfo
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from headwater.gateway.engine_types import Source, Weights
+    from headwater.gateway.limits import Limits
+    from headwater.gateway.served import Model, Served
+
+NOTE = "headwater.json"
+"""A file of a model's folder that names its table set: ``{"model": "NAME"}``."""
+_TABLES = "model"
+"""The table set of a folder without a note: what ``headwater.Optimizer`` calls it by default."""
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Plan(NamedTuple):
+    """What is to be served. ``files``: a folder, a GGUF file or a hub's name; "" if ``module`` makes the model.
+
+    ``tables``: the table set that the weights follow. ``complete``: the model has weights of its own, which are served
+    if no cluster runs.
+    """
+
+    name: str
+    tables: str
+    files: str
+    module: str
+    complete: bool
+
+
+class _Note(msgspec.Struct):
+    model: str = _TABLES
+
+
+def plan(model: str, *, base: str | None, module: str | None, name: str | None) -> Plan:
+    """What ``--model`` means: files, or a table set whose files ``--base`` or ``--module`` name.
+
+    Raises ``UsageError`` if that is not clear.
+    """
+    if base and module:
+        raise UsageError("--base is for language models and --module for others: give one; nothing was started")
+    path = Path(model)
+    if path.exists():
+        if base:
+            raise UsageError(f"--model {model} is a folder of its own, so --base is too much; nothing was started")
+        return Plan(name or _called(path), _tables_of(path), "" if module else model, module or "", complete=True)
+    if base or module:
+        return Plan(name or model, model, base or "", module or "", complete=False)
+    if "/" in model and not model.startswith((".", "/", "~")):
+        return Plan(name or model, _TABLES, model, "", complete=True)
+    raise UsageError(
+        f"--model {model}: no folder of that name. If it is a table set, name its files by --base FOLDER, or its "
+        "module by --module PACKAGE.MODULE:FACTORY; nothing was started"
+    )
+
+
+def _called(path: Path) -> str:
+    return path.stem if path.is_file() else path.resolve().name
+
+
+def _tables_of(path: Path) -> str:
+    note = path / NOTE
+    if not note.is_file():
+        return _TABLES
+    try:
+        return msgspec.json.decode(note.read_bytes(), type=_Note).model
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UsageError(f"{note}: {error}; nothing was started") from None
+
+
+def make_module(factory: str) -> nn.Module:
+    """The module that ``package.module:factory`` makes, in evaluation mode. The working directory is searched too.
+
+    Raises ``UsageError``: there is none.
+    """
+    from torch import nn
+
+    where, _, what = factory.partition(":")
+    if not where or not what:
+        raise UsageError(f"--module {factory}: say PACKAGE.MODULE:FACTORY; nothing was started")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        made = getattr(importlib.import_module(where), what)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UsageError(f"--module {factory}: {error}; nothing was started") from error
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"--module {factory} made a {type(made).__name__}, no nn.Module; nothing was started")
+    return made.eval().requires_grad_(requires_grad=False)
+
+
+def load(
+    wanted: Plan,
+    source: Source,
+    limits: Limits,
+    *,
+    tag: str,
+    slots: int,
+    dtype: Dtype | None,
+    module: nn.Module | None = None,
+) -> Model:
+    """The model at the source's version, following it. ``module``: what ``make_module`` made, if the plan has one.
+
+    Raises ``UsageError``: the files cannot be loaded; ``ShapeMismatch``: the version is of another model.
+    """
+    import torch
+
+    kind: torch.dtype | None = getattr(torch, dtype) if dtype else None
+    if module is not None:
+        return _predictor(module, source, limits, tag, kind)
+    folder = Path(wanted.files)
+    if (folder / "modules.json").is_file():
+        return _encoder(folder, source, limits, tag, kind)
+    from headwater.gateway import hf
+    from headwater.gateway.engine import Engine
+
+    files = hf.load(wanted.files, dtype=kind)
+    return Engine(files, source, slots=slots, queue=limits.queue, tag=tag, dtype=kind)
+
+
+def _predictor(module: nn.Module, source: Source, limits: Limits, tag: str, dtype: torch.dtype | None) -> Model:
+    from headwater.gateway.live import Live
+    from headwater.gateway.predict import ModulePredictor
+
+    return ModulePredictor(Live(module, source, tag=tag, dtype=dtype, threads=limits.threads))
+
+
+def _encoder(folder: Path, source: Source, limits: Limits, tag: str, dtype: torch.dtype | None) -> Model:
+    from headwater.gateway import sentence
+    from headwater.gateway.live import Live
+
+    recipe = sentence.read_recipe(folder)
+    module, tokenizer = sentence.load(folder)
+    live = Live(module, source, tag=tag, dtype=dtype, threads=limits.threads)
+    return sentence.SentenceEncoder(live, tokenizer, recipe)
+
+
+class _Unchanged(Mapping[str, "Tensor"]):
+    """Weights without tensors: the model's own values."""
+
+    def __init__(self, version: VersionInfo) -> None:
+        self.version = version
+
+    def __getitem__(self, name: str) -> Tensor:
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
+class Still:
+    """A source for a model that is just served: its own values are the only version, ``static``, number 0."""
+
+    def __init__(self, name: str) -> None:
+        self._version = VersionInfo(name, 0, "static", 0, 0, time.time(), (), 0, "")
+        self._closed = threading.Event()
+
+    def lease(self, name: str = "latest") -> Weights:
+        del name
+        return _Unchanged(self._version)
+
+    def wait(self, after: int, name: str = "latest", timeout: float = 30.0) -> VersionInfo:
+        del name
+        if after != self._version.number:
+            return self._version
+        self._closed.wait(timeout)
+        raise DeadlineExceeded("a static model has no other version")
+
+    def close(self) -> None:
+        self._closed.set()
+
+
+class _Seen(Protocol):
+    @property
+    def connected(self) -> bool: ...
+    @property
+    def error(self) -> str: ...
+
+
+class _Reader(Protocol):
+    def lease(self, name: str = ...) -> Weights: ...
+    def wait(self, after: int = ..., name: str = ..., timeout: float | None = ...) -> VersionInfo: ...
+    def statistics(self) -> _Seen: ...
+    def close(self) -> None: ...
+
+
+class FromReader:
+    """``headwater.reader`` as a source that tells silence from news that do not come."""
+
+    def __init__(self, reader: _Reader) -> None:
+        self._reader = reader
+
+    def lease(self, name: str = "latest") -> Weights:
+        return self._reader.lease(name)
+
+    def wait(self, after: int, name: str = "latest", timeout: float = 30.0) -> VersionInfo:
+        """As the reader's; ``Unreachable`` instead of ``DeadlineExceeded`` if nobody answered meanwhile."""
+        try:
+            return self._reader.wait(after, name, timeout)
+        except DeadlineExceeded:
+            seen = self._reader.statistics()
+            if not seen.connected:
+                raise Unreachable(f"the cluster does not answer: {seen.error}") from None
+            raise
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def wait_for_first(source: Source, tag: str, served: Served) -> bool:
+    """Until the source has a version under the tag. False: the server ends before."""
+    while not served.closing:
+        try:
+            source.wait(-1, tag, 1.0)
+        except DeadlineExceeded:
+            continue
+        except Unreachable:
+            time.sleep(1.0)
+            continue
+        return True
+    return False
