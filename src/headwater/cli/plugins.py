@@ -20,6 +20,7 @@ GROUP = "headwater.commands"
 _BENCH_HELP = "What Headwater costs here, beside the ceiling of the same machine in the same minute."
 _LATE = {
     "chaos": "Run a cluster under kills, stops and network faults; check that nothing acknowledged is lost.",
+    "serve": "Answer over HTTP with the newest weights: OpenAI-compatible for language models.",
     "export": "Write a snapshot as files that load without Headwater: model.safetensors, optimizer state.",
 }
 """Commands of our own by the module ``headwater.cli.NAME`` that holds them, with the line that the help shows."""
