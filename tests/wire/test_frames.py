@@ -85,7 +85,7 @@ def test_a_truncated_frame_waits_for_the_rest(frame: Frame, data: st.DataObject)
         (with_field(4, "B", 2), "install the same release"),
         (with_field(4, "B", 0), "wire version 0"),
         (with_field(5, "B", 0), "frame kind 0"),
-        (with_field(5, "B", 24), "frame kind 24"),
+        (with_field(5, "B", 25), "frame kind 25"),
         (with_field(5, "B", 255), "frame kind 255"),
         (with_field(6, "H", 32), "flags 0x20"),
         (with_field(6, "H", 0xFFFF), "flags 0xffff"),
