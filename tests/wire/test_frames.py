@@ -159,6 +159,6 @@ def test_a_payload_is_compared_with_its_checksum_if_it_has_one() -> None:
 
 @pytest.mark.parametrize("kind", list(Kind))
 def test_what_follows_a_header(kind: Kind) -> None:
-    carries = kind in (Kind.PUSH, Kind.DATA, Kind.ASSIGN, Kind.RECORD, Kind.STATE)
+    carries = kind in (Kind.PUSH, Kind.DATA, Kind.ASSIGN, Kind.RECORD, Kind.STATE, Kind.PIECE)
     assert Frame(kind, length=9).follows == (9 if carries else 0)
     assert Frame(kind, Flag.SHARED, length=9).follows == 0
