@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -22,6 +23,7 @@ from headwater.gateway.gateway import Gateway
 from headwater.gateway.limits import Limits
 from headwater.gateway.metrics import CONTENT_TYPE, Metrics
 from headwater.gateway.openai_types import ModelList
+from headwater.gateway.openapi import document
 from headwater.gateway.predict import predict
 from headwater.gateway.problems import no_such_model, not_allowed, not_found
 
@@ -41,9 +43,10 @@ def make_app(served: Served, limits: Limits | None = None, keys: Keys | None = N
         keys: who may ask; None: everybody.
     """
     metrics = Metrics(served)
-    gateway = Gateway(served, limits or Limits(), metrics)
+    described = document(ROUTES, version=metadata.version("headwater"), keys=keys is not None)
+    gateway = Gateway(served, limits or Limits(), metrics, described)
     app = Starlette(
-        routes=[_route(gateway, *row) for row in ROUTES],
+        routes=[_route(gateway, *named, handler) for named, handler in ROUTES.items()],
         middleware=[Middleware(Gate, served=served, metrics=metrics, keys=keys)],
         exception_handlers={HTTPException: _unrouted},
         lifespan=_lifespan,
@@ -63,7 +66,7 @@ def _route(gateway: Gateway, method: str, path: str, handler: Handler) -> Route:
     async def endpoint(request: Request) -> Response:
         return await handler(request, gateway)
 
-    return Route(path, endpoint, methods=[method])
+    return Route(path.replace("{model}", "{model:path}"), endpoint, methods=[method])
 
 
 def _unrouted(request: Request, error: Exception) -> Response:
@@ -114,15 +117,22 @@ def _json(value: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
-ROUTES: list[tuple[str, str, Handler]] = [
-    ("GET", "/healthz", healthz),
-    ("GET", "/readyz", readyz),
-    ("GET", "/metrics", metrics),
-    ("GET", "/v1/models", models),
-    ("GET", "/v1/models/{model:path}", model),
-    ("POST", "/v1/completions", completions),
-    ("POST", "/v1/chat/completions", chat_completions),
-    ("POST", "/v1/embeddings", embeddings),
-    ("POST", "/v1/predict", predict),
-]
-"""Method, path, what answers."""
+async def openapi(request: Request, gateway: Gateway) -> Response:
+    """This document."""
+    del request
+    return _json(gateway.document)
+
+
+ROUTES: dict[tuple[str, str], Handler] = {
+    ("GET", "/healthz"): healthz,
+    ("GET", "/readyz"): readyz,
+    ("GET", "/metrics"): metrics,
+    ("GET", "/openapi.json"): openapi,
+    ("GET", "/v1/models"): models,
+    ("GET", "/v1/models/{model}"): model,
+    ("POST", "/v1/completions"): completions,
+    ("POST", "/v1/chat/completions"): chat_completions,
+    ("POST", "/v1/embeddings"): embeddings,
+    ("POST", "/v1/predict"): predict,
+}
+"""What answers, by method and path; ``openapi.OPERATIONS`` describes the same."""

@@ -6,7 +6,7 @@ import asyncio
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from headwater.gateway.generation import Runs
 from headwater.gateway.problems import busy, too_late
@@ -20,12 +20,13 @@ T = TypeVar("T")
 
 
 class Gateway:
-    """One server's state."""
+    """One server's state. ``document``: the OpenAPI document."""
 
-    def __init__(self, served: Served, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, served: Served, limits: Limits, metrics: Metrics, document: dict[str, Any]) -> None:
         self.served = served
         self.limits = limits
         self.metrics = metrics
+        self.document = document
         self.runs = Runs()
         self._tokenizer = Threads(1, limits.queue + limits.choices, limits.deadline, "headwater-tokenizer")
         self._forwards = Threads(limits.threads, limits.queue, limits.deadline, "headwater-forward")

@@ -1,0 +1,169 @@
+"""The OpenAPI document that is served at /openapi.json, made from the structs that read and write the bodies."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from headwater.gateway.openai_types import (
+    ChatChunk,
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    EmbeddingRequest,
+    Embeddings,
+    ModelCard,
+    ModelList,
+)
+from headwater.gateway.problems import ErrorAnswer
+from headwater.gateway.tensors import SAFETENSORS, Prediction, PredictRequest
+
+_JSON = "application/json"
+_BINARY = {"type": "string", "format": "binary"}
+_TEMPLATE = "#/components/schemas/{name}"
+
+
+class Health(msgspec.Struct):
+    """What a load balancer asks. ``status``: ``ok``, ``ready``, ``loading`` or ``ending``."""
+
+    status: str
+
+
+class Operation(NamedTuple):
+    """One path's method. ``takes`` and ``gives``: content types with a struct, or with a schema of their own.
+
+    ``errors``: statuses with the body of an error; 500 is among every operation's.
+    """
+
+    gives: Mapping[str, Any]
+    takes: Mapping[str, Any] = {}
+    errors: tuple[int, ...] = ()
+    open: bool = False
+
+
+_POST = (400, 404, 408, 413, 415, 429, 503, 504)
+
+
+def _events(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """Of each server-sent event."""
+    chunk = {"$ref": _TEMPLATE.format(name=kind.__name__)}
+    data = {"type": "string", "contentMediaType": _JSON, "contentSchema": chunk}
+    return {
+        "type": "object",
+        "description": "Each server-sent event. Its data is JSON, an error's body if it failed; [DONE] is the last.",
+        "properties": {"data": data},
+        "required": ["data"],
+    }
+
+
+OPERATIONS: dict[tuple[str, str], Operation] = {
+    ("GET", "/healthz"): Operation({_JSON: Health}, open=True),
+    ("GET", "/readyz"): Operation({_JSON: Health}, open=True),
+    ("GET", "/metrics"): Operation({"text/plain": {"type": "string"}}),
+    ("GET", "/openapi.json"): Operation({_JSON: {"type": "object"}}),
+    ("GET", "/v1/models"): Operation({_JSON: ModelList}),
+    ("GET", "/v1/models/{model}"): Operation({_JSON: ModelCard}, errors=(404,)),
+    ("POST", "/v1/completions"): Operation(
+        {_JSON: Completion, "text/event-stream": _events(Completion)}, {_JSON: CompletionRequest}, _POST
+    ),
+    ("POST", "/v1/chat/completions"): Operation(
+        {_JSON: ChatCompletion, "text/event-stream": _events(ChatChunk)}, {_JSON: ChatRequest}, _POST
+    ),
+    ("POST", "/v1/embeddings"): Operation({_JSON: Embeddings}, {_JSON: EmbeddingRequest}, _POST),
+    ("POST", "/v1/predict"): Operation(
+        {_JSON: Prediction, SAFETENSORS: _BINARY}, {_JSON: PredictRequest, SAFETENSORS: _BINARY}, _POST
+    ),
+}
+"""By method and path."""
+
+_SAID = {
+    400: "The request is wrong; error.param names the field.",
+    401: "No API key was sent, or a wrong one.",
+    404: "No such model here, or the model does not do this.",
+    408: "The body came too slowly.",
+    413: "The body is too long.",
+    415: "The body is of another content type.",
+    429: "As many requests wait as may; come back after retry-after seconds.",
+    500: "The model or the server failed.",
+    503: "No version is there yet, or the server is ending.",
+    504: "The server's deadline passed; error.message says what was generated.",
+}
+
+_HEADERS = {
+    "x-headwater-version": (
+        "The version that answered; several, by comma, if a new one came between choices.",
+        "string",
+    ),
+    "x-headwater-version-number": ("Its number.", "string"),
+    "x-headwater-version-step": ("The trainer's clock at its cut.", "string"),
+    "x-headwater-stale": ("Seconds since a server of the cluster could be asked; only while none can.", "integer"),
+}
+
+
+def document(handlers: Mapping[tuple[str, str], Any], *, version: str, keys: bool) -> dict[str, Any]:
+    """The document.
+
+    Args:
+        handlers: by method and path; the first line of a handler's docstring is its summary.
+        version: of Headwater.
+        keys: whether clients must show a key.
+    """
+    headers = {name: {"description": said, "schema": {"type": kind}} for name, (said, kind) in _HEADERS.items()}
+    structs = [kind for operation in OPERATIONS.values() for kind in _structs(operation)]
+    _, schemas = msgspec.json.schema_components([*structs, ErrorAnswer, ChatChunk], ref_template=_TEMPLATE)
+    paths: dict[str, dict[str, Any]] = {}
+    for (method, path), operation in OPERATIONS.items():
+        paths.setdefault(path, {})[method.lower()] = _operation(method, path, operation, handlers[method, path], keys)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Headwater",
+            "version": version,
+            "description": "One model over HTTP, with weights that stay current. Every answer names its version.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "headers": headers,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}} if keys else {},
+        },
+    }
+
+
+def _structs(operation: Operation) -> list[type[msgspec.Struct]]:
+    return [kind for kind in (*operation.gives.values(), *operation.takes.values()) if isinstance(kind, type)]
+
+
+def _operation(method: str, path: str, operation: Operation, handler: Any, keys: bool) -> dict[str, Any]:
+    errors = [500, *operation.errors, *([401] if keys and not operation.open else [])]
+    responses = {str(status): _response(_SAID[status], {_JSON: ErrorAnswer}) for status in sorted(errors)}
+    if path == "/readyz":
+        responses["503"] = _response("Not yet, or no more.", operation.gives)
+    made: dict[str, Any] = {
+        "operationId": handler.__name__,
+        "summary": (inspect.getdoc(handler) or "").partition("\n")[0],
+        "responses": {"200": _response("The answer.", operation.gives)} | responses,
+    }
+    if operation.takes:
+        made["requestBody"] = {"required": True, "content": _content(operation.takes)}
+    if "{model}" in path:
+        made["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+    if keys:
+        made["security"] = [] if operation.open else [{"key": []}]
+    return made
+
+
+def _response(said: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    headers = {name: {"$ref": f"#/components/headers/{name}"} for name in _HEADERS}
+    return {"description": said, "headers": headers, "content": _content(kinds)}
+
+
+def _content(kinds: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        kind: {"schema": {"$ref": _TEMPLATE.format(name=what.__name__)} if isinstance(what, type) else what}
+        for kind, what in kinds.items()
+    }
