@@ -21,6 +21,7 @@ from headwater.errors import (
     DataError,
     DeadlineExceeded,
     DeltaCorrupt,
+    DiskFull,
     GradientModified,
     HeadwaterError,
     InternalError,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from headwater.client import Client, Dense, Publication, Table, Ticket, connect
     from headwater.integrations.torch import Optimizer
     from headwater.readers import Follower, Reader, Weights, reader
+    from headwater.wire.versions import VersionStatus
 
 __version__ = "0.1.0"
 
@@ -68,6 +70,7 @@ __all__ = [
     "DeadlineExceeded",
     "DeltaCorrupt",
     "Dense",
+    "DiskFull",
     "Follower",
     "GradientModified",
     "HeadwaterError",
@@ -104,6 +107,7 @@ __all__ = [
     "VersionExists",
     "VersionExpired",
     "VersionInfo",
+    "VersionStatus",
     "Weights",
     "WorkerLost",
     "__version__",
@@ -126,6 +130,7 @@ _LATE = {
     "Publication": "headwater.client",
     "Reader": "headwater.readers",
     "Weights": "headwater.readers",
+    "VersionStatus": "headwater.wire.versions",
     "reader": "headwater.readers",
 }
 """Public names that need more than the standard library: where each one lives."""

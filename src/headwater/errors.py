@@ -30,6 +30,7 @@ HeadwaterError
 │   └── ProtocolError                   a frame that FORMAT.md does not allow
 ├── WorkerLost                          another worker died; the step was not applied on any shard
 ├── DeadlineExceeded (also a TimeoutError)
+├── DiskFull                            no room for a file: a full disk, a quota, a limit; nothing was left behind
 └── InternalError                       a bug in Headwater; the message tells what led to it
 """
 
@@ -158,6 +159,10 @@ class WorkerLost(HeadwaterError):
 
 class DeadlineExceeded(HeadwaterError, TimeoutError):
     """The deadline passed; what was asked may still happen."""
+
+
+class DiskFull(HeadwaterError):
+    """There is no room for a file that was to be written; what was written of it is removed again."""
 
 
 class InternalError(HeadwaterError):

@@ -12,6 +12,7 @@ from types import TracebackType
 
 import torch
 
+from headwater.client import publication
 from headwater.client.control import Control, Dial
 from headwater.client.dense import Dense
 from headwater.client.publication import Publication, publish
@@ -34,6 +35,7 @@ from headwater.transports.address import host_identity
 from headwater.types import Async, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
 from headwater.wire import messages as m
 from headwater.wire.tensors import dtype_name
+from headwater.wire.versions import Retire, VersionStatus
 
 ZEROS, ASYNC = Init("zeros"), Async()
 log = logging.getLogger("headwater")
@@ -258,7 +260,8 @@ class Client:
         goes on: wait for the outcome, or do not. Under ``Stale`` and ``Async`` each shard takes its present state.
 
         Args:
-            tables: tables of this client, or their names.
+            tables: tables of this client; or names, also of tables that only others use: then each shard takes its
+                present state, which lies between two of the others' steps, on all shards the same two.
             name: of the version, new among those of ``model``.
             model: the table set whose version it is; default: the name of the first table.
             metadata: text by name, at most 64 KiB; readers get it with the version.
@@ -268,20 +271,56 @@ class Client:
 
         Raises:
             VersionExists: the model has a version of that name.
-            UnknownTable: a name that is no table of this client.
+            UnknownTable: a name that is no table of the cluster.
             UsageError: a name, ``keep``, ``age`` or metadata that cannot be.
         """
         chosen = [self._table_of(table) for table in tables]
         return publish(self, chosen, name, model=model, metadata=metadata, keep=keep, age=age, tags=tags)
 
-    def _table_of(self, table: Table | Dense | str) -> Table:
+    def _table_of(self, table: Table | Dense | str) -> Table | m.TableStatus:
         if isinstance(table, Dense):
             return table.table
         if isinstance(table, Table):
             return table
-        if table not in self.tables:
-            raise UnknownTable(f"this client uses no table {table!r}; it uses {sorted(self.tables)}")
-        return self.tables[table]
+        if table in self.tables:
+            return self.tables[table]
+        there = {each.name: each for each in self.status().tables}
+        if table not in there:
+            known = ", ".join(map(repr, sorted(there))) or "none"
+            raise UnknownTable(f"the cluster has no table {table!r}; it has {known}. Nothing was published")
+        return there[table]
+
+    def versions(self, model: str = "") -> tuple[VersionStatus, ...]:
+        """All versions of a model, or of every one: each with its state, tags, leases and copies, oldest first."""
+        return publication.versions(self.ask, model)
+
+    def tag(self, model: str, tag: str, name: str) -> None:
+        """Let ``tag`` of ``model`` mean the version that ``name`` (a version or another tag) means now.
+
+        A tag holds its version: it is not retired. Readers that wait for the tag hear of it at once. ``latest`` is
+        always the newest version, and cannot be moved.
+
+        Raises:
+            UnknownVersion: there is no such version; the tag means what it did.
+            UsageError: a tag that cannot be: ``latest``, a version's name, or no name at all.
+        """
+        publication.tag(self.ask, model, tag, name)
+
+    def untag(self, model: str, tag: str) -> None:
+        """Take a tag away; its version may be retired then. Raises ``UnknownVersion`` if there is none."""
+        publication.untag(self.ask, model, tag)
+
+    def rollback(self, model: str, tag: str) -> VersionStatus:
+        """Move a tag to the parent of the version that it means now, which is returned.
+
+        Raises ``UnknownVersion`` (no such tag, or no parent) or ``VersionExpired`` (the parent was retired or is lost);
+        the tag means what it did.
+        """
+        return publication.rollback(self.ask, model, tag)
+
+    def retire(self, model: str, name: str) -> None:
+        """Let a version go before its time. Raises ``UsageError`` while a tag or lease holds it, ``UnknownVersion``."""
+        self.ask(Retire(model, name))
 
     # ---- the rest ------------------------------------------------------------------------------------
 

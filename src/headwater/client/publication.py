@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from headwater.errors import InternalError, UsageError
+from headwater.errors import InternalError, UnknownVersion, UsageError, VersionExpired
 from headwater.types import Bulk, VersionInfo
+from headwater.wire import messages as m
 from headwater.wire import versions as v
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Publication:
 
 def publish(
     client: Client,
-    tables: Iterable[Table],
+    tables: Iterable[Table | m.TableStatus],
     name: str,
     *,
     model: str | None = None,
@@ -58,15 +59,66 @@ def publish(
     for key, value in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise UsageError(f"metadata {key!r}: {value!r} is not of text; nothing was published")
-    for table in chosen:  # another server may have to take over for that
+    mine = [table for table in chosen if not isinstance(table, m.TableStatus)]
+    for table in mine:  # another server may have to take over for that
         table.settle()
-    clocks = tuple((table.number, table.clock) for table in chosen if isinstance(table.spec.sync, Bulk))
+    clocks = tuple((table.number, table.clock) for table in mine if isinstance(table.spec.sync, Bulk))
+    first = chosen[0]
+    numbers = tuple(table.table if isinstance(table, m.TableStatus) else table.number for table in chosen)
     begun = client.ask(
         v.Publish(
-            model or chosen[0].spec.name, name, tuple(table.number for table in chosen), clocks, dict(metadata or {}),
-            keep, age, tuple(tags), time.time(),
+            model or (first.name if isinstance(first, m.TableStatus) else first.spec.name), name, numbers, clocks,
+            dict(metadata or {}), keep, age, tuple(tags), time.time(),
         )
     )  # fmt: skip
     if not isinstance(begun, v.Publishing):
         raise InternalError(f"the coordinator answered {type(begun).__name__} to a publication")
     return Publication(client, begun.number)
+
+
+# ---- tags and lists, for clients and readers -------------------------------------------------------
+
+Ask = Callable[[m.Request], m.Reply]
+"""A question to the coordinator or a relay, and its answer; raises what it is refused with."""
+
+
+def versions(ask: Ask, model: str = "") -> tuple[v.VersionStatus, ...]:
+    """See ``Client.versions``."""
+    found = ask(v.ListVersions(model))
+    if not isinstance(found, v.VersionList):
+        raise InternalError(f"{type(found).__name__} came in answer to the question for versions")
+    return found.versions
+
+
+def tag(ask: Ask, model: str, tag: str, name: str) -> None:
+    """See ``Client.tag``."""
+    if not name:
+        raise UsageError(f"tag {tag!r} of {model!r}: name a version; untag takes a tag away. Nothing was changed")
+    ask(v.SetTag(model, tag, name))
+
+
+def untag(ask: Ask, model: str, tag: str) -> None:
+    """See ``Client.untag``."""
+    ask(v.SetTag(model, tag, ""))
+
+
+def rollback(ask: Ask, model: str, tag: str) -> v.VersionStatus:
+    """See ``Client.rollback``."""
+    found = versions(ask, model)
+    now = next((each for each in found if tag in each.tags), None)
+    if now is None:
+        known = sorted({name for each in found for name in each.tags} - {"latest"})
+        raise UnknownVersion(f"{model!r} has no tag {tag!r}; it has {', '.join(known) or 'none'}. Nothing was changed")
+    stays = f"{tag!r} still means {now.info.name!r} (number {now.info.number})"
+    if not now.info.parent:
+        raise UnknownVersion(f"{now.info.name!r} is the first version of {model!r}, without a parent; {stays}")
+    before = next((each for each in found if each.info.number == now.info.parent), None)
+    if before is None or before.state != "ready":
+        gone = "is lost with the servers that held it" if before is not None else "is gone: it was retired"
+        others = [each.info.name for each in found if each.state == "ready" and each.info.number < now.info.number]
+        raise VersionExpired(
+            f"the parent of {now.info.name!r}, number {now.info.parent}, {gone}; {stays}. Name the version to go back "
+            f"to; older ones that are ready: {', '.join(others[-8:]) or 'none'}"
+        )
+    ask(v.SetTag(model, tag, before.info.name))
+    return before

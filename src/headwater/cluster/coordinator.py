@@ -482,7 +482,8 @@ class Coordinator:
 
     def status(self) -> m.ClusterStatus:
         """What is there now, from the last heartbeats."""
-        return status.of(self.rules, self.fleet, self.membership, self.tables, self.now, self._since)
+        found = status.of(self.rules, self.fleet, self.membership, self.tables, self.now, self._since)
+        return msgspec.structs.replace(found, models=self.publications.versions.models())
 
     # ---- snapshots ---------------------------------------------------------------------------
 

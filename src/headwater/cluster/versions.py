@@ -75,6 +75,11 @@ class Entry:
         """Whether somebody holds each part."""
         return all(self.holders.get(shard) for shard in self.shards)
 
+    @property
+    def held(self) -> int:
+        """Bytes that its holders hold, all copies."""
+        return sum(part.size * len(self.holders.get(shard, ())) for (shard, _), part in self.parts.items())
+
 
 class _Saved(msgspec.Struct, frozen=True):
     info: VersionInfo
@@ -420,6 +425,25 @@ class Versions:
                 tags = (LATEST, *tags)
             copies = min((len(self._where(entry, shard)) for shard in entry.shards), default=0)
             found.append(v.VersionStatus(entry.info, entry.state, tags, sum(entry.leases.values()), copies))
+        return tuple(found)
+
+    def models(self) -> tuple[m.ModelStatus, ...]:
+        """For ``headwater status``."""
+        found = []
+        for model in sorted({entry.info.model for entry in self.entries.values()}):
+            mine, newest = self._of(model), self._newest(model)
+            tags = tuple(sorted(tag for of, tag in self.tags if of == model))
+            found.append(
+                m.ModelStatus(
+                    model,
+                    newest.info if newest is not None else None,
+                    len(mine),
+                    sum(entry.state == "lost" for entry in mine),
+                    tags,
+                    sum(sum(entry.leases.values()) for entry in mine),
+                    sum(entry.held for entry in mine),
+                )
+            )
         return tuple(found)
 
     # ---- who is who ----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from headwater.client import publication
 from headwater.client.connect import dial_for
 from headwater.client.control import Control
 from headwater.client.runtime import Runtime, Threads
@@ -95,7 +96,8 @@ class Reader:
         self._fetcher = Fetcher(dial, share=share)
         self._specs: dict[int, TableSpec] = {}
         self._stored: weakref.WeakValueDictionary[int, Stored] = weakref.WeakValueDictionary()
-        self._newest: Stored | None = None  # kept: the base of the next delta
+        self._base: Stored | None = None  # kept: what the next delta is applied to
+        self._newest: VersionInfo | None = None  # that was leased
         self._leases = 0
         self._guard = threading.RLock()
         self._heard = self._runtime.now()
@@ -140,10 +142,11 @@ class Reader:
                 self._specs.update(leased.specs)
                 stored = self._stored.get(number)
                 if stored is None:
-                    stored = self._fetcher.store(leased, self._specs, self._newest, deadline)
+                    stored = self._fetcher.store(leased, self._specs, self._base, deadline)
                     self._stored[number] = stored
-                if self._newest is None or number > self._newest.info.number:
-                    self._newest = stored
+                if self._newest is None or number > self._newest.number:
+                    self._newest = stored.info
+                    self._base = stored if stored.rooms else None  # shared memory needs no deltas
                 self._leases += 1
         except BaseException:
             self._release(number, 0)
@@ -172,10 +175,23 @@ class Reader:
 
     def versions(self) -> tuple[v.VersionStatus, ...]:
         """What there is of the model: versions with their states, tags and leases."""
-        found = self._ask(v.ListVersions(self.model), self._runtime.now() + self.timeout)
-        if not isinstance(found, v.VersionList):
-            raise InternalError(f"{type(found).__name__} came in answer to the question for versions")
-        return found.versions
+        return publication.versions(self._ask_in_time, self.model)
+
+    def tag(self, tag: str, name: str) -> None:
+        """Let ``tag`` mean the version that ``name`` means now: see ``Client.tag``."""
+        publication.tag(self._ask_in_time, self.model, tag, name)
+
+    def untag(self, tag: str) -> None:
+        """Take a tag away: see ``Client.untag``."""
+        publication.untag(self._ask_in_time, self.model, tag)
+
+    def rollback(self, tag: str) -> v.VersionStatus:
+        """Move a tag to the parent of what it means now: see ``Client.rollback``."""
+        return publication.rollback(self._ask_in_time, self.model, tag)
+
+    def retire(self, name: str) -> None:
+        """Let a version go before its time: see ``Client.retire``."""
+        self._ask_in_time(v.Retire(self.model, name))
 
     def follow(
         self,
@@ -194,14 +210,16 @@ class Reader:
     def statistics(self) -> ReaderStatistics:
         """How this reader stands now."""
         with self._guard:
-            newest = self._newest.info if self._newest is not None else None
             away = 0.0 if not self._error else self._runtime.now() - self._heard
             return ReaderStatistics(
-                not self._error, newest, away, self._error, self._leases, self._fetcher.fetched_bytes,
+                not self._error, self._newest, away, self._error, self._leases, self._fetcher.fetched_bytes,
                 self._fetcher.counts,
             )  # fmt: skip
 
     # ---- the line to the coordinator -------------------------------------------------------------
+
+    def _ask_in_time(self, message: m.Request) -> m.Reply:
+        return self._ask(message, self._runtime.now() + self.timeout)
 
     def _ask(self, message: m.Request, deadline: float) -> m.Reply:
         try:
@@ -242,7 +260,7 @@ class Reader:
             self._control.leave()
         self._control.close()
         self._fetcher.close()
-        self._newest = None
+        self._base = None
 
     def __enter__(self) -> Reader:
         return self

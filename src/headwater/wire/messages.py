@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from headwater.errors import HeadwaterError, ProtocolError, from_code
-from headwater.types import Hyper, TableSpec
+from headwater.types import Hyper, TableSpec, VersionInfo
 from headwater.wire.plans import PlanChunk as PlanChunk
 from headwater.wire.plans import PlanNext as PlanNext
 from headwater.wire.plans import Rest as Rest
@@ -213,6 +213,18 @@ class TableStatus(msgspec.Struct, frozen=True):
     shards: tuple[int, ...]  # bytes per shard
 
 
+class ModelStatus(msgspec.Struct, frozen=True):
+    """The published versions of a model. ``newest``: that can be leased. ``nbytes``: that servers hold, all copies."""
+
+    model: str
+    newest: VersionInfo | None
+    versions: int
+    lost: int
+    tags: tuple[str, ...]
+    leases: int
+    nbytes: int
+
+
 class ClusterStatus(msgspec.Struct, frozen=True, tag="cluster"):
     """What ``headwater status`` shows. Byte counters count since each process's start."""
 
@@ -224,6 +236,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, tag="cluster"):
     shards: tuple[ShardStatus, ...]
     workers: tuple[WorkerStatus, ...]
     tables: tuple[TableStatus, ...]
+    models: tuple[ModelStatus, ...] = ()
 
 
 # ---- coordinator <-> server -------------------------------------------------------------------
