@@ -8,6 +8,7 @@ reader's pages as they are.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 import weakref
@@ -16,6 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from headwater.errors import NotEnoughMemory
 from headwater.transports.memory import Sealed
 
 SPARE = 2
@@ -91,6 +93,7 @@ class Rooms:
     def __init__(self, share: bool) -> None:
         self._share = share
         self._free: dict[int, list[Room]] = {}
+        self._closed = False
         self._guard = threading.RLock()  # a finalizer may run in the thread that holds it
 
     def take(self, size: int) -> Room:
@@ -101,6 +104,16 @@ class Rooms:
                 return free.pop()
         return Room(size, self._share)
 
+    def prepare(self, size: int) -> None:
+        """Have a room of this size ready, its pages written to; not if there is one, or no memory for it."""
+        with self._guard:
+            if self._closed or self._free.get(size):
+                return
+        with contextlib.suppress(NotEnoughMemory):
+            room = Room(size, self._share)
+            room.array.fill(0)
+            self.give(room)
+
     def give(self, room: Room) -> None:
         """Nobody wants what is in it. It is used again as soon as nobody can see it."""
         room.retire(self._back)
@@ -108,7 +121,7 @@ class Rooms:
     def _back(self, room: Room) -> None:
         with self._guard:
             free = self._free.setdefault(room.size, [])
-            if len(free) < SPARE:
+            if len(free) < SPARE and not self._closed:
                 free.append(room)
                 return
         room.close()
@@ -116,6 +129,7 @@ class Rooms:
     def close(self) -> None:
         """Let go of what is free."""
         with self._guard:
+            self._closed = True
             free, self._free = [room for rooms in self._free.values() for room in rooms], {}
         for room in free:
             room.close()

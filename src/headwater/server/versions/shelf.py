@@ -124,7 +124,7 @@ class Shelf:
 
     def _cut(self, key: Key, table: Table) -> None:
         room = self.rooms.take(table.size)
-        cut = PartCut(table.values, room, self._wake or _nothing)
+        cut = PartCut(table.values, room, lambda: self._landed(table.size))
         held = self.parts[key] = Held(room, spans(table.spec, table.dense.segments, table.size), cut=cut)
         if self._wake is None:
             cut.finish()
@@ -132,6 +132,12 @@ class Shelf:
         else:
             self._cutting[key] = cut
             cut.begin()
+
+    def _landed(self, size: int) -> None:
+        """A copying thread is done; the next version's memory is made ready while nobody waits for it."""
+        if self._wake is not None:
+            self._wake()
+            self.rooms.prepare(size)
 
     def knows(self, number: int, shard: int) -> bool:
         """Whether this shard's moment in version ``number`` has been."""
@@ -328,7 +334,3 @@ def _expired(key: Key) -> VersionExpired:
         f"version number {key.number} is not held here (shard {key.shard}, table {key.table}): it was retired, or this "
         "process has just begun. Lease the newest one"
     )
-
-
-def _nothing() -> None:
-    """Nobody waits."""
