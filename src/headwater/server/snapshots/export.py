@@ -11,9 +11,9 @@ model need not fit into memory.
 from __future__ import annotations
 
 import re
-import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +22,9 @@ import torch
 
 from headwater.errors import UsageError
 from headwater.server.snapshots.disk import DISK, replace
-from headwater.server.snapshots.files import tensor_bytes, type_name
 from headwater.server.snapshots.format import COUNT, VALUE
 from headwater.server.snapshots.manifest import TableEntry
+from headwater.server.snapshots.plain import Tensor, write
 from headwater.server.snapshots.restore import Snapshot
 from headwater.server.tables.kernels import FLAT, kernel
 from headwater.wire import optimizers
@@ -57,7 +57,8 @@ def export(snapshot: Snapshot, out: Path) -> list[Path]:
 
     Raises:
         UsageError: ``out`` cannot be written, or holds something; nothing was written then.
-        SnapshotCorrupt: the snapshot is damaged; what was written is not complete.
+        DiskFull: no room for a file; those before it are there, whole.
+        SnapshotCorrupt: the snapshot is damaged; files that are there are whole, others are missing.
     """
     tables = snapshot.manifest.tables
     folders = _folders(out, tables)
@@ -173,29 +174,7 @@ def torch_groups(name: str, groups: Sequence[dict[str, Any]], sizes: Sequence[in
 
 
 def _write(path: Path, tensors: Iterable[_Tensor], snapshot: Snapshot) -> Path:
-    """A safetensors file, through a temporary name. Returns its path."""
-    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for tensor in ordered:
-        size = tensor.numel * tensor.dtype.itemsize
-        header[tensor.name] = {
-            "dtype": type_name(tensor.dtype), "shape": tensor.shape, "data_offsets": [at, at + size]
-        }  # fmt: skip
-        at += size
-    text = msgspec.json.encode(header)
-    text += b" " * (-len(text) % 8)
-    path.parent.mkdir(exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    with DISK.create(beside) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in ordered:
-            for part in _parts(tensor, snapshot):
-                file.write(tensor_bytes(part))
-        file.sync()
-    DISK.rename(beside, path)
-    DISK.sync_folder(path.parent)
-    return path
+    return write(path, [Tensor(t.name, t.dtype, t.shape, partial(_parts, t, snapshot)) for t in tensors])
 
 
 def _parts(tensor: _Tensor, snapshot: Snapshot) -> Iterator[torch.Tensor]:
