@@ -300,7 +300,7 @@ class Engine:
         ids = torch.tensor([sequence.request.prompt[chunk.start : chunk.stop]])
         window = Window(self._scheduler.row(sequence), torch.arange(chunk.start, chunk.stop)[None], chunk.stop)
         logits = self._forward(live, ids, window)
-        sequence.read = chunk.stop
+        sequence.length = chunk.stop
         self._counts["prompt_tokens"] += chunk.stop - chunk.start
         if sequence.decoding:
             self._deliver([sequence], logits)
@@ -310,7 +310,11 @@ class Engine:
         lengths = [s.length for s in running]
         ids = torch.tensor([[s.extra.last] for s in running])
         window = Window(0, torch.tensor(lengths)[:, None], max(lengths) + 1)
-        self._deliver(running, self._forward(live, ids, window))
+        logits = self._forward(live, ids, window)
+        # For all of them before any of them leaves: rows move by what is stored.
+        for sequence in running:
+            sequence.length += 1
+        self._deliver(running, logits)
 
     def _forward(self, live: _Live, ids: Tensor, window: Window) -> Tensor:
         live.past.reserve(window.first + window.rows, window.length)

@@ -58,7 +58,7 @@ class Follower:
         self._lock = threading.Lock()
         self._next: Ready | None = None
         self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._leasing = threading.Lock()
         self.refused = 0
         self.stale_since: float | None = None
         self.error = ""
@@ -76,8 +76,7 @@ class Follower:
 
     def start(self, newest: VersionInfo) -> None:
         """Follow the source from ``newest`` on."""
-        self._thread = threading.Thread(target=self._run, args=(newest.number,), name="headwater-follow", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, args=(newest.number,), name="headwater-follow", daemon=True).start()
 
     @property
     def has_next(self) -> bool:
@@ -90,10 +89,10 @@ class Follower:
             return ready
 
     def close(self, timeout: float) -> None:
-        """End, and give back what was not taken."""
+        """End, and give back what was not taken. A question that the source has not answered yet is not waited for."""
         self._ended.set()
-        if self._thread:
-            self._thread.join(timeout)
+        if self._leasing.acquire(timeout=timeout):
+            self._leasing.release()
         ready = self.take()
         if ready:
             ready.release()
@@ -120,16 +119,19 @@ class Follower:
     def _follow_once(self, number: int) -> int:
         """Wait for a version other than ``number`` and offer it; returns its number."""
         seen = self._source.wait(after=number, name=self._tag, timeout=_PATIENCE).number
-        try:
-            ready = self._lease()
-        except ShapeMismatch as error:
-            self.refused += 1
-            self.error = str(error)
-            _log.error("%s", error)
-            return seen
-        self._answered()
-        self._offer(ready)
-        return ready.binding.version.number
+        with self._leasing:
+            if self._ended.is_set():
+                return seen
+            try:
+                ready = self._lease()
+            except ShapeMismatch as error:
+                self.refused += 1
+                self.error = str(error)
+                _log.error("%s", error)
+                return seen
+            self._answered()
+            self._offer(ready)
+            return ready.binding.version.number
 
     def _offer(self, ready: Ready) -> None:
         with self._lock:
@@ -152,6 +154,8 @@ class Follower:
             self.stale_since, self.error = None, ""
 
     def _failed(self, error: Exception) -> None:
+        if self._ended.is_set():
+            return
         if self.stale_since is None:
             self.stale_since = time.time()
             _log.warning("no new versions: %s; the last one goes on being served", error)

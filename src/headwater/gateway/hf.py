@@ -172,12 +172,8 @@ def load(name: str, *, dtype: torch.dtype | None = None, context: int | None = N
     """
     path = Path(name)
     try:
-        if path.suffix == ".gguf":
-            module, tokenizer = _load(str(path.parent), dtype, gguf_file=path.name)
-        elif (path / "adapter_config.json").is_file():
-            module, tokenizer = _load_adapted(path, dtype)
-        else:
-            module, tokenizer = _load(name, dtype)
+        adapted = (path / "adapter_config.json").is_file()
+        module, tokenizer = _load_adapted(path, dtype) if adapted else _load(name, dtype)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UsageError(
             f"no language model could be loaded from {name!r}: {error}; name a Hugging Face folder, a .gguf file or a "
@@ -188,7 +184,10 @@ def load(name: str, *, dtype: torch.dtype | None = None, context: int | None = N
     return folder
 
 
-def _load(name: str, dtype: torch.dtype | None, **options: str) -> tuple[nn.Module, Any]:
+def _load(name: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
+    options = {}
+    if name.endswith(".gguf"):
+        name, options["gguf_file"] = str(Path(name).parent), Path(name).name
     module = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **options)
     return module, transformers.AutoTokenizer.from_pretrained(name, **options)
 

@@ -20,25 +20,22 @@ Extra = TypeVar("Extra")
 class Sequence(Generic[Extra]):
     """A request on its way. ``extra`` is the engine's; the scheduler does not look at it.
 
-    ``version`` is its number once it has a slot. ``read``: tokens of the prompt whose keys are stored; ``length``:
-    positions stored in its row. A cancelled sequence is taken out by the next plan.
+    ``version`` is its number once it has a slot. ``length``: positions that are stored in its row, those of the prompt
+    first; the token that was generated last is not among them: it is the next forward's input. A cancelled sequence is
+    taken out by the next plan.
     """
 
     request: GenerationRequest
     extra: Extra
     version: int | None = None
-    read: int = 0
+    length: int = 0
     generated: int = 0
     cancelled: bool = False
 
     @property
     def decoding(self) -> bool:
-        return self.read == len(self.request.prompt)
-
-    @property
-    def length(self) -> int:
-        # The token that was generated last is an input of the next forward: its keys are not stored yet.
-        return self.read + max(self.generated - 1, 0)
+        """Whether the prompt has been read."""
+        return self.length >= len(self.request.prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +111,10 @@ class Scheduler(Generic[Extra]):
     def _chunks(self, gone: set[int]) -> tuple[Chunk[Extra], ...]:
         budget, chunks = self.chunk, []
         for sequence in self._all_running():
-            unread = len(sequence.request.prompt) - sequence.read
-            if budget and unread and id(sequence) not in gone:
+            unread = len(sequence.request.prompt) - sequence.length
+            if budget and unread > 0 and id(sequence) not in gone:
                 size = min(unread, budget)
-                chunks.append(Chunk(sequence, sequence.read, sequence.read + size))
+                chunks.append(Chunk(sequence, sequence.length, sequence.length + size))
                 budget -= size
         return tuple(chunks)
 
@@ -148,7 +145,7 @@ class Scheduler(Generic[Extra]):
             if vacant != row:
                 moves.append((vacant, row, rows[vacant].length))
                 rows[row] = rows[vacant]
-        moves += [(i, i - 1, s.read) for i, s in enumerate(rows) if i > vacant and s.read]
+        moves += [(i, i - 1, s.length) for i, s in enumerate(rows) if i > vacant and s.length]
         del rows[vacant]
         if not rows:
             del self.batches[sequence.version]
