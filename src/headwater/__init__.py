@@ -131,7 +131,7 @@ _LATE = {
     "Reader": "headwater.readers",
     "Weights": "headwater.readers",
     "VersionStatus": "headwater.wire.versions",
-    "reader": "headwater.readers",
+    "reader": "headwater.readers.reader",  # its package has a module of that name
 }
 """Public names that need more than the standard library: where each one lives."""
 
