@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import threading
 import time
@@ -61,7 +62,8 @@ class _Generation:
 class FakeEngine:
     """One letter is one token. The answer is drawn from the seed; at temperature 0 it is the alphabet.
 
-    ``hold()`` stops it: nothing is begun or generated until ``let(n)`` allows n steps, or ``go()`` all.
+    ``hold()`` stops it: nothing is begun or generated until ``let(n)`` allows n steps, or ``go()`` all. Deadlines pass
+    while it is stopped, so that a slow machine does not change what is generated before.
     """
 
     slots: int = 2
@@ -188,7 +190,7 @@ class FakeEngine:
 
     def _step(self) -> None:
         for one in [*self._running, *self._waiting]:
-            late = one.request.deadline is not None and time.monotonic() > one.request.deadline
+            late = self._steps == 0 and time.monotonic() > (one.request.deadline or math.inf)
             if one.cancelled or late:
                 self._end(one, Finished("cancelled" if one.cancelled else "deadline", *self._ended(one)))
         if self._steps == 0:
