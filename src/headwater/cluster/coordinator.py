@@ -570,13 +570,17 @@ class Coordinator:
         if views:
             self._begin_with = None
 
+    def _drained(self, server: int) -> bool:
+        """Whether nothing is lost with a server."""
+        return self.fleet.empty(server) and not self.publications.versions.only(server)
+
     # ---- out ---------------------------------------------------------------------------------
 
     def _flush(self) -> list[Instruction]:
         if not self._settling:
             for old, new in self.fleet.plan():
                 self._publish(old, new)
-            for asker, server in [x for x in self._draining if self.fleet.empty(x[1])]:
+            for asker, server in [x for x in self._draining if self._drained(x[1])]:
                 self._draining.remove((asker, server))
                 self.reply(asker, m.Done())
                 peer = self.fleet.servers[server].peer

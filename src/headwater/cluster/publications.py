@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from headwater.cluster.fleet import in_sync
 from headwater.cluster.snapshots import Asker
 from headwater.cluster.versions import Known, Versions
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError
@@ -41,7 +42,7 @@ class Publications:
             case v.Lease():
                 self.versions.lease(asker, self._session(asker.peer), message)
             case v.ListVersions():
-                self.reply(asker, v.VersionList(self.versions.status(message.model)))
+                self.versions.show(asker, message)
             case v.SetTag():
                 self._session(asker.peer)
                 self.versions.set_tag(asker, message)
@@ -100,6 +101,15 @@ class Publications:
             raise ClusterError(f"table {table.spec.name!r} has no values yet; nothing was published")
         known = isinstance(table.spec.sync, Bulk) and len(table.participants) > 1
         return Known(table.spec, table.participants, table.clock if known else None)
+
+    def copies(self, shard: int) -> tuple[int, ...]:
+        view = self._coordinator.fleet.views.get(shard)
+        return () if view is None else tuple(sorted(each.server for each in in_sync(view)))
+
+    def order(self, server: int, message: v.Hold) -> None:
+        member = self._coordinator.fleet.servers.get(server)
+        if member is not None and member.peer is not None:
+            self._coordinator.say(Outgoing(member.peer, Frame(Kind.NOTICE, shard=message.shard, body=m.pack(message))))
 
     def holder(self, server: int) -> v.Holder | None:
         member = self._coordinator.fleet.servers.get(server)

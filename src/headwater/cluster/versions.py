@@ -26,6 +26,7 @@ LATEST = "latest"
 LEASE = 10.0  # seconds in which a reader whose connection broke may come back to its leases
 METADATA = 64 << 10  # bytes of a version's metadata
 NAME = 200  # characters of a model's, version's or tag's name
+HEAL = 5.0  # seconds between two looks for servers that should hold a part and do not
 UNFINISHED = 16  # versions of one cluster that are on their way; more are refused
 
 
@@ -47,11 +48,16 @@ class Desk(Protocol):
     def drop(self, numbers: tuple[int, ...]) -> None: ...
     def table(self, number: int) -> Known: ...
     def holder(self, server: int) -> v.Holder | None: ...
+    def copies(self, shard: int) -> tuple[int, ...]: ...
+    def order(self, server: int, message: v.Hold) -> None: ...
 
 
 @dataclass(slots=True)
 class Entry:
-    """One version. ``parts``: by (shard, table); ``holders``: servers by shard; ``leases``: how many by session."""
+    """One version. ``parts``: by (shard, table); ``holders``: servers by shard; ``leases``: how many by session.
+
+    ``origin``: of one that was made elsewhere, how it was leased there.
+    """
 
     info: VersionInfo
     ask: v.Publish
@@ -65,6 +71,7 @@ class Entry:
     since: float = 0.0  # by the desk's clock, which begins anew with its process
     publishers: list[Asker] = field(default_factory=list)
     awaiting: list[Asker] = field(default_factory=list)
+    origin: v.Leased | None = None
 
     @property
     def number(self) -> int:
@@ -106,6 +113,9 @@ class Versions:
         self._clock = clock
         self._next = 1
         self._watching: list[Waiting] = []
+        self._listing: list[tuple[Asker, str]] = []  # who waits for another list, and of which model
+        self._revision = 1
+        self._healed = 0.0
         self._away: dict[int, float] = {}  # sessions whose connection broke, and when their leases end
 
     # ---- publishing ------------------------------------------------------------------------------
@@ -123,6 +133,8 @@ class Versions:
                 f"{ask.model!r} has a version {ask.name!r} already (number {twin.number}); nothing was published. "
                 "Choose another name"
             )
+        if (ask.model, ask.name) in self.tags:
+            raise UsageError(f"{ask.name!r} is a tag of {ask.model!r}; a version needs a name of its own")
         if sum(entry.state in ("waiting", "cutting") for entry in self.entries.values()) >= UNFINISHED:
             raise ClusterError(f"{UNFINISHED} versions are on their way already; nothing was published. Wait for one")
         parent = self._newest(ask.model)
@@ -153,6 +165,7 @@ class Versions:
 
     def moved(self, shard: int) -> None:
         """A shard has another primary, which may not know what the one before was told."""
+        self._healed = 0.0
         for entry in self.entries.values():
             if entry.state == "cutting" and shard in entry.shards and not entry.holders.get(shard):
                 self._order(entry, shard)
@@ -222,14 +235,33 @@ class Versions:
         self._changed(entry.info.model)
         self.retain()
 
-    def adopt(self, info: VersionInfo, ask: v.Publish, parts: Mapping[tuple[int, int], v.PartDigest]) -> None:
-        """A version that was made elsewhere is here, whole."""
+    def adopt(self, origin: v.Leased, keep: int, session: int | None = None) -> None:
+        """A version that was made elsewhere is here, whole. ``keep``: as in ``Publish``; leased at once by ``session``."""
+        parts = {(part.shard, part.table): v.PartDigest(part.table, part.size, part.digest) for part in origin.parts}
         shards = tuple(sorted({shard for shard, _ in parts}))
-        holders = {shard: {0} for shard in shards}
-        entry = Entry(info, ask, shards, "ready", parts=dict(parts), holders=holders, since=self._clock())
-        self.entries[info.number] = entry
-        self._changed(info.model)
+        ask = v.Publish(origin.info.model, origin.info.name, origin.tables, keep=keep)
+        entry = Entry(origin.info, ask, shards, "ready", parts=parts, since=self._clock(), origin=origin)
+        entry.holders = {shard: {0} for shard in shards}
+        if session is not None:
+            entry.leases[session] += 1
+        self.entries[origin.info.number] = entry
+        self._changed(origin.info.model)
         self.retain()
+
+    def forget(self, number: int) -> Entry:
+        """This version, and the tags that mean it, are none of those that there are any more. Its parts stay."""
+        entry = self.entries.pop(number)
+        self.tags = {tag: to for tag, to in self.tags.items() if to != number}
+        self._changed(entry.info.model)
+        return entry
+
+    def mirror(self, model: str, tags: Mapping[str, int]) -> None:
+        """Let the tags of a model be these."""
+        others = {tag: to for tag, to in self.tags.items() if tag[0] != model}
+        mine = {(model, tag): to for tag, to in tags.items()}
+        if others | mine != self.tags:
+            self.tags = others | mine
+            self._changed(model)
 
     def _give_up(self, entry: Entry, error: HeadwaterError) -> None:
         for asker in [*entry.publishers, *entry.awaiting]:
@@ -269,9 +301,12 @@ class Versions:
                 f"no server that is there holds all of version {entry.info.name!r} of {entry.info.model!r} (number "
                 f"{entry.number}): the last one with a part of it died. Lease another one, or publish again"
             )
-        specs = tuple((t, self._desk.table(t).spec) for t in entry.ask.tables if t not in ask.known)
+        origin, tables = entry.origin, entry.ask.tables
+        specs = origin.specs if origin is not None else [(t, self._desk.table(t).spec) for t in tables]
+        unknown = tuple((table, spec) for table, spec in specs if table not in ask.known)
         entry.leases[session] += 1
-        self._desk.reply(asker, v.Leased(entry.info, self._shards, entry.ask.tables, specs, parts))
+        shards = origin.shards if origin is not None else self._shards
+        self._desk.reply(asker, v.Leased(entry.info, shards, tables, unknown, parts))
 
     def _where(self, entry: Entry, shard: int) -> tuple[v.Holder, ...]:
         found = (self._desk.holder(server) for server in sorted(entry.holders.get(shard, ())))
@@ -296,8 +331,23 @@ class Versions:
             self._watching = [w for w in self._watching if (w.asker.peer, w.model, w.name, w.after) != again]
             self._watching.append(Waiting(asker, ask.model, ask.name, ask.after))
 
+    def show(self, asker: Asker, ask: v.ListVersions) -> None:
+        """Answer with what there is, as soon as that is another list than the one that is known."""
+        self._listing = [each for each in self._listing if each[0].peer != asker.peer]  # it has given that up
+        if ask.after == self._revision:
+            self._listing.append((asker, ask.model))
+        else:
+            self._desk.reply(asker, v.VersionList(self.status(ask.model), self._revision))
+
+    def _revised(self) -> None:
+        self._revision += 1
+        listing, self._listing = self._listing, []
+        for asker, model in listing:
+            self.show(asker, v.ListVersions(model))
+
     def gone(self, peer: int) -> None:
         """Whoever asked over this connection is not there any more."""
+        self._listing = [each for each in self._listing if each[0].peer != peer]
         self._watching = [each for each in self._watching if each.asker.peer != peer]
         for entry in self.entries.values():
             entry.publishers = [asker for asker in entry.publishers if asker.peer != peer]
@@ -322,6 +372,27 @@ class Versions:
                 entry.leases.pop(session, None)
         if over or any(entry.ask.age is not None for entry in self.entries.values()):
             self.retain()
+        if now >= self._healed + HEAL:
+            self._healed = now
+            self._heal(now)
+
+    def _heal(self, now: float) -> None:
+        """Servers that became copies of a shard after a version was made fetch it from one that has it."""
+        for entry in self.entries.values():
+            for shard in entry.shards if entry.state == "ready" and now >= entry.since + HEAL else ():
+                there = self._where(entry, shard)
+                parts = tuple(part for (of, _), part in sorted(entry.parts.items()) if of == shard)
+                specs = tuple((part.table, self._desk.table(part.table).spec) for part in parts)
+                for server in self._desk.copies(shard) if there else ():
+                    if server not in entry.holders[shard]:
+                        self._desk.order(server, v.Hold(entry.number, shard, parts, specs, there[0]))
+
+    def only(self, server: int) -> bool:
+        """Whether a version would be lost with this server."""
+        return any(
+            entry.state == "ready" and any(holders == {server} for holders in entry.holders.values())
+            for entry in self.entries.values()
+        )
 
     # ---- tags and retention --------------------------------------------------------------------------
 
@@ -398,6 +469,7 @@ class Versions:
         self._desk.drop((entry.number,))
         if ready:
             self._desk.save(f"version/{entry.number}", None)
+            self._revised()
 
     def _tags(self, entry: Entry) -> tuple[str, ...]:
         return tuple(sorted(tag for (_, tag), number in self.tags.items() if number == entry.number))
@@ -471,6 +543,7 @@ class Versions:
                 self.watch(each.asker, v.Watch(each.model, each.name, each.after))
             else:
                 self._watching.append(each)
+        self._revised()
 
     # ---- what must be durable --------------------------------------------------------------------
 

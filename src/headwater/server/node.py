@@ -78,7 +78,7 @@ class Setting:
     shelf: Shelf = field(init=False)
 
     def __post_init__(self) -> None:
-        self.shelf = Shelf(self.server, share=self.share, wake=self.wake, checked=self.checked)
+        self.shelf = Shelf(self.server, self.shards, share=self.share, wake=self.wake, checked=self.checked)
 
 
 class Node:

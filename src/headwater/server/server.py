@@ -9,6 +9,7 @@ from headwater.cluster.fleet import members_of
 from headwater.errors import ProtocolError, StaleEpoch
 from headwater.server import COORDINATOR
 from headwater.server.node import Node, Setting
+from headwater.server.versions.fills import Fills
 from headwater.transports.memory import close_all
 from headwater.wire import messages as m
 from headwater.wire import versions as v
@@ -26,6 +27,7 @@ class Server:
         self._of_peer: dict[int, Node] = {}
         self._dials: dict[int, Node] = {}
         self._keys = count(1)
+        self._fills = Fills(setting.shelf, self._keys, setting.wake)
         self._now = 0.0
         self._readers: set[int] = set()  # connections that fetch parts of versions
         self._retired = (0, 0)  # bytes pushed and pulled at shards that have moved on
@@ -34,6 +36,8 @@ class Server:
 
     def landing(self, peer: int, frame: Frame) -> memoryview:
         """Where a payload goes. Raises ``ProtocolError``."""
+        if peer in self._fills:
+            return self._fills.landing(peer, frame)
         node = self._of_peer.get(peer)
         if node is None:
             raise ProtocolError(f"{frame.kind.name} with a payload before a session was opened")
@@ -47,6 +51,9 @@ class Server:
         if peer in self._readers:
             close_all(fds)
             return self._noted(self.setting.shelf.receive(peer, frame))
+        if peer in self._fills:
+            close_all(fds)
+            return self._noted(self._fills.receive(peer, frame))
         node = self._of_peer.get(peer)
         if node is None:
             return self._noted(self._first(peer, frame, fds))
@@ -87,11 +94,16 @@ class Server:
             self._readers.discard(peer)
             self.setting.shelf.closed(peer)
             return []
+        if peer in self._fills:
+            self._fills.closed(peer)
+            return []
         node = self._of_peer.pop(peer, None)
         return [] if node is None else self._noted(node.closed(peer))
 
     def dialed(self, key: int, peer: int | None) -> list[Instruction]:
         """What became of a dial: the new connection's number, or None."""
+        if self._fills.dials(key):
+            return self._fills.dialed(key, peer)
         node = self._dials.pop(key, None)
         if node is None or node.dialing != key:
             if peer is None:
@@ -105,11 +117,14 @@ class Server:
         """Time has passed."""
         self._now = now
         ticked = [x for node in self.nodes.values() for x in node.tick(now)]
-        return self._noted([*ticked, *self.setting.shelf.woken()])
+        return self._noted([*ticked, *self._woken()])
 
     def woken(self) -> list[Instruction]:
         """A thread has finished something."""
-        return self._noted(self.setting.shelf.woken())
+        return self._noted(self._woken())
+
+    def _woken(self) -> list[Instruction]:
+        return [*self.setting.shelf.woken(), *self._fills.woken()]
 
     def work(self) -> list[Instruction]:
         """What may come after the answers: followers apply what they have accepted."""
@@ -140,7 +155,7 @@ class Server:
             notices = (Frame(Kind.NOTICE, shard=done.shard, body=m.pack(done)) for done in said)
             instructions = [*instructions, *(Outgoing(COORDINATOR, notice) for notice in notices)]
         for x in instructions:
-            if not isinstance(x, Outgoing):
+            if not isinstance(x, Outgoing) and not self._fills.dials(x.key):
                 self._dials[x.key] = next(node for node in self.nodes.values() if node.dialing == x.key)
         return instructions
 
@@ -154,7 +169,9 @@ class Server:
         if isinstance(message, m.View):
             return self.adopt(message)
         if isinstance(message, v.DropVersion):
-            return self.setting.shelf.drop(message.numbers)
+            return [*self._fills.drop(message.numbers), *self.setting.shelf.drop(message.numbers)]
+        if isinstance(message, v.Hold):
+            return self._fills.begin(message)
         node = self.nodes.get(frame.shard)
         return [] if node is None else node.coordinator(frame, message)
 

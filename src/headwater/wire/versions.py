@@ -64,11 +64,15 @@ class Found(msgspec.Struct, frozen=True, tag="found"):
 
 
 class Lease(msgspec.Struct, frozen=True, tag="lease"):
-    """Hold a version. ``known``: tables whose specs this reader has. It ends with ``Release`` or the reader."""
+    """Hold a version. ``known``: tables whose specs this reader has. It ends with ``Release`` or the reader.
+
+    ``patience``: seconds in which a relay may fetch a version that it has not.
+    """
 
     model: str
     name: str
     known: tuple[int, ...] = ()
+    patience: float = 0.0
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -106,9 +110,10 @@ class Release(msgspec.Struct, frozen=True, tag="release"):
 
 
 class ListVersions(msgspec.Struct, frozen=True, tag="list_versions"):
-    """``model``: empty for all."""
+    """``model``: empty for all. ``after``: a list that is known; answered when there is another one, at once for 0."""
 
     model: str = ""
+    after: int = 0
 
 
 class VersionStatus(msgspec.Struct, frozen=True):
@@ -122,7 +127,14 @@ class VersionStatus(msgspec.Struct, frozen=True):
 
 
 class VersionList(msgspec.Struct, frozen=True, tag="version_list"):
+    """``revision``: another one, if what there is changes. ``silent``: seconds since a relay last heard from where its
+    versions come from, 0 while it hears; ``why``: what it knows of that.
+    """
+
     versions: tuple[VersionStatus, ...]
+    revision: int = 0
+    silent: float = 0.0
+    why: str = ""
 
 
 class SetTag(msgspec.Struct, frozen=True, tag="set_tag"):
@@ -177,6 +189,16 @@ class PartDone(msgspec.Struct, frozen=True, tag="part_done"):
     error: str = ""
 
 
+class Hold(msgspec.Struct, frozen=True, tag="hold"):
+    """To a server that has become a copy of a shard: fetch its parts of a version, so that it can serve them too."""
+
+    number: int
+    shard: int
+    parts: tuple[PartDigest, ...]
+    specs: tuple[tuple[int, TableSpec], ...]
+    holder: Holder
+
+
 class DropVersion(msgspec.Struct, frozen=True, tag="drop_version"):
     """Nobody wants these any more."""
 
@@ -224,4 +246,4 @@ class Unmap(msgspec.Struct, frozen=True, tag="unmap"):
 
 VersionRequest = Publish | Await | Watch | Lease | ListVersions | SetTag | Retire | Fetch
 VersionReply = Publishing | Found | Leased | VersionList | Part
-VersionNotice = Release | CutVersion | PartDone | DropVersion | Unmap
+VersionNotice = Release | CutVersion | PartDone | DropVersion | Hold | Unmap

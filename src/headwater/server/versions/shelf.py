@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from headwater.cluster.placement import BLOCK
+from headwater.cluster.placement import BLOCK, layout
 from headwater.cluster.spans import spans
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, VersionExpired
 from headwater.server.table import Table
 from headwater.server.versions.cut import PartCut
 from headwater.transports.rooms import Room, Rooms
+from headwater.types import TableSpec
 from headwater.wire import delta
 from headwater.wire import messages as m
 from headwater.wire import versions as v
@@ -28,6 +29,10 @@ from headwater.wire.sums import Sums, digest, pack
 
 DELTAS = 8
 """Encoded deltas of one part that are kept, each from another base."""
+
+
+Encoded = bytes | memoryview
+"""A delta."""
 
 
 class Key(NamedTuple):
@@ -56,7 +61,7 @@ class Held:
     spans: tuple[delta.Span, ...]
     sums: Sums | None = None
     cut: PartCut | None = None
-    deltas: dict[int, bytes | None] = field(default_factory=dict)
+    deltas: dict[int, Encoded | None] = field(default_factory=dict)
     waiting: dict[int, list[Asked]] = field(default_factory=dict)
 
 
@@ -83,16 +88,24 @@ class _Job(NamedTuple):
 class Shelf:
     """``wake`` makes the owner call ``woken`` soon; without it (no threads) everything is done at once.
 
-    ``number``: of this server. ``checked``: frames carry checksums of their bytes, beside the parts' own.
+    ``number``: of this server, in a cluster of ``shards`` shards. ``checked``: frames carry checksums of their bytes,
+    beside the parts' own.
     """
 
     def __init__(
-        self, number: int = 0, *, share: bool = False, wake: Callable[[], None] | None = None, checked: bool = False
+        self,
+        number: int = 0,
+        shards: int = 1,
+        *,
+        share: bool = False,
+        wake: Callable[[], None] | None = None,
+        checked: bool = False,
     ) -> None:
         self.rooms = Rooms(share)
         self.parts: dict[Key, Held] = {}
         self.sent_bytes = 0  # to readers, over connections
         self._number = number
+        self._shards = shards
         self._wake = wake
         self._checked = checked
         self._making: dict[tuple[int, int], _Making] = {}
@@ -164,9 +177,31 @@ class Shelf:
         """Let the coordinator hear of this shard's part of a version."""
         self.said.append(self._standing(number, shard))
 
-    def put(self, key: Key, room: Room, sums: Sums, layout: tuple[delta.Span, ...]) -> None:
-        """A part that was fetched."""
-        self.parts[key] = Held(room, layout, sums)
+    def take_in(
+        self,
+        number: int,
+        shard: int,
+        got: Sequence[tuple[Key, Room, Sums]],
+        specs: Sequence[tuple[int, TableSpec]],
+    ) -> None:
+        """All of a shard's part of a version, fetched from another server: from now on this one holds it too."""
+        known = dict(specs)
+        for key, room, sums in got:
+            plan = layout(known[key.table], self._shards)
+            self.put(key, room, sums, spans(known[key.table], plan.segments[shard], room.size))
+        self._making[number, shard] = _Making([key for key, _, _ in got], ())
+        self.say(number, shard)
+
+    def put(
+        self,
+        key: Key,
+        room: Room,
+        sums: Sums,
+        layout: tuple[delta.Span, ...],
+        deltas: Mapping[int, Encoded | None] | None = None,
+    ) -> None:
+        """A part that was fetched. ``deltas``: to it, by the number of their base, as they came."""
+        self.parts[key] = Held(room, layout, sums, deltas=dict(deltas or {}))
 
     def before_write(self, shard: int, table: int, ranges: Sequence[tuple[int, int]]) -> None:
         """These bytes of a table are about to change."""
@@ -263,7 +298,7 @@ class Shelf:
             self._encode(_Job(key, request.base, base.room.lend(), held.room.lend(), held.spans))
         return self.woken() if self._wake is None else []
 
-    def _answer(self, asked: Asked, held: Held, encoded: bytes | None) -> list[Instruction]:
+    def _answer(self, asked: Asked, held: Held, encoded: Encoded | None) -> list[Instruction]:
         if encoded is None:
             return self._whole(asked, held)
         return self._send(asked, self._part(held, "delta", len(encoded)), memoryview(encoded))
