@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import headwater
-from headwater.cli import plugins
+from headwater.cli import plugins, versions
 from headwater.cli.add_server import add_server
 from headwater.cli.console import complain
 from headwater.cli.drain import drain
@@ -56,6 +56,7 @@ def build(words: Sequence[str]) -> typer.Typer:
     app.command("add-server")(add_server)
     app.command()(drain)
     app.command()(snapshot)
+    app.add_typer(versions.app, name="versions")
     called = next((word for word in words if not word.startswith("-")), None)
     plugins.add(app, called)
     return app

@@ -115,10 +115,12 @@ def draw(
             counted(len(workers), "worker"),
         )
     )
-    parts: list[RenderableType] = [Text(f"Headwater, up {_duration(now.uptime)}: {head}", "bold"), health(now)]
+    parts: list[RenderableType] = [Text(f"Headwater, up {duration(now.uptime)}: {head}", "bold"), health(now)]
     parts += [Text(), _servers(now, earlier, seconds, width >= _ALL), Text(), _shards(now)]
     if now.tables:
         parts += [Text(), _tables(now)]
+    if now.models:
+        parts += [Text(), _models(now)]
     if now.workers:
         parts += [Text(), _workers(now, earlier, seconds)]
     return Group(*parts)
@@ -166,7 +168,7 @@ def ranges(numbers: Sequence[int]) -> str:
     return " ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs) or "–"
 
 
-def _grid(title: str, *columns: str) -> Table:
+def grid(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for column in columns:
         name, right, _ = column.partition(">")
@@ -180,7 +182,7 @@ def _servers(now: ClusterStatus, earlier: ClusterStatus | None, seconds: float, 
         "server>", more[0], "pid>", "state", "primary", "backup", "learner", "memory>", more[1], "pushed>", "pulled>",
         more[2],
     )  # fmt: skip
-    table = _grid("Servers", *filter(None, columns))
+    table = grid("Servers", *filter(None, columns))
     old = {server.pid: server for server in earlier.servers} if earlier else {}
     for server in sorted(now.servers, key=lambda server: server.server):
         was = old.get(server.pid)
@@ -196,7 +198,7 @@ def _servers(now: ClusterStatus, earlier: ClusterStatus | None, seconds: float, 
             str(server.sessions),
             _flow(server.pushed_bytes, was.pushed_bytes if was else None, seconds),
             _flow(server.pulled_bytes, was.pulled_bytes if was else None, seconds),
-            _duration(server.uptime),
+            duration(server.uptime),
         )
         table.add_row(*(cell for cell, column in zip(cells, columns, strict=True) if column))
     return table
@@ -204,7 +206,7 @@ def _servers(now: ClusterStatus, earlier: ClusterStatus | None, seconds: float, 
 
 def _shards(now: ClusterStatus) -> Table:
     """What stands out: a shard that nobody serves, one with fewer copies than wanted."""
-    table = _grid("Shards", "shard>", "epoch>", "primary>", "backups", "learners", "LSN>", "lag>", "copies")
+    table = grid("Shards", "shard>", "epoch>", "primary>", "backups", "learners", "LSN>", "lag>", "copies")
     for shard in now.shards:
         blocked = not _served(shard) or shard.copies < now.min_copies
         style = "bold red" if blocked else "" if shard.copies >= shard.wanted else "yellow"
@@ -224,7 +226,7 @@ def _shards(now: ClusterStatus) -> Table:
 
 
 def _tables(now: ClusterStatus) -> Table:
-    table = _grid("Tables", "name", "parameters>", "elements>", "size>", "per shard>", "optimizer", "sync", "clock>")
+    table = grid("Tables", "name", "parameters>", "elements>", "size>", "per shard>", "optimizer", "sync", "clock>")
     for each in now.tables:
         table.add_row(
             each.name,
@@ -239,8 +241,27 @@ def _tables(now: ClusterStatus) -> Table:
     return table
 
 
+def _models(now: ClusterStatus) -> Table:
+    """What is published, one line per model; what no server holds any more stands out."""
+    table = grid("Published", "model", "newest", "step>", "age>", "versions>", "tags", "leases>", "held>")
+    for each in now.models:
+        newest = each.newest
+        table.add_row(
+            each.model,
+            newest.name if newest is not None else "–",
+            f"{newest.step:,}" if newest is not None else "–",
+            duration(max(0.0, time.time() - newest.time)) if newest is not None else "–",
+            f"{each.versions}, {each.lost} lost" if each.lost else str(each.versions),
+            " ".join(each.tags) or "–",
+            str(each.leases),
+            size(each.nbytes),
+            style="bold red" if newest is None else "yellow" if each.lost else "",
+        )
+    return table
+
+
 def _workers(now: ClusterStatus, earlier: ClusterStatus | None, seconds: float) -> Table:
-    table = _grid(
+    table = grid(
         "Workers and readers", "rank>", "role", "pid>", "state", "clock>", "staleness>", "heard>", "pushed>", "pulled>"
     )
     old = {worker.pid: worker for worker in earlier.workers} if earlier else {}
@@ -288,7 +309,8 @@ def _flow(count: int, before: int | None, seconds: float) -> str:
     return size(count) if before is None else f"{size(max(0, count - before) / seconds)}/s"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """``3 min 7 s``: two units, down to seconds."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

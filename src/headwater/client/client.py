@@ -310,13 +310,13 @@ class Client:
         """Take a tag away; its version may be retired then. Raises ``UnknownVersion`` if there is none."""
         publication.untag(self.ask, model, tag)
 
-    def rollback(self, model: str, tag: str) -> VersionStatus:
-        """Move a tag to the parent of the version that it means now, which is returned.
+    def rollback(self, model: str, tag: str, to: str | None = None) -> VersionStatus:
+        """Move a tag that is there to the parent of the version that it means now, or to ``to``; that is returned.
 
         Raises ``UnknownVersion`` (no such tag, or no parent) or ``VersionExpired`` (the parent was retired or is lost);
         the tag means what it did.
         """
-        return publication.rollback(self.ask, model, tag)
+        return publication.rollback(self.ask, model, tag, to)
 
     def retire(self, model: str, name: str) -> None:
         """Let a version go before its time. Raises ``UsageError`` while a tag or lease holds it, ``UnknownVersion``."""

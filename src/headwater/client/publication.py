@@ -102,13 +102,16 @@ def untag(ask: Ask, model: str, tag: str) -> None:
     ask(v.SetTag(model, tag, ""))
 
 
-def rollback(ask: Ask, model: str, tag: str) -> v.VersionStatus:
+def rollback(ask: Ask, model: str, tag: str, to: str | None = None) -> v.VersionStatus:
     """See ``Client.rollback``."""
     found = versions(ask, model)
     now = next((each for each in found if tag in each.tags), None)
     if now is None:
         known = sorted({name for each in found for name in each.tags} - {"latest"})
         raise UnknownVersion(f"{model!r} has no tag {tag!r}; it has {', '.join(known) or 'none'}. Nothing was changed")
+    if to is not None:
+        ask(v.SetTag(model, tag, to))
+        return next((each for each in found if to in (each.info.name, *each.tags)), now)
     stays = f"{tag!r} still means {now.info.name!r} (number {now.info.number})"
     if not now.info.parent:
         raise UnknownVersion(f"{now.info.name!r} is the first version of {model!r}, without a parent; {stays}")

@@ -185,9 +185,9 @@ class Reader:
         """Take a tag away: see ``Client.untag``."""
         publication.untag(self._ask_in_time, self.model, tag)
 
-    def rollback(self, tag: str) -> v.VersionStatus:
-        """Move a tag to the parent of what it means now: see ``Client.rollback``."""
-        return publication.rollback(self._ask_in_time, self.model, tag)
+    def rollback(self, tag: str, to: str | None = None) -> v.VersionStatus:
+        """Move a tag to the parent of what it means now, or to ``to``: see ``Client.rollback``."""
+        return publication.rollback(self._ask_in_time, self.model, tag, to)
 
     def retire(self, name: str) -> None:
         """Let a version go before its time: see ``Client.retire``."""
