@@ -75,6 +75,17 @@ class _Making:
     error: str = ""
 
 
+@dataclass(slots=True)
+class _Given:
+    """A part as memory, given to one reader ``count`` times more than the reader has said that it unmapped it.
+
+    A reader may map a part twice; its word does not say which mapping is gone, so only the last one counts.
+    """
+
+    rooms: set[Room] = field(default_factory=set)
+    count: int = 0
+
+
 class _Job(NamedTuple):
     """A delta to be encoded. The views keep both parts' memory from being used again meanwhile."""
 
@@ -111,7 +122,7 @@ class Shelf:
         self._making: dict[tuple[int, int], _Making] = {}
         self.said: list[v.PartDone] = []  # for the coordinator, on its way
         self._cutting: dict[Key, PartCut] = {}
-        self._given: dict[tuple[Key, int], Room] = {}  # descriptors, by whom they went to
+        self._given: dict[tuple[Key, int], _Given] = {}  # by whom the descriptors went to
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._made: queue.SimpleQueue[tuple[Key, int, bytes | None]] = queue.SimpleQueue()
         self._encoder: threading.Thread | None = None
@@ -265,15 +276,25 @@ class Shelf:
             raise ProtocolError(f"{frame.kind.name} from a reader of versions")
         notice = m.unpack_notice(frame.body) if frame.body else None
         if isinstance(notice, v.Unmap):
-            room = self._given.pop((Key(notice.number, notice.shard, notice.table), peer), None)
-            if room is not None:
-                room.forget(peer, clean=True)
+            self._unmapped(Key(notice.number, notice.shard, notice.table), peer)
         return []
+
+    def _unmapped(self, key: Key, peer: int) -> None:
+        given = self._given.get((key, peer))
+        if given is None:
+            return
+        given.count -= 1
+        if not given.count:
+            self._forget((key, peer), clean=True)
+
+    def _forget(self, given: tuple[Key, int], *, clean: bool) -> None:
+        for room in self._given.pop(given).rooms:
+            room.forget(given[1], clean=clean)
 
     def closed(self, peer: int) -> None:
         """A reader's connection ended. It may still map what it was given."""
         for given in [given for given in self._given if given[1] == peer]:
-            self._given.pop(given).forget(peer, clean=False)
+            self._forget(given, clean=False)
         for held in self.parts.values():
             for base, waiting in held.waiting.items():
                 held.waiting[base] = [asked for asked in waiting if asked.peer != peer]
@@ -285,7 +306,9 @@ class Shelf:
             return [_refuse(asked, _expired(key))]
         if request.shared and held.room.fd >= 0:
             held.room.readers.add(asked.peer)
-            self._given[key, asked.peer] = held.room
+            given = self._given.setdefault((key, asked.peer), _Given())
+            given.rooms.add(held.room)
+            given.count += 1
             body = m.pack(self._part(held, "shared", 0))
             return [Outgoing(asked.peer, Frame(Kind.REPLY, seq=asked.seq, body=body), (held.room.fd,))]
         base = self.parts.get(key._replace(number=request.base))
