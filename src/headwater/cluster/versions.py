@@ -236,7 +236,7 @@ class Versions:
         self.retain()
 
     def adopt(self, origin: v.Leased, keep: int, session: int | None = None) -> None:
-        """A version that was made elsewhere is here, whole. ``keep``: as in ``Publish``; leased at once by ``session``."""
+        """A version that was made elsewhere is here, whole, leased by ``session``. ``keep``: as in ``Publish``."""
         parts = {(part.shard, part.table): v.PartDigest(part.table, part.size, part.digest) for part in origin.parts}
         shards = tuple(sorted({shard for shard, _ in parts}))
         ask = v.Publish(origin.info.model, origin.info.name, origin.tables, keep=keep)

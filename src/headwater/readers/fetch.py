@@ -5,13 +5,21 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from headwater.cluster.placement import layout
-from headwater.errors import DeltaCorrupt, HeadwaterError, LinkError, ProtocolError, VersionExpired
+from headwater.errors import (
+    DeadlineExceeded,
+    DeltaCorrupt,
+    HeadwaterError,
+    LinkError,
+    ProtocolError,
+    VersionExpired,
+)
 from headwater.readers.line import Answer, Dial, Line
 from headwater.readers.stored import Key, Mapped, Mine, Place, Stored, Table, Theirs
 from headwater.transports import memory
@@ -40,15 +48,31 @@ class _Asked(NamedTuple):
     room: list[Room]
 
 
+class _Landed(NamedTuple):
+    """Where a part is, and the question that it came in answer to: the second, if the first one's was damaged."""
+
+    place: Place
+    asked: _Asked
+
+
+class Got(NamedTuple):
+    """A part in memory of this process. ``delta``: what came instead of the whole part, if it did."""
+
+    at: v.PartAt
+    room: Room
+    sums: sums.Sums
+    delta: memoryview | None
+
+
 class Fetcher:
     """The connections of one reader, and the memory that it fetches into.
 
-    ``share``: map holders' memory where possible. One thread at a time fetches; what goes wrong is a ``LinkError``,
-    ``VersionExpired``, ``NotEnoughMemory`` or ``DeadlineExceeded``.
+    ``share``: map holders' memory where possible. ``rooms``: memory that others use too. One thread at a time fetches;
+    what goes wrong is a ``LinkError``, ``VersionExpired``, ``NotEnoughMemory`` or ``DeadlineExceeded``.
     """
 
-    def __init__(self, dial: Dial, *, share: bool = True) -> None:
-        self.rooms = Rooms(share=True)
+    def __init__(self, dial: Dial, *, share: bool = True, rooms: Rooms | None = None) -> None:
+        self.rooms = rooms or Rooms(share=True)
         self.counts = Counts()
         self._dial = dial
         self._share = share
@@ -76,6 +100,10 @@ class Fetcher:
     def _places(self, leased: v.Leased, base: Stored | None, deadline: float) -> dict[tuple[int, int], Place]:
         """All parts are asked for at once, then waited for one by one."""
         have = base.rooms if base is not None else {}
+
+        def wait(asked: _Asked) -> v.Part:
+            return asked.line.wait(asked.answer, deadline)
+
         number = base.info.number if base is not None else 0
         asked: list[_Asked] = []
         places: dict[tuple[int, int], Place] = {}
@@ -85,7 +113,7 @@ class Fetcher:
                 usable = number if room is not None and room.size == at.size else 0
                 asked.append(self._ask(leased.info.number, at, usable))
             for each in asked:
-                places[each.at.shard, each.at.table] = self._wait(each, have, deadline)
+                places[each.at.shard, each.at.table] = self._wait(each, have, wait).place
         except BaseException:
             for place in places.values():
                 self._give_up(place)
@@ -101,17 +129,50 @@ class Fetcher:
             memory.close_all((place.fd,))
             place.unmapped()
 
-    # ---- one part --------------------------------------------------------------------------------
+    # ---- parts -----------------------------------------------------------------------------------
 
-    def part(self, number: int, at: v.PartAt, base: int, have: Room | None, deadline: float) -> tuple[Room, sums.Sums]:
-        """One part in memory of this process, for a relay; ``have`` holds version ``base`` of it."""
+    def parts(
+        self,
+        number: int,
+        wanted: Sequence[v.PartAt],
+        base: int,
+        have: Mapping[tuple[int, int], Room],
+        stall: float,
+        got: Callable[[Got], None],
+    ) -> None:
+        """Parts of a version in memory of this process, for a relay, each handed to ``got`` as it comes.
+
+        ``have``: those of version ``base`` that are here, by (shard, table). ``stall``: seconds in which something must
+        come. Raises as ``store``.
+        """
         with self._turn:
-            asked = self._ask(number, at, base if have is not None and have.size == at.size else 0)
-            found = {} if have is None else {(at.shard, at.table): have}
-            place = self._wait(asked, found, deadline)
-            assert isinstance(place, Mine)
-            assert asked.answer.part is not None
-            return place.room, sums.unpack(asked.answer.part.sums)
+            asked: list[_Asked] = []
+            landed = 0
+            try:
+                for at in wanted:
+                    room = have.get((at.shard, at.table))
+                    asked.append(self._ask(number, at, base if room is not None and room.size == at.size else 0))
+                for each in asked:
+                    place, last = self._wait(each, have, lambda each: self._patient(each, stall))
+                    landed += 1
+                    assert isinstance(place, Mine)
+                    assert last.answer.part is not None
+                    delta = last.answer.target if last.answer.part.encoding == "delta" else None
+                    got(Got(each.at, place.room, sums.unpack(last.answer.part.sums), delta))
+            except BaseException:
+                for each in asked[landed:]:
+                    self._drop(each.line)
+                raise
+
+    def _patient(self, asked: _Asked, stall: float) -> v.Part:
+        """Wait for a part for as long as bytes come."""
+        while True:
+            before = self.fetched_bytes
+            try:
+                return asked.line.wait(asked.answer, time.monotonic() + stall)
+            except DeadlineExceeded:
+                if self.fetched_bytes == before:
+                    raise
 
     def _ask(self, number: int, at: v.PartAt, base: int) -> _Asked:
         line = self._line(at)
@@ -136,24 +197,24 @@ class Fetcher:
 
         return _Asked(at, (number, at.shard, at.table), line, line.ask(fetch, land), room)
 
-    def _wait(self, asked: _Asked, have: Mapping[tuple[int, int], Room], deadline: float) -> Place:
+    def _wait(self, asked: _Asked, have: Mapping[tuple[int, int], Room], wait: Callable[[_Asked], v.Part]) -> _Landed:
         """The part, checked. What came damaged is fetched once more, whole."""
         try:
-            part = asked.line.wait(asked.answer, deadline)
+            part = wait(asked)
             if part.encoding == "shared":
-                return self._shared(asked)
+                return _Landed(self._shared(asked), asked)
             if part.encoding == "delta":
                 asked.room.append(self.rooms.take(asked.at.size))
                 self._apply(asked, have[asked.at.shard, asked.at.table])
             else:
                 self._count(whole_parts=1)
             self._verify(asked, part)
-            return Mine(asked.room[0])
+            return _Landed(Mine(asked.room[0]), asked)
         except DeltaCorrupt:
             self._recycle(asked)
             self._count(damaged=1)
             if asked.answer.part is not None and asked.answer.part.encoding == "delta":
-                return self._wait(self._ask(asked.key[0], asked.at, 0), have, deadline)
+                return self._wait(self._ask(asked.key[0], asked.at, 0), have, wait)
             raise
         except HeadwaterError:
             self._recycle(asked)
@@ -227,6 +288,11 @@ class Fetcher:
 
     def _count(self, **more: int) -> None:
         self.counts = self.counts._replace(**{name: getattr(self.counts, name) + by for name, by in more.items()})
+
+    def hang_up(self) -> None:
+        """From any thread: end a fetch that is under way with ``LinkBroken``."""
+        for line in list(self._lines.values()):
+            line.close()
 
     def close(self) -> None:
         """Hang up. Versions that are here stay."""

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from headwater.cluster.placement import BLOCK
 from headwater.errors import HeadwaterError, LinkBroken, ProtocolError
 from headwater.transports.memory import close_all
 from headwater.transports.stream import Handler, Link
@@ -80,6 +81,8 @@ class Line:
 
     def landing(self, frame: Frame) -> memoryview:
         answer = self._asked.get(frame.seq)
+        if frame.kind == Kind.PIECE and answer is not None and answer.error is not None and frame.length <= BLOCK:
+            return memoryview(bytearray(frame.length))  # it goes nowhere
         if frame.kind != Kind.PIECE or answer is None or frame.start + frame.length > len(answer.target):
             raise ProtocolError(f"{frame.kind.name} of bytes that nobody asked {self.holder.address} for")
         return answer.target[frame.start : frame.start + frame.length]
@@ -115,7 +118,6 @@ class Line:
             answer.target = answer.land(part)
         except HeadwaterError as error:
             answer.error = error
-            answer.target = memoryview(bytearray(part.nbytes))  # what comes goes nowhere
         if not part.nbytes:
             self._end(frame.seq, answer)
 

@@ -138,6 +138,7 @@ class Joined(msgspec.Struct, frozen=True, tag="joined"):
     views: tuple[ShardView, ...]
     members: int = 0  # the membership epoch
     durable: bool = False  # the coordinator comes back after a crash
+    relay: bool = False  # versions come here from elsewhere
 
 
 class Declared(msgspec.Struct, frozen=True, tag="declared"):
