@@ -83,8 +83,8 @@ class Stats(NamedTuple):
 
 
 class Applied(NamedTuple):
-    """``changed`` words, as the delta says, and the byte ranges of the part (``(start, stop)``, ascending, apart) outside
-    of which nothing was written."""
+    """``changed`` words, as the delta says, and the byte ranges of the part (``(start, stop)``, ascending, apart)
+    outside of which nothing was written."""
 
     changed: int
     ranges: tuple[tuple[int, int], ...]
@@ -113,7 +113,7 @@ def warm() -> None:
 def encode(old: Array, new: Array, spans: Sequence[Span], most: float = DENSE) -> bytes | None:
     """The delta that turns ``old`` into ``new`` (uint8, 1-D, C-contiguous, one length, at addresses that 8 divides).
 
-    Returns None, as soon as that is known, if it would take more than ``most`` of the spans' bytes: then send them whole.
+    Returns None, as soon as that is known, if it would take more than ``most`` of the spans' bytes: send them whole.
 
     Raises:
         UsageError: the arrays or the spans are not as described.
@@ -134,9 +134,7 @@ def encode(old: Array, new: Array, spans: Sequence[Span], most: float = DENSE) -
     at = total = 0
     for span in spans:
         before, after = old[span.start : span.stop], new[span.start : span.stop]
-        at, changed = kernels.encode(
-            _words(before, span.word), _words(after, span.word), _longs(before), _longs(after), out, at, limit, scratch
-        )
+        at, changed = kernels.encode(_words(before, span.word), _words(after, span.word), out, at, limit, scratch)
         total += changed
         if at < 0:
             return None
@@ -171,11 +169,12 @@ def apply(target: Array, delta: Buffer | Array) -> Applied:
     if found.length != length:
         raise DeltaCorrupt(f"the delta is for a part of {found.length} bytes and this one has {length}; fetch it whole")
     kernels = _kernels()
+    scratch = np.empty((2, kernels.BLOCK // 2), np.uint64)
     at, ranges = 0, []
     for span in found.spans:
         words = _words(target[span.start : span.stop], span.word)
         touched = np.zeros(-(-(span.stop - span.start) // kernels.BLOCK), np.uint8)
-        at = kernels.apply(words, found.stream, at, touched)
+        at = kernels.apply(words, found.stream, at, touched, scratch)
         ranges += list(_ranges(touched, span, kernels.BLOCK))
     return Applied(found.changed, tuple(ranges))
 
@@ -210,7 +209,7 @@ def _opened(raw: Array) -> _Delta:
     """Header and spans, checked against the size and the checksum."""
     if raw.size < _HEAD.size:
         raise _corrupt(f"{raw.size} bytes are less than a header")
-    magic, version, check, length, bits, changed, count, zero = _HEAD.unpack_from(raw)
+    magic, version, check, length, bits, changed, count, zero = _HEAD.unpack_from(raw.data)
     if magic != MAGIC or zero:
         raise _corrupt("it does not begin as one")
     if version != VERSION:
@@ -219,7 +218,7 @@ def _opened(raw: Array) -> _Delta:
         )
     if raw.size != _HEAD.size + count * _SPAN + 8 * _stream_words(bits):
         raise _corrupt(f"{raw.size} bytes are not what its header says")
-    if xxhash.xxh3_64_intdigest(raw[16:]) != check:
+    if xxhash.xxh3_64_intdigest(raw[16:].data) != check:
         raise _corrupt("wrong checksum")
     body = raw[_HEAD.size :].view(np.uint64)
     spans = tuple(Span(*row) for row in body[: count * 3].reshape(-1, 3).tolist())
@@ -234,7 +233,7 @@ def _opened(raw: Array) -> _Delta:
 def _sealed(length: int, bits: int, changed: int, spans: Sequence[Span], stream: Array) -> bytes:
     table = np.array(spans, np.uint64).tobytes()
     head = _HEAD.pack(MAGIC, VERSION, 0, length, bits, changed, len(spans), 0)
-    body = memoryview(stream).cast("B")
+    body = stream.data.cast("B")
     seal = xxhash.xxh3_64(head[16:])
     seal.update(table)
     seal.update(body)
@@ -271,10 +270,6 @@ def _length_of(part: Array) -> int:
 
 def _words(part: Array, word: int) -> Array:
     return part.view(np.uint16 if word == 2 else np.uint32)
-
-
-def _longs(part: Array) -> Array:
-    return part[: part.size // 8 * 8].view(np.uint64)
 
 
 def _bytes_of(delta: Buffer | Array) -> Array:

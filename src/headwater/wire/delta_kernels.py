@@ -1,9 +1,10 @@
 """The compiled loops of ``delta.py``: the one file that imports Numba. Import it late; the first import compiles.
 
 All of them release the GIL, allocate nothing, and are compiled for the processor at hand when this module is first
-imported; Numba keeps the machine code beside the module (or in the user's cache folder), so later processes only load it.
+imported; Numba keeps the machine code beside the module (or in the user's cache folder), and later processes load it.
 
 Bits are numbered from the lowest bit of the lowest word: bit ``at`` is bit ``at % 64`` of the 64-bit word ``at // 64``.
+Indices of the inner loops are unsigned, because Numba gives signed ones Python's meaning below zero, at a price.
 """
 
 from __future__ import annotations
@@ -14,12 +15,19 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba.extending import intrinsic
+
+types: Any = numba.types
 
 BLOCK = 32768
 """Bytes of a part that are indexed together. They fit the first cache beside their older version."""
+
+GROUP = 32
+"""Words that are compared at once."""
+
+LONG = 16
+"""Zeros that are written at once; fewer and a gap's rest and a value always fit 64 bits."""
 
 EMPTY, SPARSE, FULL = 0, 1, 2
 """What a run is: none (the block ends), some words by their gaps, all words of the block."""
@@ -38,19 +46,26 @@ def _compiled(*signatures: Any) -> Callable[[F], F]:
     """``numba.njit`` for these signatures at once, without the GIL, kept on disk where a folder can be written."""
 
     def decorate(function: F) -> F:
-        options = {"nogil": True, "error_model": "numpy"}
+        kinds: Any = list(signatures) or None
         try:
-            return cast(F, numba.njit(list(signatures) or None, cache=True, **options)(function))
+            made: Any = numba.njit(kinds, nogil=True, error_model="numpy", cache=True)
+            return cast(F, made(function))
         except RuntimeError:  # no folder to keep machine code in: every process compiles anew
-            return cast(F, numba.njit(list(signatures) or None, **options)(function))
+            made = numba.njit(kinds, nogil=True, error_model="numpy")
+            return cast(F, made(function))
 
     return decorate
+
+
+def _intrinsic(function: Callable[..., Any]) -> Any:
+    """Numba's ``intrinsic``: what the function returns is a signature and what builds its LLVM instructions."""
+    return intrinsic(function)
 
 
 def _counter(name: str) -> Any:
     """A Numba intrinsic for LLVM's ``ctlz`` or ``cttz``: zero bits at one end of a uint64, 64 for zero; int64."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @_intrinsic
     def count(context: Any, value: Any) -> Any:
         def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return getattr(builder, name)(arguments[0], ir.Constant(ir.IntType(1), 0))  # 0: zero is allowed
@@ -64,22 +79,38 @@ _zeros_above = _counter("ctlz")
 _zeros_below = _counter("cttz")
 
 
+@_intrinsic
+def _prefetch(context: Any, array: Any, i: Any) -> Any:
+    """Ask for the cache line of ``array[i]``, which will be written soon."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        line = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [line.type, number, number, number])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [line.type], kind)
+        builder.call(prefetch, [line, number(1), number(3), number(1)])  # to write, keep it near, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.uint64), build
+
+
 @_compiled()
 def _put(out: Any, at: int, value: Any, bits: int) -> int:
     """Write ``value`` < 2**bits at bit ``at``; what is above it in the stream becomes zero. The next bit."""
-    i = at >> 6
-    shift = np.uint64(at & 63)
+    i = np.uint64(at) >> np.uint64(6)
+    shift = np.uint64(at) & np.uint64(63)
     out[i] |= value << shift
-    out[i + 1] = (value >> np.uint64(1)) >> (np.uint64(63) - shift)
+    out[i + np.uint64(1)] = (value >> np.uint64(1)) >> (np.uint64(63) - shift)
     return at + bits
 
 
 @_compiled()
 def _peek(stream: Any, at: int) -> Any:
     """The 64 bits from bit ``at`` on."""
-    i = at >> 6
-    shift = np.uint64(at & 63)
-    return (stream[i] >> shift) | ((stream[i + 1] << np.uint64(1)) << (np.uint64(63) - shift))
+    i = np.uint64(at) >> np.uint64(6)
+    shift = np.uint64(at) & np.uint64(63)
+    return (stream[i] >> shift) | ((stream[i + np.uint64(1)] << np.uint64(1)) << (np.uint64(63) - shift))
 
 
 @_compiled()
@@ -88,38 +119,34 @@ def _mask(bits: int) -> Any:
     return (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
 
 
+@_intrinsic
+def _differences(context: Any, old: Any, new: Any, first: Any) -> Any:
+    """Bit i of the result is set where word ``first + i`` of the two arrays differs, i < GROUP; uint64."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.VectorType(context.get_data_type(signature.args[0].dtype), GROUP)
+        words = []
+        for array, value in zip(signature.args[:2], arguments[:2], strict=True):
+            data = builder.gep(context.make_array(array)(context, builder, value).data, [arguments[2]])
+            words.append(builder.load(builder.bitcast(data, kind.as_pointer()), align=array.dtype.bitwidth // 8))
+        bits = builder.bitcast(builder.icmp_unsigned("!=", *words), ir.IntType(GROUP))
+        return builder.zext(bits, ir.IntType(64))
+
+    return types.uint64(old, new, types.int64), build
+
+
 @_compiled()
-def _find(old: Any, new: Any, old8: Any, new8: Any, first: int, count: int, where: Any) -> int:
+def _find(old: Any, new: Any, first: int, count: int, where: Any) -> int:
     """Fill ``where`` with the changed ones of ``count`` words from ``first`` on, counted from there; how many."""
-    bits = 8 * old.itemsize
-    lanes = 64 // bits
-    lane = _mask(bits)
     found = 0
-    groups = count // (8 * lanes)
-    start = first // lanes
-    for group in range(groups):
-        i = start + 8 * group
-        if (
-            (
-                (old8[i] ^ new8[i])
-                | (old8[i + 1] ^ new8[i + 1])
-                | (old8[i + 2] ^ new8[i + 2])
-                | (old8[i + 3] ^ new8[i + 3])
-            )
-            | (old8[i + 4] ^ new8[i + 4])
-            | (old8[i + 5] ^ new8[i + 5])
-            | (old8[i + 6] ^ new8[i + 6])
-            | (old8[i + 7] ^ new8[i + 7])
-        ) == 0:
-            continue
-        for j in range(8):
-            different = old8[i + j] ^ new8[i + j]
-            while different != 0:
-                which = _zeros_below(different) // bits
-                where[found] = (8 * group + j) * lanes + which
-                found += 1
-                different &= ~(lane << np.uint64(which * bits))
-    for word in range(groups * 8 * lanes, count):
+    whole = count // GROUP * GROUP
+    for start in range(0, whole, GROUP):
+        different = _differences(old, new, first + start)
+        while different != 0:
+            where[np.uint64(found)] = start + _zeros_below(different)
+            found += 1
+            different &= different - np.uint64(1)
+    for word in range(whole, count):
         if old[first + word] != new[first + word]:
             where[found] = word
             found += 1
@@ -130,14 +157,15 @@ def _find(old: Any, new: Any, old8: Any, new8: Any, first: int, count: int, wher
 def _widths(old: Any, new: Any, first: int, where: Any, found: int, widths: Any, tally: Any) -> None:
     """How many bits each changed word needs (see ``delta.py``) into ``widths``, and how many need so many."""
     sign = np.uint64(1) << np.uint64(8 * old.itemsize - 1)
-    tally[:] = 0
     for i in range(found):
-        word = first + where[i]
+        word = np.uint64(first + where[i])
         step = (np.uint64(new[word]) - np.uint64(old[word])) & (sign | (sign - np.uint64(1)))
         step = (step ^ sign) - sign
-        width = 65 - _zeros_above(step ^ (np.uint64(0) - (step >> np.uint64(63))))
-        widths[i] = width
-        tally[width] += 1
+        widths[i] = 65 - _zeros_above(step ^ (np.uint64(0) - (step >> np.uint64(63))))
+    tally[:] = 0
+    for i in range(found):  # four counters in turn: neighbours need the same width, and would wait for each other
+        tally[np.uint64(i & 3), np.uint64(widths[i])] += 1
+    tally[0] += tally[1] + tally[2] + tally[3]
 
 
 @_compiled()
@@ -175,51 +203,55 @@ def _plan(tally: Any, found: int, count: int) -> tuple[int, int, int]:
 def _rice(where: Any, found: int) -> int:
     """The Rice parameter for the gaps of ``where``: the best of three about the one that their mean suggests."""
     free = where[found - 1] + 1 - found
-    middle = 64 - _zeros_above(np.uint64(free * 0.69 / found))
-    best, chosen = 1 << 60, 0
-    for parameter in range(max(0, middle - 1), min(13, middle + 1) + 1):
-        cost = found * (1 + parameter)
-        before = -1
-        for i in range(found):
-            cost += (where[i] - before - 1) >> parameter
-            before = where[i]
-        if cost < best:
-            best, chosen = cost, parameter
-    return chosen
+    low: int = min(max(0, 63 - _zeros_above(np.uint64(free * 0.69 / found))), COUNT_BITS - 3)
+    first = second = third = 0
+    before = -1
+    for i in range(found):
+        gap = (where[i] - before - 1) >> low
+        first += gap
+        second += gap >> 1
+        third += gap >> 2
+        before = where[i]
+    if first <= second + found:
+        return low
+    return low + 1 if second <= third + found else low + 2
 
 
 @_compiled()
 def _put_sparse(out: Any, at: int, new: Any, first: int, where: Any, found: int, width: int) -> int:
-    """One run of the words ``where``: head, values, gaps."""
+    """One run of the words ``where``: head, then gap and value of each."""
     parameter = _rice(where, found)
-    head = (
-        SPARSE | parameter << MODE_BITS | (width - 1) << (MODE_BITS + RICE_BITS) | (found - 1) << FULL_HEAD + RICE_BITS
-    )
-    at = _put(out, at, np.uint64(head), SPARSE_HEAD)
-    mask = _mask(width)
-    for i in range(found):
-        at = _put(out, at, np.uint64(new[first + where[i]]) & mask, width)
-    low = _mask(parameter)
+    head = SPARSE | parameter << MODE_BITS | (width - 1) << (MODE_BITS + RICE_BITS)
+    at = _put(out, at, np.uint64(head | (found - 1) << (FULL_HEAD + RICE_BITS)), SPARSE_HEAD)
+    mask, low = _mask(width), _mask(parameter)
     before = -1
     for i in range(found):
         gap = where[i] - before - 1
         before = where[i]
         quotient = gap >> parameter
-        while quotient >= 32:
-            at = _put(out, at, np.uint64(0), 32)
-            quotient -= 32
-        code = ((np.uint64(gap) & low) << np.uint64(1) | np.uint64(1)) << np.uint64(quotient)
-        at = _put(out, at, code, quotient + 1 + parameter)
+        while quotient >= LONG:
+            at = _put(out, at, np.uint64(0), LONG)
+            quotient -= LONG
+        value = np.uint64(new[np.uint64(first + where[i])]) & mask
+        code = (value << np.uint64(parameter) | (np.uint64(gap) & low)) << np.uint64(1) | np.uint64(1)
+        at = _put(out, at, code << np.uint64(quotient), quotient + 1 + parameter + width)
     return at
 
 
 @_compiled()
 def _put_full(out: Any, at: int, new: Any, first: int, count: int, width: int) -> int:
-    """One run of all ``count`` words."""
+    """One run of all ``count`` words: head, then values, as many at a time as 64 bits hold words."""
     at = _put(out, at, np.uint64(FULL | (width - 1) << MODE_BITS), FULL_HEAD)
     mask = _mask(width)
-    for i in range(count):
-        at = _put(out, at, np.uint64(new[first + i]) & mask, width)
+    lanes = 8 // new.itemsize
+    whole = count // lanes * lanes
+    for i in range(first, first + whole, lanes):
+        packed = np.uint64(0)
+        for lane in range(lanes):
+            packed |= (np.uint64(new[np.uint64(i + lane)]) & mask) << np.uint64(lane * width)
+        at = _put(out, at, packed, lanes * width)
+    for i in range(first + whole, first + count):
+        at = _put(out, at, np.uint64(new[i]) & mask, width)
     return at
 
 
@@ -228,7 +260,7 @@ def _select(where: Any, widths: Any, found: int, low: int, high: int, chosen: An
     """Those of ``where`` that need more than ``low`` and at most ``high`` bits into ``chosen``; how many."""
     kept = 0
     for i in range(found):
-        chosen[kept] = where[i]
+        chosen[np.uint64(kept)] = where[i]
         kept += low < widths[i] <= high
     return kept
 
@@ -238,37 +270,36 @@ def _read(kind: Any) -> Any:
 
 
 _OUT = types.Array(types.uint64, 1, "C")
-_NUMBERS = types.Array(types.int32, 1, "C")
+_SCRATCH = types.Array(types.int32, 2, "C")
 _FLAGS = types.Array(types.uint8, 1, "C")
-_LONG = _read(types.uint64)
-_PAIR = types.UniTuple(types.int64, 2)
+_STREAM = _read(types.uint64)
 _KINDS = (types.uint16, types.uint32)
 
 
 @_compiled(
     *(
-        _PAIR(_read(kind), _read(kind), _LONG, _LONG, _OUT, types.int64, types.int64, types.Array(types.int32, 2, "C"))
+        types.Tuple((types.int64, types.int64))(_read(kind), _read(kind), _OUT, types.int64, types.int64, _SCRATCH)
         for kind in _KINDS
     )
 )
-def encode(old: Any, new: Any, old8: Any, new8: Any, out: Any, at: int, limit: int, scratch: Any) -> tuple[int, int]:
+def encode(old: Any, new: Any, out: Any, at: int, limit: int, scratch: Any) -> tuple[int, int]:
     """Write the blocks of one span from bit ``at`` of ``out`` on.
 
-    ``old``, ``new``: the span's words; ``old8``, ``new8``: the same memory as uint64, as far as it goes. ``out`` has room
-    for ``limit`` bits and four blocks more. ``scratch``: int32, 4 rows of a block's number of words.
+    ``old``, ``new``: the span's words. ``out`` has room for ``limit`` bits and four blocks more. ``scratch``: int32,
+    4 rows of a block's number of words.
 
     Returns the next bit, or -1 as soon as it lies beyond ``limit``; and the number of changed words.
     """
-    where, widths, chosen, tally = scratch[0], scratch[1], scratch[2], scratch[3, :33]
+    where, widths, chosen, tally = scratch[0], scratch[1], scratch[2], scratch[3, :132].reshape(4, 33)
     words = BLOCK // old.itemsize
     changed = 0
     for first in range(0, old.size, words):
         count = min(words, old.size - first)
-        found = _find(old, new, old8, new8, first, count, where)
+        found = _find(old, new, first, count, where)
         if found:
             changed += found
             _widths(old, new, first, where, found, widths, tally)
-            width, top, full = _plan(tally, found, count)
+            width, top, full = _plan(tally[0], found, count)
             few = _select(where, widths, found, width, 64, chosen)
             if few:
                 at = _put_sparse(out, at, new, first, chosen, few, top)
@@ -286,8 +317,8 @@ def encode(old: Any, new: Any, old8: Any, new8: Any, out: Any, at: int, limit: i
 
 
 @_compiled()
-def _check_gaps(stream: Any, at: int, bits: int, found: int, parameter: int, count: int) -> int:
-    """The bit after ``found`` gaps, or what is wrong with them."""
+def _check_words(stream: Any, at: int, bits: int, found: int, parameter: int, width: int, count: int) -> int:
+    """The bit after ``found`` gaps and values, or what is wrong with them."""
     word = -1
     for _ in range(found):
         quotient = 0
@@ -301,11 +332,11 @@ def _check_gaps(stream: Any, at: int, bits: int, found: int, parameter: int, cou
                 break
             if quotient > count:
                 return BAD_INDEX
-        at += 1
-        if at + parameter >= bits:  # a run is never the last thing in a stream
+        at += 1 + parameter + width
+        if at >= bits:  # a run is never the last thing in a stream
             return OVERREAD
-        word += 1 + (quotient << parameter) + np.int64(_peek(stream, at) & _mask(parameter))
-        at += parameter
+        rest: Any = np.int64(_peek(stream, at - parameter - width) & _mask(parameter))
+        word += 1 + (quotient << parameter) + rest
         if word >= count:
             return BAD_INDEX
     return at
@@ -314,7 +345,7 @@ def _check_gaps(stream: Any, at: int, bits: int, found: int, parameter: int, cou
 @_compiled()
 def _check_run(stream: Any, at: int, bits: int, count: int, width_bits: int) -> int:
     """The bit after the run whose mode lies at ``at`` and is not EMPTY, or what is wrong with it."""
-    head = np.int64(_peek(stream, at) & _mask(SPARSE_HEAD))
+    head: Any = np.int64(_peek(stream, at) & _mask(SPARSE_HEAD))
     mode = head & 3
     if mode == FULL:
         width = 1 + (head >> MODE_BITS & 31)
@@ -329,11 +360,10 @@ def _check_run(stream: Any, at: int, bits: int, count: int, width_bits: int) -> 
         return BAD_WIDTH
     if parameter >= COUNT_BITS or found > count:
         return BAD_INDEX
-    at += SPARSE_HEAD + found * width
-    return _check_gaps(stream, at, bits, found, parameter, count) if at < bits else OVERREAD
+    return _check_words(stream, at + SPARSE_HEAD, bits, found, parameter, width, count)
 
 
-@_compiled(types.int64(_LONG, types.int64, types.int64, types.int64, types.int64))
+@_compiled(types.int64(_STREAM, types.int64, types.int64, types.int64, types.int64))
 def check(stream: Any, at: int, bits: int, words: int, itemsize: int) -> int:
     """Read the blocks of a span of ``words`` words of ``itemsize`` bytes without a target.
 
@@ -364,46 +394,71 @@ def _nearest(word: Any, value: Any, mask: Any, half: Any) -> Any:
 
 @_compiled()
 def _apply_full(target: Any, first: int, count: int, stream: Any, at: int, width: int) -> int:
+    """Apply a run of all words of a block; the bit after it."""
     mask, half = _mask(width), np.uint64(1) << np.uint64(width - 1)
-    for word in range(first, first + count):
-        target[word] = _nearest(np.uint64(target[word]), _peek(stream, at) & mask, mask, half)
+    lanes = 8 // target.itemsize
+    whole = count // lanes * lanes
+    for i in range(first, first + whole, lanes):
+        packed = _peek(stream, at)
+        for lane in range(lanes):
+            word = np.uint64(i + lane)
+            value = (packed >> np.uint64(lane * width)) & mask
+            target[word] = _nearest(np.uint64(target[word]), value, mask, half)
+        at += lanes * width
+    for i in range(first + whole, first + count):
+        target[i] = _nearest(np.uint64(target[i]), _peek(stream, at) & mask, mask, half)
         at += width
     return at
 
 
 @_compiled()
-def _apply_sparse(target: Any, first: int, stream: Any, at: int, width: int, parameter: int, found: int) -> int:
+def _apply_sparse(
+    target: Any, first: int, stream: Any, at: int, width: int, parameter: int, found: int, scratch: Any
+) -> int:
+    """Apply a run of ``found`` words of a block; the bit after it."""
     mask, half, low = _mask(width), np.uint64(1) << np.uint64(width - 1), _mask(parameter)
-    value = at
-    at += found * width
     word = first - 1
-    for _ in range(found):
+    for i in range(found):
         quotient = 0
-        zeros = _zeros_below(_peek(stream, at))
-        while zeros == 64:
+        window = _peek(stream, at)
+        while window == 0:
             quotient += 64
             at += 64
-            zeros = _zeros_below(_peek(stream, at))
-        at += zeros + 1
-        word += 1 + ((quotient + zeros) << parameter) + np.int64(_peek(stream, at) & low)
-        at += parameter
-        target[word] = _nearest(np.uint64(target[word]), _peek(stream, value) & mask, mask, half)
-        value += width
+            window = _peek(stream, at)
+        zeros = _zeros_below(window)
+        at += zeros + 1 + parameter + width
+        if zeros + 1 + parameter + width <= 64:
+            window = (window >> np.uint64(zeros)) >> np.uint64(1)
+        else:
+            window = _peek(stream, at - parameter - width)
+        rest: Any = np.int64(window & low)
+        word += 1 + ((quotient + zeros) << parameter) + rest
+        # Memory is asked for now and written in a second loop: at one change in a hundred its latency is all there is.
+        _prefetch(target, np.uint64(word))
+        scratch[0, i] = np.uint64(word)
+        scratch[1, i] = (window >> np.uint64(parameter)) & mask
+    for i in range(found):
+        place = scratch[0, i]
+        target[place] = _nearest(np.uint64(target[place]), scratch[1, i], mask, half)
     return at
 
 
-@_compiled(*(types.int64(types.Array(kind, 1, "C"), _LONG, types.int64, _FLAGS) for kind in _KINDS))
-def apply(target: Any, stream: Any, at: int, touched: Any) -> int:
+_TARGETS = [types.Array(kind, 1, "C") for kind in _KINDS]
+
+
+@_compiled(*(types.int64(kind, _STREAM, types.int64, _FLAGS, types.Array(types.uint64, 2, "C")) for kind in _TARGETS))
+def apply(target: Any, stream: Any, at: int, touched: Any, scratch: Any) -> int:
     """Apply the blocks of one span, which ``check`` has found sound, to its words; the bit after the span.
 
-    ``touched``: one flag per block, set where the block has a run.
+    ``touched``: one flag per block, set where the block has a run. ``scratch``: uint64, 2 rows of a block's number of
+    words.
     """
     words = BLOCK // target.itemsize
-    block = 0
-    for first in range(0, target.size, words):
+    for block in range(touched.size):
+        first = block * words
         count = min(words, target.size - first)
         while True:
-            head = np.int64(_peek(stream, at) & _mask(SPARSE_HEAD))
+            head: Any = np.int64(_peek(stream, at) & _mask(SPARSE_HEAD))
             mode = head & 3
             if mode == EMPTY:
                 break
@@ -415,7 +470,6 @@ def apply(target: Any, stream: Any, at: int, touched: Any) -> int:
                 width = 1 + (head >> (MODE_BITS + RICE_BITS) & 31)
                 found = 1 + (head >> (FULL_HEAD + RICE_BITS))
                 parameter = head >> MODE_BITS & 15
-                at = _apply_sparse(target, first, stream, at + SPARSE_HEAD, width, parameter, found)
+                at = _apply_sparse(target, first, stream, at + SPARSE_HEAD, width, parameter, found, scratch)
         at += MODE_BITS
-        block += 1
     return at
