@@ -154,6 +154,10 @@ class Coordinator:
         if not self._settling:
             for worker, why in self.membership.lost_now(now):
                 self._depart(worker, clean=False, why=why)
+                if worker.rank < 0 and worker.peer is not None:  # it comes back over another connection, as a new one
+                    lost = ClusterError(f"this reader {why} and was given up; its leases end. It may join again")
+                    refusal = Frame(Kind.ERROR, body=m.error_body(lost))
+                    self._out.append(Outgoing(worker.peer, refusal, close=True))
         self._do(self.snapshots.tick(now, self._served()))
         self.publications.versions.tick(now)
         return self._flush()
