@@ -12,6 +12,7 @@ from headwater.cli.bench.recovery import longest_gap, recovery_figures
 from headwater.cli.bench.replicas import push_figures
 from headwater.cli.bench.replicas import step_figures as replica_figures
 from headwater.cli.bench.report import Figure
+from headwater.cli.bench.serve import DTYPES, TOKENS, serve_figures
 from headwater.cli.bench.small import small_figures
 from headwater.cli.bench.snapshot import Taken, longest, read_figures, slowed, start_figures, write_figures
 from headwater.cli.bench.step import step_figures
@@ -96,6 +97,9 @@ READ = {
     "warm load": [0.5],
 }
 
+SERVED = {"together": [5.0, 6.0, 7.0], "generate": [20.0, 24.0, 21.0], "first": [0.5, 1.0, 2.0], "equal": 1.0}
+SWAPPED = {"pauses": [1e-3, 3e-3], "seconds": 2.0, "tokens": 100, "requests": 9, "failed": 1, "first": [0.3]}
+
 
 def _storm() -> Course:
     """Two workers that step ten times a second; in the second half one of them is away for 2 of 4 seconds."""
@@ -155,6 +159,17 @@ def test_a_process_that_starts_counts_as_live() -> None:
     assert contributing(course.acks, course.lives, course.loud) == pytest.approx((10 + 5 + 20) / 40)
 
 
+def test_streams_are_compared_round_by_round() -> None:
+    found = _by_name(serve_figures("float32", SERVED, SWAPPED))
+    assert found["float32: streams / generate()"].value == pytest.approx(4)
+    assert found["float32: streams / generate()"].met is True
+    assert found["float32: 8 streams"].value == pytest.approx(8 * TOKENS / 6)
+    assert found["float32: time to first token, all at once, p99"].value == 2
+    assert found["float32: requests failed during 20 swaps"].met is False
+    assert found["float32: swap pause of the engine, longest"].value == pytest.approx(3)
+    assert found["float32: streams while versions change"].value == pytest.approx(50)
+
+
 def test_every_target_has_a_figure() -> None:
     made = {
         "dense": [
@@ -176,6 +191,7 @@ def test_every_target_has_a_figure() -> None:
         "replicas": [f for t in ("local", "tcp") for b in (1, 4) for f in replica_figures(t, b, COPIES)],
         "snapshot": [*write_figures([SAVED]), *read_figures(READ)],
         "recovery": [*recovery_figures(EVENTS, 0), *goodput_figures(_storm())],
+        "serve": [f for d in DTYPES for f in serve_figures(d, SERVED, SWAPPED)],
     }
     with_target = {f"{bench}: {f.name}" for bench, figures in made.items() for f in figures if f.target}
     assert with_target == set(TARGETS)

@@ -26,6 +26,7 @@ ROLES = {
     "trainer": "headwater.cli.bench.trainer:Trainer",
     "pusher": "headwater.cli.bench.memory:Pusher",
     "steady": "headwater.cli.bench.saved:Steady",
+    "generator": "headwater.cli.bench.serve:Generator",
     "loader": "headwater.cli.bench.saved:Loader",
 }
 """What a child may be: its name and the class that answers."""

@@ -32,7 +32,7 @@ Size = Annotated[int, typer.Option(min=1, help="Size of the dense table in MB.")
 Servers = Annotated[int, typer.Option(min=1, help="Servers in the cluster.")]
 Where = Annotated[Transport | None, typer.Option(help="Default: local, then tcp.")]
 
-BENCHES = ("dense", "small", "many", "step", "memory", "replicas", "snapshot", "recovery")
+BENCHES = ("dense", "small", "many", "step", "memory", "replicas", "snapshot", "recovery", "serve")
 """Each is a module of this package with a function ``measure``; ``all`` runs them in this order."""
 
 
@@ -124,6 +124,12 @@ def _snapshot(rounds: Rounds = None, servers: Servers = 2, json: Json = False) -
 def _recovery(rounds: Rounds = None, json: Json = False) -> None:
     """How long the death of a server or worker stops training, and what deaths cost in the long run."""
     run("recovery", Options(_note, rounds), json)
+
+
+@app.command("serve")
+def _serve(rounds: Rounds = None, json: Json = False) -> None:
+    """Eight answers at once on one core, beside generate() one by one, and 20 changes of weights meanwhile."""
+    run("serve", Options(_note, rounds), json)
 
 
 @app.command("all")

@@ -73,4 +73,8 @@ TARGETS: dict[str, Target] = {
     "recovery: steps lost by workers that were not struck": at_most(0),
     "recovery: throughput with 125 faults an hour / without": at_least(97),
     "recovery: share of live workers in a step": at_least(90),
+    "serve: bfloat16: streams / generate()": at_least(2),
+    "serve: bfloat16: requests failed during 20 swaps": at_most(0),
+    "serve: float32: streams / generate()": at_least(2),
+    "serve: float32: requests failed during 20 swaps": at_most(0),
 }
