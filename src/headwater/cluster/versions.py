@@ -8,6 +8,7 @@ newest ready version and cannot be moved. The coordinator has one of these, and 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,15 @@ import msgspec
 import xxhash
 
 from headwater.cluster.snapshots import Asker
-from headwater.errors import ClusterError, HeadwaterError, UnknownVersion, UsageError, VersionExists, VersionExpired
+from headwater.errors import (
+    ClusterError,
+    HeadwaterError,
+    ProtocolError,
+    UnknownVersion,
+    UsageError,
+    VersionExists,
+    VersionExpired,
+)
 from headwater.types import TableSpec, VersionInfo
 from headwater.wire import messages as m
 from headwater.wire import versions as v
@@ -28,6 +37,11 @@ METADATA = 64 << 10  # bytes of a version's metadata
 NAME = 200  # characters of a model's, version's or tag's name
 HEAL = 5.0  # seconds between two looks for servers that should hold a part and do not
 UNFINISHED = 16  # versions of one cluster that are on their way; more are refused
+RESERVED = 64  # numbers that are taken at a time: to keep each would be a wait for the disk with every version
+ABANDONED = 30.0  # seconds after which a version that nobody waits for and that is not made is given up
+TAGS = 64  # of one model
+ASKERS = 256  # questions that wait for one version, or of one connection for news; more are refused
+SHOWN = 8  # names in a message, at most
 
 
 class Known(NamedTuple):
@@ -69,9 +83,16 @@ class Entry:
     pause: float = 0.0
     leases: Counter[int] = field(default_factory=Counter)
     since: float = 0.0  # by the desk's clock, which begins anew with its process
+    prints: dict[int, int] = field(default_factory=dict)
     publishers: list[Asker] = field(default_factory=list)
     awaiting: list[Asker] = field(default_factory=list)
     origin: v.Leased | None = None
+
+    def fingerprint(self, table: int, spec: TableSpec) -> int:
+        """The fingerprint of a table's spec: made once, since every lease asks for it."""
+        if table not in self.prints:
+            self.prints[table] = v.fingerprint(spec)
+        return self.prints[table]
 
     @property
     def number(self) -> int:
@@ -96,7 +117,9 @@ class _Saved(msgspec.Struct, frozen=True):
 
 
 class Waiting(NamedTuple):
-    asker: Asker
+    """What somebody waits for over a connection; who asks the same again has given the first question up."""
+
+    peer: int
     model: str
     name: str
     after: int
@@ -111,8 +134,8 @@ class Versions:
         self._desk = desk
         self._shards = shards
         self._clock = clock
-        self._next = 1
-        self._watching: list[Waiting] = []
+        self._next = self._reserved = 1
+        self._watching: dict[Waiting, Asker] = {}
         self._listing: list[tuple[Asker, str]] = []  # who waits for another list, and of which model
         self._revision = 1
         self._healed = 0.0
@@ -126,15 +149,14 @@ class Versions:
         known = {table: self._desk.table(table) for table in ask.tables}
         twin = self._named(ask.model, ask.name)
         if twin is not None:
-            if ask.clocks and ask.clocks == twin.ask.clocks:  # asked again, over a new connection or by another worker
+            if _same(ask, twin.ask):  # asked again over a new connection, or by another worker at the same step
                 self._answer_begun(twin, asker)
                 return
             raise VersionExists(
                 f"{ask.model!r} has a version {ask.name!r} already (number {twin.number}); nothing was published. "
                 "Choose another name"
             )
-        if (ask.model, ask.name) in self.tags:
-            raise UsageError(f"{ask.name!r} is a tag of {ask.model!r}; a version needs a name of its own")
+        self._check_names(ask)
         if sum(entry.state in ("waiting", "cutting") for entry in self.entries.values()) >= UNFINISHED:
             raise ClusterError(f"{UNFINISHED} versions are on their way already; nothing was published. Wait for one")
         parent = self._newest(ask.model)
@@ -142,10 +164,34 @@ class Versions:
             ask.model, self._next, ask.name, parent.number if parent else 0, 0, ask.time,
             tuple(each.spec.name for each in known.values()), 0, "", dict(ask.metadata),
         )  # fmt: skip
-        self._next += 1
+        self._count()
         shards = sorted({shard for each in known.values() for shard in each.shards})
         entry = self.entries[info.number] = Entry(info, ask, tuple(shards), since=self._clock(), publishers=[asker])
         self.advance(entry)
+
+    def _count(self) -> None:
+        """A number is given out. It is so for good, whatever becomes of its version: servers may hold parts under it."""
+        if self._next >= self._reserved:
+            self._reserved = self._next + RESERVED
+            self._desk.save("versions", msgspec.msgpack.encode(self._reserved))
+        self._next += 1
+
+    def _check_names(self, ask: v.Publish) -> None:
+        """A name is a version's or a tag's, not both; that of a version that is on its way counts."""
+        mine = self._of(ask.model)
+        coming = {tag for entry in mine if entry.state in ("waiting", "cutting") for tag in entry.ask.tags}
+        tags = coming | {tag for model, tag in self.tags if model == ask.model}
+        if ask.name in tags:
+            raise UsageError(
+                f"{ask.name!r} is a tag of {ask.model!r}; a version needs a name of its own. Nothing was published"
+            )
+        for tag in ask.tags:
+            if self._named(ask.model, tag) is not None:
+                raise UsageError(
+                    f"{tag!r} is a version of {ask.model!r}; a tag needs a name of its own. Nothing was published"
+                )
+        if len(tags | set(ask.tags)) > TAGS:
+            raise UsageError(f"{ask.model!r} would have more than {TAGS} tags; take some away. Nothing was published")
 
     def advance(self, entry: Entry | None = None) -> None:
         """Steps have been committed: what has waited for them is cut now, before anything after them is."""
@@ -170,21 +216,38 @@ class Versions:
             if entry.state == "cutting" and shard in entry.shards and not entry.holders.get(shard):
                 self._order(entry, shard)
 
-    def part(self, done: v.PartDone) -> None:
-        """A server's word about its parts of a version."""
+    def part(self, done: v.PartDone, *, leads: bool = True) -> None:
+        """A server's word about its parts of a version. ``leads``: it is the shard's primary.
+
+        Raises ``ProtocolError`` for what it cannot mean.
+        """
         entry = self.entries.get(done.number)
         if entry is None or done.shard not in entry.shards:
             self._desk.drop((done.number,))
             return
-        if done.error:
-            if entry.state == "cutting" and not entry.holders.get(done.shard):
+        if done.error:  # a backup that has no memory for its copy is no reason to do without the version
+            if leads and entry.state == "cutting" and not entry.holders.get(done.shard):
                 self._give_up(entry, ClusterError(f"version {entry.info.name!r} was not published: {done.error}"))
             return
+        if entry.state == "waiting":
+            raise ProtocolError(f"server {done.server} has begun version number {done.number} before it was told to")
+        self._check_part(entry, done)
         entry.pause = max(entry.pause, done.pause)
         if entry.state == "cutting" and done.shard not in entry.begun:
             self._begun(entry, done)
         if done.parts and done.number in self.entries:
             self._holds(entry, done)
+
+    def _check_part(self, entry: Entry, done: v.PartDone) -> None:
+        mine = {table for table in entry.ask.tables if done.shard in self._desk.table(table).shards}
+        tables = [part.table for part in done.parts]
+        sound = all(0 <= part.size < 1 << 63 and 0 <= part.digest < 1 << 64 for part in done.parts)
+        clocks = all(table in mine and 0 <= clock < 1 << 63 for table, clock in done.clocks)
+        if not sound or not clocks or (tables and sorted(tables) != sorted(mine)) or not 0 <= done.pause < math.inf:
+            raise ProtocolError(
+                f"server {done.server} says of version number {done.number} what cannot be: its parts on shard "
+                f"{done.shard} are of tables {sorted(mine)}"
+            )
 
     def _begun(self, entry: Entry, done: v.PartDone) -> None:
         entry.begun[done.shard] = done.clocks
@@ -209,7 +272,11 @@ class Versions:
         for part in done.parts:
             known = entry.parts.setdefault((done.shard, part.table), part)
             if known != part:  # replicas of one shard hold the same bytes, or one of them is broken
-                self._desk.drop((done.number,))
+                if entry.state != "cutting":  # readers have had the other's
+                    raise ProtocolError(
+                        f"server {done.server} holds other bytes of version number {done.number} than those it was made "
+                        "of; readers are not sent to it"
+                    )
                 self._give_up(entry, ClusterError(f"two replicas of shard {done.shard} differ in {entry.info.name!r}"))
                 return
         entry.holders.setdefault(done.shard, set()).add(done.server)
@@ -228,7 +295,8 @@ class Versions:
         entry.state = "ready"
         self._save(entry)
         for tag in entry.ask.tags:
-            self._move(entry.info.model, tag, entry.number)
+            if self.tags.get((entry.info.model, tag), 0) < entry.number:  # a later version may have been ready before
+                self._move(entry.info.model, tag, entry.number)
         awaiting, entry.awaiting = entry.awaiting, []
         for asker in awaiting:
             self._desk.reply(asker, v.Found(entry.info, entry.pause))
@@ -270,7 +338,7 @@ class Versions:
 
     def _answer_begun(self, entry: Entry, asker: Asker) -> None:
         if entry.state in ("waiting", "cutting") and len(entry.begun) < len(entry.shards):
-            entry.publishers.append(asker)
+            _wait(entry.publishers, asker)
         else:
             self._desk.reply(asker, v.Publishing(entry.number))
 
@@ -283,7 +351,7 @@ class Versions:
                 "restarted meanwhile. What is published stands; publish again"
             )
         if entry.state in ("waiting", "cutting"):
-            entry.awaiting.append(asker)
+            _wait(entry.awaiting, asker)
         else:
             self._desk.reply(asker, v.Found(entry.info, entry.pause))
 
@@ -303,7 +371,8 @@ class Versions:
             )
         origin, tables = entry.origin, entry.ask.tables
         specs = origin.specs if origin is not None else [(t, self._desk.table(t).spec) for t in tables]
-        unknown = tuple((table, spec) for table, spec in specs if table not in ask.known)
+        known = dict(ask.known)
+        unknown = tuple((table, spec) for table, spec in specs if known.get(table) != entry.fingerprint(table, spec))
         entry.leases[session] += 1
         shards = origin.shards if origin is not None else self._shards
         self._desk.reply(asker, v.Leased(entry.info, shards, tables, unknown, parts))
@@ -326,10 +395,13 @@ class Versions:
         entry = self._find(ask.model, ask.name)
         if entry is not None and entry.state == "ready" and entry.number != ask.after:
             self._desk.reply(asker, v.Found(entry.info, entry.pause))
-        else:  # whoever asks the same again has given the first question up
-            again = (asker.peer, ask.model, ask.name, ask.after)
-            self._watching = [w for w in self._watching if (w.asker.peer, w.model, w.name, w.after) != again]
-            self._watching.append(Waiting(asker, ask.model, ask.name, ask.after))
+        else:
+            _check_name("model", ask.model)
+            _check_name("version or tag", ask.name)
+            mine = Waiting(asker.peer, ask.model, ask.name, ask.after)
+            if mine not in self._watching and sum(each.peer == asker.peer for each in self._watching) >= ASKERS:
+                self._watching.pop(next(each for each in self._watching if each.peer == asker.peer))  # given up long ago
+            self._watching[mine] = asker
 
     def show(self, asker: Asker, ask: v.ListVersions) -> None:
         """Answer with what there is, as soon as that is another list than the one that is known."""
@@ -348,7 +420,7 @@ class Versions:
     def gone(self, peer: int) -> None:
         """Whoever asked over this connection is not there any more."""
         self._listing = [each for each in self._listing if each[0].peer != peer]
-        self._watching = [each for each in self._watching if each.asker.peer != peer]
+        self._watching = {each: asker for each, asker in self._watching.items() if each.peer != peer}
         for entry in self.entries.values():
             entry.publishers = [asker for asker in entry.publishers if asker.peer != peer]
             entry.awaiting = [asker for asker in entry.awaiting if asker.peer != peer]
@@ -370,6 +442,10 @@ class Versions:
             del self._away[session]
             for entry in self.entries.values():
                 entry.leases.pop(session, None)
+        for entry in list(self.entries.values()):
+            forgotten = entry.state in ("waiting", "cutting") and not entry.publishers and not entry.awaiting
+            if forgotten and self._clock() - entry.since > ABANDONED:
+                self._give_up(entry, ClusterError(f"version {entry.info.name!r} was not published: nobody waits for it"))
         if over or any(entry.ask.age is not None for entry in self.entries.values()):
             self.retain()
         if now >= self._healed + HEAL:
@@ -405,13 +481,13 @@ class Versions:
             raise UnknownVersion(f"version {name!r} of {model!r} is being published; wait for it")
         models = sorted({each.info.model for each in self.entries.values()})
         if model not in models:
-            there = f"there are versions of {', '.join(map(repr, models))}" if models else "nothing is published yet"
+            there = f"there are versions of {', '.join(map(repr, models[:SHOWN]))}" if models else "nothing is published yet"
             raise UnknownVersion(f"no version of {model!r} is published; {there}")
         names = [each.info.name for each in self.entries.values() if each.info.model == model]
         tags = [tag for of, tag in self.tags if of == model]
         raise UnknownVersion(
-            f"{model!r} has no version or tag {name!r}; versions: {', '.join(names[-8:])}; tags: "
-            f"{', '.join([LATEST, *sorted(tags)])}"
+            f"{model!r} has no version or tag {name!r}; versions: {', '.join(names[-SHOWN:])}; tags: "
+            f"{', '.join([LATEST, *sorted(tags)[:SHOWN]])}"
         )
 
     def set_tag(self, asker: Asker, ask: v.SetTag) -> None:
@@ -426,6 +502,9 @@ class Versions:
             _check_name("tag", ask.tag)
             if self._named(ask.model, ask.tag) is not None:
                 raise UsageError(f"{ask.tag!r} is a version of {ask.model!r}; a tag needs a name of its own")
+            tags = {tag for model, tag in self.tags if model == ask.model}
+            if ask.tag not in tags and len(tags) >= TAGS:
+                raise UsageError(f"{ask.model!r} has {TAGS} tags, no more are kept; take one away first")
             self._move(ask.model, ask.tag, self.resolve(ask.model, ask.name).number)
         self._desk.reply(asker, m.Done())
         self._changed(ask.model)
@@ -537,12 +616,10 @@ class Versions:
 
     def _changed(self, model: str) -> None:
         """What a name means may be another version now: tell those who wait for it."""
-        waiting, self._watching = self._watching, []
-        for each in waiting:
-            if each.model == model:
-                self.watch(each.asker, v.Watch(each.model, each.name, each.after))
-            else:
-                self._watching.append(each)
+        for each in [each for each in self._watching if each.model == model]:
+            entry = self._find(model, each.name)
+            if entry is not None and entry.state == "ready" and entry.number != each.after:
+                self._desk.reply(self._watching.pop(each), v.Found(entry.info, entry.pause))
         self._revised()
 
     # ---- what must be durable --------------------------------------------------------------------
@@ -551,7 +628,6 @@ class Versions:
         parts = tuple((shard, part) for (shard, _), part in sorted(entry.parts.items()))
         saved = _Saved(entry.info, entry.ask, entry.shards, parts)
         self._desk.save(f"version/{entry.number}", msgspec.msgpack.encode(saved))
-        self._desk.save("versions", msgspec.msgpack.encode(self._next))
 
     def restore(self, state: Mapping[str, bytes]) -> None:
         """What was ready before a restart; the servers will say what they hold."""
@@ -567,8 +643,7 @@ class Versions:
                     self.tags[key[len("tags/") :], tag] = number
         if "versions" in state:
             self._next = msgspec.msgpack.decode(state["versions"], type=int)
-        # Numbers that were given out and not kept are not given out again: a server may hold parts under them.
-        self._next = max([self._next, *self.entries]) + UNFINISHED
+        self._next = self._reserved = max([self._next, *(number + 1 for number in self.entries)])
 
 
 def _check(ask: v.Publish) -> None:
@@ -578,12 +653,15 @@ def _check(ask: v.Publish) -> None:
         raise UsageError(f"{LATEST!r} is a tag; a version needs a name of its own. Nothing was published")
     if not ask.tables or len(set(ask.tables)) != len(ask.tables):
         raise UsageError("a version is of one table or more, each named once; nothing was published")
-    if ask.keep < 1 or (ask.age is not None and not ask.age > 0):
+    steps = [table for table, clock in ask.clocks if table in ask.tables and 0 <= clock < 1 << 63]
+    if len(steps) < len(ask.clocks) or len(set(steps)) < len(steps) or not math.isfinite(ask.time):
+        raise ProtocolError("a version is of its own tables' steps, each named once; nothing was published")
+    if not 0 < ask.keep < 1 << 63 or (ask.age is not None and not ask.age > 0):
         raise UsageError(f"keep={ask.keep}, age={ask.age}: keep 1 or more, for more than 0 s; nothing was published")
     size = sum(len(key.encode()) + len(value.encode()) for key, value in ask.metadata.items())
     if size > METADATA:
         raise UsageError(f"metadata of {size} bytes, over the bound of {METADATA}; nothing was published")
-    for tag in ask.tags:
+    for tag in ask.tags[: TAGS + 1]:
         _check_name("tag", tag)
         if tag in (LATEST, ask.name):
             raise UsageError(f"tag {tag!r}: {LATEST!r} moves by itself, and a tag is not a version's name")
@@ -592,3 +670,14 @@ def _check(ask: v.Publish) -> None:
 def _check_name(what: str, name: str) -> None:
     if not 0 < len(name) <= NAME or not name.isprintable() or name != name.strip():
         raise UsageError(f"{what} name {name[:NAME]!r}: 1 to {NAME} printable characters without spaces at the ends")
+
+
+def _same(ask: v.Publish, other: v.Publish) -> bool:
+    """Whether two wishes mean one version."""
+    return ask == other or (bool(ask.clocks) and (ask.tables, ask.clocks) == (other.tables, other.clocks))
+
+
+def _wait(askers: list[Asker], asker: Asker) -> None:
+    if len(askers) >= ASKERS:
+        raise ClusterError(f"{ASKERS} others wait for this version already; ask again when it is there")
+    askers.append(asker)

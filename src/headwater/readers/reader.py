@@ -95,11 +95,13 @@ class Reader:
         self._control = Control(dial, m.Join("reader", session, host_identity(), os.getpid()), self._runtime, timeout)
         self._fetcher = Fetcher(dial, share=share)
         self._specs: dict[int, TableSpec] = {}
+        self._known: dict[int, int] = {}  # their fingerprints
         self._stored: weakref.WeakValueDictionary[int, Stored] = weakref.WeakValueDictionary()
         self._base: Stored | None = None  # kept: what the next delta is applied to
         self._newest: VersionInfo | None = None  # that was leased
         self._leases = 0
         self._guard = threading.RLock()
+        self._fetching = threading.RLock()
         self._heard = self._runtime.now()
         self._error = ""
         self._closed = False
@@ -133,25 +135,34 @@ class Reader:
     def _lease_once(self, name: str, deadline: float) -> Weights:
         from headwater.readers.weights import Weights
 
-        leased = self._ask(v.Lease(self.model, name, tuple(self._specs)), deadline)
+        leased = self._ask(v.Lease(self.model, name, tuple(self._known.items())), deadline)
         if not isinstance(leased, v.Leased):
             raise InternalError(f"{type(leased).__name__} came in answer to the wish for a lease")
         number = leased.info.number
         try:
+            with self._fetching:
+                stored = self._store(leased, deadline)
             with self._guard:
-                self._specs.update(leased.specs)
-                stored = self._stored.get(number)
-                if stored is None:
-                    stored = self._fetcher.store(leased, self._specs, self._base, deadline)
-                    self._stored[number] = stored
-                if self._newest is None or number > self._newest.number:
-                    self._newest = stored.info
-                    self._base = stored if stored.rooms else None  # shared memory needs no deltas
                 self._leases += 1
+                if name == LATEST or self._newest is None or number > self._newest.number:
+                    self._newest = stored.info
         except BaseException:
             self._release(number, 0)
             raise
         return Weights(stored, lambda: self._release(number, 1))
+
+    def _store(self, leased: v.Leased, deadline: float) -> Stored:
+        """The version in this process; one that is here already, if it is that: another cluster counts from 1 again."""
+        for table, spec in leased.specs:
+            self._specs[table], self._known[table] = spec, v.fingerprint(spec)
+        number = leased.info.number
+        stored = self._stored.get(number)
+        if stored is None or stored.info != leased.info:
+            stored = self._fetcher.store(leased, self._specs, self._base, deadline)
+            self._stored[number] = stored
+            if stored.rooms:  # shared memory needs no deltas
+                self._base = stored
+        return stored
 
     def _release(self, number: int, leases: int) -> None:
         with self._guard:

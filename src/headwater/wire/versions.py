@@ -9,11 +9,17 @@ from __future__ import annotations
 from typing import Literal
 
 import msgspec
+import xxhash
 
 from headwater.types import TableSpec, VersionInfo
 
 SUM_BLOCK = 1 << 20
 """Bytes of a part under one checksum (XXH3-64)."""
+
+
+def fingerprint(spec: TableSpec) -> int:
+    """A table's spec in one number (XXH3-64 of its msgpack)."""
+    return xxhash.xxh3_64_intdigest(msgspec.msgpack.encode(spec))
 
 
 # ---- client -> coordinator -------------------------------------------------------------------------
@@ -64,14 +70,14 @@ class Found(msgspec.Struct, frozen=True, tag="found"):
 
 
 class Lease(msgspec.Struct, frozen=True, tag="lease"):
-    """Hold a version. ``known``: tables whose specs this reader has. It ends with ``Release`` or the reader.
+    """Hold a version, until ``Release`` or the reader's end.
 
-    ``patience``: seconds in which a relay may fetch a version that it has not.
+    ``known``: (table, ``fingerprint``) of the specs that this reader has; another cluster may have others. ``patience``: seconds in which a relay may fetch a version that it has not.
     """
 
     model: str
     name: str
-    known: tuple[int, ...] = ()
+    known: tuple[tuple[int, int], ...] = ()
     patience: float = 0.0
 
 
