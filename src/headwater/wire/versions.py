@@ -72,7 +72,8 @@ class Found(msgspec.Struct, frozen=True, tag="found"):
 class Lease(msgspec.Struct, frozen=True, tag="lease"):
     """Hold a version, until ``Release`` or the reader's end.
 
-    ``known``: (table, ``fingerprint``) of the specs that this reader has; another cluster may have others. ``patience``: seconds in which a relay may fetch a version that it has not.
+    ``known``: (table, ``fingerprint``) of the specs that this reader has; another cluster may have others.
+    ``patience``: seconds in which a relay may fetch a version that it has not.
     """
 
     model: str
