@@ -314,7 +314,8 @@ class Coordinator:
 
     def _depart(self, member: Worker, *, clean: bool, why: str = "") -> None:
         self.membership.depart(member, clean=clean, why=why)
-        self.publications.versions.left(member.join.session, self.now, clean=clean)
+        if not self.membership.has(member.join.session):  # a reader may be back before its old connection ends
+            self.publications.versions.left(member.join.session, self.now, clean=clean)
         if member.rank < 0:
             return
         self.plans.forget(member.join.session, ALL if clean else self._committed())
@@ -439,7 +440,7 @@ class Coordinator:
             raise ProtocolError(f"this connection is not server {server}'s")
 
     def _created(self, peer: int, shard: int, reply: m.Reply) -> None:
-        if isinstance(reply, m.Created) and self._leads(peer, shard):
+        if isinstance(reply, m.Created) and self.leads(peer, shard):
             self.tables.created(reply.table, shard)
             if self._joining and not self.tables.reviving:
                 self._let_in()
@@ -447,14 +448,14 @@ class Coordinator:
     def _refused(self, peer: int, frame: Frame) -> None:
         """A server could not create a table."""
         table = self.tables.by_number.get(frame.seq)
-        if table is not None and self._leads(peer, frame.shard):
+        if table is not None and self.leads(peer, frame.shard):
             why = m.read_error(frame.body)
             if table.restore:
                 self._refusal = ClusterError(f"this cluster could not begin with its snapshot {table.restore}: {why}")
             self.tables.give_up(table, why)
             self._let_in()
 
-    def _leads(self, peer: int, shard: int) -> bool:
+    def leads(self, peer: int, shard: int) -> bool:
         """Whether the server at this connection is the shard's primary."""
         view = self.fleet.views.get(shard)
         return view is not None and view.primary is not None and view.primary.server == self._sender(peer)
@@ -469,7 +470,7 @@ class Coordinator:
                 else:
                     self.membership.heard(peer, message, self.now)
             case m.Ready():
-                if self._leads(peer, message.shard):
+                if self.leads(peer, message.shard):
                     self.tables.ready(message.shard, message)
                     self.publications.versions.advance()
             case m.Synced():
@@ -477,7 +478,7 @@ class Coordinator:
             case m.Suspect():
                 self.fleet.suspect(message, self._sender(peer))
             case m.CutDone():
-                if self._leads(peer, message.shard):
+                if self.leads(peer, message.shard):
                     self._do(self.snapshots.part(message, self.now))
             case _ if isinstance(message, VersionNotice):
                 self.publications.notice(peer, message)

@@ -128,6 +128,10 @@ class Membership:
         """Whether this peer is a worker or a reader."""
         return self.of(peer) is not None
 
+    def has(self, session: int) -> bool:
+        """Whether a client of this session is there."""
+        return any(member.join.session == session for member in [*self.workers.values(), *self.readers.values()])
+
     def sessions(self) -> tuple[int, ...]:
         """The sessions of the workers that are there."""
         return tuple(member.join.session for member in self.workers.values())

@@ -61,7 +61,7 @@ class Publications:
                     self.versions.release(member.join.session, message.number)
             case v.PartDone():
                 self._coordinator.check_sender(peer, message.server)
-                self.versions.part(message)
+                self.versions.part(message, leads=self._coordinator.leads(peer, message.shard))
             case _:
                 raise ProtocolError(f"{type(message).__name__} does not go to the coordinator")
 

@@ -8,15 +8,25 @@ newest ready version and cannot be moved. The coordinator has one of these, and 
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
 
 import msgspec
 import xxhash
 
+from headwater.cluster.entries import (
+    ASKERS,
+    LATEST,
+    TAGS,
+    Desk,
+    Entry,
+    Saved,
+    Waiting,
+    check,
+    check_name,
+    same,
+    wait,
+)
+from headwater.cluster.entries import Known as Known
 from headwater.cluster.snapshots import Asker
 from headwater.errors import (
     ClusterError,
@@ -27,102 +37,16 @@ from headwater.errors import (
     VersionExists,
     VersionExpired,
 )
-from headwater.types import TableSpec, VersionInfo
+from headwater.types import VersionInfo
 from headwater.wire import messages as m
 from headwater.wire import versions as v
 
-LATEST = "latest"
 LEASE = 10.0  # seconds in which a reader whose connection broke may come back to its leases
-METADATA = 64 << 10  # bytes of a version's metadata
-NAME = 200  # characters of a model's, version's or tag's name
 HEAL = 5.0  # seconds between two looks for servers that should hold a part and do not
 UNFINISHED = 16  # versions of one cluster that are on their way; more are refused
 RESERVED = 64  # numbers that are taken at a time: to keep each would be a wait for the disk with every version
 ABANDONED = 30.0  # seconds after which a version that nobody waits for and that is not made is given up
-TAGS = 64  # of one model
-ASKERS = 256  # questions that wait for one version, or of one connection for news; more are refused
 SHOWN = 8  # names in a message, at most
-
-
-class Known(NamedTuple):
-    """A table as it concerns versions. ``clock``: its last committed step, None where only its shard knows."""
-
-    spec: TableSpec
-    shards: tuple[int, ...]
-    clock: int | None
-
-
-class Desk(Protocol):
-    """Whom a ``Versions`` speaks through."""
-
-    def reply(self, asker: Asker, message: m.Reply) -> None: ...
-    def fail(self, asker: Asker, error: HeadwaterError) -> None: ...
-    def save(self, key: str, value: bytes | None) -> None: ...
-    def tell(self, shard: int, message: v.CutVersion) -> None: ...
-    def drop(self, numbers: tuple[int, ...]) -> None: ...
-    def table(self, number: int) -> Known: ...
-    def holder(self, server: int) -> v.Holder | None: ...
-    def copies(self, shard: int) -> tuple[int, ...]: ...
-    def order(self, server: int, message: v.Hold) -> None: ...
-
-
-@dataclass(slots=True)
-class Entry:
-    """One version. ``parts``: by (shard, table); ``holders``: servers by shard; ``leases``: how many by session.
-
-    ``origin``: of one that was made elsewhere, how it was leased there.
-    """
-
-    info: VersionInfo
-    ask: v.Publish
-    shards: tuple[int, ...]
-    state: str = "waiting"
-    begun: dict[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
-    parts: dict[tuple[int, int], v.PartDigest] = field(default_factory=dict)
-    holders: dict[int, set[int]] = field(default_factory=dict)
-    pause: float = 0.0
-    leases: Counter[int] = field(default_factory=Counter)
-    since: float = 0.0  # by the desk's clock, which begins anew with its process
-    prints: dict[int, int] = field(default_factory=dict)
-    publishers: list[Asker] = field(default_factory=list)
-    awaiting: list[Asker] = field(default_factory=list)
-    origin: v.Leased | None = None
-
-    def fingerprint(self, table: int, spec: TableSpec) -> int:
-        """The fingerprint of a table's spec: made once, since every lease asks for it."""
-        if table not in self.prints:
-            self.prints[table] = v.fingerprint(spec)
-        return self.prints[table]
-
-    @property
-    def number(self) -> int:
-        return self.info.number
-
-    @property
-    def whole(self) -> bool:
-        """Whether somebody holds each part."""
-        return all(self.holders.get(shard) for shard in self.shards)
-
-    @property
-    def held(self) -> int:
-        """Bytes that its holders hold, all copies."""
-        return sum(part.size * len(self.holders.get(shard, ())) for (shard, _), part in self.parts.items())
-
-
-class _Saved(msgspec.Struct, frozen=True):
-    info: VersionInfo
-    ask: v.Publish
-    shards: tuple[int, ...]
-    parts: tuple[tuple[int, v.PartDigest], ...]  # (shard, …)
-
-
-class Waiting(NamedTuple):
-    """What somebody waits for over a connection; who asks the same again has given the first question up."""
-
-    peer: int
-    model: str
-    name: str
-    after: int
 
 
 class Versions:
@@ -145,11 +69,11 @@ class Versions:
 
     def publish(self, asker: Asker, ask: v.Publish) -> None:
         """Begin a version as soon as its moment is there. Raises what is wrong with it; nothing is begun then."""
-        _check(ask)
+        check(ask)
         known = {table: self._desk.table(table) for table in ask.tables}
         twin = self._named(ask.model, ask.name)
         if twin is not None:
-            if _same(ask, twin.ask):  # asked again over a new connection, or by another worker at the same step
+            if same(ask, twin.ask):  # asked again over a new connection, or by another worker at the same step
                 self._answer_begun(twin, asker)
                 return
             raise VersionExists(
@@ -170,7 +94,7 @@ class Versions:
         self.advance(entry)
 
     def _count(self) -> None:
-        """A number is given out. It is so for good, whatever becomes of its version: servers may hold parts under it."""
+        """A number is given out, for good: servers may hold parts under it, whatever becomes of its version."""
         if self._next >= self._reserved:
             self._reserved = self._next + RESERVED
             self._desk.save("versions", msgspec.msgpack.encode(self._reserved))
@@ -243,7 +167,7 @@ class Versions:
         tables = [part.table for part in done.parts]
         sound = all(0 <= part.size < 1 << 63 and 0 <= part.digest < 1 << 64 for part in done.parts)
         clocks = all(table in mine and 0 <= clock < 1 << 63 for table, clock in done.clocks)
-        if not sound or not clocks or (tables and sorted(tables) != sorted(mine)) or not 0 <= done.pause < math.inf:
+        if not sound or not clocks or (tables and sorted(tables) != sorted(mine)) or not 0 <= done.pause < 1e9:
             raise ProtocolError(
                 f"server {done.server} says of version number {done.number} what cannot be: its parts on shard "
                 f"{done.shard} are of tables {sorted(mine)}"
@@ -274,8 +198,8 @@ class Versions:
             if known != part:  # replicas of one shard hold the same bytes, or one of them is broken
                 if entry.state != "cutting":  # readers have had the other's
                     raise ProtocolError(
-                        f"server {done.server} holds other bytes of version number {done.number} than those it was made "
-                        "of; readers are not sent to it"
+                        f"server {done.server} holds other bytes of version number {done.number} than the others do; "
+                        "readers are not sent to it"
                     )
                 self._give_up(entry, ClusterError(f"two replicas of shard {done.shard} differ in {entry.info.name!r}"))
                 return
@@ -338,7 +262,7 @@ class Versions:
 
     def _answer_begun(self, entry: Entry, asker: Asker) -> None:
         if entry.state in ("waiting", "cutting") and len(entry.begun) < len(entry.shards):
-            _wait(entry.publishers, asker)
+            wait(entry.publishers, asker)
         else:
             self._desk.reply(asker, v.Publishing(entry.number))
 
@@ -351,7 +275,7 @@ class Versions:
                 "restarted meanwhile. What is published stands; publish again"
             )
         if entry.state in ("waiting", "cutting"):
-            _wait(entry.awaiting, asker)
+            wait(entry.awaiting, asker)
         else:
             self._desk.reply(asker, v.Found(entry.info, entry.pause))
 
@@ -396,11 +320,12 @@ class Versions:
         if entry is not None and entry.state == "ready" and entry.number != ask.after:
             self._desk.reply(asker, v.Found(entry.info, entry.pause))
         else:
-            _check_name("model", ask.model)
-            _check_name("version or tag", ask.name)
+            check_name("model", ask.model)
+            check_name("version or tag", ask.name)
             mine = Waiting(asker.peer, ask.model, ask.name, ask.after)
-            if mine not in self._watching and sum(each.peer == asker.peer for each in self._watching) >= ASKERS:
-                self._watching.pop(next(each for each in self._watching if each.peer == asker.peer))  # given up long ago
+            others = [each for each in self._watching if each.peer == asker.peer and each != mine]
+            if len(others) >= ASKERS:  # given up long ago
+                del self._watching[others[0]]
             self._watching[mine] = asker
 
     def show(self, asker: Asker, ask: v.ListVersions) -> None:
@@ -445,7 +370,8 @@ class Versions:
         for entry in list(self.entries.values()):
             forgotten = entry.state in ("waiting", "cutting") and not entry.publishers and not entry.awaiting
             if forgotten and self._clock() - entry.since > ABANDONED:
-                self._give_up(entry, ClusterError(f"version {entry.info.name!r} was not published: nobody waits for it"))
+                why = f"version {entry.info.name!r} was not published in {ABANDONED:.0f} s, and nobody waits for it"
+                self._give_up(entry, ClusterError(why))
         if over or any(entry.ask.age is not None for entry in self.entries.values()):
             self.retain()
         if now >= self._healed + HEAL:
@@ -481,8 +407,10 @@ class Versions:
             raise UnknownVersion(f"version {name!r} of {model!r} is being published; wait for it")
         models = sorted({each.info.model for each in self.entries.values()})
         if model not in models:
-            there = f"there are versions of {', '.join(map(repr, models[:SHOWN]))}" if models else "nothing is published yet"
-            raise UnknownVersion(f"no version of {model!r} is published; {there}")
+            there = f"there are versions of {', '.join(map(repr, models[:SHOWN]))}"
+            raise UnknownVersion(
+                f"no version of {model!r} is published; {there if models else 'nothing is published yet'}"
+            )
         names = [each.info.name for each in self.entries.values() if each.info.model == model]
         tags = [tag for of, tag in self.tags if of == model]
         raise UnknownVersion(
@@ -499,7 +427,7 @@ class Versions:
                 raise UnknownVersion(f"{ask.model!r} has no tag {ask.tag!r}")
             self._move(ask.model, ask.tag, None)
         else:
-            _check_name("tag", ask.tag)
+            check_name("tag", ask.tag)
             if self._named(ask.model, ask.tag) is not None:
                 raise UsageError(f"{ask.tag!r} is a version of {ask.model!r}; a tag needs a name of its own")
             tags = {tag for model, tag in self.tags if model == ask.model}
@@ -609,8 +537,8 @@ class Versions:
         return next((entry for entry in reversed(self._of(model)) if entry.state == "ready"), None)
 
     def _find(self, model: str, name: str) -> Entry | None:
-        if name == LATEST:
-            return self._newest(model)
+        if name == LATEST:  # where all are lost, it is one of these, and its holder may be on its way back
+            return self._newest(model) or next((e for e in reversed(self._of(model)) if e.state == "lost"), None)
         number = self.tags.get((model, name))
         return self.entries.get(number) if number is not None else self._named(model, name)
 
@@ -626,14 +554,14 @@ class Versions:
 
     def _save(self, entry: Entry) -> None:
         parts = tuple((shard, part) for (shard, _), part in sorted(entry.parts.items()))
-        saved = _Saved(entry.info, entry.ask, entry.shards, parts)
+        saved = Saved(entry.info, entry.ask, entry.shards, parts)
         self._desk.save(f"version/{entry.number}", msgspec.msgpack.encode(saved))
 
     def restore(self, state: Mapping[str, bytes]) -> None:
         """What was ready before a restart; the servers will say what they hold."""
         for key, data in state.items():
             if key.startswith("version/"):
-                saved = msgspec.msgpack.decode(data, type=_Saved)
+                saved = msgspec.msgpack.decode(data, type=Saved)
                 parts = {(shard, part.table): part for shard, part in saved.parts}
                 self.entries[saved.info.number] = Entry(
                     saved.info, saved.ask, saved.shards, "lost", parts=parts, since=self._clock()
@@ -644,40 +572,3 @@ class Versions:
         if "versions" in state:
             self._next = msgspec.msgpack.decode(state["versions"], type=int)
         self._next = self._reserved = max([self._next, *(number + 1 for number in self.entries)])
-
-
-def _check(ask: v.Publish) -> None:
-    _check_name("model", ask.model)
-    _check_name("version", ask.name)
-    if ask.name == LATEST:
-        raise UsageError(f"{LATEST!r} is a tag; a version needs a name of its own. Nothing was published")
-    if not ask.tables or len(set(ask.tables)) != len(ask.tables):
-        raise UsageError("a version is of one table or more, each named once; nothing was published")
-    steps = [table for table, clock in ask.clocks if table in ask.tables and 0 <= clock < 1 << 63]
-    if len(steps) < len(ask.clocks) or len(set(steps)) < len(steps) or not math.isfinite(ask.time):
-        raise ProtocolError("a version is of its own tables' steps, each named once; nothing was published")
-    if not 0 < ask.keep < 1 << 63 or (ask.age is not None and not ask.age > 0):
-        raise UsageError(f"keep={ask.keep}, age={ask.age}: keep 1 or more, for more than 0 s; nothing was published")
-    size = sum(len(key.encode()) + len(value.encode()) for key, value in ask.metadata.items())
-    if size > METADATA:
-        raise UsageError(f"metadata of {size} bytes, over the bound of {METADATA}; nothing was published")
-    for tag in ask.tags[: TAGS + 1]:
-        _check_name("tag", tag)
-        if tag in (LATEST, ask.name):
-            raise UsageError(f"tag {tag!r}: {LATEST!r} moves by itself, and a tag is not a version's name")
-
-
-def _check_name(what: str, name: str) -> None:
-    if not 0 < len(name) <= NAME or not name.isprintable() or name != name.strip():
-        raise UsageError(f"{what} name {name[:NAME]!r}: 1 to {NAME} printable characters without spaces at the ends")
-
-
-def _same(ask: v.Publish, other: v.Publish) -> bool:
-    """Whether two wishes mean one version."""
-    return ask == other or (bool(ask.clocks) and (ask.tables, ask.clocks) == (other.tables, other.clocks))
-
-
-def _wait(askers: list[Asker], asker: Asker) -> None:
-    if len(askers) >= ASKERS:
-        raise ClusterError(f"{ASKERS} others wait for this version already; ask again when it is there")
-    askers.append(asker)
