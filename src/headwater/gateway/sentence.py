@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 _BATCH = 32
 """Texts of one forward."""
-_KINDS = ("Transformer", "Pooling", "Normalize")
+KINDS = ("Transformer", "Pooling", "Normalize")
+"""Modules that a folder may have, in this order; the last may be left out."""
 _POOLINGS = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
 
 # B texts of a batch, T tokens of the longest, W width of a vector
@@ -42,7 +43,7 @@ def read_recipe(folder: Path) -> Recipe:
     """Raises ``UsageError``: a file is damaged, or asks for what is not done here."""
     modules: list[dict[str, Any]] = _read(folder / "modules.json")
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
-    if kinds[:2] != ["Transformer", "Pooling"] or set(kinds) - set(_KINDS):
+    if kinds[:2] != ["Transformer", "Pooling"] or set(kinds) - set(KINDS):
         raise UsageError(
             f"{folder}/modules.json has the modules {', '.join(kinds)}; served are a Transformer and its Pooling, with "
             "or without Normalize; nothing was started"
