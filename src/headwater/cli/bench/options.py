@@ -13,13 +13,18 @@ MEBIBYTE = 2**20
 
 
 class Options(msgspec.Struct, frozen=True):
-    """``None``: the bench's own default. ``size`` is the table's size in MB of 2**20 bytes."""
+    """``None``: the bench's own default. ``size`` is the table's size in MB of 2**20 bytes.
+
+    ``reads``, ``seconds``: when a race is over, whichever comes first.
+    """
 
     note: Callable[[str], None]
     rounds: int | None = None
     size: int = 64
     transport: Transport | None = None
     servers: int = 2
+    reads: int | None = None
+    seconds: float | None = None
 
     def transports(self) -> tuple[Transport, ...]:
         return (self.transport,) if self.transport else ("local", "tcp")
