@@ -110,8 +110,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_model(model: Any, folder: Path) -> None:
     """Write a transformers model."""
-    # Copies, because parameters are views into one memory, which safetensors takes for tied weights.
-    values = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    # Copies, because parameters are views into one memory, which safetensors takes for tied weights. Those that are
+    # tied share their copy.
+    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    values = {}
+    for name, value in model.state_dict().items():
+        place = value.data_ptr(), value.shape
+        values[name] = copies[place] if place in copies else copies.setdefault(place, value.detach().clone())
     model.save_pretrained(folder, state_dict=values)
 
 

