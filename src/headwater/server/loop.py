@@ -457,4 +457,5 @@ class Loop:
         self._by_peer.clear()
         self._epoll.close()
         os.close(self._wake_r)
-        os.close(self._wake_w)
+        wake, self._wake_w = self._wake_w, -1  # a thread may be about to write
+        os.close(wake)

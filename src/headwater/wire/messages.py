@@ -226,6 +226,18 @@ class ModelStatus(msgspec.Struct, frozen=True):
     nbytes: int
 
 
+class RelayStatus(msgspec.Struct, frozen=True):
+    """``upstream``: where a relay's versions come from; ``silent``: for so many seconds, 0 while it answers; ``why``.
+    ``nbytes``: of the versions that it holds; ``sent_bytes``: that readers had of them over connections.
+    """
+
+    upstream: str
+    silent: float
+    why: str
+    nbytes: int
+    sent_bytes: int
+
+
 class ClusterStatus(msgspec.Struct, frozen=True, tag="cluster"):
     """What ``headwater status`` shows. Byte counters count since each process's start."""
 
@@ -238,6 +250,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, tag="cluster"):
     workers: tuple[WorkerStatus, ...]
     tables: tuple[TableStatus, ...]
     models: tuple[ModelStatus, ...] = ()
+    relay: RelayStatus | None = None  # this is no cluster, but a relay
 
 
 # ---- coordinator <-> server -------------------------------------------------------------------
