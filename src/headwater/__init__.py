@@ -124,7 +124,7 @@ _LATE = {
     "Dense": "headwater.client",
     "Table": "headwater.client",
     "Ticket": "headwater.client",
-    "connect": "headwater.client",
+    "connect": "headwater.client.connect",  # its package has a module of that name
     "Follower": "headwater.readers",
     "Optimizer": "headwater.integrations.torch",
     "Publication": "headwater.client",
