@@ -55,10 +55,12 @@ class Publications:
     def notice(self, peer: int, message: v.VersionNotice) -> None:
         """What a reader or a server says."""
         match message:
-            case v.Release():
+            case v.Release() | v.Holding():
                 member = self._coordinator.membership.of(peer)
-                if member is not None:
-                    self.versions.release(member.join.session, message.number)
+                if member is not None and isinstance(message, v.Release):
+                    self.versions.release(member.join.session, message.number, message.turn)
+                elif member is not None and isinstance(message, v.Holding):
+                    self.versions.holding(member.join.session, message)
             case v.PartDone():
                 self._coordinator.check_sender(peer, message.server)
                 self.versions.part(message, leads=self._coordinator.leads(peer, message.shard))

@@ -42,6 +42,7 @@ from headwater.wire import messages as m
 from headwater.wire import versions as v
 
 LEASE = 10.0  # seconds in which a reader whose connection broke may come back to its leases
+LEASES = 4096  # of one reader
 HEAL = 5.0  # seconds between two looks for servers that should hold a part and do not
 UNFINISHED = 16  # versions of one cluster that are on their way; more are refused
 RESERVED = 64  # numbers that are taken at a time: to keep each would be a wait for the disk with every version
@@ -63,6 +64,7 @@ class Versions:
         self._listing: list[tuple[Asker, str]] = []  # who waits for another list, and of which model
         self._revision = 1
         self._healed = 0.0
+        self._turns: dict[int, dict[int, int]] = {}  # by session: the leases that it can name, and their versions
         self._away: dict[int, float] = {}  # sessions whose connection broke, and when their leases end
 
     # ---- publishing ------------------------------------------------------------------------------
@@ -297,6 +299,7 @@ class Versions:
         specs = origin.specs if origin is not None else [(t, self._desk.table(t).spec) for t in tables]
         known = dict(ask.known)
         unknown = tuple((table, spec) for table, spec in specs if known.get(table) != entry.fingerprint(table, spec))
+        self._turn(session, ask.turn, entry)
         entry.leases[session] += 1
         shards = origin.shards if origin is not None else self._shards
         self._desk.reply(asker, v.Leased(entry.info, shards, tables, unknown, parts))
@@ -305,8 +308,32 @@ class Versions:
         found = (self._desk.holder(server) for server in sorted(entry.holders.get(shard, ())))
         return tuple(holder for holder in found if holder is not None)
 
-    def release(self, session: int, number: int) -> None:
+    def _turn(self, session: int, turn: int, entry: Entry) -> None:
+        """A lease gets its name. One that is asked for again, for its answer was lost, takes the first one's place."""
+        if not turn:
+            return
+        mine = self._turns.setdefault(session, {})
+        if turn in mine:
+            self.release(session, 0, turn)
+        elif len(mine) >= LEASES:
+            raise ClusterError(f"this reader has {LEASES} leases, no more are given; release some")
+        mine[turn] = entry.number
+
+    def holding(self, session: int, said: v.Holding) -> None:
+        """All that a reader knows to lease: what it does not know ends, what is not known here stands again."""
+        held = dict(said.leases[:LEASES])
+        for turn in [turn for turn in self._turns.get(session, ()) if turn <= said.upto and turn not in held]:
+            self.release(session, 0, turn)
+        for turn, number in held.items():
+            entry = self.entries.get(number)
+            if turn not in self._turns.get(session, ()) and entry is not None and entry.state in ("ready", "lost"):
+                self._turn(session, turn, entry)
+                entry.leases[session] += 1
+
+    def release(self, session: int, number: int, turn: int = 0) -> None:
         """A lease ends. One that is not there is no fault: it may have timed out."""
+        if turn:
+            number = self._turns.get(session, {}).pop(turn, 0)
         entry = self.entries.get(number)
         if entry is not None and entry.leases[session]:
             entry.leases[session] -= 1
@@ -365,6 +392,7 @@ class Versions:
         over = [session for session, until in self._away.items() if now >= until]
         for session in over:
             del self._away[session]
+            self._turns.pop(session, None)
             for entry in self.entries.values():
                 entry.leases.pop(session, None)
         for entry in list(self.entries.values()):
@@ -514,15 +542,11 @@ class Versions:
             tags = tuple(sorted(tag for of, tag in self.tags if of == model))
             found.append(
                 m.ModelStatus(
-                    model,
-                    newest.info if newest is not None else None,
-                    len(mine),
-                    sum(entry.state == "lost" for entry in mine),
-                    tags,
-                    sum(sum(entry.leases.values()) for entry in mine),
-                    sum(entry.held for entry in mine),
+                    model, newest.info if newest is not None else None, len(mine),
+                    sum(entry.state == "lost" for entry in mine), tags,
+                    sum(sum(entry.leases.values()) for entry in mine), sum(entry.held for entry in mine),
                 )
-            )
+            )  # fmt: skip
         return tuple(found)
 
     # ---- who is who ----------------------------------------------------------------------------------

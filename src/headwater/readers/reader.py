@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import threading
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -99,7 +101,10 @@ class Reader:
         self._stored: weakref.WeakValueDictionary[int, Stored] = weakref.WeakValueDictionary()
         self._base: Stored | None = None  # kept: what the next delta is applied to
         self._newest: VersionInfo | None = None  # that was leased
-        self._leases = 0
+        self._turn = 0  # leases that were asked for; those whose answer is awaited; and those that stand
+        self._asking: set[int] = set()
+        self._open: dict[int, int] = {}  # turn: number of the version
+        self._dropped: queue.SimpleQueue[int] = queue.SimpleQueue()  # versions of a relay whose lease was not released
         self._guard = threading.RLock()
         self._fetching = threading.RLock()
         self._heard = self._runtime.now()
@@ -135,21 +140,31 @@ class Reader:
     def _lease_once(self, name: str, deadline: float) -> Weights:
         from headwater.readers.weights import Weights
 
-        leased = self._ask(v.Lease(self.model, name, tuple(self._known.items())), deadline)
-        if not isinstance(leased, v.Leased):
-            raise InternalError(f"{type(leased).__name__} came in answer to the wish for a lease")
-        number = leased.info.number
+        with self._guard:
+            self._turn = turn = self._turn + 1
+            self._asking.add(turn)
+        try:
+            leased = self._ask(self._wish(name, turn), deadline)
+            if not isinstance(leased, v.Leased):
+                raise InternalError(f"{type(leased).__name__} came in answer to the wish for a lease")
+            number = self._open[turn] = leased.info.number
+        finally:
+            with self._guard:
+                self._asking.discard(turn)
         try:
             with self._fetching:
                 stored = self._store(leased, deadline)
             with self._guard:
-                self._leases += 1
                 if name == LATEST or self._newest is None or number > self._newest.number:
                     self._newest = stored.info
         except BaseException:
-            self._release(number, 0)
+            self._release(turn)
             raise
-        return Weights(stored, lambda: self._release(number, 1))
+        return Weights(stored, lambda: self._release(turn), partial(self._forget, turn))
+
+    def _wish(self, name: str, turn: int) -> v.Lease:
+        turn = 0 if self._control.joined.relay else turn
+        return v.Lease(self.model, name, tuple(self._known.items()), turn=turn)
 
     def _store(self, leased: v.Leased, deadline: float) -> Stored:
         """The version in this process; one that is here already, if it is that: another cluster counts from 1 again."""
@@ -164,11 +179,17 @@ class Reader:
                 self._base = stored
         return stored
 
-    def _release(self, number: int, leases: int) -> None:
-        with self._guard:
-            self._leases -= leases
-        with contextlib.suppress(HeadwaterError):  # then it ends with this reader's connection
-            self._control.notify(v.Release(number))
+    def _forget(self, turn: int) -> None:
+        """Nobody refers to a lease any more, who had not released it. From the garbage collector: only a note."""
+        number = self._open.pop(turn, None)
+        if number is not None and self._control.joined.relay:
+            self._dropped.put(number)
+
+    def _release(self, turn: int) -> None:
+        number = self._open.pop(turn, None)
+        with contextlib.suppress(HeadwaterError):  # then it ends with the next beat
+            if number is not None:
+                self._control.notify(v.Release(number, 0 if self._control.joined.relay else turn))
         self._fetcher.settle()
 
     # ---- news ------------------------------------------------------------------------------------
@@ -223,7 +244,7 @@ class Reader:
         with self._guard:
             away = 0.0 if not self._error else self._runtime.now() - self._heard
             return ReaderStatistics(
-                not self._error, self._newest, away, self._error, self._leases, self._fetcher.fetched_bytes,
+                not self._error, self._newest, away, self._error, len(self._open), self._fetcher.fetched_bytes,
                 self._fetcher.counts,
             )  # fmt: skip
 
@@ -248,10 +269,22 @@ class Reader:
         if isinstance(error, LinkError):
             self._error = str(error)
 
+    def _holding(self) -> v.Holding:
+        """The leases that stand. What was said of one may have been lost on the way; this comes again and again."""
+        with self._guard:
+            upto = min(self._asking, default=self._turn + 1) - 1
+            leases = self._open.copy()  # at once: the garbage collector may end one
+        return v.Holding(tuple(each for each in leases.items() if each[0] <= upto), upto)
+
     def _beat(self) -> None:
         self._fetcher.settle()
         try:
             self._control.notify(m.Heartbeat())
+            if self._control.joined.relay:
+                while not self._dropped.empty():
+                    self._control.notify(v.Release(self._dropped.get()))
+            elif self._turn:
+                self._control.notify(self._holding())
             if self._error:  # a notice may be lost: only an answer says that the other side is there
                 self._control.ask(v.ListVersions(self.model), BEAT)
         except DeadlineExceeded:

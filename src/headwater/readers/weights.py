@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -26,9 +27,12 @@ class Weights(Mapping[str, torch.Tensor]):
     A context manager; iterating ``items()`` gives the (name, tensor) pairs that inference engines take.
     """
 
-    def __init__(self, stored: Stored, release: Callable[[], None]) -> None:
+    def __init__(self, stored: Stored, release: Callable[[], None], forget: Callable[[], None]) -> None:
+        # release: ends the lease now; forget: soon, from whatever thread the garbage collector runs in
         self.version: VersionInfo = stored.info
         self._release = release
+        self._dropped = weakref.finalize(self, forget)
+        self._dropped.atexit = False
         self._stored: Stored | None = stored
         self._places: dict[str, tuple[Mapped, int, ParameterSpec]] = {}
         for table in stored.tables:
@@ -76,9 +80,8 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def release(self) -> None:
         """End the lease: the version may be retired. Tensors taken before stay valid. Calling it again is harmless."""
-        if self._stored is not None:
-            self._stored = None
-            self._places = {name: place for name, place in self._places.items() if place is None}
+        if self._dropped.detach() is not None:  # once, whatever the number of threads
+            self._stored, self._places = None, {}
             self._release()
 
     def __enter__(self) -> Weights:

@@ -73,13 +73,15 @@ class Lease(msgspec.Struct, frozen=True, tag="lease"):
     """Hold a version, until ``Release`` or the reader's end.
 
     ``known``: (table, ``fingerprint``) of the specs that this reader has; another cluster may have others.
-    ``patience``: seconds in which a relay may fetch a version that it has not.
+    ``patience``: seconds in which a relay may fetch a version that it has not. ``turn``: which of this reader's leases
+    it is, counted from 1, so that asking again is harmless; 0: it is not asked again.
     """
 
     model: str
     name: str
     known: tuple[tuple[int, int], ...] = ()
     patience: float = 0.0
+    turn: int = 0
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -114,6 +116,17 @@ class Release(msgspec.Struct, frozen=True, tag="release"):
     """A lease of this version ends; not answered."""
 
     number: int
+    turn: int = 0
+
+
+class Holding(msgspec.Struct, frozen=True, tag="holding"):
+    """All leases that a reader has, as (turn, number), of those with a ``turn`` up to ``upto``; not answered.
+
+    So a lease whose answer or release was lost ends, and one that was forgotten stands again.
+    """
+
+    leases: tuple[tuple[int, int], ...]
+    upto: int
 
 
 class ListVersions(msgspec.Struct, frozen=True, tag="list_versions"):
@@ -253,4 +266,4 @@ class Unmap(msgspec.Struct, frozen=True, tag="unmap"):
 
 VersionRequest = Publish | Await | Watch | Lease | ListVersions | SetTag | Retire | Fetch
 VersionReply = Publishing | Found | Leased | VersionList | Part
-VersionNotice = Release | CutVersion | PartDone | DropVersion | Hold | Unmap
+VersionNotice = Release | Holding | CutVersion | PartDone | DropVersion | Hold | Unmap
