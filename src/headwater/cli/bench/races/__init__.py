@@ -1,8 +1,8 @@
 """``headwater bench races``: a million reads while versions are published and processes die; is one of them torn?
 
-Real processes: three servers with two copies of every shard, a publisher that steps and publishes without a rest, readers
-that lease, check every element of every tensor and release, over shared memory and over TCP with deltas. Servers,
-publisher, readers and the coordinator are killed and stopped meanwhile. ``values`` says what a read must find,
+Real processes: three servers with two copies of every shard, a publisher that steps and publishes without a rest, and
+readers that lease, check every element of every tensor and release, over shared memory and over TCP with deltas.
+Servers, publisher, readers and the coordinator are killed and stopped meanwhile. ``values`` says what a read must find,
 ``looker`` reads, ``course`` strikes.
 """
 

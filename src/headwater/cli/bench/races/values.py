@@ -1,8 +1,8 @@
 """The tables of the race: every element of every tensor follows from the step alone, so a read can be checked whole.
 
 All values are whole numbers that their dtypes hold exactly, zero at step 0, under SGD with lr = 1: the gradient of a
-step is what was less what will be. In the table ``dense`` every element changes with every step; in ``sparse`` one in 64
-does, so that deltas are worth their while; one tensor is bfloat16, for the other width of words.
+step is what was less what will be. In the table ``dense`` every element changes with every step; in ``sparse`` one in
+64 does, so that deltas are worth their while; one tensor is bfloat16, for the other width of words.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _equal(name: str, tensor: torch.Tensor, step: int) -> bool:
 
 
 def _diagnose(tensors: Mapping[str, torch.Tensor], wrong: list[str], step: int) -> Found:
-    """Torn: a tensor is of no single step. Mixed: tensors of several. Mislabelled: all of one that is not the label's."""
+    """Torn: a tensor of no single step. Mixed: tensors of several. Mislabelled: all of one that is not the label's."""
     steps = {name: step if name not in wrong else _step_of(name, tensors[name].clone(), step) for name in tensors}
     said = f"label says step {step}; found {steps}"
     if None in steps.values():
