@@ -56,6 +56,9 @@ VERSION = 1
 DENSE = 0.5
 """Share of the dense bytes from which on a delta is not worth its time."""
 
+SAMPLE, SAMPLE_EVERY, SAMPLE_MARGIN = 64, 16, 1.5
+"""How many blocks are tried first, of parts with how many times as many, and how far they may exceed the bound."""
+
 _HEAD = struct.Struct("<4sIQQQQII")
 _SPAN = 24
 _ALIGNED = 8
@@ -127,20 +130,53 @@ def encode(old: Array, new: Array, spans: Sequence[Span], most: float = DENSE) -
     if reason:
         raise UsageError(reason)
     kernels = _kernels()
-    limit = int(most * 8 * sum(stop - start for start, stop, _ in spans))
-    out = np.empty(max(0, limit) // 64 + kernels.BLOCK // 2 + 2, np.uint64)
-    out[0] = 0
-    scratch = np.empty((4, kernels.BLOCK // 2), np.int32)
+    room = _Room(kernels, int(most * 8 * sum(stop - start for start, stop, _ in spans)))
+    if _hopeless(room, old, new, spans, most):
+        return None
     at = total = 0
-    for span in spans:
-        before, after = old[span.start : span.stop], new[span.start : span.stop]
-        at, changed = kernels.encode(_words(before, span.word), _words(after, span.word), out, at, limit, scratch)
-        total += changed
+    room.out[0] = 0
+    for start, stop, word in spans:
+        at, changed = room.encode(_words(old[start:stop], word), _words(new[start:stop], word), at)
         if at < 0:
             return None
+        total += changed
     whole = _stream_words(at)
-    out[whole - 1] = 0
-    return _sealed(length, at, total, spans, out[:whole])
+    room.out[whole - 1] = 0
+    return _sealed(length, at, total, spans, room.out[:whole])
+
+
+class _Room:
+    """Where a delta of at most ``limit`` bits is written."""
+
+    def __init__(self, kernels: Any, limit: int) -> None:
+        self.block: int = kernels.BLOCK
+        self.limit = max(limit, 0)
+        self.out = np.empty(self.limit // 64 + self.block // 2 + 2, np.uint64)
+        self._scratch = np.empty((4, self.block // 2), np.int32)
+        self._encode = kernels.encode
+
+    def encode(self, old: Array, new: Array, at: int) -> tuple[int, int]:
+        """Write the words of one span; the next bit, -1 if it lies beyond the limit, and how many words changed."""
+        at, changed = self._encode(old, new, self.out, at, self.limit, self._scratch)
+        return at, changed
+
+
+def _hopeless(room: _Room, old: Array, new: Array, spans: Sequence[Span], most: float) -> bool:
+    """Whether a sample of the blocks takes so much more than ``most`` that the rest need not be tried.
+
+    A guess, and a cheap one: a delta that it gives up wrongly would have been about as large.
+    """
+    starts = [(start, span) for span in spans for start in range(span.start, span.stop, room.block)]
+    if len(starts) < SAMPLE * SAMPLE_EVERY:
+        return False
+    taken = used = 0
+    for first, span in starts[:: len(starts) // SAMPLE]:
+        last = min(span.stop, first + room.block)
+        room.out[0] = 0
+        at, _ = room.encode(_words(old[first:last], span.word), _words(new[first:last], span.word), 0)
+        used += room.limit if at < 0 else at
+        taken += 8 * (last - first)
+    return used > SAMPLE_MARGIN * most * taken
 
 
 def inspect(delta: Buffer | Array) -> Stats:

@@ -43,16 +43,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _compiled(*signatures: Any) -> Callable[[F], F]:
-    """``numba.njit`` for these signatures at once, without the GIL, kept on disk where a folder can be written."""
+    """``numba.njit`` without the GIL: for these signatures at once and kept on disk, or as a part of those."""
+    jit: Any = numba.njit
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
     def decorate(function: F) -> F:
-        kinds: Any = list(signatures) or None
+        if not signatures:
+            return cast(F, jit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(function))
         try:
-            made: Any = numba.njit(kinds, nogil=True, error_model="numpy", cache=True)
-            return cast(F, made(function))
-        except RuntimeError:  # no folder to keep machine code in: every process compiles anew
-            made = numba.njit(kinds, nogil=True, error_model="numpy")
-            return cast(F, made(function))
+            return cast(F, jit(list(signatures), cache=True, **options)(function))
+        except RuntimeError:  # no folder that can be written: every process compiles for itself
+            return cast(F, jit(list(signatures), **options)(function))
 
     return decorate
 
