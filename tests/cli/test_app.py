@@ -24,7 +24,7 @@ def test_version(headwater_command: Command) -> None:
 def test_the_help_names_every_command(headwater_command: Command) -> None:
     answer = headwater_command("--help")
     assert answer.code == 0
-    own = ("run", "up", "status", "add-server", "drain", "snapshot", "export", "chaos", "bench")
+    own = ("run", "up", "status", "add-server", "drain", "snapshot", "versions", "export", "chaos", "bench")
     for name in (*own, "train", "generate"):
         assert f" {name} " in answer.out
 

@@ -11,7 +11,15 @@ from rich.console import Console
 from headwater.cli.status import draw, health, locate, ranges, size
 from headwater.errors import UsageError
 from headwater.launch import registry
-from headwater.wire.messages import ClusterStatus, ServerStatus, ShardStatus, TableStatus, WorkerStatus
+from headwater.types import VersionInfo
+from headwater.wire.messages import (
+    ClusterStatus,
+    ModelStatus,
+    ServerStatus,
+    ShardStatus,
+    TableStatus,
+    WorkerStatus,
+)
 
 SERVER = ServerStatus(
     0, "tcp://127.0.0.1:4001", 71, "alive", (0, 1, 2, 5), (), (3,), 200_000_000, 2, 6_000_000, 8_000_000, 90.0
@@ -101,6 +109,18 @@ def test_numbers_in_a_row() -> None:
 def test_bytes_per_shard_stay_short(parts: tuple[int, ...], text: str) -> None:
     now = msgspec.structs.replace(STATUS, tables=(msgspec.structs.replace(TABLE, shards=parts),))
     assert _cells(_lines(now=now), "model")[4] == text
+
+
+def test_a_model_is_one_line() -> None:
+    newest = VersionInfo("lm", 7, "step-1200", 6, 1200, 0.0, ("lm",), 270_000_000, "ab12")
+    models = (
+        ModelStatus("lm", newest, 3, 0, ("production", "staging"), 5, 1_620_000_000),
+        ModelStatus("old", None, 1, 1, (), 0, 0),
+    )
+    lines = _lines(now=msgspec.structs.replace(STATUS, models=models))
+    first = _cells(lines, "lm")
+    assert (first[:3], first[4:]) == (["lm", "step-1200", "1,200"], ["3", "production staging", "5", "1.6 GB"])
+    assert _cells(lines, "old") == ["old", "–", "–", "–", "1, 1 lost", "–", "0", "0 B"]
 
 
 def test_with_an_earlier_status_the_bytes_are_rates() -> None:
