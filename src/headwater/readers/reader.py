@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import threading
 import weakref
 from dataclasses import dataclass
@@ -46,9 +45,10 @@ AGAIN = 0.05  # seconds until a lease that failed for somebody's death is asked 
 class ReaderStatistics:
     """How a reader stands.
 
-    ``connected``: the cluster or relay answered last time. ``version``: the newest one that was leased here. ``age``:
-    seconds since then was last known to be the newest, 0 while connected. ``error``: what went wrong last, empty while
-    connected. ``leases``: that are open. ``fetched_bytes``: that came over connections; shared memory does not count.
+    ``connected``: the cluster answered last time, or a relay that hears from its cluster. ``version``: the newest one
+    that was leased here. ``age``: seconds since when it may not be the newest any more, 0 while connected. ``error``:
+    what went wrong last, empty while connected. ``leases``: that are open. ``fetched_bytes``: that came over
+    connections; shared memory does not count.
     """
 
     connected: bool
@@ -104,11 +104,11 @@ class Reader:
         self._turn = 0  # leases that were asked for; those whose answer is awaited; and those that stand
         self._asking: set[int] = set()
         self._open: dict[int, int] = {}  # turn: number of the version
-        self._dropped: queue.SimpleQueue[int] = queue.SimpleQueue()  # versions of a relay whose lease was not released
         self._guard = threading.RLock()
         self._fetching = threading.RLock()
         self._heard = self._runtime.now()
         self._error = ""
+        self._silence = (0.0, "")  # of a relay's cluster: since when, and what is known of it; empty: it answers
         self._closed = False
         self._stop = self._runtime.every(BEAT, self._beat)
 
@@ -144,7 +144,8 @@ class Reader:
             self._turn = turn = self._turn + 1
             self._asking.add(turn)
         try:
-            leased = self._ask(self._wish(name, turn), deadline)
+            patience = max(0.0, deadline - self._runtime.now())
+            leased = self._ask(v.Lease(self.model, name, tuple(self._known.items()), patience, turn), deadline)
             if not isinstance(leased, v.Leased):
                 raise InternalError(f"{type(leased).__name__} came in answer to the wish for a lease")
             number = self._open[turn] = leased.info.number
@@ -162,10 +163,6 @@ class Reader:
             raise
         return Weights(stored, lambda: self._release(turn), partial(self._forget, turn))
 
-    def _wish(self, name: str, turn: int) -> v.Lease:
-        turn = 0 if self._control.joined.relay else turn
-        return v.Lease(self.model, name, tuple(self._known.items()), turn=turn)
-
     def _store(self, leased: v.Leased, deadline: float) -> Stored:
         """The version in this process; one that is here already, if it is that: another cluster counts from 1 again."""
         for table, spec in leased.specs:
@@ -180,16 +177,14 @@ class Reader:
         return stored
 
     def _forget(self, turn: int) -> None:
-        """Nobody refers to a lease any more, who had not released it. From the garbage collector: only a note."""
-        number = self._open.pop(turn, None)
-        if number is not None and self._control.joined.relay:
-            self._dropped.put(number)
+        """Nobody refers to a lease any more, who had not released it: the next beat ends it."""
+        self._open.pop(turn, None)
 
     def _release(self, turn: int) -> None:
         number = self._open.pop(turn, None)
         with contextlib.suppress(HeadwaterError):  # then it ends with the next beat
             if number is not None:
-                self._control.notify(v.Release(number, 0 if self._control.joined.relay else turn))
+                self._control.notify(v.Release(number, turn))
         self._fetcher.settle()
 
     # ---- news ------------------------------------------------------------------------------------
@@ -242,11 +237,11 @@ class Reader:
     def statistics(self) -> ReaderStatistics:
         """How this reader stands now."""
         with self._guard:
-            away = 0.0 if not self._error else self._runtime.now() - self._heard
+            since, why = (self._heard, self._error) if self._error else self._silence
+            age = self._runtime.now() - since if why else 0.0
             return ReaderStatistics(
-                not self._error, self._newest, away, self._error, len(self._open), self._fetcher.fetched_bytes,
-                self._fetcher.counts,
-            )  # fmt: skip
+                not why, self._newest, age, why, len(self._open), self._fetcher.fetched_bytes, self._fetcher.counts
+            )
 
     # ---- the line to the coordinator -------------------------------------------------------------
 
@@ -280,19 +275,22 @@ class Reader:
         self._fetcher.settle()
         try:
             self._control.notify(m.Heartbeat())
-            if self._control.joined.relay:
-                while not self._dropped.empty():
-                    self._control.notify(v.Release(self._dropped.get()))
-            elif self._turn:
+            if self._turn:
                 self._control.notify(self._holding())
-            if self._error:  # a notice may be lost: only an answer says that the other side is there
-                self._control.ask(v.ListVersions(self.model), BEAT)
+            if self._error or self._control.joined.relay:  # a notice may be lost: only an answer says who is there
+                self._look(self._control.ask(v.ListVersions(self.model), BEAT))
         except DeadlineExceeded:
             pass
         except HeadwaterError as error:
             self._failed(error)
         else:
             self._reached()
+
+    def _look(self, listed: m.Reply) -> None:
+        """What a relay says of where its versions come from."""
+        if isinstance(listed, v.VersionList):
+            why = f"the relay goes on with the versions that it has: {listed.why}" if listed.silent else ""
+            self._silence = (self._runtime.now() - listed.silent, why)
 
     def close(self) -> None:
         """End all leases and leave. Tensors taken before stay valid."""

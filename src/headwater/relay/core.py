@@ -132,10 +132,12 @@ class Relay:
         match notice:
             case m.Heartbeat():
                 self._members.heard(peer, notice, self.now)
-            case v.Release():
+            case v.Release() | v.Holding():
                 member = self._members.of(peer)
-                if member is not None:
-                    self._release(member.join.session, notice.number)
+                if member is not None and isinstance(notice, v.Release):
+                    self._release(member.join.session, notice)
+                elif member is not None and isinstance(notice, v.Holding):
+                    self._holding(member.join.session, notice)
             case v.Unmap() | None:
                 self._out += self.shelf.receive(peer, frame)
             case _:
@@ -212,13 +214,20 @@ class Relay:
                 raise
             self._waiting.append(_Waiting(asker, session, ask, self.now + ask.patience))
 
-    def _release(self, session: int, number: int) -> None:
-        orphan = self._orphans.get(number)
-        if orphan is None:
-            self.versions.release(session, number)
-        elif orphan.leases[session]:
+    def _release(self, session: int, said: v.Release) -> None:
+        self.versions.release(session, said.number, said.turn)
+        orphan = self._orphans.get(said.number)
+        if orphan is not None and orphan.leases[session]:
             orphan.leases[session] -= 1
             if not orphan.leases.total():
+                self._bury(said.number)
+
+    def _holding(self, session: int, said: v.Holding) -> None:
+        self.versions.holding(session, said)
+        held = {number for _, number in said.leases}
+        for number in [number for number in self._orphans if number not in held]:
+            self._orphans[number].leases.pop(session, None)
+            if not self._orphans[number].leases.total():
                 self._bury(number)
 
     def _follows(self, model: str) -> None:

@@ -43,6 +43,10 @@ class Feeder:
         self._post = post
         self._closed = threading.Event()
         self._jobs: queue.SimpleQueue[Job | v.Release | None] = queue.SimpleQueue()
+        self._turn = 0  # leases that were asked for; whether the last one's answer is awaited; and those that stand
+        self._asking = False
+        self._open: dict[int, int] = {}  # turn: number of the version
+        self._guard = threading.Lock()
         self._begun: tuple[VersionInfo | None, dict[PartKey, Got]] = (None, {})  # of a version that did not come whole
         self._threads = [
             threading.Thread(target=self._listen, name="headwater-relay-list", daemon=True),
@@ -78,8 +82,11 @@ class Feeder:
         self._fetcher.close()
 
     def _beat(self) -> None:
+        with self._guard:
+            holding = v.Holding(tuple(self._open.items()), self._turn - self._asking)
         with contextlib.suppress(HeadwaterError):
             self._control.notify(m.Heartbeat())
+            self._control.notify(holding)
 
     # ---- what there is ---------------------------------------------------------------------------
 
@@ -108,8 +115,7 @@ class Feeder:
     def _work(self) -> None:
         while (order := self._jobs.get()) is not None:
             if isinstance(order, v.Release):
-                with contextlib.suppress(HeadwaterError):  # then it ends with the connection
-                    self._control.notify(order)
+                self._release(order.number)
             elif not self._closed.is_set():
                 self._post(self._outcome(order))
             del order  # a job's loans hold memory
@@ -129,21 +135,36 @@ class Feeder:
         try:
             parts = self._parts(job, leased, base)
         except BaseException:
-            with contextlib.suppress(HeadwaterError):
-                self._control.notify(v.Release(job.info.number))
+            self._release(job.info.number)
             raise
         seconds = self._runtime.now() - began
         return Fetched(job, leased, parts, base.number, self.fetched_bytes - before, seconds)
 
     def _lease(self, job: Job) -> v.Leased:
         info = job.info
-        leased = self._control.ask(v.Lease(info.model, info.name), ANSWER)
-        if not isinstance(leased, v.Leased):
-            raise ProtocolError(f"{type(leased).__name__} came in answer to the wish for a lease")
+        with self._guard:
+            self._turn, self._asking = self._turn + 1, True
+        try:
+            leased = self._control.ask(v.Lease(info.model, info.name, turn=self._turn), ANSWER)
+            if not isinstance(leased, v.Leased):
+                raise ProtocolError(f"{type(leased).__name__} came in answer to the wish for a lease")
+            with self._guard:
+                self._open[self._turn] = leased.info.number
+        finally:
+            self._asking = False
         if not same(leased.info, info):
-            self._control.notify(v.Release(leased.info.number))
+            self._release(leased.info.number)
             raise VersionExpired(f"version {info.name!r} (number {info.number}) is another one by now")
         return leased
+
+    def _release(self, number: int) -> None:
+        """End the lease of a version, if there is one."""
+        with self._guard:
+            turn = next((turn for turn, leased in self._open.items() if leased == number), 0)
+            self._open.pop(turn, None)
+        with contextlib.suppress(HeadwaterError):  # then it ends with the next beat
+            if turn:
+                self._control.notify(v.Release(number, turn))
 
     def _parts(self, job: Job, leased: v.Leased, base: Base) -> dict[PartKey, Got]:
         """All parts of a version. What came before something went wrong need not come again."""

@@ -233,7 +233,7 @@ class Server:
         shards = tuple((n.shard.number, n.shard.lsn, max(n.shard.log.behind().values(), default=0)) for n in leading)
         return m.Heartbeat(
             pushed_bytes=self._retired[0] + sum(n.clients.pushed_bytes for n in nodes),
-            pulled_bytes=self._retired[1] + sum(n.clients.pulled_bytes for n in nodes),
+            pulled_bytes=self._retired[1] + sum(n.clients.pulled_bytes for n in nodes) + self.setting.shelf.sent_bytes,
             nbytes=self.setting.shelf.nbytes + sum(t.dense.nbytes for n in nodes for t in n.shard.tables.values()),
             sessions=sum(len(n.clients) for n in leading),
             tables=tuple(clocks.items()), shards=shards, server=self.setting.server, session=self.setting.session,
