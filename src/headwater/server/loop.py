@@ -35,6 +35,7 @@ TICK = 0.1  # seconds
 HANDSHAKE = 5.0  # seconds until a connection that has not proved itself is closed
 HELLO_LIMIT = 4096  # bytes of body before the peer has proved itself
 UNPROVEN = 128  # connections that have not proved themselves; beyond that the oldest is closed
+LENT = 1 << 20  # bytes that a descriptor on its way counts for
 OUTBOX = 64 << 20  # bytes of answers that a peer has not taken, above which it is asked to take them first
 READS = 64  # receive calls per connection and turn, so that one flood does not starve the others
 SPIN = 100e-6  # seconds
@@ -328,9 +329,14 @@ class Loop:
 
     def _put(self, connection: _Connection, frame: Frame, fds: tuple[int, ...] = ()) -> None:
         head = memoryview(encode(frame))
-        # Duplicates: their owner may close them before they are sent, and the numbers be used again.
-        connection.outbox.append(_Entry(head, tuple(os.dup(fd) for fd in fds)))
-        connection.queued += len(head)
+        try:  # duplicates: their owner may close them before they are sent, and the numbers be used again
+            lent = tuple(os.dup(fd) for fd in fds)
+        except OSError as error:
+            log.error("peer %d: no descriptors are left: %s", connection.peer, error.strerror)
+            self._close(connection)
+            return
+        connection.outbox.append(_Entry(head, lent))
+        connection.queued += len(head) + LENT * len(lent)
         if frame.payload is not None and len(frame.payload):
             values = frame.kind == Kind.DATA  # other payloads stay as they are until they have arrived
             span = (frame.shard, frame.table, frame.start, frame.start + frame.length) if values else None
@@ -356,7 +362,7 @@ class Loop:
             self._close(connection)
 
     def _send_some(self, sock: socket.socket, outbox: deque[_Entry]) -> int:
-        """One send call; the bytes that it took."""
+        """One send call; the bytes that it took, and what the descriptors counted for."""
         first = outbox[0]
         if len(outbox) == 1 and not first.fds:
             sent = sock.send(first.data)
@@ -367,6 +373,7 @@ class Loop:
                     break
                 batch.append(outbox[i].data)
             sent = sock.sendmsg(batch, descriptors(first.fds))
+        weight = sent + LENT * len(first.fds)
         if first.fds:
             close_all(first.fds)
             first.fds = ()
@@ -378,7 +385,7 @@ class Loop:
                 break
             left -= len(entry.data)
             outbox.popleft()
-        return sent
+        return weight
 
     def _want_write(self, connection: _Connection, wanted: bool) -> None:
         """Write when there is room; read no more questions from one that does not take its answers."""

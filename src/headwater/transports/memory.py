@@ -94,14 +94,19 @@ class Sealed:
     """A memfd that this process writes and others can only read: ``fd`` for them, ``region`` for itself.
 
     Its pages come with the first write, in huge pages where the kernel has them, so that making it costs nothing.
-    Raises ``NotEnoughMemory`` where they would not fit now.
+    Raises ``NotEnoughMemory`` where they would not fit now, ``beside`` bytes that are promised to others.
     """
 
-    def __init__(self, name: str, size: int) -> None:
-        free = available_memory()
+    def __init__(self, name: str, size: int, beside: int = 0) -> None:
+        free = available_memory() - beside
         if size > free:
             raise NotEnoughMemory(f"{size} bytes for a {name}, but {free} are free on this machine; none were taken")
-        self.fd = os.memfd_create(f"headwater:{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            self.fd = os.memfd_create(f"headwater:{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            raise NotEnoughMemory(
+                f"{size} bytes for a {name} were refused ({error.strerror}); none were taken"
+            ) from None
         try:
             os.ftruncate(self.fd, size)
             self.region = Region([Piece(self.fd, 0, size)], huge=True)

@@ -29,7 +29,7 @@ Bytes = npt.NDArray[np.uint8]
 class Room:
     """``size`` bytes. ``readers``: connections over which its descriptor went; ``fd`` is -1 where nothing is shared."""
 
-    def __init__(self, size: int, share: bool) -> None:
+    def __init__(self, size: int, share: bool, beside: int = 0) -> None:
         self.size = size
         self.readers: set[int] = set()
         self.spoilt = False  # a reader went without a word
@@ -37,7 +37,7 @@ class Room:
         self._retired = False
         self._guard = threading.RLock()  # a finalizer may run in the thread that holds it
         self._free: Callable[[Room], None] | None = None
-        self._sealed = Sealed("version", size) if share else None
+        self._sealed = Sealed("version", size, beside) if share else None
         self._memory = self._sealed.region.buffer if self._sealed is not None else (ctypes.c_ubyte * max(1, size))()
         self.array: Bytes = np.frombuffer(memoryview(self._memory).cast("B"), dtype=np.uint8)[:size]
 
@@ -93,6 +93,7 @@ class Rooms:
     def __init__(self, share: bool) -> None:
         self._share = share
         self._free: dict[int, list[Room]] = {}
+        self._fresh: weakref.WeakSet[Room] = weakref.WeakSet()  # whose pages are still to come
         self._closed = False
         self._guard = threading.RLock()  # a finalizer may run in the thread that holds it
 
@@ -102,7 +103,14 @@ class Rooms:
             free = self._free.get(size)
             if free:
                 return free.pop()
-        return Room(size, self._share)
+            room = Room(size, self._share, sum(each.size for each in self._fresh))
+            self._fresh.add(room)
+            return room
+
+    def written(self, room: Room) -> None:
+        """All of a room has been written to: its memory is no longer only promised."""
+        with self._guard:
+            self._fresh.discard(room)
 
     def prepare(self, size: int) -> None:
         """Have a room of this size ready, its pages written to; not if there is one, or no memory for it."""
@@ -116,6 +124,7 @@ class Rooms:
 
     def give(self, room: Room) -> None:
         """Nobody wants what is in it. It is used again as soon as nobody can see it."""
+        self.written(room)
         room.retire(self._back)
 
     def _back(self, room: Room) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from headwater.errors import ProtocolError
 from headwater.wire.versions import SUM_BLOCK
 
 Bytes = npt.NDArray[np.uint8]
@@ -41,7 +42,9 @@ def pack(sums: Sums) -> bytes:
 
 
 def unpack(data: bytes) -> Sums:
-    """The inverse of ``pack``."""
+    """The inverse of ``pack``. Raises ``ProtocolError``."""
+    if len(data) % 8:
+        raise ProtocolError(f"checksums of 8 bytes each in {len(data)} bytes")
     return np.frombuffer(data, dtype="<u8").astype(np.uint64)
 
 

@@ -58,8 +58,9 @@ class PartCut(Cut):
     def _run(self) -> None:
         super()._run()
         try:
+            with self._turn:  # the owner may be copying the last of it, or nobody may want it any more
+                self._turn.wait_for(lambda: self._left <= 0 or self._error is not None)
             if self._error is None and not self._dropped:
-                self.wait()
                 self._sum_rest()
         except BaseException as error:  # noqa: BLE001 - whoever waits is told
             self._error = error

@@ -32,6 +32,7 @@ class _Fill:
     left: list[v.PartDigest]
     peer: int | None = None
     room: Room | None = None
+    checking: bool = False
     expected: sums.Sums | None = None
     got: list[tuple[Key, Room, sums.Sums]] = field(default_factory=list)
 
@@ -90,6 +91,8 @@ class Fills:
     def receive(self, peer: int, frame: Frame) -> list[Instruction]:
         """A frame of the holder. Raises ``ProtocolError``."""
         fill = self._by_peer[peer]
+        if fill.checking or (frame.kind == Kind.REPLY and fill.room is not None):
+            raise ProtocolError(f"{frame.kind.name} from a holder of a version, which has nothing more to say")
         if frame.kind == Kind.PIECE:
             return self._arrived(fill) if frame.flags & Flag.END else []
         if frame.kind != Kind.REPLY:  # it has not the part any more
@@ -108,6 +111,7 @@ class Fills:
 
     def _arrived(self, fill: _Fill) -> list[Instruction]:
         """Check the bytes, on a thread: a shard's clients do not wait for that."""
+        fill.checking = True
         if self._wake is None:
             self._check(fill)
             return self.woken()
@@ -135,7 +139,7 @@ class Fills:
     def _next(self, fill: _Fill) -> list[Instruction]:
         assert fill.room is not None
         assert fill.expected is not None
-        part = fill.left.pop(0)
+        part, fill.checking = fill.left.pop(0), False
         fill.got.append((Key(fill.order.number, fill.order.shard, part.table), fill.room, fill.expected))
         fill.room = fill.expected = None
         if fill.left:

@@ -6,6 +6,7 @@ takes long, the copy and the deltas, is done by threads; ``woken`` collects what
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -27,8 +28,10 @@ from headwater.wire import versions as v
 from headwater.wire.frames import Flag, Frame, Instruction, Kind, Outgoing, seal
 from headwater.wire.sums import Sums, digest, pack
 
+log = logging.getLogger("headwater")
+
 DELTAS = 8
-"""Encoded deltas of one part that are kept, each from another base."""
+"""Encoded deltas of one part that are kept, each from another base; together they are no larger than the part."""
 
 
 Encoded = bytes | memoryview
@@ -140,10 +143,13 @@ class Shelf:
         making = self._making[number, shard] = _Making([], clocks)
         try:
             for table in tables:
-                self._cut(Key(number, shard, table.number), table)
                 making.keys.append(Key(number, shard, table.number))
-        except HeadwaterError as refused:
-            making.error = str(refused)
+                self._cut(making.keys[-1], table)
+        except (HeadwaterError, MemoryError, RuntimeError) as refused:  # RuntimeError: no thread could be started
+            making.error = f"shard {shard} could not begin its part: {refused}"
+            for key in making.keys:
+                self._discard(key)
+            making.keys = []
         self.say(number, shard)
 
     def _cut(self, key: Key, table: Table) -> None:
@@ -152,10 +158,14 @@ class Shelf:
         held = self.parts[key] = Held(room, spans(table.spec, table.dense.segments, table.size), cut=cut)
         if self._wake is None:
             cut.finish()
-            held.sums, held.cut = cut.sums, None
+            self._have(held, cut)
         else:
             self._cutting[key] = cut
             cut.begin()
+
+    def _have(self, held: Held, cut: PartCut) -> None:
+        held.sums, held.cut = cut.sums, None
+        self.rooms.written(held.room)
 
     def _landed(self, size: int) -> None:
         """A copying thread is done; the next version's memory is made ready while nobody waits for it."""
@@ -196,6 +206,10 @@ class Shelf:
         specs: Sequence[tuple[int, TableSpec]],
     ) -> None:
         """All of a shard's part of a version, fetched from another server: from now on this one holds it too."""
+        if self.knows(number, shard):  # it has been made here meanwhile
+            for _, room, _ in got:
+                self.rooms.give(room)
+            return
         known = dict(specs)
         for key, room, sums in got:
             plan = layout(known[key.table], self._shards)
@@ -213,6 +227,7 @@ class Shelf:
     ) -> None:
         """A part that was fetched. ``deltas``: to it, by the number of their base, as they came."""
         self.parts[key] = Held(room, layout, sums, deltas=dict(deltas or {}))
+        self.rooms.written(room)
 
     def before_write(self, shard: int, table: int, ranges: Sequence[tuple[int, int]]) -> None:
         """These bytes of a table are about to change."""
@@ -225,29 +240,39 @@ class Shelf:
         """Nobody wants these versions any more; a reader that waits for one is told."""
         out: list[Instruction] = []
         for key in [key for key in self.parts if key.number in numbers]:
-            held = self.parts.pop(key)
-            cut = self._cutting.pop(key, None)
-            if cut is not None:
-                cut.drop()
-                held.room.spoilt = True  # its thread may still write into it
-            out += [_refuse(asked, _expired(key)) for waiting in held.waiting.values() for asked in waiting]
-            self.rooms.give(held.room)
+            out += self._discard(key)
         for made in [made for made in self._making if made[0] in numbers]:
             del self._making[made]
         return out
+
+    def _discard(self, key: Key) -> list[Instruction]:
+        held = self.parts.pop(key, None)
+        if held is None:
+            return []
+        cut = self._cutting.pop(key, None)
+        if cut is not None:
+            cut.drop()
+            held.room.spoilt = True  # its thread may still write into it
+        self.rooms.give(held.room)
+        return [_refuse(asked, _expired(key)) for waiting in held.waiting.values() for asked in waiting]
 
     def woken(self) -> list[Instruction]:
         """What the threads have finished; what concerns the coordinator is ``said``."""
         for (number, shard), making in self._making.items():
             cuts = {key: self._cutting[key] for key in making.keys if key in self._cutting}
             failed = next((cut.failed for cut in cuts.values() if cut.failed is not None), None)
-            if not cuts or (failed is None and not all(cut.summed for cut in cuts.values())):
+            if failed is not None:
+                making.error = f"shard {shard} could not copy its part: {failed}"
+                for key in making.keys:
+                    self._discard(key)
+                making.keys = []
+            elif not cuts or not all(cut.summed for cut in cuts.values()):
                 continue
-            making.pause = max(cut.pause for cut in cuts.values())
-            making.error = "" if failed is None else f"shard {shard} could not copy its part: {failed}"
-            for key, cut in cuts.items():
-                del self._cutting[key]
-                self.parts[key].sums, self.parts[key].cut = cut.sums, None
+            else:
+                making.pause = max(cut.pause for cut in cuts.values())
+                for key, cut in cuts.items():
+                    del self._cutting[key]
+                    self._have(self.parts[key], cut)
             self.say(number, shard)
         out: list[Instruction] = []
         while not self._made.empty():
@@ -316,8 +341,11 @@ class Shelf:
             return self._whole(asked, held)
         if request.base in held.deltas:
             return self._answer(asked, held, held.deltas[request.base])
-        held.waiting.setdefault(request.base, []).append(asked)
-        if len(held.waiting[request.base]) == 1:
+        waiting = held.waiting.setdefault(request.base, [])
+        if any(other.peer == asked.peer for other in waiting):
+            raise ProtocolError(f"a reader asked for one delta of {key} again before it was answered")
+        waiting.append(asked)
+        if len(waiting) == 1:
             self._encode(_Job(key, request.base, base.room.lend(), held.room.lend(), held.spans))
         return self.woken() if self._wake is None else []
 
@@ -369,14 +397,22 @@ class Shelf:
         if held is None:  # dropped meanwhile; who waited was told
             return []
         held.deltas[base] = encoded
-        while len(held.deltas) > DELTAS:
+        while len(held.deltas) > DELTAS or (len(held.deltas) > 1 and _bytes_of(held.deltas) > held.room.size):
             del held.deltas[next(iter(held.deltas))]
         return [x for asked in held.waiting.pop(base, ()) for x in self._answer(asked, held, encoded)]
 
 
 def _made(job: _Job) -> tuple[Key, int, bytes | None]:
     old, new = np.frombuffer(job.old, dtype=np.uint8), np.frombuffer(job.new, dtype=np.uint8)
-    return job.key, job.base, delta.encode(old, new, job.spans)
+    try:
+        return job.key, job.base, delta.encode(old, new, job.spans)
+    except Exception:  # whatever it is, the next one may go well, and readers wait for this one
+        log.exception("no delta from version number %d to %s: it is sent whole", job.base, job.key)
+        return job.key, job.base, None
+
+
+def _bytes_of(deltas: Mapping[int, Encoded | None]) -> int:
+    return sum(len(encoded) for encoded in deltas.values() if encoded is not None)
 
 
 def _clock(table: Table) -> int:
