@@ -21,6 +21,7 @@ _BENCH_HELP = "What Headwater costs here, beside the ceiling of the same machine
 _LATE = {
     "chaos": "Run a cluster under kills, stops and network faults; check that nothing acknowledged is lost.",
     "serve": "Answer over HTTP with the newest weights: OpenAI-compatible for language models.",
+    "relay": "Keep a copy of published versions here, for many readers.",
     "export": "Write a snapshot as files that load without Headwater: model.safetensors, optimizer state.",
 }
 """Commands of our own by the module ``headwater.cli.NAME`` that holds them, with the line that the help shows."""

@@ -18,6 +18,7 @@ from headwater.relay.words import Base, Event, Failed, Fetched, Job, Listed, Par
 from headwater.transports.address import host_identity
 from headwater.transports.rooms import Rooms
 from headwater.types import VersionInfo
+from headwater.wire import delta
 from headwater.wire import messages as m
 from headwater.wire import versions as v
 
@@ -118,6 +119,7 @@ class Feeder:
                 self._release(order.number)
             elif not self._closed.is_set():
                 self._post(self._outcome(order))
+                delta.warm()  # the next one may be a delta
             del order  # a job's loans hold memory
 
     def _outcome(self, job: Job) -> Event:
