@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -11,12 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from headwater.cluster.placement import layout
+from headwater.cluster.placement import Layout, layout
 from headwater.errors import (
     DeadlineExceeded,
     DeltaCorrupt,
     HeadwaterError,
-    LinkError,
+    LinkBroken,
     ProtocolError,
     VersionExpired,
 )
@@ -27,6 +28,9 @@ from headwater.transports.rooms import Room, Rooms
 from headwater.types import TableSpec
 from headwater.wire import delta, sums
 from headwater.wire import versions as v
+
+SILENT = 20.0  # seconds in which a holder must send something: a delta may have to be made first
+MOST = 100_000  # shards: a bound, so that a wrong number is refused and not counted to
 
 
 class Counts(NamedTuple):
@@ -64,6 +68,18 @@ class Got(NamedTuple):
     delta: memoryview | None
 
 
+def _plans(leased: v.Leased, specs: Mapping[int, TableSpec]) -> dict[int, Layout]:
+    """Where the tables' bytes are. Raises ``ProtocolError`` if the parts are not those: what is mapped must exist."""
+    missing = [table for table in leased.tables if table not in specs]
+    if missing or not 0 < leased.shards <= MOST:
+        raise ProtocolError(f"a lease of tables {missing} on {leased.shards} shards, of which nothing else is known")
+    plans = {table: layout(specs[table], leased.shards) for table in leased.tables}
+    wanted = {(shard, table): plan.sizes[shard] for table, plan in plans.items() for shard in plan.participants}
+    if len(leased.parts) != len(wanted) or {(at.shard, at.table): at.size for at in leased.parts} != wanted:
+        raise ProtocolError(f"version number {leased.info.number} was leased with parts that its tables do not have")
+    return plans
+
+
 class Fetcher:
     """The connections of one reader, and the memory that it fetches into.
 
@@ -85,16 +101,21 @@ class Fetcher:
 
     def store(self, leased: v.Leased, specs: Mapping[int, TableSpec], base: Stored | None, deadline: float) -> Stored:
         """Fetch a version. ``base``: one that is here; where that helps, only what changed since is fetched."""
+        plans = _plans(leased, specs)
         with self._turn:
             self.settle()
             places = self._places(leased, base, deadline)
         tables: list[Table] = []
-        rooms: dict[tuple[int, int], Room] = {}
-        for number in leased.tables:
-            plan = layout(specs[number], leased.shards)
-            mine = {shard: place for (shard, table), place in places.items() if table == number}
-            tables.append(Table(specs[number], Mapped(plan, mine, self.rooms.give)))
-            rooms |= {(s, number): place.room for s, place in mine.items() if isinstance(place, Mine)}
+        rooms = {key: place.room for key, place in places.items() if isinstance(place, Mine)}
+        try:
+            for number, plan in plans.items():
+                mine = {shard: places[shard, number] for shard in plan.participants}
+                tables.append(Table(specs[number], Mapped(plan, mine, self.rooms.give)))
+                places = {key: place for key, place in places.items() if key[1] != number}
+        except HeadwaterError:  # no address space: what is mapped already goes with its mapping
+            for place in places.values():
+                self._give_up(place)
+            raise
         return Stored(leased.info, tables, rooms)
 
     def _places(self, leased: v.Leased, base: Stored | None, deadline: float) -> dict[tuple[int, int], Place]:
@@ -102,7 +123,7 @@ class Fetcher:
         have = base.rooms if base is not None else {}
 
         def wait(asked: _Asked) -> v.Part:
-            return asked.line.wait(asked.answer, deadline)
+            return self._patient(asked, SILENT, deadline)
 
         number = base.info.number if base is not None else 0
         asked: list[_Asked] = []
@@ -117,10 +138,16 @@ class Fetcher:
         except BaseException:
             for place in places.values():
                 self._give_up(place)
-            for each in asked[len(places) :]:  # their answers may still come, into memory that nobody wants
-                self._drop(each.line)
+            self._abandon(asked[len(places) :])
             raise
         return places
+
+    def _abandon(self, asked: Sequence[_Asked]) -> None:
+        """Nobody waits for these; their answers could still come, into memory that nobody wants."""
+        for each in asked:
+            self._drop(each.line)
+        for each in asked:
+            self._recycle(each)
 
     def _give_up(self, place: Place) -> None:
         if isinstance(place, Mine):
@@ -160,19 +187,20 @@ class Fetcher:
                     delta = last.answer.target if last.answer.part.encoding == "delta" else None
                     got(Got(each.at, place.room, sums.unpack(last.answer.part.sums), delta))
             except BaseException:
-                for each in asked[landed:]:
-                    self._drop(each.line)
+                self._abandon(asked[landed:])
                 raise
 
-    def _patient(self, asked: _Asked, stall: float) -> v.Part:
-        """Wait for a part for as long as bytes come."""
+    def _patient(self, asked: _Asked, stall: float, deadline: float = math.inf) -> v.Part:
+        """Wait for a part for as long as bytes come. Raises ``LinkBroken`` if none come: another may have it too."""
         while True:
             before = self.fetched_bytes
             try:
-                return asked.line.wait(asked.answer, time.monotonic() + stall)
+                return asked.line.wait(asked.answer, min(deadline, time.monotonic() + stall))
             except DeadlineExceeded:
-                if self.fetched_bytes == before:
+                if time.monotonic() >= deadline:
                     raise
+                if self.fetched_bytes == before:
+                    raise LinkBroken(f"{asked.line.holder.address} has sent nothing for {stall:.0f} s") from None
 
     def _ask(self, number: int, at: v.PartAt, base: int) -> _Asked:
         line = self._line(at)
@@ -185,7 +213,7 @@ class Fetcher:
             if sums.digest(sums.unpack(part.sums)) != at.digest:
                 raise ProtocolError(f"{line.holder.address} holds another version than number {number}")
             if part.encoding == "delta":
-                if part.nbytes > at.size:
+                if not 0 < part.nbytes <= at.size:
                     raise ProtocolError(f"a delta of {part.nbytes} bytes to a part of {at.size}")
                 return memoryview(bytearray(part.nbytes))
             if part.encoding == "whole":
@@ -197,7 +225,14 @@ class Fetcher:
 
         return _Asked(at, (number, at.shard, at.table), line, line.ask(fetch, land), room)
 
-    def _wait(self, asked: _Asked, have: Mapping[tuple[int, int], Room], wait: Callable[[_Asked], v.Part]) -> _Landed:
+    def _wait(
+        self,
+        asked: _Asked,
+        have: Mapping[tuple[int, int], Room],
+        wait: Callable[[_Asked], v.Part],
+        *,
+        again: bool = True,
+    ) -> _Landed:
         """The part, checked. What came damaged is fetched once more, whole."""
         try:
             part = wait(asked)
@@ -209,20 +244,23 @@ class Fetcher:
             else:
                 self._count(whole_parts=1)
             self._verify(asked, part)
+            self.rooms.written(asked.room[0])
             return _Landed(Mine(asked.room[0]), asked)
         except DeltaCorrupt:
             self._recycle(asked)
             self._count(damaged=1)
-            if asked.answer.part is not None and asked.answer.part.encoding == "delta":
-                return self._wait(self._ask(asked.key[0], asked.at, 0), have, wait)
+            if again:
+                return self._wait(self._ask(asked.key[0], asked.at, 0), have, wait, again=False)
             raise
         except HeadwaterError:
             self._recycle(asked)
             raise
 
     def _recycle(self, asked: _Asked) -> None:
-        memory.close_all(asked.answer.fds)
-        for room in asked.room:
+        fds, asked.answer.fds = asked.answer.fds, ()
+        memory.close_all(fds)
+        while asked.room:
+            room = asked.room.pop()
             room.spoilt = not asked.answer.done  # bytes may still be on their way into it
             self.rooms.give(room)
 
@@ -270,7 +308,7 @@ class Fetcher:
         for holder in at.holders:
             try:
                 line = self._lines[holder.address] = Line(self._dial, holder)
-            except LinkError as refused:
+            except HeadwaterError as refused:  # also one whose address is none
                 error = refused
             else:
                 return line

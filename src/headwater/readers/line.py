@@ -89,8 +89,9 @@ class Line:
 
     def receive(self, frame: Frame, fds: Sequence[int] = ()) -> None:
         answer = self._asked.get(frame.seq)
-        if answer is None:
+        if answer is None or frame.kind != Kind.REPLY:
             close_all(fds)
+        if answer is None:
             if frame.kind == Kind.ERROR:
                 raise LinkBroken(f"{self.holder.address} ended the connection: {m.read_error(frame.body)}")
             raise ProtocolError(f"{frame.kind.name} that answers nothing came from {self.holder.address}")
@@ -109,16 +110,19 @@ class Line:
             raise ProtocolError(f"{frame.kind.name} from {self.holder.address}, which holds versions")
 
     def _replied(self, frame: Frame, answer: Answer, fds: tuple[int, ...]) -> None:
-        part = m.unpack_reply(frame.body)
-        if not isinstance(part, v.Part):
+        try:
+            part = m.unpack_reply(frame.body)
+            if not isinstance(part, v.Part) or answer.part is not None:
+                raise ProtocolError(f"{type(part).__name__} instead of a part of a version")
+        except ProtocolError:
             close_all(fds)
-            raise ProtocolError(f"{type(part).__name__} instead of a part of a version")
+            raise
         answer.part, answer.fds = part, fds
         try:
             answer.target = answer.land(part)
         except HeadwaterError as error:
             answer.error = error
-        if not part.nbytes:
+        if part.nbytes <= 0:
             self._end(frame.seq, answer)
 
     def _end(self, number: int, answer: Answer) -> None:

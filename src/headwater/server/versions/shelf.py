@@ -341,11 +341,13 @@ class Shelf:
             return self._whole(asked, held)
         if request.base in held.deltas:
             return self._answer(asked, held, held.deltas[request.base])
-        waiting = held.waiting.setdefault(request.base, [])
-        if any(other.peer == asked.peer for other in waiting):
-            raise ProtocolError(f"a reader asked for one delta of {key} again before it was answered")
-        waiting.append(asked)
-        if len(waiting) == 1:
+        waiting = held.waiting.get(request.base)
+        if waiting is not None:  # it is being made
+            if any(other.peer == asked.peer for other in waiting):
+                raise ProtocolError(f"a reader asked for one delta of {key} again before it was answered")
+            waiting.append(asked)
+        else:
+            held.waiting[request.base] = [asked]
             self._encode(_Job(key, request.base, base.room.lend(), held.room.lend(), held.spans))
         return self.woken() if self._wake is None else []
 
