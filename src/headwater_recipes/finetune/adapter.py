@@ -6,6 +6,7 @@ model lying in ``base/``: so ``PeftModel`` and ``AutoModelForCausalLM`` load it,
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ BASE = "base"
 """The folder of the pretrained model, in the run folder."""
 
 
-def wrap(model: Any, settings: Settings, folder: Path) -> Any:
-    """The model with a fresh adapter, whose first values depend on the seed only.
+def wrap(model: Any, settings: Settings) -> Any:
+    """The model, changed, with a fresh adapter, whose first values depend on the seed only.
 
     Raises:
         UsageError: ``peft`` is not installed, or finds no module by the names of --lora-targets.
@@ -32,23 +33,25 @@ def wrap(model: Any, settings: Settings, folder: Path) -> Any:
         lora_alpha=settings.lora_alpha or 2 * settings.lora,
         target_modules=targets if targets == "all-linear" else targets.split(","),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=str((folder / BASE).resolve()),
     )
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that will go
             torch.manual_seed(settings.seed)
             return peft.get_peft_model(model, config)
     except ValueError as error:
         raise UsageError(f"--lora-targets {targets}: {error}; nothing was started") from error
 
 
-def write(model: Any, folder: Path) -> None:
-    """The adapter's values and its description, without the model's."""
+def write(model: Any, folder: Path, run: Path) -> None:
+    """The adapter's values and its description, which says where in the run folder ``run`` the model itself is."""
     peft = _peft()
     values = peft.get_peft_model_state_dict(model)
     # Copies, because parameters are views into one memory, which safetensors takes for tied weights.
     save_file({name: value.detach().clone() for name, value in values.items()}, folder / "adapter_model.safetensors")
-    model.peft_config["default"].save_pretrained(folder)
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = str((run / BASE).resolve())
+    config.save_pretrained(folder)
 
 
 def read(model: Any, folder: Path) -> None:

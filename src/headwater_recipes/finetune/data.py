@@ -84,9 +84,7 @@ def split(chats: Sequence[Chat]) -> tuple[list[Chat], list[Chat]]:
             f"{chats[0].place}: {len(marks)} chat; two different ones or more are needed, as one is held out. Nothing "
             f"was started; give --data more."
         )
-    held = {mark for mark in marks if mark % HELD_OUT == 0}
-    if not held or len(held) == len(marks):
-        held = {min(marks)}
+    held = set(sorted(marks)[: max(1, len(marks) // HELD_OUT)])
     return [c for m, c in marks.items() if m not in held], [c for m, c in marks.items() if m in held]
 
 

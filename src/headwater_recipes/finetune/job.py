@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,9 @@ def prepare(wanted: Settings, run: Path | None, console: Console) -> Path:
     asked = answers.choose(tokenizer, found.training, found.held_out)
     with console.status("asking the model what it knows before …"):
         said = answers.ask(model, tokenizer, [each.prompt for each in asked])
+    adapted = adapter.wrap(copy.deepcopy(model), wanted) if wanted.lora else None
     folder = checkpoint.new_folder(RECIPE.name, run)
-    _write(folder, model, tokenizer, wanted)
+    _write(folder, model, tokenizer, adapted)
     examples.save(folder, "training", training.examples)
     examples.save(folder, "held_out", held_out.examples)
     answers.write(folder, [msgspec.structs.replace(each, before=text) for each, text in zip(asked, said, strict=True)])
@@ -80,16 +82,16 @@ def _describe(found: data.Corpus, training: examples.Encoded, held_out: examples
     return line + (f"; {cut} cut to {seq} tokens" if cut else "") + (f", {dropped} left out" if dropped else "")
 
 
-def _write(folder: Path, model: Any, tokenizer: Any, wanted: Settings) -> None:
-    """The pretrained model as a folder of transformers; for LoRA with the fresh adapter beside it."""
+def _write(folder: Path, model: Any, tokenizer: Any, adapted: Any) -> None:
+    """The pretrained model as a folder of transformers; for LoRA within one of peft, with the fresh adapter."""
     tokenizer.save_pretrained(folder)
-    if not wanted.lora:
+    if adapted is None:
         checkpoint.write_model(model, folder)
         return
     base = folder / adapter.BASE
     checkpoint.write_model(model, base)
     tokenizer.save_pretrained(base)
-    adapter.write(adapter.wrap(model, wanted, folder), folder)
+    adapter.write(adapted, folder, folder)
 
 
 class Job(job.Job[Settings]):

@@ -58,7 +58,7 @@ class Worker(Trainer[Settings]):
 
     def write(self, model: Any, folder: Path) -> None:
         if self.settings.lora:
-            adapter.write(model, folder)
+            adapter.write(model, folder, self.folder)
         else:
             super().write(model, folder)
 
@@ -94,7 +94,7 @@ def read_model(folder: Path, found: Path | None, settings: Settings) -> Any:
     """The model of the checkpoint ``found``; without one, that which the run began with."""
     if not settings.lora:
         return source.read(found or folder, settings.seq)
-    model = adapter.wrap(source.read(folder / adapter.BASE, settings.seq), settings, folder)
+    model = adapter.wrap(source.read(folder / adapter.BASE, settings.seq), settings)
     if found is not None:
         adapter.read(model, found)
     return model
