@@ -53,8 +53,21 @@ Buffer = bytes | bytearray | memoryview
 
 MAGIC = b"HWDL"
 VERSION = 1
-DENSE = 0.5
-"""Share of the dense bytes from which on a delta is not worth its time."""
+READING = 0.15e9
+"""Bytes of a delta that one core checks and applies in a second, about: see benchmarks/delta.md."""
+
+
+def worth(link: float) -> float:
+    """The share of a part's bytes that a delta may take and still be sooner in place than the part itself, over a link of
+    ``link`` bytes per second: sending s·n bytes and reading them takes as long as sending n.
+
+    What encoding costs is left out: it is done once, for all readers.
+    """
+    return READING / (READING + link)
+
+
+DENSE = worth(2.7e9)
+"""What ``encode`` takes for the bound if it is told none: that of a fast network. A slower one bears more."""
 
 SAMPLE, SAMPLE_EVERY, SAMPLE_MARGIN = 64, 16, 1.5
 """How many blocks are tried first, of parts with how many times as many, and how far they may exceed the bound."""

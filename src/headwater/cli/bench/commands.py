@@ -32,7 +32,7 @@ Size = Annotated[int, typer.Option(min=1, help="Size of the dense table in MB.")
 Servers = Annotated[int, typer.Option(min=1, help="Servers in the cluster.")]
 Where = Annotated[Transport | None, typer.Option(help="Default: local, then tcp.")]
 
-BENCHES = ("dense", "small", "many", "step", "memory", "replicas", "snapshot", "recovery", "serve")
+BENCHES = ("dense", "small", "many", "step", "memory", "replicas", "snapshot", "recovery", "serve", "delta")
 """Each is a module of this package with a function ``measure``; ``all`` runs them in this order."""
 
 
@@ -130,6 +130,16 @@ def _recovery(rounds: Rounds = None, json: Json = False) -> None:
 def _serve(rounds: Rounds = None, json: Json = False) -> None:
     """Eight answers at once on one core, beside generate() one by one, and 20 changes of weights meanwhile."""
     run("serve", Options(_note, rounds), json)
+
+
+@app.command("delta")
+def _delta(
+    size: Annotated[int, typer.Option(min=1, help="Size of the weights in MB.")] = 500,
+    rounds: Rounds = None,
+    json: Json = False,
+) -> None:
+    """What changed between two versions of 500 MB, encoded and applied by one thread, beside one copy of them."""
+    run("delta", Options(_note, rounds, size), json)
 
 
 @app.command("all")
