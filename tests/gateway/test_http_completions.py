@@ -74,7 +74,7 @@ def test_logprobs(server: Running) -> None:
         ({"prompt": ""}, "prompt"),
         ({"prompt": [-1]}, "prompt[0]"),
         ({"prompt": [300]}, "prompt"),
-        ({"prompt": ["a"] * 17}, "prompt"),
+        ({"prompt": ["a"] * 65}, "prompt"),
         ({"prompt": "x" * 64}, "prompt"),
         ({"logprobs": 6}, "logprobs"),
     ],

@@ -159,7 +159,7 @@ def test_a_folder_that_asks_for_more_is_refused(folder: Path, tmp_path: Path, ha
         (found / "1_Pooling" / "config.json").unlink()
     else:
         _write(found / "1_Pooling" / "config.json", {f"pooling_mode_{harm}": True})
-    with pytest.raises(UsageError, match="nothing was started"):
+    with pytest.raises(UsageError, match="not served"):
         sentence.read_recipe(found)
 
 

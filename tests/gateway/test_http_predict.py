@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -283,6 +284,24 @@ def test_a_full_pool_is_429_and_a_late_forward_504(source: MemorySource) -> None
         first.join(PATIENCE)
         assert (late[0].status, late[0].said["error"]["code"]) == (504, "deadline_exceeded")
         module.go_on.set()
+
+
+def test_a_client_that_hangs_up_leaves_the_queue(source: MemorySource) -> None:
+    module = _Asked()
+    live = Live(module, source)
+    body = b'{"inputs": [{"data": [0]}]}'
+    head = f"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: {JSON}\r\ncontent-length: {len(body)}\r\n\r\n"
+    with running(ModulePredictor(live)) as server:
+        threads = server.server._gateway._forwards
+        first = threading.Thread(target=post, args=(server, body))
+        first.start()
+        assert module.inside.wait(PATIENCE)
+        with socket.create_connection(server.address, PATIENCE) as sock:
+            sock.sendall(head.encode() + body)
+            until(live, lambda _: threads._pending == 2)
+        until(live, lambda _: threads._pending == 1)
+        module.go_on.set()
+        first.join(PATIENCE)
 
 
 class _Broken:

@@ -175,7 +175,7 @@ def _announce(wanted: Plan, tag: str, where: str | None, sock: socket, api_keys:
     host, port = sock.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     weights = (
-        f"{tag!r} of table set {wanted.tables!r} at {where}" if where else "the files' own; no cluster is followed"
+        f"{tag!r} of table set {wanted.tables!r} at {where}" if where else "the model's own; no cluster is followed"
     )
     rows = {
         "model": wanted.name,

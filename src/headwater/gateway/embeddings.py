@@ -35,7 +35,7 @@ async def embeddings(request: Request, gateway: Gateway) -> Response:
         raise Refusal(400, said, param="dimensions", slug="unsupported")
     texts = await read_prompts(asked.input, "input", embedder.encode, gateway)
     _check(texts, embedder, gateway.limits.inputs)
-    vectors, version = await gateway.forward(lambda: embedder.embed(texts))
+    vectors, version = await gateway.forward(request, lambda: embedder.embed(texts))
     record = record_of(request)
     record.answered_by(version)
     record.prompt_tokens = sum(map(len, texts))

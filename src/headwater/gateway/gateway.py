@@ -8,10 +8,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from headwater.gateway.generation import Runs
+from headwater.gateway.gate import ClientGone
+from headwater.gateway.generation import Runs, hung_up
 from headwater.gateway.problems import busy, too_late
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
+
     from headwater.gateway.limits import Limits
     from headwater.gateway.metrics import Metrics
     from headwater.gateway.served import Served
@@ -36,9 +39,18 @@ class Gateway:
         thread-safe."""
         return await self._tokenizer.run(call)
 
-    async def forward(self, call: Callable[[], T]) -> T:
-        """In one of a few threads."""
-        return await self._forwards.run(call)
+    async def forward(self, request: Request, call: Callable[[], T]) -> T:
+        """In one of a few threads. If the client leaves before it has begun, it is not done (``ClientGone``)."""
+        forward = asyncio.ensure_future(self._forwards.run(call))
+        gone = asyncio.ensure_future(hung_up(request.receive))
+        try:
+            await asyncio.wait((forward, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not forward.done():
+                raise ClientGone
+            return await forward
+        finally:
+            forward.cancel()
+            gone.cancel()
 
     def close(self) -> None:
         """End what runs, and the model. A forward of a thread is waited for: it holds a version."""

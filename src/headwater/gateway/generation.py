@@ -170,14 +170,19 @@ class Run:
         return send
 
     async def _watch_client(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await hung_up(receive)
         self._events.put_nowait("gone")
 
     def _cancel(self) -> None:
         for choice in self.choices:
             if choice.finished is None:
                 choice.handle.cancel()
+
+
+async def hung_up(receive: Receive) -> None:
+    """Until the client is gone. The body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class Runs(set[Run]):

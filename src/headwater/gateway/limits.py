@@ -37,7 +37,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     body_timeout: float = 10.0
     head_timeout: float = 10.0
     messages: int = 512
-    choices: int = 16
+    choices: int = 64
     max_tokens: int = 4096
     inputs: int = 512
     threads: int = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import queue
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from headwater.gateway.engine_types import Source
 from headwater.gateway.follow import Follower, Ready
 from headwater.gateway.weights import Bindable
 from headwater.types import VersionInfo
+
+log = logging.getLogger(__name__)
 
 _PATIENCE = 5.0
 """Seconds that the following thread has to end."""
@@ -137,6 +140,8 @@ class Live:
             twin.bind(ready.binding)
             self._free.put(twin)
         self._give_back()
+        version = ready.binding.version
+        log.info("version %s (number %d, step %d) answers from now on", version.name, version.number, version.step)
 
     def _give_back(self, *, every: bool = False) -> None:
         with self._lock:

@@ -60,8 +60,12 @@ def plan(model: str, *, base: str | None, module: str | None, name: str | None) 
     if path.exists():
         if base:
             raise UsageError(f"--model {model} is a folder of its own, so --base is too much; nothing was started")
+        if not module:
+            _check_files(path)
         return Plan(name or _called(path), _tables_of(path), "" if module else model, module or "", complete=True)
     if base or module:
+        if base and Path(base).exists():
+            _check_files(Path(base))
         return Plan(name or model, model, base or "", module or "", complete=False)
     if "/" in model and not model.startswith((".", "/", "~")):
         return Plan(name or model, _TABLES, model, "", complete=True)
@@ -69,6 +73,15 @@ def plan(model: str, *, base: str | None, module: str | None, name: str | None) 
         f"--model {model}: no folder of that name. If it is a table set, name its files by --base FOLDER, or its "
         "module by --module PACKAGE.MODULE:FACTORY; nothing was started"
     )
+
+
+def _check_files(path: Path) -> None:
+    """Raises ``UsageError`` for a folder without a model in it; a look at its files does not need the libraries."""
+    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UsageError(
+            f"{path}: no config.json there, so it is no folder of a model (name a .gguf file itself; for a module of "
+            "your own give --module); nothing was started"
+        )
 
 
 def _called(path: Path) -> str:

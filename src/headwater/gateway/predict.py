@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -68,13 +69,14 @@ async def predict(request: Request, gateway: Gateway) -> Response:
     as_safetensors = _wants_safetensors(request.headers.get("accept", ""), kind)
     predictor = gateway.served.predictor()
     body = await read_body(request, gateway.limits)
+    read = functools.partial(tensors.from_safetensors, body)
     if kind == _JSON:
         asked = decode_json(body, _DECODER)
         if asked.model is not None:
             gateway.served.must_be(asked.model)
-        answer, version = await gateway.forward(lambda: _from_json(predictor, asked, gateway, as_safetensors))
-    else:
-        answer, version = await gateway.forward(lambda: _from_safetensors(predictor, body, gateway, as_safetensors))
+        read = functools.partial(tensors.from_json, asked.inputs)
+    call = functools.partial(_answer, predictor, read, gateway.served.name, as_safetensors)
+    answer, version = await gateway.forward(request, call)
     record_of(request).answered_by(version)
     return Response(answer, headers={"content-type": tensors.SAFETENSORS if as_safetensors else _JSON})
 
@@ -87,25 +89,16 @@ def _wants_safetensors(accepted: str, kind: str) -> bool:
     return kind == tensors.SAFETENSORS
 
 
-def _from_json(
-    predictor: Predictor, asked: tensors.PredictRequest, gateway: Gateway, as_safetensors: bool
+def _answer(
+    predictor: Predictor,
+    read: Callable[[], tuple[list[Tensor], dict[str, Tensor]]],
+    name: str,
+    as_safetensors: bool,
 ) -> tuple[bytes, VersionInfo]:
-    arguments, named = tensors.from_json(asked.inputs)
+    """The body of an answer, and the version that it is of; called in a thread."""
+    arguments, named = read()
     outputs, version = predictor.predict(arguments, named)
-    return _encode(outputs, version, gateway, as_safetensors), version
-
-
-def _from_safetensors(
-    predictor: Predictor, body: bytes, gateway: Gateway, as_safetensors: bool
-) -> tuple[bytes, VersionInfo]:
-    arguments, named = tensors.from_safetensors(body)
-    outputs, version = predictor.predict(arguments, named)
-    return _encode(outputs, version, gateway, as_safetensors), version
-
-
-def _encode(outputs: dict[str, Tensor], version: VersionInfo, gateway: Gateway, as_safetensors: bool) -> bytes:
     if as_safetensors:
-        return tensors.to_safetensors(outputs, version)
-    found = tensors.to_json(outputs)
-    name = gateway.served.name
-    return msgspec.json.encode(tensors.Prediction(found, name, fingerprint([version]), version_card(version)))
+        return tensors.to_safetensors(outputs, version), version
+    found = tensors.Prediction(tensors.to_json(outputs), name, fingerprint([version]), version_card(version))
+    return msgspec.json.encode(found), version

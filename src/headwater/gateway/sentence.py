@@ -46,12 +46,12 @@ def read_recipe(folder: Path) -> Recipe:
     if kinds[:2] != ["Transformer", "Pooling"] or set(kinds) - set(KINDS):
         raise UsageError(
             f"{folder}/modules.json has the modules {', '.join(kinds)}; served are a Transformer and its Pooling, with "
-            "or without Normalize; nothing was started"
+            "or without Normalize; it is not served"
         )
     pooling: dict[str, Any] = _read(folder / str(modules[1].get("path", "1_Pooling")) / "config.json")
     chosen = [name for name in _POOLINGS if pooling.get(f"pooling_mode_{name}")]
     if len(chosen) != 1:
-        raise UsageError(f"{folder}: poolings {chosen}; one of {', '.join(_POOLINGS)} is served; nothing was started")
+        raise UsageError(f"{folder}: poolings {chosen}; one of {', '.join(_POOLINGS)} is served; it is not served")
     limit = _read(folder / "sentence_bert_config.json") if (folder / "sentence_bert_config.json").is_file() else {}
     positions = int(_read(folder / "config.json").get("max_position_embeddings", 512))
     return Recipe(chosen[0], "Normalize" in kinds, min(positions, int(limit.get("max_seq_length") or positions)))
@@ -61,7 +61,7 @@ def _read(path: Path) -> Any:
     try:
         return msgspec.json.decode(path.read_bytes())
     except (OSError, msgspec.DecodeError) as error:
-        raise UsageError(f"{path}: {error}; nothing was started") from None
+        raise UsageError(f"{path}: {error}; it is not served") from None
 
 
 def load(folder: Path) -> tuple[nn.Module, Any]:
@@ -72,7 +72,7 @@ def load(folder: Path) -> tuple[nn.Module, Any]:
         module = cast(Any, transformers.AutoModel).from_pretrained(str(folder))
         tokenizer = cast(Any, transformers.AutoTokenizer).from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UsageError(f"no encoder could be loaded from {folder}: {error}; nothing was started") from None
+        raise UsageError(f"no encoder could be loaded from {folder}: {error}; it is not served") from None
     return module.eval().requires_grad_(requires_grad=False), tokenizer
 
 
