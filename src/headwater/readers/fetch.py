@@ -83,12 +83,15 @@ def _plans(leased: v.Leased, specs: Mapping[int, TableSpec]) -> dict[int, Layout
 class Fetcher:
     """The connections of one reader, and the memory that it fetches into.
 
-    ``share``: map holders' memory where possible. ``rooms``: memory that others use too. One thread at a time fetches;
-    what goes wrong is a ``LinkError``, ``VersionExpired``, ``NotEnoughMemory`` or ``DeadlineExceeded``.
+    ``share``: map holders' memory where possible. ``rooms``: memory that others use too. ``now``: the clock, in
+    seconds, that deadlines are of. One thread at a time fetches; what goes wrong is a ``LinkError``, ``VersionExpired``, ``NotEnoughMemory`` or ``DeadlineExceeded``.
     """
 
-    def __init__(self, dial: Dial, *, share: bool = True, rooms: Rooms | None = None) -> None:
+    def __init__(
+        self, dial: Dial, *, share: bool = True, rooms: Rooms | None = None, now: Callable[[], float] = time.monotonic
+    ) -> None:
         self.rooms = rooms or Rooms(share=True)
+        self._now = now
         self.counts = Counts()
         self._dial = dial
         self._share = share
@@ -195,9 +198,9 @@ class Fetcher:
         while True:
             before = self.fetched_bytes
             try:
-                return asked.line.wait(asked.answer, min(deadline, time.monotonic() + stall))
+                return asked.line.wait(asked.answer, min(deadline, self._now() + stall))
             except DeadlineExceeded:
-                if time.monotonic() >= deadline:
+                if self._now() >= deadline:
                     raise
                 if self.fetched_bytes == before:
                     raise LinkBroken(f"{asked.line.holder.address} has sent nothing for {stall:.0f} s") from None

@@ -95,7 +95,7 @@ class Reader:
         self._runtime = runtime or Threads()
         session = self._runtime.token()
         self._control = Control(dial, m.Join("reader", session, host_identity(), os.getpid()), self._runtime, timeout)
-        self._fetcher = Fetcher(dial, share=share)
+        self._fetcher = Fetcher(dial, share=share, now=self._runtime.now)
         self._specs: dict[int, TableSpec] = {}
         self._known: dict[int, int] = {}  # their fingerprints
         self._stored: weakref.WeakValueDictionary[int, Stored] = weakref.WeakValueDictionary()
