@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -91,14 +92,18 @@ class Follower:
         self._current: Weights | None = None
         self._swaps = 0
         self._pause = self._sync = 0.0
-        self._error = ""
+        self._refused = ""  # why the newest version is not in the module
+        self._unheard = ""  # why nothing is heard of newer ones
         self._closed = threading.Event()
         module.version = None  # type: ignore[assignment]
         if wait:
-            self._stage(reader.wait(name=name))
+            reader.wait(name=name)
+            self._stage()
             self._swap()
+            if self._current is None:
+                raise ShapeMismatch(self._refused)
         self._hooks = [
-            module.register_forward_pre_hook(self._enter),
+            module.register_forward_pre_hook(self._enter, prepend=True),
             module.register_forward_hook(self._leave, always_call=True),
         ]
         self._thread = threading.Thread(target=self._follow, name="headwater-follow", daemon=True)
@@ -111,11 +116,15 @@ class Follower:
 
     def statistics(self) -> FollowerStatistics:
         """How the module stands."""
-        return FollowerStatistics(self.version, self._swaps, self._pause, self._sync, self._error)
+        return FollowerStatistics(self.version, self._swaps, self._pause, self._sync, self._refused or self._unheard)
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[VersionInfo | None]:
-        """Inside, the version stays as it is: for what takes several forwards, such as generating a text."""
+        """Inside, the version stays as it is: for what takes several forwards, such as generating a text.
+
+        Once a newer version is ready, forwards that begin in other threads wait for the end of this: do not wait for
+        them inside.
+        """
         self._enter()
         try:
             yield self.version
@@ -124,10 +133,10 @@ class Follower:
 
     def close(self) -> None:
         """Follow no more; the module keeps its present values, which stay valid."""
-        self._closed.set()
         for hook in self._hooks:
             hook.remove()
         with self._gate:
+            self._closed.set()
             staged, self._staged = self._staged, None
         for weights in (staged.weights if staged is not None else None, self._current):
             if weights is not None:
@@ -164,16 +173,35 @@ class Follower:
         staged, self._staged = self._staged, None
         assert staged is not None
         begun = time.perf_counter()
-        for name, tensor in staged.tensors.items():
-            for owner, key in self._places[name]:
-                owner[key].data = tensor
+        try:
+            self._point(staged.tensors)
+        except (KeyError, AttributeError, RuntimeError, TypeError) as error:
+            number = staged.weights.version.number
+            self._refused = (
+                f"version number {number} does not go into this module any more, which was changed ({error!r}): it keeps "
+                "the version before. Follow the changed module"
+            )
+            self._end(staged.weights)
+            return
         old, self._current = self._current, staged.weights
         self._module.version = staged.weights.version
         now = time.perf_counter()
-        self._swaps, self._pause, self._sync, self._error = self._swaps + 1, now - begun, now - staged.since, ""
-        self._gate_released(old)
+        self._swaps, self._pause, self._sync, self._refused = self._swaps + 1, now - begun, now - staged.since, ""
+        self._end(old)
 
-    def _gate_released(self, old: Weights | None) -> None:
+    def _point(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """All of them or, if one cannot be, none."""
+        pairs = [(owner[key], tensor) for name, tensor in tensors.items() for owner, key in self._places[name]]
+        before = [(mine, mine.data) for mine, _ in pairs]
+        try:
+            for mine, tensor in pairs:
+                mine.data = tensor
+        except BaseException:
+            for mine, data in before:
+                mine.data = data
+            raise
+
+    def _end(self, old: Weights | None) -> None:
         """The lease of the version before ends on the thread: that is a message, and a forward is waiting."""
         if old is not None:
             threading.Thread(target=old.release, name="headwater-release", daemon=True).start()
@@ -181,36 +209,42 @@ class Follower:
     # ---- the thread ------------------------------------------------------------------------------
 
     def _follow(self) -> None:
-        last = time.monotonic()
+        known = 0 if self._current is None else self._current.version.number
+        last = time.monotonic() if known else -math.inf
         while not self._closed.is_set():
             try:
-                staged, current = self._staged, self._current
-                newest = staged.weights if staged is not None else current
-                found = self._reader.wait(newest.version.number if newest is not None else 0, self._name, POLL)
+                found = self._reader.wait(known, self._name, POLL)
+                self._unheard = ""
                 if self._closed.wait(max(0.0, last + self._every - time.monotonic())):
                     return
-                self._stage(found)
+                known = self._stage()
                 last = time.monotonic()
             except DeadlineExceeded:
-                continue
+                self._unheard = ""  # there is no news
+            except ShapeMismatch as error:
+                known, self._refused = found.number, str(error)
             except HeadwaterError as error:
-                self._error = str(error)
-                pause = RETRY if isinstance(error, LinkError) else POLL
-                self._closed.wait(pause)
+                self._unheard = str(error)
+                self._closed.wait(RETRY if isinstance(error, LinkError) else POLL)
 
-    def _stage(self, found: VersionInfo) -> None:
-        """Make a version ready: everything that takes time."""
+    def _stage(self) -> int:
+        """Make what the name means now ready: everything that takes time. The version's number."""
         since = time.perf_counter()
-        weights = self._reader.lease(found.name if self._name == found.name else self._name)
+        weights = self._reader.lease(self._name)
         try:
             tensors = self._ready(weights)
         except BaseException:
             weights.release()
             raise
         with self._gate:
-            skipped, self._staged = self._staged, _Staged(weights, tensors, since)
+            skipped = None if self._staged is None else self._staged.weights
+            if self._closed.is_set():
+                skipped = weights
+            else:
+                self._staged = _Staged(weights, tensors, since)
         if skipped is not None:
-            skipped.weights.release()
+            skipped.release()
+        return weights.version.number
 
     def _ready(self, weights: Weights) -> dict[str, torch.Tensor]:
         into = {name: places[0][0][places[0][1]] for name, places in self._places.items()}
