@@ -84,7 +84,8 @@ class Fetcher:
     """The connections of one reader, and the memory that it fetches into.
 
     ``share``: map holders' memory where possible. ``rooms``: memory that others use too. ``now``: the clock, in
-    seconds, that deadlines are of. One thread at a time fetches; what goes wrong is a ``LinkError``, ``VersionExpired``, ``NotEnoughMemory`` or ``DeadlineExceeded``.
+    seconds, that deadlines are of. One thread at a time fetches;
+    what goes wrong is a ``LinkError``, ``VersionExpired``, ``NotEnoughMemory`` or ``DeadlineExceeded``.
     """
 
     def __init__(
