@@ -9,7 +9,7 @@ Shapes: R rows, H heads of keys and values, L positions, D width of a head, Q ne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ class Window:
     first: int
     positions: Tensor
     length: int
+    order: Tensor = field(init=False)
+    """0 to R - 1, (R, 1): made once for all layers."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "order", torch.arange(self.rows, device=self.positions.device)[:, None])
 
     @property
     def rows(self) -> int:
@@ -115,8 +120,7 @@ def _written(stored: Tensor, new: Tensor, window: Window) -> Tensor:
         start = window.length - queries
         here[:, :, start : window.length] = new
     else:
-        each = torch.arange(rows, device=stored.device)[:, None]
-        here[each, :, window.positions] = new.transpose(1, 2)
+        here[window.order, :, window.positions] = new.transpose(1, 2)
     return here[:, :, : window.length]
 
 

