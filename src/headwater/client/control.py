@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from headwater.client.runtime import Runtime
 from headwater.client.session import Session
-from headwater.errors import DeadlineExceeded, HeadwaterError, InternalError, LinkError
+from headwater.errors import DeadlineExceeded, HeadwaterError, InternalError, LinkError, ProtocolError
 from headwater.transports.stream import Handler, Link
 from headwater.wire import messages as m
 
@@ -55,6 +55,8 @@ class Control:
             try:
                 return session.request(message, max(0.0, deadline - self._runtime.now())).replies[0]
             except LinkError as error:
+                if isinstance(error, ProtocolError) and session.link is not None and session.link.error is None:
+                    raise  # that is the answer: asking again would not help
                 self._again(session, deadline, error)
 
     def notify(self, message: m.Notice) -> None:

@@ -56,6 +56,8 @@ def publish(
     chosen = list(tables)
     if not chosen:
         raise UsageError("a version is of one table or more; nothing was published")
+    tags = tags if isinstance(tags, str) else tuple(tags)
+    _check_types(name, model, keep, age, tags)
     for key, value in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise UsageError(f"metadata {key!r}: {value!r} is not of text; nothing was published")
@@ -74,6 +76,18 @@ def publish(
     if not isinstance(begun, v.Publishing):
         raise InternalError(f"the coordinator answered {type(begun).__name__} to a publication")
     return Publication(client, begun.number)
+
+
+def _check_types(name: object, model: object, keep: object, age: object, tags: object) -> None:
+    """Raises ``UsageError``: what is of another type would not be understood at the other end."""
+    text = isinstance(name, str) and isinstance(model, str | None)
+    numbers = isinstance(keep, int) and abs(keep) < 1 << 63 and isinstance(age, int | float | None)
+    listed = isinstance(tags, tuple) and all(isinstance(tag, str) for tag in tags)  # letters of a text are no tags
+    if not text or not numbers or not listed:
+        raise UsageError(
+            f"publish({name!r}, model={model!r}, keep={keep!r}, age={age!r}, tags={tags!r}): name and model are text, "
+            "keep a whole number, age a number of seconds, tags a list of text; nothing was published"
+        )
 
 
 # ---- tags and lists, for clients and readers -------------------------------------------------------

@@ -178,8 +178,8 @@ class Follower:
         except (KeyError, AttributeError, RuntimeError, TypeError) as error:
             number = staged.weights.version.number
             self._refused = (
-                f"version number {number} does not go into this module any more, which was changed ({error!r}): it keeps "
-                "the version before. Follow the changed module"
+                f"version number {number} does not go into this module any more, which was changed ({error!r}): it "
+                "keeps the version before. Follow the changed module"
             )
             self._end(staged.weights)
             return

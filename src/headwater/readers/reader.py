@@ -20,6 +20,7 @@ from headwater.errors import (
     HeadwaterError,
     InternalError,
     LinkError,
+    UsageError,
     VersionExpired,
 )
 from headwater.readers.fetch import Counts, Fetcher
@@ -126,6 +127,7 @@ class Reader:
             DeadlineExceeded: not in ``timeout`` seconds (default: the reader's).
             LinkError: the cluster cannot be reached. Versions that are leased already stay whole.
         """
+        _check_name(name)
         deadline = self._runtime.now() + (self.timeout if timeout is None else timeout)
         while True:
             try:
@@ -194,6 +196,7 @@ class Reader:
 
         Raises ``DeadlineExceeded`` after ``timeout`` seconds (default: the reader's), ``LinkError``.
         """
+        _check_name(name)
         deadline = self._runtime.now() + (self.timeout if timeout is None else timeout)
         found = self._ask(v.Watch(self.model, name, after), deadline)
         if not isinstance(found, v.Found):
@@ -311,3 +314,8 @@ class Reader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise UsageError(f"{name!r} is no name of a version or tag, which is text; numbers are not names")
