@@ -433,8 +433,8 @@ class Node:
         return out
 
     def publish(self, body: r.Publish) -> None:
-        """A version's moment; the same on every replica."""
-        if not self.shard.partial:
+        """A version's moment; the same on every replica. In a log that is read back it is past: they live in memory."""
+        if not self.shard.partial and self.view.epoch:
             tables = [self.shard.tables[number] for number in body.tables if number in self.shard.tables]
             self._setting.shelf.begin(body.version, self.shard.number, tables)
 
