@@ -46,7 +46,8 @@ LEASES = 4096  # of one reader
 HEAL = 5.0  # seconds between two looks for servers that should hold a part and do not
 UNFINISHED = 16  # versions of one cluster that are on their way; more are refused
 RESERVED = 64  # numbers that are taken at a time: to keep each would be a wait for the disk with every version
-ABANDONED = 30.0  # seconds after which a version that nobody waits for and that is not made is given up
+ABANDONED = 30.0  # seconds after which a version that nobody waits for and that has not begun is given up
+COPYING = 900.0  # the same for one that has
 SHOWN = 8  # names in a message, at most
 
 
@@ -299,8 +300,7 @@ class Versions:
         specs = origin.specs if origin is not None else [(t, self._desk.table(t).spec) for t in tables]
         known = dict(ask.known)
         unknown = tuple((table, spec) for table, spec in specs if known.get(table) != entry.fingerprint(table, spec))
-        self._turn(session, ask.turn, entry)
-        entry.leases[session] += 1
+        self._grant(session, ask.turn, entry)
         shards = origin.shards if origin is not None else self._shards
         self._desk.reply(asker, v.Leased(entry.info, shards, tables, unknown, parts))
 
@@ -308,16 +308,16 @@ class Versions:
         found = (self._desk.holder(server) for server in sorted(entry.holders.get(shard, ())))
         return tuple(holder for holder in found if holder is not None)
 
-    def _turn(self, session: int, turn: int, entry: Entry) -> None:
-        """A lease gets its name. One that is asked for again, for its answer was lost, takes the first one's place."""
-        if not turn:
-            return
+    def _grant(self, session: int, turn: int, entry: Entry) -> None:
+        """One more lease. If it was asked for before, and the answer was lost, it takes the first one's place."""
         mine = self._turns.setdefault(session, {})
+        if turn not in mine and max(len(mine), entry.leases[session]) >= LEASES:
+            raise ClusterError(f"this reader has {LEASES} leases, no more are given; release some")
+        entry.leases[session] += 1
         if turn in mine:
             self.release(session, 0, turn)
-        elif len(mine) >= LEASES:
-            raise ClusterError(f"this reader has {LEASES} leases, no more are given; release some")
-        mine[turn] = entry.number
+        if turn:
+            mine[turn] = entry.number
 
     def holding(self, session: int, said: v.Holding) -> None:
         """All that a reader knows to lease: what it does not know ends, what is not known here stands again."""
@@ -327,8 +327,7 @@ class Versions:
         for turn, number in held.items():
             entry = self.entries.get(number)
             if turn not in self._turns.get(session, ()) and entry is not None and entry.state in ("ready", "lost"):
-                self._turn(session, turn, entry)
-                entry.leases[session] += 1
+                self._grant(session, turn, entry)
 
     def release(self, session: int, number: int, turn: int = 0) -> None:
         """A lease ends. One that is not there is no fault: it may have timed out."""
@@ -397,8 +396,9 @@ class Versions:
                 entry.leases.pop(session, None)
         for entry in list(self.entries.values()):
             forgotten = entry.state in ("waiting", "cutting") and not entry.publishers and not entry.awaiting
-            if forgotten and self._clock() - entry.since > ABANDONED:
-                why = f"version {entry.info.name!r} was not published in {ABANDONED:.0f} s, and nobody waits for it"
+            patience = ABANDONED if len(entry.begun) < len(entry.shards) else COPYING
+            if forgotten and self._clock() - entry.since > patience:
+                why = f"version {entry.info.name!r} was not published in {patience:.0f} s, and nobody waits for it"
                 self._give_up(entry, ClusterError(why))
         if over or any(entry.ask.age is not None for entry in self.entries.values()):
             self.retain()
