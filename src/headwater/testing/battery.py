@@ -20,7 +20,7 @@ from headwater.testing.cluster import Outcome, SimCluster
 from headwater.testing.scenario import MODES, Scenario, scenario
 
 LINES = 60  # of a failing history
-SHAPE = ("servers", "shards", "workers", "reader", "skew")
+SHAPE = ("servers", "shards", "workers", "reader", "skew", "versions")
 
 
 @dataclass(slots=True)
@@ -34,6 +34,8 @@ class Tally:
     acknowledged: int = 0
     excused: int = 0
     passed_over: int = 0
+    published: int = 0
+    reads: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     violations: list[tuple[int, str, str]] = field(default_factory=list)  # (seed, mode, what)
     failures: Counter[str] = field(default_factory=Counter)
@@ -45,13 +47,25 @@ class Tally:
         self.acknowledged += outcome.acknowledged
         self.excused += outcome.excused
         self.passed_over += outcome.passed_over
+        self.published += outcome.published
+        self.reads += outcome.reads
         self.faults += outcome.faults
         self.failures += Counter(line.split(" ")[1].rstrip(":") for line in outcome.failures)
         if outcome.violation is not None:
             self.violations.append((outcome.seed, mode, str(outcome.violation)))
 
     def merge(self, other: Tally) -> None:
-        for name in ("runs", "events", "virtual", "acknowledged", "excused", "passed_over", "violations"):
+        for name in (
+            "runs",
+            "events",
+            "virtual",
+            "acknowledged",
+            "excused",
+            "passed_over",
+            "published",
+            "reads",
+            "violations",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.seconds = max(self.seconds, other.seconds)
         self.faults += other.faults
@@ -73,6 +87,7 @@ class Tally:
         lines = [
             f"{self.runs} runs, {self.events} events in {self.seconds:.1f} s ({rate:.0f} a second)",
             f"{self.virtual:.0f} virtual seconds, {self.acknowledged} steps acknowledged",
+            f"{self.published} versions published and waited for, {self.reads} reads of versions",
             f"faults: {faults}; {self.passed_over} passed over; {self.excused} runs excused (two faults on one shard)",
             f"client failures: {dict(self.failures)}",
             f"violations: {len(self.violations)}",
@@ -151,6 +166,8 @@ def _smaller(one: Scenario) -> Iterable[Scenario]:
                 yield replace(one, plan=one.plan.without(set(range(start, start + size))))
     if one.reader:
         yield replace(one, reader=False)
+    if one.versions:
+        yield replace(one, versions=False)
     if one.skew:
         yield replace(one, skew=False)
     if one.workers > 1:

@@ -10,7 +10,9 @@ from random import Random
 from typing import Any
 from unittest.mock import patch
 
+from headwater.client import publication
 from headwater.client.table import Table
+from headwater.cluster import versions as core
 from headwater.cluster.coordinator import Rules
 from headwater.errors import HeadwaterError
 from headwater.server.replica import Replica
@@ -23,6 +25,15 @@ from headwater.testing.processes import Process
 from headwater.testing.scenario import MARKS, Scenario
 from headwater.testing.scheduler import Scheduler, Stuck
 from headwater.testing.times import Jitter, Meter, TimeModel
+from headwater.testing.versions import (
+    HEAL,
+    LEASE,
+    Publisher,
+    VersionAuditor,
+    VersionOracle,
+    VersionReader,
+    unrest,
+)
 from headwater.testing.workload import Auditor, Reader, Worker
 from headwater.wire import messages as m
 from headwater.wire.frames import Flag, Frame, Kind
@@ -51,6 +62,8 @@ class Outcome:
     faults: Counter[str] = field(default_factory=Counter)
     passed_over: int = 0
     failures: list[str] = field(default_factory=list)
+    published: int = 0  # versions that a worker has waited for
+    reads: int = 0  # of versions
     recovery: float = 0.0  # seconds from the last fault's end until all was well
     history: list[str] = field(default_factory=list)
 
@@ -76,13 +89,14 @@ class SimCluster:
         self.scheduler = Scheduler(100.0)
         self.network = Network(self.scheduler, self.times, self._random("network"))
         self.oracles, self.ledger = Oracles(), Ledger(MARKS)
+        self.versions = VersionOracle(self.oracles)
         self.store = SimStore()
         self.outcome = Outcome(scenario.seed)
         self.trace = trace
         self.coordinator: SimCoordinator | None = None
         self.servers: dict[str, SimServer] = {}
         self.workers: dict[str, Worker] = {}
-        self.readers: dict[str, Reader] = {}
+        self.readers: dict[str, Reader | VersionReader] = {}
         self.processes: dict[str, Process] = {}
         self._starts: Counter[str] = Counter()
         self._all: list[Process] = []
@@ -102,7 +116,11 @@ class SimCluster:
 
     def run(self) -> Outcome:
         """Everything, from the first process to the audit. A violation is in the outcome, not raised."""
-        with patch.object(Replica, "observer", Eye(self.oracles.observe)):
+        with (
+            patch.object(Replica, "observer", Eye(self.oracles.observe)),
+            patch.multiple(core, LEASE=LEASE, HEAL=HEAL),
+            patch.object(publication, "time", _Date(self.scheduler)),
+        ):
             try:
                 self._run()
             except Violation as violation:
@@ -141,6 +159,8 @@ class SimCluster:
             self._start_worker(f"w{i}")
         if self.scenario.reader:
             self._start_reader("r0")
+        if self.scenario.versions:
+            self._start_version_reader("v0")
 
     def _until(self, done: Callable[[], bool], seconds: float, what: str) -> None:
         try:
@@ -153,6 +173,7 @@ class SimCluster:
         o = self.outcome
         o.events, o.seconds = self.scheduler.count, self.now - self._begun
         o.acknowledged, o.unknown = self.ledger.totals
+        o.published, o.reads = self.versions.published, self.versions.reads
         for worker in self.workers.values():
             o.failures += worker.failures
         for process in self._all:
@@ -199,12 +220,22 @@ class SimCluster:
         worker = self._worker(
             self.scenario, self._runtime(process), self.oracles, self.ledger, self.times, random, int(name[1:])
         )
+        if self.scenario.versions:
+            own = f"{name}.{self._starts[name]}"
+            worker.publisher = Publisher(self.scenario, self.versions, self._random("publish", own), own)
         self.workers[name] = worker
         process.fibre(worker.body)
 
     def _start_reader(self, name: str) -> None:
         process = self._process(name)
         self.readers[name] = reader = Reader(self.scenario, self._runtime(process), self._random("read", name))
+        process.fibre(reader.body)
+
+    def _start_version_reader(self, name: str) -> None:
+        process = self._process(name)
+        random = self._random("versions", name, self._starts[name])
+        reader = VersionReader(self.scenario, self._runtime(process), self.versions, random)
+        self.readers[name] = reader
         process.fibre(reader.body)
 
     def _restart(self, name: str) -> None:
@@ -217,6 +248,8 @@ class SimCluster:
             self._start_coordinator()
         elif name.startswith("s"):
             self._start_server(name)
+        elif name.startswith("v"):
+            self._start_version_reader(name)
         else:
             self._start_worker(name)
 
@@ -402,18 +435,38 @@ class SimCluster:
 
     def _audit(self) -> None:
         """All stop; then a fresh reader reads everything, and every replica is looked at."""
-        programs: list[Worker | Reader] = [*self.workers.values(), *self.readers.values()]
+        programs: list[Worker | Reader | VersionReader] = [*self.workers.values(), *self.readers.values()]
         for program in programs:
             program.stopping = True
         self._until(lambda: all(p.finished for p in programs), HEALED, "a worker never stops")
-        process = self._process("auditor")
-        auditor = Auditor(self.scenario, self._runtime(process), self._check)
-        process.fibre(auditor.body)
-        try:
-            self._until(lambda: auditor.finished, HEALED, "the audit never ends")
-        except HeadwaterError as error:
-            raise Violation("liveness", f"the audit failed: {error!r}") from None
+        self._audited(Auditor(self.scenario, self._runtime(self._process("auditor")), self._check), "auditor")
         self._replicas()
+        if self.scenario.versions:
+            self._audit_versions()
+
+    def _audited(self, auditor: Auditor | VersionAuditor, name: str) -> None:
+        self.processes[name].fibre(auditor.body)
+        try:
+            self._until(lambda: auditor.finished, HEALED, f"the {name} never ends")
+        except HeadwaterError as error:
+            raise Violation("liveness", f"the {name} failed: {error!r}") from None
+
+    def _audit_versions(self) -> None:
+        """What is published now can be leased; then all that is left is in order, and what was read was right."""
+        name = "version auditor"
+        self._audited(VersionAuditor(self.scenario, self._runtime(self._process(name)), self.versions), name)
+        assert self.coordinator is not None
+        versions = self.coordinator.coordinator.publications.versions
+
+        def amiss() -> str:
+            hosts = [host for host in self.servers.values() if host.process.alive and host.server is not None]
+            return unrest(versions, ((host.number, host.server.setting.shelf) for host in hosts if host.server))
+
+        try:
+            self._until(lambda: not amiss(), HEALED, "")
+        except Violation:
+            raise Violation("versions", f"{HEALED:g} s after all was healed: {amiss()}") from None
+        self.versions.finish()
 
     def _check(self, table: Table) -> None:
         for name, values in table.values.items():
@@ -500,6 +553,17 @@ class Eye:
 
     def __call__(self, replica: Replica, record: Any) -> None:
         self._act(replica, record)
+
+
+class _Date:
+    """Stands for the module ``time`` where versions are dated."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+
+    def time(self) -> float:
+        """Seconds."""
+        return self._scheduler.now
 
 
 class _Lost(Exception):

@@ -79,6 +79,15 @@ def kills(random: Random, seconds: float) -> Plan:
     return Plan(tuple(faults))
 
 
+def watched(random: Random, plan: Plan, seconds: float) -> Plan:
+    """The same plan, and faults of the reader of versions: some last longer than its leases."""
+    faults = list(plan.faults)
+    for _ in range(random.choice((0, 1, 2))):
+        at, length = 0.3 + random.random() * (seconds - 0.3), random.choice((0.05, 0.5, 4.0)) * (0.5 + random.random())
+        faults.append(Fault(round(at, 6), random.choice(WORKER), "v0", round(length, 6)))
+    return Plan(tuple(sorted(faults, key=lambda fault: fault.at)))
+
+
 def _fault(random: Random, at: float, servers: int, workers: int) -> Fault:
     which = random.random()
     if which < 0.65:

@@ -16,10 +16,12 @@ from headwater.server.server import Server
 from headwater.testing.network import End, Network
 from headwater.testing.processes import Process
 from headwater.testing.times import Meter
+from headwater.testing.versions import SimShelf
 from headwater.wire import messages as m
 from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
 
 TICK = 0.1  # seconds between ticks of a loop, as the real one
+COPY = 0.02  # seconds that the copy of a part of a version takes, at most
 ADDRESS = "sim://coordinator"
 
 
@@ -191,6 +193,7 @@ class SimServer(SimHost):
         self._host: ServerHost | None = None
         self._join = m.Join("server", random.getrandbits(63), address=f"sim://{process.name}")
         self._patience = patience
+        self._random = random
         self.meter: Meter | None = None  # None: what it does takes no time
         self._die = die
         self._beats: End | None = None
@@ -213,12 +216,12 @@ class SimServer(SimHost):
         welcome = m.unpack_reply(frame.body)
         assert isinstance(welcome, m.Welcome)
         self.number = welcome.server
-        self.server = Server(
-            Setting(
-                server=welcome.server, shards=welcome.shards, min_copies=welcome.min_copies, patience=self._patience,
-                detach=self._detach, session=self._join.session,
-            )
+        setting = Setting(
+            server=welcome.server, shards=welcome.shards, min_copies=welcome.min_copies, patience=self._patience,
+            detach=self._detach, session=self._join.session,
         )  # fmt: skip
+        setting.shelf = SimShelf(welcome.server, welcome.shards, self._later)
+        self.server = Server(setting)
         self._host = ServerHost(self.server, self._join, welcome, ADDRESS, self._die, self.process.clock)
         self.process.every(TICK, self._tick)
         self.process.every(welcome.heartbeat, self._beat)
@@ -230,6 +233,16 @@ class SimServer(SimHost):
             for frame in end.flying:
                 if frame.kind == Kind.DATA and frame.table == table and frame.payload is not None:
                     frame.payload = memoryview(bytes(frame.payload))
+
+    def _later(self, act: Callable[[], None]) -> None:
+        """What a thread of the real process does meanwhile, and that it wakes the loop."""
+
+        def done() -> None:
+            act()
+            if self._host is not None:
+                self.carry_out(self._host.woken())
+
+        self.network.scheduler.after(COPY * self._random.random(), self.process.call, done)
 
     # ---- events ------------------------------------------------------------------------------------
 

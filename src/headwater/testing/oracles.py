@@ -100,6 +100,7 @@ class Log:
         self.last: dict[tuple[int, int], int] = {}  # (session, table) -> the last push of it that was applied
         self.steps: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {}  # (table, clock) -> (rank, session)
         self.members = 0  # the membership epoch
+        self.cuts: dict[int, dict[int, tuple[int, int]]] = {}  # version -> table -> (LSN, clock) of its moment
 
     @property
     def lsn(self) -> int:
@@ -219,6 +220,10 @@ class Oracles:
                 log.members = body.epoch
                 for fold in log.folds.values():
                     fold.prepared = None
+            case r.Publish():
+                if body.version in log.cuts:
+                    raise Violation("versions", f"shard {log.shard} published version {body.version} twice")
+                log.cuts[body.version] = {n: (record.lsn, f.clock) for n, f in log.folds.items() if n in body.tables}
             case _:
                 pass
 

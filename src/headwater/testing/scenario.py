@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
-from headwater.testing.faults import Plan, draw, kills
+from headwater.testing.faults import Plan, draw, kills, watched
 from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Stale, Sync, TableSpec
 
 MODES = ("bulk", "stale", "async")
@@ -31,6 +31,7 @@ class Scenario:
     bound: int = 1
     cap: int | None = None
     pace: float = 0.05  # seconds between two steps of a worker, about
+    versions: bool = False  # workers publish, and somebody reads what they publish
 
     @property
     def sync(self) -> Sync:
@@ -53,15 +54,24 @@ class Scenario:
         text = (
             f"seed {self.seed}, {self.mode}: {self.servers} servers, {self.shards} shards x {self.replicas}, "
             f"{self.workers} workers{', a reader' * self.reader}{', clocks differ' * self.skew}"
-            f"{', clipped' * self.clip}"
+            f"{', clipped' * self.clip}{', versions' * self.versions}"
         )
         return text + "".join(f"\n    {fault}" for fault in self.plan.faults)
 
 
 def scenario(seed: int, mode: str | None = None) -> Scenario:
-    """The run of this seed; every fourth is ``harsh``."""
-    if seed % 4 == 3:
-        return harsh(seed, mode)
+    """The run of this seed; every fourth is ``harsh``, and in two of five there are versions."""
+    one = harsh(seed, mode) if seed % 4 == 3 else usual(seed, mode)
+    return published(one) if seed % 5 in (0, 3) else one
+
+
+def published(one: Scenario) -> Scenario:
+    """The same with versions: workers publish, and their reader is struck too."""
+    return replace(one, versions=True, plan=watched(Random(f"versions {one.seed}"), one.plan, one.seconds))
+
+
+def usual(seed: int, mode: str | None = None) -> Scenario:
+    """A cluster of any shape, and faults of any kind."""
     random = Random(f"scenario {seed}")
     mode = mode or MODES[seed % len(MODES)]
     servers = random.choice((2, 3, 3, 4))

@@ -18,6 +18,7 @@ from headwater.testing.times import TimeModel
 
 if TYPE_CHECKING:
     from headwater.client.tickets import Ticket
+    from headwater.testing.versions import Publisher
 
 TIMEOUT = 30.0  # seconds: longer than any fault and what follows from it
 REJOIN = 0.1  # seconds
@@ -47,6 +48,7 @@ class Worker:
         self._ledger = ledger
         self.times = times
         self.random = random
+        self.publisher: Publisher | None = None
 
     def body(self) -> None:
         """The process's main function."""
@@ -70,6 +72,8 @@ class Worker:
         result = ticket.wait()
         self._ledger.end(slot, applied=result.applied)
         self.steps += 1
+        if self.publisher is not None:
+            self.publisher.stepped(client, table)
         if self.random.random() < 0.7:
             table.wait()
         elif self.random.random() < 0.5:
