@@ -32,7 +32,7 @@ Size = Annotated[int, typer.Option(min=1, help="Size of the dense table in MB.")
 Servers = Annotated[int, typer.Option(min=1, help="Servers in the cluster.")]
 Where = Annotated[Transport | None, typer.Option(help="Default: local, then tcp.")]
 
-BENCHES = ("dense", "small", "many", "step", "memory", "replicas", "snapshot", "recovery", "serve", "delta")
+BENCHES = ("dense", "small", "many", "step", "memory", "replicas", "snapshot", "publish", "recovery", "serve", "delta")
 """Each is a module of this package with a function ``measure``; ``all`` runs them in this order."""
 
 
@@ -118,6 +118,17 @@ def _replicas(transport: Where = None, rounds: Rounds = None, servers: Servers =
 def _snapshot(rounds: Rounds = None, servers: Servers = 2, json: Json = False) -> None:
     """500 MB written while a worker trains, and restored by three servers, beside a plain write and read."""
     run("snapshot", Options(_note, rounds, servers=servers), json)
+
+
+@app.command("publish")
+def _publish(
+    size: Annotated[int, typer.Option(min=1, help="Size of the table in MB.")] = 500,
+    rounds: Rounds = None,
+    servers: Servers = 2,
+    json: Json = False,
+) -> None:
+    """500 MB published, leased, copied out and followed, beside a memcpy and a raw socket."""
+    run("publish", Options(_note, rounds, servers=servers, version=size), json)
 
 
 @app.command("recovery")

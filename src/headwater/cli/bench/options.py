@@ -13,7 +13,7 @@ MEBIBYTE = 2**20
 
 
 class Options(msgspec.Struct, frozen=True):
-    """``None``: the bench's own default. ``size`` is the table's size in MB of 2**20 bytes.
+    """``None``: the bench's own default. ``size`` is the table's size in MB of 2**20 bytes, ``version`` that of a publication.
 
     ``reads``, ``seconds``: when a race is over, whichever comes first.
     """
@@ -23,6 +23,7 @@ class Options(msgspec.Struct, frozen=True):
     size: int = 64
     transport: Transport | None = None
     servers: int = 2
+    version: int = 500
     reads: int | None = None
     seconds: float | None = None
 

@@ -1,0 +1,171 @@
+"""The other processes of ``bench publish``: the copy that it is measured against, and who reads what is published."""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+import headwater
+from headwater.cli.bench.child import Child
+from headwater.cli.bench.sockets import LOOPBACK, receive_all
+
+TENSOR = 2 << 20
+"""Bytes of one tensor: what a layer of a small language model has."""
+
+
+def spec(model: str, nbytes: int, dtype: str) -> headwater.TableSpec:
+    """A table of about ``nbytes``, in tensors of ``TENSOR`` bytes or one smaller one; under SGD, so without slots."""
+    count, each = max(1, nbytes // TENSOR), min(nbytes, TENSOR)
+    shape = (each // headwater.ParameterSpec("", (1,), dtype).nbytes // 256, 256)
+    parameters = tuple(headwater.ParameterSpec(f"p{i:03}", shape, dtype) for i in range(count))
+    return headwater.TableSpec(
+        model, parameters, headwater.OptimizerSpec("SGD", ({"lr": 1.0},)), headwater.Bulk(), nonfinite="allow"
+    )
+
+
+class Copier:
+    """One thread that copies between two warm buffers: the ceiling."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._from, self._to = np.ones(nbytes, dtype=np.uint8), np.ones(nbytes, dtype=np.uint8)
+
+    def copy(self) -> float:
+        """Seconds of one copy."""
+        start = time.perf_counter()
+        np.copyto(self._to, self._from)
+        return time.perf_counter() - start
+
+
+class Source:
+    """Sends ``size`` bytes of warm memory over TCP whenever it is asked: the raw socket of a fetch."""
+
+    def __init__(self, port: int, size: int) -> None:
+        self._socket = socket.create_connection((LOOPBACK, port), timeout=30)
+        self._socket.settimeout(None)
+        self._data = memoryview(bytearray(size))
+
+    def send(self) -> int:
+        self._socket.sendall(self._data)
+        return len(self._data)
+
+
+class Raw:
+    """The receiving end: warm memory, and a ``Source`` in a process of its own."""
+
+    def __init__(self, size: int) -> None:
+        self._into = memoryview(bytearray(size))
+        with socket.create_server((LOOPBACK, 0)) as listener:
+            listener.settimeout(30)
+            self._source = Child("source", port=listener.getsockname()[1], size=size)
+            self._link, _ = listener.accept()
+        self._link.settimeout(None)
+
+    def receive(self) -> float:
+        """Seconds until all bytes are here."""
+        start = time.perf_counter()
+        self._source.tell("send")
+        receive_all(self._link, self._into)
+        seconds = time.perf_counter() - start
+        self._source.answer()
+        return seconds
+
+
+class Module(torch.nn.Module):
+    """A module whose parameters are those of a table; its forward costs next to nothing."""
+
+    def __init__(self, table: headwater.TableSpec) -> None:
+        super().__init__()
+        for p in table.parameters:
+            empty = torch.empty(p.shape, dtype=getattr(torch, p.dtype))
+            self.register_parameter(p.name, torch.nn.Parameter(empty, requires_grad=False))
+
+    def forward(self) -> Any:
+        return self.get_parameter("p000")[0, 0].item()
+
+
+class Reading:
+    """A process that reads the versions of one model, with one thread."""
+
+    def __init__(self, model: str, nbytes: int, dtype: str) -> None:
+        torch.set_num_threads(1)
+        self._model, self._dtype = model, dtype
+        self._table = spec(model, nbytes, dtype)
+        self._reader: Any = None
+        self._follower: Any = None
+        self._module: Any = None
+        self._raw: Raw | None = None
+        self._warm: dict[str, torch.Tensor] = {}
+        self._copies: tuple[Any, Any] | None = None
+
+    def first(self) -> tuple[float, float]:
+        """Seconds to connect, and of the first lease of this process."""
+        start = time.perf_counter()
+        self._reader = headwater.reader(self._model)
+        connected = time.perf_counter() - start
+        return connected, self.lease("latest")
+
+    def lease(self, name: str) -> float:
+        """Seconds from the call to a tensor, an element of which has been read. The lease ends afterwards."""
+        start = time.perf_counter()
+        weights = self._reader.lease(name)
+        weights["p000"][0, 0].item()
+        seconds = time.perf_counter() - start
+        weights.release()
+        return seconds
+
+    def copy_out(self, name: str) -> tuple[float, float]:
+        """Seconds of ``copy_to`` of a version that nobody has looked at yet into warm tensors; and once more."""
+        into = self._into()
+        with self._reader.lease(name) as weights:
+            start = time.perf_counter()
+            weights.copy_to(into)
+            middle = time.perf_counter()
+            weights.copy_to(into)
+            return middle - start, time.perf_counter() - middle
+
+    def fetch_and_copy(self, name: str) -> float:
+        """Seconds of a lease and a copy of all of it into warm tensors."""
+        start = time.perf_counter()
+        with self._reader.lease(name) as weights:
+            weights.copy_to(self._into())
+            return time.perf_counter() - start
+
+    def _into(self) -> dict[str, torch.Tensor]:
+        if not self._warm:
+            self._warm = {p.name: torch.ones(p.shape, dtype=getattr(torch, p.dtype)) for p in self._table.parameters}
+        return self._warm
+
+    def memcpy(self) -> float:
+        """Seconds of one plain copy of as many bytes between warm buffers, here."""
+        nbytes = sum(p.nbytes for p in self._table.parameters)
+        if self._copies is None:
+            self._copies = np.ones(nbytes, dtype=np.uint8), np.ones(nbytes, dtype=np.uint8)
+        start = time.perf_counter()
+        np.copyto(*self._copies)
+        return time.perf_counter() - start
+
+    def raw(self) -> float:
+        """Seconds in which as many bytes come over a bare socket."""
+        if self._raw is None:
+            self._raw = Raw(sum(p.nbytes for p in self._table.parameters))
+        return self._raw.receive()
+
+    def follow(self) -> None:
+        """Keep a module current from now on."""
+        self._module = Module(self._table)
+        self._follower = self._reader.follow(self._module)
+
+    def swap(self, number: int) -> tuple[float, float]:
+        """Forwards until one is answered by version ``number``: seconds of the pause, and of the synchronisation."""
+        while self._module.version.number != number:
+            self._module()
+            time.sleep(1e-3)
+        found = self._follower.statistics()
+        return found.pause, found.sync
+
+    def unfollow(self) -> None:
+        self._follower.close()
