@@ -425,6 +425,7 @@ class Coordinator:
         self._settling = False
         for view in self.fleet.views.values():
             self._brief(view)
+        self.publications.versions.advance()  # what waited for a step that was committed before the restart
         self._let_in()
 
     def _sender(self, peer: int) -> int:
