@@ -13,7 +13,7 @@ MEBIBYTE = 2**20
 
 
 class Options(msgspec.Struct, frozen=True):
-    """``None``: the bench's own default. ``size`` is the table's size in MB of 2**20 bytes, ``version`` that of a publication.
+    """``None``: the bench's own default. ``size`` is the table's, ``version`` a publication's, in MB of 2**20 bytes.
 
     ``reads``, ``seconds``: when a race is over, whichever comes first.
     """
