@@ -58,10 +58,10 @@ READING = 0.15e9
 
 
 def worth(link: float) -> float:
-    """The share of a part's bytes that a delta may take and still be sooner in place than the part itself, over a link of
-    ``link`` bytes per second: sending s·n bytes and reading them takes as long as sending n.
+    """The share of a part's bytes up to which a delta is sooner in place than the part, over ``link`` bytes per second.
 
-    What encoding costs is left out: it is done once, for all readers.
+    At that share s, sending s·n bytes and reading them takes as long as sending n. What encoding costs is left out: it
+    is done once, for all readers.
     """
     return READING / (READING + link)
 
