@@ -98,6 +98,7 @@ class Fetcher:
         self._share = share
         self._lines: dict[str, Line] = {}
         self._unmapped: queue.SimpleQueue[tuple[Line, Key]] = queue.SimpleQueue()
+        self._warmed = False
         self._gone_bytes = 0  # that came over connections which have ended
         self._turn = threading.RLock()
 
@@ -247,6 +248,7 @@ class Fetcher:
                 self._apply(asked, have[asked.at.shard, asked.at.table])
             else:
                 self._count(whole_parts=1)
+                self._warm()
             self._verify(asked, part)
             self.rooms.written(asked.room[0])
             return _Landed(Mine(asked.room[0]), asked)
@@ -327,6 +329,12 @@ class Fetcher:
     def fetched_bytes(self) -> int:
         """Bytes that came over connections."""
         return self._gone_bytes + sum(line.fetched_bytes for line in list(self._lines.values()))
+
+    def _warm(self) -> None:
+        """What comes next may be a delta: load its code while nobody waits for it."""
+        if not self._warmed:
+            self._warmed = True
+            threading.Thread(target=delta.warm, name="headwater-warm", daemon=True).start()
 
     def _count(self, **more: int) -> None:
         self.counts = self.counts._replace(**{name: getattr(self.counts, name) + by for name, by in more.items()})

@@ -357,6 +357,8 @@ class Shelf:
         return self._send(asked, self._part(held, "delta", len(encoded)), memoryview(encoded))
 
     def _whole(self, asked: Asked, held: Held) -> list[Instruction]:
+        if self._wake is not None:
+            self._start()  # who fetches one version whole will ask for a delta to the next
         return self._send(asked, self._part(held, "whole", held.room.size), held.room.lend())
 
     def _part(self, held: Held, encoding: v.Encoding, nbytes: int) -> v.Part:
@@ -382,12 +384,16 @@ class Shelf:
         if self._wake is None:
             self._made.put(_made(job))
             return
+        self._start()
+        self._jobs.put(job)
+
+    def _start(self) -> None:
         if self._encoder is None:
             self._encoder = threading.Thread(target=self._run, name="headwater-delta", daemon=True)
             self._encoder.start()
-        self._jobs.put(job)
 
     def _run(self) -> None:
+        delta.warm()
         while (job := self._jobs.get()) is not None:
             self._made.put(_made(job))
             del job  # its views hold memory
