@@ -48,6 +48,8 @@ class Desk(Protocol):
 class Entry:
     """One version. ``parts``: by (shard, table); ``holders``: servers by shard; ``leases``: how many by session.
 
+    ``early``: by (shard, server), what backups say that their primary has not said yet. ``missed``: (shard, server) of
+    holders that are dead, as far as is known.
     ``origin``: of one that was made elsewhere, how it was leased there.
     """
 
@@ -58,6 +60,8 @@ class Entry:
     begun: dict[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     parts: dict[tuple[int, int], v.PartDigest] = field(default_factory=dict)
     holders: dict[int, set[int]] = field(default_factory=dict)
+    early: dict[tuple[int, int], v.PartDone] = field(default_factory=dict)
+    missed: set[tuple[int, int]] = field(default_factory=set)
     pause: float = 0.0
     leases: Counter[int] = field(default_factory=Counter)
     since: float = 0.0  # by the desk's clock, which begins anew with its process

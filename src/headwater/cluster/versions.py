@@ -159,11 +159,14 @@ class Versions:
         if entry.state == "waiting":
             raise ProtocolError(f"server {done.server} has begun version number {done.number} before it was told to")
         self._check_part(entry, done)
+        if entry.state == "cutting" and not leads and all(shard != done.shard for shard, _ in entry.parts):
+            entry.early[done.shard, done.server] = done  # it runs ahead of its primary, perhaps into what never was
+            return
         entry.pause = max(entry.pause, done.pause)
         if entry.state == "cutting" and done.shard not in entry.begun:
             self._begun(entry, done)
         if done.parts and done.number in self.entries:
-            self._holds(entry, done)
+            self._holds(entry, done, leads)
 
     def _check_part(self, entry: Entry, done: v.PartDone) -> None:
         mine = {table for table in entry.ask.tables if done.shard in self._desk.table(table).shards}
@@ -195,18 +198,23 @@ class Versions:
         for asker in publishers:
             self._desk.reply(asker, v.Publishing(entry.number))
 
-    def _holds(self, entry: Entry, done: v.PartDone) -> None:
+    def _holds(self, entry: Entry, done: v.PartDone, leads: bool) -> None:
         for part in done.parts:
             known = entry.parts.setdefault((done.shard, part.table), part)
             if known != part:  # replicas of one shard hold the same bytes, or one of them is broken
-                if entry.state != "cutting":  # readers have had the other's
+                if entry.state != "cutting" or not leads:  # readers have had the other's, or will
                     raise ProtocolError(
                         f"server {done.server} holds other bytes of version number {done.number} than the others do; "
                         "readers are not sent to it"
                     )
                 self._give_up(entry, ClusterError(f"two replicas of shard {done.shard} differ in {entry.info.name!r}"))
                 return
-        entry.holders.setdefault(done.shard, set()).add(done.server)
+        agreed = {x.server for x in entry.early.values() if x.shard == done.shard and set(x.parts) == set(done.parts)}
+        entry.holders.setdefault(done.shard, set()).update(agreed, {done.server})
+        self._held(entry)
+
+    def _held(self, entry: Entry) -> None:
+        """A version has one holder more."""
         if entry.state == "lost" and entry.whole:
             entry.state = "ready"
             self._changed(entry.info.model)
@@ -402,6 +410,7 @@ class Versions:
                 self._give_up(entry, ClusterError(why))
         if over or any(entry.ask.age is not None for entry in self.entries.values()):
             self.retain()
+        self._returned()
         if now >= self._healed + HEAL:
             self._healed = now
             self._heal(now)
@@ -514,11 +523,23 @@ class Versions:
     def buried(self, server: int) -> None:
         """A server is dead: what only it held is lost, until it is back."""
         for entry in list(self.entries.values()):
-            for holders in entry.holders.values():
-                holders.discard(server)
+            for shard, holders in entry.holders.items():
+                if server in holders:
+                    holders.discard(server)
+                    entry.missed.add((shard, server))
             if entry.state == "ready" and not entry.whole:
                 entry.state = "lost"
                 self._changed(entry.info.model)
+
+    def _returned(self) -> None:
+        """Servers that were only slow, or cut off, hold what they held."""
+        for entry in list(self.entries.values()):
+            back = {each for each in entry.missed if self._desk.holder(each[1]) is not None}
+            if back:
+                entry.missed -= back
+                for shard, server in back:
+                    entry.holders[shard].add(server)
+                self._held(entry)
 
     def status(self, model: str) -> tuple[v.VersionStatus, ...]:
         """For ``headwater versions``."""

@@ -57,7 +57,7 @@ class Fills:
 
     def begin(self, order: v.Hold) -> list[Instruction]:
         """The coordinator wants this server to hold a shard's part of a version too."""
-        if self._shelf.knows(order.number, order.shard):
+        if self._shelf.knows(order.number, order.shard, order.parts):
             self._shelf.say(order.number, order.shard)
             return []
         same = (order.number, order.shard)

@@ -139,6 +139,8 @@ class Shelf:
 
     def begin(self, number: int, shard: int, tables: Sequence[Table]) -> None:
         """Now: what these tables hold at this moment is this shard's part of version ``number``."""
+        if self.knows(number, shard):  # that record never was: another primary's counts
+            self._let_go(number, shard)
         clocks = tuple((table.number, _clock(table)) for table in tables)
         making = self._making[number, shard] = _Making([], clocks)
         try:
@@ -173,9 +175,20 @@ class Shelf:
             self._wake()
             self.rooms.prepare(size)
 
-    def knows(self, number: int, shard: int) -> bool:
-        """Whether this shard's moment in version ``number`` has been."""
-        return (number, shard) in self._making
+    def knows(self, number: int, shard: int, parts: Sequence[v.PartDigest] = ()) -> bool:
+        """Whether this shard's moment in version ``number`` has been.
+
+        ``parts``: as they must be. Others are let go of: their record was one that its shard never had.
+        """
+        known = (number, shard) in self._making
+        if known and parts and (mine := self._standing(number, shard).parts) and set(mine) != set(parts):
+            self._let_go(number, shard)
+            return False
+        return known
+
+    def _let_go(self, number: int, shard: int) -> None:
+        for key in self._making.pop((number, shard)).keys:
+            self._discard(key)
 
     def say_all(self) -> None:
         """Say all of it again, to a coordinator that has forgotten."""
