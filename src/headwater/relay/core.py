@@ -69,6 +69,7 @@ class Relay:
         self._keep = keep
         self._members = Membership()
         self._theirs: dict[int, v.VersionStatus] = {}  # what the other side has
+        self._listened = False  # whether it has ever said what it has
         self._why = ""  # it does not answer
         self._behind = (0.0, "")  # it is a relay that hears nothing itself: for how long, and why
         self._demanded: set[int] = set()  # versions that readers asked for by name
@@ -244,7 +245,7 @@ class Relay:
         else:
             return False
         mine = [each for each in self._theirs.values() if each.info.model == model and each.state == "ready"]
-        if any(name in each.tags for each in mine):  # it comes by itself
+        if not self._listened or any(name in (LATEST, *each.tags) for each in mine):  # it comes by itself
             return True
         found = next((each.info for each in mine if each.info.name == name), None)
         if found is None:
@@ -291,6 +292,7 @@ class Relay:
     def _listed(self, listed: v.VersionList) -> None:
         if self._why:
             self._news.append(Back(self.now - self._heard))
+        self._listened = True
         self._heard, self._why, self._behind = self.now, "", (listed.silent, listed.why)
         self._theirs = {
             each.info.number: each
