@@ -28,8 +28,8 @@ ROLES = {
     "steady": "headwater.cli.bench.saved:Steady",
     "generator": "headwater.cli.bench.serve:Generator",
     "loader": "headwater.cli.bench.saved:Loader",
-    "copier": "headwater.cli.bench.published:Copier",
-    "source": "headwater.cli.bench.published:Source",
+    "copier": "headwater.cli.bench.plain:Copier",
+    "source": "headwater.cli.bench.plain:Source",
     "reading": "headwater.cli.bench.published:Reading",
 }
 """What a child may be: its name and the class that answers."""

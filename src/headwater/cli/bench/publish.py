@@ -25,6 +25,8 @@ from headwater.cli.bench.report import Figure, figure
 from headwater.cli.bench.statistics import interleave, median_ratio, percentile
 
 ROUNDS = 10
+SMALL = (1, 50)
+"""MB: other sizes whose leases are measured, which should take as long."""
 LEASES = 10
 """Leases of each size that are measured in a round."""
 COMPUTE = 0.3
@@ -207,16 +209,18 @@ def pause_figures(name: str, computes: bool, steps: Samples, servers: list[float
 
 def _reading(options: Options, publisher: Publisher) -> list[Figure]:
     found = []
-    for size in (1, 50):
+    for size in SMALL:
         small = Publisher(publisher.client, f"model-{size}", size * MEBIBYTE, publisher.dtype)
-        found += _leases(options, small)
-    found += _leases(options, publisher)
-    for tcp in (False, True):
-        options.note(f"publish: a reader {'over TCP' if tcp else 'on shared memory'} takes versions out, and follows")
-        with _reader(publisher, tcp) as reader:
-            reader.ask("first")
-            found += (_fetched if tcp else _copied)(options, publisher, reader)
-            found += _swaps(options, publisher, reader, "tcp" if tcp else "local")
+        with _reader(small) as reader:
+            found += _leases(options, small, reader)
+    with _reader(publisher) as reader:
+        found += _leases(options, publisher, reader)
+        options.note("publish: a reader on shared memory takes versions out, and follows")
+        found += _copied(options, publisher, reader) + _swaps(options, publisher, reader, "local")
+    with _reader(publisher, tcp=True) as reader:
+        options.note("publish: a reader over TCP fetches versions, and follows")
+        reader.ask("first")
+        found += _fetched(options, publisher, reader) + _swaps(options, publisher, reader, "tcp")
     return found
 
 
@@ -229,13 +233,12 @@ def _reader(publisher: Publisher, tcp: bool = False) -> Iterator[Child]:
         yield reader
 
 
-def _leases(options: Options, publisher: Publisher) -> list[Figure]:
+def _leases(options: Options, publisher: Publisher, reader: Child) -> list[Figure]:
     size = f"{publisher.nbytes // MEBIBYTE} MB"
     options.note(f"publish: leases of {size}")
-    with _reader(publisher) as reader:
-        first = reader.ask("first")
-        count = LEASES * options.rounds_or(ROUNDS)
-        seconds = [reader.ask("lease", name=publisher.publish().info.name) for _ in range(count + 2)][2:]
+    first = reader.ask("first")
+    count = LEASES * options.rounds_or(ROUNDS)
+    seconds = [reader.ask("lease", name=publisher.publish().info.name) for _ in range(count + 2)][2:]
     return lease_figures(size, seconds, *first)
 
 
