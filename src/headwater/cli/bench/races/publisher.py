@@ -116,6 +116,7 @@ def main(argv: list[str]) -> int:
                 publisher.run()
         except HeadwaterError as error:
             tally.failed(error.code, str(error))
+            tally.say(f"ended by {error.code}: {error}")
             return 3
     return 0
 
