@@ -85,6 +85,18 @@ def test_a_tag_moves_here_when_its_version_is_here(stage: Stage) -> None:
     assert stage.names() == {"v1": (), "v3": ("latest", "production")}
 
 
+def test_a_relay_that_begins_takes_the_newest_first_and_later_what_is_tagged() -> None:
+    stage = Stage()
+    stage.has(1, "v1", "production")
+    stage.has(2)
+    stage.lists()
+    assert stage.fetch_all() == ["v2", "v1"]
+    stage.has(3, "v3", "production")
+    stage.has(4)
+    stage.lists()
+    assert stage.fetch_all() == ["v3", "v4"]  # a newest one that changes ever again keeps no tag away
+
+
 def test_a_rollback_is_a_version_that_is_fetched_if_it_has_to_be() -> None:
     stage = Stage(keep=1)
     stage.has(1)

@@ -334,8 +334,10 @@ class Relay:
         mine = [each for each in self._theirs.values() if each.info.model == model and each.state == "ready"]
         demanded = [each.info.number for each in mine if each.info.number in self._demanded]
         tagged = [each.info.number for each in mine if set(each.tags) - {LATEST}]
-        newest = max((each.info.number for each in mine), default=0)
-        return [number for number in [*demanded, *tagged, *([newest] if newest else [])] if not self._here(number)]
+        newest = [max(each.info.number for each in mine)] if mine else []
+        begins = not any(self._here(each.info.number) for each in mine)  # then "latest" must not mean an old one first
+        wanted = [*newest, *demanded, *tagged] if begins else [*demanded, *tagged, *newest]
+        return [number for number in wanted if not self._here(number)]
 
     def _forget(self, number: int) -> None:
         """The other side has this version no more. Who leases it may still be fetching it."""
