@@ -72,6 +72,7 @@ class FakeEngine:
     version: VersionInfo = field(default_factory=lambda: version(1))
     stale_since: float | None = None
     failure: HeadwaterError | None = None
+    begun: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self._changed = threading.Condition()
@@ -199,6 +200,7 @@ class FakeEngine:
         while self._waiting and len(self._running) < self.slots:
             self._running.append(self._waiting.pop(0))
             self._running[-1].version = self.version
+            self.begun()
         for one in list(self._running):
             if self.failure is not None:
                 self._end(one, Failed(self.failure))

@@ -85,6 +85,21 @@ def test_a_streams_header_is_the_version_that_it_began_on(held: Running, engine:
     assert ask(held).system_fingerprint == "step-200#2"
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_version_that_comes_before_the_head_is_out_is_not_named(
+    held: Running, engine: FakeEngine, streamed: bool
+) -> None:
+    engine.begun = lambda: engine.publish(2)
+    with (
+        held.client() as client,
+        client.chat.completions.with_streaming_response.create(
+            model="toy", messages=HELLO, stream=streamed, max_tokens=1
+        ) as raw,
+    ):
+        assert raw.headers["x-headwater-version"] == "step-100"
+        assert "step-100#1" in raw.text()
+
+
 def test_several_choices_of_one_seed_differ_and_can_be_had_again(server: Running) -> None:
     first, again = (ask(server, n=2, seed=3, max_tokens=12) for _ in range(2))
     texts = [choice.message.content for choice in first.choices]

@@ -271,6 +271,33 @@ def test_a_forward_ends_on_the_version_that_it_began_on(source: MemorySource) ->
     assert source.leases == {}
 
 
+def test_a_forward_that_waits_for_the_module_keeps_its_version(source: MemorySource) -> None:
+    live = Live(Toy(), source)
+    inside, go_on = threading.Event(), threading.Event()
+    found: list[tuple[int, Any]] = []
+
+    def forward(wait: bool) -> None:
+        with live.hold() as (module, version):
+            inside.set()
+            assert not wait or go_on.wait(PATIENCE)
+            found.append((version.number, module.weight.tolist()))  # type: ignore[union-attr,operator]
+
+    first, second = (threading.Thread(target=forward, args=(wait,)) for wait in (True, False))
+    first.start()
+    assert inside.wait(PATIENCE)
+    second.start()
+    until(live, lambda live: live._current.users == 2)
+    source.publish({"weight": torch.tensor([4.0, 5.0, 6.0])})
+    until(live, lambda live: live.statistics().version.number == 1)
+    go_on.set()
+    for thread in (first, second):
+        thread.join(PATIENCE)
+    assert found == [(0, [1.0, 2.0, 3.0])] * 2
+    until(live, lambda _: source.leases == {1: 1})
+    live.close()
+    assert source.leases == {}
+
+
 def test_a_full_pool_is_429_and_a_late_forward_504(source: MemorySource) -> None:
     module = _Asked()
     live = Live(module, source)

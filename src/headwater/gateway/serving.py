@@ -1,7 +1,7 @@
 """uvicorn, with bounds of our own: the only file that imports it.
 
-uvicorn waits without end for the head of a first request, for a client that has stopped reading, and for the rest of a
-body that was refused. Here each has ``Limits.head_timeout``.
+uvicorn waits without end for the head of a first request, for a client that has stopped reading, and for a body that
+was refused and goes on trickling in. Here each has ``Limits.head_timeout``.
 """
 
 from __future__ import annotations
@@ -131,11 +131,6 @@ class _Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._watch()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self.conn.their_state is h11.SEND_BODY:
-            self._watch()
 
     def pause_writing(self) -> None:
         super().pause_writing()
