@@ -32,6 +32,8 @@ PRELOADED = (
     "headwater.server.hosts",
     "headwater.server.loop",
     "headwater.cli.chaos.ledger",
+    "headwater.readers.weights",
+    "headwater.wire.delta_kernels",
 )
 PATIENCE = 60.0  # seconds that it may take to import everything
 
