@@ -1,0 +1,75 @@
+"""Clusters to read from: real processes shared by a module, over unix sockets or TCP, or one in this process."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import headwater
+from headwater.client import Client
+from headwater.launch import Launcher
+from headwater.readers import Reader
+
+Connect = Callable[[], Client]
+Read = Callable[..., Reader]
+_names = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Launcher]:
+    """A coordinator and two servers."""
+    with Launcher(2, advertise=False) as job:
+        yield job
+
+
+@pytest.fixture(params=["local", "tcp", "inproc"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def name() -> str:
+    """A table's name, and so a model's, that no other test has."""
+    return f"model-{next(_names)}"
+
+
+@pytest.fixture
+def address(transport: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, name: str) -> str:
+    """Of a cluster of two servers, which the environment lets clients into."""
+    if transport == "inproc":
+        return f"inproc://{name}"
+    job: Launcher = request.getfixturevalue("processes")
+    for key, value in job.environment().items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("HEADWATER_TRANSPORT", transport)
+    return str(job.address)
+
+
+@pytest.fixture
+def connect(address: str) -> Iterator[Connect]:
+    """A trainer; those that are still open are closed."""
+    opened: list[Client] = []
+
+    def open_one() -> Client:
+        opened.append(headwater.connect(address, timeout=30, servers=2))
+        return opened[-1]
+
+    yield open_one
+    for client in opened:
+        client.close()
+
+
+@pytest.fixture
+def read(address: str, name: str) -> Iterator[Read]:
+    """``headwater.reader`` of the test's model."""
+    opened: list[Reader] = []
+
+    def open_one(model: str = name, timeout: float = 30, share: bool = True) -> Reader:
+        opened.append(headwater.reader(model, address, timeout=timeout, share=share))
+        return opened[-1]
+
+    yield open_one
+    for reader in opened:
+        reader.close()
