@@ -53,7 +53,7 @@ Buffer = bytes | bytearray | memoryview
 
 MAGIC = b"HWDL"
 VERSION = 1
-READING = 0.15e9
+READING = 0.12e9
 """Bytes of a delta that one core checks and applies in a second, about: see benchmarks/delta.md."""
 
 
