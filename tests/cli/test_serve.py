@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -186,15 +187,29 @@ def test_a_module_of_ones_own_without_a_cluster(serve: Callable[..., Served]) ->
     assert line.endswith(" static#0")
 
 
-def test_files_that_cannot_be_loaded_end_the_command(serve: Callable[..., Served], toy: Path) -> None:
+@pytest.fixture
+def _own_logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command sets up loggers of its process, which here is the tests'."""
+    for name in ("headwater", "uvicorn"):
+        logger = logging.getLogger(name)
+        for attribute in ("handlers", "propagate", "level"):
+            monkeypatch.setattr(logger, attribute, getattr(logger, attribute))
+    for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "1")
+
+
+@pytest.mark.usefixtures("_own_logging")
+def test_files_that_cannot_be_loaded_end_the_command(
+    headwater_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for name in ("config.json", "modules.json"):
-        (toy / name).write_text("{", encoding="utf-8")
-    server = serve("--model", ".", "--static")
-    out, err = server.process.communicate(timeout=PATIENCE)
-    assert server.process.returncode == 1
-    assert "Traceback" not in err
-    assert err.splitlines()[-1].startswith("headwater: UsageError: modules.json:")
-    assert "has ended" not in out
+        (tmp_path / name).write_text("{", encoding="utf-8")
+    answer = headwater_command("serve", "--model", ".", "--static", "--port", "0")
+    assert answer.code == 1
+    assert "Traceback" not in answer.err
+    assert answer.err.splitlines()[-1].startswith("headwater: UsageError: modules.json:")
+    assert "has ended" not in answer.out
 
 
 def test_a_cluster_is_followed(serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:

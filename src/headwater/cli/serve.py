@@ -159,8 +159,10 @@ class _Loader:
 
 
 def _log_to_stderr() -> None:
-    """One line a request, and whatever else the server has to say; no progress bars between the lines."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    """One line a request, and whatever else the server has to say; no progress bars in a file of them."""
+    if not sys.stderr.isatty():
+        for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%Y-%m-%d %H:%M:%S"))
     for name, level in (("headwater", logging.INFO), ("uvicorn", logging.WARNING)):

@@ -50,6 +50,7 @@ class Record:
         self.completion_tokens = 0
         self.streamed = False
         self.gone = False
+        self.admitted = False
         self.problem = ""
 
     def answered_by(self, version: VersionInfo | None) -> None:
@@ -87,6 +88,7 @@ class Gate:
         try:
             if self._keys is not None and scope["path"] not in OPEN:
                 self._keys.check(scope["headers"])
+            record.admitted = self._keys is None or scope["path"] not in OPEN
             await self._app(scope, receive, send)
         except ClientGone:
             record.gone = True
@@ -112,7 +114,12 @@ class Gate:
         return named
 
     def _version_headers(self, record: Record) -> list[tuple[bytes, bytes]]:
-        """An answer that no version computed (an error, a list) names the one that would answer now."""
+        """An answer that no version computed (an error, a list) names the one that would answer now.
+
+        Without a key that is needed, there is nothing to be learnt.
+        """
+        if not record.admitted:
+            return []
         standing = self._served.standing()
         versions = record.versions or ([standing.version] if standing else [])
         if not versions:

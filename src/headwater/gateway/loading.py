@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import msgspec
 
-from headwater.errors import DeadlineExceeded, Unreachable, UsageError
+from headwater.errors import DeadlineExceeded, LinkError, Unreachable, UsageError
 from headwater.types import VersionInfo
 
 if TYPE_CHECKING:
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from headwater.gateway.engine_types import Source, Weights
     from headwater.gateway.limits import Limits
     from headwater.gateway.served import Model, Served
+
+log = logging.getLogger(__name__)
+
+_PATIENCE = 1.0
+"""Seconds of one question for the first version."""
 
 NOTE = "headwater.json"
 """A file of a model's folder that names its table set: ``{"model": "NAME"}``."""
@@ -245,13 +251,18 @@ class FromReader:
 
 def wait_for_first(source: Source, tag: str, served: Served) -> bool:
     """Until the source has a version under the tag. False: the server ends before."""
+    said = ""
     while not served.closing:
         try:
-            source.wait(-1, tag, 1.0)
+            source.wait(-1, tag, _PATIENCE)
         except DeadlineExceeded:
-            continue
-        except Unreachable:
-            time.sleep(1.0)
-            continue
-        return True
+            news = f"{served.name} has no version {tag!r} yet; it is waited for"
+        except LinkError as error:
+            news = f"{error}; the first version of {served.name} is waited for"
+            time.sleep(_PATIENCE)
+        else:
+            return True
+        if news != said:
+            said = news
+            log.info("%s", news)
     return False
