@@ -6,7 +6,7 @@ from rich.console import Console
 
 from headwater_recipes.common import display
 from headwater_recipes.common.board import Board
-from headwater_recipes.common.reports import Started, Stepped, Validated
+from headwater_recipes.common.reports import Published, Started, Stepped, Validated
 
 
 def _board() -> Board:
@@ -57,7 +57,9 @@ def test_a_picture_on_a_terminal_shows_every_worker_and_server() -> None:
     out = io.StringIO()
     shown = display.make(Console(file=out, force_terminal=True, width=120))
     shown.update(Board(2), None)
-    shown.update(_board(), _server())
+    board = _board()
+    board.hear(Published(20, "step-20"))
+    shown.update(board, _server())
     shown.note("w1: a word from a worker")
     shown.close()
     text = out.getvalue()
@@ -71,6 +73,7 @@ def test_a_picture_on_a_terminal_shows_every_worker_and_server() -> None:
         "1 shard (14)",
         "ETA 0:20",
         "a word from",
+        "published step-20",
     ):
         assert word in text
 

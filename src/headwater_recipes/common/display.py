@@ -58,6 +58,7 @@ class Lines:
             return
         self._shown, self._last = row, now
         beside = "" if cluster is None else f"  {_alive(cluster)}"
+        beside += f"  published {board.published}" if board.published else ""
         self.note("  ".join(figures(row)) + f"  ETA {clock(board.seconds_left)}" + beside)
 
     def note(self, line: str) -> None:
@@ -157,10 +158,11 @@ def _headline(board: Board, row: dict[str, Any]) -> RenderableType:
     line = Table.grid(padding=(0, 2))
     held = board.validated
     shown = f"validation {held['bits_per_byte']:.3f} bits/byte" if held else ""
+    shown += f"  published {board.published}" if board.published else ""
     line.add_row(
         Text("training", "bold"),
         ProgressBar(total=1.0, completed=row["progress"], width=36),
-        Text(f"ETA {clock(board.seconds_left)}"),
+        Text(f"ETA {clock(board.seconds_left)}" if row["progress"] < 1 else "saving and validating …"),
     )
     names = Text("  ".join(figures(row)) + f"  {shown}")
     return Group(line, names)

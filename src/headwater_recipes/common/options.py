@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -30,3 +31,11 @@ Precision = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16: 
 SaveEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints.")]
 ValidateEvery = Annotated[int | None, typer.Option(help="Steps between validations.")]
 LogEvery = Annotated[int | None, typer.Option(help="Steps between rows of metrics.jsonl.")]
+
+
+def let_threads_sleep() -> None:
+    """Threads of a matrix product that wait for each other sleep, here and in the workers: to be called before torch
+    is imported. On a machine with other things to do, say answering from what is trained, spinning costs most of the
+    time; on an idle one it gains little.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

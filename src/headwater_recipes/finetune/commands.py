@@ -62,6 +62,7 @@ def finetune(
     headwater serve --model RUN answers with the newest version.
     """
     given = dict(locals())
+    options.let_threads_sleep()
     from headwater_recipes.common.settings import make_changes
     from headwater_recipes.finetune import job
     from headwater_recipes.finetune.settings import complete

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from headwater_recipes.common.trainer import quiet
 from headwater_recipes.finetune import adapter, answers, data, docstrings, examples, source
 from headwater_recipes.finetune.settings import RECIPE, Settings, check
 from headwater_recipes.finetune.worker import read_model
+
+_SHOWN = 200
+"""Characters of an answer that are shown; answers.json has all."""
 
 
 def prepare(wanted: Settings, run: Path | None, console: Console) -> Path:
@@ -127,19 +131,26 @@ class Job(job.Job[Settings]):
 
     def _answers(self) -> None:
         """Ask again, and show both."""
-        tokenizer = source.read_tokenizer(self.folder)
-        model = read_model(self.folder, checkpoint.newest(self.folder), self.settings)
-        before = answers.read(self.folder)
-        said = answers.ask(model, tokenizer, [each.prompt for each in before])
+        with self.console.status("asking the same again …"):
+            tokenizer = source.read_tokenizer(self.folder)
+            model = read_model(self.folder, checkpoint.newest(self.folder), self.settings)
+            before = answers.read(self.folder)
+            said = answers.ask(model, tokenizer, [each.prompt for each in before])
         after = [msgspec.structs.replace(each, after=text) for each, text in zip(before, said, strict=True)]
         answers.write(self.folder, after)
         table = Table(show_lines=True, expand=True)
-        for name, share in (("asked", 3), ("before", 4), ("after", 4)):
-            table.add_column(name, ratio=share)
+        for name, share in (("asked, and what the data says", 4), ("before", 4), ("after", 4)):
+            table.add_column(name, ratio=share, overflow="fold")
         for each in after:
-            kind = Text("held out" if each.held_out else "trained on", "dim")
-            table.add_row(Text(each.question).append("\n").append(kind), Text(each.before), Text(each.after))
+            kind = "held out" if each.held_out else "trained on"
+            asked = Text(f"{_short(each.question)}\n").append(f"{kind}: {_short(each.wanted)}", "dim")
+            table.add_row(asked, Text(_short(each.before)), Text(_short(each.after)))
         self.console.print(table)
+
+
+def _short(text: str) -> str:
+    """On one line, and not much of it."""
+    return textwrap.shorten(text, _SHOWN, placeholder=" …")
 
 
 def _say(console: Console, line: str) -> None:

@@ -52,6 +52,7 @@ def train(
     model that transformers loads, its metrics and its loss curve.
     """
     given = dict(locals())
+    options.let_threads_sleep()
     from headwater_recipes.common.settings import make_changes
     from headwater_recipes.lm import job
     from headwater_recipes.lm.settings import Settings
