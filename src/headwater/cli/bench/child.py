@@ -30,6 +30,8 @@ ROLES = {
     "loader": "headwater.cli.bench.saved:Loader",
     "copier": "headwater.cli.bench.plain:Copier",
     "source": "headwater.cli.bench.plain:Source",
+    "relay": "headwater.cli.bench.relayed:RelayProcess",
+    "readers": "headwater.cli.bench.relayed:Readers",
     "reading": "headwater.cli.bench.published:Reading",
 }
 """What a child may be: its name and the class that answers."""

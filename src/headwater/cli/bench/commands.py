@@ -131,6 +131,17 @@ def _publish(
     run("publish", Options(_note, rounds, servers=servers, version=size), json)
 
 
+@app.command("relay")
+def _relay(
+    size: Annotated[int, typer.Option(min=1, help="Size of the table in MB.")] = 500,
+    rounds: Rounds = None,
+    servers: Servers = 2,
+    json: Json = False,
+) -> None:
+    """A reader that joins late behind a relay, beside a dense fetch; what leaves the publisher for 1, 4, 16 readers."""
+    run("relay", Options(_note, rounds, servers=servers, version=size), json)
+
+
 @app.command("recovery")
 def _recovery(rounds: Rounds = None, json: Json = False) -> None:
     """How long the death of a server or worker stops training, and what deaths cost in the long run."""
@@ -151,6 +162,16 @@ def _delta(
 ) -> None:
     """What changed between two versions of 500 MB, encoded and applied by one thread, beside one copy of them."""
     run("delta", Options(_note, rounds, size), json)
+
+
+@app.command("races")
+def _races(
+    reads: Annotated[int | None, typer.Option(min=1, help="End after so many reads. Default: 100,000.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=1.0, help="End after so long at the latest. Default: 120.")] = None,
+    json: Json = False,
+) -> None:
+    """Reads of versions, every element checked, while versions are published and processes are killed: none is torn."""
+    run("races", Options(_note, reads=reads, seconds=seconds), json)
 
 
 @app.command("all")
