@@ -174,6 +174,16 @@ def _races(
     run("races", Options(_note, reads=reads, seconds=seconds), json)
 
 
+@app.command("races")
+def _races(
+    reads: Annotated[int | None, typer.Option(min=1, help="End after so many reads. Default: 100,000.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=1.0, help="End after so long at the latest. Default: 120.")] = None,
+    json: Json = False,
+) -> None:
+    """Reads of versions, every element checked, while versions are published and processes are killed: none is torn."""
+    run("races", Options(_note, reads=reads, seconds=seconds), json)
+
+
 @app.command("all")
 def _all(size: Size = 64, servers: Servers = 2, json: Json = False) -> None:
     """Every bench, one after the other."""
