@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
 
-from headwater.cli.bench.races.town import KINDS, PUBLISHER, Town
+from headwater.cli.bench.races.town import KINDS, PUBLISHER, RELAY, Town
 from headwater.cli.chaos.cluster import Member
 from headwater.cli.chaos.monitor import Monitor
 from headwater.cli.chaos.schedule import SERVERS
@@ -28,7 +28,7 @@ class Fault(NamedTuple):
     """``seconds`` until it is undone: started again, or continued."""
 
     kind: str  # kill, stop
-    role: str  # server, reader, publisher, coordinator
+    role: str  # server, reader, publisher, coordinator, relay
     seconds: float
 
     @property
@@ -42,19 +42,22 @@ FIRST = (
     Fault("kill", "publisher", 0.1),
     Fault("stop", "reader", 0.5),
     Fault("kill", "coordinator", 0.1),
+    Fault("kill", "relay", 0.1),
 )
-"""One of each, so that a short race has them all."""
+"""One of each: a race has them all, however short."""
 
 _WEIGHTS: tuple[tuple[str, str, int, float, float], ...] = (
     ("kill", "server", 8, 0.1, 1.0),
     ("kill", "reader", 6, 0.1, 0.5),
     ("kill", "publisher", 5, 0.1, 0.5),
     ("kill", "coordinator", 2, 0.1, 0.5),
+    ("kill", "relay", 3, 0.1, 0.5),
     ("stop", "reader", 6, 0.1, 3.0),
     ("stop", "reader", 1, LONG, LONG + 2.0),
     ("stop", "server", 3, 0.1, 2.5),
     ("stop", "publisher", 2, 0.1, 2.0),
     ("stop", "coordinator", 1, 0.1, 2.0),
+    ("stop", "relay", 1, 0.1, 2.0),
 )
 
 
@@ -92,8 +95,11 @@ class Race:
         self._readers = [f"r{i}" for i in range(len(KINDS))]
 
     def run(self, reads: int, seconds: float) -> Course:
-        """Until so many reads are done, or so much time is over; then all heals, and all read again."""
-        for name in (PUBLISHER, *self._readers):
+        """Until so many reads are done and ``FIRST`` has struck, or time is over; then all heals, and all read again."""
+        for name in (PUBLISHER, RELAY):
+            self._town.start(name)
+        self._must(lambda: self._town.counts(PUBLISHER)["published"] > 0, BEGIN, "a version is published")
+        for name in self._readers:
             self._town.start(name)
         self._must(lambda: all(self._reads(name) for name in self._readers), BEGIN, "every reader reads")
         self._begun = time.monotonic()
@@ -102,7 +108,8 @@ class Race:
         fault = next(coming)
 
         def over() -> bool:
-            return time.monotonic() >= until or (self._total() >= reads and bool(self.course.struck))
+            done = self._total() >= reads and self.course.struck.total() >= len(FIRST)
+            return done or time.monotonic() >= until
 
         while not over():
             self._turn()
@@ -127,6 +134,7 @@ class Race:
             "reader": self._readers,
             "publisher": [PUBLISHER],
             "coordinator": ["coordinator"],
+            "relay": [RELAY],
         }[fault.role]
         return [name for name in names if self._town.members[name].running and name not in self._stopped]
 
@@ -206,7 +214,7 @@ class Race:
             self._town.ask_to_end(member.name)
         self._wait(lambda: not any(member.running for member in programs), END)
         for name in self._readers:
-            kind = KINDS[int(name[1:])]
+            kind = KINDS[int(name[1:])].name
             found = self._town.counts(name)
             self.course.kinds[kind] = self.course.kinds.get(kind, Counter()) + found
             self.course.counts += found

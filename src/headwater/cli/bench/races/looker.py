@@ -1,6 +1,6 @@
 """A reader of the race: lease, check every element of every tensor, release. Told to stop by SIGTERM.
 
-``python -m headwater.cli.bench.races.looker --tally FILE --seed N``
+``python -m headwater.cli.bench.races.looker --tally FILE --seed N [--steady]``
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ class Kept:
 class Looker:
     """One process's work."""
 
-    def __init__(self, reader: Reader, tally: Tally, seed: int) -> None:
+    def __init__(self, reader: Reader, tally: Tally, seed: int, steady: bool) -> None:
         self.stopping = False
+        self._steady = steady
+        self._newest: Weights | None = None  # a steady reader's: held until there is a newer one
         self._reader, self._tally = reader, tally
         self._random = Random(seed)
         self._kept: list[Kept] = []
@@ -74,8 +76,10 @@ class Looker:
             self._count(weights, values.check(tensors, step))
             if keep:
                 self._keep(weights, step, tensors)
+            elif self._steady and (self._newest is None or self._newest.version.number < weights.version.number):
+                weights, self._newest = self._newest or weights, weights
         finally:
-            if not keep:
+            if not keep and weights is not self._newest:
                 weights.release()
 
     def _name(self) -> str:
@@ -138,17 +142,30 @@ class Looker:
                 kept.weights.release()
 
 
+def _connect() -> Reader:
+    """As soon as somebody answers: the relay may just be beginning."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return headwater.reader(values.MODEL, timeout=3 * PATIENCE)
+        except LinkError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(RETRY)
+
+
 def main(argv: list[str]) -> int:
     """Exit code 3 if the cluster could not be reached any more: another process goes on."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tally", type=Path, required=True)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--steady", action="store_true")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with Tally(args.tally) as tally:
         try:
-            with headwater.reader(values.MODEL, timeout=30.0) as reader:
-                looker = Looker(reader, tally, args.seed)
+            with _connect() as reader:
+                looker = Looker(reader, tally, args.seed, args.steady)
                 signal.signal(signal.SIGTERM, lambda *_: setattr(looker, "stopping", True))
                 looker.run()
         except HeadwaterError as error:

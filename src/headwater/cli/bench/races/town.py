@@ -1,18 +1,40 @@
-"""The processes of the race: a coordinator with its state on disk, three servers, a publisher, readers of all kinds."""
+"""The processes of the race: coordinator with its state on disk, servers, publisher, a relay, readers of all kinds."""
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
 from headwater.cli.bench.races import tally
+from headwater.cli.bench.races.values import MODEL
 from headwater.cli.chaos.cluster import LOOPBACK, Cluster, free_port
 from headwater.cli.chaos.schedule import SERVERS
 from headwater.transports.address import Address
 
 PUBLISHER = "publisher"
 PACE = 0.02  # seconds of rest after each of the publisher's steps
-KINDS: tuple[str, ...] = ("local", "local", "local", "tcp", "tcp")
-"""Of the readers: who maps the servers' memory, and who gets bytes and deltas."""
+RELAY = "relay"
+
+
+class Kind(NamedTuple):
+    """A kind of reader. ``steady``: it holds the newest version until there is a newer one, else it lets go at once."""
+
+    name: str
+    transport: str = ""
+    relay: bool = False
+    steady: bool = False
+
+
+KINDS = (
+    Kind("shared memory"),
+    Kind("shared memory, held", steady=True),
+    Kind("shared memory, held", steady=True),
+    Kind("tcp", "tcp"),
+    Kind("tcp", "tcp"),
+    Kind("shared memory of a relay", relay=True, steady=True),
+    Kind("tcp from a relay", "tcp", relay=True),
+)
+"""Of the readers, one each."""
 
 
 class Town(Cluster):
@@ -35,13 +57,17 @@ class Town(Cluster):
             listen = str(self._place(f"s{i}"))
             arguments = ["--role", "server", "--listen", listen, "--coordinator", str(coordinator)]
             self._add(f"s{i}", "server", arguments, {}, module=self._server, ready=True)
+        relay = str(self._place(RELAY))
+        arguments = ["relay", "--model", MODEL, "--upstream", str(coordinator), "--listen", relay, "--json"]
+        self._add(RELAY, "relay", arguments, {}, module="headwater")
         here = {"HEADWATER_ADDRESS": str(coordinator), "HEADWATER_TIMEOUT": "30"}
         arguments = ["--pace", str(self._pace)]
         self._add(PUBLISHER, "publisher", arguments, here, module="headwater.cli.bench.races.publisher")
         for i, kind in enumerate(KINDS):
-            forced = {"HEADWATER_TRANSPORT": "tcp"} if kind == "tcp" else {}
-            arguments = ["--seed", str(1000 * self._seed + i)]
-            self._add(f"r{i}", "reader", arguments, here | forced, module="headwater.cli.bench.races.looker")
+            forced = {"HEADWATER_TRANSPORT": kind.transport} if kind.transport else {}
+            through = {"HEADWATER_ADDRESS": relay} if kind.relay else {}
+            arguments = ["--seed", str(1000 * self._seed + i), *(["--steady"] if kind.steady else [])]
+            self._add(f"r{i}", "reader", arguments, here | forced | through, module="headwater.cli.bench.races.looker")
 
     def start(self, name: str, wait: bool = True) -> None:
         """As a cluster's; programs of the race are told where to count."""
