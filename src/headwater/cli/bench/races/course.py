@@ -95,7 +95,7 @@ class Race:
         self._readers = [f"r{i}" for i in range(len(KINDS))]
 
     def run(self, reads: int, seconds: float) -> Course:
-        """Until so many reads are done and ``FIRST`` has struck, or time is over; then all heals, and all read again."""
+        """Until so many reads are done and ``FIRST`` has struck, or time is over; then all heals and go on."""
         for name in (PUBLISHER, RELAY):
             self._town.start(name)
         self._must(lambda: self._town.counts(PUBLISHER)["published"] > 0, BEGIN, "a version is published")
