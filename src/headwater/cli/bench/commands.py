@@ -32,7 +32,10 @@ Size = Annotated[int, typer.Option(min=1, help="Size of the dense table in MB.")
 Servers = Annotated[int, typer.Option(min=1, help="Servers in the cluster.")]
 Where = Annotated[Transport | None, typer.Option(help="Default: local, then tcp.")]
 
-BENCHES = ("dense", "small", "many", "step", "memory", "replicas", "snapshot", "publish", "recovery", "serve", "delta")
+BENCHES = (
+    "dense", "small", "many", "step", "memory", "replicas", "snapshot", "recovery", "publish", "delta", "relay", "serve",
+    "races",
+)  # fmt: skip
 """Each is a module of this package with a function ``measure``; ``all`` runs them in this order."""
 
 
@@ -167,17 +170,7 @@ def _delta(
 @app.command("races")
 def _races(
     reads: Annotated[int | None, typer.Option(min=1, help="End after so many reads. Default: 100,000.")] = None,
-    seconds: Annotated[float | None, typer.Option(min=1.0, help="End after so long at the latest. Default: 120.")] = None,
-    json: Json = False,
-) -> None:
-    """Reads of versions, every element checked, while versions are published and processes are killed: none is torn."""
-    run("races", Options(_note, reads=reads, seconds=seconds), json)
-
-
-@app.command("races")
-def _races(
-    reads: Annotated[int | None, typer.Option(min=1, help="End after so many reads. Default: 100,000.")] = None,
-    seconds: Annotated[float | None, typer.Option(min=1.0, help="End after so long at the latest. Default: 120.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=1.0, help="End after so long anyway. Default: 120.")] = None,
     json: Json = False,
 ) -> None:
     """Reads of versions, every element checked, while versions are published and processes are killed: none is torn."""
