@@ -15,6 +15,7 @@ from headwater.types import VersionInfo
 from headwater.wire.messages import (
     ClusterStatus,
     ModelStatus,
+    RelayStatus,
     ServerStatus,
     ShardStatus,
     TableStatus,
@@ -47,6 +48,19 @@ def _cells(lines: list[list[str]], start: str) -> list[str]:
 
 def _shards(*shards: ShardStatus, min_copies: int = 1) -> ClusterStatus:
     return msgspec.structs.replace(STATUS, shards=shards, min_copies=min_copies)
+
+
+def test_a_relay_says_what_it_holds_and_whether_it_hears_of_new_versions() -> None:
+    model = ModelStatus("lm", VersionInfo("lm", 7, "v7", 6, 7, 0.0, ("lm",), 10, "ab"), 2, 0, ("production",), 1, 20)
+    relay = RelayStatus("tcp://10.0.0.1:7000", 0.0, "", 500_000_000, 8_000_000)
+    status = ClusterStatus(65.0, 0, 1, 1, (), (), (READER,), (), (model,), relay)
+    lines = _lines(now=status)
+    assert lines[0] == ["Relay, up 1 min 5 s: 1 model, 500 MB held, 8.0 MB sent to readers"]
+    assert lines[1] == ["versions come from tcp://10.0.0.1:7000"]
+    assert _cells(lines, "lm")[1:3] == ["v7", "7"]
+    silent = msgspec.structs.replace(relay, silent=72.0, why="nobody answers")
+    (said,) = _lines(now=msgspec.structs.replace(status, relay=silent))[1]
+    assert said == ("tcp://10.0.0.1:7000 has been silent for 1 min 12 s (nobody answers); what is here is served")
 
 
 def test_everything_is_shown() -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from headwater.wire.messages import ClusterStatus, ShardStatus
+    from headwater.wire.messages import ClusterStatus, RelayStatus, ShardStatus
 
 _WINDOW = 5.0
 """Seconds that the rates of --watch are averaged over."""
@@ -105,6 +105,8 @@ def draw(
 
     ``width``: columns of the terminal; a narrow one is not shown everything.
     """
+    if now.relay is not None:
+        return _relay(now, now.relay)
     earlier = before if before and seconds > 0 else None
     workers = [worker for worker in now.workers if worker.role == "worker"]
     head = ", ".join(
@@ -124,6 +126,25 @@ def draw(
     if now.workers:
         parts += [Text(), _workers(now, earlier, seconds)]
     return Group(*parts)
+
+
+def _relay(now: ClusterStatus, relay: RelayStatus) -> RenderableType:
+    """A relay has no servers and no tables, but versions and readers."""
+    head = f"Relay, up {duration(now.uptime)}: {counted(len(now.models), 'model')}, {size(relay.nbytes)} held"
+    parts: list[RenderableType] = [Text(f"{head}, {size(relay.sent_bytes)} sent to readers", "bold"), standing(relay)]
+    if now.models:
+        parts += [Text(), _models(now)]
+    if now.workers:
+        parts += [Text(), _workers(now, None, 0.0)]
+    return Group(*parts)
+
+
+def standing(relay: RelayStatus) -> Text:
+    """In one line: whether new versions come to a relay."""
+    if not relay.silent:
+        return Text(f"versions come from {relay.upstream}", "green")
+    said = f"{relay.upstream} has been silent for {duration(relay.silent)} ({relay.why}); what is here is served"
+    return Text(said, "bold red")
 
 
 def health(now: ClusterStatus) -> Text:

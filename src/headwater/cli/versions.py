@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 import headwater
 from headwater.cli.console import counted, err, out
 from headwater.cli.options import Address, Timeout
-from headwater.cli.status import duration, grid, locate, size
+from headwater.cli.status import duration, grid, locate, size, standing
 from headwater.errors import UsageError
 from headwater.wire import versions as v
 
@@ -72,12 +72,16 @@ def list_versions(
 ) -> None:
     """All versions, newest first. This is what headwater versions does by itself."""
     with _connected(address, timeout) as ps:
+        status = ps.status()
+        wanted, relay = status.replicas, status.relay
         if as_json:
-            typer.echo(msgspec.json.encode(v.VersionList(ps.versions(model))).decode())
+            silent, why = (relay.silent, relay.why) if relay is not None else (0.0, "")
+            typer.echo(msgspec.json.encode(v.VersionList(ps.versions(model), silent=silent, why=why)).decode())
             return
-        wanted = ps.status().replicas
         if not watch:
             console = out()
+            if relay is not None:
+                console.print(standing(relay))
             console.print(draw(ps.versions(model), wanted, time.time(), console.width))
             return
         with contextlib.suppress(KeyboardInterrupt), Live(console=out(), auto_refresh=False) as live:
