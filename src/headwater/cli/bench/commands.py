@@ -33,8 +33,8 @@ Servers = Annotated[int, typer.Option(min=1, help="Servers in the cluster.")]
 Where = Annotated[Transport | None, typer.Option(help="Default: local, then tcp.")]
 
 BENCHES = (
-    "dense", "small", "many", "step", "memory", "replicas", "snapshot", "recovery", "publish", "delta", "relay", "serve",
-    "races",
+    "dense", "small", "many", "step", "memory", "replicas", "snapshot", "recovery",
+    "publish", "delta", "relay", "serve", "races",
 )  # fmt: skip
 """Each is a module of this package with a function ``measure``; ``all`` runs them in this order."""
 
