@@ -244,10 +244,10 @@ def test_random_events_break_no_promise() -> None:
 @pytest.mark.parametrize("bug", ["leases", "tags", "turns", "away"])
 def test_a_seeded_bug_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def retain(self: Versions) -> None:
-        mine = [e for e in self._of("m") if e.state in ("ready", "lost")]
-        newest = self._newest("m")
+        mine = [e for e in self.of("m") if e.state in ("ready", "lost")]
+        newest = self.newest("m")
         for place, entry in enumerate(reversed(mine)):
-            keeps = entry.leases if bug == "tags" else self._tags(entry)
+            keeps = entry.leases if bug == "tags" else self.tags_of(entry)
             if entry is not newest and not keeps and place >= (newest or entry).ask.keep:
                 self._remove(entry)
 

@@ -21,20 +21,8 @@ from headwater.cluster.membership import Membership
 from headwater.cluster.publications import Publications
 from headwater.cluster.rules import Rules as Rules
 from headwater.cluster.rules import check, shape
-from headwater.cluster.snapshots import (
-    Action,
-    Answer,
-    Asker,
-    Moment,
-    Outcome,
-    Publish,
-    Published,
-    Restored,
-    Send,
-    Snapshots,
-    Start,
-    Started,
-)
+from headwater.cluster.snapshot_desk import SnapshotDesk
+from headwater.cluster.snapshots import Asker, Outcome, Publish, Published, Restored, Snapshots, Start, Started
 from headwater.cluster.tables import Tables
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, UsageError
 from headwater.types import Bulk
@@ -75,9 +63,7 @@ class Coordinator:
         self.snapshots = Snapshots(self.rules.snapshots, self.rules.snapshot_every, now)
         self._begin_with = begin
         self._refusal: HeadwaterError | None = None  # why the cluster could not begin with its snapshot
-        self._cut_clock = 0  # steps above it are not in the snapshot under way
-        self._cut_plan: bytes | None = None
-        self._jobs: list[Start | Publish] = []
+        self._cuts = SnapshotDesk(self)
         self.barriers = Barriers(self)
         self._draining: list[tuple[Asker, int]] = []
         self._settling = False  # after a restart, until the primaries have said what they had committed
@@ -158,25 +144,24 @@ class Coordinator:
                     lost = ClusterError(f"this reader {why} and was given up; its leases end. It may join again")
                     refusal = Frame(Kind.ERROR, body=m.error_body(lost))
                     self._out.append(Outgoing(worker.peer, refusal, close=True))
-        self._do(self.snapshots.tick(now, self._served()))
+        self._cuts.do(self.snapshots.tick(now, self.served()))
         self.publications.versions.tick(now)
         return self._flush()
 
     def jobs(self) -> list[Start | Publish]:
         """File work for the host, once; each is answered by ``kept``."""
-        jobs, self._jobs = self._jobs, []
-        return jobs
+        return self._cuts.take_jobs()
 
     def kept(self, outcome: Outcome, now: float) -> list[Instruction]:
         """What became of the host's file work."""
         self.now = now
         match outcome:
             case Started():
-                self._do(self.snapshots.started(outcome, self.rules.shards))
+                self._cuts.do(self.snapshots.started(outcome, self.rules.shards))
             case Published():
-                self._do(self.snapshots.published(outcome, now))
+                self._cuts.do(self.snapshots.published(outcome, now))
             case _:
-                self._do(self.snapshots.failed(outcome, now))
+                self._cuts.do(self.snapshots.failed(outcome, now))
         return self._flush()
 
     def changes(self) -> dict[str, bytes | None]:
@@ -212,13 +197,13 @@ class Coordinator:
                 self._draining.append((asker, message.server))
             case m.PlanNext():
                 worker = self._worker(asker.peer)
-                self.reply(asker, self.plans.ask(worker.join.session, message, self._settled_clock()))
+                self.reply(asker, self.plans.ask(worker.join.session, message, self._cuts.settled_clock()))
             case m.TakeSnapshot():
                 self._known(asker.peer)
                 if not any(table.state == "ready" for table in self.tables.by_number.values()):
                     raise ClusterError("there is no table yet, so there is nothing to write")
                 self.snapshots.ask(asker, self.now)
-                self._do(self.snapshots.tick(self.now, self._served()))
+                self._cuts.do(self.snapshots.tick(self.now, self.served()))
             case m.Rest():
                 if self.membership.rest(self._worker(asker.peer), message.away):
                     self._announce()
@@ -318,7 +303,7 @@ class Coordinator:
             self.publications.versions.left(member.join.session, self.now, clean=clean)
         if member.rank < 0:
             return
-        self.plans.forget(member.join.session, ALL if clean else self._committed())
+        self.plans.forget(member.join.session, ALL if clean else self.committed())
         self._announce()
         self.barriers.departed(member.rank, clean)
 
@@ -354,7 +339,7 @@ class Coordinator:
         if waits or self.membership.holds(peer) or any(s.peer == peer for s in self.fleet.servers.values()):
             raise ClusterError("this connection has joined already")
 
-    def _committed(self) -> int:
+    def committed(self) -> int:
         """The last bulk step that is decided, over all tables; a table on one shard tells by heartbeats."""
         bulk = {t.number for t in self.tables.by_number.values() if isinstance(t.spec.sync, Bulk)}
         decided = [t.decided.clock for t in self.tables.by_number.values() if t.decided is not None]
@@ -406,7 +391,7 @@ class Coordinator:
             self._forget_if_gone(number)
         if old.primary != new.primary or new.shard in self.fleet.reborn:
             self.fleet.reborn.discard(new.shard)
-            self._do(self.snapshots.moved(new.shard, self.now))
+            self._cuts.do(self.snapshots.moved(new.shard, self.now))
             self._brief(new)
 
     def _brief(self, view: m.View) -> None:
@@ -480,7 +465,7 @@ class Coordinator:
                 self.fleet.suspect(message, self._sender(peer))
             case m.CutDone():
                 if self.leads(peer, message.shard):
-                    self._do(self.snapshots.part(message, self.now))
+                    self._cuts.do(self.snapshots.part(message, self.now))
             case _ if isinstance(message, VersionNotice):
                 self.publications.notice(peer, message)
             case _:
@@ -493,45 +478,11 @@ class Coordinator:
 
     # ---- snapshots ---------------------------------------------------------------------------
 
-    def _served(self) -> bool:
+    def served(self) -> bool:
         """Every shard has its primary, so a snapshot can be taken."""
         if self._settling or not self.fleet.views or self._unserved():
             return False
         return any(table.state == "ready" for table in self.tables.by_number.values())
-
-    def _cut(self) -> None:
-        """Now: what has been decided until here is in the snapshot, what will be decided is not."""
-        ready = {t.number: t for t in self.tables.by_number.values() if t.state == "ready"}
-        clocks = [
-            (t.number, t.clock) for t in ready.values() if isinstance(t.spec.sync, Bulk) and len(t.participants) > 1
-        ]
-        bulk = all(isinstance(t.spec.sync, Bulk) for t in ready.values())
-        self._cut_clock, self._cut_plan = self._committed(), None if bulk else self.plans.snapshot()
-        tables = {t.number: t.spec for t in ready.values()}
-        self._do(self.snapshots.cut(clocks, tables))
-
-    def _settled_clock(self) -> int:
-        """Steps up to here are committed, and a snapshot under way holds them."""
-        committed = self._committed()
-        return min(committed, self._cut_clock) if self.snapshots.step == "cutting" else committed
-
-    def _do(self, actions: list[Action]) -> None:
-        for action in actions:
-            match action:
-                case Send():
-                    self.tell(action.shard, action.cut)
-                case Moment():
-                    self._cut()
-                case Answer(reply=HeadwaterError() as error):
-                    self.fail(action.asker, error)
-                case Answer(reply=m.SnapshotTaken() as taken):
-                    self.reply(action.asker, taken)
-                case Publish():
-                    at = max((clock for part in action.parts for _, clock in part.clocks), default=0)
-                    plan = self.plans.snapshot(at) if self._cut_plan is None else self._cut_plan
-                    self._jobs.append(action._replace(plan=plan))
-                case Start():
-                    self._jobs.append(action)
 
     def _revive(self) -> None:
         """A new cluster begins with a snapshot's tables and data plans, before anybody may use it."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 import xxhash
 
+from headwater.cluster import version_status
 from headwater.cluster.entries import (
     ASKERS,
     LATEST,
@@ -48,7 +49,6 @@ UNFINISHED = 16  # versions of one cluster that are on their way; more are refus
 RESERVED = 64  # numbers that are taken at a time: to keep each would be a wait for the disk with every version
 ABANDONED = 30.0  # seconds after which a version that nobody waits for and that has not begun is given up
 COPYING = 900.0  # the same for one that has
-SHOWN = 8  # names in a message, at most
 
 
 class Versions:
@@ -86,7 +86,7 @@ class Versions:
         self._check_names(ask)
         if sum(entry.state in ("waiting", "cutting") for entry in self.entries.values()) >= UNFINISHED:
             raise ClusterError(f"{UNFINISHED} versions are on their way already; nothing was published. Wait for one")
-        parent = self._newest(ask.model)
+        parent = self.newest(ask.model)
         info = VersionInfo(
             ask.model, self._next, ask.name, parent.number if parent else 0, 0, ask.time,
             tuple(each.spec.name for each in known.values()), 0, "", dict(ask.metadata),
@@ -105,7 +105,7 @@ class Versions:
 
     def _check_names(self, ask: v.Publish) -> None:
         """A name is a version's or a tag's, not both; that of a version that is on its way counts."""
-        mine = self._of(ask.model)
+        mine = self.of(ask.model)
         coming = {tag for entry in mine if entry.state in ("waiting", "cutting") for tag in entry.ask.tags}
         tags = coming | {tag for model, tag in self.tags if model == ask.model}
         if ask.name in tags:
@@ -296,7 +296,7 @@ class Versions:
         """Hold a version for a reader. Raises ``UnknownVersion`` or ``VersionExpired``."""
         entry = self.resolve(ask.model, ask.name)
         parts = tuple(
-            v.PartAt(shard, table, part.size, part.digest, self._where(entry, shard))
+            v.PartAt(shard, table, part.size, part.digest, self.where(entry, shard))
             for (shard, table), part in sorted(entry.parts.items())
         )
         if entry.state == "lost" or not all(part.holders for part in parts):
@@ -312,7 +312,8 @@ class Versions:
         shards = origin.shards if origin is not None else self._shards
         self._desk.reply(asker, v.Leased(entry.info, shards, tables, unknown, parts))
 
-    def _where(self, entry: Entry, shard: int) -> tuple[v.Holder, ...]:
+    def where(self, entry: Entry, shard: int) -> tuple[v.Holder, ...]:
+        """Who holds a shard's part of it, and is there."""
         found = (self._desk.holder(server) for server in sorted(entry.holders.get(shard, ())))
         return tuple(holder for holder in found if holder is not None)
 
@@ -419,7 +420,7 @@ class Versions:
         """Servers that became copies of a shard after a version was made fetch it from one that has it."""
         for entry in self.entries.values():
             for shard in entry.shards if entry.state == "ready" and now >= entry.since + HEAL else ():
-                there = self._where(entry, shard)
+                there = self.where(entry, shard)
                 parts = tuple(part for (of, _), part in sorted(entry.parts.items()) if of == shard)
                 specs = tuple((part.table, self._desk.table(part.table).spec) for part in parts)
                 for server in self._desk.copies(shard) if there else ():
@@ -442,18 +443,7 @@ class Versions:
             return entry
         if entry is not None:
             raise UnknownVersion(f"version {name!r} of {model!r} is being published; wait for it")
-        models = sorted({each.info.model for each in self.entries.values()})
-        if model not in models:
-            there = f"there are versions of {', '.join(map(repr, models[:SHOWN]))}"
-            raise UnknownVersion(
-                f"no version of {model!r} is published; {there if models else 'nothing is published yet'}"
-            )
-        names = [each.info.name for each in self.entries.values() if each.info.model == model]
-        tags = [tag for of, tag in self.tags if of == model]
-        raise UnknownVersion(
-            f"{model!r} has no version or tag {name!r}; versions: {', '.join(names[-SHOWN:])}; tags: "
-            f"{', '.join([LATEST, *sorted(tags)[:SHOWN]])}"
-        )
+        raise version_status.unknown(self, model, name)
 
     def set_tag(self, asker: Asker, ask: v.SetTag) -> None:
         """Move a tag. Raises ``UsageError`` or ``UnknownVersion``; it means what it did then."""
@@ -486,7 +476,7 @@ class Versions:
     def retire(self, asker: Asker, ask: v.Retire) -> None:
         """Let a version go. Raises ``UsageError`` if a tag or a reader holds it."""
         entry = self.resolve(ask.model, ask.name)
-        tags = self._tags(entry)
+        tags = self.tags_of(entry)
         if tags or entry.leases:
             held = f"tag {tags[0]!r}" if tags else f"{sum(entry.leases.values())} leases"
             raise UsageError(f"version {entry.info.name!r} is held by {held}; it was not retired")
@@ -497,10 +487,10 @@ class Versions:
     def retain(self) -> None:
         """Let go of what is neither new, nor tagged, nor leased."""
         for model in {entry.info.model for entry in self.entries.values()}:
-            mine = [e for e in self._of(model) if e.state in ("ready", "lost")]
-            newest = self._newest(model)
+            mine = [e for e in self.of(model) if e.state in ("ready", "lost")]
+            newest = self.newest(model)
             for place, entry in enumerate(reversed(mine)):
-                if entry is newest or entry.leases or self._tags(entry):
+                if entry is newest or entry.leases or self.tags_of(entry):
                     continue
                 policy = newest.ask if newest is not None else entry.ask
                 old = policy.age is not None and self._clock() - entry.since > policy.age
@@ -515,7 +505,8 @@ class Versions:
             self._desk.save(f"version/{entry.number}", None)
             self._revised()
 
-    def _tags(self, entry: Entry) -> tuple[str, ...]:
+    def tags_of(self, entry: Entry) -> tuple[str, ...]:
+        """The tags that mean a version."""
         return tuple(sorted(tag for (_, tag), number in self.tags.items() if number == entry.number))
 
     # ---- servers -----------------------------------------------------------------------------------
@@ -541,49 +532,30 @@ class Versions:
                     entry.holders[shard].add(server)
                 self._held(entry)
 
-    def status(self, model: str) -> tuple[v.VersionStatus, ...]:
+    def status(self, model: str = "") -> tuple[v.VersionStatus, ...]:
         """For ``headwater versions``."""
-        newest = {each: self._newest(each) for each in {entry.info.model for entry in self.entries.values()}}
-        found = []
-        for entry in self.entries.values():
-            if model and entry.info.model != model:
-                continue
-            tags = self._tags(entry)
-            if newest[entry.info.model] is entry:
-                tags = (LATEST, *tags)
-            copies = min((len(self._where(entry, shard)) for shard in entry.shards), default=0)
-            found.append(v.VersionStatus(entry.info, entry.state, tags, sum(entry.leases.values()), copies))
-        return tuple(found)
+        return version_status.listed(self, model)
 
     def models(self) -> tuple[m.ModelStatus, ...]:
         """For ``headwater status``."""
-        found = []
-        for model in sorted({entry.info.model for entry in self.entries.values()}):
-            mine, newest = self._of(model), self._newest(model)
-            tags = tuple(sorted(tag for of, tag in self.tags if of == model))
-            found.append(
-                m.ModelStatus(
-                    model, newest.info if newest is not None else None, len(mine),
-                    sum(entry.state == "lost" for entry in mine), tags,
-                    sum(sum(entry.leases.values()) for entry in mine), sum(entry.held for entry in mine),
-                )
-            )  # fmt: skip
-        return tuple(found)
+        return version_status.models(self)
 
     # ---- who is who ----------------------------------------------------------------------------------
 
-    def _of(self, model: str) -> list[Entry]:
+    def of(self, model: str) -> list[Entry]:
+        """The versions of a model, oldest first."""
         return [entry for number, entry in sorted(self.entries.items()) if entry.info.model == model]
 
     def _named(self, model: str, name: str) -> Entry | None:
-        return next((entry for entry in self._of(model) if entry.info.name == name), None)
+        return next((entry for entry in self.of(model) if entry.info.name == name), None)
 
-    def _newest(self, model: str) -> Entry | None:
-        return next((entry for entry in reversed(self._of(model)) if entry.state == "ready"), None)
+    def newest(self, model: str) -> Entry | None:
+        """The newest version of a model that is ready."""
+        return next((entry for entry in reversed(self.of(model)) if entry.state == "ready"), None)
 
     def _find(self, model: str, name: str) -> Entry | None:
         if name == LATEST:  # where all are lost, it is one of these, and its holder may be on its way back
-            return self._newest(model) or next((e for e in reversed(self._of(model)) if e.state == "lost"), None)
+            return self.newest(model) or next((e for e in reversed(self.of(model)) if e.state == "lost"), None)
         number = self.tags.get((model, name))
         return self.entries.get(number) if number is not None else self._named(model, name)
 
