@@ -135,6 +135,24 @@ def test_memory_of_versions_that_pile_up_is_bounded(
     assert all(count <= 4 + 1 and held <= bound for count, held, bound in seen)
 
 
+def test_an_old_version_gives_memory_back_row_by_row(
+    versions: list[dict[str, Tensor]], start: Callable[..., Swapper]
+) -> None:
+    swapper = start(slots=4, chunk=100)
+    held: dict[int, int] = {}
+
+    def swap(n: int) -> None:
+        held[n] = swapper.engine.statistics().cache_bytes
+        if n == 2:
+            swapper.publish(versions[0])
+
+    clients = [ask(swapper.engine, greedy(b"x", 6))[0] for _ in range(3)]
+    clients.append(ask(swapper.engine, greedy(b"x", 20), Client(swap))[0])
+    for client in clients:
+        assert client.finished().version.number == 0
+    assert held[20] * 4 == held[4] > 0
+
+
 def test_weights_are_not_copied(
     model: ModelFolder, versions: list[dict[str, Tensor]], start: Callable[..., Swapper]
 ) -> None:
@@ -182,6 +200,7 @@ def test_a_version_that_does_not_fit_is_passed_over(
     assert client.finished().version.number == 3
     assert client.ids == reference(b"x", COUNT, versions[2])
     assert now.refused_versions <= 1  # 0 if the third came before the second was looked at
+    assert now.error == ""
     misfit = MemorySource("tiny")
     misfit.publish({name: torch.zeros(shape)})
     with pytest.raises(ShapeMismatch, match=words):

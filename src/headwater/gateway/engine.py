@@ -239,8 +239,12 @@ class Engine:
     def _warm_up(self) -> None:
         """One token through the model: it is known to run, and how large a position is."""
         live = self._live[self._newest.number]
-        with torch.inference_mode():
-            self._forward(live, torch.tensor([[0]]), Window(0, torch.tensor([[0]]), 1))
+        try:
+            with torch.inference_mode():
+                self._forward(live, torch.tensor([[0]]), Window(0, torch.tensor([[0]]), 1))
+        except BaseException:
+            live.ready.release()
+            raise
         live.past.free()
 
     def _wake(self) -> None:

@@ -129,7 +129,7 @@ class Follower:
                 self.error = str(error)
                 _log.error("%s", error)
                 return seen
-            self._answered()
+            self.stale_since, self.error = None, ""
             self._offer(ready)
             return ready.binding.version.number
 
@@ -144,13 +144,9 @@ class Follower:
         """No other version has come. A reader waits for its cluster as it does for a version, and knows for which."""
         statistics = getattr(self._source, "statistics", None)
         now = statistics() if statistics else None
-        if now is None or now.connected:
-            self._answered()
-        else:
+        if now is not None and not now.connected:
             self._failed(LinkBroken(now.error or "the source is not connected"))
-
-    def _answered(self) -> None:
-        if self.stale_since is not None:
+        elif self.stale_since is not None:
             self.stale_since, self.error = None, ""
 
     def _failed(self, error: Exception) -> None:

@@ -185,11 +185,15 @@ def load(name: str, *, dtype: torch.dtype | None = None, context: int | None = N
 
 
 def _load(name: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
-    options = {}
+    options: dict[str, Any] = {}
     if name.endswith(".gguf"):
         name, options["gguf_file"] = str(Path(name).parent), Path(name).name
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    if options and hasattr(transformers, "GgufConfig"):
+        # Later releases keep the blocks packed where they have a kernel for them; versions hold plain tensors.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     module = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **options)
-    return module, transformers.AutoTokenizer.from_pretrained(name, **options)
+    return module, tokenizer
 
 
 def _load_adapted(path: Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:

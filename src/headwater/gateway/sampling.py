@@ -81,7 +81,7 @@ class Sampler:
 
 def likeliest(logits: Tensor) -> list[int | None]:
     """The likeliest token of each row of ``logits``, (rows, vocabulary); None for a row that is not finite."""
-    # Not argmax, which is eight times as slow in bfloat16. NaN counts as the largest, and the largest is infinite if any
-    # is: one value tells of the whole row.
+    # Not argmax, which is eight times as slow in bfloat16. NaN counts as the largest, and the largest is infinite if
+    # any is: one value tells of the whole row.
     values, ids = logits.max(-1)
     return [token if good else None for token, good in zip(ids.tolist(), values.isfinite().tolist(), strict=True)]
