@@ -15,10 +15,11 @@ from headwater.cli.bench.races import course, tally, values
 from headwater.cluster.placement import layout
 
 
-def tensors(steps: dict[str, int], step: int) -> dict[str, torch.Tensor]:
+def tensors(steps: dict[str, int], step: int, model: str = values.MODEL) -> dict[str, torch.Tensor]:
     """A read of ``step``, in which these tensors are of other steps."""
     found = {}
-    for name, count in values.COUNT.items():
+    for name in values.NAMES[model]:
+        count = values.COUNT[name]
         kind = torch.bfloat16 if name[0] == "h" else torch.float32
         found[name] = torch.from_numpy(values.number(name, count, steps.get(name, step))).to(kind)
     return found
@@ -29,14 +30,14 @@ def test_a_whole_read(step: int) -> None:
     assert values.check(tensors({}, step), step) == values.Found("whole")
 
 
-@pytest.mark.parametrize("name", values.COUNT)
+@pytest.mark.parametrize("name", sorted(values.NAMES[values.MODEL]))
 def test_one_tensor_of_the_step_before_is_mixed(name: str) -> None:
     found = values.check(tensors({name: 999}, 1000), 1000)
     assert found.verdict == "mixed"
     assert f"'{name}': 999" in found.words
 
 
-@pytest.mark.parametrize("name", values.COUNT)
+@pytest.mark.parametrize("name", sorted(values.NAMES[values.MODEL]))
 def test_a_page_of_another_step_is_torn(name: str) -> None:
     """Also in the sparse table: a page has elements that change with each step."""
     read = tensors({}, 1000)
@@ -52,16 +53,24 @@ def test_all_of_one_step_that_is_not_the_labels_is_mislabelled() -> None:
     assert values.check({"d0": torch.zeros(1)}, 0).verdict == "mislabelled"
 
 
+def test_a_large_read() -> None:
+    assert values.check(tensors({}, 7, values.LARGE), 7, values.LARGE).verdict == "whole"
+    read = tensors({}, 7, values.LARGE)
+    read["l0"][-1] += 1
+    assert values.check(read, 7, values.LARGE).verdict == "torn"
+
+
 def test_gradients_lead_from_step_to_step() -> None:
-    for name, count in values.COUNT.items():
+    for name in values.NAMES[values.MODEL]:
+        count = values.COUNT[name]
         value = torch.from_numpy(values.number(name, count, 0)).float()
         for step in range(1, 70):
             value -= values.gradient(name, count, step)
         assert bool((value == torch.from_numpy(values.number(name, count, 69))).all()), name
 
 
-def test_both_tables_lie_on_every_shard() -> None:
-    for spec in values.specs():
+def test_all_tables_lie_on_every_shard() -> None:
+    for spec in (*values.specs(values.MODEL), *values.specs(values.LARGE)):
         assert layout(spec, 3).participants == (0, 1, 2)
 
 

@@ -1,6 +1,6 @@
 """A reader of the race: lease, check every element of every tensor, release. Told to stop by SIGTERM.
 
-``python -m headwater.cli.bench.races.looker --tally FILE --seed N [--steady]``
+``python -m headwater.cli.bench.races.looker --tally FILE --seed N [--steady] [--model NAME]``
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Kept:
 class Looker:
     """One process's work."""
 
-    def __init__(self, reader: Reader, tally: Tally, seed: int, steady: bool) -> None:
+    def __init__(self, reader: Reader, tally: Tally, seed: int, *, steady: bool) -> None:
         self.stopping = False
         self._steady = steady
         self._newest: Weights | None = None  # a steady reader's: held until there is a newer one
@@ -73,7 +73,7 @@ class Looker:
         try:
             step = self._step(weights)
             tensors = dict(weights)
-            self._count(weights, values.check(tensors, step))
+            self._count(weights, values.check(tensors, step, self._reader.model))
             if keep:
                 self._keep(weights, step, tensors)
             elif self._steady and (self._newest is None or self._newest.version.number < weights.version.number):
@@ -86,7 +86,7 @@ class Looker:
         which = self._random.random()
         if which < 0.9:
             return "latest"
-        if which < 0.95:
+        if which < 0.95 and self._reader.model == values.MODEL:
             return TAG
         known = self._reader.versions()
         names = [each.info.name for each in known if each.state == "ready"]
@@ -132,7 +132,7 @@ class Looker:
         self._tally.add("rechecks")
         if kept.weights is None:
             self._tally.add("afterwards")
-        found = values.check(kept.tensors, kept.step)
+        found = values.check(kept.tensors, kept.step, self._reader.model)
         if found.verdict != "whole":
             lease = "ended" if kept.weights is None else "open"
             self._wrong("changed", f"a version that was kept, lease {lease}: {found.words}")
@@ -142,12 +142,12 @@ class Looker:
                 kept.weights.release()
 
 
-def _connect() -> Reader:
+def _connect(model: str) -> Reader:
     """As soon as somebody answers: the relay may just be beginning."""
     until = time.monotonic() + PATIENCE
     while True:
         try:
-            return headwater.reader(values.MODEL, timeout=3 * PATIENCE)
+            return headwater.reader(model, timeout=3 * PATIENCE)
         except LinkError:
             if time.monotonic() > until:
                 raise
@@ -160,12 +160,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tally", type=Path, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--steady", action="store_true")
+    parser.add_argument("--model", choices=tuple(values.MODELS), default=values.MODEL)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with Tally(args.tally) as tally:
         try:
-            with _connect() as reader:
-                looker = Looker(reader, tally, args.seed, args.steady)
+            with _connect(args.model) as reader:
+                looker = Looker(reader, tally, args.seed, steady=args.steady)
                 signal.signal(signal.SIGTERM, lambda *_: setattr(looker, "stopping", True))
                 looker.run()
         except HeadwaterError as error:

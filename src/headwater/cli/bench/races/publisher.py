@@ -23,6 +23,7 @@ from headwater.errors import HeadwaterError, RankTaken, VersionExists
 from headwater.wire.versions import SetTag
 
 EVERY = 2  # steps between two publications
+LARGE = 10  # steps between two of the large table
 ON_THE_WAY = 3  # publications that are not waited for
 TAG = "stable"
 PATIENCE = 20.0  # seconds until the rank of the process before this one is free
@@ -34,8 +35,11 @@ class Publisher:
     def __init__(self, client: Client, tally: Tally, pace: float) -> None:
         self.stopping = False
         self._client, self._tally, self._pace = client, tally, pace
-        self._tables = [client.table(spec) for spec in values.specs()]
-        self._under_way: deque[tuple[str, Publication]] = deque()
+        self._tables = [client.table(spec) for spec in values.specs(values.MODEL)]
+        (self._large,) = [client.table(spec) for spec in values.specs(values.LARGE)]
+        for name, gradient in self._large.gradients.items():  # the same at every step
+            gradient.copy_(values.gradient(name, gradient.numel(), 1))
+        self._under_way: deque[tuple[str, str, Publication]] = deque()
         self._ready: deque[str] = deque(maxlen=4)
         self._random = Random()
 
@@ -49,7 +53,10 @@ class Publisher:
                 continue
             self._step(self._tables)
             if (step + 1) % EVERY == 0:
-                self._publish(step + 1)
+                self._publish(values.MODEL, self._tables, step + 1)
+            if step % LARGE == 0:  # the next step leaves while the servers still copy this one
+                self._publish(values.LARGE, [self._large], self._large.clock)
+                self._large.push_step(list(self._large.gradients), want=False).wait()
             self._tally.add("steps")
             time.sleep(self._pace)
 
@@ -63,14 +70,12 @@ class Publisher:
         for ticket in tickets:
             ticket.wait()
 
-    def _publish(self, step: int) -> None:
+    def _publish(self, model: str, tables: list[Table], step: int) -> None:
         name = f"step-{step}"
         keep = self._random.choice((2, 3, 5))
         try:
-            begun = self._client.publish(
-                self._tables, name, model=values.MODEL, metadata={"step": str(step)}, keep=keep
-            )
-            self._under_way.append((name, begun))
+            begun = self._client.publish(tables, name, model=model, metadata={"step": str(step)}, keep=keep)
+            self._under_way.append((model, name, begun))
         except VersionExists:  # by the process before this one
             return
         except HeadwaterError as error:
@@ -79,12 +84,13 @@ class Publisher:
         while len(self._under_way) > ON_THE_WAY:
             self._finish(*self._under_way.popleft())
 
-    def _finish(self, name: str, publication: Publication) -> None:
+    def _finish(self, model: str, name: str, publication: Publication) -> None:
         try:
             publication.wait()
             self._tally.add("published")
-            self._ready.append(name)
-            if self._random.random() < 0.1:
+            if model == values.MODEL:
+                self._ready.append(name)
+            if self._ready and self._random.random() < 0.1:
                 self._client.ask(SetTag(values.MODEL, TAG, self._random.choice(self._ready)))
         except HeadwaterError as error:
             self._tally.failed(error.code, str(error))

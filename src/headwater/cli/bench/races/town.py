@@ -6,7 +6,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from headwater.cli.bench.races import tally
-from headwater.cli.bench.races.values import MODEL
+from headwater.cli.bench.races.values import LARGE, MODEL
 from headwater.cli.chaos.cluster import LOOPBACK, Cluster, free_port
 from headwater.cli.chaos.schedule import SERVERS
 from headwater.transports.address import Address
@@ -23,6 +23,7 @@ class Kind(NamedTuple):
     transport: str = ""
     relay: bool = False
     steady: bool = False
+    model: str = MODEL
 
 
 KINDS = (
@@ -33,6 +34,7 @@ KINDS = (
     Kind("tcp", "tcp"),
     Kind("shared memory of a relay", relay=True, steady=True),
     Kind("tcp from a relay", "tcp", relay=True),
+    Kind("shared memory, large", model=LARGE),
 )
 """Of the readers, one each."""
 
@@ -66,7 +68,8 @@ class Town(Cluster):
         for i, kind in enumerate(KINDS):
             forced = {"HEADWATER_TRANSPORT": kind.transport} if kind.transport else {}
             through = {"HEADWATER_ADDRESS": relay} if kind.relay else {}
-            arguments = ["--seed", str(1000 * self._seed + i), *(["--steady"] if kind.steady else [])]
+            arguments = ["--seed", str(1000 * self._seed + i), "--model", kind.model]
+            arguments += ["--steady"] if kind.steady else []
             self._add(f"r{i}", "reader", arguments, here | forced | through, module="headwater.cli.bench.races.looker")
 
     def start(self, name: str, wait: bool = True) -> None:
