@@ -676,13 +676,17 @@ def test_watching_a_name_or_tag_now_and_later(world: World) -> None:
     assert world.take(READER) == []  # each was answered once
 
 
-def test_whoever_asks_again_is_answered_once(world: World) -> None:
+def test_threads_of_one_reader_wait_for_the_same_and_those_that_gave_up_do_not_pile_up(world: World) -> None:
     for _ in range(50):
         world.watch("latest")
-    world.watch("latest", peer=8)
-    assert len(world.versions._watching) == 2
+    for _ in range(2):
+        world.watch("latest", peer=8)
+    assert sum(map(len, world.versions._watching.values())) == versions.WAITERS + 2
     world.make("v1")
-    assert len(world.take(READER)) == len(world.take(8)) == 1
+    assert len(world.take(READER)) == versions.WAITERS
+    assert len(world.take(8)) == 2
+    world.make("v2")
+    assert world.take(READER) == world.take(8) == []
 
 
 def test_who_is_gone_is_not_told_and_leaves_nothing(world: World) -> None:

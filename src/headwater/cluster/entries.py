@@ -99,7 +99,7 @@ class Saved(msgspec.Struct, frozen=True):
 
 
 class Waiting(NamedTuple):
-    """What somebody waits for over a connection; who asks the same again has given the first question up."""
+    """What somebody waits for over a connection."""
 
     peer: int
     model: str

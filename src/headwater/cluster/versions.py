@@ -47,6 +47,7 @@ LEASES = 4096  # of one reader
 HEAL = 5.0  # seconds between two looks for servers that should hold a part and do not
 UNFINISHED = 16  # versions of one cluster that are on their way; more are refused
 RESERVED = 64  # numbers that are taken at a time: to keep each would be a wait for the disk with every version
+WAITERS = 16  # of one reader for the same news
 ABANDONED = 30.0  # seconds after which a version that nobody waits for and that has not begun is given up
 COPYING = 900.0  # the same for one that has
 
@@ -61,7 +62,7 @@ class Versions:
         self._shards = shards
         self._clock = clock
         self._next = self._reserved = 1
-        self._watching: dict[Waiting, Asker] = {}
+        self._watching: dict[Waiting, list[Asker]] = {}
         self._listing: list[tuple[Asker, str]] = []  # who waits for another list, and of which model
         self._revision = 1
         self._healed = 0.0
@@ -361,7 +362,9 @@ class Versions:
             others = [each for each in self._watching if each.peer == asker.peer and each != mine]
             if len(others) >= ASKERS:  # given up long ago
                 del self._watching[others[0]]
-            self._watching[mine] = asker
+            askers = self._watching.setdefault(mine, [])
+            askers.append(asker)  # another thread of the same reader, or one that has given the question before up
+            del askers[:-WAITERS]
 
     def show(self, asker: Asker, ask: v.ListVersions) -> None:
         """Answer with what there is, as soon as that is another list than the one that is known."""
@@ -380,7 +383,7 @@ class Versions:
     def gone(self, peer: int) -> None:
         """Whoever asked over this connection is not there any more."""
         self._listing = [each for each in self._listing if each[0].peer != peer]
-        self._watching = {each: asker for each, asker in self._watching.items() if each.peer != peer}
+        self._watching = {each: askers for each, askers in self._watching.items() if each.peer != peer}
         for entry in self.entries.values():
             entry.publishers = [asker for asker in entry.publishers if asker.peer != peer]
             entry.awaiting = [asker for asker in entry.awaiting if asker.peer != peer]
@@ -564,7 +567,8 @@ class Versions:
         for each in [each for each in self._watching if each.model == model]:
             entry = self._find(model, each.name)
             if entry is not None and entry.state == "ready" and entry.number != each.after:
-                self._desk.reply(self._watching.pop(each), v.Found(entry.info, entry.pause))
+                for asker in self._watching.pop(each):
+                    self._desk.reply(asker, v.Found(entry.info, entry.pause))
         self._revised()
 
     # ---- what must be durable --------------------------------------------------------------------

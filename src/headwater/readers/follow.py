@@ -223,8 +223,8 @@ class Follower:
                 self._unheard = ""  # there is no news
             except ShapeMismatch as error:
                 known, self._refused = found.number, str(error)
-            except HeadwaterError as error:
-                self._unheard = str(error)
+            except Exception as error:  # noqa: BLE001 - such as no memory on the device: the next version may fit
+                self._unheard = str(error) if isinstance(error, HeadwaterError) else repr(error)
                 self._closed.wait(RETRY if isinstance(error, LinkError) else POLL)
 
     def _stage(self) -> int:
@@ -247,7 +247,7 @@ class Follower:
         return weights.version.number
 
     def _ready(self, weights: Weights) -> dict[str, torch.Tensor]:
-        into = {name: places[0][0][places[0][1]] for name, places in self._places.items()}
+        into = {name: owner[key] for name, ((owner, key), *_) in self._places.items() if key in owner}
         check(weights.shapes(), into, weights.version)
         ready = {}
         for name, tensor in weights.items():
