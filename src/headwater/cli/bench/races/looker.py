@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -163,6 +164,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", choices=tuple(values.MODELS), default=values.MODEL)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    os.nice(5)  # there are more readers than cores: what they race against must get its turn
     with Tally(args.tally) as tally:
         try:
             with _connect(args.model) as reader:
