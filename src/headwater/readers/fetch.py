@@ -21,8 +21,9 @@ from headwater.errors import (
     ProtocolError,
     VersionExpired,
 )
+from headwater.readers.checks import WORTH, Check
 from headwater.readers.line import Answer, Dial, Line
-from headwater.readers.stored import Key, Mapped, Mine, Place, Stored, Table, Theirs
+from headwater.readers.stored import Base, Key, Mapped, Mine, Place, Stored, Table, Theirs
 from headwater.transports import memory
 from headwater.transports.rooms import Room, Rooms
 from headwater.types import TableSpec
@@ -50,6 +51,8 @@ class _Asked(NamedTuple):
     line: Line
     answer: Answer
     room: list[Room]
+    check: list[Check]  # of one that comes whole, and is large
+    base: Base | None = None  # whose memory it may have
 
 
 class _Landed(NamedTuple):
@@ -104,18 +107,25 @@ class Fetcher:
 
     # ---- whole versions --------------------------------------------------------------------------
 
-    def store(self, leased: v.Leased, specs: Mapping[int, TableSpec], base: Stored | None, deadline: float) -> Stored:
-        """Fetch a version. ``base``: one that is here; where that helps, only what changed since is fetched."""
+    def store(
+        self, leased: v.Leased, specs: Mapping[int, TableSpec], base: Stored | Base | None, deadline: float
+    ) -> Stored:
+        """Fetch a version. ``base``: one that is here; where that helps, only what changed since is fetched.
+
+        If nobody looks at the base's memory any more, it becomes the new version's; ``base`` has that part no more.
+        """
         plans = _plans(leased, specs)
         with self._turn:
             self.settle()
             places = self._places(leased, base, deadline)
         tables: list[Table] = []
         rooms = {key: place.room for key, place in places.items() if isinstance(place, Mine)}
+        for room in rooms.values():  # when its loans are over
+            self.rooms.give(room)
         try:
             for number, plan in plans.items():
                 mine = {shard: places[shard, number] for shard in plan.participants}
-                tables.append(Table(specs[number], Mapped(plan, mine, self.rooms.give)))
+                tables.append(Table(specs[number], Mapped(plan, mine)))
                 places = {key: place for key, place in places.items() if key[1] != number}
         except HeadwaterError:  # no address space: what is mapped already goes with its mapping
             for place in places.values():
@@ -123,9 +133,12 @@ class Fetcher:
             raise
         return Stored(leased.info, tables, rooms)
 
-    def _places(self, leased: v.Leased, base: Stored | None, deadline: float) -> dict[tuple[int, int], Place]:
-        """All parts are asked for at once, then waited for one by one."""
+    def _places(self, leased: v.Leased, base: Stored | Base | None, deadline: float) -> dict[tuple[int, int], Place]:
+        """All parts are asked for at once, then waited for one by one; a base that is this version has them."""
         have = base.rooms if base is not None else {}
+        if base is not None and base.info == leased.info and len(have) == len(leased.parts):
+            return {key: Mine(room, room.lend()) for key, room in have.items()}
+        mine = base if isinstance(base, Base) else None
 
         def wait(asked: _Asked) -> v.Part:
             return self._patient(asked, SILENT, deadline)
@@ -137,7 +150,7 @@ class Fetcher:
             for at in leased.parts:
                 room = have.get((at.shard, at.table))
                 usable = number if room is not None and room.size == at.size else 0
-                asked.append(self._ask(leased.info.number, at, usable))
+                asked.append(self._ask(leased.info.number, at, usable, mine))
             for each in asked:
                 places[each.at.shard, each.at.table] = self._wait(each, have, wait).place
         except BaseException:
@@ -155,7 +168,7 @@ class Fetcher:
             self._recycle(each)
 
     def _give_up(self, place: Place) -> None:
-        if isinstance(place, Mine):
+        if isinstance(place, Mine):  # its loan ends with it
             self.rooms.give(place.room)
         else:
             memory.close_all((place.fd,))
@@ -207,10 +220,11 @@ class Fetcher:
                 if self.fetched_bytes == before:
                     raise LinkBroken(f"{asked.line.holder.address} has sent nothing for {stall:.0f} s") from None
 
-    def _ask(self, number: int, at: v.PartAt, base: int) -> _Asked:
+    def _ask(self, number: int, at: v.PartAt, base: int, mine: Base | None = None) -> _Asked:
         line = self._line(at)
         room: list[Room] = []
-        fetch = v.Fetch(number, at.shard, at.table, base, self._share and line.shared)
+        check: list[Check] = []
+        fetch = v.Fetch(number, at.shard, at.table, base, self._share and line.shared, line.rate)
 
         def land(part: v.Part) -> memoryview:
             if part.size != at.size or len(part.sums) != 8 * sums.blocks(at.size):
@@ -224,11 +238,18 @@ class Fetcher:
             if part.encoding == "whole":
                 if part.nbytes != at.size:
                     raise ProtocolError(f"{part.nbytes} bytes of a part of {at.size}")
-                room.append(self.rooms.take(at.size))
+                old = mine.yielded((at.shard, at.table)) if mine is not None and base else None
+                room.append(old or self.rooms.take(at.size))
+                if at.size >= WORTH:
+                    check.append(Check(room[0].array, sums.unpack(part.sums)))
                 return room[0].array.data
             return memoryview(b"")
 
-        return _Asked(at, (number, at.shard, at.table), line, line.ask(fetch, land), room)
+        def arrived(start: int, stop: int) -> None:
+            for each in check:
+                each.arrived(start, stop)
+
+        return _Asked(at, (number, at.shard, at.table), line, line.ask(fetch, land, arrived), room, check, mine)
 
     def _wait(
         self,
@@ -244,14 +265,13 @@ class Fetcher:
             if part.encoding == "shared":
                 return _Landed(self._shared(asked), asked)
             if part.encoding == "delta":
-                asked.room.append(self.rooms.take(asked.at.size))
                 self._apply(asked, have[asked.at.shard, asked.at.table])
             else:
                 self._count(whole_parts=1)
                 self._warm()
             self._verify(asked, part)
             self.rooms.written(asked.room[0])
-            return _Landed(Mine(asked.room[0]), asked)
+            return _Landed(Mine(asked.room[0], asked.room[0].lend()), asked)
         except DeltaCorrupt:
             self._recycle(asked)
             self._count(damaged=1)
@@ -265,6 +285,8 @@ class Fetcher:
     def _recycle(self, asked: _Asked) -> None:
         fds, asked.answer.fds = asked.answer.fds, ()
         memory.close_all(fds)
+        for check in asked.check:
+            check.end()
         while asked.room:
             room = asked.room.pop()
             room.spoilt = not asked.answer.done  # bytes may still be on their way into it
@@ -287,13 +309,19 @@ class Fetcher:
                 line.unmap(key)
 
     def _apply(self, asked: _Asked, old: Room) -> None:
-        """The version before, copied, and what changed since."""
-        np.copyto(asked.room[0].array, old.array)
+        """The version before, copied if somebody may look at it, and what changed since."""
+        mine = asked.base.yielded((asked.at.shard, asked.at.table)) if asked.base is not None else None
+        asked.room.append(mine or self.rooms.take(asked.at.size))
+        if mine is None:
+            np.copyto(asked.room[0].array, old.array)
         delta.apply(asked.room[0].array, asked.answer.target)
         self._count(deltas=1)
 
     def _verify(self, asked: _Asked, part: v.Part) -> None:
-        bad = sums.damaged(asked.room[0].array, sums.unpack(part.sums), range(sums.blocks(asked.at.size)))
+        if asked.check:
+            bad = asked.check[0].damaged()
+        else:
+            bad = sums.damaged(asked.room[0].array, sums.unpack(part.sums), range(sums.blocks(asked.at.size)))
         if bad:
             raise DeltaCorrupt(
                 f"{len(bad)} blocks of version number {asked.key[0]} (shard {asked.at.shard}) came damaged from "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,10 @@ Arrived = Callable[[int, int], None]
 """Bytes ``start:stop`` of that memory are there."""
 
 
+MEASURED = 1 << 20
+"""Bytes from which a part tells how fast its connection is."""
+
+
 @dataclass(slots=True)
 class Answer:
     """What becomes of one question. ``fds``: of a shared part; whoever asked closes them."""
@@ -31,6 +36,7 @@ class Answer:
     fds: tuple[int, ...] = ()
     done: bool = False
     error: HeadwaterError | None = None
+    since: float = 0.0
     target: memoryview = field(default_factory=lambda: memoryview(b""))
 
 
@@ -40,6 +46,7 @@ class Line:
     def __init__(self, dial: Dial, holder: v.Holder) -> None:
         self.holder = holder
         self.fetched_bytes = 0
+        self.rate = 0.0  # bytes per second of the last part that came whole
         self._asked: dict[int, Answer] = {}
         self._ids = itertools.count(1)
         number = holder.address.removeprefix("inproc://")
@@ -105,6 +112,8 @@ class Line:
             if answer.arrived is not None:
                 answer.arrived(frame.start, frame.start + frame.length)
             if frame.flags & Flag.END:
+                if answer.part is not None and answer.part.nbytes >= MEASURED:
+                    self.rate = answer.part.nbytes / max(1e-9, time.perf_counter() - answer.since)
                 self._end(frame.seq, answer)
         else:
             raise ProtocolError(f"{frame.kind.name} from {self.holder.address}, which holds versions")
@@ -117,7 +126,7 @@ class Line:
         except ProtocolError:
             close_all(fds)
             raise
-        answer.part, answer.fds = part, fds
+        answer.part, answer.fds, answer.since = part, fds, time.perf_counter()
         try:
             answer.target = answer.land(part)
         except HeadwaterError as error:

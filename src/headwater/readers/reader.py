@@ -24,6 +24,7 @@ from headwater.errors import (
     VersionExpired,
 )
 from headwater.readers.fetch import Counts, Fetcher
+from headwater.readers.stored import Base
 from headwater.transports.address import host_identity
 from headwater.types import TableSpec, VersionInfo
 from headwater.wire import messages as m
@@ -100,7 +101,7 @@ class Reader:
         self._specs: dict[int, TableSpec] = {}
         self._known: dict[int, int] = {}  # their fingerprints
         self._stored: weakref.WeakValueDictionary[int, Stored] = weakref.WeakValueDictionary()
-        self._base: Stored | None = None  # kept: what the next delta is applied to
+        self._base: Base | None = None  # kept: what the next delta is applied to
         self._newest: VersionInfo | None = None  # that was leased
         self._turn = 0  # leases that were asked for; those whose answer is awaited; and those that stand
         self._asking: set[int] = set()
@@ -175,7 +176,7 @@ class Reader:
             stored = self._fetcher.store(leased, self._specs, self._base, deadline)
             self._stored[number] = stored
             if stored.rooms:  # shared memory needs no deltas
-                self._base = stored
+                self._base = Base(stored)
         return stored
 
     def _forget(self, turn: int) -> None:

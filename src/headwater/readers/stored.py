@@ -17,9 +17,10 @@ Key = tuple[int, int, int]
 
 
 class Mine(NamedTuple):
-    """A part in memory of this process."""
+    """A part in memory of this process. ``loan``: while it is there, the memory is not used again."""
 
     room: Room
+    loan: memoryview
 
     @property
     def fd(self) -> int:
@@ -37,18 +38,15 @@ Place = Mine | Theirs
 
 
 class _Hold:
-    """What a mapping needs while it is there: descriptors, and the memory behind them."""
+    """What a mapping needs while it is there: descriptors, and loans of the memory behind them."""
 
-    def __init__(self, places: Sequence[Place], spare: Callable[[Room], None]) -> None:
+    def __init__(self, places: Sequence[Place]) -> None:
         self._places = places
-        self._spare = spare
 
     def end(self) -> None:
         """The mapping is gone."""
         for place in self._places:
-            if isinstance(place, Mine):
-                self._spare(place.room)
-            else:
+            if isinstance(place, Theirs):
                 memory.close_all((place.fd,))
                 place.unmapped()
 
@@ -59,13 +57,13 @@ class Mapped:
     So a lease costs the same for every size. Stray writes stay in this process (copy-on-write).
     """
 
-    def __init__(self, layout: Layout, places: Mapping[int, Place], spare: Callable[[Room], None]) -> None:
+    def __init__(self, layout: Layout, places: Mapping[int, Place]) -> None:
         self.layout = layout
         self._places = places
         self._region = memory.Region((), private=True, reserve=layout.size)
         self._done = bytearray(len(layout.blocks))
         self._guard = threading.Lock()
-        weakref.finalize(self._region.buffer, _Hold(list(places.values()), spare).end).atexit = False
+        weakref.finalize(self._region.buffer, _Hold(list(places.values())).end).atexit = False
 
     @property
     def buffer(self) -> Any:
@@ -116,3 +114,20 @@ class Stored:
         self.info = info
         self.tables = tuple(tables)
         self.rooms = dict(rooms)
+
+
+class Base:
+    """A version that is kept, unmapped, to apply the next delta to."""
+
+    def __init__(self, stored: Stored) -> None:
+        self.info = stored.info
+        self.rooms = stored.rooms.copy()
+        self._loans = {key: room.lend() for key, room in self.rooms.items()}
+
+    def yielded(self, key: tuple[int, int]) -> Room | None:
+        """A part's memory, with the bytes in it, for the next version: if nobody else looks at it any more."""
+        room = self.rooms.get(key)
+        if room is None or not room.regain():
+            return None
+        del self.rooms[key], self._loans[key]
+        return room

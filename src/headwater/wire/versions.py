@@ -231,6 +231,8 @@ class DropVersion(msgspec.Struct, frozen=True, tag="drop_version"):
 class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
     """Give me a part. ``shared``: as memory, if you can; ``base``: I have that version of it, a delta will do.
 
+    ``link``: bytes per second that came over this connection last time, 0 if that is not known: what a delta may take.
+
     Answered by ``Part``; its bytes follow as PIECE frames of the same ``seq``.
     """
 
@@ -239,6 +241,7 @@ class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
     table: int
     base: int = 0
     shared: bool = False
+    link: float = 0.0
 
 
 Encoding = Literal["shared", "whole", "delta"]

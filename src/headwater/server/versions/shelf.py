@@ -57,7 +57,7 @@ class Asked(NamedTuple):
 class Held:
     """A part. ``cut``: it is still being copied. ``deltas``: by the base's number; ``None``: not worth its time.
 
-    ``waiting``: readers that wait for a delta, by its base.
+    ``tried``: the share of the part that they were allowed. ``waiting``: readers that wait for a delta, by its base.
     """
 
     room: Room
@@ -65,6 +65,7 @@ class Held:
     sums: Sums | None = None
     cut: PartCut | None = None
     deltas: dict[int, Encoded | None] = field(default_factory=dict)
+    tried: dict[int, float] = field(default_factory=dict)
     waiting: dict[int, list[Asked]] = field(default_factory=dict)
 
 
@@ -90,13 +91,17 @@ class _Given:
 
 
 class _Job(NamedTuple):
-    """A delta to be encoded. The views keep both parts' memory from being used again meanwhile."""
+    """A delta to be encoded, if it takes no more than ``most`` of the part.
+
+    The views keep both parts' memory from being used again meanwhile.
+    """
 
     key: Key
     base: int
     old: memoryview
     new: memoryview
     spans: tuple[delta.Span, ...]
+    most: float
 
 
 class Shelf:
@@ -352,8 +357,12 @@ class Shelf:
         base = self.parts.get(key._replace(number=request.base))
         if base is None or base.sums is None or base is held or base.room.size != held.room.size:
             return self._whole(asked, held)
+        most = delta.worth(request.link) if request.link > 0 else delta.DENSE
         if request.base in held.deltas:
-            return self._answer(asked, held, held.deltas[request.base])
+            encoded = held.deltas[request.base]
+            if encoded is not None or held.tried.get(request.base, most) >= most:
+                fits = encoded is not None and len(encoded) <= most * held.room.size
+                return self._answer(asked, held, encoded if fits else None)
         waiting = held.waiting.get(request.base)
         if waiting is not None:  # it is being made
             if any(other.peer == asked.peer for other in waiting):
@@ -361,7 +370,8 @@ class Shelf:
             waiting.append(asked)
         else:
             held.waiting[request.base] = [asked]
-            self._encode(_Job(key, request.base, base.room.lend(), held.room.lend(), held.spans))
+            held.tried[request.base] = most
+            self._encode(_Job(key, request.base, base.room.lend(), held.room.lend(), held.spans, most))
         return self.woken() if self._wake is None else []
 
     def _answer(self, asked: Asked, held: Held, encoded: Encoded | None) -> list[Instruction]:
@@ -419,14 +429,16 @@ class Shelf:
             return []
         held.deltas[base] = encoded
         while len(held.deltas) > DELTAS or (len(held.deltas) > 1 and _bytes_of(held.deltas) > held.room.size):
-            del held.deltas[next(iter(held.deltas))]
+            oldest = next(iter(held.deltas))
+            del held.deltas[oldest]
+            held.tried.pop(oldest, None)
         return [x for asked in held.waiting.pop(base, ()) for x in self._answer(asked, held, encoded)]
 
 
 def _made(job: _Job) -> tuple[Key, int, bytes | None]:
     old, new = np.frombuffer(job.old, dtype=np.uint8), np.frombuffer(job.new, dtype=np.uint8)
     try:
-        return job.key, job.base, delta.encode(old, new, job.spans)
+        return job.key, job.base, delta.encode(old, new, job.spans, job.most)
     except Exception:  # whatever it is, the next one may go well, and readers wait for this one
         log.exception("no delta from version number %d to %s: it is sent whole", job.base, job.key)
         return job.key, job.base, None
