@@ -71,6 +71,14 @@ class Room:
             self._retired, self._free = True, free
         self._settle()
 
+    def regain(self) -> bool:
+        """Take it back for other bytes, if the caller's loan is the only look at it; whether that is so."""
+        with self._guard:
+            if self._lent != 1 or self.readers or self.spoilt:
+                return False
+            self._retired, self._free = False, None
+            return True
+
     def _settle(self) -> None:
         with self._guard:
             if not self._retired or self._lent or self.readers:
