@@ -79,9 +79,7 @@ def test_a_version_outlives_a_server_and_its_leases_the_coordinator(
         assert torch.equal(tensor, wanted)
 
 
-@pytest.mark.parametrize("way", ["local", "tcp"])
-def test_without_its_cluster_a_reader_keeps_what_it_has_and_says_so(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    monkeypatch.setenv("HEADWATER_TRANSPORT", way)
+def test_without_its_cluster_a_reader_keeps_what_it_has_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with Launcher(1, advertise=False) as job:
         for key, value in job.environment().items():
             monkeypatch.setenv(key, value)
