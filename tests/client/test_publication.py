@@ -86,7 +86,7 @@ def test_another_worker_pushes_on_meanwhile(
         except BaseException as error:  # noqa: BLE001 - it is looked at in the test's own thread
             failed.append(error)
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     publications = []
     for step in range(1, 7):

@@ -10,7 +10,7 @@ import pytest
 from headwater.cluster.versions import LEASE, Versions
 from headwater.errors import ClusterError, HeadwaterError, UnknownVersion, UsageError, VersionExists, VersionExpired
 from headwater.wire import versions as v
-from tests.cluster.test_versions import READER, W, World
+from tests.cluster.versions_world import READER, W, World
 
 SESSIONS = (50, 51, 52)
 NAMES = ("v0", "v1", "made-0", "made-1", "made-2", "prod", "stage", "latest", "latest")

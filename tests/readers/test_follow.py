@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -134,7 +135,7 @@ def test_a_forward_ends_on_the_version_that_it_began_with(trainer: Trainer, read
 def test_forwards_of_many_threads_are_never_mixed(trainer: Trainer, reader: Reader) -> None:
     trainer.publish()
     net, seen, wrong = Net(), set[float](), []
-    net.between = lambda: time.sleep(0)  # let others run
+    net.between = os.sched_yield  # let others run
     stop = threading.Event()
 
     def work() -> None:
@@ -145,7 +146,7 @@ def test_forwards_of_many_threads_are_never_mixed(trainer: Trainer, reader: Read
                 wrong.append(found)
 
     with reader.follow(net) as follower:
-        threads = [threading.Thread(target=work) for _ in range(3)]
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
         for thread in threads:
             thread.start()
         for number in range(2, 12):
@@ -196,7 +197,7 @@ def test_a_held_version_stays_and_the_others_wait_for_the_end(trainer: Trainer, 
             assert version is not None
             assert net() == net() == {1.0}
             found: list[set[float]] = []
-            other = threading.Thread(target=lambda: found.append(net()))
+            other = threading.Thread(target=lambda: found.append(net()), daemon=True)
             other.start()
             with follower.hold():  # again, in the thread that holds it
                 assert net() == {1.0}

@@ -278,7 +278,7 @@ def test_many_threads_lease_release_and_read(connect: Connect, read: Read, name:
                     wrong.append(weights.version.name)
 
     ps.publish([w], "v0", keep=1).wait()
-    threads = [threading.Thread(target=work) for _ in range(3)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
     for thread in threads:
         thread.start()
     for i in range(1, 8):
