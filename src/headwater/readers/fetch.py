@@ -298,8 +298,9 @@ class Fetcher:
         memory.verify(asked.answer.fds[0], asked.at.size)
         self._count(shared_parts=1)
         # Whoever lets go of memory may be the garbage collector, in any thread: it only makes a note (``settle``).
-        note = (asked.line, asked.key)
-        return Theirs(asked.answer.fds[0], lambda: self._unmapped.put(note))
+        note, at, windows = (asked.line, asked.key), asked.at, asked.line.windows
+        fd = asked.answer.fds[0]
+        return Theirs(fd, lambda: self._unmapped.put(note), lambda: windows.look((at.shard, at.table), fd, at.size))
 
     def settle(self) -> None:
         """Tell the holders what is not mapped here any more, so that they use its memory again."""

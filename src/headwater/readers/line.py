@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from headwater.cluster.placement import BLOCK
 from headwater.errors import HeadwaterError, LinkBroken, ProtocolError
+from headwater.readers.windows import Windows
 from headwater.transports.memory import close_all
 from headwater.transports.stream import Handler, Link
 from headwater.wire import messages as m
@@ -46,6 +47,7 @@ class Line:
     def __init__(self, dial: Dial, holder: v.Holder) -> None:
         self.holder = holder
         self.fetched_bytes = 0
+        self.windows = Windows()
         self.rate = 0.0  # bytes per second of the last part that came whole
         self._asked: dict[int, Answer] = {}
         self._ids = itertools.count(1)
@@ -82,6 +84,7 @@ class Line:
         self._link.send(Frame(Kind.NOTICE, body=m.pack(v.Unmap(*key))))
 
     def close(self) -> None:
+        self.windows.close()
         self._link.close()
 
     # ---- from the link ---------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from headwater.cluster.placement import Layout
@@ -28,10 +28,14 @@ class Mine(NamedTuple):
 
 
 class Theirs(NamedTuple):
-    """A part in the memory of the process that holds it. ``unmapped``: called when nothing of it is mapped here."""
+    """A part in the memory of the process that holds it. ``unmapped``: called when nothing of it is mapped here.
+
+    ``look``: its bytes, mapped for a copy.
+    """
 
     fd: int
     unmapped: Callable[[], None]
+    look: Callable[[], Any]
 
 
 Place = Mine | Theirs
@@ -69,6 +73,18 @@ class Mapped:
     def buffer(self) -> Any:
         """The memory. Only what was ``ensure``\\ d may be read."""
         return self._region.buffer
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, Any, int, int]]:
+        """Bytes ``start:stop`` of the table's address space, to be copied: which, out of what, where from, how many.
+
+        What they are copied out of has them as they were published, and is read only while this mapping is there.
+        """
+        for index in _overlapping(self.layout, start, stop):
+            block = self.layout.blocks[index]
+            lo, hi = max(start, block.start), min(stop, block.start + block.size)
+            place = self._places[block.shard]
+            source = place.room.array if isinstance(place, Mine) else place.look()
+            yield lo - start, source, block.local + lo - block.start, hi - lo
 
     def ensure(self, start: int, stop: int) -> None:
         """Map the blocks that bytes ``start:stop`` of the table's address space lie in."""

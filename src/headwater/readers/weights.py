@@ -72,7 +72,17 @@ class Weights(Mapping[str, torch.Tensor]):
         check(self.shapes(), into, self.version)
         with torch.no_grad():
             for name in self:
-                into[name].copy_(self[name])
+                self._copy(name, into[name])
+
+    def _copy(self, name: str, into: torch.Tensor) -> None:
+        mapped, at, parameter = self._places[name]
+        plain = into.device.type == "cpu" and into.dtype == DTYPES[parameter.dtype] and into.is_contiguous()
+        if not plain or not parameter.numel:
+            into.copy_(self[name])
+            return
+        flat = into.detach().view(-1).view(torch.uint8)  # shares the version that autograd counts
+        for start, source, where, size in mapped.pieces(at, at + parameter.nbytes):
+            flat[start : start + size].copy_(torch.frombuffer(source, dtype=torch.uint8, offset=where, count=size))
 
     def shapes(self) -> dict[str, ParameterSpec]:
         """Name, shape and dtype of every tensor, without touching one."""

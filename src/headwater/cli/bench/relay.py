@@ -24,7 +24,7 @@ from headwater.cli.bench.relayed import MODEL
 from headwater.cli.bench.report import Figure, figure
 from headwater.cli.bench.statistics import median_ratio
 
-ROUNDS = 5
+ROUNDS = 8
 CHANGED = 0.01
 """Share of the elements that change from each version to the next."""
 CROWDS = (1, 4, 16)
@@ -116,10 +116,11 @@ def _scene(options: Options, size: int) -> Iterator[Scene]:
 
 
 class Joined(NamedTuple):
-    """Seconds of a dense fetch; of an anchor and the delta after it; and of a join while a version is published."""
+    """Seconds of a dense fetch; of an anchor, and of the delta after it; and of a join while a version is published."""
 
     dense: float
-    chain: float
+    anchor: float
+    delta: float
     racing: float
     dense_bytes: int
     chain_bytes: int
@@ -137,9 +138,9 @@ def _late(options: Options) -> list[Figure]:
 def _join(scene: Scene, *, first: bool) -> Joined:
     """Each way once; ``first``: the dense fetch before the others."""
     dense = _dense(scene) if first else None
-    chain = scene.readers.ask("join", address=scene.address)
+    anchor = scene.readers.ask("join", address=scene.address)
     scene.next()
-    chain += scene.readers.ask("catch_up")
+    delta = scene.readers.ask("catch_up")
     chain_bytes, deltas = scene.readers.ask("leave")
     if not deltas:
         raise ValueError("no delta came; the relay does not hold the version that the reader had")
@@ -151,7 +152,7 @@ def _join(scene: Scene, *, first: bool) -> Joined:
     scene.readers.ask("leave")
     scene.next()
     dense = dense or _dense(scene)
-    return Joined(dense[0], chain, racing, dense[1], chain_bytes)
+    return Joined(dense[0], anchor, delta, racing, dense[1], chain_bytes)
 
 
 def _dense(scene: Scene) -> tuple[float, int]:
@@ -160,13 +161,14 @@ def _dense(scene: Scene) -> tuple[float, int]:
 
 
 def _late_figures(rounds: list[Joined], size: int) -> list[Figure]:
-    dense, chain = [each.dense for each in rounds], [each.chain for each in rounds]
+    dense, chain = [each.dense for each in rounds], [each.anchor + each.delta for each in rounds]
     racing = [each.racing for each in rounds]
     spread = (max(dense) - min(dense)) / statistics.median(dense)
     return [
         figure("relay", "size", size / MEBIBYTE, "MB"),
         figure("relay", "dense fetch", statistics.median(dense), "s"),
         figure("relay", "dense fetches, spread", 100 * spread, "%"),
+        figure("relay", "late joiner: the delta alone", statistics.median(each.delta for each in rounds), "s"),
         figure("relay", "late joiner: anchor + chain", statistics.median(chain), "s", statistics.median(dense)),
         figure("relay", "late joiner: anchor + chain / dense fetch", median_ratio(chain, dense), "×", 1.0),
         figure(
