@@ -32,7 +32,7 @@ from headwater.errors import (
 )
 from headwater.readers import fetch as fetch_module
 from headwater.readers.fetch import Fetcher
-from headwater.readers.stored import Stored
+from headwater.readers.stored import Base, Stored
 from headwater.readers.weights import Weights
 from headwater.transports import memory
 from headwater.transports.stream import Handler
@@ -114,7 +114,7 @@ class Holders:
             (Frame(Kind.PIECE, Flag.END, seq=frame.seq, start=half, length=len(data) - half), data[half:], ()),
         ]
 
-    def store(self, number: int = 1, base: Stored | None = None, **changes: Any) -> Stored:
+    def store(self, number: int = 1, base: Stored | Base | None = None, **changes: Any) -> Stored:
         return self.fetcher.store(leased(number, **changes), {1: SPEC}, base, self.now + 100)
 
 
@@ -226,6 +226,85 @@ def test_memory_is_given_back_when_nothing_looks_at_it(holders: Holders) -> None
     gc.collect()
     holders.fetcher.settle()
     assert sorted((word.number, word.shard) for word in holders.unmapped) == [(1, 0), (1, 1)]
+
+
+# ---- the base's memory ------------------------------------------------------------------------------------
+
+
+def addresses(stored: Stored | Base) -> dict[tuple[int, int], int]:
+    return {key: room.array.ctypes.data for key, room in stored.rooms.items()}
+
+
+def only_base(holders: Holders, number: int = 1) -> Base:
+    """A version that nobody looks at any more, kept for the next delta."""
+    base = Base(holders.store(number))
+    gc.collect()
+    return base
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_base_that_nobody_looks_at_becomes_the_next_version(holders: Holders, whole: bool) -> None:
+    base = only_base(holders)
+    before = addresses(base)
+    if whole:
+        holders.answer = lambda frame, fetch, said: holders.honest(frame, msgspec.structs.replace(fetch, base=0))
+    stored = holders.store(2, base)
+    assert right(stored, 2)
+    assert addresses(stored) == before
+    assert base.rooms == {}
+    assert holders.fetcher.counts.deltas == (0 if whole else 2)
+
+
+def test_a_base_that_somebody_looks_at_stays_as_it_is(holders: Holders) -> None:
+    first = holders.store(1)
+    base = Base(first)
+    weights = Weights(first, lambda: None, lambda: None)
+    tensor = weights["w"]
+    then = tensor.clone()
+    del first, weights
+    gc.collect()
+    second = holders.store(2, base)
+    assert not set(addresses(second).values()) & set(addresses(base).values())
+    assert np.array_equal(tensor.numpy().view(np.uint8), then.numpy().view(np.uint8))
+    kept = Base(second)
+    del second
+    gc.collect()
+    third = holders.store(3, kept)  # in the second's, for the first's is still looked at
+    assert np.array_equal(tensor.numpy().view(np.uint8), then.numpy().view(np.uint8))
+    assert right(third, 3)
+
+
+def test_a_version_that_is_the_base_comes_without_a_question(holders: Holders) -> None:
+    base = only_base(holders)
+    holders.asked.clear()
+    stored = holders.store(1, base)
+    again = holders.store(1, base)
+    assert right(stored, 1)
+    assert right(again, 1)
+    assert holders.asked == []
+    del stored
+    gc.collect()
+    assert right(holders.store(2, base), 2)
+    assert right(again, 1)
+
+
+def test_a_base_that_was_spoilt_by_damage_is_not_used_again(holders: Holders) -> None:
+    base = only_base(holders)
+    holders.answer = lambda frame, fetch, said: damage(said, 1) if fetch.shard == 1 else said
+    with pytest.raises(DeltaCorrupt):
+        holders.store(2, base)
+    holders.answer = lambda frame, fetch, said: said
+    holders.asked.clear()
+    assert right(holders.store(2, base), 2)
+    assert [fetch.base for fetch in holders.asked if fetch.shard == 1] == [0]
+
+
+def test_the_memory_of_a_base_is_used_again_when_it_is_none_any_more(holders: Holders) -> None:
+    base = only_base(holders)
+    before = addresses(base)
+    del base
+    gc.collect()
+    assert set(addresses(holders.store(3)).values()) == set(before.values())
 
 
 # ---- damaged and mad ones --------------------------------------------------------------------------------
