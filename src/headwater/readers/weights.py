@@ -40,8 +40,7 @@ class Weights(Mapping[str, torch.Tensor]):
                 self._places[parameter.name] = (table.mapped, at, parameter)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if self._stored is None:
-            raise UsageError(f"the lease of version {self.version.name!r} has ended; tensors taken before stay valid")
+        self._check_open()
         mapped, at, parameter = self._places[name]
         mapped.ensure(at, at + parameter.nbytes)
         dtype = DTYPES[parameter.dtype]
@@ -66,8 +65,10 @@ class Weights(Mapping[str, torch.Tensor]):
     def copy_to(self, target: torch.nn.Module | Mapping[str, torch.Tensor]) -> None:
         """Copy the values into a module's parameters and buffers, or into tensors by name.
 
-        Raises ``ShapeMismatch`` before anything is written, if a tensor is missing or has another shape.
+        Raises ``ShapeMismatch`` before anything is written, if a tensor is missing or has another shape; ``UsageError``
+        if the lease has ended.
         """
+        self._check_open()
         into = module_tensors(target) if isinstance(target, torch.nn.Module) else target
         check(self.shapes(), into, self.version)
         with torch.no_grad():
@@ -83,6 +84,10 @@ class Weights(Mapping[str, torch.Tensor]):
         flat = into.detach().view(-1).view(torch.uint8)  # shares the version that autograd counts
         for start, source, where, size in mapped.pieces(at, at + parameter.nbytes):
             flat[start : start + size].copy_(torch.frombuffer(source, dtype=torch.uint8, offset=where, count=size))
+
+    def _check_open(self) -> None:
+        if self._stored is None:
+            raise UsageError(f"the lease of version {self.version.name!r} has ended; tensors taken before stay valid")
 
     def shapes(self) -> dict[str, ParameterSpec]:
         """Name, shape and dtype of every tensor, without touching one."""

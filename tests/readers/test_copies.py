@@ -1,0 +1,85 @@
+"""Copies out of versions: exact bytes, whatever memory they come from and go to, however often it was used before."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from headwater.errors import UsageError
+from headwater.readers.windows import KEPT, Windows
+from headwater.transports.memory import Sealed
+from headwater.types import Init, OptimizerSpec, ParameterSpec, TableSpec
+from tests.readers.conftest import Connect, Read
+
+SHAPE = (1200, 500)  # 2.4 MB: on both servers
+
+
+def test_version_after_version(connect: Connect, read: Read, name: str) -> None:
+    """Memory is used again; what was mapped for an earlier version shows this one."""
+    ps, reader = connect(), read()
+    w = ps.dense(name, SHAPE, optimizer=torch.optim.SGD, lr=1.0)
+    into = {name: torch.zeros(SHAPE)}
+    for step in range(1, 2 * KEPT):
+        w.push(torch.full(SHAPE, -1.0)).wait()
+        ps.publish([w], f"v{step}", keep=1 + step % 3).wait()
+        with reader.lease() as weights:
+            weights.copy_to(into)
+            assert into[name].eq(step).all(), step
+            weights.copy_to(into)
+            assert into[name].eq(step).all(), step
+
+
+def test_targets_of_every_kind(connect: Connect, read: Read, name: str) -> None:
+    ps, reader = connect(), read()
+    values = {
+        "half": torch.randn(300, 77).bfloat16(), "whole": torch.arange(1 << 19, dtype=torch.int64),
+        "one": torch.tensor(3.5), "none": torch.empty(0, 4),
+    }  # fmt: skip
+    parameters = tuple(
+        ParameterSpec(key, tuple(value.shape), str(value.dtype).removeprefix("torch."), init=Init("values"))
+        for key, value in values.items()
+    )
+    ps.publish([ps.table(TableSpec(name, parameters, OptimizerSpec("Assign", ({},))), values)], "v1").wait()
+    with reader.lease() as weights:
+        for into in (
+            {key: torch.zeros_like(value) for key, value in values.items()},
+            {key: torch.zeros(value.shape, dtype=torch.float64) for key, value in values.items()},
+            {key: torch.zeros(*value.shape, 2).to(value.dtype)[..., 0] for key, value in values.items()},
+        ):
+            weights.copy_to(into)
+            for key, value in values.items():
+                assert into[key].equal(value.to(into[key].dtype)), key
+
+
+def test_a_copy_is_of_what_was_published_and_autograd_hears_of_it(connect: Connect, read: Read, name: str) -> None:
+    ps, reader = connect(), read()
+    ps.publish([ps.dense(name, SHAPE)], "v1").wait()
+    parameter = torch.nn.Parameter(torch.ones(SHAPE))
+    with reader.lease() as weights:
+        weights[name].fill_(7.0)  # a stray write: in this process alone
+        loss = parameter.square().sum()
+        weights.copy_to({name: parameter})
+    assert parameter.eq(0).all()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()  # type: ignore[no-untyped-call]
+    with pytest.raises(UsageError, match="the lease of version 'v1' has ended"):
+        weights.copy_to({name: parameter})
+
+
+def test_windows_are_few_and_each_shows_its_memory() -> None:
+    windows, rooms = Windows(), [Sealed("version", 4096) for _ in range(KEPT + 2)]
+    for turn in range(2):
+        for number, room in enumerate(rooms):
+            room.region.view[0] = 10 * turn + number
+            fd = os.dup(room.fd)
+            seen = windows.look((0, 1), fd, 4096)
+            os.close(fd)
+            assert seen[0] == 10 * turn + number
+    again = windows.look((0, 1), rooms[-1].fd, 4096)
+    assert again is windows.look((0, 1), rooms[-1].fd, 4096)
+    assert len(windows._found[0, 1]) == KEPT
+    windows.close()
+    assert again[0] == 10 + KEPT + 1
+    assert again is not windows.look((0, 1), rooms[-1].fd, 4096)
