@@ -29,7 +29,9 @@ def _all() -> list[Figure]:
             found += publish.pause_figures(name, computes, steps, [0.003, 0.004, 0.005], samples["publish"])
     for size in (*publish.SMALL, 500):
         found += publish.lease_figures(f"{size} MB", [0.0005] * 99 + [0.002], 0.1, 0.004)
-    found += publish.copy_figures(10**9, {"copy": [0.2] * 3, "again": [0.1] * 3, "memcpy": [0.1, 0.15, 0.2]})
+    found += publish.copy_figures(
+        10**9, {"copy": [0.2] * 3, "again": [0.1] * 3, "memcpy": [0.1, 0.15, 0.2], "first": [1]}
+    )
     found += publish.fetch_figures(10**9, {"fetch": [0.5] * 3, "both": [1.0] * 3, "raw": [0.4, 0.45, 0.5]})
     for name in ("local", "tcp"):
         found += publish.swap_figures(name, [0.001, 0.002, 0.003], [0.1, 0.1, 0.1])
@@ -81,7 +83,7 @@ def test_ceilings_take_time() -> None:
 
 
 def test_one_round_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("SMALL", ()), ("LEASES", 1), ("COMPUTE", 1e-3), ("DTYPES", ("bfloat16",))):
+    for name, value in (("SMALL", ()), ("LEASES", 1), ("REUSED", 0), ("COMPUTE", 1e-3), ("DTYPES", ("bfloat16",))):
         monkeypatch.setattr(publish, name, value)
     threads = torch.get_num_threads()
     found = publish.measure(Options(lambda text: None, rounds=1, version=2))

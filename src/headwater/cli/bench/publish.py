@@ -29,6 +29,8 @@ SMALL = (1, 50)
 """MB: other sizes whose leases are measured, which should take as long."""
 LEASES = 10
 """Leases of each size that are measured in a round."""
+REUSED = 4
+"""Versions after which the servers use memory again that a reader has looked at before."""
 COMPUTE = 0.3
 """Seconds that the trainer computes between two steps, on an idle core."""
 DTYPES = ("bfloat16", "float32")
@@ -253,23 +255,29 @@ def lease_figures(size: str, seconds: list[float], connect: float, first: float)
 
 
 def _copied(options: Options, publisher: Publisher, reader: Child) -> list[Figure]:
+    all_of_them: list[float] = []
     again: list[float] = []
 
     def copy_out() -> float:
         first, second = reader.ask("copy_out", name=publisher.next().name)
+        all_of_them.append(first)
         again.append(second)
-        return float(first)
+        return all_of_them[-1]
 
     rounds = options.rounds_or(ROUNDS)
-    seconds = interleave({"copy": copy_out, "memcpy": lambda: float(reader.ask("memcpy"))}, rounds)
-    return copy_figures(publisher.nbytes, seconds | {"again": again[-rounds:]})
+    seconds = interleave({"copy": copy_out, "memcpy": lambda: float(reader.ask("memcpy"))}, rounds, warmup=REUSED)
+    return copy_figures(publisher.nbytes, seconds | {"again": again[-rounds:], "first": all_of_them[:1]})
 
 
 def copy_figures(nbytes: int, seconds: Samples) -> list[Figure]:
-    """From seconds of ``copy`` (out of a new version), ``again`` (out of the same) and ``memcpy`` by round."""
+    """From seconds of ``copy`` (out of a new version), ``again`` (out of the same) and ``memcpy`` by round.
+
+    ``first``: of a process, out of memory that it has never looked at.
+    """
     middle = {side: statistics.median(found) for side, found in seconds.items()}
     return [
         figure("publish", "local copy-out", nbytes / middle["copy"] / 1e9, "GB/s", nbytes / middle["memcpy"] / 1e9),
+        figure("publish", "local copy-out, first of a process", nbytes / middle["first"] / 1e9, "GB/s"),
         figure("publish", "local copy-out / memcpy", median_ratio(seconds["memcpy"], seconds["copy"]), "×", 1.0),
         figure("publish", "local copy-out again / memcpy", median_ratio(seconds["memcpy"], seconds["again"]), "×", 1.0),
     ]
