@@ -28,9 +28,7 @@ from headwater.transports import memory
 from headwater.transports.address import Address
 from headwater.transports.receiver import descriptors as ancillary
 from headwater.types import Init, OptimizerSpec, ParameterSpec, TableSpec
-from headwater.wire import delta
 from headwater.wire import messages as m
-from headwater.wire import versions as v
 from headwater.wire.frames import Dial, Flag, Frame, Kind, encode
 from headwater.wire.messages import Slot
 from tests.server.mutations import Mutator, Piece, read
@@ -56,7 +54,6 @@ from tests.server.town import (
 FIRST = int(os.environ.get("HEADWATER_FUZZ_SEED", "0"))
 BATCH = 500  # conversations
 GROWTH = 64 << 20  # bytes
-OWN = "own"  # the model of the good client's versions
 UNTOUCHED = 3  # the shard that nobody but the good client speaks to
 
 
@@ -80,7 +77,6 @@ def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def recorded() -> list[Said]:
     """Everything that is said while a client trains, a server dies and another takes its place."""
-    delta.warm()  # what it loads stays
     town = Town()
     good = Good(town)
     good.works()
@@ -90,8 +86,6 @@ def recorded() -> list[Said]:
         town.tick()
     good.open()
     good.works()
-    good.publish("recorded", "v1")
-    good.reads("recorded", "latest")
     assert all(x.copies == 2 for x in good.status().shards)
     return town.tape
 
@@ -109,9 +103,6 @@ class Trial:
         self.town = Town(share=share)
         self.good = Good(self.town)
         self.good.works()
-        for version in ("v1", "v2"):
-            self.good.publish(OWN, version)
-        self.version = self.good.reads(OWN, "latest")
         self.settled = True  # nobody joins or leaves, which would change the clocks
         self.town.taping = False
         self.frames = 0
@@ -144,8 +135,6 @@ class Trial:
         assert self.untouched() == untouched, f"seeds {first} to {first + count - 1}"
         assert self.good.alive, f"seeds {first} to {first + count - 1}: a connection that did nothing wrong was closed"
         self.good.works()
-        if not self.town.share:  # else its readers map it
-            assert self.good.reads(OWN, "v2") == self.version, f"seeds {first} to {first + count - 1}"
         found = self.town.digests()
         for shard in range(SHARDS):
             assert len({digest for (_, k), digest in found.items() if k == shard}) == 1, (
@@ -159,24 +148,10 @@ class Trial:
 # ---- strangers who speak to a server -------------------------------------------------------------------
 
 
-def reader_talk(chance: random.Random, shard: int) -> list[Piece]:
-    """What a reader of versions may say to whoever holds them, from its first frame on."""
-    said: list[Piece] = []
-    for seq in range(1, chance.randint(2, 6)):
-        at = chance.choice((1, 2, 2, 3)), shard, chance.choice(MINE)
-        fetch = v.Fetch(*at, base=chance.choice((0, 1, 2, 9)), shared=chance.random() < 0.5)
-        said.append((Frame(Kind.REQUEST, seq=seq, body=m.pack(fetch)), b""))
-        if chance.random() < 0.5:
-            said.append((Frame(Kind.NOTICE, body=m.pack(v.Unmap(*at))), b""))
-    return said
-
-
 def client_talk(trial: Trial, chance: random.Random, shard: int) -> list[Piece]:
     """What a worker or reader may say to a shard's primary, from its first frame on."""
     server = trial.town.primary(shard)
     replica = server.nodes[shard].shard
-    if chance.random() < 0.15:
-        return reader_talk(chance, shard)
     session = chance.choice((chance.getrandbits(62), 1000 + chance.randrange(3)))
     rank = chance.choice((0, 0, -1, 1, 7))
     table = chance.choice((BULK, PLAIN, STALE))
@@ -254,33 +229,6 @@ def test_strangers_at_a_server(recorded: list[Said]) -> None:
 # ---- strangers who speak to the coordinator --------------------------------------------------------------
 
 
-def version_talk(chance: random.Random, shard: int) -> list[m.Request | m.Notice]:
-    """What publishers, readers and servers say of versions, where it belongs and where it does not."""
-    model, name, number = chance.choice((OWN, "theirs")), f"v{chance.randrange(9)}", chance.randrange(9)
-    tables = chance.choice(((BULK,), (PLAIN,), (STALE, PLAIN)))
-    parts = tuple(v.PartDigest(table, SIZE, chance.getrandbits(64)) for table in tables)
-    clocks = tuple((table, chance.randrange(3)) for table in tables)
-    holder = v.Holder("nowhere", "nowhere", "")
-    return [
-        v.Publish("theirs", name, tables, chance.choice(((), clocks)), {"k": "v"}, 2, 60.0, ("prod",), 1.0),
-        v.Await(number),
-        v.Watch(model, name, number),
-        v.Lease(model, "latest", ((1, 2),), 1.0, number),
-        v.Release(number, number),
-        v.Holding(((number, 2), (7, 1)), 8),
-        v.ListVersions(model, number),
-        v.SetTag("theirs", "prod", name),
-        v.Retire("theirs", name),
-        v.PartDone(number, shard, 2, parts, clocks, 0.1),
-        v.PartDone(number, shard, 2, error="full"),
-        v.CutVersion(number, shard, tables, clocks),
-        v.DropVersion((1, 2, number)),
-        v.Hold(number, shard, parts, ((BULK, TABLES[BULK]),), holder),
-        v.Fetch(number, shard, BULK),
-        v.Unmap(number, shard, BULK),
-    ]
-
-
 def member_talk(trial: Trial, chance: random.Random) -> list[Piece]:
     """What a client, an operator's command or a server may say to the coordinator."""
     role = chance.choice(("reader", "worker", "server", "nobody"))
@@ -307,7 +255,6 @@ def member_talk(trial: Trial, chance: random.Random) -> list[Piece]:
         m.CutDone(1, shard, "file", 5, "00", 5, ((1, 1),)),
         m.Leave(),
     ]
-    said += version_talk(chance, shard)
     chosen = [join, *chance.choices(said, k=chance.randint(1, 5))] if role != "nobody" else chance.choices(said, k=4)
     return [
         (Frame(Kind.REQUEST if isinstance(x, m.Request) else Kind.NOTICE, 0, shard, seq=i, body=m.pack(x)), b"")
@@ -322,8 +269,6 @@ def harmless(data: bytes) -> bool:
         return message.server not in (0, 1)
     if isinstance(message, m.Join):
         return message.session != GOOD and not (message.resume and message.server in (0, 1))
-    if isinstance(message, v.Publish | v.SetTag | v.Retire) and message.model == OWN:
-        return False  # who has the token may
     if isinstance(message, m.Declare):
         return message.spec.name not in {spec.name for spec in TABLES.values()} or message.spec in TABLES.values()
     return (

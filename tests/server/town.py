@@ -22,7 +22,6 @@ from headwater.server.server import Server
 from headwater.transports.receiver import Receiver
 from headwater.types import Async, Bulk, OptimizerSpec, ParameterSpec, Stale, Sync, TableSpec
 from headwater.wire import messages as m
-from headwater.wire import versions as v
 from headwater.wire.frames import Dial, Flag, Frame, Instruction, Kind, Outgoing, encode
 
 SHARDS = 4
@@ -105,9 +104,6 @@ class Inbox:
         return []
 
     def work(self) -> list[Instruction]:
-        return []
-
-    def woken(self) -> list[Instruction]:
         return []
 
     def dialed(self, key: int, peer: int | None) -> list[Instruction]:
@@ -314,9 +310,6 @@ class Live:
     def work(self) -> list[Instruction]:
         return self._carry(self.server.work())
 
-    def woken(self) -> list[Instruction]:
-        return self._carry(self.server.woken())
-
     def dialed(self, key: int, peer: int | None) -> list[Instruction]:
         return self._carry(self.server.dialed(key, peer))
 
@@ -380,40 +373,6 @@ class Good:
             assert acks == set(MINE), f"shard {shard} has acknowledged {acks}"
             assert self.pull(shard, MINE_PLAIN).equal(before[shard] - 1)
             assert self.pull(shard, MINE_BULK).eq(-self.clock).all()
-
-    def publish(self, model: str, name: str) -> None:
-        """A version of this client's tables."""
-        begun = self._ask(self.control, self.news, v.Publish(model, name, MINE, keep=1 << 40))
-        assert isinstance(begun, v.Publishing)
-        assert isinstance(self._ask(self.control, self.news, v.Await(begun.number)), v.Found)
-
-    def reads(self, model: str, name: str) -> dict[tuple[int, int], bytes]:
-        """What a reader gets of a version: its parts by (shard, table), each whole and from every holder alike."""
-        end, inbox = self.town.visit(self.town.control, "coordinator")
-        self._ask(end, inbox, m.Join("reader", GOOD + 1))
-        leased = self._ask(end, inbox, v.Lease(model, name))
-        assert isinstance(leased, v.Leased)
-        found: dict[tuple[int, int], bytes] = {}
-        for at in leased.parts:
-            for holder in at.holders:
-                data = self._fetch(int(holder.address), v.Fetch(leased.info.number, at.shard, at.table))
-                assert found.setdefault((at.shard, at.table), data) == data
-        self.town.close(end)
-        self.town.run()
-        return found
-
-    def _fetch(self, server: int, fetch: v.Fetch) -> bytes:
-        end, inbox = self.town.visit(self.town.servers[server], f"server {server}")
-        self.town.say(end.other, Frame(Kind.REQUEST, seq=1, body=m.pack(fetch)))
-        self.town.run()
-        reply, *pieces = inbox.take()
-        if reply.kind == Kind.ERROR:
-            raise m.read_error(reply.body)
-        part = m.unpack_reply(reply.body)
-        assert isinstance(part, v.Part)
-        assert part.encoding == "whole"
-        self.town.close(end)
-        return b"".join(bytes(piece.payload or b"") for piece in pieces)
 
     def _push(self, shard: int, table: int) -> None:
         end, _ = self.shards[shard]
