@@ -17,7 +17,7 @@ from headwater.testing.oracles import Ledger, Violation
 from headwater.testing.scenario import MODES, scenario
 
 SEEDS = 2000
-PARTS = 4  # tests, so that each has its own two minutes on a busy machine
+PARTS = 5  # tests, so that each has its own two minutes on a busy machine
 EVENTS = 500  # per run, at least
 
 
@@ -38,6 +38,8 @@ def test_two_thousand_seeds(part: int) -> None:
     assert tally.events >= each * EVENTS
     assert tally.acknowledged >= 20 * each
     assert tally.excused < 0.02 * each
+    assert tally.published >= 0.5 * each  # in every fifth run
+    assert tally.reads >= each
     assert set(tally.faults) >= {"kill", "vanish", "stop", "isolate", "deaf", "mute", "cut", "before_put", "after_put"}
     assert tally.faults["kill"] + tally.faults["vanish"] >= 300
 
