@@ -13,10 +13,11 @@ import msgspec
 from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.server import COORDINATOR
 from headwater.server.hosts import CoordinatorHost
-from headwater.server.loop import Loop, Ranges, listen
+from headwater.server.loop import Host, Loop, Ranges, listen
 from headwater.server.node import Node, Setting
 from headwater.server.server import Server
 from headwater.transports.address import Address
+from headwater.transports.memory import close_all
 from headwater.transports.receiver import Receiver, descriptors
 from headwater.types import TableSpec
 from headwater.wire import auth
@@ -67,6 +68,9 @@ class NodeHost:
     def work(self) -> list[Instruction]:
         return self._keep(self.server.work())
 
+    def woken(self) -> list[Instruction]:
+        return self._keep(self.server.woken())
+
     def dialed(self, key: int, peer: int | None) -> list[Instruction]:
         return self._keep(self.server.dialed(key, peer))
 
@@ -79,7 +83,7 @@ class NodeHost:
 
 
 @contextlib.contextmanager
-def serve(host: NodeHost | CoordinatorHost, token: bytes | None = TOKEN, unix: str = "") -> Iterator[Address]:
+def serve(host: Host, token: bytes | None = TOKEN, unix: str = "") -> Iterator[Address]:
     """The address of a loop that serves ``host`` in a thread of its own; a crash of the loop fails the test."""
     loop = Loop(host, token)
     if isinstance(host, NodeHost):
@@ -141,7 +145,9 @@ class Wire:
     def read(self) -> Frame:
         """The next frame. ``LinkBroken`` at the end of the stream."""
         while not self._frames:
-            self._frames += [frame for frame, _ in self._receiver.read()]
+            for frame, fds in self._receiver.read():
+                close_all(fds)
+                self._frames.append(frame)
         return self._frames.pop(0)
 
     def ends(self) -> list[Frame]:

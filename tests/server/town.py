@@ -106,6 +106,9 @@ class Inbox:
     def work(self) -> list[Instruction]:
         return []
 
+    def woken(self) -> list[Instruction]:
+        return []
+
     def dialed(self, key: int, peer: int | None) -> list[Instruction]:
         return []
 
@@ -271,7 +274,8 @@ class Town:
     def tick(self, seconds: float = 0.2) -> None:
         """Time passes for everyone."""
         self.now += seconds
-        for host in (self.control, *self.servers.values()):
+        hosts: list[Host] = [self.control, *self.servers.values()]
+        for host in hosts:
             self.carry(host, host.tick(self.now))
         self.run()
 
@@ -309,6 +313,9 @@ class Live:
 
     def work(self) -> list[Instruction]:
         return self._carry(self.server.work())
+
+    def woken(self) -> list[Instruction]:
+        return self._carry(self.server.woken())
 
     def dialed(self, key: int, peer: int | None) -> list[Instruction]:
         return self._carry(self.server.dialed(key, peer))
