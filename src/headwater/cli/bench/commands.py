@@ -171,10 +171,11 @@ def _delta(
 def _races(
     reads: Annotated[int | None, typer.Option(min=1, help="End after so many reads. Default: 100,000.")] = None,
     seconds: Annotated[float | None, typer.Option(min=1.0, help="End after so long anyway. Default: 120.")] = None,
+    seed: Annotated[int, typer.Option(help="The faults and their order are drawn from it.")] = 1,
     json: Json = False,
 ) -> None:
     """Reads of versions, every element checked, while versions are published and processes are killed: none is torn."""
-    run("races", Options(_note, reads=reads, seconds=seconds), json)
+    run("races", Options(_note, reads=reads, seconds=seconds, seed=seed), json)
 
 
 @app.command("all")

@@ -15,7 +15,7 @@ MEBIBYTE = 2**20
 class Options(msgspec.Struct, frozen=True):
     """``None``: the bench's own default. ``size`` is the table's, ``version`` a publication's, in MB of 2**20 bytes.
 
-    ``reads``, ``seconds``: when a race is over, whichever comes first.
+    ``reads``, ``seconds``: when a race is over, whichever comes first; its faults are drawn from ``seed``.
     """
 
     note: Callable[[str], None]
@@ -26,6 +26,7 @@ class Options(msgspec.Struct, frozen=True):
     version: int = 500
     reads: int | None = None
     seconds: float | None = None
+    seed: int = 1
 
     def transports(self) -> tuple[Transport, ...]:
         return (self.transport,) if self.transport else ("local", "tcp")

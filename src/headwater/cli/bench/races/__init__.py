@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from headwater.cli.bench.races.course import Course
 
 READS, SECONDS, EVERY = 100_000, 120.0, 1.0
-SEED = 1
-FAILURES = ("torn", "mixed", "mislabelled", "changed")
 
 
 def measure(options: Options) -> list[Figure]:
@@ -39,10 +37,10 @@ def race(
     from headwater.cli.chaos.monitor import Monitor
 
     with (
-        Town(SEED, server=server) as town,
+        Town(options.seed, server=server) as town,
         contextlib.closing(Monitor(town.direct["coordinator"], town.token.encode())) as monitor,
     ):
-        return Race(town, monitor, SEED, every, options.note).run(reads, seconds)
+        return Race(town, monitor, options.seed, every, options.note).run(reads, seconds)
 
 
 def figures(course: Course) -> list[Figure]:
