@@ -431,6 +431,19 @@ def test_whoever_waits_hears_that_there_is_no_memory(stage: Stage) -> None:
     assert stage.names() == {"v1": (), "v3": ("latest",)}
 
 
+def test_whoever_waits_goes_on_waiting_when_a_server_died(stage: Stage) -> None:
+    stage.has(2)
+    stage.has(3)
+    stage.lists()
+    stage.fetch()
+    seq = stage.send(A, v.Lease("lm", "v2", patience=9.0))
+    stage.fail(LinkBroken("its server died"))
+    assert stage.answer(seq) is None
+    stage.tick(1.0)
+    stage.fetch()
+    assert isinstance(stage.answer(seq), v.Leased)
+
+
 def test_a_version_that_is_retired_while_it_is_fetched_is_not_wanted_any_more(stage: Stage) -> None:
     stage.has(2)
     stage.lists()

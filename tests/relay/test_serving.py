@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from headwater.errors import (
     AddressInUse,
     AuthenticationFailed,
     ClusterError,
+    LinkBroken,
     NotEnoughMemory,
     Unreachable,
     UsageError,
@@ -27,6 +29,7 @@ from headwater.server.versions.shelf import Shelf
 from headwater.transports import inproc
 from headwater.transports.stream import Handler, Link
 from headwater.wire import messages as m
+from headwater.wire import versions as v
 
 ROWS = 64
 PATIENCE = 20.0  # seconds
@@ -454,6 +457,38 @@ def test_a_reader_needs_the_relays_token(town: Town, monkeypatch: pytest.MonkeyP
         monkeypatch.setenv("HEADWATER_TOKEN", wrong)
         with pytest.raises(AuthenticationFailed):
             headwater.reader("lm", relay.address, timeout=PATIENCE)
+
+
+def test_parts_that_have_come_do_not_come_again(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    town.publish("v1", 1)
+    relay = town.relay()
+    town.has(relay, "v1")
+    parts = relay.feeder._fetcher.parts
+    wanted: list[list[int]] = []
+
+    def half(number: int, ats: list[v.PartAt], *rest: Any) -> None:
+        wanted.append([at.shard for at in ats])
+        if len(wanted) == 1:
+            parts(number, ats[:1], *rest)
+            raise LinkBroken("the other server died")
+        parts(number, ats, *rest)
+
+    monkeypatch.setattr(relay.feeder._fetcher, "parts", half)
+    town.publish("v2", *range(ROWS))
+    town.has(relay, "v2")
+    assert wanted == [[0, 1], [1]]
+    assert reads(relay.address)[1][5] == -1.0
+
+
+def test_a_relay_with_nothing_to_do_waits_for_news(town: Town) -> None:
+    town.publish("v1", 1)
+    town.has(town.relay(), "v1")
+    assert town._hub is not None
+    waiting = town._hub._coordinator.publications.versions
+    deadline = time.monotonic() + PATIENCE
+    while not waiting._listing and time.monotonic() < deadline:
+        assert town.trainer.status().models
+    assert len(waiting._listing) == 1
 
 
 def test_a_bug_in_the_fetching_thread_is_told_and_not_the_end(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
