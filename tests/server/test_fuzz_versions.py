@@ -136,7 +136,7 @@ def test_strangers_at_holders(trial: Trial) -> None:
 def version_talk(chance: random.Random) -> list[Piece]:
     """What publishers, readers and servers say of versions, where it belongs and where it does not."""
     role, shard = chance.choice(("reader", "worker", "server")), chance.randrange(SHARDS)
-    model, name, number = chance.choice((OWN, "theirs")), f"v{chance.randrange(9)}", chance.randrange(9)
+    model, name, number = chance.choice((OWN, "theirs")), f"v{chance.randrange(60)}", chance.randrange(9)
     tables = chance.choice(((BULK,), (PLAIN,), (STALE, PLAIN)))
     parts = tuple(v.PartDigest(table, SIZE, chance.getrandbits(64)) for table in tables)
     clocks = tuple((table, chance.choice((0, 1, 1 << 40))) for table in tables)
