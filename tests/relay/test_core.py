@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from headwater.cluster.entries import ASKERS
 from headwater.errors import (
     ClusterError,
     DeltaCorrupt,
@@ -191,6 +192,17 @@ def test_a_reader_that_waits_for_what_is_not_there_yet_gets_it_or_is_gone() -> N
     assert stage.answer(late) is None  # its reader has given up
     (status,) = stage.listed().versions
     assert status.leases == 2
+
+
+def test_a_reader_that_asks_and_asks_does_not_fill_the_relay() -> None:
+    stage = Stage()
+    stage.join(A)
+    seqs = [stage.send(A, v.Lease("lm", "latest", patience=float("inf"))) for _ in range(ASKERS + 5)]
+    stage.has(1)
+    stage.lists()
+    stage.fetch()
+    answered = [seq for seq in seqs if stage.answer(seq) is not None]
+    assert answered == seqs[5:]
 
 
 # ---- leases on the other side ---------------------------------------------------------------------------

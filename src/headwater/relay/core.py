@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from headwater.cluster.entries import LATEST, Entry
+from headwater.cluster.entries import ASKERS, LATEST, Entry
 from headwater.cluster.membership import HEARTBEAT, Membership
 from headwater.cluster.placement import layout
 from headwater.cluster.snapshots import Asker
@@ -213,6 +213,9 @@ class Relay:
         except UnknownVersion:
             if ask.patience <= 0 or not self._demand(ask.model, ask.name):
                 raise
+            mine = [each for each in self._waiting if each.asker.peer == asker.peer]
+            if len(mine) >= ASKERS:  # given up long ago
+                self._waiting.remove(mine[0])
             self._waiting.append(_Waiting(asker, session, ask, self.now + ask.patience))
 
     def _release(self, session: int, said: v.Release) -> None:

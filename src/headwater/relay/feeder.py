@@ -23,6 +23,7 @@ from headwater.wire import messages as m
 from headwater.wire import versions as v
 
 BEAT = 1.0  # seconds between two signs of life
+JOIN = 30.0  # seconds that the other side may take to let it in: servers may be on their way
 POLL = 1.0  # seconds after which the list is asked for although there is no news
 ANSWER = 5.0  # seconds in which the other side has to answer
 AGAIN = 0.2  # seconds between two attempts to reach it
@@ -39,7 +40,7 @@ class Feeder:
     def __init__(self, dial: Dial, rooms: Rooms, post: Callable[[Event], None], runtime: Runtime | None = None) -> None:
         self._runtime = runtime or Threads()
         join = m.Join("reader", self._runtime.token(), host_identity(), os.getpid())
-        self._control = Control(dial, join, self._runtime, ANSWER)
+        self._control = Control(dial, join, self._runtime, JOIN)
         self._fetcher = Fetcher(dial, share=False, rooms=rooms)
         self._post = post
         self._closed = threading.Event()
