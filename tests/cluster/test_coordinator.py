@@ -185,6 +185,19 @@ def test_readers_are_neither_waited_for_nor_announced() -> None:
     assert script.take(SERVER) == []
 
 
+def test_a_silent_reader_is_told_and_may_join_again() -> None:
+    """Else it would ask for ever over a connection at which nobody knows it."""
+    script = Script(1)
+    script.ask(READER, m.Join("reader", 7))
+    script.take(READER)
+    script.pass_time(11, alive=(SERVER,))
+    (error,) = script.take(READER)
+    assert "was silent for 10 s" in str(error)
+    script.hang_up(READER)
+    script.ask(READER + 1, m.Join("reader", 7, resume=True))
+    assert script.last(READER + 1, m.Joined).rank == -1
+
+
 # ---- barriers ------------------------------------------------------------------------------------
 
 

@@ -279,6 +279,29 @@ def test_a_replica_that_comes_with_other_bytes_does_not_end_a_version_that_is_re
     assert [len(part.holders) for part in world.lease("v1").parts] == [1, 1]
 
 
+def test_a_backup_that_ran_ahead_of_its_primary_counts_when_the_primary_says_the_same(world: World) -> None:
+    """Its record may be one that is lost with the primary: then another one's cut is the version."""
+    world.publish("v1")
+    world.said(1, 1)
+    world.said(1, 3, shard=0, leads=False)
+    assert world.take(W) == []
+    assert not world.versions.entries[1].begun.get(0)
+    world.versions.moved(0)  # the new primary does not know of it
+    assert [(c.shard, c.late) for c in world.cuts[2:]] == [(0, False)]
+    world.said(1, 0)
+    assert world.versions.entries[1].holders[0] == {0, 3}
+    assert [len(part.holders) for part in world.lease("v1").parts] == [2, 1]
+
+
+def test_a_backup_that_ran_into_what_never_was_is_no_holder(world: World) -> None:
+    world.publish("v1")
+    world.said(1, 1)
+    world.said(1, 3, shard=0, leads=False, parts=(v.PartDigest(1, SIZE, 666),))
+    world.said(1, 0)
+    assert world.means("v1") == 1
+    assert world.versions.entries[1].holders[0] == {0}
+
+
 def test_another_primary_is_told_what_the_one_before_may_not_have_heard(world: World) -> None:
     world.publish("v1")
     world.said(1, 1)

@@ -350,6 +350,19 @@ def test_a_version_is_lost_with_its_last_holder_and_found_with_it(world: World) 
     world.lease("v1")
 
 
+def test_a_version_is_back_with_a_holder_that_was_only_slow(world: World) -> None:
+    world.make("v1")
+    world.up.discard(0)
+    world.versions.buried(0)
+    with pytest.raises(VersionExpired):
+        world.lease("v1")
+    world.versions.tick(world.now)
+    assert [s.state for s in world.versions.status("m")] == ["lost"]
+    world.up.add(0)
+    world.versions.tick(world.now)
+    world.lease("v1")
+
+
 def test_servers_that_became_copies_are_told_to_hold_it(world: World) -> None:
     world.make("v1")
     world.views[0] = (0, 2)

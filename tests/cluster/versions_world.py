@@ -87,13 +87,23 @@ class World:
         self.versions.publish(self.asker(peer), ask)
         return ask
 
-    def said(self, number: int, server: int, shard: int | None = None, *, begun: bool = False, **more: Any) -> None:
+    def said(
+        self,
+        number: int,
+        server: int,
+        shard: int | None = None,
+        *,
+        begun: bool = False,
+        leads: bool = True,
+        **more: Any,
+    ) -> None:
         """A server's word: it holds its part, of as many bytes as its tables have, or has only ``begun``."""
         shard = server if shard is None else shard
         tables = [t for t in self.versions.entries[number].ask.tables if shard in self.table(t).shards]
         parts = () if begun else tuple(v.PartDigest(t, SIZE, 100 * number + shard) for t in tables)
         clocks = tuple((t, self.clock or 0) for t in tables)
-        self.versions.part(v.PartDone(number, shard, server, **{"parts": parts, "clocks": clocks, **more}))
+        done = v.PartDone(number, shard, server, **{"parts": parts, "clocks": clocks, **more})
+        self.versions.part(done, leads=leads)
 
     def make(self, name: str, **changes: Any) -> int:
         """A version that is ready; its number."""
