@@ -22,6 +22,7 @@ from headwater.server.node import Setting
 from headwater.server.server import Server
 from headwater.types import Async, Bulk, Stale, Sync
 from headwater.wire import messages as m
+from headwater.wire import versions as v
 from headwater.wire.frames import Flag, Kind
 from tests.server.ring import Ring, Worker, spec
 
@@ -88,6 +89,20 @@ def test_nothing_is_acknowledged_before_every_disk_has_it(tmp_path: Path, late: 
     ring.held = set()
     ring.run()
     assert worker.acks() == [1]
+
+
+def test_versions_are_not_made_again_when_a_log_is_read_back(tmp_path: Path) -> None:
+    """They live in memory: hundreds of them would have to fit at once, and most are retired."""
+    ring, worker = primary(tmp_path)
+    for number in range(1, 6):
+        worker.push(number)
+        ring.tell(0, v.CutVersion(number, 0, (1,)))
+        ring.run()
+    assert len(ring.servers[0].setting.shelf.parts) == 5
+    again = back(tmp_path)
+    assert again.nodes[0].shard.digest() == ring.node(0).shard.digest()
+    assert not again.setting.shelf.parts
+    assert not again.setting.shelf.said
 
 
 def test_one_sync_serves_all_records_of_a_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import mmap
 import os
@@ -27,6 +28,7 @@ from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.frames import Flag, Frame, Instruction, Kind, Outgoing
 from headwater.wire.sums import checksums, digest, unpack
+from tests.server.serving import NodeHost, Wire, serve
 
 ELEMENTS = 700_000  # 2.7 MiB
 READER = 77
@@ -482,3 +484,29 @@ def test_checksums_of_frames_where_they_are_wanted() -> None:
 def test_checksums_of_odd_length_are_none() -> None:
     with pytest.raises(HeadwaterError):
         unpack(b"1234567")
+
+
+def test_no_descriptors_left_ends_one_connection_and_not_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that asks for memory and does not take it; the others go on."""
+    host = NodeHost()
+    spec = TableSpec("t", (ParameterSpec("w", (ELEMENTS,)),), OptimizerSpec("SGD", ({"lr": 1.0},)), Bulk())
+    host.create(1, spec)
+    host.server.receive(COORDINATOR, Frame(Kind.NOTICE, body=m.pack(v.CutVersion(1, 0, (1,)))))
+    with serve(host, unix=f"headwater-shelf-{os.getpid()}") as address, Wire(address) as greedy, Wire(address) as other:
+        for wire in (greedy, other):
+            wire.greet()
+        dup, left = os.dup, iter(range(2))
+
+        def few(fd: int) -> int:
+            if next(left, None) is None:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return dup(fd)
+
+        monkeypatch.setattr(os, "dup", few)
+        for _ in range(3):
+            greedy.send(Frame(Kind.REQUEST, seq=1, body=m.pack(v.Fetch(1, 0, 1, shared=True))))
+        assert len(greedy.ends()) <= 2
+        monkeypatch.undo()
+        found = other.ask(v.Fetch(1, 0, 1, shared=True))
+        assert isinstance(found, v.Part)
+        assert found.encoding == "shared"
