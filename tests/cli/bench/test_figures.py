@@ -97,7 +97,14 @@ READ = {
     "warm load": [0.5],
 }
 
-SERVED = {"together": [5.0, 6.0, 7.0], "generate": [20.0, 24.0, 21.0], "first": [0.5, 1.0, 2.0], "equal": 1.0}
+SERVED = {
+    "together": [5.0, 6.0, 7.0],
+    "together busy": [5.0, 5.0, 5.0],
+    "generate": [20.0, 24.0, 21.0],
+    "generate busy": [20.0, 20.0, 30.0],
+    "first": [0.5, 1.0, 2.0],
+    "equal": 1.0,
+}
 SWAPPED = {"pauses": [1e-3, 3e-3], "seconds": 2.0, "tokens": 100, "requests": 9, "failed": 1, "first": [0.3]}
 
 ASKED = {"http": [8.0, 10.0], "engine": [6.0, 9.0], "first": [0.4, 0.6]}
