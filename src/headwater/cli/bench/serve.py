@@ -171,7 +171,7 @@ class Generator:
         self._busy: dict[str, list[float]] = {"together": [], "generate": []}
 
     def pairs(self, rounds: int) -> dict[str, Any]:
-        """Both sides' seconds by round, on the clock and of the processor; to first tokens; the share of equal answers."""
+        """Both sides' seconds by round, by the clock and the processor; to first tokens; the share of equal answers."""
         found = interleave({"together": self.together, "generate": self._one_by_one}, rounds, warmup=1)
         ours, theirs = self._answers["together"], self._answers["generate"]
         equal = sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
