@@ -16,7 +16,20 @@ import msgspec
 from headwater.cli.bench.report import Report, to_markdown
 
 HERE = Path(__file__).parent
-BENCHES = ("dense", "small", "many", "step", "memory", "replicas", "snapshot", "relay", "recovery", "serve", "delta")
+BENCHES = (
+    "dense",
+    "small",
+    "many",
+    "step",
+    "memory",
+    "replicas",
+    "snapshot",
+    "publish",
+    "relay",
+    "recovery",
+    "serve",
+    "delta",
+)
 START, END = "<!-- figures -->", "<!-- end -->"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,3 +84,35 @@ def test_windows_are_few_and_each_shows_its_memory() -> None:
     windows.close()
     assert again[0] == 10 + KEPT + 1
     assert again is not windows.look((0, 1), rooms[-1].fd, 4096)
+
+
+def resident(tensor: torch.Tensor) -> int:
+    """Bytes of the mappings that a tensor lies in which this process has found the pages of."""
+    found = 0
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        word, *rest = line.split()
+        if "-" in word:
+            start, stop = (int(x, 16) for x in word.split("-"))
+            inside = start < tensor.data_ptr() + tensor.nbytes and tensor.data_ptr() < stop
+        elif inside and word == "Rss:":
+            found += 1024 * int(rest[0])
+    return found
+
+
+def test_touching_changes_nothing_and_finds_the_pages(connect: Connect, read: Read, name: str) -> None:
+    ps, reader = connect(), read()
+    w = ps.dense(name, SHAPE, optimizer=torch.optim.SGD, lr=1.0)
+    w.push(torch.full(SHAPE, -1.0)).wait()
+    ps.publish([w], "v1").wait()
+    with reader.lease() as weights:
+        tensor = weights[name]
+        assert resident(tensor) == 0
+        weights.touch()
+        assert resident(tensor) >= tensor.nbytes
+        assert tensor.eq(1).all()
+        tensor[0, 0] = 5.0  # still in this process alone
+    with read().lease() as weights:
+        assert weights[name].eq(1).all()
+    with pytest.raises(UsageError, match="has ended"):
+        weights.touch()

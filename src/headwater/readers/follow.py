@@ -258,6 +258,8 @@ class Follower:
                     "was changed. Follow with cast=True, or convert the module"
                 )
             ready[name] = tensor.to(mine.device, mine.dtype)
+        if any(ready[name].device.type == "cpu" and not self._cast for name in ready):
+            weights.touch()  # else the first forward would wait for each page
         return ready
 
 

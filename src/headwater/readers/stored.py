@@ -74,6 +74,12 @@ class Mapped:
         """The memory. Only what was ``ensure``\\ d may be read."""
         return self._region.buffer
 
+    def touch(self) -> None:
+        """Map all of it, and find its pages."""
+        self.ensure(0, self.layout.size)
+        for block in self.layout.blocks:
+            self._region.touch(block.start, block.start + block.size)
+
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, Any, int, int]]:
         """Bytes ``start:stop`` of the table's address space, to be copied: which, out of what, where from, how many.
 

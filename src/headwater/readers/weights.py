@@ -85,6 +85,15 @@ class Weights(Mapping[str, torch.Tensor]):
         for start, source, where, size in mapped.pieces(at, at + parameter.nbytes):
             flat[start : start + size].copy_(torch.frombuffer(source, dtype=torch.uint8, offset=where, count=size))
 
+    def touch(self) -> None:
+        """Find all pages now: whoever reads the tensors first does not wait for the kernel to find them one by one.
+
+        Costs about 0.1 ms per MB, and nothing is copied.
+        """
+        self._check_open()
+        for mapped in {id(mapped): mapped for mapped, _, _ in self._places.values()}.values():
+            mapped.touch()
+
     def _check_open(self) -> None:
         if self._stored is None:
             raise UsageError(f"the lease of version {self.version.name!r} has ended; tensors taken before stay valid")

@@ -25,6 +25,7 @@ _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
+_MADV_POPULATE_READ = 22
 _HUGE = 2 << 20  # bytes of a huge page
 _FAILED = ctypes.c_void_p(-1).value
 
@@ -200,6 +201,15 @@ class Region:
     @property
     def view(self) -> memoryview:
         return memoryview(self.buffer).cast("B")[: self.size]
+
+    def touch(self, start: int, stop: int) -> None:
+        """Find the pages of ``start:stop`` now, and not when they are first read: 0.1 ms per MB, in few calls.
+
+        A kernel before 5.14 finds them later; whatever else is wrong shows when they are read.
+        """
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        if stop > first:
+            _libc.madvise(self._address + first, stop - first, _MADV_POPULATE_READ)
 
     def drop(self, start: int, stop: int) -> None:
         """Forget the page-table entries of ``start:stop`` (whole pages inside it).
