@@ -20,6 +20,7 @@ BEGIN = 30.0  # seconds until everybody is at work
 HEALING = 20.0  # seconds after the last fault in which every reader reads again
 WHOLE = 30.0  # seconds after a fault in which every shard has all its copies again
 END = 15.0  # seconds in which programs end that are told to
+QUIET = 0.5  # seconds after a server's fault until another may be struck: the first may have later effects
 AGAIN = 0.2  # seconds until a process that ended by itself is started again
 LONG = 25.0  # seconds of a stop that a lease does not survive: 10 without a sign of life, and 10 more
 
@@ -92,6 +93,7 @@ class Race:
         self._random = Random(seed)
         self._begun = time.monotonic()
         self._stopped: dict[str, float] = {}  # until when
+        self._risky = 0.0  # when the last fault of a server was over
         self._readers = [f"r{i}" for i in range(len(KINDS))]
 
     def run(self, reads: int, seconds: float) -> Course:
@@ -139,9 +141,10 @@ class Race:
         return [name for name in names if self._town.members[name].running and name not in self._stopped]
 
     def _whole(self) -> bool:
-        servers = self._town.of("server")
+        servers, now = self._town.of("server"), time.monotonic()
         up = all(member.running and not member.stopped for member in servers)
-        return up and self._monitor.redundant_since(time.monotonic() - 0.5, {m.pid for m in servers})
+        since = max(now - QUIET, self._risky + QUIET)
+        return up and now > since and self._monitor.redundant_since(since, {m.pid for m in servers})
 
     def _strike(self, fault: Fault) -> None:
         name = self._random.choice(self._targets(fault))
@@ -181,10 +184,16 @@ class Race:
         for name in [name for name, until in self._stopped.items() if until <= now]:
             del self._stopped[name]
             self._town.go_on(name)
+            self._over(name)
             self._note(f"{name} goes on")
         for member in self._town.members.values():
             if member.due is not None and member.due <= now and not member.running:
                 self._town.start(member.name, wait=False)
+                self._over(member.name)
+
+    def _over(self, name: str) -> None:
+        if self._town.members[name].role in ("server", "coordinator"):
+            self._risky = time.monotonic()
 
     def _ended(self, member: Member, code: int, now: float) -> None:
         if member.killed or member.leaving:
