@@ -44,6 +44,7 @@ def test_two_workers_and_two_servers_train_stop_and_go_on(run: Path) -> None:
     assert found is not None
     step = checkpoint.read_state(found, Settings).step
     assert f"stopped\nstep {step} is saved in {run}\n" in out.getvalue()
+    assert out.getvalue().count("the workers end their step and save") == 1
     assert "Traceback" not in out.getvalue()
 
     job.resume(run, {"steps": step + 10})

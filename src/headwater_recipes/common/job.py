@@ -24,8 +24,6 @@ from headwater_recipes.common.recipe import Recipe
 from headwater_recipes.common.settings import AnySettings, State
 
 _STATUS_EVERY = 1.0
-_PATIENCE = 60.0
-"""Seconds that the workers get after Ctrl-C to end their step and save."""
 
 
 def resume(recipe: Recipe[AnySettings], run: Path | None, changes: dict[str, Any]) -> Path:
@@ -87,7 +85,7 @@ class Job(ABC, Generic[AnySettings]):
             s.servers,
             on_line=self._line,
             on_note=self._note,
-            patience=_PATIENCE,
+            patience=self.recipe.patience,
             restore=self.restore,
             **settings.cluster(s),
         )
@@ -113,7 +111,11 @@ class Job(ABC, Generic[AnySettings]):
         assert self.display is not None
         with contextlib.ExitStack() as stack:
             reader, cluster, asked = self._reader(launcher, stack), None, 0.0
+            told = False
             while launcher.poll(0.25):
+                if launcher.outcome.interrupted and not told:
+                    told = True
+                    self.display.note("stopping: the workers end their step and save; another Ctrl-C does not wait")
                 if reader is not None and time.monotonic() - asked >= _STATUS_EVERY:
                     asked = time.monotonic()
                     with contextlib.suppress(HeadwaterError):

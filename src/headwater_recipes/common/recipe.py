@@ -13,7 +13,8 @@ from headwater_recipes.common.settings import AnySettings
 class Recipe(Generic[AnySettings]):
     """``name`` begins its run folders' names; ``command`` is what the user types; ``worker`` the module that a worker
     process runs with the run folder as argument; ``settings`` their type, ``check`` raises for those that cannot work
-    and ``fixed`` names those that a run that goes on cannot change.
+    and ``fixed`` names those that a run that goes on cannot change. ``patience``: seconds that the workers get after
+    Ctrl-C to end their step and save.
     """
 
     name: str
@@ -22,3 +23,4 @@ class Recipe(Generic[AnySettings]):
     settings: type[AnySettings]
     check: Callable[[AnySettings], None]
     fixed: tuple[str, ...]
+    patience: float = 60.0

@@ -110,14 +110,13 @@ class Job(job.Job[Settings]):
         metrics.plot(self.folder, rows)
         before = next((row for row in rows if row["kind"] == "validation" and row["step"] == 0), None)
         after = self.board.final
-        steps = [row for row in rows if row["kind"] == "step"]
         found = {
             "step": done.step,
             "training_seconds": round(done.elapsed, 1),
             "held_out_loss_before": before and before["loss"],
             "held_out_loss": after.loss,
             "held_out_tokens": after.tokens,
-            "tokens_per_second": round(sum(r["tokens_per_second"] for r in steps) / max(1, len(steps)), 1),
+            "tokens_per_second": round(_rate(rows), 1),
         }
         checkpoint.write_json(self.folder / "report.json", found)
         self._say("")
@@ -146,6 +145,16 @@ class Job(job.Job[Settings]):
             asked = Text(f"{_short(each.question)}\n").append(f"{kind}: {_short(each.wanted)}", "dim")
             table.add_row(asked, Text(_short(each.before)), Text(_short(each.after)))
         self.console.print(table)
+
+
+def _rate(rows: list[dict[str, Any]]) -> float:
+    """Tokens of all workers, paddings left out, per second of training."""
+    tokens = seconds = 0.0
+    for row in rows:
+        if row["kind"] == "step":
+            since = max(0.0, row["elapsed"] - seconds)
+            tokens, seconds = tokens + row["tokens_per_second"] * since, row["elapsed"]
+    return tokens / seconds if seconds else 0.0
 
 
 def _short(text: str) -> str:

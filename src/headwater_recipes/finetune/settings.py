@@ -69,4 +69,5 @@ RECIPE = Recipe(
     check=check,
     # The tokens, the shapes and the order of the batches hang on these.
     fixed=("model", "data", "seq", "seed", "lora", "lora_alpha", "lora_targets"),
+    patience=600.0,  # a checkpoint is gigabytes, and the machine may be busy; a second Ctrl-C does not wait
 )
