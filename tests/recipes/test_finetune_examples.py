@@ -140,5 +140,9 @@ def test_the_loss_is_that_of_each_example_alone(tmp_path: Path, skips: bool) -> 
             expected += each[torch.from_numpy(example.learnt[1:])].sum().item()
         batch = collate(chosen, padding=0)
         assert nats(model, batch, bfloat16=False, skips=skips).item() == pytest.approx(expected, rel=1e-5)
+        last = chosen[1]._replace(learnt=np.arange(9) == 8)
+        ids = torch.from_numpy(last.ids.astype(np.int64))
+        expected = F.cross_entropy(model(input_ids=ids[None]).logits[0, -2], ids[-1]).item()
+        assert nats(model, collate([last], 0), bfloat16=False, skips=skips).item() == pytest.approx(expected, rel=1e-5)
     assert batch.learnt == sum(int(example.learnt[1:].sum()) for example in chosen)
     assert batch.tokens == 21

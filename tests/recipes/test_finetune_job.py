@@ -202,6 +202,23 @@ def test_two_workers_learn_what_one_with_twice_the_batches_learns(
     assert apart.norm() < 0.2 * moved.norm()
 
 
+def test_batches_of_a_step_count_by_their_tokens(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that two of four are one of eight."""
+    said = []
+    for batch, accumulate in ((8, 1), (4, 2), (2, 4)):
+        run = _prepare(place, tmp_path / str(batch), batch=batch, accumulate=accumulate, steps=2, log_every=1)
+        capsys.readouterr()
+        _train(run)
+        heard = [found for line in capsys.readouterr().out.splitlines() if (found := reports.hear(line)) is not None]
+        said.append([(each.loss, each.grad_norm) for each in heard if isinstance(each, reports.Stepped)])
+    for other in said[1:]:
+        for (loss, norm), (expected, expected_norm) in zip(other, said[0], strict=True):
+            assert loss == pytest.approx(expected, rel=1e-4)
+            assert norm == pytest.approx(expected_norm, rel=1e-3)
+
+
 def test_nothing_is_made_of_what_cannot_be_used(place: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(DataError, match="questions of more than 4 tokens"):
