@@ -65,7 +65,8 @@ def test_a_version_outlives_a_server_and_its_leases_the_coordinator(
 
         assert job.coordinator is not None
         os.kill(job.coordinator.pid, signal.SIGKILL)
-        until(job, lambda: reader.lease("v2").version == second, "version 2 did not come back")
+        # A short wait each time: only the launcher, which is looked after in between, starts a coordinator again.
+        until(job, lambda: reader.lease("v2", timeout=1).version == second, "version 2 did not come back", 60)
         until(job, lambda: [s.state for s in reader.versions()] == ["ready", "ready"], "versions are lost")
         until(job, lambda: reader.versions()[0].leases == 1, "a lease was forgotten")
         assert reader.statistics().connected

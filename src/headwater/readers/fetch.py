@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from headwater.cluster.placement import Layout, layout
 from headwater.errors import (
     DeadlineExceeded,
     DeltaCorrupt,
@@ -23,7 +22,7 @@ from headwater.errors import (
 )
 from headwater.readers.checks import WORTH, Check
 from headwater.readers.line import Answer, Dial, Line
-from headwater.readers.stored import Base, Key, Mapped, Mine, Place, Stored, Table, Theirs
+from headwater.readers.stored import Base, Key, Mapped, Mine, Place, Plan, Stored, Table, Theirs, plan
 from headwater.transports import memory
 from headwater.transports.rooms import Room, Rooms
 from headwater.types import TableSpec
@@ -71,18 +70,6 @@ class Got(NamedTuple):
     delta: memoryview | None
 
 
-def _plans(leased: v.Leased, specs: Mapping[int, TableSpec]) -> dict[int, Layout]:
-    """Where the tables' bytes are. Raises ``ProtocolError`` if the parts are not those: what is mapped must exist."""
-    missing = [table for table in leased.tables if table not in specs]
-    if missing or not 0 < leased.shards <= MOST:
-        raise ProtocolError(f"a lease of tables {missing} on {leased.shards} shards, of which nothing else is known")
-    plans = {table: layout(specs[table], leased.shards) for table in leased.tables}
-    wanted = {(shard, table): plan.sizes[shard] for table, plan in plans.items() for shard in plan.participants}
-    if len(leased.parts) != len(wanted) or {(at.shard, at.table): at.size for at in leased.parts} != wanted:
-        raise ProtocolError(f"version number {leased.info.number} was leased with parts that its tables do not have")
-    return plans
-
-
 class Fetcher:
     """The connections of one reader, and the memory that it fetches into.
 
@@ -101,11 +88,32 @@ class Fetcher:
         self._share = share
         self._lines: dict[str, Line] = {}
         self._unmapped: queue.SimpleQueue[tuple[Line, Key]] = queue.SimpleQueue()
+        self._plans: dict[int, Plan] = {}
         self._warmed = False
         self._gone_bytes = 0  # that came over connections which have ended
         self._turn = threading.RLock()
 
     # ---- whole versions --------------------------------------------------------------------------
+
+    def _planned(self, leased: v.Leased, specs: Mapping[int, TableSpec]) -> dict[int, Plan]:
+        """Where the tables' bytes are. Raises ``ProtocolError`` if the parts are not theirs."""
+        missing = [table for table in leased.tables if table not in specs]
+        if missing or not 0 < leased.shards <= MOST:
+            raise ProtocolError(
+                f"a lease of tables {missing} on {leased.shards} shards, of which nothing else is known"
+            )
+        for table in leased.tables:
+            known = self._plans.get(table)
+            if known is None or known.spec is not specs[table] or known.shards != leased.shards:
+                self._plans[table] = plan(specs[table], leased.shards)
+        plans = {table: self._plans[table] for table in leased.tables}
+        layouts = {table: found.layout for table, found in plans.items()}
+        wanted = {(shard, table): of.sizes[shard] for table, of in layouts.items() for shard in of.participants}
+        if len(leased.parts) != len(wanted) or {(at.shard, at.table): at.size for at in leased.parts} != wanted:
+            raise ProtocolError(
+                f"version number {leased.info.number} was leased with parts that its tables do not have"
+            )
+        return plans
 
     def store(
         self, leased: v.Leased, specs: Mapping[int, TableSpec], base: Stored | Base | None, deadline: float
@@ -114,8 +122,8 @@ class Fetcher:
 
         If nobody looks at the base's memory any more, it becomes the new version's; ``base`` has that part no more.
         """
-        plans = _plans(leased, specs)
         with self._turn:
+            plans = self._planned(leased, specs)
             self.settle()
             places = self._places(leased, base, deadline)
         tables: list[Table] = []
@@ -123,9 +131,9 @@ class Fetcher:
         for room in rooms.values():  # when its loans are over
             self.rooms.give(room)
         try:
-            for number, plan in plans.items():
-                mine = {shard: places[shard, number] for shard in plan.participants}
-                tables.append(Table(specs[number], Mapped(plan, mine)))
+            for number, found in plans.items():
+                mine = {shard: places[shard, number] for shard in found.layout.participants}
+                tables.append(Table(found, Mapped(found.layout, mine)))
                 places = {key: place for key, place in places.items() if key[1] != number}
         except HeadwaterError:  # no address space: what is mapped already goes with its mapping
             for place in places.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from headwater.types import ParameterSpec, VersionInfo
 from headwater.wire.tensors import DTYPES
 
 if TYPE_CHECKING:
-    from headwater.readers.stored import Mapped, Stored
+    from headwater.readers.stored import Mapped, Stored, Table
 
 
 class Weights(Mapping[str, torch.Tensor]):
@@ -34,14 +35,19 @@ class Weights(Mapping[str, torch.Tensor]):
         self._dropped = weakref.finalize(self, forget)
         self._dropped.atexit = False
         self._stored: Stored | None = stored
-        self._places: dict[str, tuple[Mapped, int, ParameterSpec]] = {}
-        for table in stored.tables:
-            for at, parameter in zip(table.mapped.layout.offsets, table.spec.parameters, strict=True):
-                self._places[parameter.name] = (table.mapped, at, parameter)
+        self._tables: tuple[Table, ...] = stored.tables
+
+    def _place(self, name: str) -> tuple[Mapped, int, ParameterSpec]:
+        """Where a tensor is, found in what all versions of its table share. Raises ``KeyError``."""
+        for table in self._tables:
+            found = table.plan.tensors.get(name)
+            if found is not None:
+                return table.mapped, *found
+        raise KeyError(name)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         self._check_open()
-        mapped, at, parameter = self._places[name]
+        mapped, at, parameter = self._place(name)
         mapped.ensure(at, at + parameter.nbytes)
         dtype = DTYPES[parameter.dtype]
         if not parameter.numel:
@@ -50,13 +56,13 @@ class Weights(Mapping[str, torch.Tensor]):
         return flat.view(parameter.shape)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return chain.from_iterable(table.plan.tensors for table in self._tables)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return sum(len(table.plan.tensors) for table in self._tables)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return any(name in table.plan.tensors for table in self._tables)
 
     def state_dict(self, *, copy: bool = False) -> dict[str, torch.Tensor]:
         """All tensors by name; with ``copy`` in memory of their own, else as views."""
@@ -76,7 +82,7 @@ class Weights(Mapping[str, torch.Tensor]):
                 self._copy(name, into[name])
 
     def _copy(self, name: str, into: torch.Tensor) -> None:
-        mapped, at, parameter = self._places[name]
+        mapped, at, parameter = self._place(name)
         plain = into.device.type == "cpu" and into.dtype == DTYPES[parameter.dtype] and into.is_contiguous()
         if not plain or not parameter.numel:
             into.copy_(self[name])
@@ -91,8 +97,8 @@ class Weights(Mapping[str, torch.Tensor]):
         Costs about 0.1 ms per MB, and nothing is copied.
         """
         self._check_open()
-        for mapped in {id(mapped): mapped for mapped, _, _ in self._places.values()}.values():
-            mapped.touch()
+        for table in self._tables:
+            table.mapped.touch()
 
     def _check_open(self) -> None:
         if self._stored is None:
@@ -100,12 +106,12 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def shapes(self) -> dict[str, ParameterSpec]:
         """Name, shape and dtype of every tensor, without touching one."""
-        return {name: parameter for name, (_, _, parameter) in self._places.items()}
+        return {name: parameter for table in self._tables for name, (_, parameter) in table.plan.tensors.items()}
 
     def release(self) -> None:
         """End the lease: the version may be retired. Tensors taken before stay valid. Calling it again is harmless."""
         if self._dropped.detach() is not None:  # once, whatever the number of threads
-            self._stored, self._places = None, {}
+            self._stored, self._tables = None, ()
             self._release()
 
     def __enter__(self) -> Weights:
