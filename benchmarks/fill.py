@@ -29,6 +29,7 @@ BENCHES = (
     "recovery",
     "serve",
     "delta",
+    "races",
 )
 START, END = "<!-- figures -->", "<!-- end -->"
 
