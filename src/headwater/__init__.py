@@ -124,14 +124,14 @@ _LATE = {
     "Dense": "headwater.client",
     "Table": "headwater.client",
     "Ticket": "headwater.client",
-    "connect": "headwater.client.connect",  # its package has a module of that name
+    "connect": "headwater.client",
     "Follower": "headwater.readers",
     "Optimizer": "headwater.integrations.torch",
     "Publication": "headwater.client",
     "Reader": "headwater.readers",
     "Weights": "headwater.readers",
     "VersionStatus": "headwater.wire.versions",
-    "reader": "headwater.readers.reader",  # its package has a module of that name
+    "reader": "headwater.readers",
 }
 """Public names that need more than the standard library: where each one lives."""
 

@@ -322,7 +322,7 @@ def test_samplers_of_one_client_and_name_share_their_place(cluster: Cluster) -> 
 
 
 def test_without_a_client_it_is_the_one_that_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("headwater.client.connect"), "_clients", weakref.WeakSet())
+    monkeypatch.setattr(importlib.import_module("headwater.client.connecting"), "_clients", weakref.WeakSet())
     mine = headwater.data.shards(10)
     with pytest.raises(UsageError, match="0 clients are open"):
         list(mine)

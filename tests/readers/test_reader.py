@@ -297,7 +297,7 @@ def test_many_threads_lease_release_and_read(connect: Connect, read: Read, name:
 
 def test_a_reader_is_light_to_import() -> None:
     code = (
-        "import sys, headwater; headwater.reader; import headwater.readers.reader, headwater.readers.fetch\n"
+        "import sys, headwater; headwater.reader; import headwater.readers.reading, headwater.readers.fetch\n"
         "heavy = {'torch', 'numba', 'transformers', 'starlette'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

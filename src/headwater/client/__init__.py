@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headwater.client.client import Client, ClientStatistics
-    from headwater.client.connect import connect, current
+    from headwater.client.connecting import connect, current
     from headwater.client.dense import Dense
     from headwater.client.publication import Publication
     from headwater.client.table import Table
@@ -33,8 +33,8 @@ _FROM = {
     "StepResult": "tickets",
     "Table": "table",
     "Ticket": "tickets",
-    "connect": "connect",
-    "current": "connect",
+    "connect": "connecting",
+    "current": "connecting",
 }
 
 

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headwater.readers.follow import Follower
-    from headwater.readers.reader import Reader, ReaderStatistics, reader
+    from headwater.readers.reading import Reader, ReaderStatistics, reader
     from headwater.readers.weights import Weights
 
 __all__ = ["Follower", "Reader", "ReaderStatistics", "Weights", "reader"]
 
 _FROM = {
     "Follower": "follow",
-    "Reader": "reader",
-    "ReaderStatistics": "reader",
+    "Reader": "reading",
+    "ReaderStatistics": "reading",
     "Weights": "weights",
-    "reader": "reader",
+    "reader": "reading",
 }
 
 

@@ -17,7 +17,7 @@ from headwater.readers.weights import Weights, check
 from headwater.types import VersionInfo
 
 if TYPE_CHECKING:
-    from headwater.readers.reader import Reader
+    from headwater.readers.reading import Reader
 
 POLL = 5.0  # seconds after which the question for news is asked again
 RETRY = 0.5  # seconds after which a cluster that could not be reached is tried again

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 
-from headwater.client.connect import dial_for
+from headwater.client.connecting import dial_for
 from headwater.client.control import Dial
 from headwater.errors import ProtocolError, UsageError
 from headwater.relay.core import KEEP, Relay

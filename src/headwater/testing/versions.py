@@ -17,7 +17,7 @@ from headwater.client.client import Client
 from headwater.client.table import Table
 from headwater.cluster.spans import spans
 from headwater.errors import HeadwaterError, LinkError
-from headwater.readers.reader import Reader
+from headwater.readers.reading import Reader
 from headwater.server.table import Table as Shelved
 from headwater.server.versions.cut import PartCut
 from headwater.server.versions.shelf import Held, Key, Shelf

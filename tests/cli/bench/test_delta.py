@@ -8,6 +8,7 @@ import torch
 
 from headwater.cli.bench import delta
 from headwater.cli.bench.options import Options
+from headwater.cli.bench.targets import TARGETS
 
 BRIEF = Options(lambda text: None, rounds=1, size=1)
 
@@ -26,6 +27,8 @@ def test_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures["bf16 AdamW 1 % changed"].value == pytest.approx(1, rel=0.3)
     assert figures["bf16 AdamW 1 % bytes per changed word"].met
     assert figures["fp32 AdamW, rate 1e-4 changed"].value > 99
+    targets = {name.removeprefix("delta: ") for name in TARGETS if name.startswith("delta: ")}
+    assert {f.name for f in figures.values() if f.target} == targets
 
 
 def test_the_floor_is_the_entropy() -> None:

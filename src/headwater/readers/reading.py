@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from headwater.client import publication
-from headwater.client.connect import dial_for
+from headwater.client.connecting import dial_for
 from headwater.client.control import Control
 from headwater.client.runtime import Runtime, Threads
 from headwater.errors import (
