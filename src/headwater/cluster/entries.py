@@ -65,16 +65,9 @@ class Entry:
     pause: float = 0.0
     leases: Counter[int] = field(default_factory=Counter)
     since: float = 0.0  # by the desk's clock, which begins anew with its process
-    prints: dict[int, int] = field(default_factory=dict)
     publishers: list[Asker] = field(default_factory=list)
     awaiting: list[Asker] = field(default_factory=list)
     origin: v.Leased | None = None
-
-    def fingerprint(self, table: int, spec: TableSpec) -> int:
-        """The fingerprint of a table's spec: made once, since every lease asks for it."""
-        if table not in self.prints:
-            self.prints[table] = v.fingerprint(spec)
-        return self.prints[table]
 
     @property
     def number(self) -> int:
@@ -89,6 +82,20 @@ class Entry:
     def held(self) -> int:
         """Bytes that its holders hold, all copies."""
         return sum(part.size * len(self.holders.get(shard, ())) for (shard, _), part in self.parts.items())
+
+
+class Prints:
+    """Fingerprints of tables' specs: made once, since every lease asks for them."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[TableSpec, int]] = {}
+
+    def of(self, table: int, spec: TableSpec) -> int:
+        """That of a table. One that is told of again, by a relay's upstream, may be another."""
+        known = self._known.get(table)
+        if known is None or known[0] is not spec:
+            known = self._known[table] = (spec, v.fingerprint(spec))
+        return known[1]
 
 
 class Saved(msgspec.Struct, frozen=True):

@@ -20,6 +20,7 @@ from headwater.cluster.entries import (
     TAGS,
     Desk,
     Entry,
+    Prints,
     Saved,
     Waiting,
     check,
@@ -66,6 +67,7 @@ class Versions:
         self._listing: list[tuple[Asker, str]] = []  # who waits for another list, and of which model
         self._revision = 1
         self._healed = 0.0
+        self._prints = Prints()
         self._turns: dict[int, dict[int, int]] = {}  # by session: the leases that it can name, and their versions
         self._away: dict[int, float] = {}  # sessions whose connection broke, and when their leases end
 
@@ -308,7 +310,7 @@ class Versions:
         origin, tables = entry.origin, entry.ask.tables
         specs = origin.specs if origin is not None else [(t, self._desk.table(t).spec) for t in tables]
         known = dict(ask.known)
-        unknown = tuple((table, spec) for table, spec in specs if known.get(table) != entry.fingerprint(table, spec))
+        unknown = tuple((table, spec) for table, spec in specs if known.get(table) != self._prints.of(table, spec))
         self._grant(session, ask.turn, entry)
         shards = origin.shards if origin is not None else self._shards
         self._desk.reply(asker, v.Leased(entry.info, shards, tables, unknown, parts))

@@ -8,6 +8,7 @@ from itertools import chain
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from headwater.errors import ShapeMismatch, UsageError
@@ -87,9 +88,11 @@ class Weights(Mapping[str, torch.Tensor]):
         if not plain or not parameter.numel:
             into.copy_(self[name])
             return
-        flat = into.detach().view(-1).view(torch.uint8)  # shares the version that autograd counts
+        flat = into.detach().view(-1).view(torch.uint8)
+        flat[:0].zero_()  # so that autograd, whose count of changes they share, knows of this one
+        target = flat.numpy()  # numpy's copy is a plain memcpy, a third faster than torch's
         for start, source, where, size in mapped.pieces(at, at + parameter.nbytes):
-            flat[start : start + size].copy_(torch.frombuffer(source, dtype=torch.uint8, offset=where, count=size))
+            np.copyto(target[start : start + size], np.frombuffer(source, np.uint8, size, where))
 
     def touch(self) -> None:
         """Find all pages now: whoever reads the tensors first does not wait for the kernel to find them one by one.

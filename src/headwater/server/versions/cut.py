@@ -29,6 +29,14 @@ class PartCut(Cut):
         self._have = bytearray(self._blocks)
         self._landed = landed
 
+    def start(self) -> None:
+        """Let the thread copy what ``begin(thread=False)`` has promised; not if nobody wants it any more."""
+        try:
+            if not self._dropped:
+                self.prepare()
+        except RuntimeError as error:  # no thread can be started
+            self._error = error
+
     def finish(self) -> None:
         """Copy and sum all of it here and now; for an owner without threads."""
         self.begin(thread=False)

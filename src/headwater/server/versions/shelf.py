@@ -130,6 +130,7 @@ class Shelf:
         self._making: dict[tuple[int, int], _Making] = {}
         self.said: list[v.PartDone] = []  # for the coordinator, on its way
         self._cutting: dict[Key, PartCut] = {}
+        self._to_start: list[PartCut] = []
         self._given: dict[tuple[Key, int], _Given] = {}  # by whom the descriptors went to
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._made: queue.SimpleQueue[tuple[Key, int, bytes | None]] = queue.SimpleQueue()
@@ -152,7 +153,7 @@ class Shelf:
             for table in tables:
                 making.keys.append(Key(number, shard, table.number))
                 self._cut(making.keys[-1], table)
-        except (HeadwaterError, MemoryError, RuntimeError) as refused:  # RuntimeError: no thread could be started
+        except (HeadwaterError, MemoryError, RuntimeError) as refused:
             making.error = f"shard {shard} could not begin its part: {refused}"
             for key in making.keys:
                 self._discard(key)
@@ -168,7 +169,9 @@ class Shelf:
             self._have(held, cut)
         else:
             self._cutting[key] = cut
-            cut.begin()
+            cut.begin(thread=False)  # the copying thread starts when this is said: a publisher waits for the word
+            self._to_start.append(cut)
+            self._wake()
 
     def _have(self, held: Held, cut: PartCut) -> None:
         held.sums, held.cut = cut.sums, None
@@ -275,7 +278,10 @@ class Shelf:
         return [_refuse(asked, _expired(key)) for waiting in held.waiting.values() for asked in waiting]
 
     def woken(self) -> list[Instruction]:
-        """What the threads have finished; what concerns the coordinator is ``said``."""
+        """What the threads have finished; what concerns the coordinator is ``said``. Copies that begin do so here."""
+        starting, self._to_start = self._to_start, []
+        for cut in starting:
+            cut.start()
         for (number, shard), making in self._making.items():
             cuts = {key: self._cutting[key] for key in making.keys if key in self._cutting}
             failed = next((cut.failed for cut in cuts.values() if cut.failed is not None), None)
