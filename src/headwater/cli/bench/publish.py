@@ -170,7 +170,8 @@ def _publishing(options: Options, publisher: Publisher) -> list[Figure]:
 
     with Child("copier", nbytes=publisher.nbytes) as copier:
         options.note(f"publish: {name}, {options.version} MB, while nothing else is done")
-        alone = interleave({"publish": publish, "memcpy": lambda: float(copier.ask("copy"))}, rounds)
+        measures = {"publish": publish, "memcpy": lambda: float(copier.ask("copy"))}
+        alone = interleave(measures, rounds, warmup=REUSED + 2)
     found = publish_figures(name, publisher.nbytes, alone, calls[-rounds:])
     for compute in (Computation(COMPUTE), None):
         options.note(f"publish: {name}, in a trainer that {'computes' if compute else 'does nothing but push'}")
@@ -265,14 +266,20 @@ def _copied(options: Options, publisher: Publisher, reader: Child) -> list[Figur
         return all_of_them[-1]
 
     rounds = options.rounds_or(ROUNDS)
-    seconds = interleave({"copy": copy_out, "memcpy": lambda: float(reader.ask("memcpy"))}, rounds, warmup=REUSED)
+    measures = {
+        "copy": copy_out,
+        "memcpy": lambda: float(reader.ask("memcpy")),
+        "tensors": lambda: float(reader.ask("copy_tensors")),
+    }
+    seconds = interleave(measures, rounds, warmup=REUSED)
     return copy_figures(publisher.nbytes, seconds | {"again": again[-rounds:], "first": all_of_them[:1]})
 
 
 def copy_figures(nbytes: int, seconds: Samples) -> list[Figure]:
     """From seconds of ``copy`` (out of a new version), ``again`` (out of the same) and ``memcpy`` by round.
 
-    ``first``: of a process, out of memory that it has never looked at.
+    ``first``: of a process, out of memory that it has never looked at. ``tensors``: as many copied from others of their
+    own size into the same ones.
     """
     middle = {side: statistics.median(found) for side, found in seconds.items()}
     return [
@@ -280,6 +287,13 @@ def copy_figures(nbytes: int, seconds: Samples) -> list[Figure]:
         figure("publish", "local copy-out, first of a process", nbytes / middle["first"] / 1e9, "GB/s"),
         figure("publish", "local copy-out / memcpy", median_ratio(seconds["memcpy"], seconds["copy"]), "×", 1.0),
         figure("publish", "local copy-out again / memcpy", median_ratio(seconds["memcpy"], seconds["again"]), "×", 1.0),
+        figure(
+            "publish",
+            "local copy-out / copies of such tensors",
+            median_ratio(seconds["tensors"], seconds["copy"]),
+            "×",
+            1.0,
+        ),
     ]
 
 
