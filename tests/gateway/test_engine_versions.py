@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
 from headwater.errors import DeadlineExceeded, LinkBroken, ShapeMismatch, UnknownVersion
 from headwater.gateway.engine import Engine
-from headwater.gateway.engine_types import GenerationFailed
+from headwater.gateway.engine_types import EngineClosed, GenerationFailed
 from headwater.gateway.hf import ModelFolder
 from headwater.gateway.sources import MemorySource, MemoryWeights
 from headwater.types import VersionInfo
@@ -114,6 +115,42 @@ def test_versions_and_leases_go_when_their_last_generation_ends(
     last.wait()
     assert engine.statistics().versions == (2,)
     assert leases == {2: 1}
+
+
+def test_another_clusters_version_of_the_same_number_is_another_version(
+    versions: list[dict[str, Tensor]], start: Callable[..., Swapper]
+) -> None:
+    swapper = start()
+    source, newer = swapper.source, Client()
+
+    def swap(n: int) -> None:
+        if n == 2:
+            swapper.publish(versions[0])
+        elif n == 4:  # version 0 is in use
+            with source._changed:
+                source._newest = msgspec.structs.replace(source._newest, number=-1)
+                swapper._ready.clear()
+                source.publish(versions[1])
+            assert swapper._ready.wait(PATIENCE)
+            swapper.engine.submit(greedy(b"same", COUNT), newer)
+
+    older, _ = ask(swapper.engine, greedy(b"same", COUNT), Client(swap))
+    assert (older.finished().version.number, older.finished().version.name) == (0, "base")
+    assert (newer.finished().version.number, newer.finished().version.name) == (0, "v0")
+    assert older.ids == reference(b"same", COUNT)
+    assert newer.ids == reference(b"same", COUNT, versions[1])
+
+
+def test_an_engine_that_fails_lets_nobody_wait(start: Callable[..., Swapper]) -> None:
+    engine = start().engine
+
+    def fail(n: int) -> None:
+        engine._step = lambda: 1 // 0  # type: ignore[method-assign, assignment, return-value]
+
+    running, _ = ask(engine, greedy(b"x", COUNT), Client(fail))
+    assert isinstance(running.error(), EngineClosed)
+    with pytest.raises(EngineClosed):
+        engine.submit(greedy(b"x", 1), Client())
 
 
 def test_memory_of_versions_that_pile_up_is_bounded(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any, Protocol
 
 import torch
@@ -140,9 +141,10 @@ class Engine:
         self._finished: Counter[str] = Counter()
         self._last_step = self._swap_pause = self._swap_seconds = 0.0
         self._position_bytes = 0
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int, _Live] = {}  # by keys of our own: another cluster's versions count from 1 again
+        self._keys = count(1)
         self._follower = Follower(source, self._weights.fit, self._wake, tag=tag, retry=retry)
-        self._newest = self._take(self._follower.first(base))
+        self._newest, self._current = self._take(self._follower.first(base))
         self._warm_up()
         self._thread = threading.Thread(target=self._run, name="headwater-engine", daemon=True)
         self._thread.start()
@@ -205,7 +207,7 @@ class Engine:
     def statistics(self) -> EngineStatistics:
         """A moment of the engine."""
         with self._work:
-            live = list(self._live.items())
+            live = list(self._live.values())
             return EngineStatistics(
                 running=self._scheduler.running,
                 waiting=len(self._scheduler.waiting),
@@ -216,7 +218,7 @@ class Engine:
                 finished=dict(self._finished),
                 swaps=self._counts["swaps"],
                 refused_versions=self._follower.refused,
-                versions=tuple(number for number, _ in live),
+                versions=tuple(each.ready.binding.version.number for each in live),
                 version=self._newest,
                 steps=self._counts["steps"],
                 last_step_seconds=self._last_step,
@@ -224,7 +226,7 @@ class Engine:
                 swap_seconds=self._swap_seconds,
                 stale_since=self._follower.stale_since,
                 error=self._follower.error,
-                cache_bytes=sum(each.past.nbytes for _, each in live),
+                cache_bytes=sum(each.past.nbytes for each in live),
                 cache_bound=2 * self._scheduler.slots * self._model.context * self._position_bytes,
             )
 
@@ -238,7 +240,7 @@ class Engine:
 
     def _warm_up(self) -> None:
         """One token through the model: it is known to run, and how large a position is."""
-        live = self._live[self._newest.number]
+        live = self._live[self._current]
         try:
             with torch.inference_mode():
                 self._forward(live, torch.tensor([[0]]), Window(0, torch.tensor([[0]]), 1))
@@ -255,12 +257,17 @@ class Engine:
 
     def _run(self) -> None:
         with torch.inference_mode():
-            while self._wait_for_work():
-                self._swap()
-                began = time.perf_counter()
-                if self._step():
-                    self._last_step = time.perf_counter() - began
-                self._retire()
+            try:
+                while self._wait_for_work():
+                    self._swap()
+                    began = time.perf_counter()
+                    if self._step():
+                        self._last_step = time.perf_counter() - began
+                    self._retire()
+            except Exception:  # noqa: BLE001 - whatever it is, else requests would wait for ever
+                _log.exception("the engine of %s has failed, and answers no more", self._model.name)
+            with self._work:
+                self._closing = True
             self._shut()
 
     def _wait_for_work(self) -> bool:
@@ -273,7 +280,7 @@ class Engine:
     def _step(self) -> bool:
         """One plan; False if there was nothing to do."""
         with self._work:
-            plan = self._scheduler.plan(time.monotonic(), self._newest.number)
+            plan = self._scheduler.plan(time.monotonic(), self._current)
         for sequence, reason in plan.over:
             self._finish(sequence, reason)
         for sequence in plan.begun:
@@ -387,12 +394,12 @@ class Engine:
 
     # Versions.
 
-    def _take(self, ready: Ready) -> VersionInfo:
-        version = ready.binding.version
+    def _take(self, ready: Ready) -> tuple[VersionInfo, int]:
         past = KeyValues(self._model.layers, self._scheduler.slots, self._model.context)
+        key = next(self._keys)
         with self._work:
-            self._live[version.number] = _Live(ready, past)
-        return version
+            self._live[key] = _Live(ready, past)
+        return ready.binding.version, key
 
     def _swap(self) -> None:
         """If the follower has a version ready, new requests begin on it from here on."""
@@ -400,28 +407,30 @@ class Engine:
         if ready is None:
             return
         began = time.perf_counter()
-        if ready.binding.version.number in self._live:  # the tag came back to a version that is still in use
+        version = ready.binding.version
+        known = next((key for key, live in self._live.items() if live.ready.binding.version == version), None)
+        if known is not None:  # the tag came back to a version that is still in use
             ready.release()
-            self._newest = self._live[ready.binding.version.number].ready.binding.version
+            self._newest, self._current = version, known
         else:
-            self._newest = self._take(ready)
+            self._newest, self._current = self._take(ready)
         self._retire()
-        self._weights.bind(self._live[self._newest.number].ready.binding)
+        self._weights.bind(self._live[self._current].ready.binding)
         self._swap_pause, self._swap_seconds = time.perf_counter() - began, ready.seconds
         self._counts["swaps"] += 1
 
     def _retire(self) -> None:
         """Give back versions that nobody uses any more, and the memory of rows that an old one does not need."""
-        for number in [n for n in self._live if n != self._newest.number]:
-            rows = self._scheduler.batches.get(number)
+        for key in [key for key in self._live if key != self._current]:
+            rows = self._scheduler.batches.get(key)
             if rows:
-                self._live[number].past.shrink(len(rows))
+                self._live[key].past.shrink(len(rows))
             else:
-                self._drop(number)
+                self._drop(key)
 
-    def _drop(self, number: int) -> None:
+    def _drop(self, key: int) -> None:
         with self._work:
-            live = self._live.pop(number)
+            live = self._live.pop(key)
         self._weights.forget(live.ready.binding)
         live.ready.release()
 
@@ -433,8 +442,8 @@ class Engine:
             self._fail(
                 sequence, EngineClosed("the gateway is shutting down; the answer was not ended: ask another one")
             )
-        for number in list(self._live):
-            self._drop(number)
+        for key in list(self._live):
+            self._drop(key)
 
 
 def _not_finite() -> GenerationFailed:

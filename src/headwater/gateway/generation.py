@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import msgspec
 from starlette.responses import Response
 
-from headwater.errors import HeadwaterError
 from headwater.gateway.engine_types import Event, Failed, Finished, Token
 from headwater.gateway.gate import ClientGone
 from headwater.gateway.openai_types import Usage
@@ -78,7 +77,7 @@ class Run:
             for number, request in enumerate(requests):
                 handle = generator.submit(request, self._sender(number))
                 self.choices.append(Choice(request, handle))
-        except HeadwaterError:
+        except BaseException:
             self._cancel()
             raise
         self._watch = self._loop.create_task(self._watch_client(receive))
@@ -239,8 +238,8 @@ class EventStream(Response):
         self._usage = usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for part in self._parts():
                 await send({"type": "http.response.body", "body": part, "more_body": True})
         finally:

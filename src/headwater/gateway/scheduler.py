@@ -20,9 +20,9 @@ Extra = TypeVar("Extra")
 class Sequence(Generic[Extra]):
     """A request on its way. ``extra`` is the engine's; the scheduler does not look at it.
 
-    ``version`` is its number once it has a slot. ``length``: positions that are stored in its row, those of the prompt
-    first; the token that was generated last is not among them: it is the next forward's input. A cancelled sequence is
-    taken out by the next plan.
+    ``version`` is the engine's key of it, once it has a slot. ``length``: positions that are stored in its row, those
+    of the prompt first; the token that was generated last is not among them: it is the next forward's input. A
+    cancelled sequence is taken out by the next plan.
     """
 
     request: GenerationRequest
