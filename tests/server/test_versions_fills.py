@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import count
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -145,6 +146,22 @@ def test_one_fill_per_part_at_a_time_and_none_for_a_dropped_version() -> None:
     assert isinstance(bye, Outgoing)
     assert bye.close
     assert 5 not in pair.fills
+
+
+def test_a_holder_that_went_without_a_word_is_not_waited_for() -> None:
+    pair = Pair()
+    (dial,) = pair.fills.begin(pair.order)
+    assert isinstance(dial, Dial)
+    pair.fills.dialed(dial.key, 5)
+    other = msgspec.structs.replace(pair.order, holder=v.Holder("tcp://127.0.0.1:2", "", ""))
+    bye, again = pair.fills.begin(other)
+    assert isinstance(bye, Outgoing)
+    assert (bye.peer, bye.close) == (5, True)
+    assert isinstance(again, Dial)
+    assert again.address == other.holder.address
+    assert 5 not in pair.fills
+    pair.run(pair.fills.dialed(again.key, 5))
+    assert pair.mine.knows(7, 0, pair.order.parts)
 
 
 def test_an_order_travels() -> None:

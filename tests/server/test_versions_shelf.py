@@ -426,6 +426,27 @@ def test_what_is_dropped_while_somebody_waits_for_its_delta(holder: Holder, monk
     assert not holder.shelf.parts
 
 
+def test_a_delta_to_what_was_dropped_is_not_one_to_another_of_its_number(
+    holder: Holder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, encode = threading.Event(), delta.encode
+    monkeypatch.setattr(delta, "encode", lambda *args: gate.wait(30) and encode(*args))
+    for number in (1, 2):
+        holder.write(0, 10, number)
+        holder.publish(number)
+    holder.ask(2, base=1)
+    holder.tell(v.DropVersion((1, 2)))
+    holder.write(0, 10, 7)
+    holder.publish(2)
+    gate.set()
+    encoder = holder.shelf._encoder
+    assert encoder is not None
+    holder.shelf._jobs.put(None)
+    encoder.join(30)
+    holder._take(holder.server.woken())
+    assert not holder.shelf.parts[Key(2, 0, 1)].deltas
+
+
 @pytest.mark.parametrize("when", ["copying", "copied"])
 def test_what_is_dropped_is_gone(holder: Holder, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     gate = late(monkeypatch)

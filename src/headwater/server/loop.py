@@ -329,13 +329,15 @@ class Loop:
 
     def _put(self, connection: _Connection, frame: Frame, fds: tuple[int, ...] = ()) -> None:
         head = memoryview(encode(frame))
+        lent: list[int] = []
         try:  # duplicates: their owner may close them before they are sent, and the numbers be used again
-            lent = tuple(os.dup(fd) for fd in fds)
+            lent.extend(os.dup(fd) for fd in fds)
         except OSError as error:
             log.error("peer %d: no descriptors are left: %s", connection.peer, error.strerror)
+            close_all(lent)
             self._close(connection)
             return
-        connection.outbox.append(_Entry(head, lent))
+        connection.outbox.append(_Entry(head, tuple(lent)))
         connection.queued += len(head) + LENT * len(lent)
         if frame.payload is not None and len(frame.payload):
             values = frame.kind == Kind.DATA  # other payloads stay as they are until they have arrived
@@ -460,6 +462,8 @@ class Loop:
             sock.close()
         for connection in self._by_fd.values():
             connection.receiver.close()
+            for entry in connection.outbox:
+                close_all(entry.fds)
         self._by_fd.clear()
         self._by_peer.clear()
         self._epoll.close()

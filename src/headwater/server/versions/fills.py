@@ -62,11 +62,15 @@ class Fills:
             return []
         same = (order.number, order.shard)
         under_way = [*self._by_key.values(), *self._by_peer.values()]
-        if any((fill.order.number, fill.order.shard) == same for fill in under_way) or not order.parts:
-            return []
+        before = next((fill for fill in under_way if (fill.order.number, fill.order.shard) == same), None)
+        out: list[Instruction] = []
+        if before is not None and before.peer is not None and before.order.holder != order.holder:
+            out, before = self._end(before), None  # that holder is gone, perhaps without a word
+        if before is not None or not order.parts:
+            return out
         key = next(self._keys)
         self._by_key[key] = _Fill(order, list(order.parts))
-        return [Dial(key, order.holder.address, order.holder.local, order.holder.host)]
+        return [*out, Dial(key, order.holder.address, order.holder.local, order.holder.host)]
 
     def dialed(self, key: int, peer: int | None) -> list[Instruction]:
         """What became of a dial. In vain: the coordinator will ask again."""

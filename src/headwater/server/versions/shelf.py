@@ -96,6 +96,7 @@ class _Job(NamedTuple):
     The views keep both parts' memory from being used again meanwhile.
     """
 
+    held: Held
     key: Key
     base: int
     old: memoryview
@@ -133,7 +134,7 @@ class Shelf:
         self._to_start: list[PartCut] = []
         self._given: dict[tuple[Key, int], _Given] = {}  # by whom the descriptors went to
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._made: queue.SimpleQueue[tuple[Key, int, bytes | None]] = queue.SimpleQueue()
+        self._made: queue.SimpleQueue[tuple[Held, Key, int, bytes | None]] = queue.SimpleQueue()
         self._encoder: threading.Thread | None = None
 
     @property
@@ -300,7 +301,9 @@ class Shelf:
             self.say(number, shard)
         out: list[Instruction] = []
         while not self._made.empty():
-            out += self._encoded(*self._made.get())
+            held, key, base, encoded = self._made.get()
+            if self.parts.get(key) is held:  # else dropped meanwhile, perhaps for another; who waited was told
+                out += self._encoded(key, base, encoded)
         return out
 
     def close(self) -> None:
@@ -377,7 +380,7 @@ class Shelf:
         else:
             held.waiting[request.base] = [asked]
             held.tried[request.base] = most
-            self._encode(_Job(key, request.base, base.room.lend(), held.room.lend(), held.spans, most))
+            self._encode(_Job(held, key, request.base, base.room.lend(), held.room.lend(), held.spans, most))
         return self.woken() if self._wake is None else []
 
     def _answer(self, asked: Asked, held: Held, encoded: Encoded | None) -> list[Instruction]:
@@ -430,9 +433,7 @@ class Shelf:
                 self._wake()
 
     def _encoded(self, key: Key, base: int, encoded: bytes | None) -> list[Instruction]:
-        held = self.parts.get(key)
-        if held is None:  # dropped meanwhile; who waited was told
-            return []
+        held = self.parts[key]
         held.deltas[base] = encoded
         while len(held.deltas) > DELTAS or (len(held.deltas) > 1 and _bytes_of(held.deltas) > held.room.size):
             oldest = next(iter(held.deltas))
@@ -441,13 +442,13 @@ class Shelf:
         return [x for asked in held.waiting.pop(base, ()) for x in self._answer(asked, held, encoded)]
 
 
-def _made(job: _Job) -> tuple[Key, int, bytes | None]:
+def _made(job: _Job) -> tuple[Held, Key, int, bytes | None]:
     old, new = np.frombuffer(job.old, dtype=np.uint8), np.frombuffer(job.new, dtype=np.uint8)
     try:
-        return job.key, job.base, delta.encode(old, new, job.spans, job.most)
+        return job.held, job.key, job.base, delta.encode(old, new, job.spans, job.most)
     except Exception:  # whatever it is, the next one may go well, and readers wait for this one
         log.exception("no delta from version number %d to %s: it is sent whole", job.base, job.key)
-        return job.key, job.base, None
+        return job.held, job.key, job.base, None
 
 
 def _bytes_of(deltas: Mapping[int, Encoded | None]) -> int:
