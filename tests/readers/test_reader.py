@@ -295,6 +295,28 @@ def test_many_threads_lease_release_and_read(connect: Connect, read: Read, name:
 # ---- light -----------------------------------------------------------------------------------------------
 
 
+def test_a_lease_waits_for_another_threads_fetch_no_longer_than_it_may(connect: Connect, read: Read, name: str) -> None:
+    ps, reader = connect(), read()
+    ps.publish([ps.dense(name, (3,))], "v1").wait()
+    held, over = threading.Event(), threading.Event()
+
+    def fetch() -> None:
+        with reader._fetching:
+            held.set()
+            over.wait(30)
+
+    other = threading.Thread(target=fetch)
+    other.start()
+    assert held.wait(30)
+    with pytest.raises(DeadlineExceeded, match="another thread"):
+        reader.lease(timeout=0.1)
+    assert reader.statistics().leases == 0
+    over.set()
+    other.join()
+    with reader.lease() as weights:
+        assert weights.version.name == "v1"
+
+
 def test_a_reader_is_light_to_import() -> None:
     code = (
         "import sys, headwater; headwater.reader; import headwater.readers.reading, headwater.readers.fetch\n"

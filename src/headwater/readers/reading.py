@@ -156,8 +156,7 @@ class Reader:
             with self._guard:
                 self._asking.discard(turn)
         try:
-            with self._fetching:
-                stored = self._store(leased, deadline)
+            stored = self._store_in_turn(leased, deadline)
             with self._guard:
                 if name == LATEST or self._newest is None or number > self._newest.number:
                     self._newest = stored.info
@@ -165,6 +164,18 @@ class Reader:
             self._release(turn)
             raise
         return Weights(stored, lambda: self._release(turn), partial(self._forget, turn))
+
+    def _store_in_turn(self, leased: v.Leased, deadline: float) -> Stored:
+        patience = max(0.0, deadline - self._runtime.now())
+        if not self._fetching.acquire(timeout=min(patience, threading.TIMEOUT_MAX)):
+            raise DeadlineExceeded(
+                f"another thread of this reader still fetches a version; {leased.info.name!r} was not leased. Give it "
+                "more time, or read with a reader of your own"
+            )
+        try:
+            return self._store(leased, deadline)
+        finally:
+            self._fetching.release()
 
     def _store(self, leased: v.Leased, deadline: float) -> Stored:
         """The version in this process; one that is here already, if it is that: another cluster counts from 1 again."""
@@ -297,11 +308,13 @@ class Reader:
             self._silence = (self._runtime.now() - listed.silent, why)
 
     def close(self) -> None:
-        """End all leases and leave. Tensors taken before stay valid."""
+        """End all leases and leave. Tensors taken before stay valid. A fetch under way is given up."""
         if self._closed:
             return
         self._closed = True
         self._stop()
+        self._fetcher.settle()
+        self._fetcher.hang_up()
         with contextlib.suppress(HeadwaterError):
             self._control.leave()
         self._control.close()
