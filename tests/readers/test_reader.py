@@ -13,7 +13,7 @@ import torch
 
 from headwater.client import Dense
 from headwater.errors import DeadlineExceeded, LinkError, ShapeMismatch, UnknownVersion, UsageError
-from headwater.readers import Reader, Weights
+from headwater.readers import Reader, Weights, reading
 from headwater.types import Async, Bulk
 from tests.readers.conftest import Connect, Read
 
@@ -315,6 +315,24 @@ def test_a_lease_waits_for_another_threads_fetch_no_longer_than_it_may(connect: 
     other.join()
     with reader.lease() as weights:
         assert weights.version.name == "v1"
+
+
+def test_who_says_nothing_is_not_connected(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing breaks where a process is stopped or a network swallows what is sent."""
+    reader = read()
+
+    def silent(*_: object) -> None:
+        raise DeadlineExceeded("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reader._control, "ask", silent)
+        reader._beat()
+        assert reader.statistics().connected  # it was heard just now
+        patch.setattr(reading, "QUIET", 0.0)
+        reader._beat()
+        assert (reader.statistics().connected, reader.statistics().error) == (False, "no answer in 3 s")
+    reader._beat()
+    assert reader.statistics().connected
 
 
 def test_a_reader_is_light_to_import() -> None:

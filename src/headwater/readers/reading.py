@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 LATEST = "latest"
 BEAT = 1.0  # seconds between two signs of life: its leases end 10 s after the last
+QUIET = 5.0  # seconds without an answer after which one is asked for
+ANSWER = 3.0  # seconds in which it has to come
 AGAIN = 0.05  # seconds until a lease that failed for somebody's death is asked for again
 
 
@@ -288,18 +290,20 @@ class Reader:
 
     def _beat(self) -> None:
         self._fetcher.settle()
+        quiet = self._runtime.now() - self._heard >= QUIET
         try:
             self._control.notify(m.Heartbeat())
             if self._turn:
                 self._control.notify(self._holding())
-            if self._error or self._control.joined.relay:  # a notice may be lost: only an answer says who is there
-                self._look(self._control.ask(v.ListVersions(self.model), BEAT))
-        except DeadlineExceeded:
-            pass
+            if (
+                self._error or quiet or self._control.joined.relay
+            ):  # a notice may be lost: only answers say who is there
+                self._look(self._control.ask(v.ListVersions(self.model), ANSWER))
+                self._reached()
+        except DeadlineExceeded:  # the other side, or the way to it, is there and says nothing
+            self._error = f"no answer in {ANSWER:.0f} s"
         except HeadwaterError as error:
             self._failed(error)
-        else:
-            self._reached()
 
     def _look(self, listed: m.Reply) -> None:
         """What a relay says of where its versions come from."""
