@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import os
 import threading
 import time
@@ -217,22 +219,59 @@ def test_a_slow_module_skips_to_the_newest(trainer: Trainer, reader: Reader) -> 
         until(lambda: reader.statistics().leases == 1, "those that were skipped are still leased")
 
 
-def test_a_forward_that_fails_changes_nothing(trainer: Trainer, reader: Reader) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_a_forward_that_fails_changes_nothing(trainer: Trainer, reader: Reader, kind: type[BaseException]) -> None:
     trainer.publish()
     net = Net()
     with reader.follow(net) as follower:
 
         def fail() -> None:
-            raise RuntimeError("in the forward")
+            raise kind("in the forward")
 
         net.between = fail
         for _ in range(3):
-            with pytest.raises(RuntimeError, match="in the forward"):
+            with pytest.raises(kind, match="in the forward"):
                 net()
         net.between = lambda: None
         assert follower._running == 0
         trainer.publish()
         current(net, follower, 2)
+
+
+def test_a_copy_of_a_followed_module_is_its_own(trainer: Trainer, reader: Reader) -> None:
+    trainer.publish()
+    net = Net()
+    with reader.follow(net) as follower:
+        twin = copy.deepcopy(net)
+        trainer.publish()
+        current(net, follower, 2)
+        assert twin() == {1.0}
+        assert inspect.signature(net.forward) == inspect.signature(Net().forward)
+    assert twin() == {1.0}
+
+
+def test_a_forward_of_the_instance_is_called_and_given_back(trainer: Trainer, reader: Reader) -> None:
+    trainer.publish()
+    net = Net()
+    plain, own = net.forward, lambda: {*plain(), -1.0}
+    net.forward = own
+    with reader.follow(net):
+        assert net() == {1.0, -1.0}
+    assert net.forward is own
+    del net.forward
+    with reader.follow(net):
+        assert "forward" in vars(net)
+    assert "forward" not in vars(net)
+
+
+def test_a_wrapper_over_the_gate_stays(trainer: Trainer, reader: Reader) -> None:
+    trainer.publish()
+    net = Net()
+    with reader.follow(net):
+        gated = net.forward
+        net.forward = lambda: {*gated(), -1.0}
+    trainer.publish()
+    assert net() == {1.0, -1.0}
 
 
 # ---- names and policies ------------------------------------------------------------------------------------

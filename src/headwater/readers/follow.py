@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +51,7 @@ class _Staged:
 class Follower:
     """Keeps the parameters and buffers of ``module`` those of the version that ``name`` means.
 
-    A background thread waits for news, leases the version and makes it ready; before the next ``module(...)`` call
+    A background thread waits for news, leases the version and makes it ready; before the next ``module.forward``
     begins, and while no other is under way, the parameters are pointed at the new memory. A forward never sees two
     versions. ``module.version`` is the ``VersionInfo`` that answers. A slow module skips to the newest.
 
@@ -102,10 +104,8 @@ class Follower:
             self._swap()
             if self._current is None:
                 raise ShapeMismatch(self._refused)
-        self._hooks = [
-            module.register_forward_pre_hook(self._enter, prepend=True),
-            module.register_forward_hook(self._leave, always_call=True),
-        ]
+        self._own = self._module.__dict__.get("forward")  # an instance's, such as a compiled module's
+        self._gate_forward()
         self._thread = threading.Thread(target=self._follow, name="headwater-follow", daemon=True)
         self._thread.start()
 
@@ -133,8 +133,7 @@ class Follower:
 
     def close(self) -> None:
         """Follow no more; the module keeps its present values, which stay valid."""
-        for hook in self._hooks:
-            hook.remove()
+        self._ungate_forward()
         with self._gate:
             self._closed.set()
             staged, self._staged = self._staged, None
@@ -150,10 +149,33 @@ class Follower:
 
     # ---- forwards --------------------------------------------------------------------------------
 
-    def _enter(self, *_: object) -> None:
+    def _gate_forward(self) -> None:
+        """Put ``hold`` around the module's forward.
+
+        Not by torch's hooks: even those that are always called are not for a KeyboardInterrupt, and the forward that
+        a user gives up in a notebook would be under way for ever. A method, so that a deep copy's is the copy's own.
+        """
+        forward = self._own or type(self._module).forward
+
+        @functools.wraps(forward)
+        def gated(*args: Any, **kwargs: Any) -> Any:
+            with self.hold():
+                return forward(*args, **kwargs)
+
+        self._gated = self._module.forward = gated if self._own else MethodType(gated, self._module)
+
+    def _ungate_forward(self) -> None:
+        """The module's own forward again, unless another wrapper stands over the gate, which is idle after close."""
+        if self._module.__dict__.get("forward") is not self._gated:
+            return
+        if self._own:
+            self._module.forward = self._own
+        else:
+            del self._module.forward
+
+    def _enter(self) -> None:
         """A forward begins. Before the outermost one in its thread a version that is ready is swapped in."""
         depth = getattr(self._mine, "depth", 0)
-        self._mine.depth = depth + 1
         with self._gate:
             if not depth:
                 while self._staged is not None and self._running:  # those under way end on the version they began with
@@ -161,8 +183,9 @@ class Follower:
                 if self._staged is not None:
                     self._swap()
             self._running += 1
+        self._mine.depth = depth + 1
 
-    def _leave(self, *_: object) -> None:
+    def _leave(self) -> None:
         self._mine.depth -= 1
         with self._gate:
             self._running -= 1
