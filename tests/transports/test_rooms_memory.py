@@ -51,6 +51,25 @@ def test_few_free_rooms_are_kept() -> None:
     assert room.fd < 0
 
 
+def test_of_a_size_that_nobody_wants_none_are_kept() -> None:
+    rooms = Rooms(share=True)
+    first, second, other = rooms.take(SIZE), rooms.take(SIZE), rooms.take(2 * SIZE)
+    rooms.give(first)
+    rooms.give(other)
+    view = second.lend()
+    rooms.give(second)
+    rooms.unwanted(SIZE)
+    assert (first.fd < 0, second.fd < 0, other.fd < 0) == (True, False, False)
+    rooms.prepare(SIZE)  # asked for while it was wanted
+    del view
+    gc.collect()
+    assert second.fd < 0
+    third = rooms.take(SIZE)
+    assert third.fd >= 0
+    rooms.give(third)
+    assert rooms.take(SIZE) is third  # it is wanted again
+
+
 @pytest.mark.parametrize("share", [True, False])
 def test_a_room_that_is_lent_is_not_used_again_before_the_last_view_is_gone(share: bool) -> None:
     rooms = Rooms(share)

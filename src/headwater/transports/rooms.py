@@ -101,6 +101,7 @@ class Rooms:
     def __init__(self, share: bool) -> None:
         self._share = share
         self._free: dict[int, list[Room]] = {}
+        self._unwanted: set[int] = set()  # sizes of which none is kept
         self._fresh: weakref.WeakSet[Room] = weakref.WeakSet()  # whose pages are still to come
         self._closed = False
         self._guard = threading.RLock()  # a finalizer may run in the thread that holds it
@@ -108,6 +109,7 @@ class Rooms:
     def take(self, size: int) -> Room:
         """A room of any content. Raises ``NotEnoughMemory``."""
         with self._guard:
+            self._unwanted.discard(size)
             free = self._free.get(size)
             if free:
                 return free.pop()
@@ -123,7 +125,7 @@ class Rooms:
     def prepare(self, size: int) -> None:
         """Have a room of this size ready, its pages written to; not if there is one, or no memory for it."""
         with self._guard:
-            if self._closed or self._free.get(size):
+            if self._closed or size in self._unwanted or self._free.get(size):
                 return
         with contextlib.suppress(NotEnoughMemory):
             room = Room(size, self._share)
@@ -138,10 +140,18 @@ class Rooms:
     def _back(self, room: Room) -> None:
         with self._guard:
             free = self._free.setdefault(room.size, [])
-            if len(free) < SPARE and not self._closed:
+            if len(free) < SPARE and not self._closed and room.size not in self._unwanted:
                 free.append(room)
                 return
         room.close()
+
+    def unwanted(self, size: int) -> None:
+        """There are no bytes of this size any more: free rooms of it are not kept, until one is taken again."""
+        with self._guard:
+            self._unwanted.add(size)
+            free = self._free.pop(size, [])
+        for room in free:
+            room.close()
 
     def close(self) -> None:
         """Let go of what is free."""

@@ -276,6 +276,8 @@ class Shelf:
             cut.drop()
             held.room.spoilt = True  # its thread may still write into it
         self.rooms.give(held.room)
+        if all(each.room.size != held.room.size for each in self.parts.values()):
+            self.rooms.unwanted(held.room.size)  # no more versions of this table, or not for now
         return [_refuse(asked, _expired(key)) for waiting in held.waiting.values() for asked in waiting]
 
     def woken(self) -> list[Instruction]:
