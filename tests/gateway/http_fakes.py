@@ -73,6 +73,7 @@ class FakeEngine:
     stale_since: float | None = None
     failure: HeadwaterError | None = None
     begun: Callable[[], None] = lambda: None
+    failed: str = ""
 
     def __post_init__(self) -> None:
         self._changed = threading.Condition()
@@ -143,6 +144,7 @@ class FakeEngine:
                 error="",
                 cache_bytes=0,
                 cache_bound=0,
+                failed=self.failed,
             )
 
     def close(self) -> None:

@@ -149,8 +149,9 @@ def test_an_engine_that_fails_lets_nobody_wait(start: Callable[..., Swapper]) ->
 
     running, _ = ask(engine, greedy(b"x", COUNT), Client(fail))
     assert isinstance(running.error(), EngineClosed)
-    with pytest.raises(EngineClosed):
+    with pytest.raises(EngineClosed, match="the engine has failed"):
         engine.submit(greedy(b"x", 1), Client())
+    assert engine.statistics().failed == "ZeroDivisionError('integer division or modulo by zero')"
 
 
 def test_memory_of_versions_that_pile_up_is_bounded(

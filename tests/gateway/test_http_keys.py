@@ -131,6 +131,16 @@ def test_without_keys_nobody_else_can_reach_it() -> None:
         pass
 
 
+def test_an_engine_that_has_failed_is_said() -> None:
+    """So that whoever watches the server restarts it."""
+    engine = FakeEngine()
+    with running(engine) as server:
+        engine.failed = "ZeroDivisionError()"
+        for probe in ("/healthz", "/readyz"):
+            status, _, body = get(server, probe)
+            assert (status, body) == (503, b'{"status":"failed"}')
+
+
 def test_not_ready_before_the_first_version() -> None:
     with running(None) as server, server.client() as client:
         assert get(server, "/healthz")[0] == 200

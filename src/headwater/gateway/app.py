@@ -80,14 +80,18 @@ def _unrouted(request: Request, error: Exception) -> Response:
 
 
 async def healthz(request: Request, gateway: Gateway) -> Response:
-    """The process lives."""
-    del request, gateway
+    """The process lives and can answer: else a restart is the remedy."""
+    del request
+    if gateway.served.failed():
+        return _json({"status": "failed"}, 503)
     return _json({"status": "ok"})
 
 
 async def readyz(request: Request, gateway: Gateway) -> Response:
     """The first version is there and the server is not ending."""
     del request
+    if gateway.served.failed():
+        return _json({"status": "failed"}, 503)
     if gateway.served.closing or gateway.served.standing() is None:
         return _json({"status": "ending" if gateway.served.closing else "loading"}, 503)
     return _json({"status": "ready"})

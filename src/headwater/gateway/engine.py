@@ -137,6 +137,7 @@ class Engine:
         self._scheduler: Scheduler[_Answer] = Scheduler(slots, queue, chunk)
         self._work = threading.Condition()
         self._closing = False
+        self._failed = ""
         self._counts: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
         self._last_step = self._swap_pause = self._swap_seconds = 0.0
@@ -168,7 +169,7 @@ class Engine:
         sequence = Sequence(request, answer)
         with self._work:
             if self._closing:
-                raise EngineClosed("the gateway is shutting down; nothing was queued: ask another one")
+                raise EngineClosed(f"{self._end_of_it}; nothing was queued: ask another one")
             self._scheduler.add(sequence)
             self._work.notify()
         return EngineHandle(sequence)
@@ -228,6 +229,7 @@ class Engine:
                 error=self._follower.error,
                 cache_bytes=sum(each.past.nbytes for each in live),
                 cache_bound=2 * self._scheduler.slots * self._model.context * self._position_bytes,
+                failed=self._failed,
             )
 
     def close(self, timeout: float = 30.0) -> None:
@@ -237,6 +239,10 @@ class Engine:
             self._work.notify_all()
         self._follower.close(timeout)
         self._thread.join(timeout)
+
+    @property
+    def _end_of_it(self) -> str:
+        return "the engine has failed, its log says why" if self._failed else "the gateway is shutting down"
 
     def _warm_up(self) -> None:
         """One token through the model: it is known to run, and how large a position is."""
@@ -264,8 +270,9 @@ class Engine:
                     if self._step():
                         self._last_step = time.perf_counter() - began
                     self._retire()
-            except Exception:  # noqa: BLE001 - whatever it is, else requests would wait for ever
-                _log.exception("the engine of %s has failed, and answers no more", self._model.name)
+            except Exception as error:  # noqa: BLE001 - whatever it is, else requests would wait for ever
+                self._failed = repr(error)
+                _log.exception("the engine of %s has failed and answers no more: restart it", self._model.name)
             with self._work:
                 self._closing = True
             self._shut()
@@ -418,6 +425,7 @@ class Engine:
         self._weights.bind(self._live[self._current].ready.binding)
         self._swap_pause, self._swap_seconds = time.perf_counter() - began, ready.seconds
         self._counts["swaps"] += 1
+        _log.info("version %s (number %d, step %d) answers from now on", version.name, version.number, version.step)
 
     def _retire(self) -> None:
         """Give back versions that nobody uses any more, and the memory of rows that an old one does not need."""
@@ -439,9 +447,7 @@ class Engine:
             left = [*self._scheduler.waiting, *(s for rows in self._scheduler.batches.values() for s in rows)]
             self._scheduler.waiting.clear()
         for sequence in left:
-            self._fail(
-                sequence, EngineClosed("the gateway is shutting down; the answer was not ended: ask another one")
-            )
+            self._fail(sequence, EngineClosed(f"{self._end_of_it}; the answer was not ended: ask another one"))
         for key in list(self._live):
             self._drop(key)
 

@@ -7,7 +7,7 @@ UsageError
 └── PromptInvalid       empty, a token that the vocabulary lacks, a text that cannot be made; HTTP 400
 ClusterError
 ├── QueueFull           as many requests wait as may; HTTP 429
-├── EngineClosed        the engine was closed, or is being closed; HTTP 503
+├── EngineClosed        the engine was closed, is being closed, or has failed; HTTP 503
 └── GenerationFailed    the model's forward raised; the other requests go on; HTTP 500
 """
 
@@ -182,6 +182,7 @@ class EngineStatistics:
     engine's thread from its next step; ``swap_seconds``: what it took beside that thread, from the lease on.
     ``stale_since``: ``time.time()`` since when the source does not answer, None while it does; ``error`` says why, or
     why the last version was refused. ``cache_bytes``: key-value memory now; ``cache_bound``: the most it can become.
+    ``failed``: why the engine answers nothing any more, empty while it does.
     """
 
     running: int
@@ -203,3 +204,4 @@ class EngineStatistics:
     error: str
     cache_bytes: int
     cache_bound: int
+    failed: str = ""

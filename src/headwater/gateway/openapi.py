@@ -28,7 +28,7 @@ _TEMPLATE = "#/components/schemas/{name}"
 
 
 class Health(msgspec.Struct):
-    """What a load balancer asks. ``status``: ``ok``, ``ready``, ``loading`` or ``ending``."""
+    """What a load balancer asks. ``status``: ``ok``, ``ready``, ``loading``, ``ending`` or ``failed``."""
 
     status: str
 
@@ -141,7 +141,7 @@ def _structs(operation: Operation) -> list[type[msgspec.Struct]]:
 def _operation(method: str, path: str, operation: Operation, handler: Any, keys: bool) -> dict[str, Any]:
     errors = [500, *operation.errors, *([401] if keys and not operation.open else [])]
     responses = {str(status): _response(_SAID[status], {_JSON: ErrorAnswer}) for status in sorted(errors)}
-    if path == "/readyz":
+    if operation.gives.get(_JSON) is Health:
         responses["503"] = _response("Not yet, or no more.", operation.gives)
     made: dict[str, Any] = {
         "operationId": handler.__name__,

@@ -95,6 +95,11 @@ class Served:
         """A language model's own figures."""
         return self._model.statistics() if self._model is not None and _generates(self._model) else None
 
+    def failed(self) -> str:
+        """Why a language model's engine answers nothing any more, empty while it does."""
+        engine = self.engine()
+        return engine.failed if engine is not None else ""
+
     def generator(self) -> Generator:
         """Raises ``Refusal``: not there yet, or not a language model."""
         model = self._ready()
