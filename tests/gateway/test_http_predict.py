@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from headwater.errors import ShapeMismatch, Unreachable
-from headwater.gateway.engine_types import Weights
+from headwater.gateway.engine_types import EngineClosed, Weights
 from headwater.gateway.limits import Limits
 from headwater.gateway.live import Live
 from headwater.gateway.predict import ModulePredictor
@@ -295,6 +295,32 @@ def test_a_forward_that_waits_for_the_module_keeps_its_version(source: MemorySou
     assert found == [(0, [1.0, 2.0, 3.0])] * 2
     until(live, lambda _: source.leases == {1: 1})
     live.close()
+    assert source.leases == {}
+
+
+def test_after_close_no_forward_waits(source: MemorySource) -> None:
+    live = Live(Toy(), source)
+    refused: list[type[Exception]] = []
+
+    def ask() -> None:
+        try:
+            with live.hold():
+                pass
+        except EngineClosed as error:
+            refused.append(type(error))
+
+    with live.hold():
+        closing = threading.Thread(target=live.close)
+        closing.start()
+    closing.join(PATIENCE)
+    waiting = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+    for thread in waiting:
+        thread.join(PATIENCE)
+    ask()
+    live.close()
+    assert refused == [EngineClosed] * 3
     assert source.leases == {}
 
 

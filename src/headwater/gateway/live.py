@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from headwater.gateway.engine_types import Source
+from headwater.gateway.engine_types import EngineClosed, Source
 from headwater.gateway.follow import Follower, Ready
 from headwater.gateway.weights import Bindable
 from headwater.types import VersionInfo
@@ -80,7 +80,7 @@ class Live:
     ) -> None:
         self._lock = threading.Lock()
         self._twins = [Bindable(each, dtype) for each in (module, *(_twin(module) for _ in range(threads - 1)))]
-        self._free: queue.SimpleQueue[Bindable] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[Bindable | None] = queue.SimpleQueue()  # None: closed, and nothing comes back
         for twin in self._twins:
             self._free.put(twin)
         self._swaps = 0
@@ -91,21 +91,25 @@ class Live:
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[tuple[nn.Module, VersionInfo]]:
-        """The module at the newest version, for one forward of the calling thread."""
+        """The module at the newest version, for one forward of the calling thread. Raises ``EngineClosed``."""
         with self._lock:
             held = self._current
             held.users += 1
-        twin = self._free.get()
+        twin = self._next_free()
         try:
+            if twin is None:
+                raise EngineClosed("the gateway is shutting down; nothing was computed: ask another one")
             twin.bind(held.ready.binding)
             with torch.inference_mode():
                 yield twin.module, held.version
         finally:
             with self._lock:
                 held.users -= 1
-                twin.bind(self._current.ready.binding)  # an idle module refers to no old version, whose memory may go
-            self._free.put(twin)
-            self._give_back()
+                if twin is not None:
+                    twin.bind(self._current.ready.binding)  # idle, it refers to no old version, whose memory may go
+            if twin is not None:
+                self._free.put(twin)
+            self._give_back(every=twin is None)
 
     def statistics(self) -> LiveStatistics:
         with self._lock:
@@ -119,12 +123,20 @@ class Live:
             )
 
     def close(self) -> None:
-        """End following. Waits for the forwards that run; call it once."""
+        """End following. Waits for the forwards that run. Twice does nothing."""
         self._follower.close(_PATIENCE)
         for _ in self._twins:
-            twin = self._free.get()
-            twin.forget(self._current.ready.binding)
+            twin = self._next_free()
+            if twin is not None:
+                twin.forget(self._current.ready.binding)
+        self._free.put(None)
         self._give_back(every=True)
+
+    def _next_free(self) -> Bindable | None:
+        twin = self._free.get()
+        if twin is None:
+            self._free.put(None)  # for whoever waits too
+        return twin
 
     def _swap(self) -> None:
         """Called by the follower when a version is ready."""
@@ -136,9 +148,10 @@ class Live:
             self._living.append(self._current)
             self._swaps += 1
         for _ in self._twins:  # each module in turn, between two forwards of it
-            twin = self._free.get()
-            twin.bind(ready.binding)
-            self._free.put(twin)
+            twin = self._next_free()
+            if twin is not None:
+                twin.bind(ready.binding)
+                self._free.put(twin)
         self._give_back()
         version = ready.binding.version
         log.info("version %s (number %d, step %d) answers from now on", version.name, version.number, version.step)
