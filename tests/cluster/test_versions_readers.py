@@ -273,6 +273,17 @@ def test_watching_a_name_or_tag_now_and_later(world: World) -> None:
     assert world.take(READER) == []  # each was answered once
 
 
+def test_who_knows_another_version_of_that_number_is_answered_at_once(world: World) -> None:
+    world.make("v1")
+    digest = world.versions.entries[1].info.digest
+    assert digest
+    for known, answered in ((digest, 0), ("", 0), ("another cluster's", 1)):
+        world.versions.watch(world.asker(READER), v.Watch("m", "latest", 1, known))
+        assert len(world.take(READER)) == answered
+    world.make("v2")
+    assert [f.info.name for f in world.take(READER)] == ["v2", "v2"]
+
+
 def test_threads_of_one_reader_wait_for_the_same_and_those_that_gave_up_do_not_pile_up(world: World) -> None:
     for _ in range(50):
         world.watch("latest")

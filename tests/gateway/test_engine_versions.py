@@ -254,7 +254,7 @@ class Flaky(MemorySource):
         self.broken = False
         self.asked = threading.Semaphore(0)
 
-    def wait(self, after: int, name: str = "latest", timeout: float = 30.0) -> VersionInfo:
+    def wait(self, after: VersionInfo | int, name: str = "latest", timeout: float = 30.0) -> VersionInfo:
         if self.broken:
             self.asked.release()
             raise LinkBroken("no server answers")
@@ -397,7 +397,7 @@ def test_a_wait_that_only_timed_out_is_not_an_error(model: ModelFolder, start: C
     class Impatient(MemorySource):
         asked = threading.Semaphore(0)
 
-        def wait(self, after: int, name: str = "latest", timeout: float = 30.0) -> VersionInfo:
+        def wait(self, after: VersionInfo | int, name: str = "latest", timeout: float = 30.0) -> VersionInfo:
             self.asked.release()
             if self._newest.number == after:
                 raise DeadlineExceeded("still")

@@ -366,7 +366,7 @@ class _Broken:
     def lease(self, name: str = "latest") -> Weights:
         return self.inner.lease(name)
 
-    def wait(self, after: int, name: str = "latest", timeout: float = 30.0) -> VersionInfo:
+    def wait(self, after: VersionInfo | int, name: str = "latest", timeout: float = 30.0) -> VersionInfo:
         raise Unreachable("nobody answers")
 
 

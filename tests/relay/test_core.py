@@ -335,6 +335,20 @@ def test_a_new_cluster_that_counts_from_one_again_is_not_mixed_with_the_old(stag
         stage.lease(A, "production")
 
 
+def test_a_watch_tells_versions_of_one_number_apart(stage: Stage) -> None:
+    old = stage.lease(A).info
+    seq = stage.send(A, v.Watch("lm", "latest", 1, old.digest))
+    assert stage.answer(seq) is None
+    stage.has(1, era="new")
+    stage.lists()
+    stage.fetch(era="new")
+    found = stage.answer(seq)
+    assert isinstance(found, v.Found)
+    assert (found.info.number, found.info.digest == old.digest) == (1, False)
+    seq = stage.send(A, v.Watch("lm", "latest", 1, old.digest))
+    assert stage.answer(seq) == found  # at once, to whoever did not hear
+
+
 def test_the_newest_of_a_new_cluster_is_the_newest_here_also_while_a_tag_of_it_does_not_come(stage: Stage) -> None:
     for number in (2, 3):
         stage.has(number, f"v{number}", "production")

@@ -109,9 +109,14 @@ class Waiting(NamedTuple):
     """What somebody waits for over a connection."""
 
     peer: int
-    model: str
-    name: str
-    after: int
+    ask: v.Watch
+
+    def news(self, entry: Entry | None) -> Entry | None:
+        """What its name means, if that is a version to read, and another one than it knows."""
+        if entry is None or entry.state != "ready":
+            return None
+        known = entry.number == self.ask.after and self.ask.digest in ("", entry.info.digest)
+        return None if known else entry
 
 
 def check(ask: v.Publish) -> None:

@@ -354,13 +354,12 @@ class Versions:
 
     def watch(self, asker: Asker, ask: v.Watch) -> None:
         """Answer when a name or tag means another version than number ``after``; a tag that is not there may come."""
-        entry = self._find(ask.model, ask.name)
-        if entry is not None and entry.state == "ready" and entry.number != ask.after:
+        mine = Waiting(asker.peer, ask)
+        if entry := mine.news(self._find(ask.model, ask.name)):
             self._desk.reply(asker, v.Found(entry.info, entry.pause))
         else:
             check_name("model", ask.model)
             check_name("version or tag", ask.name)
-            mine = Waiting(asker.peer, ask.model, ask.name, ask.after)
             others = [each for each in self._watching if each.peer == asker.peer and each != mine]
             if len(others) >= ASKERS:  # given up long ago
                 del self._watching[others[0]]
@@ -566,9 +565,8 @@ class Versions:
 
     def _changed(self, model: str) -> None:
         """What a name means may be another version now: tell those who wait for it."""
-        for each in [each for each in self._watching if each.model == model]:
-            entry = self._find(model, each.name)
-            if entry is not None and entry.state == "ready" and entry.number != each.after:
+        for each in [each for each in self._watching if each.ask.model == model]:
+            if entry := each.news(self._find(model, each.ask.name)):
                 for asker in self._watching.pop(each):
                     self._desk.reply(asker, v.Found(entry.info, entry.pause))
         self._revised()

@@ -156,12 +156,12 @@ class Weights(Protocol):
 class Source(Protocol):
     """Where versions come from; ``headwater.reader`` is one.
 
-    ``wait`` returns the version of a tag once its number is not ``after``, or raises ``DeadlineExceeded``. A source
+    ``wait`` returns the version of a tag once it is not ``after``, or raises ``DeadlineExceeded``. A source
     that can be out of reach while it waits has ``statistics()`` too, with ``connected`` (bool) and ``error`` (str).
     """
 
     def lease(self, name: str = "latest") -> Weights: ...
-    def wait(self, after: int, name: str = "latest", timeout: float = 30.0) -> VersionInfo: ...
+    def wait(self, after: VersionInfo | int, name: str = "latest", timeout: float = 30.0) -> VersionInfo: ...
 
 
 class Handle(Protocol):

@@ -76,7 +76,7 @@ class Follower:
 
     def start(self, newest: VersionInfo) -> None:
         """Follow the source from ``newest`` on."""
-        threading.Thread(target=self._run, args=(newest.number,), name="headwater-follow", daemon=True).start()
+        threading.Thread(target=self._run, args=(newest,), name="headwater-follow", daemon=True).start()
 
     @property
     def has_next(self) -> bool:
@@ -106,19 +106,19 @@ class Follower:
             lease.release()
             raise
 
-    def _run(self, number: int) -> None:
+    def _run(self, known: VersionInfo) -> None:
         while not self._ended.is_set():
             try:
-                number = self._follow_once(number)
+                known = self._follow_once(known)
             except DeadlineExceeded:
                 self._waited()
             except Exception as error:  # noqa: BLE001 - whatever a source raises, what we have goes on being served
                 self._failed(error)
                 self._ended.wait(self._retry)
 
-    def _follow_once(self, number: int) -> int:
-        """Wait for a version other than ``number`` and offer it; returns its number."""
-        seen = self._source.wait(after=number, name=self._tag, timeout=_PATIENCE).number
+    def _follow_once(self, known: VersionInfo) -> VersionInfo:
+        """Wait for another version than ``known`` and offer it."""
+        seen = self._source.wait(known, self._tag, _PATIENCE)
         with self._leasing:
             if self._ended.is_set():
                 return seen
@@ -131,7 +131,7 @@ class Follower:
                 return seen
             self.stale_since, self.error = None, ""
             self._offer(ready)
-            return ready.binding.version.number
+            return ready.binding.version
 
     def _offer(self, ready: Ready) -> None:
         with self._lock:

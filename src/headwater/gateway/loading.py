@@ -201,9 +201,9 @@ class Still:
         del name
         return _Unchanged(self._version)
 
-    def wait(self, after: int, name: str = "latest", timeout: float = 30.0) -> VersionInfo:
+    def wait(self, after: VersionInfo | int, name: str = "latest", timeout: float = 30.0) -> VersionInfo:
         del name
-        if after != self._version.number:
+        if after not in (self._version, self._version.number):
             return self._version
         self._closed.wait(timeout)
         raise DeadlineExceeded("a static model has no other version")
@@ -221,7 +221,7 @@ class _Seen(Protocol):
 
 class _Reader(Protocol):
     def lease(self, name: str = ...) -> Weights: ...
-    def wait(self, after: int = ..., name: str = ..., timeout: float | None = ...) -> VersionInfo: ...
+    def wait(self, after: VersionInfo | int = ..., name: str = ..., timeout: float | None = ...) -> VersionInfo: ...
     def statistics(self) -> _Seen: ...
     def close(self) -> None: ...
 
@@ -235,7 +235,7 @@ class FromReader:
     def lease(self, name: str = "latest") -> Weights:
         return self._reader.lease(name)
 
-    def wait(self, after: int, name: str = "latest", timeout: float = 30.0) -> VersionInfo:
+    def wait(self, after: VersionInfo | int, name: str = "latest", timeout: float = 30.0) -> VersionInfo:
         """As the reader's; ``Unreachable`` instead of ``DeadlineExceeded`` if nobody answered meanwhile."""
         try:
             return self._reader.wait(after, name, timeout)

@@ -72,11 +72,12 @@ class MemorySource:
             self.leases[number] = self.leases.get(number, 0) + 1
             return MemoryWeights(self, self._newest, self._tensors)
 
-    def wait(self, after: int, name: str = "latest", timeout: float = 30.0) -> VersionInfo:
-        """The newest version once its number is not ``after``; ``DeadlineExceeded`` after ``timeout`` seconds."""
+    def wait(self, after: VersionInfo | int, name: str = "latest", timeout: float = 30.0) -> VersionInfo:
+        """The newest version once it is not ``after``; ``DeadlineExceeded`` after ``timeout`` seconds."""
+        number = after if isinstance(after, int) else after.number
         with self._changed:
-            if not self._changed.wait_for(lambda: self._newest.number != after, timeout):
-                raise DeadlineExceeded(f"version {after} of {self._newest.model} is still the newest; wait again")
+            if not self._changed.wait_for(lambda: self._newest.number != number, timeout):
+                raise DeadlineExceeded(f"version {number} of {self._newest.model} is still the newest; wait again")
             return self._newest
 
     def given_back(self, number: int) -> None:

@@ -232,11 +232,11 @@ class Follower:
     # ---- the thread ------------------------------------------------------------------------------
 
     def _follow(self) -> None:
-        known = 0 if self._current is None else self._current.version.number
+        known = self.version
         last = time.monotonic() if known else -math.inf
         while not self._closed.is_set():
             try:
-                found = self._reader.wait(known, self._name, POLL)
+                found = self._reader.wait(known or 0, self._name, POLL)
                 self._unheard = ""
                 if self._closed.wait(max(0.0, last + self._every - time.monotonic())):
                     return
@@ -245,13 +245,13 @@ class Follower:
             except DeadlineExceeded:
                 self._unheard = ""  # there is no news
             except ShapeMismatch as error:
-                known, self._refused = found.number, str(error)
+                known, self._refused = found, str(error)
             except Exception as error:  # noqa: BLE001 - such as no memory on the device: the next version may fit
                 self._unheard = str(error) if isinstance(error, HeadwaterError) else repr(error)
                 self._closed.wait(RETRY if isinstance(error, LinkError) else POLL)
 
-    def _stage(self) -> int:
-        """Make what the name means now ready: everything that takes time. The version's number."""
+    def _stage(self) -> VersionInfo:
+        """Make what the name means now ready: everything that takes time."""
         since = time.perf_counter()
         weights = self._reader.lease(self._name)
         try:
@@ -267,7 +267,7 @@ class Follower:
                 self._staged = _Staged(weights, tensors, since)
         if skipped is not None:
             skipped.release()
-        return weights.version.number
+        return weights.version
 
     def _ready(self, weights: Weights) -> dict[str, torch.Tensor]:
         into = {name: owner[key] for name, ((owner, key), *_) in self._places.items() if key in owner}

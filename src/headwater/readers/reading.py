@@ -205,14 +205,16 @@ class Reader:
 
     # ---- news ------------------------------------------------------------------------------------
 
-    def wait(self, after: int = 0, name: str = LATEST, timeout: float | None = None) -> VersionInfo:
-        """Until ``name`` means another version than number ``after``; a tag or version that is not there may come.
+    def wait(self, after: VersionInfo | int = 0, name: str = LATEST, timeout: float | None = None) -> VersionInfo:
+        """Until ``name`` means another version than ``after``; a tag or version that is not there may come.
 
+        ``after``: a version, or its number alone; versions of a cluster that was begun anew have the same numbers.
         Raises ``DeadlineExceeded`` after ``timeout`` seconds (default: the reader's), ``LinkError``.
         """
         _check_name(name)
         deadline = self._runtime.now() + (self.timeout if timeout is None else timeout)
-        found = self._ask(v.Watch(self.model, name, after), deadline)
+        known = (after, "") if isinstance(after, int) else (after.number, after.digest)
+        found = self._ask(v.Watch(self.model, name, *known), deadline)
         if not isinstance(found, v.Found):
             raise InternalError(f"{type(found).__name__} came in answer to the wish for a version")
         return found.info

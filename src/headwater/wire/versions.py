@@ -57,11 +57,15 @@ class Await(msgspec.Struct, frozen=True, tag="await"):
 
 
 class Watch(msgspec.Struct, frozen=True, tag="watch"):
-    """Answered by ``Found`` when the version that ``name`` (a name or tag) means is not number ``after``."""
+    """Answered by ``Found`` when the version that ``name`` (a name or tag) means is not number ``after``.
+
+    ``digest``: of that one, since another cluster counts from 1 again; empty: any.
+    """
 
     model: str
     name: str
     after: int = 0
+    digest: str = ""
 
 
 class Found(msgspec.Struct, frozen=True, tag="found"):
