@@ -491,6 +491,22 @@ def test_a_relay_with_nothing_to_do_waits_for_news(town: Town) -> None:
     assert len(waiting._listing) == 1
 
 
+def test_a_bug_in_the_listening_thread_is_told_and_not_the_end(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    town.publish("v1", 1)
+    relay = town.relay()
+    town.has(relay, "v1")
+    ask = relay.feeder._control.ask
+
+    def bug(message: Any, timeout: float) -> Any:
+        return 1 / 0 if isinstance(message, v.ListVersions) else ask(message, timeout)
+
+    monkeypatch.setattr(relay.feeder._control, "ask", bug)
+    town.publish("v2", 2)
+    town.until(relay, lambda news: isinstance(news, Trouble) and "ZeroDivisionError" in news.text)
+    monkeypatch.setattr(relay.feeder._control, "ask", ask)
+    town.has(relay, "v2")
+
+
 def test_a_bug_in_the_fetching_thread_is_told_and_not_the_end(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
     town.publish("v1", 1)
     relay = town.relay()

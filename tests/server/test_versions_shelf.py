@@ -463,6 +463,16 @@ def test_a_delta_to_what_was_dropped_is_not_one_to_another_of_its_number(
     assert not holder.shelf.parts[Key(2, 0, 1)].deltas
 
 
+def test_a_version_that_is_dropped_before_its_moment_is_never_made(holder: Holder) -> None:
+    for number in (1, 2):
+        holder.tell(v.CutVersion(number, 0, (1,), ((1, 5),)))  # when the table is at step 5
+    cuts = holder.server.nodes[0].cuts
+    assert [cut.number for cut in cuts] == [1, 2]
+    holder.tell(v.DropVersion((1,)))
+    assert [cut.number for cut in holder.server.nodes[0].cuts] == [2]
+    assert not holder.shelf.parts
+
+
 @pytest.mark.parametrize("when", ["copying", "copied"])
 def test_what_is_dropped_is_gone(holder: Holder, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     gate = late(monkeypatch)

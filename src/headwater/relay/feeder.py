@@ -103,10 +103,10 @@ class Feeder:
                 if not known:
                     self._post(Silent(f"no answer in {ANSWER:.0f} s ({error.code})"))
                 known = 0  # no news, or nobody there: the next question tells
-            except HeadwaterError as error:
+            except Exception as error:  # noqa: BLE001 - a relay serves on, and says why it hears nothing
                 known = 0
                 if not self._closed.is_set():
-                    self._post(Silent(str(error)))
+                    self._post(Silent(str(error) if isinstance(error, HeadwaterError) else repr(error)))
                     self._closed.wait(AGAIN)
             else:
                 known = listed.revision

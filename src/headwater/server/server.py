@@ -169,6 +169,8 @@ class Server:
         if isinstance(message, m.View):
             return self.adopt(message)
         if isinstance(message, v.DropVersion):
+            for holder in self.nodes.values():
+                holder.cuts = [cut for cut in holder.cuts if cut.number not in message.numbers]
             return [*self._fills.drop(message.numbers), *self.setting.shelf.drop(message.numbers)]
         if isinstance(message, v.Hold):
             return self._fills.begin(message)
