@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ import headwater
 from headwater.client import Client
 from headwater.launch import Launcher
 from headwater.readers import Reader
+from tests.readers.holders import Holders
 
 Connect = Callable[[], Client]
 Read = Callable[..., Reader]
@@ -73,3 +76,21 @@ def read(address: str, name: str) -> Iterator[Read]:
     yield open_one
     for reader in opened:
         reader.close()
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.fixture
+def holders() -> Iterator[Holders]:
+    before = descriptors()
+    made = Holders()
+    yield made
+    made.fetcher.close()
+    made.links.clear()  # with what broke them, and so the frames that it came through
+    made.answer = lambda frame, fetch, said: said
+    del made
+    if descriptors() > before:
+        gc.collect()
+    assert descriptors() <= before, "descriptors were kept"

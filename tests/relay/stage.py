@@ -28,6 +28,7 @@ SPEC = TableSpec("lm", (ParameterSpec("w", (32768,)),), OptimizerSpec("SGD", ({"
 SHARDS = 2
 
 Answer = TypeVar("Answer")
+A, B = 1, 2  # readers' connections
 
 
 class Stage:

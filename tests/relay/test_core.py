@@ -19,20 +19,7 @@ from headwater.types import VersionInfo
 from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.frames import Frame, Kind
-from tests.relay.stage import ME, SPEC, UPSTREAM, Stage
-
-A, B = 1, 2  # readers' connections
-
-
-@pytest.fixture
-def stage() -> Stage:
-    """A relay that has version 1, and a reader."""
-    stage = Stage()
-    stage.has(1)
-    stage.lists()
-    stage.fetch()
-    stage.join(A)
-    return stage
+from tests.relay.stage import ME, SPEC, UPSTREAM, A, B, Stage
 
 
 def test_the_newest_version_is_fetched_and_leased_with_the_relay_as_its_holder(stage: Stage) -> None:
@@ -84,6 +71,29 @@ def test_a_tag_moves_here_when_its_version_is_here(stage: Stage) -> None:
     assert stage.fetch_all() == ["v3"]  # tagged and newest; what is neither does not come
     assert stage.answer(seq) == v.Found(stage.theirs[3].info)
     assert stage.names() == {"v1": (), "v3": ("latest", "production")}
+
+
+def test_a_tag_comes_in_one_list_with_its_version(stage: Stage) -> None:
+    """Whoever hears from this relay that a version is here can have it by its tag: another relay, for example."""
+    stage.has(2, "v2", "production")
+    stage.lists()
+    seq = stage.send(A, v.ListVersions(after=stage.listed().revision))
+    stage.fetch()
+    heard = stage.answer(seq)
+    assert isinstance(heard, v.VersionList)
+    assert {each.info.name: each.tags for each in heard.versions}["v2"] == ("latest", "production")
+
+
+def test_a_version_that_comes_from_a_cluster_that_has_none_any_more_takes_no_tag_away(stage: Stage) -> None:
+    stage.has(2, "v2", "production")
+    stage.lists()
+    stage.fetch()
+    stage.has(3, "v3")
+    stage.lists()
+    stage.theirs.clear()
+    stage.lists()
+    stage.fetch()
+    assert stage.lease(A, "production").info.name == "v2"
 
 
 def test_a_relay_that_begins_takes_the_newest_first_and_later_what_is_tagged() -> None:
@@ -306,84 +316,6 @@ def test_a_relay_that_stood_still_gives_nobody_up(stage: Stage) -> None:
         stage.beat(A)
         stage.tick(1.0)
     assert stage.relay.versions.entries[1].leases[A] == 1
-
-
-# ---- another cluster at the same address ---------------------------------------------------------------------
-
-
-def test_a_new_cluster_that_counts_from_one_again_is_not_mixed_with_the_old(stage: Stage) -> None:
-    for number in (2, 3):
-        stage.has(number, f"v{number}", "production")
-        stage.lists()
-        stage.fetch()
-    old = stage.lease(A, "v1")
-    stage.theirs.clear()
-    stage.lists()  # nothing is published yet
-    assert stage.lease(A).info.number == 3
-    stage.has(1, era="new")
-    stage.lists()
-    assert stage.lease(A).info.number == 3  # until the new one is here
-    assert stage.job().bases == ()  # and no delta to what the new cluster never had
-    seq = stage.send(A, v.Watch("lm", "latest", 3))
-    stage.fetch(era="new")
-    assert stage.answer(seq) == v.Found(stage.theirs[1].info)
-    assert stage.names() == {"v1": ("latest",)}
-    leased = stage.lease(A)
-    assert leased.info != old.info
-    assert stage.content(leased).startswith(b"lm 1 new.")
-    with pytest.raises(UnknownVersion):
-        stage.lease(A, "production")
-
-
-def test_a_watch_tells_versions_of_one_number_apart(stage: Stage) -> None:
-    old = stage.lease(A).info
-    seq = stage.send(A, v.Watch("lm", "latest", 1, old.digest))
-    assert stage.answer(seq) is None
-    stage.has(1, era="new")
-    stage.lists()
-    stage.fetch(era="new")
-    found = stage.answer(seq)
-    assert isinstance(found, v.Found)
-    assert (found.info.number, found.info.digest == old.digest) == (1, False)
-    seq = stage.send(A, v.Watch("lm", "latest", 1, old.digest))
-    assert stage.answer(seq) == found  # at once, to whoever did not hear
-
-
-def test_the_newest_of_a_new_cluster_is_the_newest_here_also_while_a_tag_of_it_does_not_come(stage: Stage) -> None:
-    for number in (2, 3):
-        stage.has(number, f"v{number}", "production")
-        stage.lists()
-        stage.fetch()
-    stage.theirs.clear()
-    stage.has(1, "new-1", "production", era="new")
-    stage.has(2, "new-2", era="new")
-    stage.lists()
-    memory = [held.room for key, held in stage.shelf.parts.items() if key.number == 2]
-    assert stage.fetch(era="new").name == "new-2"
-    stage.fail(DeltaCorrupt("damaged"))
-    assert stage.lease(A).info.name == "new-2"
-    assert [stage.shelf.rooms.take(memory[0].size) in memory for _ in memory] == [True, True]  # it was given back
-    with pytest.raises(UnknownVersion):
-        stage.lease(A, "v3")
-    while stage.idle():
-        stage.tick()
-    stage.fetch(era="new")
-    assert stage.names() == {"new-1": ("production",), "new-2": ("latest",)}
-
-
-def test_a_cluster_that_lists_nothing_of_a_model_takes_nothing_away(stage: Stage) -> None:
-    stage.theirs.clear()
-    stage.lists()
-    assert stage.lease(A).info.number == 1
-
-
-def test_a_version_that_is_lost_there_is_still_here(stage: Stage) -> None:
-    status = stage.theirs[1]
-    stage.theirs[1] = v.VersionStatus(status.info, "lost", (), 0, 0)
-    stage.has(2)
-    stage.lists()
-    stage.fetch()
-    assert stage.lease(A, "v1").info.number == 1
 
 
 # ---- failures -------------------------------------------------------------------------------------------------

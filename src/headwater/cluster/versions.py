@@ -241,16 +241,16 @@ class Versions:
         self._changed(entry.info.model)
         self.retain()
 
-    def adopt(self, origin: v.Leased, keep: int, session: int | None = None) -> None:
-        """A version that was made elsewhere is here, whole, leased by ``session``. ``keep``: as in ``Publish``."""
+    def adopt(self, origin: v.Leased, keep: int, session: int, tags: Mapping[str, int]) -> None:
+        """A version from elsewhere is here, whole, leased by ``session``, and its model has these tags."""
         parts = {(part.shard, part.table): v.PartDigest(part.table, part.size, part.digest) for part in origin.parts}
         shards = tuple(sorted({shard for shard, _ in parts}))
         ask = v.Publish(origin.info.model, origin.info.name, origin.tables, keep=keep)
         entry = Entry(origin.info, ask, shards, "ready", parts=parts, since=self._clock(), origin=origin)
         entry.holders = {shard: {0} for shard in shards}
-        if session is not None:
-            entry.leases[session] += 1
+        entry.leases[session] += 1
         self.entries[origin.info.number] = entry
+        self._retag(origin.info.model, tags)
         self._changed(origin.info.model)
         self.retain()
 
@@ -263,11 +263,14 @@ class Versions:
 
     def mirror(self, model: str, tags: Mapping[str, int]) -> None:
         """Let the tags of a model be these."""
-        others = {tag: to for tag, to in self.tags.items() if tag[0] != model}
-        mine = {(model, tag): to for tag, to in tags.items()}
-        if others | mine != self.tags:
-            self.tags = others | mine
+        before = self.tags
+        self._retag(model, tags)
+        if self.tags != before:
             self._changed(model)
+
+    def _retag(self, model: str, tags: Mapping[str, int]) -> None:
+        others = {tag: to for tag, to in self.tags.items() if tag[0] != model}
+        self.tags = others | {(model, tag): to for tag, to in tags.items()}
 
     def _give_up(self, entry: Entry, error: HeadwaterError) -> None:
         for asker in [*entry.publishers, *entry.awaiting]:

@@ -30,6 +30,7 @@ from headwater.wire import delta, sums
 from headwater.wire import versions as v
 
 SILENT = 20.0  # seconds in which a holder must send something: a delta may have to be made first
+PROMPT = 1.0  # seconds in which it must answer what was asked ahead
 MOST = 100_000  # shards: a bound, so that a wrong number is refused and not counted to
 
 
@@ -43,7 +44,7 @@ class Counts(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """A part on its way into ``room`` (or shared), over ``line``."""
+    """A part on its way into ``room`` (or shared), over ``line``. ``ahead``: before it was known to be there."""
 
     at: v.PartAt
     key: Key
@@ -52,6 +53,7 @@ class _Asked(NamedTuple):
     room: list[Room]
     check: list[Check]  # of one that comes whole, and is large
     base: Base | None = None  # whose memory it may have
+    ahead: bool = False
 
 
 class _Landed(NamedTuple):
@@ -88,6 +90,7 @@ class Fetcher:
         self._share = share
         self._lines: dict[str, Line] = {}
         self._unmapped: queue.SimpleQueue[tuple[Line, Key]] = queue.SimpleQueue()
+        self._ahead: dict[Key, _Asked] = {}
         self._plans: dict[int, Plan] = {}
         self._warmed = False
         self._gone_bytes = 0  # that came over connections which have ended
@@ -182,6 +185,42 @@ class Fetcher:
             memory.close_all((place.fd,))
             place.unmapped()
 
+    # ---- versions that may be there --------------------------------------------------------------
+
+    def ahead(self, number: int, parts: Sequence[v.PartAt]) -> None:
+        """Ask for a version before it is leased: the answers are on their way while the coordinator is asked.
+
+        ``parts``: of the one before; only who shares memory is asked. ``store`` takes them, ``forgo`` gives them back.
+        """
+        if not self._share or not self._turn.acquire(blocking=False):  # else another thread fetches
+            return
+        try:
+            for at in parts:
+                key = (number, at.shard, at.table)
+                line = next(filter(None, (self._lines.get(holder.address) for holder in at.holders)), None)
+                if line is None or line.broken or not line.shared or key in self._ahead:
+                    continue
+                with contextlib.suppress(HeadwaterError):
+                    answer = line.ask(v.Fetch(*key, 0, True, line.rate), _only_shared)
+                    self._ahead[key] = _Asked(at, key, line, answer, [], [], ahead=True)
+        finally:
+            self._turn.release()
+
+    def forgo(self) -> None:
+        """What was asked for ahead and is not wanted is given back."""
+        if not self._ahead or not self._turn.acquire(blocking=False):
+            return
+        try:
+            while self._ahead:
+                _, asked = self._ahead.popitem()
+                with contextlib.suppress(HeadwaterError):
+                    asked.line.wait(asked.answer, self._now() + PROMPT)
+                if not asked.answer.done:  # its answer could come at any time, with memory that nobody gives back
+                    self._drop(asked.line)
+                self._recycle(asked)
+        finally:
+            self._turn.release()
+
     # ---- parts -----------------------------------------------------------------------------------
 
     def parts(
@@ -229,16 +268,16 @@ class Fetcher:
                     raise LinkBroken(f"{asked.line.holder.address} has sent nothing for {stall:.0f} s") from None
 
     def _ask(self, number: int, at: v.PartAt, base: int, mine: Base | None = None) -> _Asked:
+        asked = self._ahead.pop((number, at.shard, at.table), None)
+        if asked is not None:
+            return asked._replace(at=at)
         line = self._line(at)
         room: list[Room] = []
         check: list[Check] = []
         fetch = v.Fetch(number, at.shard, at.table, base, self._share and line.shared, line.rate)
 
         def land(part: v.Part) -> memoryview:
-            if part.size != at.size or len(part.sums) != 8 * sums.blocks(at.size):
-                raise ProtocolError(f"{line.holder.address} sent a part of {part.size} bytes instead of {at.size}")
-            if sums.digest(sums.unpack(part.sums)) != at.digest:
-                raise ProtocolError(f"{line.holder.address} holds another version than number {number}")
+            _check_part(part, at, number, line.holder)
             if part.encoding == "delta":
                 if not 0 < part.nbytes <= at.size:
                     raise ProtocolError(f"a delta of {part.nbytes} bytes to a part of {at.size}")
@@ -284,15 +323,35 @@ class Fetcher:
             self._recycle(asked)
             self._count(damaged=1)
             if again:
-                return self._wait(self._ask(asked.key[0], asked.at, 0), have, wait, again=False)
+                return self._once_more(asked, have, wait, again=False)
             raise
         except HeadwaterError:
             self._recycle(asked)
+            if asked.ahead:  # it was not there yet, or is another one
+                return self._once_more(asked, have, wait, again=True)
+            raise
+
+    def _once_more(
+        self,
+        asked: _Asked,
+        have: Mapping[tuple[int, int], Room],
+        wait: Callable[[_Asked], v.Part],
+        *,
+        again: bool,
+    ) -> _Landed:
+        second = self._ask(asked.key[0], asked.at, 0)
+        try:
+            return self._wait(second, have, wait, again=again)
+        except HeadwaterError:
+            if not second.answer.done:  # it could still come, to nobody
+                self._drop(second.line)
             raise
 
     def _recycle(self, asked: _Asked) -> None:
         fds, asked.answer.fds = asked.answer.fds, ()
         memory.close_all(fds)
+        if fds:
+            self._unmapped.put((asked.line, asked.key))
         for check in asked.check:
             check.end()
         while asked.room:
@@ -303,6 +362,8 @@ class Fetcher:
     def _shared(self, asked: _Asked) -> Theirs:
         if len(asked.answer.fds) != 1:
             raise ProtocolError(f"{asked.line.holder.address} shares a part without a descriptor")
+        if asked.ahead and asked.answer.part is not None:
+            _check_part(asked.answer.part, asked.at, asked.key[0], asked.line.holder)
         memory.verify(asked.answer.fds[0], asked.at.size)
         self._count(shared_parts=1)
         # Whoever lets go of memory may be the garbage collector, in any thread: it only makes a note (``settle``).
@@ -387,4 +448,21 @@ class Fetcher:
             self.settle()
             for line in list(self._lines.values()):
                 self._drop(line)
+            for asked in self._ahead.values():
+                self._recycle(asked)
             self.rooms.close()
+
+
+def _check_part(part: v.Part, at: v.PartAt, number: int, holder: v.Holder) -> None:
+    """Whether it is the one that was leased. Raises ``ProtocolError``."""
+    if part.size != at.size or len(part.sums) != 8 * sums.blocks(at.size):
+        raise ProtocolError(f"{holder.address} sent a part of {part.size} bytes instead of {at.size}")
+    if sums.digest(sums.unpack(part.sums)) != at.digest:
+        raise ProtocolError(f"{holder.address} holds another version than number {number}")
+
+
+def _only_shared(part: v.Part) -> memoryview:
+    """Nothing else is wanted ahead."""
+    if part.encoding != "shared":
+        raise VersionExpired("the memory of this part is not shared")
+    return memoryview(b"")

@@ -107,6 +107,7 @@ class Reader:
         self._newest: VersionInfo | None = None  # that was leased
         self._turn = 0  # leases that were asked for; those whose answer is awaited; and those that stand
         self._asking: set[int] = set()
+        self._next: tuple[int, tuple[v.PartAt, ...]] | None = None  # what may come after the newest, and who had that
         self._open: dict[int, int] = {}  # turn: number of the version
         self._guard = threading.RLock()
         self._fetching = threading.RLock()
@@ -148,23 +149,34 @@ class Reader:
         with self._guard:
             self._turn = turn = self._turn + 1
             self._asking.add(turn)
+            guess, self._next = self._next, None
+        if guess is not None:
+            self._fetcher.ahead(*guess)
         try:
             patience = max(0.0, deadline - self._runtime.now())
             leased = self._ask(v.Lease(self.model, name, tuple(self._known.items()), patience, turn), deadline)
             if not isinstance(leased, v.Leased):
                 raise InternalError(f"{type(leased).__name__} came in answer to the wish for a lease")
             number = self._open[turn] = leased.info.number
+        except BaseException:
+            self._fetcher.forgo()
+            raise
         finally:
             with self._guard:
                 self._asking.discard(turn)
         try:
             stored = self._store_in_turn(leased, deadline)
             with self._guard:
-                if name == LATEST or self._newest is None or number > self._newest.number:
+                newer = self._newest is None or number > self._newest.number
+                if newer or name == LATEST:
                     self._newest = stored.info
+                if newer:  # and who takes every new one will take the next
+                    self._next = (number + 1, leased.parts)
         except BaseException:
             self._release(turn)
             raise
+        finally:
+            self._fetcher.forgo()
         return Weights(stored, lambda: self._release(turn), partial(self._forget, turn))
 
     def _store_in_turn(self, leased: v.Leased, deadline: float) -> Stored:

@@ -314,18 +314,27 @@ class Relay:
             ready = [each.info.number for each in theirs if each.state == "ready"]
             if not ready:  # a cluster that has just begun: what is here is better than nothing
                 continue
-            tags = {}
-            for tag, number in ((tag, each.info.number) for each in theirs for tag in each.tags if tag != LATEST):
-                meant = number if self._here(number) else self.versions.tags.get((model, tag))
-                if meant is not None:
-                    tags[tag] = meant
-            self.versions.mirror(model, tags)
+            self.versions.mirror(model, self._mirrored(model))
             current = not self._wanted(model)
             for number in [e.number for e in self.versions.entries.values() if e.info.model == model]:
                 newer = number > max(ready) and self._here(max(ready))
                 if not self._here(number) and (current or newer):
                     self._forget(number)
         self.versions.retain()
+
+    def _mirrored(self, model: str, arriving: int = 0) -> dict[str, int]:
+        """The other side's tags: those of versions that are here, or ``arriving``; others mean what they meant."""
+        theirs = [each for each in self._theirs.values() if each.info.model == model]
+        if all(each.state != "ready" for each in theirs):  # a cluster that has just begun
+            return {tag: number for (of, tag), number in self.versions.tags.items() if of == model}
+        tags = {}
+        for each in theirs:
+            for tag in each.tags:
+                here = each.info.number == arriving or self._here(each.info.number)
+                meant = each.info.number if here else self.versions.tags.get((model, tag))
+                if tag != LATEST and meant is not None:
+                    tags[tag] = meant
+        return tags
 
     def _here(self, number: int) -> bool:
         """Whether the other side's version of this number is here."""
@@ -394,7 +403,7 @@ class Relay:
             self.drop((info.number,))
         self._put(done)
         hold = -info.number  # nobody's session: until it is known who wants it
-        self.versions.adopt(done.leased, self._keep, hold)
+        self.versions.adopt(done.leased, self._keep, hold, self._mirrored(info.model, info.number))
         demanded = info.number in self._demanded
         self._demanded.discard(info.number)
         self._mirror()

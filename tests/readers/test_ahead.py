@@ -1,0 +1,127 @@
+"""Versions that are asked for before they are leased: taken, or given back; never a wrong one."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from headwater.errors import VersionExpired
+from headwater.transports import memory
+from headwater.wire import messages as m
+from headwater.wire import versions as v
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.sums import checksums, pack
+from tests.readers.holders import Holders, Said, leased, part_of, right, state
+
+
+def given(holders: Holders) -> list[tuple[int, int]]:
+    """(number, shard) of memory that was handed out and not given back."""
+    left = [(fetch.number, fetch.shard) for fetch in holders.asked]
+    for word in holders.unmapped:
+        left.remove((word.number, word.shard))
+    return sorted(left)
+
+
+def test_a_version_that_was_asked_for_ahead_is_taken(holders: Holders) -> None:
+    holders.shared = True
+    first = holders.store(1)
+    holders.fetcher.ahead(2, leased(1).parts)
+    assert len(holders.asked) == 4
+    second = holders.store(2)
+    assert len(holders.asked) == 4
+    assert right(first, 1)
+    assert right(second, 2)
+    del first, second
+    gc.collect()
+    holders.fetcher.forgo()
+    holders.fetcher.settle()
+    assert given(holders) == []
+
+
+def test_what_was_asked_for_ahead_and_is_not_wanted_is_given_back(holders: Holders) -> None:
+    holders.shared = True
+    first = holders.store(1)
+    for number in (2, 3):
+        holders.fetcher.ahead(number, leased(1).parts)
+    assert right(holders.store(3), 3)
+    holders.fetcher.forgo()
+    holders.fetcher.forgo()
+    gc.collect()
+    holders.fetcher.settle()
+    assert given(holders) == [(1, 0), (1, 1)]
+    assert right(first, 1)
+    holders.fetcher.ahead(4, leased(1).parts)  # and nobody says anything more: the fetcher is closed
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_only_who_shares_memory_is_asked_ahead(holders: Holders, share: bool) -> None:
+    holders.fetcher.ahead(1, leased(1).parts)  # nobody is known yet
+    holders.shared = not share
+    holders.store(1)
+    holders.links[0].shared, holders.links[1].shared = share, False
+    holders.fetcher.ahead(2, leased(1).parts)
+    assert [fetch.shard for fetch in holders.asked[2:]] == ([0] if share else [])
+    holders.fetcher.forgo()
+
+
+def refusing(frame: Frame, fetch: v.Fetch, said: list[Said]) -> list[Said]:
+    memory.close_all(said[0][2])
+    return [(Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(VersionExpired("not here"))), b"", ())]
+
+
+def of_another(frame: Frame, fetch: v.Fetch, said: list[Said]) -> list[Said]:
+    return part_of(said, sums=pack(checksums(state(7)[fetch.shard])))
+
+
+def whole(frame: Frame, fetch: v.Fetch, said: list[Said]) -> list[Said]:
+    memory.close_all(said[0][2])
+    return Holders().honest(frame, msgspec.structs.replace(fetch, shared=False))
+
+
+def mad(frame: Frame, fetch: v.Fetch, said: list[Said]) -> list[Said]:
+    memory.close_all(said[0][2])
+    return part_of([(said[0][0], b"", ())], encoding="shared", nbytes=-1)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("answer", [refusing, of_another, whole, mad])
+def test_a_guess_that_was_wrong_costs_a_question(
+    holders: Holders, answer: Callable[[Frame, v.Fetch, list[Said]], list[Said]], wanted: bool
+) -> None:
+    holders.shared = True
+    first = holders.store(1)
+    holders.answer = answer
+    holders.fetcher.ahead(2, leased(1).parts)
+    holders.answer = lambda frame, fetch, said: said
+    if wanted:
+        assert right(holders.store(2), 2)
+        assert len(holders.asked) == 6
+    holders.fetcher.forgo()
+    assert right(first, 1)
+    assert right(holders.store(3, first), 3)
+
+
+def test_a_guess_that_nobody_answers_ends_its_connection(holders: Holders) -> None:
+    holders.shared = True
+    holders.store(1)
+    holders.answer = lambda frame, fetch, said: memory.close_all(said[0][2]) or []  # type: ignore[func-returns-value]
+    holders.fetcher.ahead(2, leased(1).parts)
+    holders.fetcher.forgo()
+    assert all(link.error is not None for link in holders.links)
+    holders.answer = lambda frame, fetch, said: said
+    assert right(holders.store(2), 2)
+
+
+def test_a_guess_dies_with_its_holder(holders: Holders) -> None:
+    holders.shared = True
+    holders.store(1)
+    holders.fetcher.ahead(2, leased(1).parts)
+    holders.links[0].close()
+    assert right(holders.store(2), 2)
+    holders.links[1].close()
+    holders.fetcher.ahead(3, leased(1).parts)
+    holders.fetcher.forgo()
+    assert right(holders.store(3), 3)
