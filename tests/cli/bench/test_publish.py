@@ -30,7 +30,7 @@ def _all() -> list[Figure]:
     for size in (*publish.SMALL, 500):
         found += publish.lease_figures(f"{size} MB", [0.0005] * 99 + [0.002], 0.1, 0.004)
     found += publish.copy_figures(
-        10**9, {"copy": [0.2] * 3, "again": [0.1] * 3, "memcpy": [0.1, 0.15, 0.2], "tensors": [0.19] * 3, "first": [1]}
+        10**9, {"copy": [0.2] * 3, "one": [0.1] * 3, "memcpy": [0.1, 0.15, 0.2], "tensors": [0.19] * 3, "first": [1]}
     )
     found += publish.fetch_figures(10**9, {"fetch": [0.5] * 3, "both": [1.0] * 3, "raw": [0.4, 0.45, 0.5]})
     for name in ("local", "tcp"):
@@ -48,8 +48,8 @@ def test_the_figures() -> None:
     assert (found["lease of 50 MB, p50"], found["lease of 50 MB, p99"]) == (0.5, 0.5)
     assert found["local copy-out"] == pytest.approx(5)
     assert found["local copy-out / memcpy"] == pytest.approx(0.75)
-    assert found["local copy-out again / memcpy"] == pytest.approx(1.5)
-    assert found["local copy-out / copies of such tensors"] == pytest.approx(0.95)
+    assert found["local copy-out by one thread / memcpy"] == pytest.approx(1.5)
+    assert found["local copy-out by one thread / copies of such tensors"] == pytest.approx(1.9)
     assert found["tcp fetch / raw socket"] == pytest.approx(0.9)
     assert found["tcp follower: swap / synchronisation"] == pytest.approx(2)
 

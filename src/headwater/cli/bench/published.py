@@ -39,9 +39,10 @@ class Module(torch.nn.Module):
 
 
 class Reading:
-    """A process that reads the versions of one model, with one thread."""
+    """A process that reads the versions of one model; all but copies out of them with one thread."""
 
     def __init__(self, model: str, nbytes: int, dtype: str) -> None:
+        self._threads = torch.get_num_threads()
         torch.set_num_threads(1)
         self._model, self._dtype = model, dtype
         self._table = spec(model, nbytes, dtype)
@@ -70,12 +71,17 @@ class Reading:
         return seconds
 
     def copy_out(self, name: str) -> tuple[float, float]:
-        """Seconds of ``copy_to`` of a version that nobody has looked at yet into warm tensors; and once more."""
+        """Seconds of ``copy_to`` of a version that nobody has looked at yet into warm tensors; and by one thread.
+
+        By as many threads as torch has of itself: one for each core.
+        """
         into = self._into()
         with self._reader.lease(name) as weights:
+            torch.set_num_threads(self._threads)
             start = time.perf_counter()
             weights.copy_to(into)
             middle = time.perf_counter()
+            torch.set_num_threads(1)
             weights.copy_to(into)
             return middle - start, time.perf_counter() - middle
 
