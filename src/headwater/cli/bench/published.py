@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -42,7 +43,7 @@ class Reading:
     """A process that reads the versions of one model; all but copies out of them with one thread."""
 
     def __init__(self, model: str, nbytes: int, dtype: str) -> None:
-        self._threads = torch.get_num_threads()
+        self._threads = len(os.sched_getaffinity(0))
         torch.set_num_threads(1)
         self._model, self._dtype = model, dtype
         self._table = spec(model, nbytes, dtype)
@@ -73,7 +74,7 @@ class Reading:
     def copy_out(self, name: str) -> tuple[float, float]:
         """Seconds of ``copy_to`` of a version that nobody has looked at yet into warm tensors; and by one thread.
 
-        By as many threads as torch has of itself: one for each core.
+        By a thread for each core, which is what torch takes of itself.
         """
         into = self._into()
         with self._reader.lease(name) as weights:
