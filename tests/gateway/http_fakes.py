@@ -216,11 +216,11 @@ class FakeEngine:
         if any(said.endswith(stop) for stop in one.request.stop):
             self._end(one, Finished("stop", *self._ended(one)))
             return
-        logprob = None if one.request.logprobs is None else -0.5
+        own = None if one.request.logprobs is None else Alternative(ord(letter), letter, -0.5)
         top = tuple(
             Alternative(ord(letter) + i, chr(ord(letter) + i), -0.5 - i) for i in range(one.request.logprobs or 0)
         )
-        one.send(Token(letter, ord(letter), logprob, top))
+        one.send(Token(letter, ord(letter), own, top))
         if one.sent == len(one.answer):
             reason = "length" if len(one.answer) == one.request.max_tokens else "stop"
             self._end(one, Finished(reason, *self._ended(one)))  # type: ignore[arg-type]

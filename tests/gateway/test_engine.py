@@ -136,7 +136,9 @@ def test_logprobs_and_alternatives(model: ModelFolder, engine: Engine) -> None:
         logits = model.module(torch.tensor([[*b"odds", *client.ids[:-1]]])).logits[0, 3:]
     expected = logits.log_softmax(-1)
     for token, row in zip(client.tokens, expected, strict=True):
-        assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-4)
+        assert token.own is not None
+        assert (token.own.id, token.own.text) == (token.id, model.decode([token.id]))
+        assert token.own.logprob == pytest.approx(float(row[token.id]), abs=1e-4)
         assert [a.id for a in token.top] == row.topk(3).indices.tolist()
         assert token.top[0].id == token.id
 

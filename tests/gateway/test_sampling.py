@@ -54,7 +54,9 @@ def test_penalties_count_what_was_generated() -> None:
 
 def test_logprobs_are_those_before_temperature_and_cuts() -> None:
     choice = sampler(temperature=0.0, top_k=1, logprobs=2).pick(LOGITS.bfloat16())
-    assert choice.logprob == pytest.approx(torch.tensor(0.5).log().item(), abs=0.02)
+    assert choice.own is not None
+    assert (choice.own.id, choice.own.text) == (choice.id, chr(ord("a") + choice.id))
+    assert choice.own.logprob == pytest.approx(torch.tensor(0.5).log().item(), abs=0.02)
     assert [(a.id, a.text) for a in choice.top] == [(3, "d"), (2, "c")]
     assert sampler(logprobs=0).pick(LOGITS).top == ()
 

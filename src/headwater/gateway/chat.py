@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from headwater.gateway.engine_types import Finished, Token
+from headwater.gateway.engine_types import Alternative, Finished, Token
 from headwater.gateway.gate import record_of
 from headwater.gateway.generation import Run, answer
 from headwater.gateway.limits import read_json
@@ -26,7 +26,7 @@ from headwater.gateway.openai_types import (
     TokenLogprob,
 )
 from headwater.gateway.problems import Refusal
-from headwater.gateway.requests import finish_reason, generations, including_usage, own_text, text_of
+from headwater.gateway.requests import finish_reason, generations, including_usage, text_of
 from headwater.gateway.served import fingerprint
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class _Writer:
             chunk = self._chunk(run, number, Delta())
             chunk.choices[0].finish_reason = finish_reason(event)
             yield chunk
-        elif event.text or event.logprob is not None:
+        elif event.text or event.own is not None:
             yield self._chunk(run, number, Delta(content=event.text), _logprobs([event]))
 
     def usage(self, run: Run) -> ChatChunk:
@@ -126,14 +126,13 @@ class _Writer:
 
 def _logprobs(events: Sequence[Token | Finished]) -> ChatLogprobs | None:
     """Of the tokens among the events; None if they were not asked for."""
-    tokens = [event for event in events if isinstance(event, Token) and event.logprob is not None]
-    return ChatLogprobs([_logprob(token) for token in tokens]) if tokens else None
+    found = [_logprob(e.own, e.top) for e in events if isinstance(e, Token) and e.own is not None]
+    return ChatLogprobs(found) if found else None
 
 
-def _logprob(token: Token) -> TokenLogprob:
-    own = own_text(token)
-    top = [Likely(likely.text, likely.logprob, _bytes(likely.text)) for likely in token.top]
-    return TokenLogprob(own, token.logprob or 0.0, _bytes(own), top)
+def _logprob(own: Alternative, likeliest: Sequence[Alternative]) -> TokenLogprob:
+    top = [Likely(likely.text, likely.logprob, _bytes(likely.text)) for likely in likeliest]
+    return TokenLogprob(own.text, own.logprob, _bytes(own.text), top)
 
 
 def _bytes(text: str) -> list[int] | None:

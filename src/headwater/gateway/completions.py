@@ -15,7 +15,7 @@ from headwater.gateway.generation import Run, answer
 from headwater.gateway.limits import read_json
 from headwater.gateway.openai_types import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from headwater.gateway.problems import Refusal
-from headwater.gateway.requests import finish_reason, generations, including_usage, own_text, read_prompts, text_of
+from headwater.gateway.requests import finish_reason, generations, including_usage, read_prompts, text_of
 from headwater.gateway.served import fingerprint
 
 if TYPE_CHECKING:
@@ -120,8 +120,9 @@ class _Writer:
 
 def _logprobs(events: Sequence[Token | Finished], offset: int) -> CompletionLogprobs | None:
     """Of the tokens among the events; None if not asked for. ``offset``: characters of the text before them."""
-    tokens = [event for event in events if isinstance(event, Token) and event.logprob is not None]
-    if not tokens:
+    tokens = [event for event in events if isinstance(event, Token)]
+    own = [token.own for token in tokens if token.own is not None]
+    if not own:
         return None
     offsets = []
     for token in tokens:
@@ -129,8 +130,8 @@ def _logprobs(events: Sequence[Token | Finished], offset: int) -> CompletionLogp
         offset += len(token.text)
     top = [{likely.text: likely.logprob for likely in token.top} for token in tokens]
     return CompletionLogprobs(
-        tokens=[own_text(token) for token in tokens],
-        token_logprobs=[token.logprob or 0.0 for token in tokens],
+        tokens=[each.text for each in own],
+        token_logprobs=[each.logprob for each in own],
         top_logprobs=top if any(top) else None,
         text_offset=offsets,
     )

@@ -360,7 +360,7 @@ class Engine:
         reason: Reason | None = "stop" if ended or stopped else "length" if full else None
         if reason and not stopped:
             text += answer.stops.flush()
-        self._tell(sequence, Token(text, choice.id, choice.logprob, choice.top))
+        self._tell(sequence, Token(text, choice.id, choice.own, choice.top))
         if reason:
             self._finish(sequence, reason)
 

@@ -96,7 +96,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """A token that could have come. ``text``: of it alone, U+FFFD for half a character; ``logprob``: in nats."""
+    """A token that came, or could have. ``text``: of it alone, U+FFFD for half a character; ``logprob``: in nats."""
 
     id: int
     text: str
@@ -109,12 +109,12 @@ class Token:
 
     ``text`` is what may be shown now: whole characters only, "" while a character is incomplete or a stop text may be
     coming; the last token brings what was held back. The texts of all tokens make the answer.
-    ``logprob`` and ``top`` (likeliest first) are given if the request asked for ``logprobs``.
+    ``own`` (the token itself) and ``top`` (likeliest first) are given if the request asked for ``logprobs``.
     """
 
     text: str
     id: int
-    logprob: float | None = None
+    own: Alternative | None = None
     top: tuple[Alternative, ...] = ()
 
 

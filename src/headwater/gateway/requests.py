@@ -94,8 +94,3 @@ def text_of(events: Sequence[Token | Finished]) -> str:
 def finish_reason(event: Token | Finished) -> FinishReason:
     """Of a choice that has ended; the other reasons are errors and do not come here."""
     return "length" if isinstance(event, Finished) and event.reason == "length" else "stop"
-
-
-def own_text(token: Token) -> str:
-    """A token's text alone, where it is known: the text that is shown may wait for the next token."""
-    return next((likely.text for likely in token.top if likely.id == token.id), token.text)

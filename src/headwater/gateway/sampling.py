@@ -21,7 +21,7 @@ class Choice:
     """A token and, if asked for, how likely it was and what else was."""
 
     id: int
-    logprob: float | None = None
+    own: Alternative | None = None
     top: tuple[Alternative, ...] = ()
 
 
@@ -72,11 +72,11 @@ class Sampler:
             row = warper(row, row)
         return int(torch.multinomial(row.softmax(-1)[0], 1, generator=self._generator))
 
-    def _likely(self, scores: Tensor, token: int, count: int) -> tuple[float, tuple[Alternative, ...]]:
+    def _likely(self, scores: Tensor, token: int, count: int) -> tuple[Alternative, tuple[Alternative, ...]]:
         logprobs = scores.log_softmax(-1)
         values, ids = logprobs.topk(min(count, len(logprobs)))
         top = (Alternative(i, self._decode([i]), p) for i, p in zip(ids.tolist(), values.tolist(), strict=True))
-        return float(logprobs[token]), tuple(top)
+        return Alternative(token, self._decode([token]), float(logprobs[token])), tuple(top)
 
 
 def likeliest(logits: Tensor) -> list[int | None]:
