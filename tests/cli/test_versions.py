@@ -7,6 +7,7 @@ import json
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -16,9 +17,10 @@ from rich.console import Console
 from safetensors import safe_open
 
 import headwater
-from headwater.cli.versions import draw
+from headwater.cli.versions import draw, now_listed
 from headwater.client.dense import Dense
 from headwater.types import VersionInfo
+from headwater.wire.statuses import RelayStatus
 from headwater.wire.versions import VersionStatus
 
 Command = Callable[..., Any]
@@ -84,6 +86,35 @@ def test_many_tags_wrap_instead_of_pushing_the_rest_away() -> None:
     tagged = msgspec.structs.replace(READY, tags=tuple(f"customer-{i}" for i in range(20)))
     assert max(map(len, _drawn(tagged, width=90))) <= 90
     assert "2 of 2" in " ".join(_drawn(tagged, width=90))
+
+
+class _Client:
+    """Of a relay, or of a cluster's coordinator."""
+
+    def __init__(self, relay: RelayStatus | None) -> None:
+        self._relay = relay
+
+    def status(self) -> Any:
+        return SimpleNamespace(replicas=1, relay=self._relay)
+
+    def versions(self, model: str) -> list[VersionStatus]:
+        assert model == "lm"
+        return [READY]
+
+
+@pytest.mark.parametrize(
+    ("relay", "first"),
+    [
+        (None, "1 version of 1 model"),
+        (RelayStatus("tcp://a:1", 0.0, "", 1, 1), "versions come from tcp://a:1"),
+        (RelayStatus("tcp://a:1", 61.0, "it is gone", 1, 1), "tcp://a:1 has been silent for 1 min 1 s (it is gone)"),
+    ],
+)
+def test_at_a_relay_the_first_line_says_whether_versions_come(relay: RelayStatus | None, first: str) -> None:
+    console = Console(width=130)
+    with console.capture() as captured:
+        console.print(now_listed(_Client(relay), "lm", 130))  # type: ignore[arg-type]
+    assert captured.get().startswith(first)
 
 
 # ---- what it does ------------------------------------------------------------------------------------

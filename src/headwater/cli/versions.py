@@ -72,22 +72,26 @@ def list_versions(
 ) -> None:
     """All versions, newest first. This is what headwater versions does by itself."""
     with _connected(address, timeout) as ps:
-        status = ps.status()
-        wanted, relay = status.replicas, status.relay
         if as_json:
+            relay = ps.status().relay
             silent, why = (relay.silent, relay.why) if relay is not None else (0.0, "")
             typer.echo(msgspec.json.encode(v.VersionList(ps.versions(model), silent=silent, why=why)).decode())
             return
+        console = out()
         if not watch:
-            console = out()
-            if relay is not None:
-                console.print(standing(relay))
-            console.print(draw(ps.versions(model), wanted, time.time(), console.width))
+            console.print(now_listed(ps, model, console.width))
             return
-        with contextlib.suppress(KeyboardInterrupt), Live(console=out(), auto_refresh=False) as live:
+        with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
             while True:
-                live.update(draw(ps.versions(model), wanted, time.time(), live.console.width), refresh=True)
+                live.update(now_listed(ps, model, console.width), refresh=True)
                 time.sleep(every)
+
+
+def now_listed(ps: headwater.Client, model: str, width: int) -> RenderableType:
+    """The list; above it, at a relay, whether it hears from where its versions come from."""
+    status = ps.status()
+    table = draw(ps.versions(model), status.replicas, time.time(), width)
+    return table if status.relay is None else Group(standing(status.relay), table)
 
 
 def draw(found: Sequence[v.VersionStatus], wanted: int, now: float, width: int = _ALL) -> RenderableType:
