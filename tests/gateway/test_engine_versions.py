@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -288,6 +289,35 @@ def test_a_source_out_of_reach_fails_no_request(
     assert client.finished().version.number == 3
     now = swapper.engine.statistics()
     assert (now.stale_since, now.error) == (None, "")
+
+
+class Late(MemorySource):
+    """A source whose versions do not come in time."""
+
+    late = False
+
+    def lease(self, name: str = "latest") -> MemoryWeights:
+        if self.late:
+            raise DeadlineExceeded("the fetch takes longer than the reader's timeout")
+        return super().lease(name)
+
+
+def test_a_version_that_does_not_come_in_time_is_said(
+    versions: list[dict[str, Tensor]], start: Callable[..., Swapper]
+) -> None:
+    source = Late("tiny")
+    swapper = start(source)
+    source.late = True
+    source.publish(versions[0])
+    deadline = time.monotonic() + PATIENCE
+    while "takes longer" not in swapper.engine.statistics().error and time.monotonic() < deadline:
+        threading.Event().wait(0.002)
+    assert "takes longer" in swapper.engine.statistics().error
+    source.late = False
+    assert swapper._ready.wait(PATIENCE)
+    client, _ = ask(swapper.engine, greedy(b"x", COUNT))
+    assert client.finished().version.number == 1
+    assert swapper.engine.statistics().error == ""
 
 
 class Empty(MemorySource):

@@ -391,6 +391,29 @@ def test_a_module_that_changes_between_fetch_and_swap_takes_nothing(trainer: Tra
         until(lambda: reader.statistics().leases == 1, "what was refused is still leased")
 
 
+def test_a_version_that_does_not_come_in_time_is_said(
+    trainer: Trainer, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is another thing than no news, which is none of anybody's concern."""
+    monkeypatch.setattr(follow_module, "POLL", 0.05)
+    trainer.publish()
+    net, lease, slow = Net(), Reader.lease, threading.Event()
+
+    def late(self: Reader, name: str = "latest", timeout: float | None = None) -> object:
+        if slow.is_set():
+            raise DeadlineExceeded("the fetch takes longer than the reader's timeout")
+        return lease(self, name, timeout)
+
+    monkeypatch.setattr(Reader, "lease", late)
+    with reader.follow(net) as follower:
+        slow.set()
+        trainer.publish()
+        until(lambda: "takes longer" in follower.statistics().error, "it is not said")
+        slow.clear()
+        current(net, follower, 2)
+        assert follower.statistics().error == ""
+
+
 def test_what_goes_wrong_with_one_version_does_not_end_the_following(
     trainer: Trainer, reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,15 +110,17 @@ class Follower:
         while not self._ended.is_set():
             try:
                 known = self._follow_once(known)
-            except DeadlineExceeded:
-                self._waited()
             except Exception as error:  # noqa: BLE001 - whatever a source raises, what we have goes on being served
                 self._failed(error)
                 self._ended.wait(self._retry)
 
     def _follow_once(self, known: VersionInfo) -> VersionInfo:
-        """Wait for another version than ``known`` and offer it."""
-        seen = self._source.wait(known, self._tag, _PATIENCE)
+        """Wait for another version than ``known`` and offer it; returns it, or ``known`` if there is none for now."""
+        try:
+            seen = self._source.wait(known, self._tag, _PATIENCE)
+        except DeadlineExceeded:
+            self._waited()
+            return known
         with self._leasing:
             if self._ended.is_set():
                 return seen

@@ -236,19 +236,27 @@ class Follower:
         last = time.monotonic() if known else -math.inf
         while not self._closed.is_set():
             try:
-                found = self._reader.wait(known or 0, self._name, POLL)
-                self._unheard = ""
+                found = self._news(known)
+                if found is None:
+                    continue
                 if self._closed.wait(max(0.0, last + self._every - time.monotonic())):
                     return
                 known = self._stage()
                 last = time.monotonic()
-            except DeadlineExceeded:
-                self._unheard = ""  # there is no news
             except ShapeMismatch as error:
                 known, self._refused = found, str(error)
             except Exception as error:  # noqa: BLE001 - such as no memory on the device: the next version may fit
                 self._unheard = str(error) if isinstance(error, HeadwaterError) else repr(error)
                 self._closed.wait(RETRY if isinstance(error, LinkError) else POLL)
+
+    def _news(self, known: VersionInfo | None) -> VersionInfo | None:
+        """Another version than ``known``; None if there is none for a while."""
+        try:
+            found = self._reader.wait(known or 0, self._name, POLL)
+        except DeadlineExceeded:
+            found = None
+        self._unheard = ""
+        return found
 
     def _stage(self) -> VersionInfo:
         """Make what the name means now ready: everything that takes time."""
