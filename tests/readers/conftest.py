@@ -13,6 +13,7 @@ import headwater
 from headwater.client import Client
 from headwater.launch import Launcher
 from headwater.readers import Reader
+from headwater.wire import delta
 from tests.readers.holders import Holders
 
 Connect = Callable[[], Client]
@@ -84,6 +85,7 @@ def descriptors() -> int:
 
 @pytest.fixture
 def holders() -> Iterator[Holders]:
+    delta.warm()  # else a thread does, and has files open meanwhile
     before = descriptors()
     made = Holders()
     yield made

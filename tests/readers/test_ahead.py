@@ -8,13 +8,14 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from headwater.errors import VersionExpired
+from headwater.errors import DeadlineExceeded, LinkBroken, VersionExpired
+from headwater.readers.fetch import SILENT
 from headwater.transports import memory
 from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.frames import Frame, Kind
 from headwater.wire.sums import checksums, pack
-from tests.readers.holders import Holders, Said, leased, part_of, right, state
+from tests.readers.holders import SPEC, Holders, Said, leased, part_of, right, state
 
 
 def given(holders: Holders) -> list[tuple[int, int]]:
@@ -104,15 +105,84 @@ def test_a_guess_that_was_wrong_costs_a_question(
     assert right(holders.store(3, first), 3)
 
 
-def test_a_guess_that_nobody_answers_ends_its_connection(holders: Holders) -> None:
+class Silence:
+    """Holders say nothing until ``end``; then what they would have said comes."""
+
+    def __init__(self, holders: Holders) -> None:
+        self._holders, self._kept = holders, list[tuple[int, list[Said]]]()
+        holders.answer = self._keep
+
+    def _keep(self, frame: Frame, fetch: v.Fetch, said: list[Said]) -> list[Said]:
+        self._kept.append((fetch.shard, said))
+        return []
+
+    def end(self) -> None:
+        self._holders.answer = lambda frame, fetch, said: said
+        for shard, said in self._kept:
+            self._holders.links[shard].queue.extend(said)
+
+
+def test_nobody_waits_for_the_answer_to_a_guess_that_is_not_wanted(holders: Holders) -> None:
     holders.shared = True
-    holders.store(1)
-    holders.answer = lambda frame, fetch, said: memory.close_all(said[0][2]) or []  # type: ignore[func-returns-value]
+    first = holders.store(1)
+    silence, before = Silence(holders), holders.now
     holders.fetcher.ahead(2, leased(1).parts)
     holders.fetcher.forgo()
+    holders.fetcher.settle()
+    assert holders.now == before
+    assert len(holders.fetcher._late) == 2
+    silence.end()
+    holders.fetcher.settle()
+    holders.fetcher.settle()
+    assert not holders.fetcher._late
+    assert given(holders) == [(1, 0), (1, 1)]
+    assert all(link.error is None for link in holders.links)
+    assert right(first, 1)
+
+
+def test_a_guess_that_is_never_answered_ends_its_connection(holders: Holders) -> None:
+    holders.shared = True
+    holders.store(1)
+    silence = Silence(holders)
+    holders.fetcher.ahead(2, leased(1).parts)
+    holders.fetcher.forgo()
+    holders.now += SILENT
+    holders.fetcher.settle()
     assert all(link.error is not None for link in holders.links)
-    holders.answer = lambda frame, fetch, said: said
+    silence.end()
+    for link in holders.links:
+        link.close()
     assert right(holders.store(2), 2)
+
+
+@pytest.mark.parametrize("deadline", [SILENT / 2, 3 * SILENT])
+def test_a_holder_that_is_silent_after_a_guess_is_waited_for_once(holders: Holders, deadline: float) -> None:
+    holders.shared = True
+    holders.store(1)
+    silence = Silence(holders)
+    holders.fetcher.ahead(2, leased(1).parts)
+    with pytest.raises(DeadlineExceeded if deadline < SILENT else LinkBroken):
+        holders.fetcher.store(leased(2), {1: SPEC}, None, holders.now + deadline)
+    holders.fetcher.forgo()
+    assert holders.now == min(deadline, SILENT)
+    silence.end()
+    for link in holders.links:
+        link.close()
+    assert len(holders.asked) == 4
+    assert right(holders.store(2), 2)
+
+
+def test_a_connection_that_is_dropped_late_takes_no_other_along(holders: Holders) -> None:
+    holders.shared = True
+    holders.store(1)
+    Silence(holders).end()
+    holders.fetcher.ahead(3, leased(1).parts)
+    for link in holders.links:
+        link.close()
+    assert right(holders.store(2), 2)  # over new ones
+    holders.fetcher.forgo()
+    assert right(holders.store(4), 4)
+    assert len(holders.links) == 4
 
 
 def test_a_guess_dies_with_its_holder(holders: Holders) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from headwater.errors import UsageError
+from headwater.readers import weights as weights_module
+from headwater.readers.copying import Move, copy_all
 from headwater.readers.windows import KEPT, Windows
 from headwater.transports.memory import Sealed
 from headwater.types import Init, OptimizerSpec, ParameterSpec, TableSpec
@@ -67,6 +72,38 @@ def test_a_copy_is_of_what_was_published_and_autograd_hears_of_it(connect: Conne
         loss.backward()  # type: ignore[no-untyped-call]
     with pytest.raises(UsageError, match="the lease of version 'v1' has ended"):
         weights.copy_to({name: parameter})
+
+
+def test_a_version_that_is_released_while_it_is_copied_stays_mapped(
+    connect: Connect, read: Read, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its holder uses the memory for the next version, and the copy is of both."""
+    ps, reader = connect(), read()
+    ps.publish([ps.dense(name, SHAPE)], "v1").wait()
+    weights = reader.lease()
+    mapped = weakref.ref(weights._tables[0].mapped)
+    there: list[bool] = []
+
+    def late(moves: Sequence[Move], threads: int) -> None:
+        weights.release()
+        gc.collect()
+        there.append(mapped() is not None)
+        copy_all(moves, threads)
+
+    monkeypatch.setattr(weights_module, "copy_all", late)
+    into = {name: torch.ones(SHAPE)}
+    weights.copy_to(into)
+    assert there == [True]
+    assert into[name].eq(0).all()
+    gc.collect()
+    assert mapped() is None
+
+
+def test_a_copy_is_on_the_cpu_whatever_the_default_device_is(connect: Connect, read: Read, name: str) -> None:
+    ps, reader = connect(), read()
+    ps.publish([ps.dense(name, (3,))], "v1").wait()
+    with reader.lease() as weights, torch.device("meta"):
+        assert weights.state_dict(copy=True)[name].tolist() == [0.0] * 3
 
 
 def test_windows_are_few_and_each_shows_its_memory() -> None:

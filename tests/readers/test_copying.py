@@ -25,7 +25,7 @@ def test_every_byte_is_copied(sizes: list[int], threads: int, monkeypatch: pytes
     monkeypatch.setattr(copying, "SHARE", 10)
     moves = moves_of(sizes)
     copy_all(moves, threads)
-    assert all(np.array_equal(target, source) for target, source in moves)
+    assert all(np.array_equal(move.target, move.source) for move in moves)
     shares = copying._shares(moves, threads)
     assert [move for share in shares for move in share] == moves
     assert len(shares) <= max(1, min(threads, sum(sizes) // 10))
@@ -41,7 +41,23 @@ def test_little_is_copied_by_the_caller_alone(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(threading.Thread, "start", lambda _: pytest.fail("a thread for a few bytes"))
     moves = moves_of([1000, 2000])
     copy_all(moves, 8)
-    assert all(np.array_equal(target, source) for target, source in moves)
+    assert all(np.array_equal(move.target, move.source) for move in moves)
+
+
+def test_a_thread_that_does_not_start_leaves_no_other_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "SHARE", 10)
+    start, started = threading.Thread.start, list[threading.Thread]()
+
+    def refuse(self: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        copy_all(moves_of([10] * 40), 4)
+    assert not started[0].is_alive()
 
 
 @pytest.mark.parametrize("wrong", [0, 39])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 import threading
 import time
@@ -14,7 +13,7 @@ import torch
 
 import headwater
 from headwater.client import Client, Dense
-from headwater.errors import DeadlineExceeded, LinkBroken, ShapeMismatch
+from headwater.errors import DeadlineExceeded, LinkBroken, ShapeMismatch, UsageError
 from headwater.readers import Follower, Reader
 from headwater.readers import follow as follow_module
 from headwater.types import Init, OptimizerSpec, ParameterSpec, TableSpec
@@ -246,32 +245,7 @@ def test_a_copy_of_a_followed_module_is_its_own(trainer: Trainer, reader: Reader
         trainer.publish()
         current(net, follower, 2)
         assert twin() == {1.0}
-        assert inspect.signature(net.forward) == inspect.signature(Net().forward)
-    assert twin() == {1.0}
-
-
-def test_a_forward_of_the_instance_is_called_and_given_back(trainer: Trainer, reader: Reader) -> None:
-    trainer.publish()
-    net = Net()
-    plain, own = net.forward, lambda: {*plain(), -1.0}
-    net.forward = own
-    with reader.follow(net):
-        assert net() == {1.0, -1.0}
-    assert net.forward is own
-    del net.forward
-    with reader.follow(net):
-        assert "forward" in vars(net)
-    assert "forward" not in vars(net)
-
-
-def test_a_wrapper_over_the_gate_stays(trainer: Trainer, reader: Reader) -> None:
-    trainer.publish()
-    net = Net()
-    with reader.follow(net):
-        gated = net.forward
-        net.forward = lambda: {*gated(), -1.0}
-    trainer.publish()
-    assert net() == {1.0, -1.0}
+    assert type(net) is type(twin) is Net
 
 
 # ---- names and policies ------------------------------------------------------------------------------------
@@ -325,6 +299,21 @@ def test_a_module_of_another_shape_is_refused_and_nothing_changed(trainer: Train
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert reader.statistics().leases == 0
     net()
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_module_that_cannot_be_followed_is_left_as_it_is(trainer: Trainer, reader: Reader, wait: bool) -> None:
+    trainer.publish()
+
+    class Final(Net):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("nothing is made of this one")
+
+    net = Final()
+    with pytest.raises(UsageError, match="a Final cannot be followed"):
+        reader.follow(net, wait=wait)
+    assert net() != {1.0}
+    assert reader.statistics().leases == 0
 
 
 def test_another_dtype_is_cast_where_that_is_wanted(trainer: Trainer, reader: Reader) -> None:

@@ -36,6 +36,29 @@ def test_a_new_cluster_that_counts_from_one_again_is_not_mixed_with_the_old(stag
         stage.lease(A, "production")
 
 
+@pytest.mark.parametrize("tagged", [True, False])
+def test_a_tag_of_the_new_cluster_never_means_the_old_ones_version_of_that_number(stage: Stage, tagged: bool) -> None:
+    """The old one's number 2 is on its way when the new one lists its own, with a tag."""
+    if tagged:
+        stage.has(1, "v1", "production")
+        stage.lists()
+    stage.has(2, "old-2")
+    stage.lists()
+    stage.theirs.clear()
+    stage.has(1, "new-1", era="new")
+    stage.has(2, "new-2", "production", era="new")
+    seq = stage.send(A, v.Watch("lm", "production", 1 if tagged else 0))
+    stage.lists()
+    stage.fetch()  # the old one's
+    assert stage.answer(seq) is None
+    assert "production" not in stage.names()["old-2"]
+    while not stage.idle():
+        stage.fetch(era="new")
+    found = stage.answer(seq)
+    assert isinstance(found, v.Found)
+    assert found.info.name == stage.lease(A, "production").info.name == "new-2"
+
+
 def test_a_watch_tells_versions_of_one_number_apart(stage: Stage) -> None:
     old = stage.lease(A).info
     seq = stage.send(A, v.Watch("lm", "latest", 1, old.digest))

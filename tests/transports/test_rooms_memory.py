@@ -68,6 +68,10 @@ def test_of_a_size_that_nobody_wants_none_are_kept() -> None:
     assert third.fd >= 0
     rooms.give(third)
     assert rooms.take(SIZE) is third  # it is wanted again
+    rooms.unwanted(SIZE)
+    rooms.written(third)  # as when another version of it has come
+    rooms.give(third)
+    assert rooms.take(SIZE) is third
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -17,10 +17,11 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Move(NamedTuple):
-    """A copy to do: arrays of one size, 1-D."""
+    """A copy to do: arrays of one size, 1-D. ``held``: what keeps the source as it is until then."""
 
     target: Bytes
     source: Bytes
+    held: object = None
 
 
 def copy_all(moves: Sequence[Move], threads: int) -> None:
@@ -32,13 +33,15 @@ def copy_all(moves: Sequence[Move], threads: int) -> None:
     shares = _shares(moves, threads)
     failed: list[BaseException] = []
     others = [threading.Thread(target=_try, args=(share, failed), name="headwater-copy") for share in shares[1:]]
-    for thread in others:
-        thread.start()
+    started: list[threading.Thread] = []
     try:
+        for thread in others:
+            thread.start()
+            started.append(thread)
         for share in shares[:1]:
             _copy(share)
     finally:
-        for thread in others:
+        for thread in started:
             thread.join()
     if failed:
         raise failed[0]
@@ -60,5 +63,5 @@ def _try(moves: Sequence[Move], failed: list[BaseException]) -> None:
 
 
 def _copy(moves: Sequence[Move]) -> None:
-    for target, source in moves:
-        np.copyto(target, source)  # a plain memcpy, without the interpreter's lock
+    for move in moves:
+        np.copyto(move.target, move.source)  # a plain memcpy, without the interpreter's lock

@@ -30,7 +30,6 @@ from headwater.wire import delta, sums
 from headwater.wire import versions as v
 
 SILENT = 20.0  # seconds in which a holder must send something: a delta may have to be made first
-PROMPT = 1.0  # seconds in which it must answer what was asked ahead
 MOST = 100_000  # shards: a bound, so that a wrong number is refused and not counted to
 
 
@@ -44,7 +43,7 @@ class Counts(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """A part on its way into ``room`` (or shared), over ``line``. ``ahead``: before it was known to be there."""
+    """A part on its way into ``room`` (or shared), over ``line``. ``ahead``: before it was known to be there, then."""
 
     at: v.PartAt
     key: Key
@@ -53,7 +52,7 @@ class _Asked(NamedTuple):
     room: list[Room]
     check: list[Check]  # of one that comes whole, and is large
     base: Base | None = None  # whose memory it may have
-    ahead: bool = False
+    ahead: float | None = None
 
 
 class _Landed(NamedTuple):
@@ -91,6 +90,7 @@ class Fetcher:
         self._lines: dict[str, Line] = {}
         self._unmapped: queue.SimpleQueue[tuple[Line, Key]] = queue.SimpleQueue()
         self._ahead: dict[Key, _Asked] = {}
+        self._late: list[_Asked] = []  # asked ahead, not wanted, and not answered yet
         self._plans: dict[int, Plan] = {}
         self._warmed = False
         self._gone_bytes = 0  # that came over connections which have ended
@@ -202,21 +202,34 @@ class Fetcher:
                     continue
                 with contextlib.suppress(HeadwaterError):
                     answer = line.ask(v.Fetch(*key, 0, True, line.rate), _only_shared)
-                    self._ahead[key] = _Asked(at, key, line, answer, [], [], ahead=True)
+                    self._ahead[key] = _Asked(at, key, line, answer, [], [], ahead=self._now())
         finally:
             self._turn.release()
 
     def forgo(self) -> None:
-        """What was asked for ahead and is not wanted is given back."""
+        """What was asked for ahead and is not wanted is given back when it comes; nobody waits for it."""
         if not self._ahead or not self._turn.acquire(blocking=False):
             return
         try:
-            while self._ahead:
-                _, asked = self._ahead.popitem()
+            ahead, self._ahead = self._ahead, {}
+            self._late += ahead.values()
+        finally:
+            self._turn.release()
+        self.settle()
+
+    def _gather(self) -> None:
+        """Take in answers that came too late to be wanted."""
+        if not self._late or not self._turn.acquire(blocking=False):
+            return
+        try:
+            for asked in list(self._late):
                 with contextlib.suppress(HeadwaterError):
-                    asked.line.wait(asked.answer, self._now() + PROMPT)
-                if not asked.answer.done:  # its answer could come at any time, with memory that nobody gives back
-                    self._drop(asked.line)
+                    asked.line.wait(asked.answer, self._now())
+                if not asked.answer.done and not asked.line.broken:
+                    if self._now() - (asked.ahead or 0.0) < SILENT:
+                        continue
+                    self._drop(asked.line)  # its answer could come at any time, with memory that nobody gives back
+                self._late.remove(asked)
                 self._recycle(asked)
         finally:
             self._turn.release()
@@ -327,7 +340,7 @@ class Fetcher:
             raise
         except HeadwaterError:
             self._recycle(asked)
-            if asked.ahead:  # it was not there yet, or is another one
+            if asked.ahead is not None and (asked.answer.done or asked.line.broken):  # not there yet, or another one
                 return self._once_more(asked, have, wait, again=True)
             raise
 
@@ -342,7 +355,7 @@ class Fetcher:
         second = self._ask(asked.key[0], asked.at, 0)
         try:
             return self._wait(second, have, wait, again=again)
-        except HeadwaterError:
+        except BaseException:
             if not second.answer.done:  # it could still come, to nobody
                 self._drop(second.line)
             raise
@@ -362,7 +375,7 @@ class Fetcher:
     def _shared(self, asked: _Asked) -> Theirs:
         if len(asked.answer.fds) != 1:
             raise ProtocolError(f"{asked.line.holder.address} shares a part without a descriptor")
-        if asked.ahead and asked.answer.part is not None:
+        if asked.ahead is not None and asked.answer.part is not None:
             _check_part(asked.answer.part, asked.at, asked.key[0], asked.line.holder)
         memory.verify(asked.answer.fds[0], asked.at.size)
         self._count(shared_parts=1)
@@ -373,6 +386,7 @@ class Fetcher:
 
     def settle(self) -> None:
         """Tell the holders what is not mapped here any more, so that they use its memory again."""
+        self._gather()
         while not self._unmapped.empty():
             line, key = self._unmapped.get()
             with contextlib.suppress(HeadwaterError):
@@ -420,7 +434,8 @@ class Fetcher:
 
     def _drop(self, line: Line) -> None:
         line.close()
-        if self._lines.pop(line.holder.address, None) is line:
+        if self._lines.get(line.holder.address) is line:
+            del self._lines[line.holder.address]
             self._gone_bytes += line.fetched_bytes
 
     @property
@@ -448,7 +463,7 @@ class Fetcher:
             self.settle()
             for line in list(self._lines.values()):
                 self._drop(line)
-            for asked in self._ahead.values():
+            for asked in (*self._ahead.values(), *self._late):
                 self._recycle(asked)
             self.rooms.close()
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from headwater.errors import DeadlineExceeded, HeadwaterError, LinkError, ShapeMismatch
+from headwater.readers import gate
 from headwater.readers.weights import Weights, check
 from headwater.types import VersionInfo
 
@@ -51,7 +50,7 @@ class _Staged:
 class Follower:
     """Keeps the parameters and buffers of ``module`` those of the version that ``name`` means.
 
-    A background thread waits for news, leases the version and makes it ready; before the next ``module.forward``
+    A background thread waits for news, leases the version and makes it ready; before the next ``module(...)`` call
     begins, and while no other is under way, the parameters are pointed at the new memory. A forward never sees two
     versions. ``module.version`` is the ``VersionInfo`` that answers. A slow module skips to the newest.
 
@@ -98,14 +97,18 @@ class Follower:
         self._unheard = ""  # why nothing is heard of newer ones
         self._closed = threading.Event()
         module.version = None  # type: ignore[assignment]
-        if wait:
-            reader.wait(name=name)
-            self._stage()
-            self._swap()
-            if self._current is None:
-                raise ShapeMismatch(self._refused)
-        self._own = self._module.__dict__.get("forward")  # an instance's, such as a compiled module's
-        self._gate_forward()
+        gate.put(module, self)
+        try:
+            if wait:
+                reader.wait(name=name)
+                self._stage()
+                with self.hold():
+                    pass
+                if self._current is None:
+                    raise ShapeMismatch(self._refused)
+        except BaseException:
+            self.close()
+            raise
         self._thread = threading.Thread(target=self._follow, name="headwater-follow", daemon=True)
         self._thread.start()
 
@@ -131,11 +134,16 @@ class Follower:
         finally:
             self._leave()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it follows no more."""
+        return self._closed.is_set()
+
     def close(self) -> None:
         """Follow no more; the module keeps its present values, which stay valid."""
-        self._ungate_forward()
+        self._closed.set()
+        gate.take_away(self._module)
         with self._gate:
-            self._closed.set()
             staged, self._staged = self._staged, None
         for weights in (staged.weights if staged is not None else None, self._current):
             if weights is not None:
@@ -148,30 +156,6 @@ class Follower:
         self.close()
 
     # ---- forwards --------------------------------------------------------------------------------
-
-    def _gate_forward(self) -> None:
-        """Put ``hold`` around the module's forward.
-
-        Not by torch's hooks: even those that are always called are not for a KeyboardInterrupt, and the forward that
-        a user gives up in a notebook would be under way for ever. A method, so that a deep copy's is the copy's own.
-        """
-        forward = self._own or type(self._module).forward
-
-        @functools.wraps(forward)
-        def gated(*args: Any, **kwargs: Any) -> Any:
-            with self.hold():
-                return forward(*args, **kwargs)
-
-        self._gated = self._module.forward = gated if self._own else MethodType(gated, self._module)
-
-    def _ungate_forward(self) -> None:
-        """The module's own forward again, unless another wrapper stands over the gate, which is idle after close."""
-        if self._module.__dict__.get("forward") is not self._gated:
-            return
-        if self._own:
-            self._module.forward = self._own
-        else:
-            del self._module.forward
 
     def _enter(self) -> None:
         """A forward begins. Before the outermost one in its thread a version that is ready is swapped in."""

@@ -70,7 +70,7 @@ class Weights(Mapping[str, torch.Tensor]):
         """All tensors by name; with ``copy`` in memory of their own, else as views."""
         if not copy:
             return dict(self)
-        own = {name: torch.empty(p.shape, dtype=DTYPES[p.dtype]) for name, p in self.shapes().items()}
+        own = {name: torch.empty(p.shape, dtype=DTYPES[p.dtype], device="cpu") for name, p in self.shapes().items()}
         self.copy_to(own)
         return own
 
@@ -100,7 +100,7 @@ class Weights(Mapping[str, torch.Tensor]):
         flat[:0].zero_()  # so that autograd, whose count of changes they share, knows of this one
         target = flat.numpy()
         for start, source, where, size in mapped.pieces(at, at + parameter.nbytes):
-            yield Move(target[start : start + size], np.frombuffer(source, np.uint8, size, where))
+            yield Move(target[start : start + size], np.frombuffer(source, np.uint8, size, where), mapped)
 
     def touch(self) -> None:
         """Find all pages now: whoever reads the tensors first does not wait for the kernel to find them one by one.

@@ -23,7 +23,7 @@ from headwater.cluster.versions import Known, Versions
 from headwater.errors import ClusterError, DeadlineExceeded, HeadwaterError, LinkError, ProtocolError, UnknownVersion
 from headwater.relay.words import Back, Base, Event, Failed, Fetched, Job, Listed, News, Silent, Taken, Trouble, same
 from headwater.server.versions.shelf import Key, Shelf
-from headwater.types import TableSpec
+from headwater.types import TableSpec, VersionInfo
 from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.frames import Frame, Instruction, Kind, Outgoing
@@ -322,7 +322,7 @@ class Relay:
                     self._forget(number)
         self.versions.retain()
 
-    def _mirrored(self, model: str, arriving: int = 0) -> dict[str, int]:
+    def _mirrored(self, model: str, arriving: VersionInfo | None = None) -> dict[str, int]:
         """The other side's tags: those of versions that are here, or ``arriving``; others mean what they meant."""
         theirs = [each for each in self._theirs.values() if each.info.model == model]
         if all(each.state != "ready" for each in theirs):  # a cluster that has just begun
@@ -330,7 +330,7 @@ class Relay:
         tags = {}
         for each in theirs:
             for tag in each.tags:
-                here = each.info.number == arriving or self._here(each.info.number)
+                here = self._here(each.info.number) or (arriving is not None and same(arriving, each.info))
                 meant = each.info.number if here else self.versions.tags.get((model, tag))
                 if tag != LATEST and meant is not None:
                     tags[tag] = meant
@@ -403,7 +403,7 @@ class Relay:
             self.drop((info.number,))
         self._put(done)
         hold = -info.number  # nobody's session: until it is known who wants it
-        self.versions.adopt(done.leased, self._keep, hold, self._mirrored(info.model, info.number))
+        self.versions.adopt(done.leased, self._keep, hold, self._mirrored(info.model, info))
         demanded = info.number in self._demanded
         self._demanded.discard(info.number)
         self._mirror()

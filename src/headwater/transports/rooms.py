@@ -118,9 +118,10 @@ class Rooms:
             return room
 
     def written(self, room: Room) -> None:
-        """All of a room has been written to: its memory is no longer only promised."""
+        """All of a room has been written to: its memory is no longer only promised, and rooms like it are wanted."""
         with self._guard:
             self._fresh.discard(room)
+            self._unwanted.discard(room.size)
 
     def prepare(self, size: int) -> None:
         """Have a room of this size ready, its pages written to; not if there is one, or no memory for it."""
@@ -134,7 +135,8 @@ class Rooms:
 
     def give(self, room: Room) -> None:
         """Nobody wants what is in it. It is used again as soon as nobody can see it."""
-        self.written(room)
+        with self._guard:
+            self._fresh.discard(room)
         room.retire(self._back)
 
     def _back(self, room: Room) -> None:
