@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable
 
 import msgspec
@@ -10,6 +11,7 @@ import pytest
 
 from headwater.errors import DeadlineExceeded, LinkBroken, VersionExpired
 from headwater.readers.fetch import SILENT
+from headwater.readers.line import Line
 from headwater.transports import memory
 from headwater.wire import messages as m
 from headwater.wire import versions as v
@@ -138,6 +140,70 @@ def test_nobody_waits_for_the_answer_to_a_guess_that_is_not_wanted(holders: Hold
     assert given(holders) == [(1, 0), (1, 1)]
     assert all(link.error is None for link in holders.links)
     assert right(first, 1)
+
+
+def test_what_another_thread_keeps_from_being_given_back_is_given_back_later(holders: Holders) -> None:
+    holders.shared = True
+    holders.store(1)
+    holders.fetcher.ahead(2, leased(1).parts)
+    turn, done = threading.Event(), threading.Event()
+
+    def fetching() -> None:
+        with holders.fetcher._turn:
+            turn.set()
+            done.wait(10)
+
+    other = threading.Thread(target=fetching)
+    other.start()
+    assert turn.wait(10)
+    holders.fetcher.forgo()
+    assert len(holders.fetcher._ahead) == 2
+    done.set()
+    other.join()
+    holders.fetcher.settle()
+    gc.collect()
+    holders.fetcher.settle()
+    assert not holders.fetcher._ahead
+    assert given(holders) == []
+
+
+def test_a_lease_that_ends_while_its_thread_receives_disturbs_nothing(holders: Holders) -> None:
+    """The garbage collector may end one, at any moment."""
+    holders.shared = True
+    holders.store(1)
+    silence = Silence(holders)
+    holders.fetcher.ahead(2, leased(1).parts)
+    holders.fetcher.forgo()
+    silence.end()
+    receive, inside = Line.receive, list[int]()
+
+    def collected(self: Line, frame: Frame, fds: tuple[int, ...] = ()) -> None:
+        inside.append(len(holders.fetcher._late))
+        holders.fetcher.settle()
+        receive(self, frame, fds)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Line, "receive", collected)
+        holders.fetcher.settle()
+        assert inside == [2, 2]
+        assert right(holders.store(3), 3)
+    gc.collect()
+    holders.fetcher.settle()
+    assert given(holders) == []
+
+
+def test_threads_that_give_back_at_once_do_not_wait_for_each_other(holders: Holders) -> None:
+    holders.shared = True
+    notes = holders.fetcher._unmapped
+    for number in range(200):
+        notes.put((Line(holders._dial, v.Holder("inproc://0", "", "")), (number, 0, 1)))
+    threads = [threading.Thread(target=holders.fetcher.settle, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+    assert sorted(word.number for word in holders.unmapped) == list(range(200))
 
 
 def test_a_guess_that_is_never_answered_ends_its_connection(holders: Holders) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -131,25 +132,86 @@ def test_a_call_that_fails_is_over(error: type[BaseException]) -> None:
     net(X)
 
 
+def replica_of(net: torch.nn.Module) -> torch.nn.Module:
+    """As ``DataParallel`` makes it."""
+    replica = net._replicate_for_data_parallel()
+    replica.weight, replica.bias = torch.zeros(1, 2), torch.zeros(1)
+    return replica  # type: ignore[no-any-return]
+
+
+class Given(torch.nn.Linear):
+    """Is made from what it was given."""
+
+    def __new__(cls, *_: int) -> Given:
+        return super().__new__(cls)
+
+    def __getnewargs__(self) -> tuple[int, int]:
+        return 2, 1
+
+
+class Reduced(torch.nn.Linear):
+    """Says itself how it is made again."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (2, 1), self.__dict__
+
+
+class Copied(torch.nn.Linear):
+    """Copies itself."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Copied:
+        twin = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+
 @pytest.mark.parametrize("gates", [1, 2])
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy])
-def test_a_copy_is_of_the_plain_class(way: Callable[[torch.nn.Module], torch.nn.Module], gates: int) -> None:
-    net = torch.nn.Linear(2, 1)
+@pytest.mark.parametrize("kind", [torch.nn.Linear, Given, Reduced])
+def test_a_copy_is_of_the_plain_class(
+    kind: type[torch.nn.Linear], way: Callable[[torch.nn.Module], torch.nn.Module], gates: int
+) -> None:
+    net = kind(2, 1)
     keepers = [Keeper(net) for _ in range(gates)]
     for keeper in keepers:
         gate.put(net, keeper)
     twin = way(net)
-    assert type(twin) is torch.nn.Linear
+    assert type(twin) is kind
     twin(X)
     assert not any(keeper.calls for keeper in keepers)
 
 
-def test_a_replica_answers_with_its_own_weights() -> None:
+@pytest.mark.parametrize(
+    ("net", "twin"),
+    [
+        (torch.nn.Linear(2, 1), lambda net: replica_of(net)),
+        (Copied(2, 1), copy.deepcopy),
+        (torch.nn.Linear(2, 1), lambda net: type(net)(2, 1)),
+        (torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 1)), copy.deepcopy),
+    ],
+)
+def test_what_has_the_class_and_is_another_module_is_not_kept(
+    net: torch.nn.Module, twin: Callable[[torch.nn.Module], torch.nn.Module]
+) -> None:
+    """Such as a replica for another device: a call of it that waited for the end of a hold would wait for ever."""
+    keeper = Keeper(net)
+    gate.put(net, keeper)
+    twin(net)(X)
+    assert keeper.calls == 0
+    net(X)
+    assert keeper.calls == 1
+
+
+def test_a_gate_that_is_under_another_class_lets_calls_through_when_it_is_closed() -> None:
     net = torch.nn.Linear(2, 1)
-    gate.put(net, Keeper(net))
-    replica = net._replicate_for_data_parallel()
-    replica.weight, replica.bias = torch.zeros(1, 2), torch.zeros(1)
-    assert replica(X).item() == 0
+    keeper = Keeper(net)
+    gate.put(net, keeper)
+    torch.nn.utils.parametrizations.weight_norm(net)
+    net(X)
+    keeper.closed = True
+    gate.take_away(net)
+    net(X)
+    assert keeper.calls == 1
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,25 @@ def test_who_takes_every_version_asks_for_the_next_one_ahead(
     with reader.lease() as weights:
         assert weights[name].eq(4).all()
     assert not reader._fetcher._ahead
+
+
+def test_a_guess_that_was_wrong_is_over_soon_and_its_connection_stays(
+    connect: Connect, read: Read, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fetcher, "forgo", lambda self: setattr(self, "_forgone", True))  # the answer is still to come
+    ps, reader = connect(), read()
+    ps.publish([ps.dense(name, (1200, 500))], "v1").wait()
+    kept = reader.lease()
+    lines = dict(reader._fetcher._lines)
+    reader.lease().release()
+    deadline = time.monotonic() + 15
+    while (reader._fetcher._ahead or reader._fetcher._late) and time.monotonic() < deadline:
+        reader._fetcher.settle()
+    assert not reader._fetcher._ahead
+    assert not reader._fetcher._late
+    assert reader._fetcher._lines == lines
+    assert not any(line.broken for line in lines.values())
+    assert kept[name].eq(0).all()
 
 
 def test_waiting_for_news(connect: Connect, read: Read, name: str) -> None:

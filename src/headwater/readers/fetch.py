@@ -7,7 +7,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -91,6 +91,8 @@ class Fetcher:
         self._unmapped: queue.SimpleQueue[tuple[Line, Key]] = queue.SimpleQueue()
         self._ahead: dict[Key, _Asked] = {}
         self._late: list[_Asked] = []  # asked ahead, not wanted, and not answered yet
+        self._forgone = False  # all that is in ``_ahead`` is not wanted either
+        self._receiving = False  # whose turn it is receives
         self._plans: dict[int, Plan] = {}
         self._warmed = False
         self._gone_bytes = 0  # that came over connections which have ended
@@ -128,7 +130,8 @@ class Fetcher:
         with self._turn:
             plans = self._planned(leased, specs)
             self.settle()
-            places = self._places(leased, base, deadline)
+            with self._reception():
+                places = self._places(leased, base, deadline)
         tables: list[Table] = []
         rooms = {key: place.room for key, place in places.items() if isinstance(place, Mine)}
         for room in rooms.values():  # when its loans are over
@@ -208,31 +211,43 @@ class Fetcher:
 
     def forgo(self) -> None:
         """What was asked for ahead and is not wanted is given back when it comes; nobody waits for it."""
-        if not self._ahead or not self._turn.acquire(blocking=False):
-            return
-        try:
-            ahead, self._ahead = self._ahead, {}
-            self._late += ahead.values()
-        finally:
-            self._turn.release()
+        self._forgone = bool(self._ahead)
         self.settle()
 
     def _gather(self) -> None:
-        """Take in answers that came too late to be wanted."""
-        if not self._late or not self._turn.acquire(blocking=False):
+        """Take in answers that came too late to be wanted. Not while this thread receives: the garbage collector may
+        have called."""
+        if not (self._late or self._forgone) or not self._turn.acquire(blocking=False):
             return
         try:
-            for asked in list(self._late):
-                with contextlib.suppress(HeadwaterError):
-                    asked.line.wait(asked.answer, self._now())
-                if not asked.answer.done and not asked.line.broken:
-                    if self._now() - (asked.ahead or 0.0) < SILENT:
-                        continue
-                    self._drop(asked.line)  # its answer could come at any time, with memory that nobody gives back
-                self._late.remove(asked)
-                self._recycle(asked)
+            if not self._receiving:
+                if self._forgone:
+                    self._forgone, ahead, self._ahead = False, self._ahead, {}
+                    self._late += ahead.values()
+                with self._reception():
+                    self._late = [asked for asked in self._late if not self._over(asked)]
         finally:
             self._turn.release()
+
+    def _over(self, asked: _Asked) -> bool:
+        """Whether nothing comes any more in answer to this; what came is given back."""
+        with contextlib.suppress(HeadwaterError):
+            asked.line.wait(asked.answer, self._now())
+        if not asked.answer.done and not asked.line.broken:
+            if self._now() - (asked.ahead or 0.0) < SILENT:
+                return False
+            self._drop(asked.line)  # its answer could come at any time, with memory that nobody gives back
+        self._recycle(asked)
+        return True
+
+    @contextlib.contextmanager
+    def _reception(self) -> Iterator[None]:
+        """The calling thread, whose turn it is, receives."""
+        before, self._receiving = self._receiving, True
+        try:
+            yield
+        finally:
+            self._receiving = before
 
     # ---- parts -----------------------------------------------------------------------------------
 
@@ -250,7 +265,7 @@ class Fetcher:
         ``have``: those of version ``base`` that are here, by (shard, table). ``stall``: seconds in which something must
         come. Raises as ``store``.
         """
-        with self._turn:
+        with self._turn, self._reception():
             asked: list[_Asked] = []
             landed = 0
             try:
@@ -387,10 +402,11 @@ class Fetcher:
     def settle(self) -> None:
         """Tell the holders what is not mapped here any more, so that they use its memory again."""
         self._gather()
-        while not self._unmapped.empty():
-            line, key = self._unmapped.get()
-            with contextlib.suppress(HeadwaterError):
-                line.unmap(key)
+        with contextlib.suppress(queue.Empty):  # not after ``empty()``: several threads come here
+            while True:
+                line, key = self._unmapped.get_nowait()
+                with contextlib.suppress(HeadwaterError):
+                    line.unmap(key)
 
     def _apply(self, asked: _Asked, old: Room) -> None:
         """The version before, copied if somebody may look at it, and what changed since."""
@@ -465,6 +481,7 @@ class Fetcher:
                 self._drop(line)
             for asked in (*self._ahead.values(), *self._late):
                 self._recycle(asked)
+            self._ahead, self._late = {}, []
             self.rooms.close()
 
 

@@ -64,6 +64,10 @@ class Follower:
     Parameters on another device than the CPU are copied there by the background thread, and swapped in the same way.
     When no server can be reached the module keeps its version and ``statistics().error`` says so.
 
+    While it is followed, the module's class is one that is made for it; a copy of it is not followed. What changes the
+    class itself (``GraphModule.recompile``, parametrizations of the root) comes before or after. Around
+    ``torch.func.functional_call`` put ``hold``, so that no swap goes into the tensors that it lends to the module.
+
     Raises:
         ShapeMismatch: the module has not the version's tensors; nothing was changed. When a later version does not
             fit, the module keeps the one before and ``statistics().error`` says so.
@@ -96,8 +100,8 @@ class Follower:
         self._refused = ""  # why the newest version is not in the module
         self._unheard = ""  # why nothing is heard of newer ones
         self._closed = threading.Event()
-        module.version = None  # type: ignore[assignment]
         gate.put(module, self)
+        module.version = None  # type: ignore[assignment]
         try:
             if wait:
                 reader.wait(name=name)

@@ -7,6 +7,8 @@ parameters (``weight_norm``) would be of another version than the rest.
 
 from __future__ import annotations
 
+import copyreg
+import weakref
 from contextlib import AbstractContextManager
 from types import new_class
 from typing import Any, Protocol
@@ -26,20 +28,25 @@ class Keeper(Protocol):
 
 def put(module: torch.nn.Module, keeper: Keeper) -> None:
     """From now on ``module(...)`` is inside ``keeper.hold()``. Raises ``UsageError``; then the module is as it was."""
-    plain = type(module)
+    plain, own = type(module), weakref.ref(module)
+
+    def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if keeper.closed or self is not own():  # a replica or another copy, which keeps this class
+            return plain.__call__(self, *args, **kwargs)
+        with keeper.hold():
+            return plain.__call__(self, *args, **kwargs)
+
+    def reduce(self: torch.nn.Module, protocol: Any) -> Any:
+        """A copy, and what is pickled, is of the plain class: nobody keeps it current."""
+        made = plain.__reduce_ex__(self, protocol)
+        if not isinstance(made, tuple):
+            return made
+        make, *kinds = (_plain(each) if isinstance(each, type) else each for each in (made[0], *made[1]))
+        if make is copyreg.__newobj__:  # type: ignore[attr-defined] # pickle would compare the class
+            make = kinds[0].__new__
+        return make, tuple(kinds), *made[2:]
 
     def fill(namespace: dict[str, Any]) -> None:
-        def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            with keeper.hold():
-                return plain.__call__(self, *args, **kwargs)
-
-        def reduce(self: torch.nn.Module, protocol: Any) -> Any:
-            """A copy, and what is pickled, is of the plain class: nobody keeps it current."""
-            made = plain.__reduce_ex__(self, protocol)
-            if isinstance(made, tuple) and made[1] == (type(self),):
-                return object.__new__, (_plain(type(self)),), *made[2:]
-            return made
-
         namespace |= {
             "__call__": call,
             "__reduce_ex__": reduce,

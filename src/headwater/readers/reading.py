@@ -303,9 +303,9 @@ class Reader:
         return v.Holding(tuple(each for each in leases.items() if each[0] <= upto), upto)
 
     def _beat(self) -> None:
-        self._fetcher.settle()
         quiet = self._runtime.now() - self._heard >= QUIET
         try:
+            self._fetcher.settle()
             self._control.notify(m.Heartbeat())
             if self._turn:
                 self._control.notify(self._holding())

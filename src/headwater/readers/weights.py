@@ -45,6 +45,7 @@ class Weights(Mapping[str, torch.Tensor]):
             found = table.plan.tensors.get(name)
             if found is not None:
                 return table.mapped, *found
+        self._check_open()  # another thread may have ended it meanwhile
         raise KeyError(name)
 
     def __getitem__(self, name: str) -> torch.Tensor:

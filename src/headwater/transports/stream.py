@@ -201,11 +201,18 @@ class StreamLink:
     # ---- receiving -------------------------------------------------------------------------------
 
     def pump(self, done: Callable[[], bool], deadline: float) -> None:
-        """Receive until ``done()``. Raises ``DeadlineExceeded``, or what broke the link."""
+        """Receive until ``done()``. Raises ``DeadlineExceeded``, or what broke the link.
+
+        What is there already is looked at, even if the deadline has passed.
+        """
+        looked = False
         while not done():
             if self._error is not None:
                 raise self._error
             if time.monotonic() > deadline:
+                if not looked and self._look():
+                    looked = True
+                    continue
                 raise DeadlineExceeded(
                     "the other side did not answer in time; what was sent may still be applied. "
                     "Is another worker slower than the timeout, or stopped?"
@@ -224,6 +231,15 @@ class StreamLink:
                     self._waiters += 1
                     self._arrived.wait(0.01)
                     self._waiters -= 1
+
+    def _look(self) -> bool:
+        """One receive call without waiting; whether something came."""
+        if not self._reading.acquire(blocking=False):
+            return False
+        try:
+            return self._read_once(socket.MSG_DONTWAIT)
+        finally:
+            self._reading.release()
 
     def _wait(self, deadline: float) -> None:
         """Sleep until something comes, a tick or the deadline."""
