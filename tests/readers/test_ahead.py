@@ -11,7 +11,7 @@ import pytest
 
 from headwater.errors import DeadlineExceeded, LinkBroken, VersionExpired
 from headwater.readers.fetch import SILENT
-from headwater.readers.line import Line
+from headwater.readers.line import Answer, Line
 from headwater.transports import memory
 from headwater.wire import messages as m
 from headwater.wire import versions as v
@@ -175,18 +175,26 @@ def test_a_lease_that_ends_while_its_thread_receives_disturbs_nothing(holders: H
     holders.fetcher.ahead(2, leased(1).parts)
     holders.fetcher.forgo()
     silence.end()
-    receive, inside = Line.receive, list[int]()
+    receive, wait = Line.receive, Line.wait
+    inside: list[bool] = []
+    again: list[bool] = []
 
     def collected(self: Line, frame: Frame, fds: tuple[int, ...] = ()) -> None:
-        inside.append(len(holders.fetcher._late))
+        inside.append(True)
         holders.fetcher.settle()
+        inside.pop()
         receive(self, frame, fds)
+
+    def waited(self: Line, answer: Answer, deadline: float) -> v.Part:
+        again.extend(inside)
+        return wait(self, answer, deadline)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Line, "receive", collected)
+        patched.setattr(Line, "wait", waited)
         holders.fetcher.settle()
-        assert inside == [2, 2]
         assert right(holders.store(3), 3)
+    assert not again, "it received amid a frame"
     gc.collect()
     holders.fetcher.settle()
     assert given(holders) == []
