@@ -171,6 +171,36 @@ def test_survivors_of_a_death_push_again_by_themselves_and_go_on_as_if_they_were
     step_and_check(tables[:2], [w.push(torch.ones(LARGE)) for w in tables[:2]], 3, -4.5)
 
 
+def test_a_death_undoes_steps_of_two_tables_and_who_waits_for_one_pushes_both_again(
+    connect: Connect, name: str
+) -> None:
+    """Else two who wait for different tables wait for one another: a chaos run found it, with a worker that was new."""
+    clients = [connect(rank=rank, world=3) for rank in range(3)]
+    tables = [[c.dense(f"{name}-{which}", (LARGE,), lr=1.0, sync=Bulk()) for which in "ab"] for c in clients]
+    with ThreadPoolExecutor(3) as pool:
+        for result in [pool.submit(a.push(torch.ones(LARGE)).wait) for a, _ in tables]:
+            result.result(20)  # the first table is a step ahead
+    both = [table.push(torch.ones(LARGE)) for table in tables[0]]
+    second = tables[1][1].push(torch.ones(LARGE))
+    members = clients[0].members
+    hang_up(clients[2])
+    deadline = time.monotonic() + 20
+    while clients[0].members == members and time.monotonic() < deadline:
+        with contextlib.suppress(DeadlineExceeded):
+            both[0].wait(timeout=0.05)
+
+    def other() -> None:
+        second.wait(20)
+        tables[1][0].push(torch.ones(LARGE)).wait(20)
+
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(lambda: [ticket.wait(20) for ticket in both]), pool.submit(other)]
+        for each in waiting:
+            each.result(30)
+    for mine in tables[:2]:
+        assert [w.pull().unique().tolist() for w in mine] == [[-2.0], [-1.0]]
+
+
 def step_and_check(tables: list[Dense], tickets: list[Ticket], clock: int, value: float) -> None:
     with ThreadPoolExecutor(2) as pool:
         results = [future.result(20) for future in [pool.submit(ticket.wait) for ticket in tickets]]

@@ -296,14 +296,14 @@ class Table:
     def _pump_part(self, part: Part, done: Callable[[], bool], deadline: float, turn: float = _TURN) -> None:
         """Wait for one server for a turn: it may wait for another that is dead, or be dead itself without a sign.
 
-        Another worker's death undoes a step; it is pushed again here, from the same memory.
+        Another worker's death undoes a step; it is pushed again here, from the same memory. Steps of other tables too:
+        somebody who waits for one of them may be who this table waits for.
         """
         client, link = self._client, part.session.link
         assert link is not None
-        for other in self._parts:
-            if other.lost is not None:
-                self._members = client.members = max(other.members, self._members)
-                other.push_again(self._members)
+        for table in client.tables.values():
+            if table is self or table._open:  # noqa: SLF001 - another table, of this class
+                table._push_lost_again()  # noqa: SLF001
         try:
             link.pump(lambda: done() or part.lost is not None, min(deadline, client.runtime.now() + turn))
         except LinkError as error:
@@ -313,6 +313,12 @@ class Table:
                 raise
             if turn == _TURN and not client.still_there(part.session, deadline):
                 client.recover(part.session, deadline, DeadlineExceeded(f"{part.session.name} has another primary now"))
+
+    def _push_lost_again(self) -> None:
+        for part in self._parts:
+            if part.lost is not None:
+                self._members = self._client.members = max(part.members, self._members)
+                part.push_again(self._members)
 
     # ---- values ----------------------------------------------------------------------------------
 
