@@ -18,7 +18,7 @@ from headwater.relay.words import Back, Taken, Trouble
 from headwater.types import VersionInfo
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from headwater.wire.frames import Frame, Kind
+from headwater.wire.frames import Frame, Kind, Outgoing
 from tests.relay.stage import ME, SPEC, UPSTREAM, A, B, Stage
 
 
@@ -306,6 +306,19 @@ def test_a_reader_that_is_silent_loses_its_lease_and_one_that_comes_back_does_no
         stage.tick(1.0)
         stage.beat(3)
     assert dict(stage.relay.versions.entries[1].leases) == {B: 1}
+
+
+def test_a_reader_that_is_given_up_hears_of_it_and_can_come_back(stage: Stage) -> None:
+    """Else it stays connected to who does not know it, and every lease is refused."""
+    for _ in range(12):
+        stage.tick(1.0)
+    told = [out for out in stage.said if isinstance(out, Outgoing) and out.peer == A and out.close]
+    assert [out.frame.kind for out in told] == [Kind.ERROR]
+    with pytest.raises(ClusterError, match=r"this reader was silent for .* s and was given up; .* It may join again"):
+        raise m.read_error(told[0].frame.body)
+    stage.gone(A)
+    stage.join(5, session=A)
+    assert stage.lease(5).info.number == 1
 
 
 def test_a_relay_that_stood_still_gives_nobody_up(stage: Stage) -> None:

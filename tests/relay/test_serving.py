@@ -216,7 +216,9 @@ def test_a_module_that_follows_a_relay_is_swapped(town: Town, way: str) -> None:
 def test_relays_chain(town: Town, way: str) -> None:
     town.publish("v1", 1)
     first = town.relay()
+    town.has(first, "v1")
     second = town.relay(first.address)
+    town.has(second, "v1")
     assert reads(second.address) == ("v1", {1: -1.0})
     town.publish("v2", 2, tags=("production",))
     assert town.has(second, "v2").way == "delta"

@@ -158,9 +158,11 @@ class Relay:
         gap, self.now, self._ticked = now - self._ticked, now, now
         if gap > PAUSE:  # this process stood still: nobody else was silent for that
             self._members.forgive(gap)
-        for member, _ in self._members.lost_now(now):
-            if member.peer is not None:
-                self._depart(member.peer, clean=False)
+        for member, why in self._members.lost_now(now):
+            if (peer := member.peer) is not None:
+                self._depart(peer, clean=False)
+                lost = ClusterError(f"this reader {why} and was given up; its leases end. It may join again")
+                self._out.append(Outgoing(peer, Frame(Kind.ERROR, body=m.error_body(lost)), close=True))
         self._waiting = [each for each in self._waiting if now < each.until]
         self.versions.tick(now)
         sessions = {member.join.session for member in self._members.readers.values()}
