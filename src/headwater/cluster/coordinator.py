@@ -17,7 +17,7 @@ from headwater.cluster.barriers import Barriers
 from headwater.cluster.dataplan import ALL, DataPlans
 from headwater.cluster.fleet import Fleet, Member, in_sync, members_of
 from headwater.cluster.membership import Member as Worker
-from headwater.cluster.membership import Membership
+from headwater.cluster.membership import Membership, given_up
 from headwater.cluster.publications import Publications
 from headwater.cluster.rules import Rules as Rules
 from headwater.cluster.rules import check, shape
@@ -140,9 +140,8 @@ class Coordinator:
         if not self._settling:
             for worker, why in self.membership.lost_now(now):
                 self._depart(worker, clean=False, why=why)
-                if worker.rank < 0 and worker.peer is not None:  # it comes back over another connection, as a new one
-                    lost = ClusterError(f"this reader {why} and was given up; its leases end. It may join again")
-                    refusal = Frame(Kind.ERROR, body=m.error_body(lost))
+                if worker.rank < 0 and worker.peer is not None:
+                    refusal = Frame(Kind.ERROR, body=m.error_body(given_up(why)))
                     self._out.append(Outgoing(worker.peer, refusal, close=True))
         self._cuts.do(self.snapshots.tick(now, self.served()))
         self.publications.versions.tick(now)

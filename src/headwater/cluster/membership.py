@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from headwater.errors import RankTaken, UsageError
+from headwater.errors import ClusterError, RankTaken, UsageError
 from headwater.wire.messages import Heartbeat, Join
 
 HEARTBEAT = 0.1  # seconds between heartbeats
@@ -26,6 +26,11 @@ class Member:
     heard: float
     report: Heartbeat = field(default_factory=Heartbeat)
     gone: float | None = None
+
+
+def given_up(why: str) -> ClusterError:
+    """What a reader is told whose leases end before it does; it comes back over another connection, as a new one."""
+    return ClusterError(f"this reader {why} and was given up; its leases end. It may join again")
 
 
 class Membership:

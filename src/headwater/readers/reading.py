@@ -144,23 +144,27 @@ class Reader:
                 self._runtime.sleep(AGAIN)
 
     def _lease_once(self, name: str, deadline: float) -> Weights:
+        with self._guard:
+            guess, self._next = self._next, None
+        try:
+            if guess is not None:
+                self._fetcher.ahead(*guess)
+            return self._leased(name, deadline)
+        finally:
+            self._fetcher.forgo()
+
+    def _leased(self, name: str, deadline: float) -> Weights:
         from headwater.readers.weights import Weights
 
         with self._guard:
             self._turn = turn = self._turn + 1
             self._asking.add(turn)
-            guess, self._next = self._next, None
-        if guess is not None:
-            self._fetcher.ahead(*guess)
         try:
             patience = max(0.0, deadline - self._runtime.now())
             leased = self._ask(v.Lease(self.model, name, tuple(self._known.items()), patience, turn), deadline)
             if not isinstance(leased, v.Leased):
                 raise InternalError(f"{type(leased).__name__} came in answer to the wish for a lease")
             number = self._open[turn] = leased.info.number
-        except BaseException:
-            self._fetcher.forgo()
-            raise
         finally:
             with self._guard:
                 self._asking.discard(turn)
@@ -175,8 +179,6 @@ class Reader:
         except BaseException:
             self._release(turn)
             raise
-        finally:
-            self._fetcher.forgo()
         return Weights(stored, lambda: self._release(turn), partial(self._forget, turn))
 
     def _store_in_turn(self, leased: v.Leased, deadline: float) -> Stored:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from headwater.cluster.entries import ASKERS, LATEST, Entry
-from headwater.cluster.membership import HEARTBEAT, Membership
+from headwater.cluster.membership import HEARTBEAT, Membership, given_up
 from headwater.cluster.placement import layout
 from headwater.cluster.snapshots import Asker
 from headwater.cluster.spans import spans
@@ -161,8 +161,7 @@ class Relay:
         for member, why in self._members.lost_now(now):
             if (peer := member.peer) is not None:
                 self._depart(peer, clean=False)
-                lost = ClusterError(f"this reader {why} and was given up; its leases end. It may join again")
-                self._out.append(Outgoing(peer, Frame(Kind.ERROR, body=m.error_body(lost)), close=True))
+                self._out.append(Outgoing(peer, Frame(Kind.ERROR, body=m.error_body(given_up(why))), close=True))
         self._waiting = [each for each in self._waiting if now < each.until]
         self.versions.tick(now)
         sessions = {member.join.session for member in self._members.readers.values()}
