@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import sys
+import threading
+from typing import Any
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+if sys.version_info < (3, 11, 8):
+    # Until 3.11.8 CPython counted the depth of the tree that it builds in one place for all threads (gh-106905): of two
+    # that parse at once, as workers do in numpy.load and in torch's late imports, one now and then gets a SystemError.
+    _parse = ast.parse
+    _parsing = threading.RLock()
+
+    def _parse_alone(*args: Any, **options: Any) -> Any:
+        with _parsing:
+            return _parse(*args, **options)
+
+    ast.parse = _parse_alone  # type: ignore[assignment]
 
 _OF_A_JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
