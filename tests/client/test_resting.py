@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from headwater.client import Client, Dense
 from headwater.errors import HeadwaterError
-from headwater.types import Async, Bulk, Sync
+from headwater.types import Async, Bulk, Stale, Sync
 from tests.client.conftest import Connect
 
 SHAPE = (300_000,)  # lies on both servers
@@ -58,6 +61,52 @@ def test_resting_is_harmless_under_other_policies(connect: Connect, name: str) -
         a.push(one).wait()
     b.push(one).wait()
     assert _value(b) == -2
+
+
+@pytest.mark.parametrize("sync", [Stale(0), Stale(1), Async(0), Async(1)])
+def test_steps_go_on_without_a_worker_that_others_would_wait_for(connect: Connect, name: str, sync: Sync) -> None:
+    (_, second), (a, b) = _pair(connect, name, sync)
+    one = torch.ones(SHAPE)
+    for ticket in [a.push(one), b.push(one)]:
+        ticket.wait()
+    _value(b)  # it has read, and would compute on that
+    with second.resting():
+        for _ in range(4):
+            a.push(one).wait()
+            _value(a)
+    assert b.values.unique().tolist() == [-6]  # fresh, without another pull
+    assert b.table.clock >= 5, "it owes no steps for the time of its rest"
+    for ticket in [b.push(one), a.push(one)]:
+        ticket.wait()
+    assert _value(a) == _value(b) == -8
+
+
+@pytest.mark.parametrize("sync", [Stale(0), Stale(2), Async(0), Async(1), Async()])
+def test_who_is_first_at_a_barrier_holds_nobody_up(connect: Connect, name: str, sync: Sync) -> None:
+    clients, made = _pair(connect, name, sync)
+    one = torch.ones(SHAPE)
+    for w in made:  # both have read
+        w.pull()
+
+    def work(rank: int, steps: int) -> Callable[[], None]:
+        def run() -> None:
+            for turn in range(3):
+                for _ in range(steps):
+                    made[rank].push(one).wait()
+                    made[rank].pull()
+                clients[rank].barrier(f"{turn}")
+            done.append(rank)
+
+        return run
+
+    done: list[int] = []
+    threads = [threading.Thread(target=work(rank, steps)) for rank, steps in ((0, 1), (1, 5))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == [0, 1]
+    assert _value(made[0]) == _value(made[1]) == -18
 
 
 def test_a_rest_ends_with_what_ended_it(connect: Connect, name: str) -> None:

@@ -111,7 +111,7 @@ def test_rows_follow_their_sequences(acts: list[tuple[str, int]]) -> None:
         elif act == "leave" and running:
             gone = running[value % len(running)]
             assert gone.version
-            rows = memory[gone.version]
+            rows = memory.setdefault(gone.version, [[] for _ in range(5)])  # it may leave before it wrote
             vacated = made.leave(gone)
             assert rows[vacated.row][: vacated.length] == [gone.extra] * vacated.length
             rows[vacated.row] = []

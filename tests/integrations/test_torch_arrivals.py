@@ -296,6 +296,28 @@ def test_other_devices_copy_there_and_back(monkeypatch: pytest.MonkeyPatch) -> N
         opt.step()
 
 
+@pytest.mark.parametrize("shares", [True, False])
+def test_after_a_rest_the_model_has_the_values_of_now(monkeypatch: pytest.MonkeyPatch, shares: bool) -> None:
+    for module in ("torch", "torch_leaves"):
+        monkeypatch.setattr(f"headwater.integrations.{module}.shares_memory", lambda _: shares)
+    model = chain()
+    opt, table = optimizer(model)
+    backward(model)
+    opt.step()
+    opt.synchronize()
+    with torch.no_grad():
+        for value in table.values.values():
+            value.fill_(3.0)
+        model[1].bias.add_(1)
+    assert table.renewed is not None
+    table.renewed()
+    assert {p.unique().item() for n, p in model.named_parameters() if n != "1.bias"} == {3.0}
+    with pytest.raises(headwater.ParameterModified, match=r"'1\.bias' changed in place"):
+        opt.step()
+    opt.close()
+    assert table.renewed is None
+
+
 def test_an_optimizer_is_not_copied_or_pickled() -> None:
     opt, _ = optimizer(chain())
     with pytest.raises(UsageError, match=r"Save state_dict\(\) instead"):

@@ -32,7 +32,7 @@ from headwater.errors import (
     UsageError,
 )
 from headwater.transports.address import host_identity
-from headwater.types import Async, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
+from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
 from headwater.wire import messages as m
 from headwater.wire.tensors import dtype_name
 from headwater.wire.versions import Retire, VersionStatus
@@ -325,18 +325,28 @@ class Client:
     # ---- the rest ------------------------------------------------------------------------------------
 
     def barrier(self, name: str = "", timeout: float | None = None) -> None:
-        """Wait until every worker has called this. Raises ``WorkerLost`` if one dies meanwhile."""
+        """Wait until every worker has called this. Raises ``WorkerLost`` if one dies meanwhile.
+
+        Under ``Stale`` and ``Async(max_staleness)`` the others' steps do not wait for a worker that waits here, and it
+        goes on with fresh values. Under ``Bulk`` every worker takes as many steps before a barrier as the others.
+        """
         self._turns[name] += 1
-        self.ask(m.Barrier(name, self._turns[name]), timeout)
+        waited_for = any(t.coupled and not isinstance(t.spec.sync, Bulk) for t in self.tables.values())
+        with self.resting() if waited_for else contextlib.nullcontext():
+            self.ask(m.Barrier(name, self._turns[name]), timeout)
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
-        """Inside, bulk steps of others do without this worker, which waits for something that they do.
+        """Inside, steps and reads of others do without this worker, which waits for something that they do.
 
-        Its own steps are finished first; afterwards its tables are where the others are.
+        Its own steps are finished first; afterwards its tables are where the others are. Where nobody ever waits for
+        a worker, under ``Async()``, nothing happens.
         """
         for table in self.tables.values():
             table.wait()
+        if not any(table.coupled for table in self.tables.values()):
+            yield
+            return
         self._rest(True)
         try:
             yield

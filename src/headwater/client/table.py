@@ -56,6 +56,7 @@ class Table:
         self._open = False  # a step was ended and not yet waited for
         self._uncopied = False
         self._ticket: Ticket | None = None  # of the last step
+        self.renewed: Callable[[], None] | None = None  # called after a rest: ``values`` are others than a step brought
         self._attach()
 
     # ---- set-up ----------------------------------------------------------------------------------
@@ -72,20 +73,20 @@ class Table:
             part.live = live
             part.attach = partial(self._attach_part, part)
             part.session.parts[self.number] = part
-            self._attach_until(part, deadline, self._members)
+            self._attach_until(part, deadline, self._members if isinstance(self.spec.sync, Bulk) else 0)
         self.clock = max(part.clock for part in self._parts)
         self._flat = self._map_live() if live else plain(self.layout.size)
         self._views()
 
     def _attach_until(self, part: Part, deadline: float, members: int) -> None:
-        """Attach, under ``Bulk`` as of when the shard knows this worker: steps decided before that are not its own."""
+        """Attach, as of when the shard knows these ``members``: what was decided before is not this worker's."""
         part.known = -1
         while True:
             try:
                 self._attach_part(part, deadline)
             except LinkError as error:
                 self._client.recover(part.session, deadline, error)
-            if part.known >= members or not isinstance(self.spec.sync, Bulk) or self._client.rank < 0:
+            if part.known >= members or self._client.rank < 0:
                 return
             if self._client.runtime.now() > deadline:
                 raise DeadlineExceeded(f"{part.session.name} did not hear of this worker in time; nothing was pushed")
@@ -115,16 +116,18 @@ class Table:
     def rejoin(self, members: int) -> None:
         """After a rest: others' steps were applied meanwhile. A shard counts from when it knows ``members``."""
         self._members = members
-        if not isinstance(self.spec.sync, Bulk):
+        if not self.coupled:
             return
         deadline = self._client.runtime.now() + self._client.timeout
         for part in self._parts:
             self._client.reach(part.session)
             self._attach_until(part, deadline, members)
-        self.clock = max(part.clock for part in self._parts)
+        self.clock = max(self.clock, *(part.clock for part in self._parts))
         self.refresh()
         if not self.live:
             self.pull().wait()
+        if self.renewed is not None:
+            self.renewed()
 
     def _map_live(self) -> torch.Tensor:
         """All shards' values side by side, copy-on-write: a stray in-place write stays in this process."""
@@ -158,6 +161,11 @@ class Table:
     def live(self) -> bool:
         """Whether all values are the servers' own memory: a pull copies nothing."""
         return all(part.live for part in self._parts)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether others may have to wait for this worker: for its steps, or while it computes on what it has read."""
+        return not isinstance(self.spec.sync, Async) or self.spec.sync.max_staleness is not None
 
     def refresh(self) -> None:
         """Throw away what stray in-place writes made of live values."""

@@ -160,6 +160,7 @@ class Optimizer(torch.optim.Optimizer):
         materialise(hosted.values(), [self._table.values[name] for name in hosted])
         self._held = Held(self._table, parameters, self._client.rank)
         self._held.arrived(self._held.leaves)
+        self._table.renewed = self._held.renewed
         self._sent: Groups = None
         self._failures = 0  # the table's, when groups were sent last
         self._ticket: Ticket | None = None
@@ -378,6 +379,7 @@ class Optimizer(torch.optim.Optimizer):
             self.synchronize()
         self._departures.close()
         self._arrivals.close()
+        self._table.renewed = None
         for leaf in self._held.leaves:
             if not leaf.copies:
                 leaf.parameter.grad = None

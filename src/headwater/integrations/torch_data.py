@@ -176,8 +176,7 @@ class ShardSampler(torch.utils.data.Sampler[int]):
         client, cursor = self._connected(), self._at()
         if cursor.over:
             return
-        bulk = any(isinstance(table.spec.sync, Bulk) for table in client.tables.values())
-        with client.resting() if bulk else contextlib.nullcontext():  # else the others' steps would wait for ours
+        with client.resting():  # else the others' steps would wait for ours
             self._poll()
 
     def _poll(self) -> None:

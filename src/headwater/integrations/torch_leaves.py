@@ -137,6 +137,11 @@ class Held:
             leaf.fresh = self.clock
             leaf.stamp = leaf.parameter._version
 
+    def renewed(self) -> None:
+        """After a rest the table has the values of now. Parameters that were written into keep their old stamp, so that
+        the next step says so."""
+        self.arrived([leaf for leaf in self.leaves if leaf.stamp == leaf.parameter._version])
+
     def next_step(self, skipped: bool) -> None:
         """A step was sent off: no leaf is fresh any more, and graphs built on the old values are void.
 

@@ -207,7 +207,7 @@ class Clients:
         if not 1 <= request.base < 1 << 62:
             raise ProtocolError(f"pushes from {request.base} on are out of range")
         out = self._run(e.Attached(session, request.table, shared, request.base))
-        clock = table.gathering.clock if table.bulk else min(table.clocks.clock.values(), default=0)
+        clock = table.gathering.clock if table.bulk else table.clocks.start()
         done = self.shard.session(session).done.get(request.table, 0)
         reply = m.Attached(self.shard.lsn, clock, kept.values.numel(), done, self.shard.members.epoch)
         return [*out, Outgoing(peer, Frame(Kind.REPLY, seq=frame.seq, body=m.pack(reply)), give)]

@@ -351,7 +351,9 @@ class Replica:
                 found.update(f"{parameter} {name} {start}".encode())
                 found.update(tensor.detach().contiguous().reshape(-1).view(_BYTES).numpy().data)
             clocks = sorted(table.clocks.clock.items())
-            found.update(f"{number} {table.gathering.clock} {table.clocks.version} {clocks}".encode())
+            found.update(
+                f"{number} {table.gathering.clock} {table.clocks.version} {clocks} {table.clocks.furthest}".encode()
+            )
         workers = [s for s in self.sessions.values() if s.rank >= 0]  # readers are known to the primary only
         for session in sorted(workers, key=lambda s: s.number):
             found.update(f"{session.number} {session.rank} {sorted(session.done.items())}".encode())

@@ -196,10 +196,6 @@ class Trainer(ABC, Generic[AnySettings]):
             self._publish()
         self._settle()
         table = self.ps.tables[checkpoint.TABLE]
-        if isinstance(table.spec.sync, headwater.Async):
-            # Under a staleness cap the others wait for every worker that has read and not pushed since. An empty
-            # step that reads nothing says that this one is not computing any more.
-            table.push_step([], want=False).wait()
         self.ps.barrier("trained")
         table.pull().wait()  # under Stale and Async: what the others pushed last
         difference = None

@@ -181,3 +181,20 @@ def test_a_session_that_ended_leaves_nothing_that_waits(sync: Stale | Async) -> 
     assert not table.waiting
     assert not table.held
     assert not table.staged
+
+
+def test_a_newcomer_starts_at_the_slowest_and_after_a_barrier_at_the_furthest() -> None:
+    clocks = Clocks(Stale(0))
+    clocks.members((0, 1))
+    clocks.pushed(0, 3)
+    clocks.pushed(1, 7)
+    clocks.members((0, 1, 2))
+    assert (clocks.start(), clocks.clock) == (3, {0: 3, 1: 7, 2: 3})
+    clocks.members((1,))
+    clocks.members(())
+    assert clocks.start() == 7
+    clocks.members((0,))
+    clocks.members((0, 1))
+    assert clocks.clock == {0: 7, 1: 7}
+    assert clocks.may_read(0, 7)
+    assert clocks.may_read(1, 7)

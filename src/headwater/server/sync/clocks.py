@@ -20,16 +20,21 @@ class Clocks:
     def __init__(self, sync: Stale | Async | Bulk) -> None:
         self.sync = sync
         self.version = 0
+        self.furthest = 0  # that any worker's clock was
         self.clock: dict[int, int] = {}
         self.read: dict[int, int] = {}
         self._active: set[int] = set()  # ranks that have read and not yet pushed since
 
     def members(self, ranks: tuple[int, ...]) -> None:
-        """Only these ranks count; a newcomer starts at the slowest clock."""
-        slowest = min(self.clock.values(), default=0)
-        self.clock = {rank: self.clock.get(rank, slowest) for rank in ranks}
+        """Only these ranks count."""
+        start = self.start()
+        self.clock = {rank: self.clock.get(rank, start) for rank in ranks}
         self.read = {rank: self.read.get(rank, self.version) for rank in ranks}
         self._active &= set(ranks)
+
+    def start(self) -> int:
+        """Where a newcomer's clock starts: at the slowest one; at the furthest if nobody is there, as in a barrier."""
+        return min(self.clock.values(), default=self.furthest)
 
     def pushed(self, rank: int, clock: int) -> int:
         """A worker's step was applied; returns its staleness in steps."""
@@ -37,6 +42,7 @@ class Clocks:
         self.version += 1
         if rank in self.clock:
             self.clock[rank] = max(self.clock[rank], clock)
+            self.furthest = max(self.furthest, self.clock[rank])
             self._active.discard(rank)
         return staleness
 
