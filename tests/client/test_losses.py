@@ -80,13 +80,13 @@ def test_a_stopped_server_is_waited_for_and_a_killed_one_breaks_every_wait(
         assert all(ticket.wait().applied for ticket in tickets)
         assert all(w.pull().eq(-1).all() for w in tables)
 
+        monkeypatch.setattr("headwater.client.client.UNSERVED", 0.2)
         os.kill(job.servers[1].pid, signal.SIGSTOP)
         tickets = [tables[0].table.pull(), tables[1].push(torch.ones(LARGE))]
         threading.Timer(0.2, os.kill, (job.servers[1].pid, signal.SIGKILL)).start()
         for ticket in tickets:
             with prompt(), pytest.raises(LinkBroken, match=NOBODY):
                 ticket.wait()
-        monkeypatch.setattr("headwater.client.client.UNSERVED", 0.2)
         for w in tables:
             check_broken(w)
         with prompt(), pytest.raises(ClusterError):
