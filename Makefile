@@ -39,8 +39,11 @@ install: $(VENV)/.installed-test
 demo: $(VENV)/.installed-demo
 	$(BIN)/headwater train lm
 
+# These start few processes or none: they run beside one another, the others after them and alone.
+ALONGSIDE := $(addprefix tests/,wire cluster server simulator gateway transports)
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(shell nproc) $(ALONGSIDE)
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(ALONGSIDE))
 
 # CHAOS_SECONDS=600 for longer, CHAOS_SEED=7 for other faults.
 CHAOS_SECONDS ?= 180
