@@ -296,10 +296,9 @@ def test_other_devices_copy_there_and_back(monkeypatch: pytest.MonkeyPatch) -> N
         opt.step()
 
 
-@pytest.mark.parametrize("shares", [True, False])
-def test_after_a_rest_the_model_has_the_values_of_now(monkeypatch: pytest.MonkeyPatch, shares: bool) -> None:
+def test_after_a_rest_other_devices_have_the_values_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("torch", "torch_leaves"):
-        monkeypatch.setattr(f"headwater.integrations.{module}.shares_memory", lambda _: shares)
+        monkeypatch.setattr(f"headwater.integrations.{module}.shares_memory", lambda _: False)
     model = chain()
     opt, table = optimizer(model)
     backward(model)
@@ -308,14 +307,26 @@ def test_after_a_rest_the_model_has_the_values_of_now(monkeypatch: pytest.Monkey
     with torch.no_grad():
         for value in table.values.values():
             value.fill_(3.0)
-        model[1].bias.add_(1)
-    assert table.renewed is not None
+        model[1].bias.fill_(7.0)
     table.renewed()
-    assert {p.unique().item() for n, p in model.named_parameters() if n != "1.bias"} == {3.0}
+    assert {n: p.unique().tolist() for n, p in model.named_parameters()} == {
+        n: [7.0] if n == "1.bias" else [3.0] for n, _ in model.named_parameters()
+    }
     with pytest.raises(headwater.ParameterModified, match=r"'1\.bias' changed in place"):
         opt.step()
     opt.close()
     assert table.renewed is None
+
+
+def test_a_gradient_that_was_written_too_early_is_told_after_a_rest_too() -> None:
+    model = chain()
+    opt, table = optimizer(model)
+    backward(model)
+    opt.step()
+    model[0].weight.grad.zero_()
+    table.renewed()
+    with pytest.raises(headwater.GradientModified):
+        opt.synchronize()
 
 
 def test_an_optimizer_is_not_copied_or_pickled() -> None:

@@ -209,6 +209,19 @@ class Worker:
         assert isinstance(attached, m.Attached), self.frames
         return attached
 
+    def ask(self, request: m.Request) -> m.Reply:
+        """Ask the primary, and hear its answer."""
+        self.ring.send(self._peer, Frame(Kind.REQUEST, seq=(1 << 62) + 2, body=m.pack(request)))
+        self.ring.run()
+        (answer,) = self.take(Kind.REPLY)
+        return m.unpack_reply(answer.body)
+
+    def pull(self) -> None:
+        """Ask for all of the table's values."""
+        size = self.ring.node(self._target()).shard.tables[1].size
+        self.ring.send(self._peer, Frame(Kind.PULL, table=1, epoch=self.ring.epoch, clock=self.clock, length=size))
+        self.ring.run()
+
     def push(self, seed: int, deliver: bool = True) -> list[Frame]:
         """A step of random integers, a frame per block; with ``deliver`` everything that follows happens at once."""
         self.clock += 1

@@ -70,6 +70,32 @@ def test_a_record_that_never_reached_the_backup_was_not_acknowledged_and_comes_a
     assert ring.digest(1)[1] == reference.digest(0)[1]
 
 
+@pytest.mark.parametrize("joins", ["before", "after"])
+def test_a_new_primary_knows_who_waits_and_is_not_waited_for(joins: str) -> None:
+    ring = Ring(2)
+    ring.adopt(0, backups=[1] if joins == "before" else [])
+    ring.begin(spec(Stale(0)), ranks=(0, 1))
+    workers = [Worker(ring, rank) for rank in (0, 1)]
+    for worker in workers:
+        worker.open(0)
+    workers[1].ask(m.Aside(1, True))
+    if joins == "after":
+        ring.adopt(0, learners=[1])
+        ring.adopt(0, backups=[1])
+    assert ring.digest(0) == ring.digest(1)
+    ring.kill(0)
+    ring.adopt(1)
+    workers[0].open(1)
+    workers[0].push(1)
+    workers[0].pull()
+    assert workers[0].take(Kind.DATA)
+    workers[1].open(1)
+    workers[1].ask(m.Aside(1, False))
+    workers[0].push(2)
+    workers[0].pull()
+    assert not workers[0].take(Kind.DATA)
+
+
 # ---- newcomers ---------------------------------------------------------------------------------------
 
 

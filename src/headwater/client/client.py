@@ -327,33 +327,51 @@ class Client:
     def barrier(self, name: str = "", timeout: float | None = None) -> None:
         """Wait until every worker has called this. Raises ``WorkerLost`` if one dies meanwhile.
 
-        Under ``Stale`` and ``Async(max_staleness)`` the others' steps do not wait for a worker that waits here, and it
-        goes on with fresh values. Under ``Bulk`` every worker takes as many steps before a barrier as the others.
+        Under ``Stale`` and ``Async(max_staleness)`` steps of those that come later do not wait for who is here.
         """
         self._turns[name] += 1
-        waited_for = any(t.coupled and not isinstance(t.spec.sync, Bulk) for t in self.tables.values())
-        with self.resting() if waited_for else contextlib.nullcontext():
+        with self.aside():
             self.ask(m.Barrier(name, self._turns[name]), timeout)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, this worker waits for others: under ``Stale`` and ``Async(max_staleness)`` they do not wait for it.
+
+        Its values and clocks stay as they are, so its next step may be staler than ``max_staleness`` by what the others
+        did meanwhile.
+        """
+        paced = [table for table in self.tables.values() if table.paced and self.rank >= 0]
+        try:
+            for table in paced:
+                table.aside(True)
+            yield
+        except BaseException:
+            for table in paced:
+                with contextlib.suppress(HeadwaterError):  # what happened first is what the caller must know
+                    table.aside(False)
+            raise
+        for table in paced:
+            table.aside(False)
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
         """Inside, steps and reads of others do without this worker, which waits for something that they do.
 
-        Its own steps are finished first; afterwards its tables are where the others are. Where nobody ever waits for
-        a worker, under ``Async()``, nothing happens.
+        Its own steps are finished first; afterwards its ``Bulk`` tables are where the others are.
         """
         for table in self.tables.values():
             table.wait()
-        if not any(table.coupled for table in self.tables.values()):
-            yield
-            return
-        self._rest(True)
-        try:
-            yield
-        finally:
-            self._rest(False)
-            for table in self.tables.values():
-                table.rejoin(self.members)
+        with self.aside():
+            if not any(isinstance(table.spec.sync, Bulk) for table in self.tables.values()):
+                yield
+                return
+            self._rest(True)
+            try:
+                yield
+            finally:
+                self._rest(False)
+                for table in self.tables.values():
+                    table.rejoin(self.members)
 
     def _rest(self, away: bool) -> None:
         answer = self.ask(m.Rest(away))

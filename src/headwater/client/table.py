@@ -15,7 +15,7 @@ from headwater.client.tickets import StepResult, Ticket
 from headwater.cluster.placement import Layout
 from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken, LinkError, ShapeMismatch, UsageError
 from headwater.transports import memory
-from headwater.types import Async, Bulk, Hyper, ParameterSpec, Segment
+from headwater.types import Async, Bulk, Hyper, ParameterSpec, Segment, Stale
 from headwater.wire import messages as m
 from headwater.wire.exact import clip_factor
 from headwater.wire.frames import Flag
@@ -56,7 +56,7 @@ class Table:
         self._open = False  # a step was ended and not yet waited for
         self._uncopied = False
         self._ticket: Ticket | None = None  # of the last step
-        self.renewed: Callable[[], None] | None = None  # called after a rest: ``values`` are others than a step brought
+        self.renewed: Callable[[], None] | None = None  # called after a rest: ``values`` are those of later steps
         self._attach()
 
     # ---- set-up ----------------------------------------------------------------------------------
@@ -73,20 +73,20 @@ class Table:
             part.live = live
             part.attach = partial(self._attach_part, part)
             part.session.parts[self.number] = part
-            self._attach_until(part, deadline, self._members if isinstance(self.spec.sync, Bulk) else 0)
+            self._attach_until(part, deadline, self._members)
         self.clock = max(part.clock for part in self._parts)
         self._flat = self._map_live() if live else plain(self.layout.size)
         self._views()
 
     def _attach_until(self, part: Part, deadline: float, members: int) -> None:
-        """Attach, as of when the shard knows these ``members``: what was decided before is not this worker's."""
+        """Attach, under ``Bulk`` as of when the shard knows this worker: steps decided before that are not its own."""
         part.known = -1
         while True:
             try:
                 self._attach_part(part, deadline)
             except LinkError as error:
                 self._client.recover(part.session, deadline, error)
-            if part.known >= members or self._client.rank < 0:
+            if part.known >= members or not isinstance(self.spec.sync, Bulk) or self._client.rank < 0:
                 return
             if self._client.runtime.now() > deadline:
                 raise DeadlineExceeded(f"{part.session.name} did not hear of this worker in time; nothing was pushed")
@@ -116,18 +116,23 @@ class Table:
     def rejoin(self, members: int) -> None:
         """After a rest: others' steps were applied meanwhile. A shard counts from when it knows ``members``."""
         self._members = members
-        if not self.coupled:
+        if not isinstance(self.spec.sync, Bulk):
             return
         deadline = self._client.runtime.now() + self._client.timeout
         for part in self._parts:
             self._client.reach(part.session)
             self._attach_until(part, deadline, members)
-        self.clock = max(self.clock, *(part.clock for part in self._parts))
+        self.clock = max(part.clock for part in self._parts)
         self.refresh()
         if not self.live:
             self.pull().wait()
         if self.renewed is not None:
             self.renewed()
+
+    def aside(self, away: bool) -> None:
+        """Others' reads and steps do without this worker, or wait for it again; see ``Client.aside``."""
+        for part in self._parts:
+            self._client.request(part.session, m.Aside(self.number, away))
 
     def _map_live(self) -> torch.Tensor:
         """All shards' values side by side, copy-on-write: a stray in-place write stays in this process."""
@@ -163,9 +168,10 @@ class Table:
         return all(part.live for part in self._parts)
 
     @property
-    def coupled(self) -> bool:
-        """Whether others may have to wait for this worker: for its steps, or while it computes on what it has read."""
-        return not isinstance(self.spec.sync, Async) or self.spec.sync.max_staleness is not None
+    def paced(self) -> bool:
+        """Whether others' reads or steps may have to wait for what this worker does next, other than under ``Bulk``."""
+        sync = self.spec.sync
+        return isinstance(sync, Stale) or (isinstance(sync, Async) and sync.max_staleness is not None)
 
     def refresh(self) -> None:
         """Throw away what stray in-place writes made of live values."""

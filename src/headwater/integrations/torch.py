@@ -379,7 +379,8 @@ class Optimizer(torch.optim.Optimizer):
             self.synchronize()
         self._departures.close()
         self._arrivals.close()
-        self._table.renewed = None
+        if self._table.renewed == self._held.renewed:  # not a later optimizer's
+            self._table.renewed = None
         for leaf in self._held.leaves:
             if not leaf.copies:
                 leaf.parameter.grad = None

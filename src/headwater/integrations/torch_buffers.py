@@ -44,7 +44,6 @@ class Buffers:
         )
         spec = TableSpec(f"{name}.buffers", parameters, OptimizerSpec("Assign", ({},)), sync, nonfinite="allow")
         self._table = client.table(spec, values={path: b.detach() for path, b in self.values().items()})
-        self._table.renewed = self._renewed
         self._pending = True
         self.arrive()
 
@@ -86,9 +85,6 @@ class Buffers:
             for path, buffer in self.values().items():
                 buffer.copy_(self._table.values[path])
         self._pending = False
-
-    def _renewed(self) -> None:
-        self._pending = True
 
     def assign(self, values: Mapping[str, torch.Tensor]) -> None:
         """Make these the servers' and the module's values."""

@@ -138,9 +138,12 @@ class Held:
             leaf.stamp = leaf.parameter._version
 
     def renewed(self) -> None:
-        """After a rest the table has the values of now. Parameters that were written into keep their old stamp, so that
-        the next step says so."""
-        self.arrived([leaf for leaf in self.leaves if leaf.stamp == leaf.parameter._version])
+        """After a rest the table has the values of later steps: copies of the last one's on other devices are old.
+
+        Parameters that somebody wrote into stay, and the next step says so.
+        """
+        here = [leaf for leaf in self.leaves if leaf.copies and leaf.fresh == self.clock]
+        self.arrived([leaf for leaf in here if leaf.stamp == leaf.parameter._version])
 
     def next_step(self, skipped: bool) -> None:
         """A step was sent off: no leaf is fresh any more, and graphs built on the old values are void.

@@ -153,6 +153,8 @@ class Clients:
                     raise ProtocolError(f"{len(frame.body)} bytes of slots do not fit into one record; nothing was set")
                 session = self._session(link)
                 return self._run(e.AssignSlots(session, frame.seq, request.table, request.slots, request.reset))
+            case m.Aside():
+                return self._run(e.Aside(self._session(link), frame.seq, request.table, request.away))
             case _:
                 raise ProtocolError(f"{type(request).__name__} does not go to a server")
 
@@ -207,7 +209,7 @@ class Clients:
         if not 1 <= request.base < 1 << 62:
             raise ProtocolError(f"pushes from {request.base} on are out of range")
         out = self._run(e.Attached(session, request.table, shared, request.base))
-        clock = table.gathering.clock if table.bulk else table.clocks.start()
+        clock = table.gathering.clock if table.bulk else min(table.clocks.clock.values(), default=0)
         done = self.shard.session(session).done.get(request.table, 0)
         reply = m.Attached(self.shard.lsn, clock, kept.values.numel(), done, self.shard.members.epoch)
         return [*out, Outgoing(peer, Frame(Kind.REPLY, seq=frame.seq, body=m.pack(reply)), give)]

@@ -120,7 +120,17 @@ class AssignSlots:
     reset: bool
 
 
-Rare = Create | Forget | Publish | Opened | Closed | Attached | Assign | AssignSlots | Commit | Members
+@dataclass(slots=True)
+class Aside:
+    """A worker waits for others, or does not any more."""
+
+    session: int
+    request: int
+    table: int
+    away: bool
+
+
+Rare = Create | Forget | Publish | Opened | Closed | Attached | Assign | AssignSlots | Aside | Commit | Members
 Event = Push | Pull | Rare
 
 # ---- instructions ----------------------------------------------------------------------------------

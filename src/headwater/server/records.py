@@ -105,6 +105,15 @@ class SetSlots(msgspec.Struct, frozen=True, tag="set_slots"):
     reset: bool
 
 
+class Aside(msgspec.Struct, frozen=True, tag="aside"):
+    """Others' reads and steps do without this session's worker (``away``), or wait for it again."""
+
+    table: int
+    session: int
+    request: int
+    away: bool
+
+
 class Publish(msgspec.Struct, frozen=True, tag="publish"):
     """A version's moment: each replica keeps what these tables hold now."""
 
@@ -112,7 +121,7 @@ class Publish(msgspec.Struct, frozen=True, tag="publish"):
     tables: tuple[int, ...]
 
 
-Body = Begin | Drop | Seat | Members | Prepare | Commit | Update | Values | SetSlots | Publish
+Body = Begin | Drop | Seat | Members | Prepare | Commit | Update | Values | SetSlots | Aside | Publish
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Body] = msgspec.msgpack.Decoder(Body)

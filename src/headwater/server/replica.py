@@ -37,7 +37,7 @@ class Memory(Protocol):
 
 
 _BYTES = torch.uint8
-_OF_TABLES = (r.Update, Commit, r.Prepare, r.Values, r.SetSlots)
+_OF_TABLES = (r.Update, Commit, r.Prepare, r.Values, r.SetSlots, r.Aside)
 
 Observer = Callable[["Replica", Record], None]
 
@@ -119,6 +119,8 @@ class Replica:
                 self._assign(record, body)
             case r.SetSlots():
                 self._set_slots(body)
+            case r.Aside():
+                self._aside(body)
             case r.Publish():
                 self._memory.publish(body)
         if self.observer is not None:
@@ -303,6 +305,13 @@ class Replica:
         if self.primary and event.session in self.sessions:
             self.answer(event)
 
+    def _aside(self, body: r.Aside) -> None:
+        table, session = self.tables[body.table], self.sessions.get(body.session)
+        if session is not None:
+            table.clocks.aside(session.rank, body.away)
+        self._emit(e.Done(body.session, body.request))
+        self.progress(table)
+
     # ---- assignments -----------------------------------------------------------------------------
 
     def _assign(self, record: Record, body: r.Values) -> None:
@@ -350,10 +359,8 @@ class Replica:
             for parameter, name, start, tensor in table.dense.read_slots():
                 found.update(f"{parameter} {name} {start}".encode())
                 found.update(tensor.detach().contiguous().reshape(-1).view(_BYTES).numpy().data)
-            clocks = sorted(table.clocks.clock.items())
-            found.update(
-                f"{number} {table.gathering.clock} {table.clocks.version} {clocks} {table.clocks.furthest}".encode()
-            )
+            clocks = (sorted(table.clocks.clock.items()), sorted(table.clocks.waiting))
+            found.update(f"{number} {table.gathering.clock} {table.clocks.version} {clocks}".encode())
         workers = [s for s in self.sessions.values() if s.rank >= 0]  # readers are known to the primary only
         for session in sorted(workers, key=lambda s: s.number):
             found.update(f"{session.number} {session.rank} {sorted(session.done.items())}".encode())

@@ -161,6 +161,8 @@ class Shard(Replica):
                 self._assigned(event)
             case e.AssignSlots():
                 self._assigned_slots(event)
+            case e.Aside():
+                self._stand_aside(event)
 
     def _guard(self, act: Callable[[Asked], None], event: Asked) -> None:
         try:
@@ -522,6 +524,11 @@ class Shard(Replica):
             table.waiting.append(event)
         else:
             self.answer(event)
+
+    def _stand_aside(self, event: e.Aside) -> None:
+        session, table = self.session(event.session), self.table(event.table)
+        self.refuse_reader(session, "be waited for")
+        self.propose(r.Aside(table.number, session.number, event.request, event.away))
 
     # ---- assignments -----------------------------------------------------------------------------
 

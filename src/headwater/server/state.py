@@ -36,7 +36,7 @@ class TableState(msgspec.Struct, frozen=True, tag="table"):
     lost: int
     version: int
     clocks: tuple[tuple[int, int], ...]  # (rank, clock)
-    furthest: int  # that a clock was
+    waiting: tuple[int, ...]  # ranks that nobody waits for
     commit: Commit | None
     groups: Groups
 
@@ -85,7 +85,7 @@ def table_state(table: Table) -> TableState:
     clocks = tuple(sorted(table.clocks.clock.items()))
     return TableState(
         table.number, table.spec, table.gathering.clock, table.gathering.lost, table.clocks.version, clocks,
-        table.clocks.furthest, table.last_commit, tuple(dict(group) for group in table.dense.groups),
+        tuple(sorted(table.clocks.waiting)), table.last_commit, tuple(dict(group) for group in table.dense.groups),
     )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def restore(table: Table, state: TableState) -> None:
     table.dense.set_groups(state.groups)
     table.gathering.clock, table.gathering.lost = state.clock, state.lost
     table.clocks.version = state.version
-    table.clocks.clock, table.clocks.furthest = dict(state.clocks), state.furthest
+    table.clocks.clock, table.clocks.waiting = dict(state.clocks), set(state.waiting)
     table.clocks.read = dict.fromkeys(table.clocks.clock, state.version)
     table.last_commit = state.commit
 

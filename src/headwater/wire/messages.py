@@ -11,6 +11,7 @@ import msgspec
 
 from headwater.errors import HeadwaterError, ProtocolError, from_code
 from headwater.types import Hyper, TableSpec
+from headwater.wire.plans import Aside as Aside
 from headwater.wire.plans import PlanChunk as PlanChunk
 from headwater.wire.plans import PlanNext as PlanNext
 from headwater.wire.plans import Rest as Rest
@@ -452,6 +453,7 @@ Request = (
     | Lend
     | PlanNext
     | Rest
+    | Aside
     | VersionRequest
 )
 Reply = (

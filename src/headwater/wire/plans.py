@@ -50,6 +50,16 @@ class Rest(msgspec.Struct, frozen=True, tag="rest"):
     away: bool
 
 
+class Aside(msgspec.Struct, frozen=True, tag="aside"):
+    """Worker to server: reads and steps of others do without me (``away``) or wait for me again. Answered by ``Done``.
+
+    Under ``Stale`` and ``Async``; values and clocks stay as they are.
+    """
+
+    table: int
+    away: bool
+
+
 class Rested(msgspec.Struct, frozen=True, tag="rested"):
     """``members``: the membership epoch from which on it holds."""
 

@@ -183,18 +183,42 @@ def test_a_session_that_ended_leaves_nothing_that_waits(sync: Stale | Async) -> 
     assert not table.staged
 
 
-def test_a_newcomer_starts_at_the_slowest_and_after_a_barrier_at_the_furthest() -> None:
+@pytest.mark.parametrize("sync", [Stale(0), Async(0)])
+def test_who_waits_for_others_is_not_waited_for_until_it_is_back(sync: Stale | Async) -> None:
+    stage = Stage(spec(sync, numel=8))
+
+    def goes_on(rank: int) -> bool:
+        """Whether a step and a read are both granted."""
+        stage.push(rank)
+        stage.pull(rank)
+        return bool(stage.take(e.Send)) and bool(stage.take(e.Ack))
+
+    def aside(away: bool) -> list[e.Done]:
+        stage.event(0, e.Aside(11, 5, TABLE, away))
+        return stage.take(e.Done)
+
+    stage.pull(1)
+    stage.take(e.Send)
+    assert not goes_on(0)
+    assert aside(True) == [e.Done(11, 5)]
+    assert stage.take(e.Send), "what waited goes on at once"
+    assert goes_on(0)
+    assert aside(False) == [e.Done(11, 5)]
+    stage.take(e.Ack)
+    assert not goes_on(0)
+    stage.members((0, 1), lost="another")
+    assert not goes_on(0), "it is still there"
+    stage.members((0,), lost="worker 1 is lost")
+    stage.take(e.Send), stage.take(e.Ack)
+    assert goes_on(0)
+
+
+def test_who_comes_back_after_it_was_lost_is_waited_for() -> None:
     clocks = Clocks(Stale(0))
     clocks.members((0, 1))
-    clocks.pushed(0, 3)
-    clocks.pushed(1, 7)
-    clocks.members((0, 1, 2))
-    assert (clocks.start(), clocks.clock) == (3, {0: 3, 1: 7, 2: 3})
-    clocks.members((1,))
-    clocks.members(())
-    assert clocks.start() == 7
+    clocks.aside(1, away=True)
+    clocks.aside(7, away=True)  # nobody knows it
+    assert clocks.waiting == {1}
     clocks.members((0,))
     clocks.members((0, 1))
-    assert clocks.clock == {0: 7, 1: 7}
-    assert clocks.may_read(0, 7)
-    assert clocks.may_read(1, 7)
+    assert not clocks.may_read(0, 1)

@@ -20,21 +20,25 @@ class Clocks:
     def __init__(self, sync: Stale | Async | Bulk) -> None:
         self.sync = sync
         self.version = 0
-        self.furthest = 0  # that any worker's clock was
         self.clock: dict[int, int] = {}
         self.read: dict[int, int] = {}
+        self.waiting: set[int] = set()  # ranks that wait for others, at a barrier or for data: nobody waits for them
         self._active: set[int] = set()  # ranks that have read and not yet pushed since
 
     def members(self, ranks: tuple[int, ...]) -> None:
-        """Only these ranks count."""
-        start = self.start()
-        self.clock = {rank: self.clock.get(rank, start) for rank in ranks}
+        """Only these ranks count; a newcomer starts at the slowest clock."""
+        slowest = min(self.clock.values(), default=0)
+        self.clock = {rank: self.clock.get(rank, slowest) for rank in ranks}
         self.read = {rank: self.read.get(rank, self.version) for rank in ranks}
+        self.waiting &= set(ranks)
         self._active &= set(ranks)
 
-    def start(self) -> int:
-        """Where a newcomer's clock starts: at the slowest one; at the furthest if nobody is there, as in a barrier."""
-        return min(self.clock.values(), default=self.furthest)
+    def aside(self, rank: int, away: bool) -> None:
+        """A worker waits for others, or does not any more. What it has read is as old then as it is."""
+        if away and rank in self.clock:
+            self.waiting.add(rank)
+        else:
+            self.waiting.discard(rank)
 
     def pushed(self, rank: int, clock: int) -> int:
         """A worker's step was applied; returns its staleness in steps."""
@@ -42,7 +46,6 @@ class Clocks:
         self.version += 1
         if rank in self.clock:
             self.clock[rank] = max(self.clock[rank], clock)
-            self.furthest = max(self.furthest, self.clock[rank])
             self._active.discard(rank)
         return staleness
 
@@ -53,10 +56,10 @@ class Clocks:
             self._active.add(rank)
 
     def may_read(self, rank: int, clock: int) -> bool:
-        """Stale(bound): a worker at ``clock`` reads once the slowest worker has reached ``clock - bound``."""
+        """Stale(bound): a worker at ``clock`` reads once the slowest of the others has reached ``clock - bound``."""
         if not isinstance(self.sync, Stale) or rank not in self.clock:
             return True
-        others = [at for other, at in self.clock.items() if other != rank]  # it does not wait for itself
+        others = [at for other, at in self.clock.items() if other != rank and other not in self.waiting]
         return not others or min(others) >= max(clock, self.clock[rank]) - self.sync.bound
 
     def may_apply(self, rank: int, held: Collection[int] = ()) -> bool:
@@ -67,5 +70,5 @@ class Clocks:
         """
         if not isinstance(self.sync, Async) or self.sync.max_staleness is None:
             return True
-        computing = self._active.difference(held, (rank,))
+        computing = self._active.difference(held, self.waiting, (rank,))
         return all(self.version + 1 - self.read[other] <= self.sync.max_staleness for other in computing)
