@@ -104,6 +104,30 @@ def test_bulk_steps_are_of_all_workers_after_a_barrier_whatever_other_tables_do(
     assert _value(made[0]) == _value(others[0]) == -40
 
 
+def test_nobody_leaves_a_barrier_before_all_are_waited_for_again(
+    connect: Connect, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients, made = _pair(connect, name, Stale(0))
+    aside, left = made[1].table.aside, threading.Event()
+    early: list[bool] = []
+
+    def slow(away: bool, deadline: float) -> None:
+        if not away:
+            early.append(left.wait(0.2))
+        aside(away, deadline)
+
+    def first() -> None:
+        clients[0].barrier()
+        left.set()
+
+    monkeypatch.setattr(made[1].table, "aside", slow)
+    thread = threading.Thread(target=first)
+    thread.start()
+    clients[1].barrier()
+    thread.join()
+    assert early == [False]
+
+
 def test_a_barrier_that_is_given_up_ends_in_time_and_leaves_nobody_aside(connect: Connect, name: str) -> None:
     (first, _), (a, b) = _pair(connect, name, Stale(0))
     with pytest.raises(DeadlineExceeded):
@@ -139,7 +163,7 @@ def test_who_is_first_at_a_barrier_holds_nobody_up(connect: Connect, name: str, 
     for thread in threads:
         thread.join()
     assert sorted(done) == [0, 1]
-    with clients[1].aside():
+    with clients[1].resting():
         assert _value(made[0]) == -18
 
 

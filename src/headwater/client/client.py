@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -43,6 +44,8 @@ log = logging.getLogger("headwater")
 OPEN = 5.0  # seconds in which a server must answer the first request of a connection
 AGAIN = 0.02  # seconds between two attempts to reach a shard
 UNSERVED = 5.0  # seconds in which the only server of a shard may come back
+_BRIEF = 2.0  # seconds to say that one is back, however late it is
+_BACK = "\0back"  # behind a barrier's name: of the one after it, at which nobody stands aside any more
 DAMAGED = 20  # connections in a row that end for damaged frames until that is no accident
 
 
@@ -83,6 +86,7 @@ class Client:
         self._closed = False
         self._steps = self._stale_sum = self._stale_max = self._stale_last = self._lag_max = 0
         self._waited = 0.0
+        self._away = False  # whether others do without this worker
         self._turns: Counter[str] = Counter()
         join = m.Join(role, self.session, host_identity(), os.getpid(), rank, world)
         self._control = Control(dial, join, self.runtime, timeout)
@@ -166,14 +170,15 @@ class Client:
             return True  # nobody else serves it
         return isinstance(view, m.ShardView) and view.address == session.address
 
-    def request(self, session: Session, message: m.Request) -> list[m.Reply]:
+    def request(self, session: Session, message: m.Request, deadline: float | None = None) -> list[m.Reply]:
         """Ask a shard, over as many connections as it takes. Raises what it was refused with, or a deadline."""
-        deadline = self.runtime.now() + self.timeout
+        until = self.runtime.now() + self.timeout if deadline is None else deadline
+        there = partial(self.still_there, session, until)
         while True:
             try:
-                return session.request(message, max(0.0, deadline - self.runtime.now())).replies
+                return session.request(message, max(0.0, until - self.runtime.now()), there=there).replies
             except LinkError as error:
-                self.recover(session, deadline, error)
+                self.recover(session, until, error)
 
     def ask(self, message: m.Request, timeout: float | None = None) -> m.Reply:
         """Ask the coordinator, over as many connections as it takes. Raises what it was refused with, or a deadline."""
@@ -327,31 +332,33 @@ class Client:
     def barrier(self, name: str = "", timeout: float | None = None) -> None:
         """Wait until every worker has called this. Raises ``WorkerLost`` if one dies meanwhile.
 
-        Under ``Stale`` and ``Async(max_staleness)`` steps of those that come later do not wait for who is here.
+        Under ``Stale`` and ``Async(max_staleness)`` the steps of those that come later do not wait for who is here;
+        the first step after it may so be staler than the cap.
         """
+        deadline = self.runtime.now() + (self.timeout if timeout is None else timeout)
         self._turns[name] += 1
-        with self.aside():
-            self.ask(m.Barrier(name, self._turns[name]), timeout)
+        with self._aside(deadline):
+            self.ask(m.Barrier(name, self._turns[name]), max(0.0, deadline - self.runtime.now()))
+        # Nobody takes a step before all are waited for again.
+        self.ask(m.Barrier(name + _BACK, self._turns[name]), max(0.0, deadline - self.runtime.now()))
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
+    def _aside(self, deadline: float) -> Iterator[None]:
         """Inside, this worker waits for others: under ``Stale`` and ``Async(max_staleness)`` they do not wait for it.
 
-        Its values and clocks stay as they are, so its next step may be staler than ``max_staleness`` by what the others
-        did meanwhile.
+        Its values and clocks stay as they are.
         """
-        paced = [table for table in self.tables.values() if table.paced and self.rank >= 0]
+        paced = [table for table in self.tables.values() if table.paced and self.rank >= 0 and not self._away]
+        self._away = self._away or bool(paced)
         try:
             for table in paced:
-                table.aside(True)
+                table.aside(True, deadline)
             yield
-        except BaseException:
+        finally:
+            until = max(deadline, self.runtime.now() + _BRIEF)
             for table in paced:
-                with contextlib.suppress(HeadwaterError):  # what happened first is what the caller must know
-                    table.aside(False)
-            raise
-        for table in paced:
-            table.aside(False)
+                table.aside(False, until)
+            self._away = self._away and not paced
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
@@ -361,7 +368,7 @@ class Client:
         """
         for table in self.tables.values():
             table.wait()
-        with self.aside():
+        with self._aside(self.runtime.now() + self.timeout):
             if not any(isinstance(table.spec.sync, Bulk) for table in self.tables.values()):
                 yield
                 return

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from headwater.client.runtime import Runtime
-from headwater.errors import HeadwaterError, LinkBroken, LinkError, ProtocolError, StaleEpoch
+from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken, LinkError, ProtocolError, StaleEpoch
 from headwater.transports.memory import close_all
 from headwater.transports.stream import Link
 from headwater.wire import messages as m
 from headwater.wire.frames import Frame, Kind
 
+_TURN = 0.25  # seconds after which one asks whether a silent server is still its shard's primary
 _REQUEST = 1 << 62  # numbers of requests; pushes count from 1
 
 
@@ -65,19 +66,40 @@ class Session:
             if self.link.error is None:  # the frame is at fault, not the link
                 raise
 
-    def request(self, message: m.Request, timeout: float, fds: tuple[int, ...] = ()) -> Answers:
-        """Ask, and wait for the whole answer. Raises what the other side refused with, or a deadline."""
+    def request(
+        self,
+        message: m.Request,
+        timeout: float,
+        fds: tuple[int, ...] = (),
+        there: Callable[[], bool] = lambda: True,
+    ) -> Answers:
+        """Ask, and wait for the whole answer. Raises what the other side refused with, or a deadline.
+
+        ``there``: asked now and then while nothing comes; ``LinkBroken`` once it is false.
+        """
         assert self.link is not None
         number = next(self._ids)
         answers = self._requests[number] = Answers()
         try:
             self.link.send(Frame(Kind.REQUEST, session=self.number, seq=number, body=m.pack(message)), fds)
-            self.link.pump(lambda: answers.done, self._runtime.now() + timeout)
+            self._await(answers, self._runtime.now() + timeout, there)
         finally:
             del self._requests[number]
         if answers.error is not None:
             raise answers.error
         return answers
+
+    def _await(self, answers: Answers, deadline: float, there: Callable[[], bool]) -> None:
+        assert self.link is not None
+        while True:
+            try:
+                self.link.pump(lambda: answers.done, min(deadline, self._runtime.now() + _TURN))
+                return
+            except DeadlineExceeded:
+                if self._runtime.now() >= deadline:
+                    raise
+                if not there():
+                    raise LinkBroken(f"{self.name} is not who serves the shard any more") from None
 
     def notify(self, message: m.Notice) -> None:
         assert self.link is not None

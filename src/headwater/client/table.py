@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -129,10 +130,14 @@ class Table:
         if self.renewed is not None:
             self.renewed()
 
-    def aside(self, away: bool) -> None:
-        """Others' reads and steps do without this worker, or wait for it again; see ``Client.aside``."""
+    def aside(self, away: bool, deadline: float) -> None:
+        """Others' reads and steps do without this worker, or wait for it again.
+
+        A shard that nobody serves is left out: whoever needs it hears of it.
+        """
         for part in self._parts:
-            self._client.request(part.session, m.Aside(self.number, away))
+            with contextlib.suppress(LinkError, DeadlineExceeded):
+                self._client.request(part.session, m.Aside(self.number, away), deadline)
 
     def _map_live(self) -> torch.Tensor:
         """All shards' values side by side, copy-on-write: a stray in-place write stays in this process."""

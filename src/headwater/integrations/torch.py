@@ -160,7 +160,8 @@ class Optimizer(torch.optim.Optimizer):
         materialise(hosted.values(), [self._table.values[name] for name in hosted])
         self._held = Held(self._table, parameters, self._client.rank)
         self._held.arrived(self._held.leaves)
-        self._table.renewed = self._held.renewed
+        held = weakref.ref(self._held)
+        self._table.renewed = self._renewed = lambda: _renew(held())  # else the client would keep the model
         self._sent: Groups = None
         self._failures = 0  # the table's, when groups were sent last
         self._ticket: Ticket | None = None
@@ -379,7 +380,7 @@ class Optimizer(torch.optim.Optimizer):
             self.synchronize()
         self._departures.close()
         self._arrivals.close()
-        if self._table.renewed == self._held.renewed:  # not a later optimizer's
+        if self._table.renewed is self._renewed:  # not a later optimizer's
             self._table.renewed = None
         for leaf in self._held.leaves:
             if not leaf.copies:
@@ -409,6 +410,11 @@ class Optimizer(torch.optim.Optimizer):
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("the optimizer is closed; the model keeps the values it had then")
+
+
+def _renew(held: Held | None) -> None:
+    if held is not None:
+        held.renewed()
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -186,6 +186,7 @@ class Replica:
             table.waiting = [p for p in table.waiting if p.session != session.number]
             table.held = [p for p in table.held if p.session != session.number]
             table.staged.pop(session.number, None)
+            table.clocks.aside(session.rank, session.number, away=False)
 
     def _place(self, table: Table) -> None:
         """Tell a table who its workers are; a step that was prepared with others is void."""
@@ -308,7 +309,7 @@ class Replica:
     def _aside(self, body: r.Aside) -> None:
         table, session = self.tables[body.table], self.sessions.get(body.session)
         if session is not None:
-            table.clocks.aside(session.rank, body.away)
+            table.clocks.aside(session.rank, session.number, away=body.away)
         self._emit(e.Done(body.session, body.request))
         self.progress(table)
 
@@ -359,7 +360,7 @@ class Replica:
             for parameter, name, start, tensor in table.dense.read_slots():
                 found.update(f"{parameter} {name} {start}".encode())
                 found.update(tensor.detach().contiguous().reshape(-1).view(_BYTES).numpy().data)
-            clocks = (sorted(table.clocks.clock.items()), sorted(table.clocks.waiting))
+            clocks = (sorted(table.clocks.clock.items()), sorted(table.clocks.waiting.items()))
             found.update(f"{number} {table.gathering.clock} {table.clocks.version} {clocks}".encode())
         workers = [s for s in self.sessions.values() if s.rank >= 0]  # readers are known to the primary only
         for session in sorted(workers, key=lambda s: s.number):

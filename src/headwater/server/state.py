@@ -36,9 +36,9 @@ class TableState(msgspec.Struct, frozen=True, tag="table"):
     lost: int
     version: int
     clocks: tuple[tuple[int, int], ...]  # (rank, clock)
-    waiting: tuple[int, ...]  # ranks that nobody waits for
     commit: Commit | None
     groups: Groups
+    waiting: tuple[tuple[int, int], ...] = ()  # (rank, session) that nobody waits for
 
 
 class SlotState(msgspec.Struct, frozen=True):
@@ -85,7 +85,8 @@ def table_state(table: Table) -> TableState:
     clocks = tuple(sorted(table.clocks.clock.items()))
     return TableState(
         table.number, table.spec, table.gathering.clock, table.gathering.lost, table.clocks.version, clocks,
-        tuple(sorted(table.clocks.waiting)), table.last_commit, tuple(dict(group) for group in table.dense.groups),
+        table.last_commit, tuple(dict(group) for group in table.dense.groups),
+        tuple(sorted(table.clocks.waiting.items())),
     )  # fmt: skip
 
 
@@ -94,7 +95,7 @@ def restore(table: Table, state: TableState) -> None:
     table.dense.set_groups(state.groups)
     table.gathering.clock, table.gathering.lost = state.clock, state.lost
     table.clocks.version = state.version
-    table.clocks.clock, table.clocks.waiting = dict(state.clocks), set(state.waiting)
+    table.clocks.clock, table.clocks.waiting = dict(state.clocks), dict(state.waiting)
     table.clocks.read = dict.fromkeys(table.clocks.clock, state.version)
     table.last_commit = state.commit
 

@@ -216,9 +216,19 @@ def test_who_waits_for_others_is_not_waited_for_until_it_is_back(sync: Stale | A
 def test_who_comes_back_after_it_was_lost_is_waited_for() -> None:
     clocks = Clocks(Stale(0))
     clocks.members((0, 1))
-    clocks.aside(1, away=True)
-    clocks.aside(7, away=True)  # nobody knows it
-    assert clocks.waiting == {1}
+    clocks.aside(1, 11, away=True)
+    clocks.aside(7, 17, away=True)  # nobody knows it
+    assert clocks.waiting == {1: 11}
     clocks.members((0,))
     clocks.members((0, 1))
     assert not clocks.may_read(0, 1)
+
+
+def test_another_process_of_the_same_rank_is_waited_for() -> None:
+    stage = Stage(spec(Stale(0), numel=8))
+    stage.event(0, e.Aside(11, 5, TABLE, True))
+    stage.sessions[1] = 99
+    stage.members((0, 1), lost="worker 1 is lost")  # the shard hears only that it is there again
+    stage.push(0)
+    stage.pull(0)
+    assert stage.take(e.Send) == []

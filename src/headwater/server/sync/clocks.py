@@ -22,7 +22,7 @@ class Clocks:
         self.version = 0
         self.clock: dict[int, int] = {}
         self.read: dict[int, int] = {}
-        self.waiting: set[int] = set()  # ranks that wait for others, at a barrier or for data: nobody waits for them
+        self.waiting: dict[int, int] = {}  # rank: session, of who waits for others and is not waited for
         self._active: set[int] = set()  # ranks that have read and not yet pushed since
 
     def members(self, ranks: tuple[int, ...]) -> None:
@@ -30,15 +30,15 @@ class Clocks:
         slowest = min(self.clock.values(), default=0)
         self.clock = {rank: self.clock.get(rank, slowest) for rank in ranks}
         self.read = {rank: self.read.get(rank, self.version) for rank in ranks}
-        self.waiting &= set(ranks)
+        self.waiting = {rank: session for rank, session in self.waiting.items() if rank in ranks}
         self._active &= set(ranks)
 
-    def aside(self, rank: int, away: bool) -> None:
-        """A worker waits for others, or does not any more. What it has read is as old then as it is."""
+    def aside(self, rank: int, session: int, *, away: bool) -> None:
+        """A worker waits for others, at a barrier or for data, or does not any more, or has ended."""
         if away and rank in self.clock:
-            self.waiting.add(rank)
-        else:
-            self.waiting.discard(rank)
+            self.waiting[rank] = session
+        elif not away and self.waiting.get(rank) == session:
+            del self.waiting[rank]
 
     def pushed(self, rank: int, clock: int) -> int:
         """A worker's step was applied; returns its staleness in steps."""
