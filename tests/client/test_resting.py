@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -20,6 +21,13 @@ def _pair(connect: Connect, name: str, sync: Sync) -> tuple[list[Client], list[D
     clients = [connect(rank=rank, world=2) for rank in (0, 1)]
     made = [c.dense(name, SHAPE, optimizer=torch.optim.SGD, lr=1.0, sync=sync) for c in clients]
     return clients, made
+
+
+def _together(*acts: Callable[[], None]) -> None:
+    """Each in a thread of its own, until all have ended; raises what one of them raised."""
+    with ThreadPoolExecutor(len(acts)) as pool:
+        for act in [pool.submit(act) for act in acts]:
+            act.result()
 
 
 def _value(w: Dense) -> float:
@@ -95,11 +103,7 @@ def test_bulk_steps_are_of_all_workers_after_a_barrier_whatever_other_tables_do(
             others[rank].push(torch.ones(SHAPE)).wait()
             _value(others[rank])
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    _together(lambda: work(0), lambda: work(1))
     assert [w.table.clock for w in made] == [20, 20]
     assert _value(made[0]) == _value(others[0]) == -40
 
@@ -121,10 +125,7 @@ def test_nobody_leaves_a_barrier_before_all_are_waited_for_again(
         left.set()
 
     monkeypatch.setattr(made[1].table, "aside", slow)
-    thread = threading.Thread(target=first)
-    thread.start()
-    clients[1].barrier()
-    thread.join()
+    _together(first, clients[1].barrier)
     assert early == [False]
 
 
@@ -145,23 +146,16 @@ def test_who_is_first_at_a_barrier_holds_nobody_up(connect: Connect, name: str, 
     for w in made:  # both have read
         w.pull()
 
-    def work(rank: int, steps: int) -> Callable[[], None]:
-        def run() -> None:
-            for turn in range(3):
-                for _ in range(steps):
-                    made[rank].push(one).wait()
-                    made[rank].pull()
-                clients[rank].barrier(f"{turn}")
-            done.append(rank)
-
-        return run
+    def work(rank: int, steps: int) -> None:
+        for turn in range(3):
+            for _ in range(steps):
+                made[rank].push(one).wait()
+                made[rank].pull()
+            clients[rank].barrier(f"{turn}")
+        done.append(rank)
 
     done: list[int] = []
-    threads = [threading.Thread(target=work(rank, steps)) for rank, steps in ((0, 1), (1, 5))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    _together(lambda: work(0, 1), lambda: work(1, 5))
     assert sorted(done) == [0, 1]
     with clients[1].resting():
         assert _value(made[0]) == -18

@@ -44,9 +44,9 @@ log = logging.getLogger("headwater")
 OPEN = 5.0  # seconds in which a server must answer the first request of a connection
 AGAIN = 0.02  # seconds between two attempts to reach a shard
 UNSERVED = 5.0  # seconds in which the only server of a shard may come back
+DAMAGED = 20  # connections in a row that end for damaged frames until that is no accident
 _BRIEF = 2.0  # seconds to say that one is back, however late it is
 _BACK = "\0back"  # behind a barrier's name: of the one after it, at which nobody stands aside any more
-DAMAGED = 20  # connections in a row that end for damaged frames until that is no accident
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Client:
         self._closed = False
         self._steps = self._stale_sum = self._stale_max = self._stale_last = self._lag_max = 0
         self._waited = 0.0
-        self._away = False  # whether others do without this worker
+        self._away = False  # inside ``_aside``
         self._turns: Counter[str] = Counter()
         join = m.Join(role, self.session, host_identity(), os.getpid(), rank, world)
         self._control = Control(dial, join, self.runtime, timeout)
@@ -348,17 +348,20 @@ class Client:
 
         Its values and clocks stay as they are.
         """
-        paced = [table for table in self.tables.values() if table.paced and self.rank >= 0 and not self._away]
-        self._away = self._away or bool(paced)
+        if self._away or self.rank < 0:
+            yield
+            return
+        paced = [table for table in self.tables.values() if table.paced]
+        self._away = True
         try:
             for table in paced:
                 table.aside(True, deadline)
             yield
         finally:
+            self._away = False
             until = max(deadline, self.runtime.now() + _BRIEF)
             for table in paced:
                 table.aside(False, until)
-            self._away = self._away and not paced
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from headwater.transports.stream import Link
 from headwater.wire import messages as m
 from headwater.wire.frames import Frame, Kind
 
-_TURN = 0.25  # seconds after which one asks whether a silent server is still its shard's primary
+TURN = 0.25  # seconds after which one asks whether a silent server is still its shard's primary
 _REQUEST = 1 << 62  # numbers of requests; pushes count from 1
 
 
@@ -71,11 +71,11 @@ class Session:
         message: m.Request,
         timeout: float,
         fds: tuple[int, ...] = (),
-        there: Callable[[], bool] = lambda: True,
+        there: Callable[[], bool] | None = None,
     ) -> Answers:
         """Ask, and wait for the whole answer. Raises what the other side refused with, or a deadline.
 
-        ``there``: asked now and then while nothing comes; ``LinkBroken`` once it is false.
+        ``there``: whether the other side is who it was, asked now and then while nothing comes; ``LinkBroken`` if not.
         """
         assert self.link is not None
         number = next(self._ids)
@@ -89,14 +89,15 @@ class Session:
             raise answers.error
         return answers
 
-    def _await(self, answers: Answers, deadline: float, there: Callable[[], bool]) -> None:
+    def _await(self, answers: Answers, deadline: float, there: Callable[[], bool] | None) -> None:
         assert self.link is not None
         while True:
+            turn = deadline if there is None else min(deadline, self._runtime.now() + TURN)
             try:
-                self.link.pump(lambda: answers.done, min(deadline, self._runtime.now() + _TURN))
+                self.link.pump(lambda: answers.done, turn)
                 return
             except DeadlineExceeded:
-                if self._runtime.now() >= deadline:
+                if there is None or self._runtime.now() >= deadline:
                     raise
                 if not there():
                     raise LinkBroken(f"{self.name} is not who serves the shard any more") from None

@@ -12,6 +12,7 @@ import torch
 
 from headwater.client.flat import Gradients, Mapped, plain, views
 from headwater.client.part import Part, Span
+from headwater.client.session import TURN
 from headwater.client.tickets import StepResult, Ticket
 from headwater.cluster.placement import Layout
 from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken, LinkError, ShapeMismatch, UsageError
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from headwater.client.client import Client
 
 Groups = Sequence[Mapping[str, Hyper]]
-_TURN = 0.25  # seconds after which one looks whether a silent server is still its shard's primary
 _FIRST = 0.01  # seconds: the first turn at each server, doubled from round to round
 _PAUSE = 0.01  # seconds
 _SLOTS = 4 << 20  # bytes of optimizer state per request
@@ -309,10 +309,10 @@ class Table:
             for part in waiting:
                 self._pump_part(part, getattr(part, what), deadline, turn)
             waiting = [part for part in waiting if not getattr(part, what)()]
-            turn = min(2 * turn, _TURN)
+            turn = min(2 * turn, TURN)
         self._client.waited(now() - begun)
 
-    def _pump_part(self, part: Part, done: Callable[[], bool], deadline: float, turn: float = _TURN) -> None:
+    def _pump_part(self, part: Part, done: Callable[[], bool], deadline: float, turn: float = TURN) -> None:
         """Wait for one server for a turn: it may wait for another that is dead, or be dead itself without a sign.
 
         Another worker's death undoes a step; it is pushed again here, from the same memory. Steps of other tables too:
@@ -330,7 +330,7 @@ class Table:
         except DeadlineExceeded:
             if client.runtime.now() >= deadline:
                 raise
-            if turn == _TURN and not client.still_there(part.session, deadline):
+            if turn == TURN and not client.still_there(part.session, deadline):
                 client.recover(part.session, deadline, DeadlineExceeded(f"{part.session.name} has another primary now"))
 
     def _push_lost_again(self) -> None:
