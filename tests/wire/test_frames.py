@@ -87,7 +87,7 @@ def test_a_truncated_frame_waits_for_the_rest(frame: Frame, data: st.DataObject)
         (with_field(5, "B", 0), "frame kind 0"),
         (with_field(5, "B", 25), "frame kind 25"),
         (with_field(5, "B", 255), "frame kind 255"),
-        (with_field(6, "H", 32), "flags 0x20"),
+        (with_field(6, "H", 512), "flags 0x200"),
         (with_field(6, "H", 0xFFFF), "flags 0xffff"),
         (with_field(64, "Q", MAX_PAYLOAD + 1), "nothing was allocated"),
         (with_field(64, "Q", 2**64 - 1), "nothing was allocated"),

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from headwater.cluster.placement import BLOCK, PAGE, Layout
 from headwater.errors import DeadlineExceeded
 from headwater.transports import memory
-from headwater.types import TableSpec
-from headwater.wire.tensors import view
+from headwater.types import ParameterSpec, TableSpec
+from headwater.wire.tensors import DTYPES
 
 PATIENCE = 10.0  # seconds: a server writes a block in milliseconds
 
@@ -23,14 +24,25 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 def plain(size: int) -> torch.Tensor:
     """``size`` zero bytes, on a page boundary."""
-    raw = torch.zeros(size + PAGE, dtype=torch.uint8)
+    raw = torch.zeros(size + PAGE, dtype=torch.uint8, device="cpu")
     shift = -raw.data_ptr() % PAGE
     return raw[shift : shift + size]
 
 
 def views(flat: torch.Tensor, spec: TableSpec, layout: Layout) -> dict[str, torch.Tensor]:
-    """Every parameter as a tensor over ``flat``. ``.data``: each has its own version counter."""
-    return {p.name: view(flat, at, p).data for p, at in zip(spec.parameters, layout.offsets, strict=True)}
+    """Every parameter as a tensor over ``flat``, with a storage and a version counter of its own.
+
+    What looks at storages (safetensors, ``torch.save``) would take tensors that share one for one tensor.
+    """
+    raw = flat.numpy()
+    return {p.name: _over(raw, at, p) for p, at in zip(spec.parameters, layout.offsets, strict=True)}
+
+
+def _over(raw: Any, at: int, p: ParameterSpec) -> torch.Tensor:
+    dtype = DTYPES[p.dtype]
+    if not p.numel:
+        return torch.empty(p.shape, dtype=dtype, device="cpu")
+    return torch.frombuffer(raw, dtype=dtype, count=p.numel, offset=at).view(p.shape).data
 
 
 class Gradients:
@@ -48,6 +60,58 @@ class Gradients:
     def __del__(self) -> None:
         if self.fd >= 0:
             memory.close_all((self.fd,))
+
+
+class Values:
+    """The memory of a table's values: what a script holds, copy-on-write over what the servers hold.
+
+    ``flat`` is for the script: what it writes there stays in its own copies of pages, which the kernel tells apart.
+    Behind it is ``truth``: the servers' own memory (``pieces`` of it), or without ``pieces`` a memfd of this process
+    where arriving values land.
+    """
+
+    def __init__(self, size: int, pieces: Sequence[memory.Piece] | None) -> None:
+        self.size = size
+        self._fd = memory.create("values", size) if pieces is None else -1
+        own = pieces is None
+        pieces = [memory.Piece(self._fd, 0, size)] if pieces is None else pieces
+        self._private = memory.Region(pieces, private=True)
+        self._truth = memory.Region(pieces, writable=own)
+        self.flat = torch.frombuffer(self._private.buffer, dtype=torch.uint8)[:size]
+        self.truth = torch.frombuffer(self._truth.buffer, dtype=torch.uint8)[:size]
+
+    @property
+    def landing(self) -> memoryview:
+        """Where arriving values are written, if they are not the servers' own memory."""
+        return self._truth.view
+
+    def written(self) -> list[tuple[int, int]]:
+        """Byte ranges, of whole pages, in which the script has written since they were dropped last."""
+        return self._private.written()
+
+    def drop(self) -> None:
+        """Throw away what the script wrote: it sees the truth again."""
+        for start, stop in self.written():
+            self._private.drop(start, stop)
+
+    def replace(self, start: int, piece: memory.Piece | None, size: int) -> None:
+        """Other memory at the same addresses; ``None``: of this process. What the script wrote there stays."""
+        stop = start + size
+        kept = [(max(a, start), min(b, stop)) for a, b in self.written() if a < stop and b > start]
+        saved = [self.flat[a:b].clone() for a, b in kept]
+        own = piece is None
+        if piece is None:
+            if self._fd < 0:
+                self._fd = memory.create("values", self.size)
+            piece = memory.Piece(self._fd, start, size)
+        self._private.replace(start, piece, size)
+        self._truth.replace(start, piece, size, private=False, writable=own)
+        for (a, b), bytes_ in zip(kept, saved, strict=True):
+            self.flat[a:b] = bytes_
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            memory.close_all((self._fd,))
 
 
 class Mapped:

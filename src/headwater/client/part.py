@@ -18,6 +18,25 @@ from headwater.wire import messages as m
 from headwater.wire.frames import Flag, Frame, Kind
 
 Span = tuple[int, int]
+Ranges = tuple[Span, ...]
+
+
+class Mean:
+    """An aggregate that was asked for: where its bytes land, and what is here of it."""
+
+    __slots__ = ("clock", "here", "landing", "members", "ranges")
+
+    def __init__(self, landing: memoryview, clock: int, members: int) -> None:
+        self.landing = landing
+        self.clock = clock
+        self.members = members
+        self.here = False
+        self.ranges: Ranges = ()
+
+    def arrived(self, frame: Frame) -> None:
+        if frame.body:
+            self.ranges = m.unpack(frame.body, m.MeanBody).ranges
+        self.here = bool(frame.flags & Flag.END)
 
 
 class Part:
@@ -55,13 +74,15 @@ class Part:
         self._refused = 0  # refusals of pushes up to here are of a step that is pushed again already
         self._assigning = 0  # the number of the last assignment that is not acknowledged
         self._clock = 0  # of the last pull
+        self._mean: Mean | None = None  # asked for and not taken yet
 
     # ---- out -----------------------------------------------------------------------------------
 
-    def push(self, spans: list[Span], clock: int, members: int, flags: int, body: bytes) -> None:
-        """Send ``spans``; ``flags`` (END, WANT, SKIP) go on the last frame, ``body`` on the first."""
+    def push(self, spans: list[Span], clock: int, members: int, flags: int, body: bytes, first: int = 0) -> None:
+        """Send ``spans``; ``flags`` (END, WANT, SKIP) go on the last frame, ``body`` and ``first`` on the first."""
         frames = [self._frame(span, clock, members) for span in self._cut(spans) or [(0, 0)]]
         frames[0].body = body
+        frames[0].flags |= first
         frames[-1].flags |= flags
         if flags & Flag.WANT:
             self.expect()
@@ -125,15 +146,38 @@ class Part:
         self._clock = clock
         self.session.send(Frame(Kind.PULL, table=self.table, lsn=self.lsn, clock=clock, length=self.size))
 
-    def assign(self, pieces: list[tuple[Segment, memoryview]]) -> None:
-        """Overwrite segments; ``assigned`` turns true when the shard has all of them."""
+    def assign(self, pieces: list[tuple[Segment, memoryview]], clock: int = 0, members: int = 0) -> None:
+        """Overwrite segments; ``assigned`` turns true when the shard has all of them.
+
+        With ``clock`` they belong to that step, and are acknowledged with it.
+        """
         frames = [
-            Frame(Kind.ASSIGN, table=self.table, start=segment.offset, length=len(data), payload=data)
-            for segment, data in pieces
-        ]
-        frames[-1].flags = Flag.END
-        self._assigning = self.sent_seq + len(frames)
+            Frame(
+                Kind.ASSIGN, Flag.WROTE if clock else Flag.NONE, table=self.table, clock=clock, start=segment.offset,
+                length=len(data), members=members, payload=data,
+            ) for segment, data in pieces
+        ]  # fmt: skip
+        if not clock:
+            frames[-1].flags = Flag.END
+            self._assigning = self.sent_seq + len(frames)
         self._send(frames)
+
+    def ask_mean(self, clock: int, members: int, landing: memoryview) -> None:
+        """Ask for the step's aggregate; it lands in ``landing``, laid out as the table. ``met`` when it is here."""
+        self.push([], clock, members, 0, b"")  # its number is the question's
+        self._mean = Mean(landing, clock, members)
+        self._ask_again()
+
+    def _ask_again(self) -> None:
+        mean = self._mean
+        if mean is not None and not mean.here:
+            seq, clock, members = self.sent_seq, mean.clock, mean.members
+            self.session.send(Frame(Kind.PULL, Flag.MEAN, table=self.table, seq=seq, clock=clock, members=members))
+
+    def take_mean(self) -> Ranges:
+        """The shard-local ranges of the aggregate that has arrived."""
+        mean, self._mean = self._mean, None
+        return () if mean is None else mean.ranges
 
     def expect(self) -> None:
         """Values are on their way; those of an earlier pull that nobody waited for come before them."""
@@ -163,6 +207,7 @@ class Part:
             self.expect()
         for frame in list(self._unacked):
             self.session.send(frame)
+        self._ask_again()
         if awaited and not self.awaiting:
             self.pull(self._clock)
 
@@ -201,24 +246,35 @@ class Part:
         """Another worker's death undid the step: push it under the new membership, with new numbers."""
         self.lost = None
         self._refused = self.sent_seq
-        step = [frame for frame in self._unacked if frame.kind == Kind.PUSH]
-        self._unacked = deque(frame for frame in self._unacked if frame.kind != Kind.PUSH)
+        step = [frame for frame in self._unacked if frame.clock]
+        self._unacked = deque(frame for frame in self._unacked if not frame.clock)
         wanted = any(frame.flags & Flag.WANT for frame in step)
         for frame in step:
             frame.members = members
         if wanted and not self.awaiting:
             self.expect()
         self._send(step)
+        if self._mean is not None:
+            self._mean.members = members
+        self._ask_again()
 
     # ---- in ------------------------------------------------------------------------------------
 
     def landing(self, frame: Frame) -> memoryview:
         if frame.start + frame.length > self.size:
             raise ProtocolError(f"{self.session.name} sent bytes past the end of table {self.table}")
-        at = self._flat(frame.start)
+        at = self._flat(frame.start) if frame.length else 0
+        if frame.flags & Flag.MEAN:
+            if self._mean is None:
+                raise ProtocolError(f"{self.session.name} sent a gradient of table {self.table} that nobody asked for")
+            return self._mean.landing[at : at + frame.length]
         return self.flat_values[at : at + frame.length]
 
     def arrived(self, frame: Frame) -> None:
+        if frame.flags & Flag.MEAN:
+            if self._mean is not None:
+                self._mean.arrived(frame)
+            return
         self.lag = frame.members
         self.lsn = max(self.lsn, frame.lsn)
         self.fresh = frame.start + frame.length
@@ -248,6 +304,7 @@ class Part:
             self.lost = error
             return
         self.error = error
+        self._mean = None
         self._assigning = 0
         self.fresh, self.awaiting = self.size, 0
 
@@ -257,11 +314,16 @@ class Part:
         self.acked_seq = self.sent_seq
         self._refused = self.sent_seq
         self._unacked.clear()
+        self._mean = None
 
     # ---- waiting -------------------------------------------------------------------------------
 
     def assigned_or_failed(self) -> bool:
         return not self._assigning or self.error is not None
+
+    def met(self) -> bool:
+        """The aggregate that was asked for is here, or there will be none."""
+        return self._mean is None or self._mean.here or self.error is not None
 
     def settled(self) -> bool:
         """The last step is acknowledged, or has failed."""

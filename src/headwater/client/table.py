@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
-from headwater.client.flat import Gradients, Mapped, plain, views
+from headwater.client.flat import Gradients, Mapped, Values, plain, views
 from headwater.client.part import Part, Span
 from headwater.client.session import TURN
 from headwater.client.tickets import StepResult, Ticket
@@ -67,7 +67,7 @@ class Table:
             self._client.reach(part.session)
         sharing = [part.session.link is not None and part.session.link.shared for part in self._parts]
         self._gradients = Gradients(self.layout.size, any(sharing))
-        self._region: memory.Region | None = None
+        self._memory: Values | None = None
         live = all(sharing) and isinstance(self.spec.sync, Bulk)
         deadline = self._client.runtime.now() + self._client.timeout
         for part in self._parts:
@@ -76,7 +76,7 @@ class Table:
             part.session.parts[self.number] = part
             self._attach_until(part, deadline, self._members)
         self.clock = max(part.clock for part in self._parts)
-        self._flat = self._map_live() if live else plain(self.layout.size)
+        self._memory = Values(self.layout.size, self._live_pieces() if live else None)
         self._views()
 
     def _attach_until(self, part: Part, deadline: float, members: int) -> None:
@@ -108,8 +108,8 @@ class Table:
         old, part.mapped = part.mapped, Mapped(answer.fds, attached.size) if shared else None
         part.lsn = max(part.lsn, attached.lsn)
         part.known, part.clock = attached.members, attached.clock
-        if self._region is not None and part.live:
-            self._map_again(part, self._region)
+        if self._memory is not None and part.live:
+            self._map_again(part, self._memory)
         if old is not None:
             old.close()
         part.resume(attached.seq)
@@ -139,18 +139,17 @@ class Table:
             with contextlib.suppress(LinkError, DeadlineExceeded):
                 self._client.request(part.session, m.Aside(self.number, away), deadline)
 
-    def _map_live(self) -> torch.Tensor:
-        """All shards' values side by side, copy-on-write: a stray in-place write stays in this process."""
+    def _live_pieces(self) -> list[memory.Piece]:
+        """All shards' values side by side."""
         by_shard = {part.session.shard: part for part in self._parts}
         pieces = []
         for block in self.layout.blocks:
             mapped = by_shard[block.shard].mapped
             assert mapped is not None
             pieces.append(memory.Piece(mapped.fd, block.local, block.size))
-        self._region = memory.Region(pieces, private=True)
-        return torch.frombuffer(self._region.buffer, dtype=torch.uint8)[: self.layout.size]
+        return pieces
 
-    def _map_again(self, part: Part, region: memory.Region) -> None:
+    def _map_again(self, part: Part, region: Values) -> None:
         """The new primary's memory at the same addresses. Where it shares none, memory of this process: pulled."""
         for block in part.blocks:
             piece = None if part.mapped is None else memory.Piece(part.mapped.fd, block.local, block.size)
@@ -161,11 +160,12 @@ class Table:
             self._uncopied = True
 
     def _views(self) -> None:
-        self.values = views(self._flat, self.spec, self.layout)
+        assert self._memory is not None
+        self.values = views(self._memory.flat, self.spec, self.layout)
         self.gradients = views(self._gradients.flat, self.spec, self.layout)
-        raw = memoryview(self._flat.numpy()).cast("B")  # type: ignore[arg-type]
+        self._truth = views(self._memory.truth, self.spec, self.layout)
         for part in self._parts:
-            part.flat_values, part.flat_gradients = raw, self._gradients.bytes
+            part.flat_values, part.flat_gradients = self._memory.landing, self._gradients.bytes
 
     @property
     def live(self) -> bool:
@@ -179,31 +179,94 @@ class Table:
         return isinstance(sync, Stale) or (isinstance(sync, Async) and sync.max_staleness is not None)
 
     def refresh(self) -> None:
-        """Throw away what stray in-place writes made of live values."""
-        if self._region is not None and self.live:
-            self._region.drop(0, self._region.size)
+        """Throw away what was written into ``values`` here: they are what arrived last again."""
+        assert self._memory is not None
+        self._memory.drop()
+
+    def written(self) -> list[str]:
+        """The parameters whose ``values`` were written here and differ from what arrived, to the bit.
+
+        What was written and is the same is dropped: a page that stays this process's own stands still for ever.
+        """
+        assert self._memory is not None
+        ranges = self._memory.written()
+        if not ranges:
+            return []
+        found = []
+        for p, at in zip(self.spec.parameters, self.layout.offsets, strict=True):
+            inside = any(start < at + p.nbytes and at < stop for start, stop in ranges)
+            if inside and not _same_bits(self.values[p.name], self._truth[p.name]):
+                found.append(p.name)
+        if not found:
+            self._memory.drop()
+        return found
 
     # ---- steps -----------------------------------------------------------------------------------
 
-    def push(self, names: Sequence[str], groups: Groups | None = None) -> None:
+    def push(self, names: Sequence[str], groups: Groups | None = None, *, anew: bool = False) -> None:
         """The gradients of ``names``, already written into ``gradients``, leave now as part of the current step.
 
-        ``groups``: hyperparameters that changed, one mapping per group. Raises ``UsageError`` for an unknown name.
+        ``groups``: hyperparameters that changed, one mapping per group. ``anew`` (``Bulk`` only): what was pushed of
+        the step before is void. Raises ``UsageError`` for an unknown name.
         """
         self.settle()
         body = m.pack(m.StepBody(tuple(dict(g) for g in groups))) if groups is not None else b""
+        if anew:
+            self._pushed.clear()
         for part, spans in zip(self._parts, self._spans_of(names), strict=True):
-            if spans or body:
-                part.push(spans, self.clock + 1, self._members, 0, body)
+            if spans or body or anew:
+                part.push(spans, self.clock + 1, self._members, 0, body, Flag.ANEW if anew else Flag.NONE)
         self._pushed.update(names)
 
-    def step(self, groups: Groups | None = None, skip: bool = False) -> Ticket:
+    def step(self, groups: Groups | None = None, skip: bool = False, *, merged: bool = False,
+             writes: Mapping[str, torch.Tensor] | None = None) -> Ticket:  # fmt: skip
         """End the step: all pushed since the last one is this worker's contribution. Fresh values are on their way.
 
-        ``skip``: this worker's gradient is not finite; under Bulk the step is skipped by all.
+        ``skip``: this worker's gradient is not finite; under Bulk the step is skipped by all. ``merged``: what was
+        pushed is ``mean()``, changed: the lowest rank's is the step's gradient. ``writes``: parameters that were
+        written outside the optimizer; under ``Bulk`` the lowest rank's are the values that the step starts from.
         """
         self.settle()
-        return self._end([[] for _ in self._parts], groups, skip, Flag.NONE if self.live else Flag.WANT)
+        flags = Flag.NONE if self.live else Flag.WANT
+        if writes:
+            bulk = isinstance(self.spec.sync, Bulk)
+            self._write(writes, self.clock + 1 if bulk else 0)
+            flags |= Flag.WROTE if bulk else Flag.NONE
+        if merged:
+            flags |= Flag.MERGED
+        return self._end([[] for _ in self._parts], groups, skip, flags)
+
+    def mean(self) -> tuple[dict[str, torch.Tensor], set[str]]:
+        """The aggregate gradient of the step under way. ``Bulk`` only; every worker must ask for it or end the step.
+
+        Pushed must be all that this worker contributes. Blocks until every worker has. Returns new tensors by name (the
+        mean over workers; the sum with ``Bulk("sum")``), and the names that some worker has contributed to.
+        """
+        self.settle()
+        flat = plain(self.layout.size)
+        landing = memoryview(flat.numpy()).cast("B")  # type: ignore[arg-type]
+        for part in self._parts:
+            part.ask_mean(self.clock + 1, self._members, landing)
+        self._pump("met", None)
+        ranges = [part.take_mean() for part in self._parts]
+        self._raise_failed()
+        names = set()
+        for part, spans in zip(self._parts, ranges, strict=True):
+            covered = [s.parameter for s in part.segments if any(a <= s.offset < b for a, b in spans)]
+            names |= {self.spec.parameters[i].name for i in covered}
+        return views(flat, self.spec, self.layout), names
+
+    def _write(self, values: Mapping[str, torch.Tensor], clock: int) -> None:
+        flats = {self._checked_index(name, value): _flat_bytes(value) for name, value in values.items()}
+        for part in self._parts:
+            pieces = [(s, self._piece_of(s, flats[s.parameter])) for s in part.segments if s.parameter in flats]
+            if pieces:
+                part.assign(pieces, clock, self._members)
+
+    def _piece_of(self, segment: Segment, flat: memoryview) -> memoryview:
+        p = self.spec.parameters[segment.parameter]
+        size = p.nbytes // max(1, p.numel)
+        return flat[segment.start * size : segment.stop * size]
 
     def push_step(self, names: Sequence[str], *, want: bool) -> Ticket:
         """``push`` and ``step`` in one; ``want`` asks for fresh values."""
@@ -239,7 +302,7 @@ class Table:
         for part, own in zip(self._parts, spans, strict=True):
             mine = flags & ~Flag.WANT if part.live else flags
             part.push(own, self.clock + 1, self._members, mine, body)
-        return self._ended(bool(want))
+        return self._ended(bool(want & Flag.WANT))
 
     def _ended(self, want: bool) -> Ticket:
         self.clock += 1
@@ -354,7 +417,8 @@ class Table:
         self._raise_failed()
         for part in self._parts:
             if part.mapped is not None and not part.live:
-                part.copy_out(self._flat)
+                assert self._memory is not None
+                part.copy_out(self._memory.truth)
         self._uncopied = False
 
     def _wait_for(self, names: Iterable[str], timeout: float | None) -> None:
@@ -380,6 +444,7 @@ class Table:
         """Ask for the newest values; ``wait`` (of the ticket or the table) makes ``values`` fresh."""
         if isinstance(self.spec.sync, Bulk):
             self.settle()  # else the answer could be from before the commit; other policies answer in order
+        self.refresh()
         if self.live:
             return Ticket(_yes, lambda timeout: self._result())
         for part in self._parts:
@@ -416,15 +481,7 @@ class Table:
         Raises ``ShapeMismatch`` or ``UsageError``; nothing was sent then.
         """
         self.wait()
-        flats = {self._checked_index(name, value): _flat_bytes(value) for name, value in values.items()}
-        for part in self._parts:
-            pieces = []
-            for s in part.segments:
-                if s.parameter in flats:
-                    size = self.spec.parameters[s.parameter].nbytes // max(1, self.spec.parameters[s.parameter].numel)
-                    pieces.append((s, flats[s.parameter][s.start * size : s.stop * size]))
-            if pieces:
-                part.assign(pieces)
+        self._write(values, 0)
         self._pump("assigned_or_failed", None)
         self._raise_failed()
         if not self.live:
@@ -514,6 +571,12 @@ def check_tensor(p: ParameterSpec, value: torch.Tensor) -> None:
             f"{p.name!r} is {p.dtype} of shape {p.shape}, strided, on the cpu; this tensor is {value.dtype} of shape "
             f"{tuple(value.shape)}, {str(value.layout).removeprefix('torch.')}, on {value.device}; nothing was sent"
         )
+
+
+def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Values may be equal where bits are not (-0.0), and differ where they are (NaN)."""
+    a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (first, second))
+    return torch.equal(a, b)
 
 
 def _yes() -> bool:

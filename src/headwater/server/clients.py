@@ -105,8 +105,7 @@ class Clients:
             if frame.kind == Kind.PUSH:
                 return self._push(link, frame, payload)
             if frame.kind == Kind.PULL:
-                session = self._session(link)
-                return self._run(e.Pull(session, frame.seq, frame.table, frame.clock, frame.start, frame.length))
+                return self._pull(link, frame)
             if frame.kind == Kind.ASSIGN:
                 return self._assign(link, frame, payload)
             if frame.kind == Kind.REQUEST:
@@ -267,12 +266,20 @@ class Clients:
             )
         )  # fmt: skip
 
+    def _pull(self, link: _Link, frame: Frame) -> list[Outgoing]:
+        session = self._session(link)
+        if frame.flags & Flag.MEAN:
+            return self._run(e.AskMean(session, frame.seq, frame.members, frame.table, frame.clock))
+        return self._run(e.Pull(session, frame.seq, frame.table, frame.clock, frame.start, frame.length))
+
     def _assign(self, link: _Link, frame: Frame, payload: torch.Tensor | None) -> list[Outgoing]:
         if frame.flags & Flag.SHARED or (frame.length and payload is None):
             raise ProtocolError("an assignment needs its bytes behind it; values are not shared for writing")
         data = link.scratch[:0] if payload is None else payload
         last = bool(frame.flags & Flag.END)
-        return self._run(e.Assign(self._session(link), frame.seq, frame.table, frame.start, data, last))
+        clock = frame.clock if frame.flags & Flag.WROTE else 0
+        session = self._session(link)
+        return self._run(e.Assign(session, frame.seq, frame.table, frame.start, data, last, clock, frame.members))
 
     # ---- instructions ----------------------------------------------------------------------------
 
@@ -323,6 +330,25 @@ class Clients:
                     seal(frame)
                 out += self._to(s.session, frame)
         return out if s.length else self._to(s.session, self._data(s, Flag.END, s.start, 0))
+
+    def send_mean(self, s: e.SendMean) -> list[Outgoing]:
+        """The aggregate of a step under way: bytes, on every transport."""
+        kept = self._kept.get(s.table)
+        if kept is None:
+            return []
+        raw, body = view(s.mean), m.pack(m.MeanBody(s.ranges))
+        frames = [
+            Frame(
+                Kind.DATA, Flag.MEAN, self.shard.number, s.table, s.session, self.shard.epoch, s.seq, self.shard.lsn,
+                s.clock, block.local, block.size, payload=raw[block.local : block.local + block.size],
+            ) for block in kept.blocks
+        ] or [Frame(Kind.DATA, Flag.MEAN, table=s.table, seq=s.seq, clock=s.clock)]  # fmt: skip
+        frames[0].body = body
+        frames[-1].flags |= Flag.END
+        if self._checked:
+            for frame in frames:
+                seal(frame)
+        return [out for frame in frames for out in self._to(s.session, frame)]
 
     def _data(self, s: e.Send, flags: int, start: int, length: int) -> Frame:
         return Frame(

@@ -100,8 +100,19 @@ class Pull:
 
 
 @dataclass(slots=True)
+class AskMean:
+    """A worker's contribution to step ``clock`` is there; it wants to see the aggregate before it ends the step."""
+
+    session: int
+    seq: int
+    members: int
+    table: int
+    clock: int
+
+
+@dataclass(slots=True)
 class Assign:
-    """Overwrite values; ``data`` is uint8."""
+    """Overwrite values; ``data`` is uint8. With ``clock``: as a part of that bulk step, under ``members``."""
 
     session: int
     request: int
@@ -109,6 +120,8 @@ class Assign:
     start: int
     data: torch.Tensor
     last: bool
+    clock: int = 0
+    members: int = 0
 
 
 @dataclass(slots=True)
@@ -131,7 +144,7 @@ class Aside:
 
 
 Rare = Create | Forget | Publish | Opened | Closed | Attached | Assign | AssignSlots | Aside | Commit | Members
-Event = Push | Pull | Rare
+Event = Push | Pull | AskMean | Rare
 
 # ---- instructions ----------------------------------------------------------------------------------
 
@@ -163,6 +176,18 @@ class Send:
     staleness: int
     start: int
     length: int
+
+
+@dataclass(slots=True)
+class SendMean:
+    """Answer ``AskMean``: ``mean`` (uint8, laid out as the values) where ``ranges`` say that somebody contributed."""
+
+    session: int
+    seq: int
+    table: int
+    clock: int
+    mean: torch.Tensor
+    ranges: tuple[tuple[int, int], ...]
 
 
 @dataclass(slots=True)
@@ -216,4 +241,4 @@ class Replicate:
     record: Record
 
 
-Instruction = Ack | Send | Fail | Ready | Seated | Done | Created | Refused | Replicate
+Instruction = Ack | Send | SendMean | Fail | Ready | Seated | Done | Created | Refused | Replicate

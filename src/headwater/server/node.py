@@ -537,6 +537,8 @@ class Node:
         match x:
             case e.Fail():
                 return self.clients.fail(x)
+            case e.SendMean():
+                return self.clients.send_mean(x)
             case e.Seated():
                 return self.clients.seated(x)
             case e.Done():

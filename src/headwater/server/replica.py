@@ -194,7 +194,7 @@ class Replica:
         table.prepared = None
         for part in table.gathering.members_changed(m.epoch, m.ranks, m.lost):
             table.groups = {}
-            if part.ended:
+            if part.ended or part.asked:
                 reason = self.why_lost(table.gathering.clock + 1)
                 clock = table.gathering.clock + 1
                 self._emit(e.Fail(part.session, part.seq, table.number, clock, "WorkerLost", reason))

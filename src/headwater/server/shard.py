@@ -18,6 +18,7 @@ from headwater.server import records as r
 from headwater.server.log import Log
 from headwater.server.records import Record
 from headwater.server.replica import Memory, Replica
+from headwater.server.sync.bulk import Part
 from headwater.server.table import Session, Table
 from headwater.server.tables.plan import Contribution
 from headwater.types import Bulk, Version
@@ -28,7 +29,7 @@ NEWER = 1024  # membership epochs by which a client may be ahead of the shard
 STRANGERS = 1 << 16  # sessions beyond those that the coordinator has named: more are refused
 LEND = 64 << 10  # bytes from which a push is worth a copy into memory that followers share
 
-Asked = TypeVar("Asked", e.Push, e.Pull)
+Asked = TypeVar("Asked", e.Push, e.Pull, e.AskMean)
 
 
 class Shard(Replica):
@@ -132,6 +133,8 @@ class Shard(Replica):
             self._guard(self._push, event)
         elif isinstance(event, e.Pull):
             self._guard(self._read, event)
+        elif isinstance(event, e.AskMean):
+            self._guard(self._ask_mean, event)
         else:
             self._rare(event)
         return self._drain()
@@ -168,7 +171,7 @@ class Shard(Replica):
         try:
             act(event)
         except HeadwaterError as error:
-            number = event.seq if isinstance(event, e.Push) else event.request
+            number = event.request if isinstance(event, e.Pull) else event.seq
             self._out.append(e.Fail(event.session, number, event.table, event.clock, error.code, str(error)))
 
     # ---- the log ---------------------------------------------------------------------------------
@@ -304,34 +307,43 @@ class Shard(Replica):
             )
         )  # fmt: skip
 
-    def _contribute(self, session: Session, table: Table, event: e.Push) -> None:
+    def _part(self, session: Session, table: Table, clock: int, members: int) -> Part:
+        """What this worker has contributed to the step under way. Raises if it is another step, or has ended."""
         gathering = table.gathering
-        if event.members < gathering.lost:
-            raise WorkerLost(self.why_lost(event.clock))
-        if event.clock != gathering.clock + 1:
+        if members < gathering.lost:
+            raise WorkerLost(self.why_lost(clock))
+        if clock != gathering.clock + 1:
             raise ProtocolError(
-                f"worker {session.rank} pushes step {event.clock} of table {table.spec.name!r}, "
+                f"worker {session.rank} pushes step {clock} of table {table.spec.name!r}, "
                 f"which is at step {gathering.clock}; nothing was applied"
             )
-        if session.rank not in gathering.ranks and event.members <= gathering.members:
+        if session.rank not in gathering.ranks and members <= gathering.members:
             raise SessionExpired(
                 f"worker {session.rank} is no member any more (it was silent for too long, or has left); "
                 "nothing was applied. Connect again"
             )
-        part = gathering.part(session.rank, session.number, event.members)
+        part = gathering.part(session.rank, session.number, members)
         if part.ended:
-            raise ProtocolError(f"worker {session.rank} pushes to step {event.clock}, which it has ended")
+            raise ProtocolError(f"worker {session.rank} pushes to step {clock}, which it has ended")
+        return part
+
+    def _contribute(self, session: Session, table: Table, event: e.Push) -> None:
+        part = self._part(session, table, event.clock, event.members)
         if event.body is not None and event.body.groups is not None:
             table.dense.check_groups(event.body.groups)
             table.groups[session.rank] = event.body.groups
         part.seq = event.seq
+        if event.flags & Flag.ANEW:
+            part.anew()
         if event.length:
             part.gradients = self._gradients(session, table)
             part.ranges.append((event.start, event.start + event.length))
         if event.flags & Flag.END:
             part.ended, part.skip = True, bool(event.flags & Flag.SKIP)
             part.wants = bool(event.flags & Flag.WANT)
+            part.merged, part.wrote = bool(event.flags & Flag.MERGED), bool(event.flags & Flag.WROTE)
             self._check_complete(table)
+            self._check_mean(table)
 
     def _gradients(self, session: Session, table: Table) -> torch.Tensor:
         found = session.gradients.get(table.number)
@@ -339,12 +351,40 @@ class Shard(Replica):
             raise ProtocolError(f"a push to table {table.spec.name!r} without bytes and without shared memory")
         return found
 
+    def _ask_mean(self, event: e.AskMean) -> None:
+        session, table = self.session(event.session), self.table(event.table)
+        if not table.bulk:
+            raise ProtocolError(f"table {table.spec.name!r} has no step of all workers whose mean could be asked for")
+        self.refuse_reader(session, "ask for gradients")
+        self._part(session, table, event.clock, event.members).asked = event.seq
+        self._check_mean(table)
+
+    def _check_mean(self, table: Table) -> None:
+        """Whoever asks sees the aggregate of what all have contributed; nothing is applied."""
+        gathering = table.gathering
+        if not gathering.meets():
+            return
+        asking = [part for part in gathering.seated() if part.asked]
+        # Asked for while somebody has ended the step with the mean that it saw: that one is the step's.
+        contributions, divide = self._contributions(table), self._divide(table)
+        mean = torch.zeros(table.size, dtype=torch.uint8)
+        if contributions:
+            table.dense.aggregate(contributions, divide, mean)
+        ranges = r.union([span for c in contributions for span in c.ranges])
+        for part in asking:
+            seq, part.asked = part.asked, 0
+            self._out.append(e.SendMean(part.session, seq, table.number, gathering.clock + 1, mean, ranges))
+
     def _check_complete(self, table: Table) -> None:
         """With a contribution of every worker: aggregate them, and have the followers keep the result."""
         gathering = table.gathering
         if gathering.announced or table.prepared is not None or not gathering.complete():
             return
+        if (why := gathering.disagreement()) is not None:
+            self._give_up(table, why)
+            return
         gathering.announced = True
+        self._write(table)
         skip = any(part.skip for part in gathering.seated())
         contributions = [] if skip else self._contributions(table)
         squares: tuple[float, ...] = ()
@@ -370,6 +410,22 @@ class Shard(Replica):
             self.materialise(record)
         self._append(record)
 
+    def _give_up(self, table: Table, why: str) -> None:
+        """Nobody's contribution to the step counts; each worker is told, and may push it anew."""
+        clock = table.gathering.clock + 1
+        message = (
+            f"{why}; step {clock} was not applied. Workers must do the same between two steps: clip, unscale and write "
+            "on every one of them, by values that are the same on all (the gradients that they see are)"
+        )
+        parts, table.gathering.parts = table.gathering.parts, {}
+        for part in parts.values():
+            self._out.append(e.Fail(part.session, part.seq, table.number, clock, "UsageError", message))
+
+    def _write(self, table: Table) -> None:
+        """What the lowest rank wrote into its parameters is the state that the step starts from."""
+        for start, data in table.gathering.seated()[0].writes:
+            self.propose(r.Values(table.number, 0, 0, start, len(data), last=False), data, start)
+
     def materialise(self, record: Record) -> None:
         """Turn a step's contributions into one aggregate: what followers are sent, and what is applied then."""
         if record.contributions is None or not isinstance(record.body, r.Prepare):
@@ -383,16 +439,19 @@ class Shard(Replica):
         record.gradient, record.contributions, record.divide = aggregate, None, 1
 
     def _contributions(self, table: Table) -> list[Contribution]:
-        """In rank order, each with its union of ranges."""
+        """In rank order, each with its union of ranges; of gradients that are all workers' already, the first."""
+        parts = table.gathering.seated()
+        merged = [part for part in parts if part.merged]
         return [
             Contribution(part.gradients, r.union(part.ranges))
-            for part in table.gathering.seated()
+            for part in merged[:1] or parts
             if part.gradients is not None
         ]
 
     def _divide(self, table: Table) -> int:
         mean = isinstance(table.spec.sync, Bulk) and table.spec.sync.reduce == "mean"
-        return len(table.gathering.ranks) if mean else 1
+        merged = any(part.merged for part in table.gathering.seated())
+        return len(table.gathering.ranks) if mean and not merged else 1
 
     def _decided(self, event: Commit) -> None:
         """The coordinator's verdict; one for a membership that is gone, or that came before, is passed over."""
@@ -502,6 +561,7 @@ class Shard(Replica):
             return
         if table.bulk:
             self._check_complete(table)
+            self._check_mean(table)
         i = 0
         while i < len(table.held):
             push = table.held[i]
@@ -544,6 +604,11 @@ class Shard(Replica):
         if length:
             table.check_range(start, start + length)
         session.seq[table.number] = event.request
+        if event.clock:
+            part = self._part(session, table, event.clock, event.members)
+            part.seq = event.request
+            part.writes.append((start, event.data.clone()))
+            return
         data = event.data.clone() if self.log.replicated else event.data
         self.propose(r.Values(table.number, session.number, event.request, start, length, event.last), data, start)
 

@@ -5,6 +5,7 @@ A memfd leaves nothing behind after ``kill -9``: the kernel frees it with the la
 
 from __future__ import annotations
 
+import array
 import contextlib
 import ctypes
 import fcntl
@@ -12,11 +13,11 @@ import mmap
 import os
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-from headwater.errors import NotEnoughMemory, ProtocolError
+from headwater.errors import NotEnoughMemory, ProtocolError, UsageError
 
 AVAILABLE = sys.platform == "linux" and hasattr(os, "memfd_create")
 _SEALS = 0x1 | 0x2 | 0x4  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW: a peer can never pull pages away under a reader
@@ -146,6 +147,67 @@ class Piece(NamedTuple):
     size: int
 
 
+class _Scan(ctypes.Structure):
+    """``struct pm_scan_arg`` of ``ioctl(PAGEMAP_SCAN)``, from Linux 6.7 on."""
+
+    _fields_: ClassVar = [
+        (name, ctypes.c_uint64)
+        for name in (
+            "size", "flags", "start", "end", "walk_end", "vec", "vec_len", "max_pages",
+            "inverted", "mask", "any_of", "give",
+        )
+    ]  # fmt: skip
+
+
+_PAGEMAP_SCAN = 0xC0606610
+_FILE, _PRESENT, _SWAPPED = 1 << 2, 1 << 3, 1 << 4  # PAGE_IS_*
+_RUNS = 512  # ranges per call
+_Runs = ctypes.c_uint64 * (3 * _RUNS)
+
+
+def _copied(address: int, size: int) -> Iterator[tuple[int, int]]:
+    """Addresses of pages in a private mapping of a file that are no longer the file's: the kernel copied them.
+
+    Raises ``UsageError`` where the kernel does not say (no /proc).
+    """
+    try:
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(
+            f"/proc/self/pagemap cannot be read ({error.strerror}): without it nobody can tell whether a parameter was "
+            "written outside the optimizer. Mount /proc for this process"
+        ) from None
+    try:
+        yield from _scanned(fd, address, address + size)
+    except OSError:  # a kernel before 6.7
+        yield from _listed(fd, address, size)
+    finally:
+        os.close(fd)
+
+
+def _scanned(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    runs = _Runs()
+    while start < end:
+        scan = _Scan(
+            ctypes.sizeof(_Scan), 0, start, end, 0, ctypes.addressof(runs), _RUNS, 0, _FILE, _FILE,
+            _PRESENT | _SWAPPED, _FILE,
+        )  # fmt: skip
+        found = fcntl.ioctl(fd, _PAGEMAP_SCAN, scan)
+        for at in range(0, 3 * found, 3):
+            yield runs[at], runs[at + 1]
+        start = scan.walk_end
+
+
+def _listed(fd: int, address: int, size: int) -> Iterator[tuple[int, int]]:
+    """One 64-bit entry per page: bit 61 says that it is the file's, 62 and 63 that there is one."""
+    pages = -(-size // mmap.PAGESIZE)
+    entries = array.array("Q", os.pread(fd, 8 * pages, address // mmap.PAGESIZE * 8))
+    for page, entry in enumerate(entries):
+        if entry >> 62 and not entry >> 61 & 1:
+            at = address + page * mmap.PAGESIZE
+            yield at, at + mmap.PAGESIZE
+
+
 def _unmap(address: int, size: int) -> None:
     _libc.munmap(address, size)
 
@@ -187,20 +249,24 @@ class Region:
         if huge:
             _libc.madvise(address, self.size, _MADV_HUGEPAGE)
 
-    def replace(self, start: int, piece: Piece | None, size: int) -> None:
-        """Map other memory over bytes ``start:start+size``, at the same addresses; ``None``: zeros of this process.
+    def replace(self, start: int, piece: Piece, size: int, *, private: bool = True, writable: bool = True) -> None:
+        """Map other memory over bytes ``start:start+size``, at the same addresses.
 
-        For a private mapping. Raises ``NotEnoughMemory``; the bytes are undefined then.
+        ``private`` maps copy-on-write. Raises ``NotEnoughMemory``; the bytes are undefined then.
         """
-        flags = mmap.MAP_PRIVATE | _MAP_FIXED | (mmap.MAP_ANONYMOUS if piece is None else 0)
-        fd, offset = (-1, 0) if piece is None else (piece.fd, piece.offset)
+        flags = (mmap.MAP_PRIVATE if private else mmap.MAP_SHARED) | _MAP_FIXED
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         at = self._address + start
-        if size and _libc.mmap(at, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset) == _FAILED:
+        if size and _libc.mmap(at, size, protection, flags, piece.fd, piece.offset) == _FAILED:
             raise NotEnoughMemory(f"mapping {size} bytes failed: {os.strerror(ctypes.get_errno())}")
 
     @property
     def view(self) -> memoryview:
         return memoryview(self.buffer).cast("B")[: self.size]
+
+    def written(self) -> list[tuple[int, int]]:
+        """In a private mapping: the pages that this process has written, as sorted byte ranges."""
+        return [(start - self._address, stop - self._address) for start, stop in _copied(self._address, self.size)]
 
     def touch(self, start: int, stop: int) -> None:
         """Find the pages of ``start:stop`` now, and not when they are first read: 0.1 ms per MB, in few calls.

@@ -57,7 +57,11 @@ class Flag:
     WANT = 4  # PUSH: send the range back once it is applied; with END: everything, as soon as the policy allows
     SKIP = 8  # PUSH with END: this worker's gradient is not finite; ACK: the step was skipped
     CHECKED = 16  # the payload's checksum is in `check`
-    ALL = 31
+    ANEW = 32  # PUSH: forget what this worker has pushed of the step so far
+    MEAN = 64  # PULL: the aggregate of the step under way instead of values; DATA: bytes of it
+    MERGED = 128  # PUSH with END: the step's gradient is all workers' already
+    WROTE = 256  # ASSIGN: part of the step, applied before its gradient; PUSH with END: this worker assigned so
+    ALL = 511
 
 
 _KINDS = {int(kind): kind for kind in Kind}

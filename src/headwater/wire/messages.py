@@ -429,6 +429,12 @@ class AckBody(msgspec.Struct, frozen=True):
     norm: float
 
 
+class MeanBody(msgspec.Struct, frozen=True):
+    """The first DATA with MEAN: the shard-local ranges that some worker has contributed to; zeros elsewhere."""
+
+    ranges: tuple[tuple[int, int], ...]
+
+
 class ErrorBody(msgspec.Struct, frozen=True):
     code: str
     message: str

@@ -23,6 +23,14 @@ class Part:
     skip: bool = False
     wants: bool = False  # send fresh values after the commit
     gradients: torch.Tensor | None = None  # kept here: once READY is said, the step no longer needs the connection
+    merged: bool = False  # its gradient is all workers' already: it saw their mean and changed it
+    wrote: bool = False  # its values were written outside the optimizer; ``writes`` are what they are now
+    writes: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    asked: int = 0  # the push behind which it asks for the mean; 0: it does not
+
+    def anew(self) -> None:
+        """Forget what was contributed; the worker goes on with something else."""
+        self.ranges, self.gradients = [], None
 
 
 class Gathering:
@@ -46,6 +54,27 @@ class Gathering:
     def complete(self) -> bool:
         """Every rank that the step needs has ended it."""
         return bool(self.ranks) and all(r in self.parts and self.parts[r].ended for r in self.ranks)
+
+    def meets(self) -> bool:
+        """Somebody asks for the mean, and every rank that the step needs has contributed all it will."""
+        seated = self.seated()
+        there = len(seated) == len(self.ranks) and all(part.ended or part.asked for part in seated)
+        return there and any(part.asked for part in seated)
+
+    def disagreement(self) -> str | None:
+        """What the workers would have to do alike and did not: then there is no step that is all of theirs.
+
+        The lowest rank's changed gradient and written values count; where it has none, nobody may.
+        """
+        seated = [(rank, part) for rank, part in sorted(self.parts.items()) if rank in self.ranks]
+        lowest, first = seated[0]
+        merged = [rank for rank, part in seated if part.merged]
+        if merged and not first.merged:
+            return f"worker {merged[0]} changed its gradients (clipping, unscaling) and worker {lowest} did not"
+        wrote = [rank for rank, part in seated if part.wrote]
+        if wrote and not first.wrote:
+            return f"worker {wrote[0]} wrote into its parameters and worker {lowest} did not"
+        return None
 
     def seated(self) -> list[Part]:
         """The parts of the ranks that the step needs, in rank order."""
