@@ -53,7 +53,7 @@ from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Sta
 if TYPE_CHECKING:
     from headwater import data, init, launch
     from headwater.client import Client, Dense, Publication, Table, Ticket, connect
-    from headwater.integrations.torch import Optimizer
+    from headwater.integrations.torch import Optimizer, wrap
     from headwater.readers import Follower, Reader, Weights, reader
     from headwater.wire.versions import VersionStatus
 
@@ -117,6 +117,7 @@ __all__ = [
     "init",
     "launch",
     "reader",
+    "wrap",
 ]
 
 _LATE = {
@@ -127,6 +128,7 @@ _LATE = {
     "connect": "headwater.client",
     "Follower": "headwater.readers",
     "Optimizer": "headwater.integrations.torch",
+    "wrap": "headwater.integrations.torch",
     "Publication": "headwater.client",
     "Reader": "headwater.readers",
     "Weights": "headwater.readers",

@@ -17,7 +17,7 @@ from headwater.client.tickets import StepResult, Ticket
 from headwater.cluster.placement import Layout
 from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken, LinkError, ShapeMismatch, UsageError
 from headwater.transports import memory
-from headwater.types import Async, Bulk, Hyper, ParameterSpec, Segment, Stale
+from headwater.types import Async, Bulk, Hyper, ParameterSpec, Segment, Stale, TableSpec
 from headwater.wire import messages as m
 from headwater.wire.exact import clip_factor
 from headwater.wire.frames import Flag
@@ -30,6 +30,7 @@ Groups = Sequence[Mapping[str, Hyper]]
 _FIRST = 0.01  # seconds: the first turn at each server, doubled from round to round
 _PAUSE = 0.01  # seconds
 _SLOTS = 4 << 20  # bytes of optimizer state per request
+_GAP = 8192  # bytes of padding, always zero, between neighbours in a table: a page and a cache line at most
 
 
 class Table:
@@ -52,6 +53,7 @@ class Table:
             for shard in layout.participants
         ]
         self._spans: dict[tuple[str, ...], list[list[Span]]] = {}
+        self._runs: dict[tuple[str, ...], list[torch.Tensor]] = {}
         self._pushed: set[str] = set()
         self._index = {p.name: i for i, p in enumerate(self.spec.parameters)}
         self._open = False  # a step was ended and not yet waited for
@@ -177,6 +179,26 @@ class Table:
         """Whether others' reads or steps may have to wait for what this worker does next, other than under ``Bulk``."""
         sync = self.spec.sync
         return isinstance(sync, Stale) or (isinstance(sync, Async) and sync.max_staleness is not None)
+
+    @property
+    def by_bytes(self) -> bool:
+        """Whether some push carries bytes; else servers read ``gradients`` itself, under ``Bulk`` after END."""
+        return any(part.mapped is None for part in self._parts)
+
+    @property
+    def truth(self) -> Mapping[str, torch.Tensor]:
+        """What arrived last, whatever was written into ``values`` since; for reading."""
+        return self._truth
+
+    def gradient_runs(self, names: Sequence[str]) -> list[torch.Tensor]:
+        """The memory of these gradients in as few flat tensors as it lies in, to read it in one go.
+
+        A run may cover padding, which is zero, and a small neighbour.
+        """
+        key = tuple(names)
+        if key not in self._runs:
+            self._runs[key] = _flat_runs(self._gradients.flat, self.spec, self.layout, set(names))
+        return self._runs[key]
 
     def refresh(self) -> None:
         """Throw away what was written into ``values`` here: they are what arrived last again."""
@@ -556,6 +578,19 @@ def _join(segments: tuple[Segment, ...], wanted: set[int]) -> list[Span]:
                 spans.append((segment.offset, segment.end))
             last = i
     return spans
+
+
+def _flat_runs(flat: torch.Tensor, spec: TableSpec, layout: Layout, wanted: set[str]) -> list[torch.Tensor]:
+    runs: list[tuple[int, int, torch.dtype]] = []
+    for p, at in sorted(zip(spec.parameters, layout.offsets, strict=True), key=lambda pair: pair[1]):
+        if p.name not in wanted or not p.nbytes:
+            continue
+        dtype, last = DTYPES[p.dtype], runs[-1] if runs else None
+        if last is not None and last[2] is dtype and 0 <= at - last[1] < _GAP:
+            runs[-1] = (last[0], at + p.nbytes, dtype)
+        else:
+            runs.append((at, at + p.nbytes, dtype))
+    return [flat[start:stop].view(dtype) for start, stop, dtype in runs]
 
 
 def _flat_bytes(value: torch.Tensor) -> memoryview:

@@ -1,7 +1,7 @@
 """``headwater.Optimizer``: a ``torch.optim.Optimizer`` whose parameters and state live on the servers.
 
 The way of a gradient: autograd's hook (torch_departures) → ``Table.push`` → … → the servers' optimizer;
-the way of the values: ``Table.step`` → ``Table.wait`` in a forward pre-hook (torch_arrivals).
+the way of the values: ``Core.end`` → ``Table.step`` → ``Table.wait`` (torch_arrivals).
 """
 
 from __future__ import annotations
@@ -12,59 +12,69 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 
-from headwater.errors import HeadwaterError, UsageError
-from headwater.integrations.torch_arrivals import Arrivals
-from headwater.integrations.torch_buffers import Buffers, Mode
-from headwater.integrations.torch_departures import Departures, Groups
-from headwater.integrations.torch_leaves import Held, shares_memory
-from headwater.integrations.torch_plan import Inits, materialise, optimizer_spec, plan
-from headwater.types import Bulk, Sync, TableSpec
-from headwater.wire import optimizers
+from headwater.client import connecting
+from headwater.errors import UsageError
+from headwater.integrations.torch_buffers import Mode
+from headwater.integrations.torch_core import Core, Manner
+from headwater.integrations.torch_here import Here
+from headwater.integrations.torch_plan import Inits, Plan, on_servers, plan
+from headwater.integrations.torch_wrapped import Watch, clean, take_over, unwrapped
+from headwater.types import Bulk, Sync
 
 if TYPE_CHECKING:
-    from headwater.client import Client, Publication, StepResult, Ticket
+    from headwater.client import Client, Publication, StepResult
 
 _OPEN: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _OPEN_LOCK = threading.Lock()
 
 
+@atexit.register  # after that of ``connecting``, so before it: the clients leave last
 def _close_at_exit() -> None:
-    """A script that ended well finishes its last step; one that failed is lost, and the others are told so."""
+    """A script that ended well finishes its last steps; one that failed is lost, and the others are told so."""
     if getattr(sys, "last_value", None) is None:
         for optimizer in list(_OPEN):
-            if optimizer.owns_client:
-                optimizer.close()
-
-
-atexit.register(_close_at_exit)
+            optimizer.close()
 
 
 class Optimizer(torch.optim.Optimizer):
     """Train ``model`` through the parameter server; the line of a script that changes.
 
-    Gradients leave while ``backward()`` runs, the servers step them with ``optimizer``, and each module's
-    forward waits for just the values it needs. Under ``Bulk`` the parameters of all workers are, bit for bit,
-    those of one process that accumulates every worker's gradients in rank order, divides by their number and
-    calls the same torch optimizer (``fused=True`` for Adam and AdamW).
+    Gradients leave while ``backward()`` runs, the servers step them with ``optimizer``, and when ``step()`` returns the
+    model holds the new values. Under ``Bulk`` the parameters of all workers are, bit for bit, those of one process that
+    accumulates every worker's gradients in rank order, divides by their number and calls the same torch optimizer
+    (``fused=True`` for Adam and AdamW).
+
+    What a script does between two steps counts, as in plain torch: what ``.grad`` holds at ``step()`` is the gradient
+    (with several workers whoever looks at it sees the mean of all, and what the lowest rank makes of it counts), and
+    what was written into a parameter is the state that the next step starts from (the lowest rank's).
 
     Args:
-        model: the module to train. Parameters are known by their names in it; all workers give them the same
-            names, shapes and dtypes. Those on the CPU become the table's own memory. Those on another device
-            stay there, and are copied to the table and back.
-        optimizer: a class of ``torch.optim`` from the closed list (``headwater.wire.optimizers.KNOWN``).
-        params: None for all trainable parameters in one group, or parameters or groups of the model as any
-            torch optimizer takes them. Frozen parameters are left out of the table.
+        model: the module to train, or a list or mapping of several. Parameters are known by their names in it; all
+            workers give them the same names, shapes and dtypes. Those on the CPU become the table's own memory. Those
+            on another device, or not in C order, stay where they are, and are copied to the table and back.
+        optimizer: a class of ``torch.optim``. Those of the closed list (``headwater.wire.optimizers.KNOWN``) run on the
+            servers; any other at each worker, on the mean gradient.
+        params: None for all parameters in one group, or parameters or groups as any torch optimizer takes them, of the
+            model or beside it. Frozen ones come into the table when they are unfrozen.
+        args: the optimizer's own arguments by position, as behind ``params`` in torch.
         sync: ``Bulk()``, ``Stale(bound)`` or ``Async()``.
         max_grad_norm: clip the aggregate gradient, over all shards, to this 2-norm.
-        nonfinite: what a NaN or Inf in a gradient does: ``"error"`` raises before it leaves, ``"skip"`` passes
-            over the step on all workers, ``"allow"`` sends it.
-        client: from ``headwater.connect``; by default one from the environment, closed with the optimizer.
-        name: the table's name; workers with the same name train the same parameters.
+        nonfinite: what a NaN or Inf in a gradient does: ``"error"`` raises in ``step()``, ``"skip"`` passes over the
+            step on all workers, ``"allow"`` takes it.
+        overlap: ``step()`` returns at once, and each module's forward waits for just the values that it needs. Other
+            looks at a parameter wait too, but for those of C++ code and of tensors that share its memory. Under
+            ``Stale`` and ``Async`` gradients then leave during ``backward()``, and must not change any more.
+        client: from ``headwater.connect``; by default the one that the process has, or one from the environment that
+            all its optimizers share.
+        name: the table's name; workers with the same name train the same parameters. By default "model", "model2", …
+            in the order in which this process makes its optimizers.
+        resume: go on with the values and state of a table that is there: one that an earlier optimizer of this script
+            has trained, or an earlier run in the same cluster.
         init: None: the model's own values, of the lowest rank that is there when the table is made. A
             ``headwater.init`` value, or a mapping of glob pattern of names to one: the servers fill the
             parameters, and the model may be on the meta device.
@@ -84,22 +94,26 @@ class Optimizer(torch.optim.Optimizer):
 
     Raises:
         UsageError: the parameters cannot be held (see the message).
-        UnknownOptimizer: the optimizer or a hyperparameter is not in the closed list.
-        TableConflict: another worker declared the table differently.
+        UnknownOptimizer: a hyperparameter is not one that the servers know.
+        TableConflict: another worker declared the table differently; or the name is that of a table which another
+            optimizer trains, or has trained before this run, and ``resume`` does not say that this is meant.
+        UnknownTable: ``resume``, and there is no such table.
         NotEnoughMemory: a server has no room for it.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        optimizer: type[torch.optim.Optimizer],
+        model: Any,
+        optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
         params: Any = None,
-        *,
+        *args: Any,
         sync: Sync | None = None,
         max_grad_norm: float | None = None,
         nonfinite: Literal["error", "skip", "allow"] = "error",
+        overlap: bool = False,
         client: Client | None = None,
-        name: str = "model",
+        name: str | None = None,
+        resume: bool = False,
         init: Inits = None,
         buffers: Mode = "mean",
         bucket_bytes: int = 4 << 20,
@@ -110,155 +124,133 @@ class Optimizer(torch.optim.Optimizer):
             raise UsageError(f"bucket_bytes={bucket_bytes}: must be above 0")
         if nonfinite not in ("error", "skip", "allow"):
             raise UsageError(f"nonfinite={nonfinite!r}: must be 'error', 'skip' or 'allow'")
-        made = plan(model, optimizer, params, hyper)
-        _check_free(made.parameters)
-        sync = Bulk() if sync is None else sync
-        self._name = optimizer.__name__
-        spec = TableSpec(
-            name,
-            made.specs(init),
-            optimizer_spec(self._name, made.groups),
-            sync,
-            max_grad_norm,
-            nonfinite,
-            seed,
+        if isinstance(params, int | float) or (isinstance(params, torch.Tensor) and not params.ndim):
+            params, args = None, (params, *args)  # torch.optim.SGD(model.parameters(), 0.1), without the parameters
+        module, reducing, params = _sorted_out(model, params)
+        self._made(plan(module, optimizer, params, args, hyper))
+        if on_servers(type(optimizer)):
+            raise UsageError("an optimizer that is made already goes into headwater.wrap(optimizer, model)")
+        kind = str(getattr(optimizer, "__name__", "")) if on_servers(optimizer) else ""
+        manner = Manner(
+            kind, Bulk() if sync is None else sync, max_grad_norm, nonfinite, buffers, bucket_bytes, seed, overlap
         )
-        self._built = False
+        self._connect(module, manner, client, name, init, resume)
+        take_over(reducing, self._core.say_once)
+
+    def _made(self, made: Plan) -> None:
+        """Be the torch optimizer that the arguments describe, of all but its state and step."""
+        _check_free(made.parameters)
+        self._building = True
+        self._plan = made
         super().__init__(made.groups, made.defaults)
-        self._built = True
-        self._model = model
-        self._own_client = client is None
-        self._client = _connect() if client is None else client
+        self._building = False
+        if made.inner is not None:
+            self.param_groups = made.inner.param_groups
+
+    def _connect(
+        self,
+        module: torch.nn.Module,
+        manner: Manner,
+        client: Client | None,
+        name: str | None,
+        init: Inits,
+        resume: bool,
+    ) -> None:
+        made = self._plan
+        client = connecting.shared(self) if client is None else client
+        groups = weakref.WeakMethod(self._present_groups)
+        core = Core(client, module, made.parameters, lambda: _called(groups), manner)
         try:
-            self._attach(model, spec, made.parameters, sync, buffers)
-            self._departures = Departures(self._held, made.frozen, bucket_bytes, nonfinite, self._new_groups)
+            core.attach(client.names.choose(name, resume, client.tables), init, "resume" if resume else "new")
         except BaseException:
-            if self._own_client:
-                self._client.close()
+            connecting.release(self)
             raise
-        self._arrivals = Arrivals(model, self._held, self._buffers)
+        self._core: Core = core
+        self._here = None if made.inner is None else Here(core, made.inner)
+        client.names.take(core.name, self)
+        self._watch: Any = None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._watch = module.register_forward_pre_hook(Watch(core.say_once))
         with _OPEN_LOCK:
             _OPEN.add(self)
 
-    def _attach(
-        self,
-        model: torch.nn.Module,
-        spec: TableSpec,
-        parameters: Mapping[str, torch.nn.Parameter],
-        sync: Sync,
-        buffers: Mode,
-    ) -> None:
-        """Declare the tables and let the model hold their values."""
-        given = {p.name: parameters[p.name].detach().cpu() for p in spec.parameters if p.init.kind == "values"}
-        known = spec.name in self._client.tables
-        self._table = self._client.table(spec, values=given)
-        if known:
-            self._table.pull()  # an earlier optimizer's: others may have trained it on
-        self._buffers = Buffers(model, self._client, spec.name, sync, buffers)
-        self._table.wait()
-        hosted = {name: p for name, p in parameters.items() if shares_memory(p)}
-        materialise(hosted.values(), [self._table.values[name] for name in hosted])
-        self._held = Held(self._table, parameters, self._client.rank)
-        self._held.arrived(self._held.leaves)
-        held = weakref.ref(self._held)
-        self._table.renewed = self._renewed = lambda: _renew(held())  # else the client would keep the model
-        self._sent: Groups = None
-        self._failures = 0  # the table's, when groups were sent last
-        self._ticket: Ticket | None = None
-        self._last: StepResult | None = None
-        self._closed = False
+    def _present_groups(self) -> list[dict[str, Any]]:
+        return self.param_groups
 
     # ---- the step ------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """End this worker's step and return at once; the new values are on their way.
+        """Take a step: what ``.grad`` holds is this worker's gradient, and a parameter without one takes no part.
 
-        Gradients that have not left yet leave now, and a parameter without one is not part of the step. The
-        next forward (or ``synchronize()``) waits, and raises what went wrong in the step.
+        Returns when the model holds the new values, or with ``overlap`` at once: then the next wait (of a forward, of
+        ``synchronize()``, of the next step) raises what went wrong in this one.
 
         Args:
-            closure: computes the loss and calls ``backward()``; called once, before the step.
+            closure: computes the loss and calls ``backward()``; called once, before the step (by an optimizer that
+                runs at the worker as often as that wants).
 
         Returns:
             What ``closure`` returned.
 
         Raises:
-            GradientModified: a gradient changed after it left. The step was not taken.
-            ParameterModified: a parameter was written outside the optimizer. The step was not taken.
             NonFiniteGradient: NaN or Inf, and the policy is "error". The step was not taken.
-            UsageError: a parameter that is not in the table has a gradient. The step was not taken.
+            ParameterModified: a parameter is of another shape, dtype or device now. The step was not taken.
+            UsageError: the workers did not do the same (one clipped, another did not). The step was not taken.
+            GradientModified: with ``overlap`` and without ``Bulk``, a gradient changed after it had left.
+            WorkerLost, LinkBroken, DeadlineExceeded: see their messages for what is true then.
         """
-        self._check_open()
+        core = self._open_core()
+        if self._here is not None:
+            return self._here.step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._held.check_parameters()
-        self._departures.finish()
-        self._end_step(skip=self._departures.skip)
+        core.step()
         return loss
 
     def skip_step(self) -> None:
         """Give this step up, on all workers: what has left is dropped, parameters and state stay as they are.
 
-        The way on after ``NonFiniteGradient`` or ``GradientModified``. Under ``Stale`` and ``Async`` without
-        ``max_grad_norm`` what has left may be applied already.
+        Under ``Stale`` and ``Async`` with ``overlap`` what has left may be applied already.
         """
-        self._check_open()
-        self._end_step(skip=True)
+        self._open_core().skip()
 
-    def _end_step(self, skip: bool) -> None:
-        self._note_last()
-        self._buffers.settle()
-        self._ticket = self._table.step(groups=self._new_groups(), skip=skip)
-        self._buffers.step(skip)
-        self._held.next_step(skip)
-        self._departures.next_step()
-        self._arrivals.next_step()
-
-    def _new_groups(self) -> Groups:
-        """All groups' hyperparameters if they differ from those sent last; the first step always sends them.
-
-        Raises ``UnknownOptimizer`` for a value that the servers would refuse.
-        """
-        groups = [optimizers.select(self._name, group) for group in self.param_groups]
-        if groups == self._sent and self._failures == self._table.failures:
-            return None
-        for group in groups:
-            optimizers.complete(self._name, group)
-        self._sent, self._failures = groups, self._table.failures
-        return groups
-
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Inside, ``backward()`` accumulates gradients locally, as for ``DistributedDataParallel.no_sync``.
 
-        The next ``backward()`` outside sends the sum; without one, ``step()`` does.
+        It is never needed: gradients of several ``backward()`` accumulate anyway. It says before the first step what is
+        learnt from it otherwise: which of them is the last.
         """
-        before, self._departures.local = self._departures.local, True
-        try:
-            yield
-        finally:
-            self._departures.local = before
+        return self._open_core().departures.staying()
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """Clip the gradient of this step, with several workers their mean, to ``max_norm``; returns its norm before.
+
+        As ``torch.nn.utils.clip_grad_norm_`` of all parameters, on every worker. ``max_grad_norm=`` of the constructor
+        is faster: the servers clip, and nothing has to come back first.
+        """
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients. With ``set_to_none=False`` they become new zeros: the old ones may be in flight."""
-        zeros = set_to_none is False and [p for p in self._held.parameters if p.grad is not None]
-        super().zero_grad(set_to_none=True)
-        for parameter in zeros or ():
-            parameter.grad = torch.zeros_like(parameter)
+        """As in torch."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad = None if set_to_none else torch.zeros_like(p, requires_grad=False)
 
     # ---- values --------------------------------------------------------------------------------
 
     def synchronize(self) -> None:
-        """Wait until the model holds the outcome of the last step: its parameters and buffers.
+        """Wait until the model holds the outcome of the last step: needed with ``overlap`` only.
 
         Raises what went wrong in the step, or ``DeadlineExceeded``.
         """
-        self._arrivals.wait_all()
+        self._core.arrive()
 
     def assign(self, values: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Set parameters (and module buffers) on the servers, outside the optimizer; its state stays.
+        """Set parameters (and module buffers) on the servers now, outside the optimizer; its state stays.
 
         Every worker calls it, with the same values.
 
@@ -269,20 +261,19 @@ class Optimizer(torch.optim.Optimizer):
             UsageError: a name that is not in the table.
             ShapeMismatch: a shape or dtype that is not the parameter's.
         """
-        self._check_open()
-        buffers = self._buffers.values()
+        core = self._open_core()
+        buffers = core.buffers.values()
+        core.arrive()
         if values is None:
-            values = {leaf.name: leaf.parameter.detach().cpu() for leaf in self._held.leaves} | buffers
-        leaves = [leaf for leaf in self._held.leaves if leaf.name in values]
+            core.held.written()
+            values = {leaf.name: leaf.parameter.detach() for leaf in core.held.leaves} | buffers
+        leaves = [leaf for leaf in core.held.leaves if leaf.name in values]
         strangers = values.keys() - {leaf.name for leaf in leaves} - buffers.keys()
         if strangers:
-            raise UsageError(f"{sorted(strangers)[:3]} are not in the table {self._table.spec.name!r}")
-        self._arrivals.wait_all()
+            raise UsageError(f"{sorted(strangers)[:3]} are not in the table {core.table.spec.name!r}")
         if leaves:
-            self._table.assign({leaf.name: values[leaf.name] for leaf in leaves})
-            self._table.refresh()  # what was written into parameters here is now what the servers hold
-            self._held.arrived(leaves)
-        self._buffers.assign({name: values[name] for name in buffers if name in values})
+            core.assign({leaf.name: core.kept(leaf, values[leaf.name]) for leaf in leaves})
+        core.buffers.assign({name: values[name] for name in buffers if name in values})
 
     def publish(
         self,
@@ -296,11 +287,14 @@ class Optimizer(torch.optim.Optimizer):
         """Make the model as it is after this worker's last step a version that readers can lease; one worker calls it.
 
         Parameters and module buffers, as all shards hold them. See ``Client.publish`` for the arguments and errors;
-        the version's model is this optimizer's ``name``.
+        the version's model is this optimizer's ``name``. Raises ``ParameterModified`` if parameters were written since
+        the step and there are other workers.
         """
-        self._check_open()
-        tables = [self._table, *self._buffers.tables]
-        return self._client.publish(tables, name, metadata=metadata, keep=keep, age=age, tags=tags)
+        core = self._open_core()
+        core.flush("publish()")
+        tables = [core.table, *core.buffers.tables]
+        model = core.name.partition("~")[0]
+        return core.client.publish(tables, name, model=model, metadata=metadata, keep=keep, age=age, tags=tags)
 
     @property
     def clock(self) -> int:
@@ -308,35 +302,29 @@ class Optimizer(torch.optim.Optimizer):
 
         A worker that joins later begins where the others are; advance its schedulers by it.
         """
-        return self._table.clock
+        return self._core.clock
 
     @property
     def last_step(self) -> StepResult | None:
         """The outcome of the last step that is complete (clock, norm, staleness), None before the first."""
-        self._note_last()
-        return self._last
-
-    def _note_last(self) -> None:
-        if self._ticket is not None and self._ticket.done():
-            ticket, self._ticket = self._ticket, None
-            self._table.settle()  # raises what nobody has heard yet
-            with suppress(HeadwaterError):
-                self._last = ticket.wait()
+        self._core.note_last()
+        return self._core.last
 
     def statistics(self) -> Any:
         """The client's counters: bytes pushed and pulled, steps, staleness, seconds waited."""
-        return self._client.statistics()
+        return self._core.client.statistics()
 
     # ---- torch's own interface -----------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The servers' state in torch's format: the plain torch optimizer of the same class can load it."""
-        self._check_open()
-        slots = self._table.slots()
+        core = self._open_core()
+        if self._here is not None:
+            return self._here.inner.state_dict()
+        core.arrive()
         with self._holding_state():
-            for leaf in self._held.leaves:
-                if slots.get(leaf.name):
-                    self.state[leaf.parameter] = dict(slots[leaf.name])
+            for parameter, slots in core.slots():
+                self.state[parameter] = slots
             return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -348,11 +336,16 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: other groups or other numbers of parameters (torch's own check).
             UnknownOptimizer: state or hyperparameters of another optimizer.
         """
-        self._check_open()
+        core = self._open_core()
+        if self._here is not None:
+            self._here.inner.load_state_dict(state_dict)
+            self.param_groups = self._here.inner.param_groups
+            return
+        core.arrive()
         with self._holding_state():
             super().load_state_dict(state_dict)
-            slots = {leaf.name: _tensors(self.state.get(leaf.parameter, {})) for leaf in self._held.leaves}
-        self._table.assign_slots(slots)
+            state = {id(p): found for p, found in self.state.items()}
+        core.assign_slots(state)
 
     @contextmanager
     def _holding_state(self) -> Iterator[None]:
@@ -363,38 +356,35 @@ class Optimizer(torch.optim.Optimizer):
             self.state = defaultdict(dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only torch's constructor may call this; a table cannot grow."""
-        if self._built:
-            raise UsageError(
-                "a table's parameters are fixed when it is made. Pass all groups at once: "
-                "headwater.Optimizer(model, …, params=[{'params': …, 'lr': …}, …])"
-            )
-        super().add_param_group(param_group)
+        """As in torch: these parameters are trained from now on. On every worker, between the same two steps.
+
+        A table cannot grow, so there is a new one with the values and the state of this: it takes a moment.
+        """
+        if self._building:  # torch's constructor
+            super().add_param_group(param_group)
+            return
+        core = self._open_core()
+        if self._here is not None:
+            self._here.inner.add_param_group(param_group)
+        else:
+            super().add_param_group(param_group)
+        known = {id(p) for p in core.parameters.values()}
+        names = {id(p): clean(name) for name, p in core.model.named_parameters()}
+        fresh = [p for p in self.param_groups[-1]["params"] if id(p) not in known]
+        core.add({names.get(id(p), f"beside.{len(known) + n}"): p for n, p in enumerate(fresh)})
 
     def close(self) -> None:
         """Leave the model with its present values in memory of its own, and the table on the servers."""
-        if self._closed:
+        core = self._core
+        if core.closed:
             return
-        self._closed = True
-        with suppress(HeadwaterError):  # then the values are those of the last step that arrived
-            self.synchronize()
-        self._departures.close()
-        self._arrivals.close()
-        if self._table.renewed is self._renewed:  # not a later optimizer's
-            self._table.renewed = None
-        for leaf in self._held.leaves:
-            if not leaf.copies:
-                leaf.parameter.grad = None
-                leaf.parameter.data = leaf.parameter.detach().clone()
+        if self._watch is not None:
+            self._watch.remove()
+        core.close()
         with _OPEN_LOCK:
             _OPEN.discard(self)
-        if self._own_client:
-            self._client.close()
-
-    @property
-    def owns_client(self) -> bool:
-        """Whether the client was made for this optimizer and is closed with it."""
-        return self._own_client
+        core.client.names.release(core.name)
+        connecting.release(self)
 
     def __enter__(self) -> Optimizer:
         return self
@@ -407,31 +397,79 @@ class Optimizer(torch.optim.Optimizer):
             "headwater.Optimizer cannot be pickled or copied: its state is on the servers. Save state_dict() instead"
         )
 
-    def _check_open(self) -> None:
-        if self._closed:
+    def _open_core(self) -> Core:
+        if self._core.closed:
             raise UsageError("the optimizer is closed; the model keeps the values it had then")
+        return self._core
 
 
-def _renew(held: Held | None) -> None:
-    if held is not None:
-        held.renewed()
+def wrap(optimizer: torch.optim.Optimizer, model: Any, **manner: Any) -> Optimizer:
+    """A ``headwater.Optimizer`` in place of a torch optimizer that somebody else has made (a factory).
+
+    Args:
+        optimizer: of parameters of ``model``, with its groups, hyperparameters and state; not to be used any more.
+        model: as for ``headwater.Optimizer``.
+        manner: keyword arguments of ``headwater.Optimizer`` that say how to train: ``sync``, ``max_grad_norm``, …
+
+    Example:
+        >>> opt = headwater.wrap(create_optimizer(model, "adamw"), model)   # doctest: +SKIP
+
+    Raises as ``headwater.Optimizer``, and ``UsageError`` for what is no torch optimizer.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, Optimizer):
+        raise UsageError(f"headwater.wrap takes a torch optimizer that is made already, not {type(optimizer).__name__}")
+    kind = type(optimizer)
+    state = optimizer.state_dict() if optimizer.state else None
+    if on_servers(kind):
+        made = Optimizer(model, kind, optimizer.param_groups, **manner, **_arguments(optimizer))
+    else:
+        made = Optimizer(model, optimizer, optimizer.param_groups, **manner)
+    if state is not None and on_servers(kind):
+        made.load_state_dict(state)
+    return made
 
 
-def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """One parameter's state as tensors; older torch kept step counts as numbers and absent buffers as None."""
-    return {name: torch.as_tensor(value) for name, value in state.items() if value is not None}
+def _arguments(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The defaults that the class takes as arguments; what torch wrote among them is left out."""
+    import inspect
+
+    takes = inspect.signature(type(optimizer).__init__).parameters
+    return {key: value for key, value in optimizer.defaults.items() if key in takes}
 
 
-def _check_free(parameters: Mapping[str, torch.nn.Parameter]) -> None:
+def _sorted_out(model: Any, params: Any) -> tuple[torch.nn.Module, list[torch.nn.Module], Any]:
+    """The module, its reducing wrappers, and the parameters; as in torch ``model`` may be the parameters themselves."""
+    if params is None and _are_parameters(model := _listed(model)):
+        return torch.nn.Module(), [], model
+    module, reducing = unwrapped(model)
+    return module, reducing, params
+
+
+def _listed(model: Any) -> Any:
+    """A generator (``model.parameters()``) can be read once only."""
+    return list(model) if isinstance(model, Iterator) else model
+
+
+def _are_parameters(given: Any) -> bool:
+    if isinstance(given, torch.Tensor):
+        return True
+    plain = isinstance(given, list | tuple) and bool(given)
+    return plain and all(isinstance(item, torch.Tensor | tuple) or _is_group(item) for item in given)
+
+
+def _is_group(item: Any) -> bool:
+    return isinstance(item, dict) and "params" in item
+
+
+def _called(method: weakref.WeakMethod[Any]) -> Any:
+    found = method()
+    return [] if found is None else found()
+
+
+def _check_free(parameters: Mapping[str, torch.Tensor]) -> None:
     """A parameter belongs to one table at a time."""
     with _OPEN_LOCK:
         taken = {id(p) for other in _OPEN for group in other.param_groups for p in group["params"]}
     for name, parameter in parameters.items():
-        if id(parameter) in taken:
+        if id(parameter) in taken and parameter.requires_grad:
             raise UsageError(f"parameter {name!r} is held by another headwater.Optimizer; close() that one first")
-
-
-def _connect() -> Client:
-    from headwater.client import connect
-
-    return connect()

@@ -1,14 +1,21 @@
-"""Values arrive before they are used: forward pre-hooks wait for just what their module needs."""
+"""Values arrive before they are used: at the end of a step, or, with ``overlap``, when somebody wants them.
+
+With ``overlap`` forward pre-hooks wait for just what their module needs. Whoever else looks at a parameter meets a
+guard: between the step and the arrival its class is one whose every operation waits first.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import copy
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from headwater.errors import WorkerLost
+from headwater.integrations.torch_gradients import DESCRIBES, no_torch_function
 from headwater.integrations.torch_leaves import Held, Leaf
 
 if TYPE_CHECKING:
@@ -71,16 +78,83 @@ class WholeState(_Hook):
         self.arrivals.wait_all()
 
 
+_GRAD: Any = torch.Tensor.grad
+_PASSIVE = DESCRIBES | {_GRAD.__set__, _GRAD.__delete__}
+"""What neither reads nor writes a parameter's elements."""
+
+
+class Guard:
+    """Lets parameters wait for their values when they are looked at.
+
+    What C++ code does with a list of them, or with a tensor that shares their memory, is not seen: that is the price of
+    ``overlap``.
+    """
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self._kinds: dict[type, type] = {}
+        self._wait = wait
+        self._guarded: dict[int, tuple[torch.Tensor, type]] = {}
+
+    def put(self, parameters: Iterable[torch.Tensor]) -> None:
+        """From now on an operation on one of these waits first."""
+        for parameter in parameters:
+            kind = type(parameter)
+            if kind not in self._kinds:
+                self._kinds[kind] = _waiting(kind, self._wait)
+            self._guarded[id(parameter)] = parameter, kind
+            parameter.__class__ = self._kinds[kind]
+
+    def take(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Their values are here."""
+        for parameter in parameters:
+            found = self._guarded.pop(id(parameter), None)
+            if found is not None:
+                parameter.__class__ = found[1]
+
+
+def _waiting(kind: type, wait: Callable[[], None]) -> type:
+    def function(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _PASSIVE:
+            wait()
+        with no_torch_function():
+            return func(*args, **(kwargs or {}))
+
+    def deepcopy(self: Any, memo: Any) -> Any:
+        wait()
+        return copy.deepcopy(self, memo)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        wait()
+        return self.__reduce_ex__(protocol)
+
+    return type(
+        kind.__name__, (kind,),
+        {
+            "__torch_function__": classmethod(function), "__deepcopy__": deepcopy, "__reduce_ex__": reduce,
+            "__module__": kind.__module__,
+        },
+    )  # fmt: skip
+
+
+def _compiles() -> bool:
+    """Whether torch.compile is in use: compiled code does not look for hooks, nor at the class of a parameter."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    return frames is not None and bool(getattr(frames, "cached_backends", True))
+
+
 class Arrivals:
     """The way in of one optimizer's values.
 
-    Every module waits for its own parameters. Those of a module that the first forward did not call, but
-    whose parameters others use (attention reads its projection's weight so), are waited for by the nearest
-    module above it that was called; failing that, by whichever module is called first.
+    Without ``overlap`` there are no hooks. With it every module waits for its own parameters. Those of a module that
+    the first forward did not call, but whose parameters others use (attention reads its projection's weight so), are
+    waited for by the nearest module above it that was called; failing that, by whichever module is called first.
     """
 
-    def __init__(self, model: torch.nn.Module, held: Held, buffers: Buffers) -> None:
+    def __init__(self, model: torch.nn.Module, held: Held, buffers: Buffers, *, overlap: bool) -> None:
         self.held = held
+        self._overlap = overlap
+        self._guard = Guard(self.wait_all)
+        held.guard = self._guard if overlap else None
         self._buffers = buffers
         self._called: dict[str, Arrival] | None = {}  # in the first forward, by path in the order of use
         self._strays: list[Leaf] = []  # waited for by the first module called after a step
@@ -88,6 +162,8 @@ class Arrivals:
         by_id = {id(leaf.parameter): leaf for leaf in held.leaves}
         self._hooks: dict[str, Arrival] = {}
         self._handles: list[Any] = []
+        if not overlap:
+            return
         for path, module in model.named_modules():
             leaves = [by_id[id(p)] for p in module.parameters(recurse=False) if id(p) in by_id]
             if leaves or not path or buffers.owns(module):
@@ -100,6 +176,7 @@ class Arrivals:
 
     def close(self) -> None:
         """Remove the hooks."""
+        self._guard.take(self.held.parameters)
         for handle in self._handles:
             handle.remove()
 
@@ -117,7 +194,7 @@ class Arrivals:
 
     def wait_all(self) -> None:
         """Wait for all parameters and buffers."""
-        self._wait([leaf for leaf in self.held.leaves if leaf.fresh != self.held.clock])
+        self._wait(self.held.pending())
 
     def _wait(self, leaves: Sequence[Leaf]) -> None:
         """Wait for these leaves, and for the buffers if a step of them is under way."""
@@ -131,7 +208,15 @@ class Arrivals:
                     settle()
             raise
 
-    def next_step(self) -> None:
+    def next_step(self) -> bool:
+        """A step was sent off. True if its values may arrive later, because whoever looks at them will wait."""
+        if not self._overlap or _compiles():
+            return False
+        self._settle_strays()
+        self._guard.put(self.held.parameters)
+        return True
+
+    def _settle_strays(self) -> None:
         """After the first step: settle who waits for parameters of modules that were not called."""
         if not self._called:
             if self._called is not None:

@@ -1,64 +1,83 @@
-"""Gradients leave during backward: hook → bucket → ``table.push``.
+"""Gradients leave during backward: hook → bucket → ``table.push``. What ``.grad`` holds at ``step()`` is what counts.
 
-A parameter's gradient moves into the table's memory as soon as autograd has finished it; the memory that
-autograd gave it is free then. A bucket of them leaves when its last one is ready.
+A gradient moves into the table's memory as soon as autograd has finished it; the memory that autograd gave it is free
+then, and ``.grad`` is a ``Gradient`` over the table's. A bucket of them leaves when its last one is ready, as early as
+the step before has shown it to be (the last of several backward passes). At ``step()`` leaves what changed since:
+nothing in a script that changes nothing, for which no byte is looked at again.
 """
-
-# ruff: noqa: SLF001 -- torch documents a tensor's version counter as `_version`; it has no other name
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
+import xxhash
 
-from headwater.errors import GradientModified, HeadwaterError, NonFiniteGradient, UsageError
-from headwater.integrations.torch_leaves import Held, Leaf
+from headwater.errors import GradientModified, NonFiniteGradient, UsageError
+from headwater.integrations.torch_gradients import Gradient, no_torch_function
+from headwater.integrations.torch_leaves import Held, Leaf, as_kept
 from headwater.types import Hyper
 from headwater.wire.tensors import finite
 
 Groups = list[dict[str, Hyper]] | None
 """Hyperparameters of all groups if they changed since they were last sent, else None."""
 
-_GAP = 8192
-"""Bytes of padding, always zero, that may lie between neighbours in a table: a page and a cache line at most."""
+_UNHELD = 3
+"""References to a leaf's ``Gradient`` when nobody keeps it: the leaf's, a local variable's, and the count's own."""
 
 
 class Bucket:
     """Gradients that leave together. ``missing``: how many are not ready in this step."""
 
-    __slots__ = ("leaves", "missing", "names", "runs")
+    __slots__ = ("leaves", "missing", "names")
 
     def __init__(self, leaves: Sequence[Leaf]) -> None:
         self.leaves = tuple(leaves)
         self.names = tuple(leaf.name for leaf in leaves)
         self.missing = len(self.leaves)
-        self.runs = _runs(self.leaves)
         for leaf in self.leaves:
             leaf.bucket = self
 
 
 class Departures:
-    """The way out of one optimizer's gradients."""
+    """The way out of one optimizer's gradients.
+
+    ``early``: gradients leave during backward. ``final``: what has left is applied as it arrives and cannot be taken
+    back. ``several``: other workers' gradients count too, so that a script that looks at ``.grad`` wants their mean.
+    ``looks``: it is known that gradients will be looked at.
+    """
 
     def __init__(
         self,
         held: Held,
-        frozen: Mapping[str, torch.nn.Parameter],
         bucket_bytes: int,
         nonfinite: Literal["error", "skip", "allow"],
         groups: Callable[[], Groups],
+        *,
+        early: bool,
+        final: bool,
+        several: Callable[[], bool],
+        takes_sparse: bool = False,
+        looks: bool = False,
+        say_looked: Callable[[], None] = lambda: None,
     ) -> None:
         self.local = False  # inside no_sync(): gradients accumulate and stay
         self.skip = False  # this step holds a gradient that is not finite, and the policy is to skip
         self._held = held
-        self._frozen = frozen
         self._bucket_bytes = bucket_bytes
         self._nonfinite = nonfinite
         self._groups = groups
-        self._failed: HeadwaterError | None = None
+        self._early, self._final, self._several = early, final, several
+        self._takes_sparse = takes_sparse
+        self._say_looked = say_looked
+        self._looks = looks  # the script looks at gradients between backward and step: learnt from the step before
+        self._looked = False  # the same, in this step
+        self._mean: dict[str, torch.Tensor] | None = None  # what ``.grad`` was given of all workers' mean
+        self._marks: dict[str, int] = {}
         self._order: list[Leaf] | None = []  # as gradients became ready, until the buckets follow it
         self._buckets = pack(held.leaves[::-1], bucket_bytes)
         self._handles: list[Any] = [
@@ -72,34 +91,246 @@ class Departures:
         return [bucket.names for bucket in self._buckets]
 
     def close(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks, and leave ``.grad`` with memory of its own."""
         for handle in self._handles:
             handle.remove()
+        for leaf in self._held.leaves:
+            if leaf.current is not None and leaf.parameter.grad is leaf.current:
+                leaf.current.plain = leaf.parameter.grad = leaf.gradient.clone()
 
-    def finish(self) -> None:
-        """End of the step on this worker: check what has left, send what has not.
+    # ---- backward --------------------------------------------------------------------------------
 
-        A gradient that was set or accumulated without a hook (``no_sync``, by hand) leaves now; a parameter
-        without one takes no part in the step.
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        """Inside, gradients accumulate here and do not leave."""
+        before, self.local = self.local, True
+        try:
+            yield
+        finally:
+            self.local = before
+
+    def _ready(self, leaf: Leaf, _parameter: torch.Tensor) -> None:
+        """Autograd's hook: the gradient of this backward is complete in ``parameter.grad``."""
+        leaf.spent = False
+        self._mean = None  # what comes on top of a mean is this worker's again
+        grad = leaf.parameter.grad
+        if grad is leaf.current:
+            leaf.changed = True  # autograd added to the table's memory
+        if self.local:
+            return
+        leaf.count += 1
+        if grad is not leaf.current:
+            if grad is None or (self._looks and not self._several()) or not _is_plain(grad):
+                return  # it is looked at before it leaves: autograd's own tensor is as good as ours
+            self._load(leaf, grad)
+        if self._early and leaf.count == leaf.expected:
+            if self._order is not None:
+                self._order.append(leaf)
+            self._departs(leaf.bucket)
+
+    def _load(self, leaf: Leaf, grad: torch.Tensor) -> None:
+        """Move the gradient into the table's memory, and let ``.grad`` be that."""
+        if leaf.fresh != self._held.clock:
+            self._held.wait([leaf])  # the servers may still read the memory
+        kept = leaf.current
+        if kept is not None and (kept.plain is not None or self._is_kept(leaf, kept)):
+            kept = leaf.current = None
+        if leaf.copies:
+            self._give(leaf, grad)
+            return
+        leaf.gradient.copy_(grad.detach())
+        leaf.changed = True
+        if kept is None:
+            kept = leaf.current = Gradient.over(leaf.gradient, partial(self._reveal, leaf), partial(self._zero, leaf))
+        leaf.parameter.grad = kept
+
+    def _give(self, leaf: Leaf, grad: torch.Tensor) -> None:
+        """A gradient on another device stays there; it is copied when it leaves."""
+        if self._several() and leaf.current is None:
+            reveal, zero = partial(self._reveal, leaf), partial(self._zero, leaf)
+            leaf.parameter.grad = leaf.current = Gradient.over(grad.detach(), reveal, zero)
+
+    def _is_kept(self, leaf: Leaf, gradient: Gradient) -> bool:
+        """Whether the script has kept an old ``.grad``, which must not become the new one: it gets a copy."""
+        if sys.getrefcount(gradient) <= _UNHELD + 1:
+            return False
+        if not leaf.copies and not self._several():
+            gradient.plain = leaf.gradient.clone()
+        return True
+
+    def _departs(self, bucket: Bucket) -> None:
+        """One more of the bucket is ready; with the last one all leave, if they may."""
+        bucket.missing -= 1
+        if bucket.missing or not all(leaf.changed and not leaf.copies for leaf in bucket.leaves):
+            return
+        if self._nonfinite == "allow" or all(map(finite, self._held.table.gradient_runs(bucket.names))):
+            self._push(bucket.leaves, bucket.names)
+
+    def _push(self, leaves: Sequence[Leaf], names: Sequence[str], *, anew: bool = False) -> None:
+        self._held.table.push(names, groups=self._groups(), anew=anew)
+        for leaf in leaves:
+            leaf.left, leaf.changed = True, False
+
+    # ---- looks -----------------------------------------------------------------------------------
+
+    def _reveal(self, leaf: Leaf, gradient: Gradient) -> torch.Tensor:
+        """The script looks at a gradient: from here on ``.grad`` is a tensor of its own, of all workers' mean."""
+        self._looked = True
+        self._say_looked()
+        if self._several() and not self.local:
+            if leaf.spent or leaf.parameter.grad is not gradient:
+                raise UsageError(
+                    f"the gradient of {leaf.name!r} was looked at when its step had been taken: the servers have "
+                    "merged all workers' and keep nothing of it. Look at it between backward() and step()"
+                )
+            self.fetch_mean()
+            if gradient.plain is None:
+                raise UsageError(f"the gradient of {leaf.name!r} is no longer the one of this step")
+            return gradient.plain
+        if gradient.plain is None:
+            plain = gradient.plain = self._own(leaf)
+            if leaf.parameter.grad is gradient:
+                leaf.parameter.grad = plain
+        return gradient.plain
+
+    def _own(self, leaf: Leaf) -> torch.Tensor:
+        if leaf.copies:
+            assert leaf.current is not None
+            with no_torch_function():
+                return leaf.current.detach().as_subclass(torch.Tensor)
+        return leaf.gradient.clone()
+
+    def _zero(self, leaf: Leaf, gradient: Gradient) -> torch.Tensor:
+        """The script zeroes a gradient, which needs no look at what it was."""
+        gradient.plain = torch.zeros_like(leaf.parameter, requires_grad=False)
+        if leaf.parameter.grad is gradient:
+            leaf.parameter.grad = gradient.plain
+        return gradient.plain
+
+    def see_mean(self) -> None:
+        """``fetch_mean``, unless ``.grad`` holds it already."""
+        if self._mean is None:
+            self.fetch_mean()
+
+    def fetch_mean(self) -> None:
+        """Let ``.grad`` of every parameter be the mean over workers of what they have; each of them must do so.
+
+        Gradients that are not finite are among it: whoever looks decides what they mean.
+        """
+        self._looked = True
+        self._contribute(checked=False)
+        mean, names = self._held.table.mean()
+        self._mean, self._marks = {}, {}
+        for leaf in self._held.leaves:
+            if leaf.name not in names:
+                continue
+            self._marks[leaf.name] = _mark(mean[leaf.name])
+            plain = self._mean[leaf.name] = _like(leaf, mean[leaf.name])
+            if leaf.current is not None and leaf.parameter.grad is leaf.current:
+                leaf.current.plain = plain
+            leaf.parameter.grad = plain
+
+    def _changed(self, mean: Mapping[str, torch.Tensor]) -> bool:
+        """Whether some ``.grad`` is not the mean, to the bit, that it was given."""
+        for leaf in self._held.leaves:
+            grad = leaf.parameter.grad
+            given = mean.get(leaf.name)
+            if grad is not given or (grad is not None and _mark(as_kept(grad)) != self._marks[leaf.name]):
+                return True
+        return False
+
+    # ---- the end of a step -----------------------------------------------------------------------
+
+    def finish(self) -> bool:
+        """Let leave what has not, and what changed since it left; True if that is all workers' gradient, changed.
 
         Raises:
-            GradientModified: a gradient changed after it left; nothing more was sent.
-            NonFiniteGradient: as in the hooks.
-            UsageError: a parameter that is not in the table has a gradient.
+            NonFiniteGradient: NaN or Inf, and the policy is "error". The step is not taken.
+            GradientModified: a gradient that was applied already changed since (overlap, without ``Bulk``).
+            UsageError: a sparse gradient of an optimizer that has no rule for it.
         """
-        if self._failed is not None:
-            raise self._failed
-        self._check()
+        if self._mean is None:
+            self._contribute(checked=True)
+            return False
+        if not self._changed(self._mean):
+            return False
+        leaves = [leaf for leaf in self._held.leaves if leaf.parameter.grad is not None]
+        for leaf in leaves:
+            self._copy(leaf)
+        if self._may_leave(leaves):
+            self._push(leaves, [leaf.name for leaf in leaves], anew=True)
+        return True
+
+    def _contribute(self, *, checked: bool) -> None:
+        here, gone = [], False
         for leaf in self._held.leaves:
-            if leaf.left != self._held.clock and leaf.parameter.grad is not None:
-                self._hand_over(leaf)
-        for bucket in self._buckets:
-            if bucket.missing:
-                self._send([leaf for leaf in bucket.leaves if leaf.left == self._held.clock])
+            grad = leaf.parameter.grad
+            if grad is None:
+                gone = gone or leaf.left
+                continue
+            if grad is not leaf.current or leaf.copies:
+                self._copy(leaf)
+            here.append(leaf)
+        if self._final and (gone or any(leaf.left and leaf.changed for leaf in here)):
+            raise self._too_late()
+        if checked and not self._may_leave([leaf for leaf in here if not leaf.left or leaf.changed]):
+            return
+        again = self._held.table.by_bytes  # where the servers read the memory itself, they read it as it is at the end
+        leaving = here if gone else [leaf for leaf in here if not leaf.left or (leaf.changed and again)]
+        if leaving or gone:
+            self._push(leaving, [leaf.name for leaf in leaving], anew=gone)
+
+    def _copy(self, leaf: Leaf) -> None:
+        """What ``.grad`` holds, into the table's memory."""
+        grad = leaf.parameter.grad
+        assert grad is not None
+        if leaf.fresh != self._held.clock:
+            self._held.wait([leaf])
+        with no_torch_function():
+            plain = grad.detach()
+            leaf.gradient.copy_(plain if plain.layout is torch.strided else self._dense(leaf, plain))
+        leaf.changed = True
+
+    def _dense(self, leaf: Leaf, grad: torch.Tensor) -> torch.Tensor:
+        if not self._takes_sparse:
+            raise UsageError(
+                f"the gradient of {leaf.name!r} is sparse, which this optimizer cannot take (SGD, Adagrad and "
+                "SparseAdam can); the step was not taken. Make the embedding with sparse=False"
+            )
+        return grad.to_dense()
+
+    def _may_leave(self, leaves: Sequence[Leaf]) -> bool:
+        """Whether the gradients may leave: the policy on NaN and Inf."""
+        if self._nonfinite == "allow" or self.skip:
+            return not self.skip
+        bad = next((leaf for leaf in leaves if not finite(leaf.gradient)), None)
+        if bad is None:
+            return True
+        if self._nonfinite == "skip":
+            self.skip = True
+            return False
+        raise NonFiniteGradient(
+            f"the gradient of {bad.name!r} on rank {self._held.rank} holds NaN or Inf; it was not applied and the "
+            "step was not taken. nonfinite='skip' passes over such steps on all workers, opt.skip_step() over this one"
+        )
+
+    def _too_late(self) -> GradientModified:
+        return GradientModified(
+            f"gradients changed on rank {self._held.rank} after they had left for the servers, which apply them as "
+            "they arrive under this policy; a part of the step may be applied. With overlap=False gradients leave at "
+            "step()"
+        )
 
     def next_step(self) -> None:
         """The step was sent off: every gradient is missing again. Follow the observed order, once."""
-        self.skip, self._failed = False, None
+        self.skip, self._mean = False, None
+        self._looks, self._looked = self._looks or self._looked, False
+        for leaf in self._held.leaves:
+            if leaf.count:
+                leaf.expected = leaf.count
+            leaf.count = 0
+            leaf.left = leaf.changed = False
+            leaf.spent = True
         for bucket in self._buckets:
             bucket.missing = len(bucket.leaves)
         if self._order:
@@ -107,97 +338,6 @@ class Departures:
             rest = [leaf for leaf in self._held.leaves[::-1] if leaf.name not in seen]
             self._buckets = pack([*self._order, *rest], self._bucket_bytes)
             self._order = None
-
-    def _ready(self, leaf: Leaf, _parameter: torch.Tensor) -> None:
-        """Autograd's hook: the gradient of this backward is complete in ``parameter.grad``."""
-        if self.local:
-            return
-        if leaf.left == self._held.clock:
-            raise self._fail(
-                GradientModified(
-                    f"a second backward() before step() reached {leaf.name!r} on rank {self._held.rank}, whose "
-                    "gradient had left for the servers; the step can no longer be taken. To accumulate, put all but "
-                    f"the last backward() into `with opt.no_sync():`. {_WAY_ON}"
-                )
-            )
-        if self._order is not None:
-            self._order.append(leaf)
-        self._hand_over(leaf)
-
-    def _hand_over(self, leaf: Leaf) -> None:
-        """Move the gradient into the table's memory, and send its bucket if it was the last one missing."""
-        held = self._held
-        if leaf.fresh != held.clock:
-            held.wait([leaf])  # the servers may still read the memory
-        grad = leaf.parameter.grad
-        if grad is not leaf.gradient:
-            try:
-                _load(leaf, grad)
-            except RuntimeError as error:  # torch refuses a gradient of another dtype or device than the parameter
-                raise self._fail(held.moved()) from error
-        leaf.version = leaf.grad._version  # type: ignore[union-attr]
-        leaf.left = held.clock
-        bucket = leaf.bucket
-        bucket.missing -= 1
-        if not bucket.missing:
-            self._send(bucket.leaves)
-
-    def _send(self, leaves: Sequence[Leaf]) -> None:
-        if not leaves or not self._checked(leaves):
-            return
-        whole = leaves is leaves[0].bucket.leaves
-        names = leaves[0].bucket.names if whole else [leaf.name for leaf in leaves]
-        try:
-            self._held.table.push(names, groups=self._groups())
-        except HeadwaterError as error:
-            self._failed = error  # these never left, so step() must not end the step as if they had
-            raise
-
-    def _checked(self, leaves: Sequence[Leaf]) -> bool:
-        """Whether the gradients may leave: the policy on NaN and Inf."""
-        if self._nonfinite == "allow" or self.skip:
-            return not self.skip
-        bucket = leaves[0].bucket
-        if leaves is bucket.leaves and all(map(finite, bucket.runs)):
-            return True
-        bad = next((leaf for leaf in leaves if not finite(leaf.gradient)), None)
-        if bad is None:
-            return True
-        if self._nonfinite == "skip":
-            self.skip = True
-            return False
-        raise self._fail(
-            NonFiniteGradient(
-                f"the gradient of {bad.name!r} on rank {self._held.rank} holds NaN or Inf; it was not sent and the "
-                f"step cannot be taken. nonfinite='skip' passes over such steps. {_WAY_ON}"
-            )
-        )
-
-    def _check(self) -> None:
-        clock = self._held.clock
-        for leaf in self._held.leaves:
-            if leaf.left == clock and leaf.changed():
-                raise self._fail(
-                    GradientModified(
-                        f"the gradient of {leaf.name!r} changed on rank {self._held.rank} after it had left for the "
-                        "servers; the step was not taken. Instead of clip_grad_norm_ pass max_grad_norm=… to "
-                        "headwater.Optimizer, instead of scaling gradients (GradScaler, /= n) scale the loss, and call "
-                        f"zero_grad() after step(). Gradients gathered under opt.no_sync() may be changed. {_WAY_ON}"
-                    )
-                )
-        for name, parameter in self._frozen.items():
-            if parameter.requires_grad and parameter.grad is not None:
-                raise UsageError(
-                    f"parameter {name!r} was frozen when the optimizer was made, so it is not in the table, and now "
-                    "has a gradient; the step was not taken. Unfreeze first, or close() and make a new optimizer"
-                )
-
-    def _fail(self, error: HeadwaterError) -> HeadwaterError:
-        self._failed = error
-        return error
-
-
-_WAY_ON = "To give this step up on all workers and go on, call opt.skip_step()"
 
 
 def pack(leaves: Sequence[Leaf], limit: int) -> list[Bucket]:
@@ -212,35 +352,18 @@ def pack(leaves: Sequence[Leaf], limit: int) -> list[Bucket]:
     return [*buckets, Bucket(some)] if some else buckets
 
 
-def _load(leaf: Leaf, grad: torch.Tensor | None) -> None:
-    """Copy a gradient into the table and let the parameter hold that copy, so that the original is freed."""
-    if grad is None or grad.layout is not torch.strided:
-        raise UsageError(f"the gradient of {leaf.name!r} is sparse; a dense table takes sparse=False embeddings only")
-    leaf.gradient.copy_(grad.detach())
-    if leaf.copies:
-        leaf.grad = grad  # on another device: it stays there, as autograd requires
-    else:
-        leaf.parameter.grad = leaf.grad = leaf.gradient
+def _is_plain(grad: torch.Tensor) -> bool:
+    """Whether a gradient can move: one with a graph of its own stays, and a sparse one is made dense in ``step()``."""
+    return not grad.requires_grad and grad.layout is torch.strided
 
 
-def _runs(leaves: Sequence[Leaf]) -> list[torch.Tensor]:
-    """The leaves' gradient memory in as few flat tensors as it lies in, to read it in one go.
-
-    A run may cover padding and, where the table's order differs from the bucket's, a small neighbour.
-    """
-    runs: list[torch.Tensor] = []
-    for leaf in sorted(leaves, key=lambda leaf: leaf.gradient.data_ptr()):
-        flat = leaf.gradient.detach().view(-1)
-        last = runs[-1] if runs else None
-        if last is not None and _adjacent(last, flat):
-            count = flat.storage_offset() + flat.numel() - last.storage_offset()
-            runs[-1] = last.as_strided((count,), (1,), last.storage_offset())
-        else:
-            runs.append(flat)
-    return runs
+def _like(leaf: Leaf, mean: torch.Tensor) -> torch.Tensor:
+    """The mean as the parameter's gradient: in its shape and dtype, on its device."""
+    plain = torch.view_as_complex(mean) if leaf.parameter.is_complex() else mean
+    return torch.empty_like(leaf.parameter, requires_grad=False).copy_(plain) if leaf.copies else plain
 
 
-def _adjacent(first: torch.Tensor, second: torch.Tensor) -> bool:
-    gap = second.data_ptr() - first.data_ptr() - first.nbytes
-    one_memory = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-    return one_memory and first.dtype == second.dtype and 0 <= gap < _GAP
+def _mark(tensor: torch.Tensor) -> int:
+    """Of a table's tensor (C order, on the CPU): tells any change of a bit."""
+    flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else tensor.reshape(-1)
+    return xxhash.xxh3_64_intdigest(memoryview(flat.numpy()))  # type: ignore[arg-type]

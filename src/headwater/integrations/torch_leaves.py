@@ -9,123 +9,112 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headwater.errors import GradientModified, ParameterModified
+from headwater.errors import ParameterModified
 
 if TYPE_CHECKING:
     from headwater.client import Table
+    from headwater.integrations.torch_arrivals import Guard
     from headwater.integrations.torch_departures import Bucket
+    from headwater.integrations.torch_gradients import Gradient
 
 
 def shares_memory(parameter: torch.Tensor) -> bool:
-    """Whether a parameter can be the table's own memory: only on the CPU. Others are copied there and back."""
-    return parameter.device.type in ("cpu", "meta")
+    """Whether a parameter can be the table's own memory: on the CPU and laid out in C order. Others are copied."""
+    return parameter.device.type in ("cpu", "meta") and parameter.is_contiguous()
+
+
+def as_held(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A table's tensor in the parameter's shape and dtype: a table holds a complex number as two real ones."""
+    return torch.view_as_complex(tensor) if parameter.is_complex() else tensor
+
+
+def as_kept(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter's values as a table takes them: on the CPU, in C order, complex numbers as pairs."""
+    plain = parameter.detach()
+    return (torch.view_as_real(plain) if plain.is_complex() else plain).cpu().contiguous()
 
 
 class Leaf:
     """One parameter (a leaf of autograd's graph), its place in the table, and what was last seen of it.
 
-    ``gradient`` and ``values`` are the table's memory, in the parameter's shape and dtype, on the CPU.
-    ``left``: the step in which its gradient last left; ``fresh``: the step at which its values are; ``stamp``:
-    the parameter's version counter then. ``grad`` and ``version``: the gradient that left, and its counter.
+    ``gradient`` and ``values`` are the table's memory, in the parameter's shape and dtype, on the CPU; ``copies``: the
+    parameter has memory of its own. ``fresh``: the step at which its values are; ``stamp`` and ``digest``: how a copied
+    parameter looked then. Of the step under way: ``left``, its gradient was pushed; ``changed``, the table's memory
+    holds one that was not, or another than was; ``count`` backward passes reached it, ``expected`` of them in a step;
+    ``current`` is what ``.grad`` was given, ``spent`` once its step is taken.
     """
 
     __slots__ = (
         "bucket",
+        "changed",
         "copies",
+        "count",
+        "current",
+        "digest",
+        "expected",
         "fresh",
-        "grad",
         "gradient",
         "left",
         "name",
         "parameter",
+        "spent",
         "stamp",
         "values",
-        "version",
     )
 
     bucket: Bucket
 
-    def __init__(self, name: str, parameter: torch.nn.Parameter, table: Table) -> None:
+    def __init__(self, name: str, parameter: torch.Tensor, table: Table) -> None:
         self.name = name
         self.parameter = parameter
-        self.gradient = table.gradients[name]
-        self.values = table.values[name]
+        self.gradient = as_held(table.gradients[name], parameter)
+        self.values = as_held(table.values[name], parameter)
         self.copies = not shares_memory(parameter)
-        self.left = -1
+        self.left = self.changed = self.spent = False
+        self.count = 0
+        self.expected = 1
+        self.current: Gradient | None = None
         self.fresh = 0
         self.stamp = parameter._version
-        self.grad: torch.Tensor | None = None
-        self.version = 0
+        self.digest = 0
 
     @property
     def nbytes(self) -> int:
         return self.gradient.nbytes
 
-    def changed(self) -> bool:
-        """Whether the gradient that left in this step is no longer what autograd's gradient field holds."""
-        grad = self.parameter.grad
-        return grad is not self.grad or grad is None or grad._version != self.version
-
-    def written_in_flight(self, step: int) -> bool:
-        """Whether the table's gradient memory, which left in ``step``, was written since."""
-        return self.left == step and self.gradient._version != self.version and not self.copies
-
 
 class Held:
     """The leaves of one optimizer and its clock: the number of the step being collected, from 0."""
 
-    def __init__(self, table: Table, parameters: Mapping[str, torch.nn.Parameter], rank: int) -> None:
+    def __init__(self, table: Table, parameters: Mapping[str, torch.Tensor], rank: int) -> None:
         self.table = table
         self.rank = rank
         self.clock = 0
+        self.dropping = False  # what the script wrote went with the step: what arrives takes its place
+        self.guard: Guard | None = None
         self.leaves = tuple(Leaf(name, parameter, table) for name, parameter in parameters.items())
         self.parameters = [leaf.parameter for leaf in self.leaves]
-        self.shared = [leaf.parameter for leaf in self.leaves if not leaf.copies]
-        self._addresses = [leaf.values.data_ptr() for leaf in self.leaves if not leaf.copies]
+        self._shared = [leaf for leaf in self.leaves if not leaf.copies]
+        self._addresses = [leaf.values.data_ptr() for leaf in self._shared]
 
-    def check_parameters(self) -> None:
-        """Raises ``ParameterModified`` if someone wrote into a parameter since its values arrived."""
-        if [p.data_ptr() for p in self.shared] != self._addresses:
-            raise self.moved()
-        if [p._version for p in self.parameters] == [leaf.stamp for leaf in self.leaves]:
-            return
-        names = [leaf.name for leaf in self.leaves if leaf.parameter._version != leaf.stamp]
-        raise ParameterModified(
-            f"{_some(names)} changed in place on rank {self.rank} since the last step, outside the optimizer; the "
-            "servers do not know the new values and the step was not taken. To keep them, call opt.assign() "
-            "(on every rank, or on one that the others wait for) and step() again; load_state_dict() needs it too"
-        )
+    # ---- values ----------------------------------------------------------------------------------
 
-    def moved(self) -> ParameterModified:
-        """What to say when parameters are not the table's memory any more."""
-        shared = [leaf for leaf in self.leaves if not leaf.copies]
-        moved = [leaf.name for leaf in shared if leaf.parameter.data_ptr() != leaf.values.data_ptr()]
-        return ParameterModified(
-            f"{_some(moved)} no longer lie in the table's memory on rank {self.rank}: the model was moved or "
-            "converted (model.to(), .half(), p.data = …) and the step was not taken. Do that first and make the "
-            "optimizer after it"
-        )
+    def pending(self) -> list[Leaf]:
+        """The leaves whose values of the last step are still to come."""
+        return [leaf for leaf in self.leaves if leaf.fresh != self.clock]
 
     def wait(self, leaves: Sequence[Leaf]) -> None:
         """Wait until these leaves hold the values of the last step; the caller picked those that do not yet."""
-        if any(leaf.written_in_flight(self.clock - 1) for leaf in leaves):
-            raise self._written_in_flight()
         self.table.wait([leaf.name for leaf in leaves])
+        if self.dropping:
+            self.table.refresh()
+            self.dropping = False
         self.arrived(leaves)
-
-    def _written_in_flight(self) -> GradientModified:
-        """Said once for all of them."""
-        written = [leaf for leaf in self.leaves if leaf.written_in_flight(self.clock - 1)]
-        for leaf in written:
-            leaf.version = leaf.gradient._version
-        return GradientModified(
-            f"the gradient of {_some([leaf.name for leaf in written])} was written on rank {self.rank} after step() "
-            "and before its new values arrived, while the servers may have been reading it; the step may have used "
-            "either. Use zero_grad() of the optimizer, or set_to_none=True"
-        )
 
     def arrived(self, leaves: Sequence[Leaf]) -> None:
         """These leaves' values are here: show them to autograd, and remember how they look."""
+        if self.guard is not None:
+            self.guard.take([leaf.parameter for leaf in leaves])
         for leaf in leaves:
             if leaf.copies:
                 # The only copy back to another device: one per parameter and step.
@@ -135,32 +124,75 @@ class Held:
         torch.autograd.graph.increment_version([leaf.parameter for leaf in leaves])
         for leaf in leaves:
             leaf.fresh = self.clock
-            leaf.stamp = leaf.parameter._version
+            if leaf.copies:
+                leaf.stamp, leaf.digest = leaf.parameter._version, _digest(leaf.parameter)
+
+    def next_step(self) -> None:
+        """A step was sent off: no leaf is fresh any more."""
+        self.clock += 1
+
+    # ---- what a script wrote ---------------------------------------------------------------------
+
+    def written(self) -> dict[str, torch.Tensor]:
+        """The values, copied, of the parameters that somebody wrote since they arrived; they differ in at least a bit.
+
+        Raises:
+            ParameterModified: a parameter has another shape, dtype or device than the table holds.
+        """
+        if [leaf.parameter.data_ptr() for leaf in self._shared] != self._addresses:
+            self._bring_home()
+        names = set(self.table.written())
+        for leaf in self.leaves:
+            if leaf.copies:
+                self._check_like(leaf)
+                if leaf.stamp != leaf.parameter._version or leaf.digest != _digest(leaf.parameter):
+                    names.add(leaf.name)
+        return {leaf.name: as_kept(leaf.parameter).clone() for leaf in self.leaves if leaf.name in names}
+
+    def _bring_home(self) -> None:
+        """``p.data = …``: other values at another address. They are written where the table's memory is."""
+        for leaf, address in zip(self._shared, self._addresses, strict=True):
+            if leaf.parameter.data_ptr() == address:
+                continue
+            self._check_like(leaf)
+            if leaf.parameter.is_shared():  # type: ignore[no-untyped-call]
+                raise ParameterModified(
+                    f"parameter {leaf.name!r} was moved to memory that processes share (share_memory()) on rank "
+                    f"{self.rank}; Headwater's workers share parameters through the servers: run them with `headwater "
+                    "run --workers N`. The step was not taken"
+                )
+            given = leaf.parameter.detach()
+            leaf.values.copy_(given)
+            leaf.parameter.data = leaf.values
+
+    def _check_like(self, leaf: Leaf) -> None:
+        p, held = leaf.parameter, leaf.values
+        same = p.shape == held.shape and p.dtype == held.dtype
+        if not same or shares_memory(p) == leaf.copies:
+            raise ParameterModified(
+                f"parameter {leaf.name!r} is {p.dtype} of shape {tuple(p.shape)} on {p.device} on rank {self.rank}, "
+                f"and was {held.dtype} of shape {tuple(held.shape)} when the optimizer was made: the model was moved "
+                "or converted (model.to(), .half()) and the step was not taken. Do that before the optimizer is made"
+            )
 
     def renewed(self) -> None:
         """After a rest the table has the values of later steps: copies of the last one's on other devices are old.
 
-        Parameters that somebody wrote into stay, and the next step says so.
+        Parameters that somebody wrote into stay, and become the state with the next step.
         """
         here = [leaf for leaf in self.leaves if leaf.copies and leaf.fresh == self.clock]
         self.arrived([leaf for leaf in here if leaf.stamp == leaf.parameter._version])
 
-    def next_step(self, skipped: bool) -> None:
-        """A step was sent off: no leaf is fresh any more, and graphs built on the old values are void.
 
-        Of a ``skipped`` step nobody reads the gradients.
-        """
-        self.clock += 1
-        torch.autograd.graph.increment_version(self.shared)
-        for leaf in self.leaves:
-            leaf.stamp = leaf.parameter._version
-            if skipped:
-                leaf.left = -1
-            if leaf.copies:
-                leaf.grad = None
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _some(names: Sequence[str]) -> str:
-    """At most three names, for a message."""
-    shown = ", ".join(map(repr, names[:3]))
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+def _digest(parameter: torch.Tensor) -> int:
+    """Of a copied parameter's bits, made where it lies: writes through ``.data`` leave no other trace."""
+    plain = parameter.detach().reshape(1) if not parameter.ndim else parameter.detach()
+    if not plain.numel():
+        return 0
+    plain = torch.view_as_real(plain) if plain.is_complex() else plain
+    words = plain.view(_WORDS[plain.element_size()])
+    every, some = words.sum(dtype=torch.int64), words[..., ::2].sum(dtype=torch.int64)
+    return int(every.item()) * 3 + int(some.item())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from headwater.errors import ShapeMismatch, UnknownOptimizer, UsageError
+from headwater.integrations.torch_wrapped import named_parameters
 from headwater.types import Init, OptimizerSpec, ParameterSpec
 from headwater.wire import optimizers
 from headwater.wire.tensors import dtype_name
@@ -23,61 +25,123 @@ _VALUES = Init("values")
 class Plan(NamedTuple):
     """What a model's optimizer will hold, before any server heard of it.
 
-    ``parameters`` are the model's trainable tensors by name, in registration order, each once; ``groups`` the
-    parameter groups and ``defaults`` the defaults as the torch optimizer itself would have them; ``frozen`` the
-    parameters that are left out because they need no gradient.
+    ``parameters`` are all tensors of the groups by name, the model's in registration order and then those that are
+    not the model's, each once; ``groups`` the parameter groups and ``defaults`` the defaults as the torch optimizer
+    itself would have them. ``inner``: that optimizer, where the servers have none of its kind.
     """
 
-    parameters: dict[str, torch.nn.Parameter]
+    parameters: dict[str, torch.Tensor]
     groups: list[dict[str, Any]]
     defaults: dict[str, Any]
-    frozen: dict[str, torch.nn.Parameter]
-
-    def specs(self, init: Inits) -> tuple[ParameterSpec, ...]:
-        """One ``ParameterSpec`` per parameter, in registration order.
-
-        Raises:
-            ShapeMismatch: a dtype that no table holds.
-            UsageError: a parameter on the meta device for which ``init`` says nothing.
-        """
-        group_of = {id(p): index for index, group in enumerate(self.groups) for p in group["params"]}
-        return tuple(
-            ParameterSpec(name, tuple(p.shape), _dtype(name, p), group_of[id(p)], _init_of(name, p, init))
-            for name, p in self.parameters.items()
-        )
+    inner: torch.optim.Optimizer | None = None
 
 
-def plan(model: torch.nn.Module, optimizer: type[torch.optim.Optimizer], params: Any, hyper: Mapping[str, Any]) -> Plan:
-    """Sort out the parameters of ``model`` and their groups.
-
-    ``params`` is None (all trainable parameters, one group) or what a torch optimizer takes: tensors, (name,
-    tensor) pairs or group dictionaries, all of them the model's own. Frozen parameters among them are left out.
-
-    Raises:
-        UsageError: a tensor that is not the model's, given twice, overlapping another one in memory, or of a
-            kind that a table cannot hold.
-        UnknownOptimizer: not in the closed list, or torch refuses the hyperparameters.
-    """
-    if not isinstance(model, torch.nn.Module):
-        raise UsageError(
-            f"headwater.Optimizer takes the model first, not {type(model).__name__}: parameters are known by their "
-            "names in it. Parameter groups go into params=[{'params': …, 'lr': …}, …]"
-        )
-    named = dict(model.named_parameters())
-    names = {id(p): name for name, p in named.items()}
-    groups = [_own(group, names) for group in _as_groups(model, params)]
-    chosen = {id(p) for group in groups for p in group["params"]}
-    if len(chosen) != sum(len(group["params"]) for group in groups):
-        raise UsageError("params names a parameter twice; each belongs to one group")
-    if not chosen:
+def trainable(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those that a table has to hold. Raises ``UsageError`` for what no table can, or if there is none."""
+    held = {name: p for name, p in parameters.items() if p.requires_grad}
+    if not held:
         raise UsageError("the model has no trainable parameter; nothing was created")
-    held = {name: p for name, p in named.items() if id(p) in chosen}
     for name, p in held.items():
         _check_kind(name, p)
     _check_overlap(held)
-    frozen = {name: p for name, p in named.items() if not p.requires_grad}
+    return held
+
+
+def specs(
+    parameters: Mapping[str, torch.Tensor], groups: Sequence[Mapping[str, Any]], init: Inits
+) -> tuple[ParameterSpec, ...]:
+    """One ``ParameterSpec`` per parameter, in their order.
+
+    Raises:
+        ShapeMismatch: a dtype that no table holds.
+        UsageError: a parameter on the meta device for which ``init`` says nothing.
+    """
+    group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
+    return tuple(
+        ParameterSpec(name, _shape(p), _dtype(name, p), group_of[id(p)], _init_of(name, p, init))
+        for name, p in parameters.items()
+    )
+
+
+def _shape(p: torch.Tensor) -> tuple[int, ...]:
+    """A table holds a complex number as two real ones, as torch's optimizers step it."""
+    return (*p.shape, 2) if p.is_complex() else tuple(p.shape)
+
+
+def plan(
+    model: torch.nn.Module,
+    optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+    params: Any,
+    args: Sequence[Any],
+    hyper: Mapping[str, Any],
+) -> Plan:
+    """Sort out the parameters of ``model`` and their groups.
+
+    ``params`` is None (all parameters, one group) or what a torch optimizer takes: tensors, (name, tensor) pairs or
+    group dictionaries, of the model or beside it. ``args``: the optimizer's arguments by position, behind ``params``.
+    ``optimizer`` may be made already, if it is one that runs at the worker.
+
+    Raises:
+        UsageError: a tensor that is given twice.
+        UnknownOptimizer: torch refuses the hyperparameters, or the servers do.
+    """
+    named: dict[str, torch.Tensor] = dict(named_parameters(model))
+    groups = [_listed(group) for group in _as_groups(model, params)]
+    given = {id(p): p for group in groups for p in group["params"]}
+    if len(given) != sum(len(group["params"]) for group in groups):
+        raise UsageError("params names a parameter twice; each belongs to one group")
+    own = {id(p) for p in named.values()}
+    beside = [p for key, p in given.items() if key not in own]
+    parameters = {name: p for name, p in named.items() if id(p) in given}
+    parameters |= {f"beside.{number}": p for number, p in enumerate(beside)}
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return Plan(parameters, optimizer.param_groups, optimizer.defaults, optimizer)
+    hyper = _by_name(optimizer, args, hyper)
+    if not on_servers(optimizer):
+        inner = _built(optimizer, groups, hyper)
+        return Plan(parameters, inner.param_groups, inner.defaults, inner)
     full, defaults = complete_groups(optimizer, groups, hyper)
-    return Plan(held, full, defaults, frozen)
+    return Plan(parameters, full, defaults)
+
+
+def on_servers(optimizer: Any) -> bool:
+    """Whether the servers have this very class: no code crosses the wire."""
+    name = getattr(optimizer, "__name__", "")
+    return name in optimizers.KNOWN and getattr(torch.optim, name, None) is optimizer
+
+
+def _by_name(
+    optimizer: type[torch.optim.Optimizer], args: Sequence[Any], hyper: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    if not args:
+        return hyper
+    if not isinstance(optimizer, type):
+        raise UsageError(f"headwater.Optimizer takes a class of optimizers second, not {optimizer!r}")
+    takes = [name for name in inspect.signature(optimizer.__init__).parameters if name not in ("self", "params")]
+    if len(args) > len(takes):
+        raise UsageError(f"{optimizer.__name__} takes {len(takes)} arguments behind params, not {len(args)}")
+    placed = dict(zip(takes, args, strict=False))
+    twice = placed.keys() & hyper.keys()
+    if twice:
+        raise UsageError(f"{optimizer.__name__}: {min(twice)} is given by position and by name")
+    return {**placed, **hyper}
+
+
+def _built(
+    optimizer: type[torch.optim.Optimizer], groups: Sequence[dict[str, Any]], hyper: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
+        raise UsageError(
+            f"headwater.Optimizer takes a class of optimizers second, not {optimizer!r}; one that is made already goes "
+            "into headwater.wrap(optimizer, model)"
+        )
+    build: Any = optimizer
+    plain = len(groups) == 1 and groups[0].keys() == {"params"}
+    try:
+        built: torch.optim.Optimizer = build(groups[0]["params"] if plain else groups, **hyper)
+    except (TypeError, ValueError) as error:
+        raise UnknownOptimizer(f"{optimizer.__name__} refuses its arguments: {error}") from error
+    return built
 
 
 def complete_groups(
@@ -87,14 +151,9 @@ def complete_groups(
 
     The torch optimizer is built on meta tensors, so that it allocates no state.
     """
-    name = getattr(optimizer, "__name__", str(optimizer))
-    optimizers.info(name)
-    if getattr(torch.optim, name, None) is not optimizer:
-        raise UnknownOptimizer(
-            f"{optimizer!r} is not torch.optim.{name}: no code crosses the wire, so servers run only their own list"
-        )
+    name = optimizer.__name__
     given = [{key: value for key, value in group.items() if key not in ("params", "fused")} for group in groups]
-    shells = [[torch.nn.Parameter(torch.empty_like(p, device="meta")) for p in group["params"]] for group in groups]
+    shells = [[_shell(p) for p in group["params"]] for group in groups]
     plain = {key: value for key, value in hyper.items() if key != "fused"}
     build: Any = optimizer
     try:
@@ -112,12 +171,16 @@ def complete_groups(
     return complete, {**built.defaults, **({"fused": hyper["fused"]} if "fused" in hyper else {})}
 
 
+def _shell(p: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.empty(_shape(p), dtype=p.real.dtype if p.is_complex() else p.dtype, device="meta"))
+
+
 def optimizer_spec(name: str, groups: Sequence[Mapping[str, Any]]) -> OptimizerSpec:
     """The groups' hyperparameters as they travel."""
     return OptimizerSpec(name, tuple(optimizers.select(name, group) for group in groups))
 
 
-def materialise(parameters: Iterable[torch.nn.Parameter], values: Iterable[torch.Tensor]) -> None:
+def materialise(parameters: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> None:
     """Let every parameter be the table's own memory: the same object as before, at another address.
 
     A parameter on the meta device gets memory for the first time; a swap keeps its identity, so that tied
@@ -133,7 +196,7 @@ def materialise(parameters: Iterable[torch.nn.Parameter], values: Iterable[torch
 
 def _as_groups(model: torch.nn.Module, params: Any) -> list[dict[str, Any]]:
     if params is None:
-        return [{"params": [p for p in model.parameters() if p.requires_grad]}]
+        return [{"params": list(model.parameters())}]
     if isinstance(params, torch.Tensor | Mapping | str):
         raise UsageError(f"params must be a list of groups or of parameters, not {type(params).__name__}")
     items = list(params)
@@ -142,23 +205,30 @@ def _as_groups(model: torch.nn.Module, params: Any) -> list[dict[str, Any]]:
     return [{"params": items}]
 
 
-def _own(group: dict[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
-    """The group with its trainable parameters only, each of them the model's."""
+def _listed(group: dict[str, Any]) -> dict[str, Any]:
+    """The group with a list of tensors."""
     params = group.get("params")
     if params is None or isinstance(params, set):
         raise UsageError("a parameter group is {'params': [the model's parameters, in order], 'lr': …}")
     tensors = [params] if isinstance(params, torch.Tensor) else list(params)
     tensors = [item[1] if isinstance(item, tuple) else item for item in tensors]
     for tensor in tensors:
-        if id(tensor) not in names:
-            what = f"a tensor of shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else repr(tensor)
-            raise UsageError(f"params holds {what}, which is not a parameter of the model")
-    return {**group, "params": [tensor for tensor in tensors if tensor.requires_grad]}
+        if not isinstance(tensor, torch.Tensor):
+            raise UsageError(f"params holds {tensor!r}, which is no tensor")
+    return {**group, "params": tensors}
 
 
-def _check_kind(name: str, parameter: torch.nn.Parameter) -> None:
+def _check_kind(name: str, parameter: torch.Tensor) -> None:
+    if not parameter.is_leaf:
+        raise UsageError(f"parameter {name!r} was computed from others (it is no leaf), so it cannot be trained itself")
     if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
         raise UsageError(f"parameter {name!r} has no shape yet: run one forward through the lazy module first")
+    if parameter.device.type == "cpu" and parameter.is_shared():  # type: ignore[no-untyped-call]
+        raise UsageError(
+            f"parameter {name!r} is in memory that processes share (share_memory()); Headwater's workers share "
+            "parameters through the servers, and would cut it off from the other processes. Start the workers with "
+            "`headwater run --workers N`, each with a model of its own"
+        )
     if parameter.layout is not torch.strided or type(parameter.data) is not torch.Tensor:
         raise UsageError(
             f"parameter {name!r} is a {type(parameter.data).__name__} ({parameter.layout}); a table holds plain "
@@ -166,7 +236,7 @@ def _check_kind(name: str, parameter: torch.nn.Parameter) -> None:
         )
 
 
-def _check_overlap(parameters: Mapping[str, torch.nn.Parameter]) -> None:
+def _check_overlap(parameters: Mapping[str, torch.Tensor]) -> None:
     """Two parameters over the same memory are one variable; the servers would give them two."""
     spans = []
     for name, p in parameters.items():
@@ -182,14 +252,14 @@ def _check_overlap(parameters: Mapping[str, torch.nn.Parameter]) -> None:
             )
 
 
-def _dtype(name: str, parameter: torch.nn.Parameter) -> str:
+def _dtype(name: str, parameter: torch.Tensor) -> str:
     try:
-        return dtype_name(parameter.dtype)
+        return dtype_name(parameter.real.dtype if parameter.is_complex() else parameter.dtype)
     except ShapeMismatch as error:
         raise ShapeMismatch(f"parameter {name!r}: {error}") from error
 
 
-def _init_of(name: str, parameter: torch.nn.Parameter, init: Inits) -> Init:
+def _init_of(name: str, parameter: torch.Tensor, init: Inits) -> Init:
     found = init if isinstance(init, Init) else _VALUES
     if isinstance(init, Mapping):
         found = next((how for pattern, how in init.items() if fnmatchcase(name, pattern)), _VALUES)

@@ -1,0 +1,297 @@
+"""One optimizer's table at work: what a step sends, what it waits for, and how the table grows.
+
+``headwater.Optimizer`` is a shell around it, which other libraries copy (Lightning) and wrap: what changes lives here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import torch
+
+from headwater.errors import HeadwaterError, ParameterModified
+from headwater.integrations.torch_arrivals import Arrivals
+from headwater.integrations.torch_buffers import Buffers, Mode
+from headwater.integrations.torch_departures import Departures, Groups
+from headwater.integrations.torch_leaves import Held, Leaf, as_kept
+from headwater.integrations.torch_plan import Inits, materialise, optimizer_spec, specs, trainable
+from headwater.types import Bulk, Claim, OptimizerSpec, Sync, TableSpec
+from headwater.wire import optimizers
+
+if TYPE_CHECKING:
+    from headwater.client import Client, StepResult, Ticket
+
+Nonfinite = Literal["error", "skip", "allow"]
+log = logging.getLogger("headwater")
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How an optimizer trains: the arguments of ``headwater.Optimizer`` that say so."""
+
+    kind: str  # of the servers' optimizers; "" if it runs here
+    sync: Sync
+    max_grad_norm: float | None
+    nonfinite: Nonfinite
+    buffers: Mode
+    bucket_bytes: int
+    seed: int
+    overlap: bool
+
+
+class Core:
+    """``parameters``: all of the optimizer's, by name; of them the trainable ones are in the table.
+
+    ``groups``: the present parameter groups of the optimizer. ``here``: the optimizer runs at the worker.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        model: torch.nn.Module,
+        parameters: Mapping[str, torch.Tensor],
+        groups: Callable[[], Sequence[Mapping[str, Any]]],
+        manner: Manner,
+    ) -> None:
+        self.client = client
+        self.model = model
+        self.manner = manner
+        self.parameters = dict(parameters)
+        self.closed = False
+        self.last: StepResult | None = None
+        self._groups = groups
+        self._bulk = isinstance(manner.sync, Bulk)
+        self._grown = 0
+        self._said: set[str] = set()
+        self._ticket: Ticket | None = None
+
+    # ---- the table -------------------------------------------------------------------------------
+
+    def attach(self, name: str, inits: Inits, claim: Claim) -> None:
+        """Declare the tables and let the model hold their values."""
+        held = trainable(self.parameters)
+        spec = self._spec(name, held, inits)
+        self.name = name
+        given = {p.name: as_kept(held[p.name]) for p in spec.parameters if p.init.kind == "values"}
+        known = spec.name in self.client.tables
+        self.table = self.client.table(spec, given, claim)
+        if known or claim == "resume":
+            self.table.pull()  # an earlier optimizer's: others may have trained it on
+        self.buffers = Buffers(self.model, self.client, spec.name, self.manner.sync, self.manner.buffers)
+        self._hold(held)
+
+    def _spec(self, name: str, held: Mapping[str, torch.Tensor], inits: Inits) -> TableSpec:
+        m, groups = self.manner, self._groups()
+        if m.kind:
+            how = optimizer_spec(m.kind, groups)
+            return TableSpec(name, specs(held, groups, inits), how, m.sync, m.max_grad_norm, m.nonfinite, m.seed)
+        # The worker's optimizer makes values: they are assigned under ``Bulk``, else what they moved by is subtracted.
+        how = OptimizerSpec("Assign", ({},)) if self._bulk else OptimizerSpec("SGD", ({"lr": 1.0},))
+        plain = tuple(msgspec.structs.replace(p, group=0) for p in specs(held, groups, inits))
+        return TableSpec(name, plain, how, m.sync, None, "allow", m.seed)
+
+    def _hold(self, held: Mapping[str, torch.Tensor]) -> None:
+        self.table.wait()
+        self.held = Held(self.table, held, self.client.rank)
+        leaves = [leaf for leaf in self.held.leaves if not leaf.copies]
+        materialise([leaf.parameter for leaf in leaves], [leaf.values for leaf in leaves])
+        self.held.arrived(self.held.leaves)
+        self.table.renewed = self._renewed = self.held.renewed
+        self._frozen = [p for p in self.parameters.values() if not p.requires_grad]
+        self._members = self.client.members
+        self._sent: Groups = None
+        self._failures = 0  # the table's, when groups were sent last
+        m = self.manner
+        here = not m.kind
+        self.departures = Departures(
+            self.held, m.bucket_bytes, m.nonfinite, self._new_groups,
+            early=(self._bulk or m.overlap) and not (here and not self.several()),
+            final=not self._bulk and m.overlap,
+            several=self.several,
+            takes_sparse=here or m.kind in ("SGD", "Adagrad"),
+            looks=here,
+            say_looked=self._say_looked if not here else lambda: None,
+        )  # fmt: skip
+        self.arrivals = Arrivals(self.model, self.held, self.buffers, overlap=m.overlap)
+
+    def several(self) -> bool:
+        """Whether a step is that of several workers, or may be."""
+        return self._bulk and not (self.client.alone and self.client.members == self._members)
+
+    def add(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """These are the optimizer's too from now on."""
+        self.parameters.update(parameters)
+        self._frozen += list(parameters.values())
+        self.grow()
+
+    def grow(self) -> None:
+        """What can be trained now and is not in the table comes into one: a new table, with the state of this one.
+
+        Every worker does so between the same two steps.
+        """
+        if not any(p.requires_grad for p in self._frozen):
+            return
+        self.arrive()
+        slots = self.table.slots() if self.manner.kind else {}
+        self.let_go()
+        self._grown += 1
+        base = self.name.partition("~")[0]
+        self.attach(f"{base}~{self._grown}", None, "new")
+        if slots:
+            self.table.assign_slots(slots)  # every worker has the same, and pushes after it
+        if not self._bulk:
+            self.client.barrier(f"grown {self.table.spec.name}")
+
+    def let_go(self) -> None:
+        """Leave the model with its present values in memory of its own."""
+        self.departures.close()
+        self.arrivals.close()
+        if self.table.renewed is self._renewed:  # not a later optimizer's
+            self.table.renewed = None
+        for leaf in self.held.leaves:
+            if not leaf.copies:
+                leaf.parameter.data = leaf.parameter.detach().clone()
+
+    # ---- steps -----------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One step of the servers' optimizer on what ``.grad`` holds."""
+        self.begin()
+        writes = self.held.written()
+        merged = self.departures.finish()
+        self.end(writes, merged=merged, skip=self.departures.skip)
+
+    def skip(self) -> None:
+        """Give this step up, on all workers."""
+        self.arrive()
+        self.end(self.held.written(), skip=True)
+
+    def begin(self) -> None:
+        """Before a step is put together: the last one's values are here, and what can be trained is in the table."""
+        self.arrive()
+        if self._frozen:
+            self.grow()
+
+    def end(self, writes: Mapping[str, torch.Tensor], *, merged: bool = False, skip: bool = False) -> None:
+        """End the step, and wait for what comes of it."""
+        self.note_last()
+        self.buffers.settle()
+        groups = self._new_groups()
+        self._ticket = self.table.step(groups=groups, skip=skip, merged=merged, writes=writes)
+        self.buffers.step(skip)
+        self.held.dropping = bool(writes)
+        self.held.next_step()
+        self.departures.next_step()
+        if writes or not self.arrivals.next_step():
+            self.arrive()
+
+    def arrive(self) -> None:
+        """Wait until the model holds the outcome of the last step: its parameters and buffers."""
+        self.arrivals.wait_all()
+
+    def note_last(self) -> None:
+        """Remember the outcome of the last step if it is complete."""
+        if self._ticket is not None and self._ticket.done():
+            ticket, self._ticket = self._ticket, None
+            self.table.settle()  # raises what nobody has heard yet
+            with suppress(HeadwaterError):
+                self.last = ticket.wait()
+
+    def _new_groups(self) -> Groups:
+        """All groups' hyperparameters if they differ from those sent last; the first step always sends them.
+
+        Raises ``UnknownOptimizer`` for a value that the servers would refuse.
+        """
+        kind = self.manner.kind
+        if not kind:
+            return None
+        groups = [optimizers.select(kind, group) for group in self._groups()]
+        if groups == self._sent and self._failures == self.table.failures:
+            return None
+        for group in groups:
+            optimizers.complete(kind, group)
+        self._sent, self._failures = groups, self.table.failures
+        return groups
+
+    # ---- the rest --------------------------------------------------------------------------------
+
+    @property
+    def clock(self) -> int:
+        """The number of the last step that this worker has ended."""
+        return self.table.clock
+
+    def kept(self, leaf: Leaf, value: torch.Tensor) -> torch.Tensor:
+        """A value of a parameter as the table takes it."""
+        same = value.is_complex() == leaf.parameter.is_complex()
+        return as_kept(value) if same else value
+
+    def slots(self) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        """The servers' optimizer state of each parameter that has some, in torch's shapes."""
+        found = self.table.slots()
+        for leaf in self.held.leaves:
+            if found.get(leaf.name):
+                p = leaf.parameter
+                yield p, {name: _as_state(slot, p) for name, slot in found[leaf.name].items()}
+
+    def assign_slots(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        """Replace the optimizer state; ``state`` by the ids of parameters."""
+        self.table.assign_slots({leaf.name: _tensors(state.get(id(leaf.parameter), {})) for leaf in self.held.leaves})
+
+    def flush(self, why: str) -> None:
+        """What the script wrote since the last step becomes the state now: only where no other worker has a say."""
+        self.arrive()
+        writes = self.held.written()
+        if not writes:
+            return
+        if self.several():
+            raise ParameterModified(
+                f"{min(writes)!r} was written since the last step; the servers hear of it with the next one, from "
+                f"every worker. {why} after that, or call opt.assign() on every worker"
+            )
+        self.assign(writes)
+
+    def assign(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Set parameters on the servers, whatever was written here."""
+        self.table.assign(values)
+        self.table.refresh()
+        self.held.arrived([leaf for leaf in self.held.leaves if leaf.name in values])
+
+    def close(self) -> None:
+        """Leave the model with its present values in memory of its own, and the table on the servers."""
+        self.closed = True
+        with suppress(HeadwaterError):  # then the values are those of the last step that arrived
+            self.arrive()
+        with suppress(HeadwaterError):
+            if not self.several():
+                self.flush("close()")
+        self.let_go()
+
+    def say_once(self, text: str) -> None:
+        """To the log, once, on the lowest rank."""
+        if text not in self._said and self.client.rank <= 0:
+            self._said.add(text)
+            log.warning(text)
+
+    def _say_looked(self) -> None:
+        if self.several():
+            self.say_once(
+                "the script looks at gradients between backward() and step(): each step then fetches the mean of all "
+                "workers' gradients first. To clip, max_grad_norm=… of headwater.Optimizer does without"
+            )
+
+
+def _as_state(slot: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Of a complex parameter a table holds state as pairs."""
+    pairs = parameter.is_complex() and slot.shape == (*parameter.shape, 2)
+    return torch.view_as_complex(slot) if pairs else slot
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """One parameter's state as tensors; older torch kept step counts as numbers and absent buffers as None."""
+    found = {name: torch.as_tensor(value, device="cpu") for name, value in state.items() if value is not None}
+    return {name: as_kept(value) if value.is_complex() else value for name, value in found.items()}
