@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+import msgspec
 import torch
 
+from headwater.client import connecting
 from headwater.errors import HeadwaterError, UsageError
 from headwater.integrations.torch_arrivals import Arrivals
 from headwater.integrations.torch_buffers import Buffers, Mode
 from headwater.integrations.torch_departures import Departures, Groups
 from headwater.integrations.torch_leaves import Held, shares_memory
 from headwater.integrations.torch_plan import Inits, materialise, optimizer_spec, plan
-from headwater.types import Bulk, Sync, TableSpec
+from headwater.types import Bulk, Claim, Sync, TableSpec
 from headwater.wire import optimizers
 
 if TYPE_CHECKING:
@@ -33,15 +35,12 @@ _OPEN: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _OPEN_LOCK = threading.Lock()
 
 
+@atexit.register  # after that of ``connecting``, so before it: the clients leave last
 def _close_at_exit() -> None:
-    """A script that ended well finishes its last step; one that failed is lost, and the others are told so."""
+    """A script that ended well finishes its last steps; one that failed is lost, and the others are told so."""
     if getattr(sys, "last_value", None) is None:
         for optimizer in list(_OPEN):
-            if optimizer.owns_client:
-                optimizer.close()
-
-
-atexit.register(_close_at_exit)
+            optimizer.close()
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -63,8 +62,12 @@ class Optimizer(torch.optim.Optimizer):
         max_grad_norm: clip the aggregate gradient, over all shards, to this 2-norm.
         nonfinite: what a NaN or Inf in a gradient does: ``"error"`` raises before it leaves, ``"skip"`` passes
             over the step on all workers, ``"allow"`` sends it.
-        client: from ``headwater.connect``; by default one from the environment, closed with the optimizer.
-        name: the table's name; workers with the same name train the same parameters.
+        client: from ``headwater.connect``; by default the one that the process has, or one from the environment that
+            all its optimizers share.
+        name: the table's name; workers with the same name train the same parameters. By default "model", "model2", …
+            in the order in which this process makes its optimizers.
+        resume: go on with the values and state of a table that is there: one that an earlier optimizer of this script
+            has trained, or an earlier run in the same cluster.
         init: None: the model's own values, of the lowest rank that is there when the table is made. A
             ``headwater.init`` value, or a mapping of glob pattern of names to one: the servers fill the
             parameters, and the model may be on the meta device.
@@ -85,7 +88,9 @@ class Optimizer(torch.optim.Optimizer):
     Raises:
         UsageError: the parameters cannot be held (see the message).
         UnknownOptimizer: the optimizer or a hyperparameter is not in the closed list.
-        TableConflict: another worker declared the table differently.
+        TableConflict: another worker declared the table differently; or the name is that of a table which another
+            optimizer trains, or has trained before this run, and ``resume`` does not say that this is meant.
+        UnknownTable: ``resume``, and there is no such table.
         NotEnoughMemory: a server has no room for it.
     """
 
@@ -99,7 +104,8 @@ class Optimizer(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         nonfinite: Literal["error", "skip", "allow"] = "error",
         client: Client | None = None,
-        name: str = "model",
+        name: str | None = None,
+        resume: bool = False,
         init: Inits = None,
         buffers: Mode = "mean",
         bucket_bytes: int = 4 << 20,
@@ -115,7 +121,7 @@ class Optimizer(torch.optim.Optimizer):
         sync = Bulk() if sync is None else sync
         self._name = optimizer.__name__
         spec = TableSpec(
-            name,
+            "",  # chosen by the client
             made.specs(init),
             optimizer_spec(self._name, made.groups),
             sync,
@@ -127,16 +133,16 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(made.groups, made.defaults)
         self._built = True
         self._model = model
-        self._own_client = client is None
-        self._client = _connect() if client is None else client
+        self._client = connecting.shared(self) if client is None else client
         try:
-            self._attach(model, spec, made.parameters, sync, buffers)
+            spec = msgspec.structs.replace(spec, name=self._client.names.choose(name, resume, self._client.tables))
+            self._attach(model, spec, made.parameters, sync, buffers, "resume" if resume else "new")
             self._departures = Departures(self._held, made.frozen, bucket_bytes, nonfinite, self._new_groups)
         except BaseException:
-            if self._own_client:
-                self._client.close()
+            connecting.release(self)
             raise
         self._arrivals = Arrivals(model, self._held, self._buffers)
+        self._client.names.take(spec.name, self)
         with _OPEN_LOCK:
             _OPEN.add(self)
 
@@ -147,11 +153,12 @@ class Optimizer(torch.optim.Optimizer):
         parameters: Mapping[str, torch.nn.Parameter],
         sync: Sync,
         buffers: Mode,
+        claim: Claim,
     ) -> None:
         """Declare the tables and let the model hold their values."""
         given = {p.name: parameters[p.name].detach().cpu() for p in spec.parameters if p.init.kind == "values"}
         known = spec.name in self._client.tables
-        self._table = self._client.table(spec, values=given)
+        self._table = self._client.table(spec, given, claim)
         if known:
             self._table.pull()  # an earlier optimizer's: others may have trained it on
         self._buffers = Buffers(model, self._client, spec.name, sync, buffers)
@@ -388,13 +395,8 @@ class Optimizer(torch.optim.Optimizer):
                 leaf.parameter.data = leaf.parameter.detach().clone()
         with _OPEN_LOCK:
             _OPEN.discard(self)
-        if self._own_client:
-            self._client.close()
-
-    @property
-    def owns_client(self) -> bool:
-        """Whether the client was made for this optimizer and is closed with it."""
-        return self._own_client
+        self._client.names.release(self._table.spec.name)
+        connecting.release(self)
 
     def __enter__(self) -> Optimizer:
         return self
@@ -429,9 +431,3 @@ def _check_free(parameters: Mapping[str, torch.nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         if id(parameter) in taken:
             raise UsageError(f"parameter {name!r} is held by another headwater.Optimizer; close() that one first")
-
-
-def _connect() -> Client:
-    from headwater.client import connect
-
-    return connect()
