@@ -118,6 +118,10 @@ class OptimizerSpec(msgspec.Struct, frozen=True):
     groups: tuple[dict[str, Hyper], ...]
 
 
+Claim = Literal["any", "new", "resume"]
+"""Which table a client means by a name: whatever there is, one that its run makes, one that is there already."""
+
+
 class TableSpec(msgspec.Struct, frozen=True):
     """A dense table: what every party must agree on before the first push."""
 

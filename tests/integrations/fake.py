@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from headwater.client import StepResult, Ticket
+from headwater.client.naming import Names
 from headwater.errors import HeadwaterError
 from headwater.types import TableSpec
 from headwater.wire.tensors import DTYPES, view
@@ -89,8 +90,9 @@ class FakeClient:
     def __init__(self) -> None:
         self.tables: dict[str, FakeTable] = {}
         self.closed = False
+        self.names = Names()
 
-    def table(self, spec: TableSpec, values: Mapping[str, torch.Tensor] | None = None) -> FakeTable:
+    def table(self, spec: TableSpec, values: Mapping[str, torch.Tensor] | None = None, claim: str = "any") -> FakeTable:
         self.tables[spec.name] = FakeTable(spec, values or {})
         return self.tables[spec.name]
 

@@ -208,7 +208,7 @@ def test_a_second_optimizer_starts_where_others_have_trained_on() -> None:
         with headwater.connect("inproc://taking-turns", rank=1, world=2) as second:
             trained = train_once(second, zoo())
         model = zoo()
-        opt = headwater.Optimizer(model, torch.optim.SGD, lr=0.1, sync=headwater.Async(), client=first)
+        opt = headwater.Optimizer(model, torch.optim.SGD, lr=0.1, sync=headwater.Async(), client=first, resume=True)
         assert digest(model) == trained
         opt.close()
 
@@ -460,20 +460,26 @@ def test_buffers_on_the_meta_device_are_refused() -> None:
 
 def test_another_model_under_the_same_name_is_a_conflict() -> None:
     with connect() as client:
-        opt = headwater.Optimizer(zoo(), torch.optim.SGD, lr=0.1, client=client)
-        with pytest.raises(TableConflict):
-            headwater.Optimizer(nn.Linear(2, 2), torch.optim.SGD, lr=0.1, client=client)
+        opt = headwater.Optimizer(zoo(), torch.optim.SGD, lr=0.1, client=client, name="one")
+        for resume in (False, True):
+            with pytest.raises(TableConflict, match="another optimizer of this process trains table 'one'"):
+                headwater.Optimizer(zoo(), torch.optim.SGD, lr=0.1, client=client, name="one", resume=resume)
         opt.close()
+        with pytest.raises(TableConflict, match="parameters instead of"):
+            headwater.Optimizer(nn.Linear(2, 2), torch.optim.SGD, lr=0.1, client=client, name="one", resume=True)
 
 
-def test_a_second_optimizer_of_the_same_name_goes_on() -> None:
+def test_a_second_optimizer_goes_on_with_a_table_where_that_is_said() -> None:
     with connect() as client:
         first = zoo()
         opt = headwater.Optimizer(first, torch.optim.SGD, lr=0.1, client=client)
         train(first, opt, range(2))
         opt.close()
         second = zoo()
-        opt = headwater.Optimizer(second, torch.optim.SGD, lr=0.1, client=client)
+        with pytest.raises(TableConflict, match=r"'model' holds what was trained in it earlier .* resume=True"):
+            headwater.Optimizer(second, torch.optim.SGD, lr=0.1, client=client, name="model")
+        assert digest(second) == digest(zoo()), "a conflict changes nothing"
+        opt = headwater.Optimizer(second, torch.optim.SGD, lr=0.1, client=client, resume=True)
         assert digest(second) == digest(first)
         train(second, opt, range(2, 4))
         opt.close()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headwater.client.client import Client, ClientStatistics
-    from headwater.client.connecting import connect, current
+    from headwater.client.connecting import connect, current, release, shared
     from headwater.client.dense import Dense
     from headwater.client.publication import Publication
     from headwater.client.table import Table
@@ -23,6 +23,8 @@ __all__ = [
     "Ticket",
     "connect",
     "current",
+    "release",
+    "shared",
 ]
 
 _FROM = {
@@ -35,6 +37,8 @@ _FROM = {
     "Ticket": "tickets",
     "connect": "connecting",
     "current": "connecting",
+    "release": "connecting",
+    "shared": "connecting",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import platform
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from headwater.client import publication
 from headwater.client.control import Control, Dial
 from headwater.client.dense import Dense
+from headwater.client.naming import Names
 from headwater.client.publication import Publication, publish
 from headwater.client.runtime import Runtime, Threads
 from headwater.client.session import Session
@@ -33,7 +35,7 @@ from headwater.errors import (
     UsageError,
 )
 from headwater.transports.address import host_identity
-from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
+from headwater.types import Async, Bulk, Claim, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
 from headwater.wire import messages as m
 from headwater.wire.tensors import dtype_name
 from headwater.wire.versions import Retire, VersionStatus
@@ -75,6 +77,7 @@ class Client:
         world: int | None = None,
         timeout: float,
         runtime: Runtime | None = None,
+        run: str = "",
     ) -> None:
         self.timeout = timeout
         self.runtime = runtime or Threads()
@@ -88,10 +91,15 @@ class Client:
         self._waited = 0.0
         self._away = False  # inside ``_aside``
         self._turns: Counter[str] = Counter()
-        join = m.Join(role, self.session, host_identity(), os.getpid(), rank, world)
+        self.address, self.thread = "", 0  # of the coordinator; of who has made it
+        self.names = Names()
+        self.kept = False  # by the process that has it for all its optimizers: see ``headwater.client.connecting``
+        self._holders = 0  # how often it was asked for by ``connect``
+        join = m.Join(role, self.session, host_identity(), os.getpid(), rank, world, run=run, node=platform.node())
         self._control = Control(dial, join, self.runtime, timeout)
         joined = self._control.joined
         self.rank, self.world, self.members = joined.rank, joined.world, joined.members
+        self._stated = world
         for view in joined.views:
             session = self.servers[view.shard] = Session(f"shard {view.shard}", self.session, self.runtime)
             session.shard = view.shard  # connected when a table needs it
@@ -217,17 +225,22 @@ class Client:
         )
         return Dense(self.table(spec), self.rank)
 
-    def table(self, spec: TableSpec, values: Mapping[str, torch.Tensor] | None = None) -> Table:
+    def table(self, spec: TableSpec, values: Mapping[str, torch.Tensor] | None = None, claim: Claim = "any") -> Table:
         """A table of many parameters.
 
         ``values`` fill the parameters whose init is ``values``: the lowest rank assigns its own, the others wait
         for those; so every worker must ask for such a table.
 
-        Raises as ``dense``, and ``UsageError`` if values are needed and missing.
+        ``claim``: which table is meant. ``"any"``: made on first use, the same for all. ``"new"``: made in this run,
+        and none that this worker has finished with. ``"resume"``: one that is there, perhaps with other
+        hyperparameters.
+
+        Raises as ``dense``, ``UsageError`` if values are needed and missing, ``TableConflict`` for a table that is not
+        new, ``UnknownTable`` if there is nothing to resume.
         """
         check_table(spec)
         known = self.tables.get(spec.name)
-        if known is not None and known.spec == spec:
+        if known is not None and known.spec == spec and claim == "any":
             return known
         needed = [p.name for p in spec.parameters if p.init.kind == "values"]
         missing = [name for name in needed if name not in (values or {})]
@@ -236,8 +249,10 @@ class Client:
         for p in spec.parameters:
             if p.init.kind == "values":
                 check_tensor(p, (values or {})[p.name])
-        declared = self.ask(m.Declare(spec))
+        declared = self.ask(m.Declare(spec, claim))
         assert isinstance(declared, m.Declared)
+        if known is not None and known.number == declared.table:
+            return known
         table = Table(self, declared, layout(declared.spec, len(self.servers)))
         if declared.assign:
             table.assign({name: (values or {})[name] for name in needed})
@@ -431,8 +446,32 @@ class Client:
         """Whether it has left the cluster."""
         return self._closed
 
+    @property
+    def alone(self) -> bool:
+        """Whether this worker was said to be the only one, or is in a cluster that nobody else can find."""
+        return self._stated == 1 or (self._stated is None and self.address == "inproc://")
+
+    def hold(self) -> Client:
+        """Asked for in this process, perhaps once more: it leaves when it was closed as often."""
+        self._holders += 1
+        return self
+
+    def leave(self) -> None:
+        """Close it, whoever has it."""
+        self.kept, self._holders = False, 0
+        self.close()
+
+    def let_go(self) -> None:
+        """The process does not keep it any more: it is closed with the last that has asked for it."""
+        self.kept = False
+        if not self._holders:
+            self.close()
+
     def close(self) -> None:
-        """Finish the steps under way and leave. The others go on without this worker."""
+        """Finish the steps under way and leave. The others go on without this worker.
+
+        A client that the process keeps for its optimizers, or that was asked for more often than it was closed, stays.
+        """
         if self._closed:
             return
         for table in self.tables.values():
@@ -440,6 +479,9 @@ class Client:
                 table.wait()
             except HeadwaterError as error:  # whoever wants to know waits for the step before
                 log.warning("the last step of table %r was not acknowledged: %s", table.spec.name, error)
+        self._holders = max(0, self._holders - 1)
+        if self.kept or self._holders:
+            return
         with contextlib.suppress(HeadwaterError):
             # only now: a step that was ended and not decided would be dropped with a worker that leaves
             self._control.leave()
@@ -458,8 +500,10 @@ class Client:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if kind is None or self.kept or self._holders > 1:
             self.close()
+        elif self._closed:
+            return
         else:  # a step may be half pushed: the others are told that this worker died
             self._stop()
             self._hang_up()

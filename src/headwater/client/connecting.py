@@ -1,9 +1,13 @@
-"""From an address to a client."""
+"""From an address to a client; and the one client that all optimizers of a process share."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
+import threading
 import weakref
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from headwater.client.control import Dial
@@ -17,6 +21,9 @@ from headwater.wire.messages import ShardView
 
 if TYPE_CHECKING:
     from headwater.client.client import Client
+    from headwater.client.naming import Names
+
+OWN = "inproc://"  # a cluster of one's own in this process: it has no name that another could ask for it by
 
 
 def connect(
@@ -30,6 +37,10 @@ def connect(
 ) -> Client:
     """Join a cluster.
 
+    One process is one worker: where its optimizers have joined already, or its rank comes from ``HEADWATER_RANK`` and
+    it was connected before, the client that it has is returned, and leaves when it was closed as often as it was asked
+    for (that of the optimizers: when the process ends).
+
     ``address``: ``tcp://HOST:PORT`` of the coordinator, or ``inproc://[NAME]`` for a cluster of ``servers``
     servers in this process (without a name: one of its own). Default: ``HEADWATER_ADDRESS``, else ``inproc://``.
     ``rank`` and ``world`` default to ``HEADWATER_RANK`` and ``HEADWATER_WORLD_SIZE``; the token comes from
@@ -40,32 +51,142 @@ def connect(
     """
     if role not in ("worker", "reader"):
         raise UsageError(f"role {role!r} is neither 'worker' nor 'reader'")
+    with _lock:
+        known = _known(address, rank, servers) if role == "worker" else None
+    if known is None:
+        return _join(address, rank, world, role, timeout, servers).hold()
+    if world not in (None, known.world):
+        raise UsageError(f"world={world}: this process is worker {known.rank} of {known.world} already")
+    known.timeout = known.timeout if timeout is None else timeout
+    return known.hold()
+
+
+def shared(user: object) -> Client:
+    """The client of this process, for an optimizer that was given none; ``release`` it when ``user`` is closed.
+
+    The one that the script has opened, if there is exactly one; else it is made from the environment on first use. In a
+    cluster that others use too it stays until the process ends: between two optimizers nobody leaves the others alone.
+    One of its own in this process is closed, and its memory freed, with its last user.
+
+    Raises ``UsageError`` if the script has opened several, and as ``connect``.
+    """
+    with _lock:
+        key = (_target(None), _number("HEADWATER_RANK"))
+        found = _shared.get(key)
+        if found is not None and not found.standing and not found.users:  # all of them are garbage
+            found.client.let_go()
+        if found is not None and not found.client.closed:
+            found.users.add(user)
+            return found.client
+        opened = [client for client in _workers() if not client.kept and key[0] in (OWN, client.address)]
+        if len(opened) == 1:
+            return opened[0]
+        if opened:
+            raise UsageError(f"{len(opened)} clients are open in this process; say which one to use: client=…")
+        client = _join(None, None, None, "worker", None, 1)
+        client.kept = True
+        _shared[key] = found = _Shared(client, standing=key[0] != OWN)
+        found.users.add(user)
+        return client
+
+
+def release(user: object) -> None:
+    """``user`` has closed. Does nothing for one that has its client from elsewhere."""
+    with _lock:
+        for key, found in list(_shared.items()):
+            if user in found.users:
+                found.users.discard(user)
+                if not found.users and not found.standing:
+                    del _shared[key]
+                    found.client.let_go()
+
+
+def current() -> Client:
+    """The client that is open in this process. Raises ``UsageError`` if there is none, or more than one."""
+    found = _workers()
+    if len(found) != 1:
+        raise UsageError(f"{len(found)} clients are open in this process; connect first, or say which: client=…")
+    return found[0]
+
+
+def leave_all() -> None:
+    """Finish the last steps of all clients of this process and leave, as at its end."""
+    with _lock:
+        _shared.clear()
+        for client in list(_clients):
+            client.leave()
+
+
+@dataclass(slots=True)
+class _Shared:
+    """``standing``: it stays when its last user has closed."""
+
+    client: Client
+    standing: bool
+    users: weakref.WeakSet[object] = field(default_factory=weakref.WeakSet)
+
+
+_lock = threading.RLock()
+_clients: weakref.WeakSet[Client] = weakref.WeakSet()
+_shared: dict[tuple[str, int | None], _Shared] = {}
+_names: dict[tuple[str, int], Names] = {}  # what each worker of each cluster has called its tables
+
+
+def _workers() -> list[Client]:
+    """Clients that are open; where threads are workers, this thread's."""
+    found = [client for client in _clients if not client.closed and client.rank >= 0]
+    mine = [client for client in found if client.thread == threading.get_ident()]
+    return mine if len(found) > 1 and mine else found
+
+
+def _known(address: str | None, rank: int | None, servers: int) -> Client | None:
+    """The client that this process has where it asks for another."""
+    asked = _number("HEADWATER_RANK") if rank is None else rank
+    target = _target(address)
+    found = _shared.get((_target(None), _number("HEADWATER_RANK")))
+    if found is not None and not found.client.closed and servers == 1:
+        same = address is None or (target == found.client.address and target != OWN)
+        if same and asked in (None, found.client.rank):
+            return found.client
+    if rank is not None or asked is None or target.startswith(OWN):
+        return None
+    return next((c for c in _clients if not c.closed and (c.address, c.rank) == (target, asked)), None)
+
+
+def _join(
+    address: str | None, rank: int | None, world: int | None, role: str, timeout: float | None, servers: int
+) -> Client:
     from headwater.client.client import Client  # with torch, which a reader of versions can do without
 
     patience = float(os.environ.get("HEADWATER_TIMEOUT", "300")) if timeout is None else timeout
     if role == "worker":
         rank = _number("HEADWATER_RANK") if rank is None else rank
         world = _number("HEADWATER_WORLD_SIZE") if world is None else world
-    client = Client(dial_for(address, patience, servers), role=role, rank=rank, world=world, timeout=patience)
+    dial = dial_for(address, patience, servers)
+    run = os.environ.get("HEADWATER_RUN", "")
+    client = Client(dial, role=role, rank=rank, world=world, timeout=patience, run=run)
+    client.address, client.thread = _target(address), threading.get_ident()
+    if client.address != OWN:
+        client.names = _names.setdefault((client.address, client.rank), client.names)
     _clients.add(client)
     return client
 
 
+@atexit.register
+def _leave_at_exit() -> None:
+    """A script that ended well finishes its last step; one that failed is lost, and the others are told so."""
+    if getattr(sys, "last_value", None) is None:
+        leave_all()
+
+
+def _target(address: str | None) -> str:
+    return address or os.environ.get("HEADWATER_ADDRESS") or OWN
+
+
 def dial_for(address: str | None, timeout: float, servers: int = 1) -> Dial:
     """How a client of the cluster at ``address`` reaches its coordinator and servers. Raises ``UsageError``."""
-    target = parse(address or os.environ.get("HEADWATER_ADDRESS") or "inproc://")
+    target = parse(_target(address))
     return _dial_inproc(target.host, servers) if target.scheme == "inproc" else _dial(target, timeout)
-
-
-def current() -> Client:
-    """The client that is open in this process. Raises ``UsageError`` if there is none, or more than one."""
-    found = [client for client in _clients if not client.closed]
-    if len(found) != 1:
-        raise UsageError(f"{len(found)} clients are open in this process; connect first, or say which: client=…")
-    return found[0]
-
-
-_clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
 def _number(name: str) -> int | None:

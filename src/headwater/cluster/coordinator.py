@@ -183,7 +183,7 @@ class Coordinator:
             case m.Declare():
                 self._known(asker.peer)
                 self._refuse_if_unserved()
-                self.tables.declare(asker, message.spec)
+                self.tables.declare(asker, message.spec, message.claim)
             case m.Initialised():
                 self.tables.initialised(asker, message.table)
             case m.Barrier():
@@ -302,6 +302,7 @@ class Coordinator:
             self.publications.versions.left(member.join.session, self.now, clean=clean)
         if member.rank < 0:
             return
+        self.tables.left(member.join.session, clean)
         self.plans.forget(member.join.session, ALL if clean else self.committed())
         self._announce()
         self.barriers.departed(member.rank, clean)
@@ -350,8 +351,8 @@ class Coordinator:
             raise ClusterError("join first: only a member can use tables")
 
     def _worker(self, peer: int) -> Worker:
-        member = self.membership.of(peer)
-        if member is not None and member.rank >= 0:
+        member = self.membership.worker(peer)
+        if member is not None:
             return member
         raise ClusterError("only a worker that has joined can do this; a reader or a stranger cannot")
 

@@ -50,8 +50,11 @@ class Membership:
         self.epoch = 0
         self.lost = 0
         self.reason = ""
+        self.run = 0  # how many runs there have been: see ``_begin``
         self._departed: set[int] = set()
         self._resting: set[int] = set()
+        self._runs: set[str] = set()  # what the workers of the present run call it: each launcher gives a name
+        self._missed: set[int] = set()  # ranks that died in it and did not come back
 
     def needed(self) -> tuple[int, ...]:
         """The ranks that a bulk step needs, ascending: those that do not rest."""
@@ -81,6 +84,7 @@ class Membership:
         if join.world is not None and self.world is not None and join.world != self.world:
             raise UsageError(f"this worker says world size {join.world}, the ones before said {self.world}")
         rank = self._rank(join)
+        self._begin(rank, join.run)
         self.world = self.world if join.world is None else join.world
         member = Member(peer, join, rank, now, now)
         self.workers[rank] = member
@@ -88,15 +92,23 @@ class Membership:
         self.epoch += 1
         return member
 
+    def _begin(self, rank: int, run: str) -> None:
+        """A worker that finds others is of their run. The first one begins a run, unless it was started again.
+
+        A run is over when all of its workers have left in order: nobody is started again then.
+        """
+        if not self.workers and run not in self._runs:
+            self.run += 1
+            self._runs, self._missed = set(), set()
+        if run:
+            self._runs.add(run)
+        self._missed.discard(rank)
+
     def _rank(self, join: Join) -> int:
         if join.rank is None:
             return next(r for r in range(len(self.workers) + 1) if r not in self.workers)
         if join.rank in self.workers:
-            holder = self.workers[join.rank].join
-            raise RankTaken(
-                f"rank {join.rank} is held by process {holder.pid} on host {holder.host or '?'}; "
-                "give each worker its own rank (HEADWATER_RANK), or wait until the other has left"
-            )
+            raise _taken(join, self.workers[join.rank].join)
         limit = join.world if join.world is not None else self.world
         if join.rank < 0 or (limit is not None and join.rank >= limit):
             raise UsageError(f"rank {join.rank} is not in 0..{(limit or 1) - 1}")
@@ -114,6 +126,11 @@ class Membership:
         """The worker or reader on this connection."""
         return self.readers.get(peer) or next((m for m in self.workers.values() if m.peer == peer), None)
 
+    def worker(self, peer: int) -> Member | None:
+        """The worker on this connection; ``None`` for a reader or a stranger."""
+        member = self.of(peer)
+        return member if member is not None and member.rank >= 0 else None
+
     def depart(self, member: Member, *, clean: bool, why: str = "") -> None:
         """Take a worker or reader out; ``clean`` says that it had finished its steps."""
         if member.rank < 0:
@@ -126,8 +143,11 @@ class Membership:
         if not clean:
             self.lost = self.epoch
             self.reason = f"worker {member.rank} (process {member.join.pid}) {why or 'died'}"
+            self._missed.add(member.rank)
         if not self.workers:  # the next ones begin anew
             self.world, self._departed = None, set()
+            if not self._missed:
+                self._runs = set()
 
     def holds(self, peer: int) -> bool:
         """Whether this peer is a worker or a reader."""
@@ -168,16 +188,34 @@ class Membership:
         departed = tuple(sorted(self._departed))
         resting = tuple(sorted(self._resting))
         return msgspec.msgpack.encode(
-            _State(self.epoch, self.lost, self.reason, self.world, departed, workers, resting)
-        )
+            _State(
+                self.epoch, self.lost, self.reason, self.world, departed, workers, resting,
+                self.run, tuple(sorted(self._runs)), tuple(sorted(self._missed)),
+            )
+        )  # fmt: skip
 
     def load(self, data: bytes, now: float) -> None:
         """The inverse of ``dump``: the workers have ``BACK`` seconds from ``now`` to come back."""
         state = msgspec.msgpack.decode(data, type=_State)
         self.epoch, self.lost, self.reason, self.world = state.epoch, state.lost, state.reason, state.world
         self._departed, self._resting = set(state.departed), set(state.resting)
+        self.run, self._runs, self._missed = state.run, set(state.runs), set(state.missed)
         back = now + BACK - self.grace
         self.workers = {rank: Member(None, join, rank, now, now, gone=back) for rank, join in state.workers}
+
+
+def _taken(asker: Join, holder: Join) -> RankTaken:
+    """Who has the rank, and what to do about it: that depends on who asks."""
+    who = f"process {holder.pid} on {holder.node or 'another machine'}"
+    if (asker.host, asker.pid) == (holder.host, holder.pid):
+        return RankTaken(
+            f"this process ({who}) is worker {asker.rank} of this cluster already; nothing was changed. Use the client "
+            "that it has (headwater.Optimizer finds it by itself), close() that one first, or pass another rank=…"
+        )
+    return RankTaken(
+        f"rank {asker.rank} is held by {who}, which is alive; nothing was changed. Start this worker with a rank of "
+        "its own (HEADWATER_RANK, from 0 below HEADWATER_WORLD_SIZE), or end that process if it should not be there"
+    )
 
 
 class _State(msgspec.Struct, frozen=True):
@@ -188,3 +226,6 @@ class _State(msgspec.Struct, frozen=True):
     departed: tuple[int, ...]
     workers: tuple[tuple[int, Join], ...]
     resting: tuple[int, ...] = ()
+    run: int = 0
+    runs: tuple[str, ...] = ()
+    missed: tuple[int, ...] = ()

@@ -7,11 +7,12 @@ from typing import Protocol
 
 import msgspec
 
-from headwater.cluster.membership import Membership
+from headwater.cluster import claims
+from headwater.cluster.membership import Member, Membership
 from headwater.cluster.placement import check_table, layout
 from headwater.cluster.snapshots import Asker, Kept
 from headwater.errors import ClusterError, HeadwaterError, TableConflict, UnknownTable
-from headwater.types import TableSpec
+from headwater.types import Claim, TableSpec
 from headwater.wire import messages as m
 from headwater.wire.exact import clip_factor, merge
 
@@ -31,7 +32,9 @@ class Desk(Protocol):
 class Table:
     """One table. ``decided``: the last verdict, for a primary that comes after it.
 
-    ``restore``: the folder of the snapshot that it began with; ``base``: its clock there.
+    ``restore``: the folder of the snapshot that it began with; ``base``: its clock there. ``run``: the number of the
+    run that it is of; ``users``: workers' sessions that use it, with their ranks; ``finished``: ranks of those that
+    have left in order.
     """
 
     number: int
@@ -45,6 +48,9 @@ class Table:
     decided: m.Commit | None = None
     restore: str = ""
     base: int = 0
+    run: int = 0
+    users: dict[int, int] = field(default_factory=dict)
+    finished: set[int] = field(default_factory=set)
 
     @property
     def clock(self) -> int:
@@ -58,6 +64,9 @@ class _Saved(msgspec.Struct, frozen=True):
     state: str
     restore: str = ""
     base: int = 0
+    run: int = 0
+    users: dict[int, int] = {}
+    finished: tuple[int, ...] = ()
 
 
 class Tables:
@@ -77,20 +86,27 @@ class Tables:
 
     # ---- declaring -------------------------------------------------------------------------------
 
-    def declare(self, asker: Asker, spec: TableSpec) -> None:
+    def declare(self, asker: Asker, spec: TableSpec, claim: Claim = "any") -> None:
         """A client wants a table: made now, or agreed on before."""
         number = self._names.get(spec.name)
+        worker = self._desk.membership.worker(asker.peer)
         if number is None:
+            if claim == "resume":
+                raise claims.missing(spec.name, self._names)
             check_table(spec)
-            self._create(asker, spec)
+            self._create(asker, spec, worker, claim)
             return
         table = self.by_number[number]
-        difference = _difference(table.spec, spec)
+        claims.check(table, claim, worker, self._desk.membership)
+        difference = _difference(claims.comparable(table.spec, claim), claims.comparable(spec, claim))
         if difference:
             raise TableConflict(
                 f"table {spec.name!r} exists with {difference}; nothing was changed. "
                 "Use another name, or declare it everywhere in the same way"
             )
+        if worker is not None:
+            claims.taken(table, claim, worker, self._desk.membership)
+            self._save(table)
         if table.state == "ready":
             self._declared(asker, table, assign=False)
         elif table.initialiser == asker.peer:  # asked again, say after a wrong value
@@ -100,10 +116,12 @@ class Tables:
             if table.state == "assigning" and table.initialiser is None:
                 self._pass_on(table)
 
-    def _create(self, asker: Asker, spec: TableSpec) -> None:
+    def _create(self, asker: Asker, spec: TableSpec, worker: Member | None, claim: Claim) -> None:
         number = max(self.by_number, default=0) + 1
         parts = layout(spec, self._shards).participants
-        table = Table(number, spec, parts, set(parts), waiting=[asker])
+        table = Table(number, spec, parts, set(parts), waiting=[asker], run=self._desk.membership.run)
+        if worker is not None:
+            claims.taken(table, claim, worker, self._desk.membership)
         self.by_number[number] = table
         self._names[spec.name] = number
         self._save(table)
@@ -182,6 +200,14 @@ class Tables:
         for shard in table.participants:
             self._desk.tell(shard, m.Drop(table.number))
 
+    def left(self, session: int, clean: bool) -> None:
+        """A worker is gone. If it had finished, what it trained is not new to another process of its rank."""
+        for table in self.by_number.values():
+            rank = table.users.pop(session, None)
+            if rank is not None:
+                table.finished |= {rank} if clean else set()
+                self._save(table)
+
     def missed(self, peer: int) -> None:
         """Nobody is at this connection any more: it waits for nothing and initialises nothing."""
         for table in self.by_number.values():
@@ -234,7 +260,10 @@ class Tables:
     # ---- what must be durable --------------------------------------------------------------------
 
     def _save(self, table: Table) -> None:
-        saved = _Saved(table.number, table.spec, table.state, table.restore, table.base)
+        saved = _Saved(
+            table.number, table.spec, table.state, table.restore, table.base, table.run, table.users,
+            tuple(sorted(table.finished)),
+        )  # fmt: skip
         self._desk.save(f"table/{table.number}", msgspec.msgpack.encode(saved))
 
     def restore(self, data: bytes) -> None:
@@ -243,8 +272,9 @@ class Tables:
         parts = layout(saved.spec, self._shards).participants
         creating = set(parts) if saved.state == "creating" else set()
         self.by_number[saved.number] = Table(
-            saved.number, saved.spec, parts, creating, saved.state, restore=saved.restore, base=saved.base
-        )
+            saved.number, saved.spec, parts, creating, saved.state, restore=saved.restore, base=saved.base,
+            run=saved.run, users=dict(saved.users), finished=set(saved.finished),
+        )  # fmt: skip
         if saved.state != "refused":
             self._names[saved.spec.name] = saved.number
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from headwater.errors import HeadwaterError, ProtocolError, from_code
-from headwater.types import Hyper, TableSpec
+from headwater.types import Claim, Hyper, TableSpec
 from headwater.wire.plans import Aside as Aside
 from headwater.wire.plans import PlanChunk as PlanChunk
 from headwater.wire.plans import PlanNext as PlanNext
@@ -70,7 +70,8 @@ class Join(msgspec.Struct, frozen=True, tag="join"):
     """Become a member. ``session`` is the random incarnation that the process drew at its start.
 
     ``resume``: it was a member before its connection broke or the coordinator restarted. A server then says in
-    ``hosted`` what it holds; ``replayed``: from its disk, as a new process.
+    ``hosted`` what it holds; ``replayed``: from its disk, as a new process. ``run``: what the workers of one run have
+    in common, those that are started again included; "": the run of the workers that are there.
     """
 
     role: str
@@ -85,6 +86,8 @@ class Join(msgspec.Struct, frozen=True, tag="join"):
     server: int = -1  # servers that resume: the number they were given
     hosted: tuple[Hosted, ...] = ()
     replayed: bool = False
+    run: str = ""
+    node: str = ""  # the machine's name, for messages
 
 
 class Leave(msgspec.Struct, frozen=True, tag="leave"):
@@ -92,7 +95,12 @@ class Leave(msgspec.Struct, frozen=True, tag="leave"):
 
 
 class Declare(msgspec.Struct, frozen=True, tag="declare"):
+    """``claim``: "any": made on first use, else what there is; "new": made by this run, which a worker that has
+    finished with the table is past; "resume": what there is, whoever made it, with hyperparameters of one's own.
+    """
+
     spec: TableSpec
+    claim: Claim = "any"
 
 
 class Initialised(msgspec.Struct, frozen=True, tag="initialised"):
