@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from headwater import interrupts
 from headwater.cluster.placement import BLOCK, PAGE, Layout
 from headwater.errors import DeadlineExceeded
 from headwater.transports import memory
@@ -83,6 +84,7 @@ class Mapped:
                 if self._counts[block] == before:
                     return
             os.sched_yield()
+            interrupts.check()
         raise DeadlineExceeded("a block of values never came to rest: its server stopped in the middle of a write")
 
     def close(self) -> None:

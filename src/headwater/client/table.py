@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
+from headwater import interrupts
 from headwater.client.flat import Gradients, Mapped, plain, views
 from headwater.client.part import Part, Span
 from headwater.client.session import TURN
@@ -114,6 +115,7 @@ class Table:
             old.close()
         part.resume(attached.seq)
 
+    @interrupts.deferred
     def rejoin(self, members: int) -> None:
         """After a rest: others' steps were applied meanwhile. A shard counts from when it knows ``members``."""
         self._members = members
@@ -130,6 +132,7 @@ class Table:
         if self.renewed is not None:
             self.renewed()
 
+    @interrupts.deferred
     def aside(self, away: bool, deadline: float) -> None:
         """Others' reads and steps do without this worker, or wait for it again.
 
@@ -178,6 +181,7 @@ class Table:
         sync = self.spec.sync
         return isinstance(sync, Stale) or (isinstance(sync, Async) and sync.max_staleness is not None)
 
+    @interrupts.deferred
     def refresh(self) -> None:
         """Throw away what stray in-place writes made of live values."""
         if self._region is not None and self.live:
@@ -185,6 +189,7 @@ class Table:
 
     # ---- steps -----------------------------------------------------------------------------------
 
+    @interrupts.deferred
     def push(self, names: Sequence[str], groups: Groups | None = None) -> None:
         """The gradients of ``names``, already written into ``gradients``, leave now as part of the current step.
 
@@ -197,6 +202,7 @@ class Table:
                 part.push(spans, self.clock + 1, self._members, 0, body)
         self._pushed.update(names)
 
+    @interrupts.deferred
     def step(self, groups: Groups | None = None, skip: bool = False) -> Ticket:
         """End the step: all pushed since the last one is this worker's contribution. Fresh values are on their way.
 
@@ -205,12 +211,14 @@ class Table:
         self.settle()
         return self._end([[] for _ in self._parts], groups, skip, Flag.NONE if self.live else Flag.WANT)
 
+    @interrupts.deferred
     def push_step(self, names: Sequence[str], *, want: bool) -> Ticket:
         """``push`` and ``step`` in one; ``want`` asks for fresh values."""
         self.settle()
         self._pushed.update(names)
         return self._end(self._spans_of(names), None, False, Flag.WANT if want and not self.live else Flag.NONE)
 
+    @interrupts.deferred
     def push_pull(self) -> Ticket:
         """Push everything and get everything back, block by block as it is applied where the policy lets it."""
         streams = isinstance(self.spec.sync, Async) and self.spec.sync.max_staleness is None
@@ -222,6 +230,7 @@ class Table:
             part.push_pull(self.clock + 1, self._members, b"")
         return self._ended(True)
 
+    @interrupts.deferred
     def settle(self) -> None:
         """Until the last step is acknowledged: then the memory of its gradients is free again."""
         if self._open:
@@ -341,6 +350,7 @@ class Table:
 
     # ---- values ----------------------------------------------------------------------------------
 
+    @interrupts.deferred
     def wait(self, names: Iterable[str] | None = None, timeout: float | None = None) -> None:
         """Until ``values`` of these parameters (default all) are fresh after the last ``step`` or ``pull``."""
         if self._open:
@@ -376,6 +386,7 @@ class Table:
                 self.failures += 1
                 raise error
 
+    @interrupts.deferred
     def pull(self) -> Ticket:
         """Ask for the newest values; ``wait`` (of the ticket or the table) makes ``values`` fresh."""
         if isinstance(self.spec.sync, Bulk):
@@ -410,6 +421,7 @@ class Table:
 
     # ---- whole state -----------------------------------------------------------------------------
 
+    @interrupts.deferred
     def assign(self, values: Mapping[str, torch.Tensor]) -> None:
         """Overwrite parameters on the servers, whatever the policy. Blocks until all have them.
 
@@ -436,6 +448,7 @@ class Table:
         check_tensor(self.spec.parameters[self._index[name]], value)
         return self._index[name]
 
+    @interrupts.deferred
     def slots(self) -> dict[str, dict[str, torch.Tensor]]:
         """The optimizer state: by parameter and slot name, in the shapes of ``torch.optim``."""
         self.wait()
@@ -461,6 +474,7 @@ class Table:
         whole = slots.setdefault(slot.name, torch.zeros(p.numel, dtype=piece.dtype))
         whole[slot.start : slot.start + piece.numel()] = piece
 
+    @interrupts.deferred
     def assign_slots(self, slots: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Replace the optimizer state of the whole table; the inverse of ``slots``."""
         self.wait()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 
+from headwater import interrupts
 from headwater.errors import HeadwaterError, UsageError
 from headwater.integrations.torch_arrivals import Arrivals
 from headwater.integrations.torch_buffers import Buffers, Mode
@@ -89,6 +90,9 @@ class Optimizer(torch.optim.Optimizer):
         NotEnoughMemory: a server has no room for it.
     """
 
+    _held: Held
+
+    @interrupts.deferred
     def __init__(
         self,
         model: torch.nn.Module,
@@ -170,6 +174,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # ---- the step ------------------------------------------------------------------------------
 
+    @interrupts.deferred
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """End this worker's step and return at once; the new values are on their way.
 
@@ -192,12 +197,13 @@ class Optimizer(torch.optim.Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
+                loss = interrupts.interruptible(closure)
         self._held.check_parameters()
         self._departures.finish()
         self._end_step(skip=self._departures.skip)
         return loss
 
+    @interrupts.deferred
     def skip_step(self) -> None:
         """Give this step up, on all workers: what has left is dropped, parameters and state stay as they are.
 
@@ -250,6 +256,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # ---- values --------------------------------------------------------------------------------
 
+    @interrupts.deferred
     def synchronize(self) -> None:
         """Wait until the model holds the outcome of the last step: its parameters and buffers.
 
@@ -257,6 +264,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         self._arrivals.wait_all()
 
+    @interrupts.deferred
     def assign(self, values: Mapping[str, torch.Tensor] | None = None) -> None:
         """Set parameters (and module buffers) on the servers, outside the optimizer; its state stays.
 
@@ -284,6 +292,7 @@ class Optimizer(torch.optim.Optimizer):
             self._held.arrived(leaves)
         self._buffers.assign({name: values[name] for name in buffers if name in values})
 
+    @interrupts.deferred
     def publish(
         self,
         name: str,
@@ -329,6 +338,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # ---- torch's own interface -----------------------------------------------------------------
 
+    @interrupts.deferred
     def state_dict(self) -> dict[str, Any]:
         """The servers' state in torch's format: the plain torch optimizer of the same class can load it."""
         self._check_open()
@@ -339,6 +349,7 @@ class Optimizer(torch.optim.Optimizer):
                     self.state[leaf.parameter] = dict(slots[leaf.name])
             return super().state_dict()
 
+    @interrupts.deferred
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Give the servers the state, and the groups their hyperparameters, of this or the plain torch optimizer.
 
@@ -371,13 +382,19 @@ class Optimizer(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
 
+    @interrupts.deferred
     def close(self) -> None:
         """Leave the model with its present values in memory of its own, and the table on the servers."""
         if self._closed:
             return
         self._closed = True
-        with suppress(HeadwaterError):  # then the values are those of the last step that arrived
-            self.synchronize()
+        try:
+            with suppress(HeadwaterError):  # then the values are those of the last step that arrived
+                self.synchronize()
+        finally:  # after Ctrl-C as well
+            self._let_go()
+
+    def _let_go(self) -> None:
         self._departures.close()
         self._arrivals.close()
         if self._table.renewed is self._renewed:  # not a later optimizer's

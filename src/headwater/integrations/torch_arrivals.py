@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headwater import interrupts
 from headwater.errors import WorkerLost
 from headwater.integrations.torch_leaves import Held, Leaf
 
@@ -103,6 +104,7 @@ class Arrivals:
         for handle in self._handles:
             handle.remove()
 
+    @interrupts.deferred
     def arrive(self, hook: Arrival) -> None:
         """A module with ``hook`` is about to run for the first time since a step."""
         held = self.held
@@ -115,6 +117,7 @@ class Arrivals:
         self._wait(pending)
         self._strays_seen = hook.seen = held.clock
 
+    @interrupts.deferred
     def wait_all(self) -> None:
         """Wait for all parameters and buffers."""
         self._wait([leaf for leaf in self.held.leaves if leaf.fresh != self.held.clock])

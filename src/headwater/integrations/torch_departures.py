@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from headwater import interrupts
 from headwater.errors import GradientModified, HeadwaterError, NonFiniteGradient, UsageError
 from headwater.integrations.torch_leaves import Held, Leaf
 from headwater.types import Hyper
@@ -108,6 +109,7 @@ class Departures:
             self._buckets = pack([*self._order, *rest], self._bucket_bytes)
             self._order = None
 
+    @interrupts.deferred
     def _ready(self, leaf: Leaf, _parameter: torch.Tensor) -> None:
         """Autograd's hook: the gradient of this backward is complete in ``parameter.grad``."""
         if self.local:
