@@ -15,7 +15,7 @@ import headwater
 SOURCE = Path(headwater.__file__).parent.parent
 
 ROWS = [
-    {"errors", "types"},
+    {"errors", "interrupts", "types"},
     {"init", "wire"},
     {"cluster", "transports"},
     {"client", "server"},

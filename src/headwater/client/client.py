@@ -14,6 +14,7 @@ from types import TracebackType
 
 import torch
 
+from headwater import interrupts
 from headwater.client import publication
 from headwater.client.control import Control, Dial
 from headwater.client.dense import Dense
@@ -68,6 +69,7 @@ class ClientStatistics:
 class Client:
     """Made by ``headwater.connect``. A context manager; one thread at a time may use it."""
 
+    @interrupts.deferred
     def __init__(
         self,
         dial: Dial,
@@ -107,11 +109,13 @@ class Client:
 
     # ---- shards ------------------------------------------------------------------------------------
 
+    @interrupts.deferred
     def reach(self, session: Session) -> None:
         """Connect to a shard, if that has not happened yet. Raises as ``recover``."""
         if session.link is None:
             self._reach(session, self.runtime.now() + self.timeout, None)
 
+    @interrupts.deferred
     def recover(self, session: Session, deadline: float, error: HeadwaterError) -> None:
         """The link to a shard broke: find its primary, and go on there with what was not acknowledged.
 
@@ -144,6 +148,9 @@ class Client:
                 unserved = self.runtime.now() if unserved is None else unserved
                 if self.runtime.now() - unserved > UNSERVED:
                     raise LinkBroken(f"{again}; pushes that were not acknowledged may or may not be applied") from None
+            except BaseException:  # a deadline, Ctrl-C: not every table is attached, so whoever comes next begins again
+                session.close()
+                raise
             if self.runtime.now() >= deadline:
                 break
             self.runtime.sleep(AGAIN)
@@ -178,6 +185,7 @@ class Client:
             return True  # nobody else serves it
         return isinstance(view, m.ShardView) and view.address == session.address
 
+    @interrupts.deferred
     def request(self, session: Session, message: m.Request, deadline: float | None = None) -> list[m.Reply]:
         """Ask a shard, over as many connections as it takes. Raises what it was refused with, or a deadline."""
         until = self.runtime.now() + self.timeout if deadline is None else deadline
@@ -188,6 +196,7 @@ class Client:
             except LinkError as error:
                 self.recover(session, until, error)
 
+    @interrupts.deferred
     def ask(self, message: m.Request, timeout: float | None = None) -> m.Reply:
         """Ask the coordinator, over as many connections as it takes. Raises what it was refused with, or a deadline."""
         return self._control.ask(message, timeout)
@@ -225,6 +234,7 @@ class Client:
         )
         return Dense(self.table(spec), self.rank)
 
+    @interrupts.deferred
     def table(self, spec: TableSpec, values: Mapping[str, torch.Tensor] | None = None, claim: Claim = "any") -> Table:
         """A table of many parameters.
 
@@ -262,6 +272,7 @@ class Client:
         self.tables[spec.name] = table
         return table
 
+    @interrupts.deferred
     def publish(
         self,
         tables: Iterable[Table | Dense | str],
@@ -344,6 +355,7 @@ class Client:
 
     # ---- the rest ------------------------------------------------------------------------------------
 
+    @interrupts.deferred
     def barrier(self, name: str = "", timeout: float | None = None) -> None:
         """Wait until every worker has called this. Raises ``WorkerLost`` if one dies meanwhile.
 
@@ -398,6 +410,7 @@ class Client:
                 for table in self.tables.values():
                     table.rejoin(self.members)
 
+    @interrupts.deferred
     def _rest(self, away: bool) -> None:
         answer = self.ask(m.Rest(away))
         assert isinstance(answer, m.Rested)
@@ -467,6 +480,7 @@ class Client:
         if not self._holders:
             self.close()
 
+    @interrupts.deferred
     def close(self) -> None:
         """Finish the steps under way and leave. The others go on without this worker.
 
@@ -474,18 +488,21 @@ class Client:
         """
         if self._closed:
             return
-        for table in self.tables.values():
-            try:
-                table.wait()
-            except HeadwaterError as error:  # whoever wants to know waits for the step before
-                log.warning("the last step of table %r was not acknowledged: %s", table.spec.name, error)
-        self._holders = max(0, self._holders - 1)
-        if self.kept or self._holders:
-            return
-        with contextlib.suppress(HeadwaterError):
-            # only now: a step that was ended and not decided would be dropped with a worker that leaves
-            self._control.leave()
-        self._stop()
+        try:
+            for table in self.tables.values():
+                try:
+                    table.wait()
+                except HeadwaterError as error:  # whoever wants to know waits for the step before
+                    log.warning("the last step of table %r was not acknowledged: %s", table.spec.name, error)
+            self._holders = max(0, self._holders - 1)
+            if self.kept or self._holders:
+                return
+            with contextlib.suppress(HeadwaterError):
+                # only now: a step that was ended and not decided would be dropped with a worker that leaves
+                self._control.leave()
+        except BaseException:  # after Ctrl-C as well
+            self._hang_up()
+            raise
         self._hang_up()
 
     def _hang_up(self) -> None:
@@ -493,6 +510,7 @@ class Client:
         for session in self.servers.values():
             session.close()
         self._control.close()
+        self._stop()
 
     def __enter__(self) -> Client:
         return self
@@ -505,7 +523,6 @@ class Client:
         elif self._closed:
             return
         else:  # a step may be half pushed: the others are told that this worker died
-            self._stop()
             self._hang_up()
 
 

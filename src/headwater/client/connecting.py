@@ -10,6 +10,7 @@ import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from headwater import interrupts
 from headwater.client.control import Dial
 from headwater.errors import Unreachable, UsageError
 from headwater.transports import inproc
@@ -213,7 +214,8 @@ def _dial(coordinator: Address, timeout: float) -> Dial:
 
     def dial(view: ShardView | None, handler: Handler) -> Link:
         target = coordinator if view is None else _choose(view, host, force)
-        return StreamLink(open_socket(target, token, min(timeout, 10.0)), handler, checked and view is not None)
+        sock = interrupts.interruptible(open_socket, target, token, min(timeout, 10.0))
+        return StreamLink(sock, handler, checked and view is not None)
 
     return dial
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from headwater import interrupts
 from headwater.client.runtime import Runtime
 from headwater.client.session import Session
 from headwater.errors import DeadlineExceeded, HeadwaterError, InternalError, LinkError, ProtocolError
@@ -47,6 +48,7 @@ class Control:
         session.link = self._dial(None, session)
         return session
 
+    @interrupts.deferred
     def ask(self, message: m.Request, timeout: float | None = None) -> m.Reply:
         """The answer, over as many connections as it takes. Raises what it was refused with, or a deadline."""
         deadline = self._runtime.now() + (self._timeout if timeout is None else timeout)
@@ -67,6 +69,7 @@ class Control:
         except LinkError as error:
             self._again(session, self._runtime.now() + ANSWER, error)
 
+    @interrupts.deferred
     def _again(self, broken: Session, deadline: float, error: HeadwaterError) -> None:
         """Come back as the same member. One thread does it, the others wait for it."""
         with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from headwater import interrupts
 from headwater.client.table import Table, check_tensor
 from headwater.client.tickets import Ticket
 from headwater.errors import NonFiniteGradient
@@ -23,6 +24,7 @@ class Dense:
         self.values = table.values[self._parameter.name]
         """The last pulled values, of the table's shape and dtype; a view, overwritten by the next pull."""
 
+    @interrupts.deferred
     def push(self, grad: torch.Tensor) -> Ticket:
         """Send a gradient of the table's shape and dtype; returns at once, the tensor is free again.
 
@@ -34,11 +36,13 @@ class Dense:
             return self.table.step(skip=True)
         return self.table.push_step(self._names, want=False)
 
+    @interrupts.deferred
     def pull(self, out: torch.Tensor | None = None, timeout: float | None = None) -> torch.Tensor:
         """The newest values that the policy allows; into ``out`` (same shape and dtype) or a new tensor."""
         self.table.pull().wait(timeout)
         return self._take(out)
 
+    @interrupts.deferred
     def push_pull(self, grad: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """``push`` and ``pull`` in one round trip, overlapped block by block."""
         self.table.settle()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from headwater import interrupts
 from headwater.cluster.placement import BLOCK, PAGE, Layout
 from headwater.errors import DeadlineExceeded
 from headwater.transports import memory
@@ -147,6 +148,7 @@ class Mapped:
                 if self._counts[block] == before:
                     return
             os.sched_yield()
+            interrupts.check()
         raise DeadlineExceeded("a block of values never came to rest: its server stopped in the middle of a write")
 
     def close(self) -> None:

@@ -9,6 +9,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from headwater import interrupts
+
+LAST = 2.0  # seconds that a thread has to end
+
 
 class Runtime(Protocol):
     """What a client needs of the machine it runs on."""
@@ -28,18 +32,24 @@ class Threads:
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
+        interrupts.interruptible(time.sleep, seconds)
 
     def every(self, period: float, act: Callable[[], None]) -> Callable[[], None]:
-        """Call ``act`` every ``period`` seconds on a thread, until the returned function is called."""
+        """Call ``act`` every ``period`` seconds on a thread, until the returned function is called, which ends it."""
         stop = threading.Event()
 
         def beat() -> None:
             while not stop.wait(period):
                 act()
 
-        threading.Thread(target=beat, name="headwater-heartbeat", daemon=True).start()
-        return stop.set
+        def end() -> None:
+            stop.set()
+            if thread is not threading.current_thread():
+                thread.join(LAST)
+
+        thread = threading.Thread(target=beat, name="headwater-heartbeat", daemon=True)
+        thread.start()
+        return end
 
     def lock(self) -> AbstractContextManager[object]:
         """A lock between this client's threads."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from headwater import interrupts
 from headwater.client.runtime import Runtime
 from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken, LinkError, ProtocolError, StaleEpoch
 from headwater.transports.memory import close_all
@@ -66,6 +67,7 @@ class Session:
             if self.link.error is None:  # the frame is at fault, not the link
                 raise
 
+    @interrupts.deferred
     def request(
         self,
         message: m.Request,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
+from headwater import interrupts
 from headwater.client.flat import Gradients, Mapped, Values, plain, views
 from headwater.client.part import Part, Span
 from headwater.client.session import TURN
@@ -116,6 +117,7 @@ class Table:
             old.close()
         part.resume(attached.seq)
 
+    @interrupts.deferred
     def rejoin(self, members: int) -> None:
         """After a rest: others' steps were applied meanwhile. A shard counts from when it knows ``members``."""
         self._members = members
@@ -132,6 +134,7 @@ class Table:
         if self.renewed is not None:
             self.renewed()
 
+    @interrupts.deferred
     def aside(self, away: bool, deadline: float) -> None:
         """Others' reads and steps do without this worker, or wait for it again.
 
@@ -200,11 +203,13 @@ class Table:
             self._runs[key] = _flat_runs(self._gradients.flat, self.spec, self.layout, set(names))
         return self._runs[key]
 
+    @interrupts.deferred
     def refresh(self) -> None:
         """Throw away what was written into ``values`` here: they are what arrived last again."""
         assert self._memory is not None
         self._memory.drop()
 
+    @interrupts.deferred
     def written(self) -> list[str]:
         """The parameters whose ``values`` were written here and differ from what arrived, to the bit.
 
@@ -225,6 +230,7 @@ class Table:
 
     # ---- steps -----------------------------------------------------------------------------------
 
+    @interrupts.deferred
     def push(self, names: Sequence[str], groups: Groups | None = None, *, anew: bool = False) -> None:
         """The gradients of ``names``, already written into ``gradients``, leave now as part of the current step.
 
@@ -240,6 +246,7 @@ class Table:
                 part.push(spans, self.clock + 1, self._members, 0, body, Flag.ANEW if anew else Flag.NONE)
         self._pushed.update(names)
 
+    @interrupts.deferred
     def step(self, groups: Groups | None = None, skip: bool = False, *, merged: bool = False,
              writes: Mapping[str, torch.Tensor] | None = None) -> Ticket:  # fmt: skip
         """End the step: all pushed since the last one is this worker's contribution. Fresh values are on their way.
@@ -258,6 +265,7 @@ class Table:
             flags |= Flag.MERGED
         return self._end([[] for _ in self._parts], groups, skip, flags)
 
+    @interrupts.deferred
     def mean(self) -> tuple[dict[str, torch.Tensor], set[str]]:
         """The aggregate gradient of the step under way. ``Bulk`` only; every worker must ask for it or end the step.
 
@@ -290,12 +298,14 @@ class Table:
         size = p.nbytes // max(1, p.numel)
         return flat[segment.start * size : segment.stop * size]
 
+    @interrupts.deferred
     def push_step(self, names: Sequence[str], *, want: bool) -> Ticket:
         """``push`` and ``step`` in one; ``want`` asks for fresh values."""
         self.settle()
         self._pushed.update(names)
         return self._end(self._spans_of(names), None, False, Flag.WANT if want and not self.live else Flag.NONE)
 
+    @interrupts.deferred
     def push_pull(self) -> Ticket:
         """Push everything and get everything back, block by block as it is applied where the policy lets it."""
         streams = isinstance(self.spec.sync, Async) and self.spec.sync.max_staleness is None
@@ -307,6 +317,7 @@ class Table:
             part.push_pull(self.clock + 1, self._members, b"")
         return self._ended(True)
 
+    @interrupts.deferred
     def settle(self) -> None:
         """Until the last step is acknowledged: then the memory of its gradients is free again."""
         if self._open:
@@ -426,6 +437,7 @@ class Table:
 
     # ---- values ----------------------------------------------------------------------------------
 
+    @interrupts.deferred
     def wait(self, names: Iterable[str] | None = None, timeout: float | None = None) -> None:
         """Until ``values`` of these parameters (default all) are fresh after the last ``step`` or ``pull``."""
         if self._open:
@@ -462,6 +474,7 @@ class Table:
                 self.failures += 1
                 raise error
 
+    @interrupts.deferred
     def pull(self) -> Ticket:
         """Ask for the newest values; ``wait`` (of the ticket or the table) makes ``values`` fresh."""
         if isinstance(self.spec.sync, Bulk):
@@ -497,6 +510,7 @@ class Table:
 
     # ---- whole state -----------------------------------------------------------------------------
 
+    @interrupts.deferred
     def assign(self, values: Mapping[str, torch.Tensor]) -> None:
         """Overwrite parameters on the servers, whatever the policy. Blocks until all have them.
 
@@ -515,6 +529,7 @@ class Table:
         check_tensor(self.spec.parameters[self._index[name]], value)
         return self._index[name]
 
+    @interrupts.deferred
     def slots(self) -> dict[str, dict[str, torch.Tensor]]:
         """The optimizer state: by parameter and slot name, in the shapes of ``torch.optim``."""
         self.wait()
@@ -540,6 +555,7 @@ class Table:
         whole = slots.setdefault(slot.name, torch.zeros(p.numel, dtype=piece.dtype))
         whole[slot.start : slot.start + piece.numel()] = piece
 
+    @interrupts.deferred
     def assign_slots(self, slots: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Replace the optimizer state of the whole table; the inverse of ``slots``."""
         self.wait()

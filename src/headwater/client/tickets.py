@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from headwater import interrupts
 from headwater.errors import HeadwaterError
 
 
@@ -46,6 +47,7 @@ class Ticket:
         """Whether ``wait`` would return at once. Receives nothing by itself."""
         return self._result is not None or self._error is not None or self._done()
 
+    @interrupts.deferred
     def wait(self, timeout: float | None = None) -> StepResult:
         """Block until the servers have answered; ``timeout`` in seconds, default the client's.
 

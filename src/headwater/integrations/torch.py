@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 
+from headwater import interrupts
 from headwater.client import connecting
 from headwater.errors import UsageError
 from headwater.integrations.torch_buffers import Mode
@@ -101,6 +102,7 @@ class Optimizer(torch.optim.Optimizer):
         NotEnoughMemory: a server has no room for it.
     """
 
+    @interrupts.deferred
     def __init__(
         self,
         model: Any,
@@ -179,6 +181,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # ---- the step ------------------------------------------------------------------------------
 
+    @interrupts.deferred
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step: what ``.grad`` holds is this worker's gradient, and a parameter without one takes no part.
 
@@ -205,10 +208,11 @@ class Optimizer(torch.optim.Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
+                loss = interrupts.interruptible(closure)
         core.step()
         return loss
 
+    @interrupts.deferred
     def skip_step(self) -> None:
         """Give this step up, on all workers: what has left is dropped, parameters and state stay as they are.
 
@@ -233,6 +237,7 @@ class Optimizer(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
 
+    @interrupts.deferred
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch."""
         for group in self.param_groups:
@@ -242,6 +247,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # ---- values --------------------------------------------------------------------------------
 
+    @interrupts.deferred
     def synchronize(self) -> None:
         """Wait until the model holds the outcome of the last step: needed with ``overlap`` only.
 
@@ -249,6 +255,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         self._core.arrive()
 
+    @interrupts.deferred
     def assign(self, values: Mapping[str, torch.Tensor] | None = None) -> None:
         """Set parameters (and module buffers) on the servers now, outside the optimizer; its state stays.
 
@@ -275,6 +282,7 @@ class Optimizer(torch.optim.Optimizer):
             core.assign({leaf.name: core.kept(leaf, values[leaf.name]) for leaf in leaves})
         core.buffers.assign({name: values[name] for name in buffers if name in values})
 
+    @interrupts.deferred
     def publish(
         self,
         name: str,
@@ -316,6 +324,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # ---- torch's own interface -----------------------------------------------------------------
 
+    @interrupts.deferred
     def state_dict(self) -> dict[str, Any]:
         """The servers' state in torch's format: the plain torch optimizer of the same class can load it."""
         core = self._open_core()
@@ -327,6 +336,7 @@ class Optimizer(torch.optim.Optimizer):
                 self.state[parameter] = slots
             return super().state_dict()
 
+    @interrupts.deferred
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Give the servers the state, and the groups their hyperparameters, of this or the plain torch optimizer.
 
@@ -355,6 +365,7 @@ class Optimizer(torch.optim.Optimizer):
         finally:
             self.state = defaultdict(dict)
 
+    @interrupts.deferred
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch: these parameters are trained from now on. On every worker, between the same two steps.
 
@@ -373,6 +384,7 @@ class Optimizer(torch.optim.Optimizer):
         fresh = [p for p in self.param_groups[-1]["params"] if id(p) not in known]
         core.add({names.get(id(p), f"beside.{len(known) + n}"): p for n, p in enumerate(fresh)})
 
+    @interrupts.deferred
     def close(self) -> None:
         """Leave the model with its present values in memory of its own, and the table on the servers."""
         core = self._core

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headwater import interrupts
 from headwater.errors import WorkerLost
 from headwater.integrations.torch_gradients import DESCRIBES, no_torch_function
 from headwater.integrations.torch_leaves import Held, Leaf
@@ -180,6 +181,7 @@ class Arrivals:
         for handle in self._handles:
             handle.remove()
 
+    @interrupts.deferred
     def arrive(self, hook: Arrival) -> None:
         """A module with ``hook`` is about to run for the first time since a step."""
         held = self.held
@@ -192,6 +194,7 @@ class Arrivals:
         self._wait(pending)
         self._strays_seen = hook.seen = held.clock
 
+    @interrupts.deferred
     def wait_all(self) -> None:
         """Wait for all parameters and buffers."""
         self._wait(self.held.pending())

@@ -264,12 +264,14 @@ class Core:
     def close(self) -> None:
         """Leave the model with its present values in memory of its own, and the table on the servers."""
         self.closed = True
-        with suppress(HeadwaterError):  # then the values are those of the last step that arrived
-            self.arrive()
-        with suppress(HeadwaterError):
-            if not self.several():
-                self.flush("close()")
-        self.let_go()
+        try:
+            with suppress(HeadwaterError):  # then the values are those of the last step that arrived
+                self.arrive()
+            with suppress(HeadwaterError):
+                if not self.several():
+                    self.flush("close()")
+        finally:  # after Ctrl-C as well
+            self.let_go()
 
     def say_once(self, text: str) -> None:
         """To the log, once, on the lowest rank."""

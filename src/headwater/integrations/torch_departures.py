@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import xxhash
 
+from headwater import interrupts
 from headwater.errors import GradientModified, NonFiniteGradient, UsageError
 from headwater.integrations.torch_gradients import Gradient, no_torch_function
 from headwater.integrations.torch_leaves import Held, Leaf, as_kept
@@ -109,6 +110,7 @@ class Departures:
         finally:
             self.local = before
 
+    @interrupts.deferred
     def _ready(self, leaf: Leaf, _parameter: torch.Tensor) -> None:
         """Autograd's hook: the gradient of this backward is complete in ``parameter.grad``."""
         leaf.spent = False
@@ -173,6 +175,7 @@ class Departures:
 
     # ---- looks -----------------------------------------------------------------------------------
 
+    @interrupts.deferred
     def _reveal(self, leaf: Leaf, gradient: Gradient) -> torch.Tensor:
         """The script looks at a gradient: from here on ``.grad`` is a tensor of its own, of all workers' mean."""
         self._looked = True
@@ -212,6 +215,7 @@ class Departures:
         if self._mean is None:
             self.fetch_mean()
 
+    @interrupts.deferred
     def fetch_mean(self) -> None:
         """Let ``.grad`` of every parameter be the mean over workers of what they have; each of them must do so.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from headwater import interrupts
 from headwater.errors import NonFiniteGradient
 from headwater.integrations.torch_core import Core
 from headwater.types import Bulk
@@ -34,10 +35,10 @@ class Here:
             if not self._ready():
                 core.end(core.held.written(), skip=True)
                 return None
-            self.inner.step()
+            interrupts.interruptible(self.inner.step)
         else:
             given: Any = self._evaluation(closure)
-            loss = self.inner.step(given)
+            loss = interrupts.interruptible(self.inner.step, given)
         if isinstance(core.manner.sync, Bulk):
             writes = core.held.written()
             core.table.push([], anew=True)  # the gradients have been used here
@@ -49,7 +50,7 @@ class Here:
     def _evaluation(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def evaluate() -> Any:
             with torch.enable_grad():
-                loss = closure()
+                loss = interrupts.interruptible(closure)
             self._ready()
             return self._mean_loss(loss) if self._core.several() else loss
 

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from headwater import interrupts
 from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken
 from headwater.server import COORDINATOR
@@ -30,7 +31,7 @@ class InprocHub:
 
     def __init__(self, servers: int) -> None:
         self.lock = threading.RLock()
-        self.changed = threading.Condition(self.lock)
+        self._waiting: list[threading.Lock] = []  # one for each thread that waits for a change, locked until then
         self._coordinator = Coordinator(Rules(servers), time.monotonic())
         self._servers: list[Server] = []
         self._links: dict[int, InprocLink] = {}
@@ -47,6 +48,7 @@ class InprocHub:
         with self.lock:
             self._settle()
 
+    @interrupts.deferred
     def connect(self, target: int, handler: Handler) -> Link:
         """``target``: a shard, which is on the server of the same number, or -1 for the coordinator."""
         with self.lock:
@@ -93,7 +95,16 @@ class InprocHub:
                 link = self._links.get(out.peer)
                 if link is not None:
                     link.arrive(out.frame, out.close)
-        self.changed.notify_all()
+        waiting, self._waiting = self._waiting, []
+        for turnstile in waiting:
+            turnstile.release()
+
+    def next_change(self) -> threading.Lock:
+        """Under the lock: a lock that whoever acquires it gets at the next change. It may be left alone as well."""
+        turnstile = threading.Lock()
+        turnstile.acquire()
+        self._waiting.append(turnstile)
+        return turnstile
 
     def _to_server(self, server: int, out: Outgoing) -> None:
         if out.frame.kind != Kind.REPLY:  # its welcome tells a server nothing new here
@@ -123,6 +134,7 @@ class InprocLink:
         """What broke the link, if anything has."""
         return self._error
 
+    @interrupts.deferred
     def send(self, frame: Frame, fds: tuple[int, ...] = ()) -> None:
         if self._error is not None:
             raise self._error
@@ -143,19 +155,24 @@ class InprocLink:
         if close and self._error is None:
             self._error = LinkBroken("the server closed the connection")
 
+    @interrupts.deferred
     def pump(self, done: Callable[[], bool], deadline: float) -> None:
-        with self._hub.changed:
-            while not done():
+        while True:
+            with self._hub.lock:
+                if done():
+                    return
                 if self._error is not None:
                     raise self._error
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise DeadlineExceeded("the others did not come in time; what was pushed may still be applied")
-                self._hub.changed.wait(left)
+                change = self._hub.next_change()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise DeadlineExceeded("the others did not come in time; what was pushed may still be applied")
+            interrupts.interruptible(change.acquire, timeout=min(left, threading.TIMEOUT_MAX))
 
     def prefetch(self, done: Callable[[], bool]) -> None:
         """Nothing to do: what arrives has arrived."""
 
+    @interrupts.deferred
     def close(self) -> None:
         if self._error is None:
             self._error = LinkBroken("this client has closed the connection")
@@ -167,6 +184,7 @@ _hubs: dict[str, InprocHub] = {}
 _making = threading.Lock()
 
 
+@interrupts.deferred
 def open_hub(name: str, servers: int) -> InprocHub:
     """The cluster of this name; an empty name makes a new one each time."""
     with _making:

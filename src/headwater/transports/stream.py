@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from headwater import interrupts
 from headwater.errors import (
     AuthenticationFailed,
     DeadlineExceeded,
@@ -37,6 +38,7 @@ TICK = 0.5  # seconds: how often a blocked call looks at its deadline
 HANDSHAKE = 10.0  # seconds
 SEND = 60  # seconds in which the other side must take some bytes
 SPIN = 100e-6  # seconds
+LAST = 2.0  # seconds that a thread of a closed connection has to end
 
 
 class Handler(Protocol):
@@ -132,7 +134,7 @@ class StreamLink:
         self._arrived = threading.Condition()
         self._waiters = 0
         self._sending = threading.Lock()
-        self._backlog: deque[tuple[bytes, memoryview, tuple[int, ...]]] = deque()
+        self._backlog: deque[tuple[list[memoryview], tuple[int, ...]]] = deque()
         self._has_backlog = threading.Condition(self._sending)
         self._sender: threading.Thread | None = None
         self._wanted: deque[Callable[[], bool]] = deque()
@@ -148,6 +150,7 @@ class StreamLink:
 
     # ---- sending -------------------------------------------------------------------------------
 
+    @interrupts.deferred
     def send(self, frame: Frame, fds: tuple[int, ...] = ()) -> None:
         """Send, or queue behind what is being sent. The payload must stay unchanged until it is acknowledged."""
         if self._error is not None:
@@ -156,25 +159,23 @@ class StreamLink:
         if self._checked:
             seal(frame)
         head = encode(frame)
+        parts = [memoryview(head)] + ([payload] if payload is not None else [])
         with self._sending:
-            if self._backlog or (payload is not None and len(payload) > INLINE):
-                self._backlog.append((head, payload if payload is not None else memoryview(b""), fds))
+            if not self._backlog and (payload is None or len(payload) <= INLINE):
+                parts, fds = self._send_now(parts, fds)
+            if parts:
+                self._backlog.append((parts, fds))
                 self._start_sender()
                 self._has_backlog.notify()
-                return
-            try:
-                self._send_now([memoryview(head)] + ([payload] if payload is not None else []), fds)
-            except OSError as error:
-                raise self._break(error) from None
 
-    def _send_now(self, parts: list[memoryview], fds: tuple[int, ...] = ()) -> None:
-        sent = self._sock.sendmsg(parts, descriptors(fds))
-        for part in parts:
-            if sent >= len(part):
-                sent -= len(part)
-            else:
-                self._sock.sendall(part[sent:])
-                sent = 0
+    def _send_now(self, parts: list[memoryview], fds: tuple[int, ...]) -> tuple[list[memoryview], tuple[int, ...]]:
+        """What the other side does not take at once: the caller never waits for it, the sender thread does."""
+        try:
+            return _rest(parts, self._sock.sendmsg(parts, descriptors(fds), socket.MSG_DONTWAIT)), ()
+        except BlockingIOError:
+            return parts, fds
+        except OSError as error:
+            raise self._break(error) from None
 
     def _start_sender(self) -> None:
         if self._sender is None:
@@ -182,24 +183,34 @@ class StreamLink:
             self._sender.start()
 
     def _send_backlog(self) -> None:
-        while True:
-            with self._sending:
-                while not self._backlog:
-                    if self._error is not None:
-                        return
-                    self._has_backlog.wait(TICK)
-                head, payload, fds = self._backlog[0]
-            try:
-                # outside the lock: the entry stays in the backlog, so nobody overtakes it
-                self._send_now([memoryview(head), payload], fds)
-            except OSError as error:
-                self._break(error)
-                return
-            with self._sending:
-                self._backlog.popleft()
+        while self._send_first():
+            pass
+
+    def _send_first(self) -> bool:
+        """Send the first of the backlog, when there is one; False when the link is broken.
+
+        A function of its own, so that nothing refers to what was sent while the thread waits for more.
+        """
+        with self._sending:
+            while not self._backlog:
+                if self._error is not None:
+                    return False
+                self._has_backlog.wait(TICK)
+            parts, fds = self._backlog[0]
+        try:
+            # outside the lock: the entry stays in the backlog, so nobody overtakes it
+            while parts:
+                parts, fds = _rest(parts, self._sock.sendmsg(parts, descriptors(fds))), ()
+        except OSError as error:
+            self._break(error)
+            return False
+        with self._sending:
+            self._backlog.popleft()
+        return True
 
     # ---- receiving -------------------------------------------------------------------------------
 
+    @interrupts.deferred
     def pump(self, done: Callable[[], bool], deadline: float) -> None:
         """Receive until ``done()``. Raises ``DeadlineExceeded``, or what broke the link.
 
@@ -231,6 +242,7 @@ class StreamLink:
                     self._waiters += 1
                     self._arrived.wait(0.01)
                     self._waiters -= 1
+                interrupts.check()
 
     def _look(self) -> bool:
         """One receive call without waiting; whether something came."""
@@ -244,7 +256,7 @@ class StreamLink:
     def _wait(self, deadline: float) -> None:
         """Sleep until something comes, a tick or the deadline."""
         left = min(TICK, deadline - time.monotonic())
-        if left > 0 and self._poller.poll(left * 1000):
+        if left > 0 and interrupts.interruptible(self._poller.poll, left * 1000):
             self._read_once(socket.MSG_DONTWAIT)
 
     def _read_once(self, flags: int = 0) -> bool:
@@ -295,17 +307,39 @@ class StreamLink:
             else:
                 self._error = LinkBroken(f"the connection broke: {error}")
             self._error.add_note("pushes that were not acknowledged may or may not be applied")
-            self.close()
+            self._shut()
         return self._error
 
+    @interrupts.deferred
     def close(self) -> None:
+        """Close, and end the threads: one that runs on while Python ends, and then frees a tensor, aborts it."""
         if self._error is None:
             self._error = LinkBroken("this client has closed the connection")
+        self._shut()
+        for awaited in (self._has_backlog, self._has_wanted):
+            with awaited:
+                awaited.notify_all()
+        for thread in (self._sender, self._prefetcher):
+            if thread is not None and thread is not threading.current_thread():
+                thread.join(LAST)
+        self._backlog.clear()
+
+    def _shut(self) -> None:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         with self._reading:
             self._sock.close()
             self._receiver.close()
+
+
+def _rest(parts: list[memoryview], sent: int) -> list[memoryview]:
+    """What is left of ``parts`` when ``sent`` bytes of them are on their way."""
+    left = []
+    for part in parts:
+        if sent < len(part):
+            left.append(part[sent:])
+        sent = max(0, sent - len(part))
+    return left
 
 
 def _true() -> bool:
