@@ -23,6 +23,7 @@ from headwater.integrations.torch_buffers import Buffers, Mode
 from headwater.integrations.torch_departures import Departures, Groups
 from headwater.integrations.torch_leaves import Held, shares_memory
 from headwater.integrations.torch_plan import Inits, materialise, optimizer_spec, plan
+from headwater.integrations.torch_told import Told
 from headwater.types import Bulk, Sync, TableSpec
 from headwater.wire import optimizers
 
@@ -158,14 +159,17 @@ class Optimizer(torch.optim.Optimizer):
         self._table.wait()
         hosted = {name: p for name, p in parameters.items() if shares_memory(p)}
         materialise(hosted.values(), [self._table.values[name] for name in hosted])
+        self._buffers.retie()
         self._held = Held(self._table, parameters, self._client.rank)
         self._held.arrived(self._held.leaves)
         held = weakref.ref(self._held)
         self._table.renewed = self._renewed = lambda: _renew(held())  # else the client would keep the model
         self._sent: Groups = None
+        self._ended_with: Groups = None  # the hyperparameters of the last step that was ended
         self._failures = 0  # the table's, when groups were sent last
         self._ticket: Ticket | None = None
         self._last: StepResult | None = None
+        self._told = Told(self._client, spec.name)
         self._closed = False
 
     # ---- the step ------------------------------------------------------------------------------
@@ -194,6 +198,7 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._held.check_parameters()
+        self._buffers.check()
         self._departures.finish()
         self._end_step(skip=self._departures.skip)
         return loss
@@ -210,7 +215,9 @@ class Optimizer(torch.optim.Optimizer):
     def _end_step(self, skip: bool) -> None:
         self._note_last()
         self._buffers.settle()
+        self._table.digest = self._buffers.digest()
         self._ticket = self._table.step(groups=self._new_groups(), skip=skip)
+        self._ended_with = self._sent
         self._buffers.step(skip)
         self._held.next_step(skip)
         self._departures.next_step()
@@ -256,6 +263,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises what went wrong in the step, or ``DeadlineExceeded``.
         """
         self._arrivals.wait_all()
+        self._note_last()
 
     def assign(self, values: Mapping[str, torch.Tensor] | None = None) -> None:
         """Set parameters (and module buffers) on the servers, outside the optimizer; its state stays.
@@ -320,8 +328,13 @@ class Optimizer(torch.optim.Optimizer):
         if self._ticket is not None and self._ticket.done():
             ticket, self._ticket = self._ticket, None
             self._table.settle()  # raises what nobody has heard yet
-            with suppress(HeadwaterError):
+            try:
                 self._last = ticket.wait()
+            except HeadwaterError:
+                return
+            self._told.hear(self._last, self._ended_with)
+            if self._last.apart:
+                raise self._buffers.apart(self._last.clock)
 
     def statistics(self) -> Any:
         """The client's counters: bytes pushed and pulled, steps, staleness, seconds waited."""
@@ -386,6 +399,7 @@ class Optimizer(torch.optim.Optimizer):
             if not leaf.copies:
                 leaf.parameter.grad = None
                 leaf.parameter.data = leaf.parameter.detach().clone()
+        self._buffers.retie()
         with _OPEN_LOCK:
             _OPEN.discard(self)
         if self._own_client:
