@@ -102,8 +102,7 @@ def sort(model: torch.nn.Module, *, told: bool) -> Sorted:
 
 def averaged(buffer: torch.Tensor) -> bool:
     """Whether it has a mean over workers: plain strided numbers of a dtype that a table holds, and not bool."""
-    plain = type(buffer) in (torch.Tensor, torch.nn.Parameter) and buffer.layout is torch.strided
-    return plain and buffer.dtype in _AVERAGED and not buffer.is_neg()
+    return _plain(buffer) and buffer.dtype in _AVERAGED and not buffer.is_neg()
 
 
 def plain_name(path: str) -> str:
@@ -170,7 +169,7 @@ class Kept:
             return 0
         stamp = (-1, -1) if buffer.is_inference() else (buffer._version, _address(buffer))  # noqa: SLF001
         if buffer is not self._seen or stamp != self._stamp or buffer.numel() * buffer.element_size() <= _SMALL:
-            hashed = xxhash.xxh3_64(repr((buffer.dtype, tuple(buffer.shape))).encode())
+            hashed = xxhash.xxh3_64(repr((buffer.dtype, buffer.numel())).encode())
             for piece in _pieces(buffer):
                 hashed.update(memoryview(piece.numpy()))  # type: ignore[arg-type]
             self._seen, self._stamp, self._last = buffer, stamp, hashed.intdigest() >> 1
@@ -191,7 +190,12 @@ def _pieces(buffer: torch.Tensor) -> Iterator[torch.Tensor]:
             for name in inner()[0]:
                 yield from _pieces(getattr(buffer, name))
             return
-        plain = buffer.detach().as_subclass(torch.Tensor).cpu()
+        if buffer.is_nested:
+            for part in buffer.unbind():
+                yield from _pieces(part)
+            return
+        subclass = buffer.layout is torch.strided and type(buffer) is not torch.Tensor
+        plain = (buffer.detach().as_subclass(torch.Tensor) if subclass else buffer.detach()).cpu()
         if plain.is_quantized:
             plain = plain.int_repr()
         if plain.layout is torch.sparse_coo:
@@ -208,7 +212,7 @@ def _pieces(buffer: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _address(buffer: torch.Tensor) -> int:
-    return buffer.data_ptr() if buffer.layout is torch.strided and type(buffer) is torch.Tensor else 0
+    return buffer.data_ptr() if _plain(buffer) else 0
 
 
 def _check_filled(path: str, buffer: torch.Tensor) -> None:
@@ -225,17 +229,21 @@ def _check_filled(path: str, buffer: torch.Tensor) -> None:
 
 
 def _by_storage(parameters: Iterable[torch.nn.Parameter]) -> dict[int, list[torch.nn.Parameter]]:
-    """Parameters with memory of their own on the CPU, by the address of their storage."""
+    """Trainable parameters, which move into the table, by the address of their storage."""
     found: dict[int, list[torch.nn.Parameter]] = {}
     for parameter in parameters:
-        if _in_memory(parameter):
+        if parameter.requires_grad and _in_memory(parameter):
             found.setdefault(parameter.untyped_storage().data_ptr(), []).append(parameter)
     return found
 
 
 def _in_memory(tensor: torch.Tensor) -> bool:
+    return _plain(tensor) and tensor.device.type == "cpu" and tensor.numel() > 0
+
+
+def _plain(tensor: torch.Tensor) -> bool:
     usual = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-    return usual and tensor.device.type == "cpu" and tensor.numel() > 0
+    return usual and not tensor.is_nested
 
 
 def _tie(place: Place, buffer: torch.Tensor, parameters: dict[int, list[torch.nn.Parameter]]) -> Tie | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -10,6 +9,7 @@ import torch
 
 from headwater.errors import UsageError
 from headwater.integrations.torch_buffer_kinds import Kept, digest, same_bits, sort, write
+from headwater.integrations.torch_told import warn
 from headwater.types import Bulk, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
 from headwater.wire.tensors import dtype_name
 
@@ -24,8 +24,9 @@ class Buffers:
 
     Forward passes write buffers, so they stay the module's own tensors: after a step they are contributed,
     before the next forward the outcome is copied back, where it differs from what is there. ``"mean"``: the mean over
-    workers (integers rounded down; what is equal on all of them stays as it is, to the bit); ``"rank0"``: rank 0's;
-    ``"local"``: nothing is sent. Under stale and asynchronous policies the last writer's stay.
+    workers (integers rounded down; what is equal on all of them stays as it is, to the bit); ``"rank0"``: those of
+    the lowest rank that is there; ``"local"``: nothing is sent. Under stale and asynchronous policies the last
+    writer's stay.
 
     Persistent buffers of kinds that have no mean (bool, sparse, …; see ``torch_buffer_kinds``) stay this worker's. They
     are watched: constants are no matter, and one that workers change differently is an error (``apart``).
@@ -43,14 +44,14 @@ class Buffers:
         self._places = {} if mode == "local" else found.places
         self._kept = {} if mode == "local" else {place.path: Kept(place) for place in found.kept}
         self._owners = {id(place.module) for place in self._places.values()}
-        self._sends = mode == "mean" or client.rank == 0
+        self._sends = mode == "mean" or isinstance(sync, Bulk) or client.rank == 0
         self._blind = not isinstance(sync, Bulk) and client.world not in (None, 1)  # no step that all take together
         self._pending = False
         self._table: Table | None = None
         if not self._places:
             return
         if isinstance(sync, Bulk):
-            sync = Bulk("mean" if mode == "mean" else "sum")  # a sum of rank 0's alone is rank 0's
+            sync = Bulk("mean" if mode == "mean" else "lowest")  # rank 0 may leave, and another be the lowest
         values = self.values()
         parameters = tuple(
             ParameterSpec(path, tuple(buffer.shape), dtype_name(buffer.dtype), init=Init("values"))
@@ -105,10 +106,9 @@ class Buffers:
         found = digest(self._kept.values())
         if found and self._blind:
             self._blind = False
-            warnings.warn(
-                f"{self._changed()} changed, and under this policy nobody sees whether workers keep them "
-                f"alike. They stay each worker's own; buffers='local' says so. Said once",
-                stacklevel=4,
+            warn(
+                f"{self._changed()} changed, and under this policy nobody sees whether workers keep them alike. They "
+                "stay each worker's own; buffers='local' says so. Said once"
             )
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ class Told:
         text = self._same.hear(result.alike, result.clock)
         if text and self._client not in _SHARED:
             _SHARED.add(self._client)
-            _warn(text)
+            warn(text)
 
     def _skipped(self, result: StepResult) -> None:
         ranks = result.skipped_by or (self._client.rank,)
@@ -53,7 +54,7 @@ class Told:
             for key, value in own.items():
                 if value != theirs.get(key, value) and (index, key) not in self._differ:
                     self._differ.add((index, key))
-                    _warn(
+                    warn(
                         f"{key} of parameter group {index} is {value!r} on rank {self._client.rank}, and step {clock} "
                         f"of {self._model!r} was taken with {theirs[key]!r}: under Bulk the lowest rank's "
                         "hyperparameters are the step's. Give all workers the same (a scheduler that looks at a loss "
@@ -96,7 +97,13 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
 
 
-def _warn(text: str) -> None:
-    """For whoever reads the output, and for whoever collects logs (at a level that is not printed a second time)."""
+def warn(text: str) -> None:
+    """For whoever reads the output, as of the script's line; and for who collects logs, at a level that is not printed.
+
+    The text should end in "Said once", and the caller see to that.
+    """
     log.info("%s", text)
-    warnings.warn(text, UserWarning, stacklevel=4)
+    level, frame = 1, sys._getframe()  # noqa: SLF001 - what `warnings` itself calls
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("headwater", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, UserWarning, stacklevel=level)

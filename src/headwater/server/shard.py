@@ -470,11 +470,12 @@ class Shard(Replica):
         """In rank order, each with its union of ranges; of gradients that are all workers' already, the first."""
         parts = table.gathering.seated()
         merged = [part for part in parts if part.merged]
-        return [
+        found = [
             Contribution(part.gradients, r.union(part.ranges))
             for part in merged[:1] or parts
             if part.gradients is not None
         ]
+        return found[:1] if table.spec.sync == Bulk("lowest") else found
 
     def _divide(self, table: Table) -> int:
         mean = isinstance(table.spec.sync, Bulk) and table.spec.sync.reduce == "mean"
