@@ -58,10 +58,11 @@ class Bulk(msgspec.Struct, frozen=True, tag="bulk"):
     """Bulk-synchronous (Valiant 1990): a step is applied when every worker has contributed to it.
 
     ``reduce`` says what the contributions become, summed in rank order first: ``"mean"`` divides the
-    sum by their number, as DistributedDataParallel does; ``"sum"`` leaves it.
+    sum by their number, as DistributedDataParallel does; ``"sum"`` leaves it. ``"lowest"``: that of the
+    lowest rank is all that counts.
     """
 
-    reduce: Literal["mean", "sum"] = "mean"
+    reduce: Literal["mean", "sum", "lowest"] = "mean"
 
 
 class Stale(msgspec.Struct, frozen=True, tag="stale"):

@@ -60,6 +60,7 @@ class Part:
         self.sent_seq = 0
         self.skipped = False
         self.norm: float | None = None
+        self.note = m.AckBody()  # what else was said of the last step
         self.staleness = 0
         self.lag = 0
         self.lsn = 0
@@ -294,7 +295,8 @@ class Part:
         elif frame.flags & Flag.END:
             self.staleness = frame.start
             self.skipped = bool(frame.flags & Flag.SKIP)
-            self.norm = m.unpack(frame.body, m.AckBody).norm if frame.body else None
+            self.note = m.unpack(frame.body, m.AckBody) if frame.body else m.AckBody()
+            self.norm = self.note.norm
 
     def failed(self, frame: Frame, error: HeadwaterError) -> None:
         self.members = max(self.members, frame.members)

@@ -14,7 +14,7 @@ from headwater import interrupts
 from headwater.client.flat import Gradients, Mapped, Values, plain, views
 from headwater.client.part import Part, Span
 from headwater.client.session import TURN
-from headwater.client.tickets import StepResult, Ticket
+from headwater.client.tickets import Alike, StepResult, Ticket
 from headwater.cluster.placement import Layout
 from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken, LinkError, ShapeMismatch, UsageError
 from headwater.transports import memory
@@ -60,6 +60,8 @@ class Table:
         self._open = False  # a step was ended and not yet waited for
         self._uncopied = False
         self._ticket: Ticket | None = None  # of the last step
+        self.digest = 0  # of what every worker should have alike beside the table; 0: of nothing
+        self._said = 0, 0  # the digest that was sent last, and the failures then
         self.renewed: Callable[[], None] | None = None  # called after a rest: ``values`` are those of later steps
         self._attach()
 
@@ -108,6 +110,8 @@ class Table:
         assert isinstance(attached, m.Attached)
         if shared and len(answer.fds) != 2:
             raise LinkBroken(f"{session.name} sent {len(answer.fds)} descriptors of shared memory, not 2")
+        if part.lsn:
+            self.failures += 1  # a new primary has not heard what this worker's hyperparameters are
         old, part.mapped = part.mapped, Mapped(answer.fds, attached.size) if shared else None
         part.lsn = max(part.lsn, attached.lsn)
         part.known, part.clock = attached.members, attached.clock
@@ -328,9 +332,11 @@ class Table:
         if self.spec.max_grad_norm is not None and not isinstance(self.spec.sync, Bulk) and not skip:
             norm, scale = clip_factor(self.spec.max_grad_norm, self._square_norm())
         body = b""
-        if groups is not None or norm is not None:
+        digest = None if self._said == (self.digest, self.failures) else self.digest
+        self._said = self.digest, self.failures
+        if groups is not None or norm is not None or digest is not None:
             packed = tuple(dict(g) for g in groups) if groups is not None else None
-            body = m.pack(m.StepBody(packed, scale, norm))
+            body = m.pack(m.StepBody(packed, scale, norm, digest))
         flags = Flag.END | want | (Flag.SKIP if skip else Flag.NONE)
         for part, own in zip(self._parts, spans, strict=True):
             mine = flags & ~Flag.WANT if part.live else flags
@@ -379,10 +385,22 @@ class Table:
         if error is not None:
             self._failed(error)
         self._client.observed(stale, lag)
-        result = StepResult(self.clock, applied, self._parts[0].norm, stale, lsn)
+        first = self._parts[0].note
+        apart = any(part.note.apart for part in self._parts)
+        result = StepResult(
+            self.clock, applied, first.norm, stale, lsn, first.skipped_by, first.groups, self._alike(), apart
+        )
         if self._ticket is not None:
             self._ticket.resolve(result)
         return result
+
+    def _alike(self) -> Alike | None:
+        """Who contributed the same bits on every shard; None unless all of them have looked."""
+        notes = [part.note for part in self._parts]
+        if not all(note.mark for note in notes):
+            return None
+        ranks = frozenset(notes[0].alike).intersection(*(note.alike for note in notes[1:]))
+        return Alike(ranks, tuple(note.mark for note in notes))
 
     def _failed(self, error: HeadwaterError) -> NoReturn:
         for part in self._parts:

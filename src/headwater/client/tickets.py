@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from headwater import interrupts
 from headwater.errors import HeadwaterError
+from headwater.types import Hyper
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,9 @@ class StepResult:
     ``clock``: the worker's step number. ``applied``: False if the step was skipped for a gradient that was not
     finite. ``grad_norm``: the global norm before clipping, if the table has ``max_grad_norm``. ``staleness``:
     steps of others that were applied between this worker's last read and its push (0 under Bulk).
-    ``lsn``: the highest log sequence number that acknowledged it.
+    ``lsn``: the highest log sequence number that acknowledged it. ``skipped_by``: the ranks for whose sake it was
+    skipped. ``groups``: under ``Bulk``, the hyperparameters that it was taken with, where those of this worker are
+    others; None where they are the same, or nobody's have changed.
     """
 
     clock: int
@@ -24,6 +27,18 @@ class StepResult:
     grad_norm: float | None
     staleness: int
     lsn: int
+    skipped_by: tuple[int, ...] = ()
+    groups: tuple[dict[str, Hyper], ...] | None = None
+    alike: Alike | None = None
+    apart: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """While the servers look: the other ranks whose contribution to a step had the same bits, and a hash of it."""
+
+    ranks: frozenset[int]
+    mark: tuple[int, ...]
 
 
 class Ticket:

@@ -20,6 +20,7 @@ from headwater.integrations.torch_buffers import Buffers, Mode
 from headwater.integrations.torch_departures import Departures, Groups
 from headwater.integrations.torch_leaves import Held, Leaf, as_kept
 from headwater.integrations.torch_plan import Inits, materialise, optimizer_spec, specs, trainable
+from headwater.integrations.torch_told import Told
 from headwater.types import Bulk, Claim, OptimizerSpec, Sync, TableSpec
 from headwater.wire import optimizers
 
@@ -100,11 +101,14 @@ class Core:
         self.held = Held(self.table, held, self.client.rank)
         leaves = [leaf for leaf in self.held.leaves if not leaf.copies]
         materialise([leaf.parameter for leaf in leaves], [leaf.values for leaf in leaves])
+        self.buffers.retie()
         self.held.arrived(self.held.leaves)
         self.table.renewed = self._renewed = self.held.renewed
         self._frozen = [p for p in self.parameters.values() if not p.requires_grad]
         self._members = self.client.members
         self._sent: Groups = None
+        self._ended_with: Groups = None  # the hyperparameters of the last step that was ended
+        self._told = Told(self.client, self.table.spec.name)
         self._failures = 0  # the table's, when groups were sent last
         m = self.manner
         here = not m.kind
@@ -156,6 +160,7 @@ class Core:
         for leaf in self.held.leaves:
             if not leaf.copies:
                 leaf.parameter.data = leaf.parameter.detach().clone()
+        self.buffers.retie()
 
     # ---- steps -----------------------------------------------------------------------------------
 
@@ -163,6 +168,7 @@ class Core:
         """One step of the servers' optimizer on what ``.grad`` holds."""
         self.begin()
         writes = self.held.written()
+        self.buffers.check()
         merged = self.departures.finish()
         self.end(writes, merged=merged, skip=self.departures.skip)
 
@@ -182,7 +188,9 @@ class Core:
         self.note_last()
         self.buffers.settle()
         groups = self._new_groups()
+        self.table.digest = self.buffers.digest()
         self._ticket = self.table.step(groups=groups, skip=skip, merged=merged, writes=writes)
+        self._ended_with = self._sent
         self.buffers.step(skip)
         self.held.dropping = bool(writes)
         self.held.next_step()
@@ -193,14 +201,20 @@ class Core:
     def arrive(self) -> None:
         """Wait until the model holds the outcome of the last step: its parameters and buffers."""
         self.arrivals.wait_all()
+        self.note_last()
 
     def note_last(self) -> None:
         """Remember the outcome of the last step if it is complete."""
         if self._ticket is not None and self._ticket.done():
             ticket, self._ticket = self._ticket, None
             self.table.settle()  # raises what nobody has heard yet
-            with suppress(HeadwaterError):
+            try:
                 self.last = ticket.wait()
+            except HeadwaterError:
+                return
+            self._told.hear(self.last, self._ended_with)
+            if self.last.apart:
+                raise self.buffers.apart(self.last.clock)
 
     def _new_groups(self) -> Groups:
         """All groups' hyperparameters if they differ from those sent last; the first step always sends them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
 import torch
 
 from headwater.cluster.placement import Block
@@ -285,7 +286,8 @@ class Clients:
 
     def ack(self, a: e.Ack) -> list[Outgoing]:
         flags = (Flag.END if a.step else 0) | (Flag.SKIP if a.skipped else 0)
-        body = b"" if a.norm is None else m.pack(m.AckBody(a.norm))
+        said = a.note if a.norm is None else msgspec.structs.replace(a.note or m.AckBody(), norm=a.norm)
+        body = b"" if said is None else m.pack(said)
         self._count_live(a)
         return self._to(
             a.session,

@@ -9,7 +9,7 @@ import torch
 
 from headwater.errors import HeadwaterError
 from headwater.types import TableSpec
-from headwater.wire.messages import Commit, Members, Ready, Slot, StepBody
+from headwater.wire.messages import AckBody, Commit, Members, Ready, Slot, StepBody
 
 if TYPE_CHECKING:
     from headwater.server.records import Record
@@ -162,6 +162,7 @@ class Ack:
     step: bool = False
     skipped: bool = False
     norm: float | None = None
+    note: AckBody | None = None  # what else this worker is told of its step
 
 
 @dataclass(slots=True)

@@ -187,13 +187,15 @@ class Replica:
             table.held = [p for p in table.held if p.session != session.number]
             table.staged.pop(session.number, None)
             table.clocks.aside(session.rank, session.number, away=False)
+            table.words.end(session.number)
 
     def _place(self, table: Table) -> None:
         """Tell a table who its workers are; a step that was prepared with others is void."""
         m = self.members
         table.prepared = None
+        table.words.new = True  # another rank may be the lowest now
         for part in table.gathering.members_changed(m.epoch, m.ranks, m.lost):
-            table.groups = {}
+            table.words.undo()
             if part.ended or part.asked:
                 reason = self.why_lost(table.gathering.clock + 1)
                 clock = table.gathering.clock + 1
@@ -256,7 +258,10 @@ class Replica:
         session = self.sessions.get(part.session)
         if session is not None:
             session.finish(table.number, part.seq)
-        self._emit(e.Ack(part.session, part.seq, table.number, body.clock, self.lsn, 0, True, body.skip, body.norm))
+        note = table.notes.pop(part.rank, None)
+        self._emit(
+            e.Ack(part.session, part.seq, table.number, body.clock, self.lsn, 0, True, body.skip, body.norm, note)
+        )
         if wants:
             self._emit(e.Send(part.session, 0, table.number, body.clock, self.lsn, 0, 0, table.size))
 

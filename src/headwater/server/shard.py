@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
+import msgspec
 import torch
 
 from headwater.cluster.tables import decide
@@ -18,12 +19,13 @@ from headwater.server import records as r
 from headwater.server.log import Log
 from headwater.server.records import Record
 from headwater.server.replica import Memory, Replica
+from headwater.server.sync.alike import Marks
 from headwater.server.sync.bulk import Part
 from headwater.server.table import Session, Table
 from headwater.server.tables.plan import Contribution
 from headwater.types import Bulk, Version
 from headwater.wire.frames import Flag
-from headwater.wire.messages import Commit, Follow, Members, Ready, StepBody
+from headwater.wire.messages import AckBody, Commit, Follow, Members, Ready, StepBody
 
 NEWER = 1024  # membership epochs by which a client may be ahead of the shard
 STRANGERS = 1 << 16  # sessions beyond those that the coordinator has named: more are refused
@@ -329,9 +331,7 @@ class Shard(Replica):
 
     def _contribute(self, session: Session, table: Table, event: e.Push) -> None:
         part = self._part(session, table, event.clock, event.members)
-        if event.body is not None and event.body.groups is not None:
-            table.dense.check_groups(event.body.groups)
-            table.groups[session.rank] = event.body.groups
+        self._hear(session, table, event)
         part.seq = event.seq
         if event.flags & Flag.ANEW:
             part.anew()
@@ -344,6 +344,12 @@ class Shard(Replica):
             part.merged, part.wrote = bool(event.flags & Flag.MERGED), bool(event.flags & Flag.WROTE)
             self._check_complete(table)
             self._check_mean(table)
+
+    def _hear(self, session: Session, table: Table, event: e.Push) -> None:
+        if event.body is not None:
+            if event.body.groups is not None:
+                table.dense.check_groups(event.body.groups)
+            table.words.hear(session.number, event.body)
 
     def _gradients(self, session: Session, table: Table) -> torch.Tensor:
         found = session.gradients.get(table.number)
@@ -367,6 +373,8 @@ class Shard(Replica):
         asking = [part for part in gathering.seated() if part.asked]
         # Asked for while somebody has ended the step with the mean that it saw: that one is the step's.
         contributions, divide = self._contributions(table), self._divide(table)
+        if not table.marks and not any(part.merged for part in gathering.seated()):
+            table.marks = self._look(table)  # while each one's gradient is its own
         mean = torch.zeros(table.size, dtype=torch.uint8)
         if contributions:
             table.dense.aggregate(contributions, divide, mean)
@@ -396,15 +404,16 @@ class Shard(Replica):
             ranges = contributions[0].ranges
         else:
             ranges = r.union([span for c in contributions for span in c.ranges])
-        # All run the same schedule; one that has just joined may still be at its beginning, and is not followed.
-        groups = table.groups.get(min(gathering.ranks))
-        table.groups = {}
-        parts = tuple(
-            r.Contributor(rank, part.session, part.seq, part.wants)
-            for rank, part in sorted(gathering.parts.items()) if rank in gathering.ranks
+        parts = {rank: part for rank, part in sorted(gathering.parts.items()) if rank in gathering.ranks}
+        table.words.count()
+        groups = table.words.of_step({rank: part.session for rank, part in parts.items()})
+        table.notes = self._notes(table, parts, skip)
+        table.words.new = skip and table.words.new  # a step that is skipped takes no hyperparameters over
+        contributors = tuple(
+            r.Contributor(rank, part.session, part.seq, part.wants) for rank, part in parts.items()
         )  # fmt: skip
         verdict = decide(table.spec, [ready]) if table.alone else None
-        body = r.Prepare(table.number, clock, members, skip, squares, ranges, groups, parts, verdict)
+        body = r.Prepare(table.number, clock, members, skip, squares, ranges, groups, contributors, verdict)
         record = Record(self.log.last + 1, body, None, 0, contributions, self._divide(table))
         if self.log.replicated:
             self.materialise(record)
@@ -418,6 +427,7 @@ class Shard(Replica):
             "on every one of them, by values that are the same on all (the gradients that they see are)"
         )
         parts, table.gathering.parts = table.gathering.parts, {}
+        table.words.undo()
         for part in parts.values():
             self._out.append(e.Fail(part.session, part.seq, table.number, clock, "UsageError", message))
 
@@ -425,6 +435,24 @@ class Shard(Replica):
         """What the lowest rank wrote into its parameters is the state that the step starts from."""
         for start, data in table.gathering.seated()[0].writes:
             self.propose(r.Values(table.number, 0, 0, start, len(data), last=False), data, start)
+
+    def _notes(self, table: Table, parts: dict[int, Part], skip: bool) -> dict[int, AckBody]:
+        """What there is to tell each worker of a complete step, beside that it is applied or skipped."""
+        sessions = {rank: part.session for rank, part in parts.items()}
+        notes = table.words.notes(sessions, tuple(rank for rank, part in parts.items() if part.skip))
+        marks, table.marks = table.marks, {}
+        if not marks and not skip and not any(part.merged for part in parts.values()):
+            marks = self._look(table)
+        for rank, (mark, others) in marks.items():
+            notes[rank] = msgspec.structs.replace(notes.get(rank, AckBody()), alike=others, mark=mark)
+        return notes
+
+    def _look(self, table: Table) -> Marks:
+        """Who contributes the same bits; buffers and the like may well be the same."""
+        if table.spec.optimizer.name == "Assign":
+            return {}
+        parts = {rank: part for rank, part in sorted(table.gathering.parts.items()) if rank in table.gathering.ranks}
+        return table.alike.look({rank: (part.gradients, r.union(part.ranges)) for rank, part in parts.items()})
 
     def materialise(self, record: Record) -> None:
         """Turn a step's contributions into one aggregate: what followers are sent, and what is applied then."""
@@ -442,11 +470,12 @@ class Shard(Replica):
         """In rank order, each with its union of ranges; of gradients that are all workers' already, the first."""
         parts = table.gathering.seated()
         merged = [part for part in parts if part.merged]
-        return [
+        found = [
             Contribution(part.gradients, r.union(part.ranges))
             for part in merged[:1] or parts
             if part.gradients is not None
         ]
+        return found[:1] if table.spec.sync == Bulk("lowest") else found
 
     def _divide(self, table: Table) -> int:
         mean = isinstance(table.spec.sync, Bulk) and table.spec.sync.reduce == "mean"
@@ -465,10 +494,8 @@ class Shard(Replica):
     # ---- stale and asynchronous ------------------------------------------------------------------
 
     def _apply_now(self, session: Session, table: Table, event: e.Push) -> None:
-        groups = event.body.groups if event.body is not None else None
-        if groups is not None:
-            table.dense.check_groups(groups)
-            table.groups[session.rank] = groups
+        self._hear(session, table, event)
+        table.words.count()
         end = bool(event.flags & Flag.END)
         if table.eager and event.gradient is not None:
             span = ((event.start, event.start + event.length),)
@@ -518,11 +545,13 @@ class Shard(Replica):
     ) -> None:
         body = event.body or StepBody()
         end, skip = bool(event.flags & Flag.END), bool(event.flags & Flag.SKIP)
+        groups = table.words.groups.get(session.number)  # each worker's update is taken with its own
+        groups, table.stepped = (None if groups == table.stepped else groups), groups or table.stepped
         session.inflight += 1
         table.inflight += 1
         update = r.Update(
             table.number, session.number, session.rank, event.seq, event.clock, ranges, end,
-            bool(event.flags & Flag.WANT), skip, body.scale, body.norm, table.groups.pop(session.rank, None),
+            bool(event.flags & Flag.WANT), skip, body.scale, body.norm, groups,
         )  # fmt: skip
         self.propose(update, gradient, base)
 

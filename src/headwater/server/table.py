@@ -10,12 +10,13 @@ import torch
 from headwater.cluster.placement import BLOCK
 from headwater.errors import ProtocolError
 from headwater.server import events as e
-from headwater.server.records import Contributor, Prepare, Ranges
-from headwater.server.sync import Clocks, Gathering
+from headwater.server.records import Contributor, Groups, Prepare, Ranges
+from headwater.server.sync import Alike, Clocks, Gathering, Words
+from headwater.server.sync.alike import Marks
 from headwater.server.tables.dense import DenseShard
 from headwater.server.tables.plan import Contribution
-from headwater.types import Bulk, Hyper, Segment, TableSpec
-from headwater.wire.messages import Commit
+from headwater.types import Bulk, Segment, TableSpec
+from headwater.wire.messages import AckBody, Commit
 
 
 @dataclass(slots=True)
@@ -80,7 +81,11 @@ class Table:
         self.last_commit: Commit | None = None
         self.have: Ranges | None = None  # a learner: the bytes that have arrived; None: all
         # What only a primary knows:
-        self.groups: dict[int, tuple[dict[str, Hyper], ...]] = {}
+        self.words = Words()
+        self.alike = Alike()
+        self.marks: Marks = {}  # of the pending bulk step, if its gradients were seen before its end
+        self.notes: dict[int, AckBody] = {}  # for the acknowledgements of the pending bulk step, by rank
+        self.stepped: Groups | None = None  # the hyperparameters of the last update that was proposed (not bulk)
         self.waiting: list[e.Pull] = []
         self.held: list[e.Push] = []
         self.staged: dict[int, list[tuple[int, int]]] = {}
@@ -121,7 +126,8 @@ class Table:
 
     def follow_none(self) -> None:
         """This replica is no primary any more, or not yet one: what only a primary knows is void."""
-        self.groups, self.waiting, self.held, self.staged = {}, [], [], {}
+        self.words, self.alike, self.marks, self.notes, self.stepped = Words(), Alike(), {}, {}, None
+        self.waiting, self.held, self.staged = [], [], {}
         self.inflight = 0
         self.gathering.parts = {}
         self.gathering.announced = self.prepared is not None

@@ -424,17 +424,32 @@ class SlotPart(msgspec.Struct, frozen=True, tag="slot"):
 
 
 class StepBody(msgspec.Struct, frozen=True):
-    """PUSH: hyperparameters that changed, and the clip factor that the worker computed (not under Bulk)."""
+    """PUSH: hyperparameters that changed, and the clip factor that the worker computed (not under Bulk).
+
+    ``digest``, if it changed: of what the worker keeps beside the table and every worker should have alike.
+    """
 
     groups: tuple[dict[str, Hyper], ...] | None = None
     scale: float | None = None
     norm: float | None = None
+    digest: int | None = None
 
 
-class AckBody(msgspec.Struct, frozen=True):
-    """ACK of a step with a gradient norm."""
+class AckBody(msgspec.Struct, frozen=True, omit_defaults=True):
+    """ACK of a step of which there is more to say than that it was applied.
 
-    norm: float
+    ``norm``: of the gradient, if the table clips. ``groups``: the hyperparameters that the step was taken with, where
+    this worker said others. ``skipped_by``: the ranks for whose sake it was skipped. ``alike``: the other ranks that
+    contributed the same bits on this shard, and ``mark``, a hash of them, while the shard looks (the first steps).
+    ``apart``: the workers' digests differ.
+    """
+
+    norm: float | None = None
+    groups: tuple[dict[str, Hyper], ...] | None = None
+    skipped_by: tuple[int, ...] = ()
+    alike: tuple[int, ...] = ()
+    mark: int = 0
+    apart: bool = False
 
 
 class MeanBody(msgspec.Struct, frozen=True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from headwater.server.sync.alike import Alike
 from headwater.server.sync.bulk import Gathering
 from headwater.server.sync.clocks import Clocks
+from headwater.server.sync.words import Words
 
-__all__ = ["Clocks", "Gathering"]
+__all__ = ["Alike", "Clocks", "Gathering", "Words"]

@@ -9,7 +9,7 @@ import torch
 from headwater.errors import ShapeMismatch, UnknownOptimizer
 from headwater.server.tables import initialise, norms
 from headwater.server.tables.generic import Generic, Slot, copy_part, no_slot
-from headwater.server.tables.kernels import FLAT, Kernel, Tensors, accumulator, aggregate, kernel
+from headwater.server.tables.kernels import FLAT, Kernel, Tensors, accumulator, aggregate, average, kernel
 from headwater.server.tables.plan import (
     ALIGNMENT,
     BLOCK,
@@ -63,6 +63,7 @@ class DenseShard:
         self.segments = tuple(segments)
         self.size = size
         self._groups = list(optimizer.groups)
+        self._merge = average if optimizer.name == "Assign" else aggregate
         self._memory = Memory(values)
         self._planner = Planner(spec, segments, self._memory, self._manner)
         self._of_parameter: dict[int, list[int]] = {}
@@ -168,10 +169,10 @@ class DenseShard:
     def _aggregate_block(self, out: torch.Tensor, parts: Tensors, divide: int) -> None:
         wide = accumulator(out.dtype)
         if wide is out.dtype:
-            aggregate(out, parts, divide, None)
+            self._merge(out, parts, divide, None)
         else:
             scratch = self._memory.scratch(wide)[: len(out)]
-            aggregate(scratch, parts, divide, None)
+            self._merge(scratch, parts, divide, None)
             out.copy_(scratch)
 
     def regions(self) -> dict[str, torch.Tensor]:
@@ -310,7 +311,7 @@ class DenseShard:
                       report: Report | None) -> None:  # fmt: skip
         step = self._kernels[run.key]
         for block in run.blocks:
-            fill(block, sources, divide, scale)
+            fill(block, sources, divide, scale, self._merge)
             step(block.params, block.grads, block.slots, run.cohort)
             if report:
                 report(run.lo + block.lo * run.itemsize, run.lo + block.hi * run.itemsize)

@@ -143,7 +143,7 @@ class Adagrad(Kernel):
 
 
 class Assign(Kernel):
-    """The aggregate becomes the value: for module buffers, of any dtype."""
+    """The aggregate (see ``average``) becomes the value: for module buffers, of any dtype."""
 
     counts = False
     has_step = False
@@ -216,6 +216,70 @@ def _divide(source: torch.Tensor, out: torch.Tensor, divide: int) -> None:
         out.copy_(source)
     else:
         torch.div(source, divide, out=out)
+
+
+def average(out: torch.Tensor, sources: Tensors, divide: int, scale: float | None) -> None:
+    """Fill ``out`` with the mean of equally long ``sources``, of state rather than of gradients (``Assign``).
+
+    Element by element: what has the same bits in all of them is that value, so that a constant stays one (masks of
+    ``finfo.min``, NaN, -0.0). Else the sum in the order of ``sources`` in their own dtype (half precision: in float64)
+    by their number, where that is finite; where it is not, the mean in float64, so that only an infinity or NaN that
+    was contributed gives one. Integers: the exact mean, rounded down. With ``divide`` 1 it is ``aggregate``.
+    """
+    if divide == 1 or len(sources) == 1 or sources[0].dtype is torch.bool:
+        aggregate(out, sources, 1, scale)
+    elif sources[0].dtype.is_floating_point:
+        _average_floats(out, sources)
+    else:
+        _average_integers(out, sources)
+
+
+def _average_floats(out: torch.Tensor, sources: Tensors) -> None:
+    first, rest = sources[0], sources[1:]
+    bits = _BITS[first.itemsize]
+    same = first.view(bits) == rest[0].view(bits)
+    for source in rest[1:]:
+        same &= first.view(bits) == source.view(bits)
+    if bool(same.all()):
+        out.copy_(first)
+        return
+    if first.dtype in _EXACT:
+        mean = first + rest[0]
+        for source in rest[1:]:
+            mean += source
+        mean /= len(sources)
+        over = ~torch.isfinite(mean)
+        if bool(over.any()):
+            mean = torch.where(over, _wide_mean(sources), mean)
+    else:
+        mean = _wide_mean(sources)
+    torch.where(same, first, mean, out=out)
+
+
+def _wide_mean(sources: Tensors) -> torch.Tensor:
+    """In float64, rounded once; of float64 each is divided first, so that their sum cannot overflow."""
+    dtype = sources[0].dtype
+    if dtype is torch.float64:
+        return torch.stack([source / len(sources) for source in sources]).sum(0)
+    total = sources[0].double()
+    for source in sources[1:]:
+        total += source
+    return (total / len(sources)).to(dtype)
+
+
+def _average_integers(out: torch.Tensor, sources: Tensors) -> None:
+    """⌊Σx / n⌋ = Σ⌊x / n⌋ + ⌊Σ(x mod n) / n⌋: nothing overflows that the result would not."""
+    count = len(sources)
+    out.zero_()
+    left = torch.zeros_like(out)
+    for source in sources:
+        wide = source.to(out.dtype)
+        out.add_(torch.div(wide, count, rounding_mode="floor"))
+        left.add_(torch.remainder(wide, count))
+    out.add_(left.div_(count, rounding_mode="floor"))
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

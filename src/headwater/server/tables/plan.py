@@ -45,6 +45,9 @@ class Contribution(NamedTuple):
 Report = Callable[[int, int], None]
 """Called with each shard-local byte range whose gradients have been read for the last time."""
 
+Merge = Callable[[torch.Tensor, Tensors, int, float | None], None]
+"""How contributions become one: ``kernels.aggregate`` or ``kernels.average``."""
+
 Coverage = tuple[tuple[tuple[int, int], ...], ...]
 """The ranges of each contribution: the key of a plan."""
 
@@ -331,14 +334,14 @@ def source(run: Run, contribution: Contribution) -> torch.Tensor:
     return gradient[run.lo - base : run.lo - base + have].view(run.dtype)
 
 
-def fill(block: Block, sources: Tensors, divide: int, scale: float | None) -> None:
-    """Aggregate ``sources`` (the gradients for the block's run) into ``block.total``; missing padding is zero."""
+def fill(block: Block, sources: Tensors, divide: int, scale: float | None, merge: Merge = aggregate) -> None:
+    """Merge ``sources`` (the gradients for the block's run) into ``block.total``; missing padding is zero."""
     parts = [part[block.lo : block.hi] for part in sources]
     have = min(map(len, parts))
     if have == len(block.total):
-        aggregate(block.total, parts, divide, scale)
+        merge(block.total, parts, divide, scale)
     else:
-        aggregate(block.total[:have], [part[:have] for part in parts], divide, scale)
+        merge(block.total[:have], [part[:have] for part in parts], divide, scale)
         block.total[have:].zero_()
 
 
