@@ -41,9 +41,13 @@ demo: $(VENV)/.installed-demo
 
 # These start few processes or none: they run beside one another, the others after them and alone.
 ALONGSIDE := $(addprefix tests/,wire cluster server simulator gateway transports)
-test: lint
-	$(BIN)/python -m pytest -n $(shell nproc) $(ALONGSIDE)
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(ALONGSIDE))
+# All three always run, so that one call shows everything that fails.
+test: $(VENV)/.installed-test
+	@failed=; \
+	$(MAKE) --no-print-directory lint || failed="$$failed lint,"; \
+	$(BIN)/python -m pytest -n $(shell nproc) $(ALONGSIDE) || failed="$$failed tests side by side,"; \
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(ALONGSIDE)) || failed="$$failed the other tests,"; \
+	if [ -n "$$failed" ]; then echo "make test: failed:$${failed%,}" >&2; exit 1; fi
 
 # CHAOS_SECONDS=600 for longer, CHAOS_SEED=7 for other faults.
 CHAOS_SECONDS ?= 180
