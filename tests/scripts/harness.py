@@ -4,13 +4,17 @@ A program is a script as people write it. In it
 
 - ``… = torch.optim.SGD(…)  #> headwater.Optimizer(…)`` is the line that changes: behind ``#>`` what is written instead;
 - ``#: mean optimizer`` stands where the script looks at its gradients (see ``reference.py``);
-- ``#: key value`` at its head says what is expected: ``within`` (default: bit for bit), ``workers``, ``needs``, ``raises``.
+- ``#: key value`` at its head says what is expected: ``within`` (default: bit for bit), ``workers``,
+  ``needs``, ``raises``, ``learns``.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import select
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -69,7 +73,7 @@ def plain(program: Path) -> str:
 
 
 def _write(folder: Path, name: str, text: str, first: str) -> Path:
-    last = 'if __name__ == "__main__":\n    from tests.scripts.outcome import save as _save\n\n    _save(dict(globals()))\n'
+    last = 'if __name__ == "__main__":\n    __import__("tests.scripts.outcome").scripts.outcome.save(dict(globals()))\n'
     path = folder / name
     path.write_text(f"{first}\n{text}\n{last}", encoding="utf-8")
     return path
@@ -93,37 +97,61 @@ def _outcomes(folder: Path, workers: int) -> list[Outcome]:
     return [load_file(path) for path in paths if path.exists()]
 
 
-def reference(program: Path, folder: Path, workers: int) -> Ended:
+class Zygote:
+    """Runs commands side by side in forks of one process that has imported everything; see ``zygote.py``."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, folder: Path, commands: list[list[str]], environments: list[dict[str, str]]) -> tuple[int, str]:
+        """The largest exit code, and all that was said."""
+        logs = [str(folder / f"said{i}") for i in range(len(commands))]
+        orders = [[c, e, str(folder), log] for c, e, log in zip(commands, environments, logs, strict=True)]
+        codes = self._ask(json.dumps(orders))
+        said = "\n".join(Path(log).read_text(encoding="utf-8", errors="replace") for log in logs)
+        return max(abs(code) for code in codes), said
+
+    def _ask(self, orders: str) -> list[int]:
+        if self._process is None:
+            command = [sys.executable, "-m", "tests.scripts.zygote", str(os.getpid())]
+            environment = _environment(ROOT, {})
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(orders + "\n")
+        self._process.stdin.flush()
+        if not select.select([self._process.stdout], [], [], PATIENCE)[0]:
+            self.close()
+            return [124]
+        found: list[int] = json.loads(self._process.stdout.readline())
+        return found
+
+    def close(self) -> None:
+        """End it, and with it all that it has forked."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+def reference(zygote: Zygote, program: Path, folder: Path, workers: int) -> Ended:
     """``workers`` processes of plain torch that share their gradients."""
     path = _write(folder, program.name, plain(program), "import tests.scripts.reference as _reference")
-    store = {"SCRIPTS_STORE": str(folder / "store"), "WORLD_SIZE": str(workers), **_rendezvous()}
-    running = [
-        subprocess.Popen(
-            [sys.executable, path],
-            cwd=folder,
-            env=_environment(folder, {**store, "RANK": str(rank), "LOCAL_RANK": str(rank)} if workers > 1 else {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(workers)
-    ]
-    try:
-        said = [each.communicate(timeout=PATIENCE)[0] for each in running]
-    finally:
-        for each in running:
-            each.kill()
-    return Ended(max(abs(each.returncode) for each in running), "\n".join(said), _outcomes(folder, workers))
+    shared = {"SCRIPTS_STORE": str(folder / "store"), "WORLD_SIZE": str(workers), **_rendezvous()}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(workers)] if workers > 1 else [{}]
+    environments = [_environment(folder, rank) for rank in ranks]
+    code, said = zygote.run(folder, [[sys.executable, str(path)]] * workers, environments)
+    return Ended(code, said, _outcomes(folder, workers))
 
 
 def _rendezvous() -> dict[str, str]:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as free:
         return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
 
-def with_headwater(program: Path, folder: Path, way: Way) -> Ended:
+def with_headwater(zygote: Zygote, program: Path, folder: Path, way: Way) -> Ended:
     path = _write(folder, program.name, exchanged(program, way.sync), "import headwater")
     command = [sys.executable, str(path)]
     more = {}
@@ -131,14 +159,5 @@ def with_headwater(program: Path, folder: Path, way: Way) -> Ended:
         count = ["--servers", str(way.servers), "--workers", str(way.workers)]
         command = [sys.executable, "-m", "headwater", "run", *count, str(path)]
         more["HEADWATER_TRANSPORT"] = way.transport
-    ended = subprocess.run(
-        command,
-        cwd=folder,
-        env=_environment(folder, more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    return Ended(ended.returncode, ended.stdout, _outcomes(folder, way.workers))
+    code, said = zygote.run(folder, [command], [_environment(folder, more)])
+    return Ended(code, said, _outcomes(folder, way.workers))

@@ -8,12 +8,13 @@ number. Under Stale and Async there is no such reference: programs end well and 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.scripts.harness import PROGRAMS, Ended, Outcome, Way, expected, reference, with_headwater
+from tests.scripts.harness import PROGRAMS, Ended, Outcome, Way, Zygote, expected, reference, with_headwater
 
 pytestmark = pytest.mark.scripts
 
@@ -27,9 +28,16 @@ SYNCS = {"stale": "headwater.Stale(2)", "async": "headwater.Async()"}
 
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Ended]:
+def references() -> dict[tuple[str, int], Ended]:
     """What plain torch got, by program and number of workers."""
     return {}
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    made = Zygote()
+    yield made
+    made.close()
 
 
 def _skip_what_is_not_meant(program: Path, workers: int) -> dict[str, str]:
@@ -69,7 +77,7 @@ def _of_one_worker(outcome: Outcome) -> Outcome:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
 def test_bulk_trains_as_plain_torch(
-    program: Path, way: str, references: dict[tuple[str, int], Ended], tmp_path: Path
+    program: Path, way: str, zygote: Zygote, references: dict[tuple[str, int], Ended], tmp_path: Path
 ) -> None:
     how = WAYS[way]
     said = _skip_what_is_not_meant(program, how.workers)
@@ -77,10 +85,10 @@ def test_bulk_trains_as_plain_torch(
     (tmp_path / "headwater").mkdir()
     key = (program.stem, how.workers)
     if key not in references:
-        references[key] = reference(program, tmp_path / "plain", how.workers)
+        references[key] = reference(zygote, program, tmp_path / "plain", how.workers)
     wanted = references[key]
     assert (wanted.code, len(wanted.outcomes)) == (0, how.workers), wanted.said
-    ended = with_headwater(program, tmp_path / "headwater", how)
+    ended = with_headwater(zygote, program, tmp_path / "headwater", how)
     if "raises" in said:
         assert ended.code != 0
         assert said["raises"] in ended.said, ended.said
@@ -94,12 +102,12 @@ def test_bulk_trains_as_plain_torch(
 
 @pytest.mark.parametrize("sync", SYNCS)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
-def test_stale_and_async_end_and_learn(program: Path, sync: str, tmp_path: Path) -> None:
+def test_stale_and_async_end_and_learn(program: Path, sync: str, zygote: Zygote, tmp_path: Path) -> None:
     said = _skip_what_is_not_meant(program, 1)
     if "raises" in said:
         pytest.skip("raises under Bulk already")
     workers = int(said.get("workers", "2"))
-    ended = with_headwater(program, tmp_path, Way(workers, "local", SYNCS[sync]))
+    ended = with_headwater(zygote, program, tmp_path, Way(workers, "local", SYNCS[sync]))
     assert (ended.code, len(ended.outcomes)) == (0, workers), ended.said
     for outcome in ended.outcomes:
         assert all(value.isfinite().all() for name, value in outcome.items() if "mask" not in name)
