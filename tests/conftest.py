@@ -1,4 +1,4 @@
-"""What every test starts from: one thread for torch, and no cluster of the caller's in the environment."""
+"""What every test starts from: one thread for torch, no timing, and no cluster of the caller's in the environment."""
 
 from __future__ import annotations
 
@@ -8,8 +8,19 @@ import sys
 import threading
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+
+# As in the profile that hypothesis takes (its default one, or "ci" where it sees a CI machine), but nothing is timed: a
+# busy machine is no reason for a test to fail.
+hypothesis.settings.register_profile(
+    "headwater",
+    hypothesis.settings(),
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, *hypothesis.settings().suppress_health_check],
+)
+hypothesis.settings.load_profile("headwater")
 
 torch.set_num_threads(1)
 

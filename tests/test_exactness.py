@@ -18,6 +18,7 @@ import headwater
 from headwater.launch import Launcher
 from headwater.types import Hyper, OptimizerSpec, ParameterSpec, TableSpec
 from headwater.wire.exact import clip_factor
+from tests.patience import PATIENCE
 
 SHAPES = {"tied": (257, 33), "bias": (7,), "scalar": (), "large": (300, 200), "last": (1023,)}
 STEPS = 4
@@ -85,7 +86,7 @@ def spec(kind: str, name: str, max_norm: float | None) -> TableSpec:
 
 def worker(address: str, servers: int, rank: int, world: int, table_spec: TableSpec) -> tuple[bytes, list[str]]:
     """One worker's life: what it started from, and the digest after every step."""
-    with headwater.connect(address, rank=rank, world=world, timeout=30, servers=servers) as client:
+    with headwater.connect(address, rank=rank, world=world, timeout=PATIENCE, servers=servers) as client:
         table = client.table(table_spec)
         start = b"".join(table.values[name].numpy().tobytes() for name in SHAPES)
         client.barrier("started")  # values that are shared change with the first commit
@@ -127,7 +128,7 @@ def test_bulk_equals_one_process(
             with ThreadPoolExecutor(workers) as pool:
                 table_spec = spec(kind, name, max_norm)
                 lives = [pool.submit(worker, address, servers, r, workers, table_spec) for r in range(workers)]
-                results = [life.result(60) for life in lives]
+                results = [life.result(PATIENCE) for life in lives]
             expected = one_process(unpack(results[0][0]), kind, workers, max_norm)
             for rank, (_, digests) in enumerate(results):
                 assert digests == expected, f"{kind}, clip {max_norm}, worker {rank} of {workers}"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import hypothesis
+
 import headwater
+from tests.patience import PATIENCE
 
 ROOT = Path(headwater.__file__).parents[2]
 
@@ -64,3 +67,20 @@ def test_tests_do_not_sleep() -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("time.sleep", "sleep", "asyncio.sleep")
     ]
     assert not calls
+
+
+def test_tests_do_not_depend_on_the_speed_of_the_machine() -> None:
+    """Who waits for what must come waits for ``PATIENCE``; short waits are for what must not come."""
+    waits = ("wait", "join", "result", "exception", "communicate", "settimeout", "connect", "reader", "run")
+    fake_clock = ("cluster/test_dataplan.py", "relay/test_core.py", "simulator/test_scheduler.py")
+    found = [
+        f"{path.relative_to(ROOT)}:{value.lineno}"
+        for path in TESTS
+        if not path.as_posix().endswith(fake_clock)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in waits
+        for value in [*node.args[:1], *(each.value for each in node.keywords if each.arg == "timeout")]
+        if isinstance(value, ast.Constant) and isinstance(value.value, (int, float)) and 5 <= value.value < PATIENCE
+    ]
+    assert not found
+    assert hypothesis.settings().deadline is None

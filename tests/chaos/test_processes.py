@@ -15,12 +15,13 @@ from headwater.cli.chaos.monitor import Sight
 from headwater.cli.chaos.zygote import Order, Word, Zygote, check, environment
 from headwater.errors import InternalError
 from headwater.wire import messages as m
+from tests.patience import PATIENCE
 
 
 def _until(found: Callable[[], list[Word]]) -> Word:
     """The first end that is reported, within a deadline."""
     pause = threading.Event()
-    deadline = time.monotonic() + 60.0
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         words = found()
         if words:

@@ -6,11 +6,13 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from headwater.testing.proxy import Network, Owners, Rule
+from tests.patience import PATIENCE
 
 
 class Echo:
@@ -57,7 +59,7 @@ def network() -> Iterator[Network]:
 
 
 def _dial(network: Network, echo: Echo) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", network.open("echo", echo.address)), timeout=10.0)
+    return socket.create_connection(("127.0.0.1", network.open("echo", echo.address)), timeout=PATIENCE)
 
 
 def _exactly(sock: socket.socket, count: int) -> bytes:
@@ -88,7 +90,7 @@ def test_held_bytes_arrive_when_the_rule_is_lifted(network: Network, echo: Echo)
         with pytest.raises(TimeoutError):
             sock.recv(1)
         network.lift(rule)
-        sock.settimeout(10.0)
+        sock.settimeout(PATIENCE)
         assert _exactly(sock, 2) == b"bc"
 
 
@@ -113,9 +115,12 @@ def test_a_connection_that_lost_bytes_breaks_when_the_rule_is_lifted(network: Ne
         sock.settimeout(0.05)
         with pytest.raises(TimeoutError):
             sock.recv(1)
+        deadline, pause = time.monotonic() + PATIENCE, threading.Event()
+        while not network.struck().get("swallow") and time.monotonic() < deadline:
+            pause.wait(0.01)
         assert network.struck()["swallow"] >= 1
         network.lift(rule)
-        sock.settimeout(10.0)
+        sock.settimeout(PATIENCE)
         with pytest.raises(ConnectionResetError):
             sock.recv(1)
 
@@ -167,7 +172,7 @@ def test_nobody_behind_the_proxy_is_a_broken_connection(network: Network) -> Non
     port = network.open("gone", address)
     with (
         contextlib.suppress(ConnectionResetError),
-        socket.create_connection(("127.0.0.1", port), timeout=10.0) as sock,
+        socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock,
     ):
         assert sock.recv(1) == b""
 

@@ -11,11 +11,13 @@ import sys
 
 import pytest
 
+from tests.patience import PATIENCE
+
 
 @pytest.mark.parametrize(("mode", "seed"), [("bulk", 372), ("stale", 546), ("async", 14)])
 def test_nothing_acknowledged_is_lost(mode: str, seed: int) -> None:
     command = [sys.executable, "-m", "headwater", "chaos", "--mode", mode, "--seconds", "5", "--seed", str(seed)]
-    found = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, timeout=110)
+    found = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, timeout=PATIENCE)
     said = f"\n{found.stderr}\n{found.stdout}"
     assert found.returncode == 0, said
     report = json.loads(found.stdout)

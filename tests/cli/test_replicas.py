@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from headwater.launch.registry import running
+from tests.patience import PATIENCE
 
 Command = Callable[..., Any]
 
@@ -94,7 +95,7 @@ def test_servers_join_are_drained_and_leave(cluster: subprocess.Popen[str], head
         assert _redundant(seen)
         assert {server["server"] for server in seen["servers"] if server["state"] == "alive"} == {1, 2, 3}
         more.send_signal(signal.SIGINT)
-        out, _ = more.communicate(timeout=60)
+        out, _ = more.communicate(timeout=PATIENCE)
         assert more.returncode == 0
         assert "Its shards are on other servers now." in out
     assert _redundant(_seen(headwater_command))
@@ -107,7 +108,7 @@ def test_a_job_outlives_its_server_and_loses_nothing(headwater_command: Command,
     with _started("run", "-s", "2", "-r", "2", "-w", "2", str(script), "400") as job:
         pid = int(_line(job, "stdout", "server").split()[-1])
         os.kill(pid, signal.SIGKILL)
-        out, err = job.communicate(timeout=90)
+        out, err = job.communicate(timeout=PATIENCE)
     assert job.returncode == 0, err
     assert sorted(out.splitlines()) == ["[w0] sum 800.0 800.0", "[w1] sum 800.0 800.0"]
     assert "was killed by SIGKILL; its shards go on elsewhere" in err
@@ -118,7 +119,7 @@ def test_an_elastic_job_outlives_a_worker(tmp_path: Path, monkeypatch: pytest.Mo
     script.write_text(TRAIN, encoding="utf-8")
     monkeypatch.setenv("DIES", "1")
     with _started("run", "-s", "2", "-w", "3", "--elastic", str(script), "40") as job:
-        out, err = job.communicate(timeout=90)
+        out, err = job.communicate(timeout=PATIENCE)
     assert job.returncode == 0, err
     assert "w1 was killed by SIGKILL" in err
     # 21 steps of three workers, 19 of two

@@ -12,6 +12,7 @@ import pytest
 
 from headwater.cli.run import command_line
 from headwater.errors import UsageError
+from tests.patience import PATIENCE
 
 Command = Callable[..., Any]
 
@@ -85,5 +86,5 @@ def test_when_nobody_reads_any_more_the_job_ends(tmp_path: Path) -> None:
         assert process.stderr
         assert process.stdout.readline() == "[w0] more\n"
         process.stdout.close()
-        assert process.wait(30) == 143
+        assert process.wait(PATIENCE) == 143
         assert process.stderr.read().splitlines()[-1] == "headwater: terminated; no process is left"

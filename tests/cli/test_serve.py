@@ -23,10 +23,10 @@ from headwater.cli.serve import parse_size
 from headwater.errors import UsageError
 from headwater.gateway.loading import Plan, make_module, plan
 from headwater.launch import Launcher
+from tests.patience import PATIENCE
 
 Command = Callable[..., Any]
 
-PATIENCE = 60.0
 
 TOY = """
 from torch import nn

@@ -18,6 +18,7 @@ import pytest
 from headwater.cli.up import read_token
 from headwater.errors import UsageError
 from headwater.launch.registry import running
+from tests.patience import PATIENCE
 
 Command = Callable[..., Any]
 
@@ -56,7 +57,7 @@ def test_a_cluster_is_seen_and_ends_with_ctrl_c(
     assert "2 servers, 2 shards, 0 tables, 0 workers" in headwater_command("status").out
 
     cluster.send_signal(signal.SIGINT)
-    out, err = cluster.communicate(timeout=30)
+    out, err = cluster.communicate(timeout=PATIENCE)
     assert (cluster.returncode, out, err) == (0, "The cluster has ended.\n", "")
     for server in seen["servers"]:
         assert not Path(f"/proc/{server['pid']}").exists()
@@ -71,7 +72,7 @@ def test_a_wrong_token_is_refused_by_name(
 ) -> None:
     del cluster
     monkeypatch.setenv("HEADWATER_TOKEN", "not it")
-    answer = headwater_command("status", "--timeout", "5")
+    answer = headwater_command("status", "--timeout", str(PATIENCE))
     assert answer.code == 1
     assert answer.err.startswith("headwater: AuthenticationFailed:")
     assert "Traceback" not in answer.err

@@ -10,6 +10,7 @@ import pytest
 import headwater
 from headwater.client import Client
 from headwater.launch import Launcher
+from tests.patience import PATIENCE
 
 Connect = Callable[..., Client]
 _names = itertools.count()
@@ -48,7 +49,7 @@ def connect(
     opened: list[Client] = []
 
     def open_one(**kwargs: object) -> Client:
-        client = headwater.connect(address, **{"timeout": 20, "servers": 2, **kwargs})  # type: ignore[arg-type]
+        client = headwater.connect(address, **{"timeout": PATIENCE, "servers": 2, **kwargs})  # type: ignore[arg-type]
         opened.append(client)
         return client
 

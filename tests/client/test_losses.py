@@ -32,17 +32,18 @@ from headwater.types import Async, Bulk, Sync
 from headwater.wire import messages as m
 from tests.client.conftest import Connect
 from tests.launch.support import wait_for_end
+from tests.patience import PATIENCE
 
 NOBODY = r"server \d is dead and shard \d has no other copy.*not acknowledged may or may not be applied"
 LARGE = 1 << 20  # elements: a part on every server
 
 
 @contextlib.contextmanager
-def prompt(seconds: float = 10.0) -> Iterator[None]:
-    """Long before the client's own timeout of a minute."""
+def prompt() -> Iterator[None]:
+    """Before the client's own timeout."""
     begun = time.monotonic()
     yield
-    assert time.monotonic() - begun < seconds
+    assert time.monotonic() - begun < PATIENCE
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_a_stopped_server_is_waited_for_and_a_killed_one_breaks_every_wait(
     job: Launcher, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HEADWATER_TRANSPORT", way)
-    with headwater.connect(rank=0, world=1, timeout=60) as client:
+    with headwater.connect(rank=0, world=1, timeout=PATIENCE) as client:
         policies: tuple[Sync, ...] = (Async(), Bulk())
         tables = [client.dense(f"w{i}", (LARGE,), lr=1.0, sync=s) for i, s in enumerate(policies)]
         os.kill(job.servers[1].pid, signal.SIGSTOP)
@@ -110,7 +111,7 @@ def check_broken(w: Dense) -> None:
 
 
 def test_without_the_coordinator_servers_end_and_clients_are_told(job: Launcher) -> None:
-    with headwater.connect(rank=0, world=1, timeout=60) as client:
+    with headwater.connect(rank=0, world=1, timeout=PATIENCE) as client:
         w = client.dense("w", (LARGE,), lr=1.0)
         assert job.coordinator is not None
         os.kill(job.coordinator.pid, signal.SIGKILL)
@@ -152,7 +153,7 @@ def test_survivors_of_a_death_push_again_by_themselves_and_go_on_as_if_they_were
     tables = [client.dense(name, (LARGE,), lr=1.0, sync=Bulk()) for client in clients]
     with ThreadPoolExecutor(3) as pool:
         for result in [pool.submit(w.push(torch.ones(LARGE)).wait) for w in tables]:
-            result.result(20)
+            result.result(PATIENCE)
     tickets = [tables[0].push(torch.ones(LARGE))]
     members = clients[0].members
     if ended:
@@ -179,31 +180,31 @@ def test_a_death_undoes_steps_of_two_tables_and_who_waits_for_one_pushes_both_ag
     tables = [[c.dense(f"{name}-{which}", (LARGE,), lr=1.0, sync=Bulk()) for which in "ab"] for c in clients]
     with ThreadPoolExecutor(3) as pool:
         for result in [pool.submit(a.push(torch.ones(LARGE)).wait) for a, _ in tables]:
-            result.result(20)  # the first table is a step ahead
+            result.result(PATIENCE)  # the first table is a step ahead
     both = [table.push(torch.ones(LARGE)) for table in tables[0]]
     second = tables[1][1].push(torch.ones(LARGE))
     members = clients[0].members
     hang_up(clients[2])
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while clients[0].members == members and time.monotonic() < deadline:
         with contextlib.suppress(DeadlineExceeded):
             both[0].wait(timeout=0.05)
 
     def other() -> None:
-        second.wait(20)
-        tables[1][0].push(torch.ones(LARGE)).wait(20)
+        second.wait(PATIENCE)
+        tables[1][0].push(torch.ones(LARGE)).wait(PATIENCE)
 
     with ThreadPoolExecutor(2) as pool:
-        waiting = [pool.submit(lambda: [ticket.wait(20) for ticket in both]), pool.submit(other)]
+        waiting = [pool.submit(lambda: [ticket.wait(PATIENCE) for ticket in both]), pool.submit(other)]
         for each in waiting:
-            each.result(30)
+            each.result(PATIENCE)
     for mine in tables[:2]:
         assert [w.pull().unique().tolist() for w in mine] == [[-2.0], [-1.0]]
 
 
 def step_and_check(tables: list[Dense], tickets: list[Ticket], clock: int, value: float) -> None:
     with ThreadPoolExecutor(2) as pool:
-        results = [future.result(20) for future in [pool.submit(ticket.wait) for ticket in tickets]]
+        results = [future.result(PATIENCE) for future in [pool.submit(ticket.wait) for ticket in tickets]]
         assert [(r.clock, r.applied) for r in results] == [(clock, True)] * len(tables)
     for w in tables:
         assert w.pull().eq(value).all(), "as one process with those who are there"
@@ -214,7 +215,7 @@ def test_a_death_is_told_to_those_at_a_barrier(connect: Connect) -> None:
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(client.barrier) for client in clients[:2]]
         hang_up(clients[2])
-        lost = [future.exception(20) for future in waiting]
+        lost = [future.exception(PATIENCE) for future in waiting]
         assert any(isinstance(error, WorkerLost) for error in lost)
         assert all(error is None or isinstance(error, WorkerLost) for error in lost)
 
@@ -240,7 +241,7 @@ def test_closing_in_the_middle_of_a_step_does_not_hold_the_others_up(connect: Co
     with prompt():
         first.close()
         first.close()
-    v.push(torch.ones(LARGE)).wait(timeout=10)
+    v.push(torch.ones(LARGE)).wait(timeout=PATIENCE)
     assert v.pull().eq(-1).all()
 
 
@@ -300,12 +301,12 @@ def test_a_killed_worker_leaves_no_memory_and_no_socket_behind(
                 assert worker.stdout.readline() == "ready\n"
                 during = [held(server.pid) for server in processes.servers]
                 worker.kill()
-            gone = time.monotonic() + 10
+            gone = time.monotonic() + PATIENCE
             while any(w.role == "worker" for w in watcher.status().workers):
                 assert time.monotonic() < gone
             for session in watcher.servers.values():  # one thread serves all: it has seen the end of the other
                 with pytest.raises(UnknownTable):
-                    session.request(m.Slots(999), 10)
+                    session.request(m.Slots(999), PATIENCE)
             after = [held(server.pid) for server in processes.servers]
             assert all("gradients" in what for what in during)
             assert not any("gradients" in what for what in after)

@@ -14,6 +14,7 @@ from headwater.client.publication import Publication
 from headwater.errors import ClusterError, UnknownTable, UnknownVersion, UsageError, VersionExists, VersionExpired
 from headwater.types import Async, Bulk, Stale, Sync
 from tests.client.conftest import Connect
+from tests.patience import PATIENCE
 
 SHAPE = (700, 300)  # on both servers
 
@@ -25,7 +26,7 @@ def reads(ps: Client, model: str, name: str, request: pytest.FixtureRequest) -> 
         if request.getfixturevalue("transport") != "inproc"
         else f"inproc://client-{request.getfixturevalue('name')}"
     )
-    with headwater.reader(model, address, timeout=20) as reader, reader.lease(name) as weights:
+    with headwater.reader(model, address, timeout=PATIENCE) as reader, reader.lease(name) as weights:
         return weights.state_dict(copy=True)
 
 
@@ -66,7 +67,7 @@ def two(connect: Connect, transport: str, name: str) -> tuple[Client, Client, De
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE)
     by_rank = sorted(tables, key=lambda table: table._rank)
     return clients[0], clients[1], by_rank[0], by_rank[1]
 
@@ -95,7 +96,7 @@ def test_another_worker_pushes_on_meanwhile(
             publications.append(ps.publish([mine], f"v{step}", keep=9))
             wanted[f"v{step}"] = mine.pull().clone()
     mine.table.wait()
-    thread.join(30)
+    thread.join(PATIENCE)
     assert not failed
     for publication in publications:
         info = publication.wait()
@@ -130,7 +131,7 @@ def test_a_worker_that_dies_right_after_publishing(
     other.publish([theirs], "v1")
     other._stop()
     other._hang_up()  # without a goodbye
-    with headwater.reader(name, timeout=20) as reader:
+    with headwater.reader(name, timeout=PATIENCE) as reader:
         assert reader.wait(name="v1").step == 1
     assert same(reads(ps, name, "v1", request)[name], wanted)
 

@@ -21,6 +21,7 @@ from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Sta
 from headwater.wire import frames
 from headwater.wire.frames import Kind
 from tests.client.conftest import Connect
+from tests.patience import PATIENCE
 
 BLOCKS = 5 << 20  # elements: several blocks on each of two servers
 
@@ -102,7 +103,7 @@ def test_other_workers_see_the_values_that_the_lowest_rank_gave(connect: Connect
             pool.submit(client.table, given, {"w": torch.full((300, 300), float(rank))})
             for rank, client in reversed(list(enumerate(clients)))
         ]
-        assert all(future.result(20).values["w"].eq(0).all() for future in made)
+        assert all(future.result(PATIENCE).values["w"].eq(0).all() for future in made)
 
 
 @pytest.mark.parametrize("sync", [Async(), Stale(3), Async(4)])
@@ -129,7 +130,7 @@ def test_a_block_that_is_read_while_it_is_written_is_never_torn(connect: Connect
             last = check_whole(r, last)
             if done.is_set():
                 break
-        writing.result(30)
+        writing.result(PATIENCE)
     assert r.pull().eq(-rounds).all()
 
 
@@ -207,7 +208,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     with Launcher(1, advertise=False) as job:
         for key, value in job.environment().items():
             monkeypatch.setenv(key, value)
-        with headwater.connect(rank=0, world=1, timeout=20) as client:
+        with headwater.connect(rank=0, world=1, timeout=PATIENCE) as client:
             yield client
 
 

@@ -16,10 +16,10 @@ from headwater.gateway.engine_types import Event, Failed, Finished, GenerationRe
 from headwater.gateway.hf import ModelFolder
 from headwater.gateway.sources import MemorySource
 from headwater.types import VersionInfo
+from tests.patience import PATIENCE
 
 VOCABULARY = 260
 EOS = 257
-PATIENCE = 60.0
 
 
 def tokenizer() -> Any:

@@ -34,8 +34,8 @@ from headwater.gateway.limits import Limits
 from headwater.gateway.served import Model, Served
 from headwater.gateway.serving import Server, bind
 from headwater.types import VersionInfo
+from tests.patience import PATIENCE
 
-PATIENCE = 20.0
 """Seconds that a wait of a test may take on a machine that is busy with something else."""
 
 

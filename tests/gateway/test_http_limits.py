@@ -33,7 +33,7 @@ def server(engine: FakeEngine) -> Iterator[Running]:
 @pytest.fixture
 def hasty(engine: FakeEngine) -> Iterator[Running]:
     """One that does not wait long."""
-    with running(engine, Limits(body_timeout=0.05, head_timeout=0.5)) as found:
+    with running(engine, Limits(body_timeout=0.05, head_timeout=2.0)) as found:
         yield found
 
 
@@ -248,6 +248,9 @@ def test_a_server_that_ends_does_not_wait_for_ever(engine: FakeEngine) -> None:
     engine.let(2)
     with running(engine, Limits(grace=0.1)) as server, server.client() as client:
         stream = client.chat.completions.create(model="toy", messages=HELLO, temperature=0, stream=True)
+        said = ""
+        while said != "ab":
+            said += next(stream).choices[0].delta.content or ""
         server.end()
         with pytest.raises(openai.APIError, match=r"the server is ending; 2 tokens were generated and sent"):
             list(stream)

@@ -29,7 +29,6 @@ from tests.gateway.http_fakes import PATIENCE, FakeEngine, Running, running
 FEW = settings(
     max_examples=8,
     derandomize=True,
-    deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),
 )

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 import headwater
 from headwater.client import Client
+from tests.patience import PATIENCE
 
 T = TypeVar("T")
 _names = itertools.count()
@@ -26,11 +27,11 @@ def workers(count: int, life: Callable[[Client], T], servers: int = 1) -> list[T
     address = f"inproc://integrations-{next(_names)}"
 
     def run(rank: int) -> T:
-        with headwater.connect(address, rank=rank, world=count, servers=servers, timeout=20) as client:
+        with headwater.connect(address, rank=rank, world=count, servers=servers, timeout=PATIENCE) as client:
             return life(client)
 
     with ThreadPoolExecutor(count) as pool:
-        return [life.result(60) for life in [pool.submit(run, rank) for rank in range(count)]]
+        return [life.result(PATIENCE) for life in [pool.submit(run, rank) for rank in range(count)]]
 
 
 class Zoo(nn.Module):

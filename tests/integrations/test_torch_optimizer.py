@@ -13,6 +13,7 @@ import headwater
 from headwater.client import Client
 from headwater.errors import NonFiniteGradient, ParameterModified, ShapeMismatch, TableConflict, UsageError
 from tests.integrations.support import Zoo, digest, workers, zoo
+from tests.patience import PATIENCE
 
 
 def train(model: Zoo, opt: torch.optim.Optimizer, steps: range, rank: int = 0) -> None:
@@ -502,7 +503,7 @@ def test_after_the_loss_of_a_worker_the_rest_step_on_by_themselves_as_one_proces
         opt = headwater.Optimizer(model, torch.optim.SGD, lr=0.1, client=client)
         client.barrier("ready")
         if client.rank == 1:
-            assert stepped.wait(20)
+            assert stepped.wait(PATIENCE)
             raise RuntimeError("this worker dies")
         for number in range(2):
             step(plain, reference, number)

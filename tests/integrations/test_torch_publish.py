@@ -12,6 +12,7 @@ from torch import nn
 import headwater
 from headwater.client import Client
 from headwater.types import Async, Bulk, Stale, Sync
+from tests.patience import PATIENCE
 
 
 class Net(nn.Module):
@@ -52,7 +53,7 @@ def published(client: Client, address: str, sync: Sync, steps: int = 3) -> dict[
             states[info.name] = {name: value.clone() for name, value in model.state_dict().items()}
     client.barrier()
     if client.rank == 0:
-        with headwater.reader("model", address, timeout=20) as reader:
+        with headwater.reader("model", address, timeout=PATIENCE) as reader:
             check(reader, states)
     client.barrier("read")
     opt.close()
@@ -82,11 +83,11 @@ def test_a_version_is_the_module_after_the_step(count: int) -> None:
     address = f"inproc://publish-bulk-{count}"
 
     def life(rank: int) -> dict[str, dict[str, torch.Tensor]]:
-        with headwater.connect(address, rank=rank, world=count, servers=2, timeout=20) as client:
+        with headwater.connect(address, rank=rank, world=count, servers=2, timeout=PATIENCE) as client:
             return published(client, address, Bulk())
 
     with ThreadPoolExecutor(count) as pool:
-        first, *_ = pool.map(life, range(count), timeout=60)
+        first, *_ = pool.map(life, range(count), timeout=PATIENCE)
     assert list(first) == ["step-1", "step-2", "step-3"]
 
 
@@ -94,7 +95,7 @@ def test_a_version_is_the_module_after_the_step(count: int) -> None:
 def test_without_lockstep_a_lone_worker_publishes_what_it_has(sync: Sync) -> None:
     torch.manual_seed(3)
     model = nn.Linear(4, 3)
-    with headwater.connect(f"inproc://publish-{type(sync).__name__}", servers=2, timeout=20) as client:
+    with headwater.connect(f"inproc://publish-{type(sync).__name__}", servers=2, timeout=PATIENCE) as client:
         opt = headwater.Optimizer(model, torch.optim.SGD, lr=0.5, client=client, sync=sync)
         model(torch.ones(2, 4)).sum().backward()
         opt.step()
@@ -103,6 +104,6 @@ def test_without_lockstep_a_lone_worker_publishes_what_it_has(sync: Sync) -> Non
         model(torch.ones(2, 4)).sum().backward()  # with fresh values
         wanted = {name: value.detach().clone() for name, value in model.named_parameters()}
         address = f"inproc://publish-{type(sync).__name__}"
-        with headwater.reader("model", address, timeout=20) as reader, reader.lease() as weights:
+        with headwater.reader("model", address, timeout=PATIENCE) as reader, reader.lease() as weights:
             assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
         opt.close()

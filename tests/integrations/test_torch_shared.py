@@ -14,6 +14,7 @@ from headwater.errors import ParameterModified
 from headwater.launch import Launcher
 from headwater.types import Sync
 from tests.integrations.support import Zoo, digest, zoo
+from tests.patience import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def _step(model: Zoo, opt: torch.optim.Optimizer, rank: int, step: int) -> None:
 def test_one_worker_is_exact(transport: str, sync: Sync, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADWATER_TRANSPORT", transport)
     model = zoo()
-    with headwater.connect(rank=0, world=1, timeout=20) as client:
+    with headwater.connect(rank=0, world=1, timeout=PATIENCE) as client:
         opt = headwater.Optimizer(
             model, torch.optim.AdamW, lr=0.01, client=client, sync=sync, name=f"{transport}-{sync}", bucket_bytes=70_000
         )
@@ -99,10 +100,10 @@ def _writer(client: Client) -> list[str]:
 
 def test_a_stray_write_stays_in_its_process_until_it_is_assigned() -> None:
     def run(rank: int) -> list[str]:
-        with headwater.connect(rank=rank, world=2, timeout=20) as client:
+        with headwater.connect(rank=rank, world=2, timeout=PATIENCE) as client:
             return _writer(client)
 
     with ThreadPoolExecutor(2) as pool:
-        first, second = (life.result(60) for life in [pool.submit(run, rank) for rank in range(2)])
+        first, second = (life.result(PATIENCE) for life in [pool.submit(run, rank) for rank in range(2)])
     assert first == second
     assert first[:2] == [digest(_reference(steps, 2)) for steps in (1, 2)]

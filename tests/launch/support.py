@@ -7,6 +7,8 @@ import select
 import sys
 from pathlib import Path
 
+from tests.patience import PATIENCE
+
 FOREVER = "import select\nwhile True: select.select([], [], [], 0.1)"
 """Until a signal: one that comes right before ``signal.pause()`` would be slept through."""
 
@@ -26,12 +28,12 @@ def alive(pid: int) -> bool:
 
 
 def wait_for_end(pid: int) -> None:
-    """Until the process ends (it need not be a child); fails after 10 seconds."""
+    """Until the process ends (it need not be a child), within patience."""
     try:
         fd = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     try:
-        assert select.select([fd], [], [], 10)[0], f"process {pid} still runs"
+        assert select.select([fd], [], [], PATIENCE)[0], f"process {pid} still runs"
     finally:
         os.close(fd)

@@ -16,6 +16,7 @@ from headwater.launch import Launcher, Outcome, Process, launch
 from headwater.launch.local import cores
 from headwater.launch.registry import running
 from tests.launch.support import FOREVER, alive, python, wait_for_end
+from tests.patience import PATIENCE
 
 StandIn = Callable[..., None]
 
@@ -275,7 +276,7 @@ import os, signal, sys
 from headwater.launch import Launcher
 def show(process, stream, line):
     print(process.pid, line, flush=True)
-job = Launcher(0, on_line=show, grace=5, patience=5)
+job = Launcher(0, on_line=show, grace=60, patience=60)
 with job.signals(), job:
     job.start_workers([sys.executable, "-S", "-c", sys.argv[1]], 2)
     sys.exit(job.wait().code)
@@ -296,7 +297,7 @@ def test_no_process_is_left_behind(number: signal.Signals, code: int) -> None:
     outer, pids = _outer("print('here', flush=True); " + FOREVER)
     with outer:
         outer.send_signal(number)
-        assert outer.wait(30) == code
+        assert outer.wait(PATIENCE) == code
     for pid in pids:
         wait_for_end(pid)
         assert not alive(pid)

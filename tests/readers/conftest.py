@@ -14,6 +14,7 @@ from headwater.client import Client
 from headwater.launch import Launcher
 from headwater.readers import Reader
 from headwater.wire import delta
+from tests.patience import PATIENCE
 from tests.readers.holders import Holders
 
 Connect = Callable[[], Client]
@@ -57,7 +58,7 @@ def connect(address: str) -> Iterator[Connect]:
     opened: list[Client] = []
 
     def open_one() -> Client:
-        opened.append(headwater.connect(address, timeout=30, servers=2))
+        opened.append(headwater.connect(address, timeout=PATIENCE, servers=2))
         return opened[-1]
 
     yield open_one

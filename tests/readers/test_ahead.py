@@ -17,6 +17,7 @@ from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.frames import Frame, Kind
 from headwater.wire.sums import checksums, pack
+from tests.patience import PATIENCE
 from tests.readers.holders import SPEC, Holders, Said, leased, part_of, right, state
 
 
@@ -151,11 +152,11 @@ def test_what_another_thread_keeps_from_being_given_back_is_given_back_later(hol
     def fetching() -> None:
         with holders.fetcher._turn:
             turn.set()
-            done.wait(10)
+            done.wait(PATIENCE)
 
     other = threading.Thread(target=fetching)
     other.start()
-    assert turn.wait(10)
+    assert turn.wait(PATIENCE)
     holders.fetcher.forgo()
     assert len(holders.fetcher._ahead) == 2
     done.set()
@@ -209,7 +210,7 @@ def test_threads_that_give_back_at_once_do_not_wait_for_each_other(holders: Hold
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(PATIENCE)
     assert not any(thread.is_alive() for thread in threads)
     assert sorted(word.number for word in holders.unmapped) == list(range(200))
 

@@ -11,6 +11,7 @@ import pytest
 from headwater.readers.checks import Check
 from headwater.wire.sums import Bytes, checksums
 from headwater.wire.versions import SUM_BLOCK
+from tests.patience import PATIENCE
 
 SIZE = 5 * SUM_BLOCK + 12_345
 
@@ -73,5 +74,5 @@ def test_one_that_is_given_up_leaves_no_thread(original: Bytes) -> None:
     _come(part, check, original, 0, SUM_BLOCK)
     check.end()
     assert check._thread is not None
-    check._thread.join(30)
+    check._thread.join(PATIENCE)
     assert not check._thread.is_alive()

@@ -14,6 +14,7 @@ import torch
 import headwater
 from headwater.errors import HeadwaterError, LinkError
 from headwater.launch import Launcher
+from tests.patience import PATIENCE
 
 SHAPE = (600, 500)
 
@@ -27,7 +28,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launcher]:
         yield made
 
 
-def until(job: Launcher, done: Callable[[], bool], what: str, seconds: float = 30) -> None:
+def until(job: Launcher, done: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
     """Until it is so; the launcher looks after its processes meanwhile."""
     deadline = time.monotonic() + seconds
     while True:
@@ -45,7 +46,7 @@ def test_a_version_outlives_a_server_and_its_leases_the_coordinator(
     job: Launcher, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HEADWATER_TRANSPORT", way)
-    with headwater.connect(timeout=60) as ps, headwater.reader("w", timeout=60) as reader:
+    with headwater.connect(timeout=PATIENCE) as ps, headwater.reader("w", timeout=PATIENCE) as reader:
         w = ps.dense("w", SHAPE)
         w.push(torch.randn(SHAPE)).wait()
         first = ps.publish([w], "v1", keep=1, tags=["prod"]).wait()
@@ -54,7 +55,7 @@ def test_a_version_outlives_a_server_and_its_leases_the_coordinator(
         held = reader.lease("v1")
         tensor = held["w"]
         os.kill(job.servers[0].pid, signal.SIGKILL)
-        with headwater.reader("w", timeout=60) as late, late.lease("prod") as weights:
+        with headwater.reader("w", timeout=PATIENCE) as late, late.lease("prod") as weights:
             assert torch.equal(weights["w"], wanted)
         assert torch.equal(tensor, wanted)
         w.push(torch.randn(SHAPE)).wait()
@@ -66,7 +67,7 @@ def test_a_version_outlives_a_server_and_its_leases_the_coordinator(
         assert job.coordinator is not None
         os.kill(job.coordinator.pid, signal.SIGKILL)
         # A short wait each time: only the launcher, which is looked after in between, starts a coordinator again.
-        until(job, lambda: reader.lease("v2", timeout=1).version == second, "version 2 did not come back", 60)
+        until(job, lambda: reader.lease("v2", timeout=1).version == second, "version 2 did not come back")
         until(job, lambda: [s.state for s in reader.versions()] == ["ready", "ready"], "versions are lost")
         until(job, lambda: reader.versions()[0].leases == 1, "a lease was forgotten")
         assert reader.statistics().connected
@@ -84,19 +85,19 @@ def test_without_its_cluster_a_reader_keeps_what_it_has_and_says_so(monkeypatch:
     with Launcher(1, advertise=False) as job:
         for key, value in job.environment().items():
             monkeypatch.setenv(key, value)
-        with headwater.connect(timeout=20) as ps:
+        with headwater.connect(timeout=PATIENCE) as ps:
             w = ps.dense("w", SHAPE)
             w.push(torch.ones(SHAPE)).wait()
             ps.publish([w], "v1").wait()
             wanted = w.pull().clone()
-        reader = headwater.reader("w", timeout=20)
+        reader = headwater.reader("w", timeout=PATIENCE)
         weights = reader.lease()
         assert reader.statistics().connected
         assert job.coordinator is not None
         for process in (job.coordinator, *job.servers):
             os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(LinkError):
-            reader.wait(after=1, timeout=15)
+            reader.wait(after=1, timeout=PATIENCE)
         stats = reader.statistics()
         assert (stats.connected, stats.version) == (False, weights.version)
         assert stats.age > 0

@@ -17,8 +17,7 @@ from headwater.errors import DeadlineExceeded, LinkBroken, ShapeMismatch, UsageE
 from headwater.readers import Follower, Reader
 from headwater.readers import follow as follow_module
 from headwater.types import Init, OptimizerSpec, ParameterSpec, TableSpec
-
-WAIT = 20.0
+from tests.patience import PATIENCE
 
 
 class Net(torch.nn.Module):
@@ -46,7 +45,7 @@ class Trainer:
     """Publishes versions of a ``Net``; version n has the value n everywhere."""
 
     def __init__(self, name: str, width: int = 8) -> None:
-        self.ps: Client = headwater.connect(f"inproc://{name}", servers=2, timeout=WAIT)
+        self.ps: Client = headwater.connect(f"inproc://{name}", servers=2, timeout=PATIENCE)
         net = Net(width)
         shapes = {k: tuple(torch.as_tensor(p).shape) for k, p in [*net.named_parameters(), ("mean", net.mean)]}
         parameters = tuple(ParameterSpec(k, shape, init=Init("zeros")) for k, shape in shapes.items())
@@ -70,13 +69,13 @@ def trainer(request: pytest.FixtureRequest) -> Iterator[Trainer]:
 
 @pytest.fixture
 def reader(trainer: Trainer, request: pytest.FixtureRequest) -> Iterator[Reader]:
-    with headwater.reader("net", f"inproc://follow-{request.node.name}", timeout=WAIT) as made:
+    with headwater.reader("net", f"inproc://follow-{request.node.name}", timeout=PATIENCE) as made:
         yield made
 
 
 def until(done: Callable[[], bool], what: str) -> None:
     """Until something that other threads do is done."""
-    deadline = time.monotonic() + WAIT
+    deadline = time.monotonic() + PATIENCE
     while not done():
         assert time.monotonic() < deadline, what
         threading.Event().wait(0.002)
@@ -157,7 +156,7 @@ def test_forwards_of_many_threads_are_never_mixed(trainer: Trainer, reader: Read
         until(lambda: 11.0 in seen, "nobody saw the last version")
         stop.set()
         for thread in threads:
-            thread.join(WAIT)
+            thread.join(PATIENCE)
         assert not wrong
         assert follower.statistics().swaps >= 5
     until(lambda: reader.statistics().leases == 0, "versions that nobody uses are still leased")
@@ -202,7 +201,7 @@ def test_a_held_version_stays_and_the_others_wait_for_the_end(trainer: Trainer, 
             other.start()
             with follower.hold():  # again, in the thread that holds it
                 assert net() == {1.0}
-        other.join(WAIT)
+        other.join(PATIENCE)
         assert found == [{2.0}]
 
 
@@ -447,16 +446,16 @@ def test_what_is_fetched_while_it_is_closed_is_let_go_of(
     def slow(self: Follower, weights: object) -> object:
         if weights.version.number == 2:  # type: ignore[attr-defined]
             begun.set()
-            assert go.wait(WAIT)
+            assert go.wait(PATIENCE)
         return ready(self, weights)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Follower, "_ready", slow)
     follower = reader.follow(net)
     trainer.publish()
-    assert begun.wait(WAIT)
+    assert begun.wait(PATIENCE)
     follower.close()
     go.set()
-    follower._thread.join(WAIT)
+    follower._thread.join(PATIENCE)
     assert not follower._thread.is_alive()
     assert reader.statistics().leases == 0
     assert net() == {1.0}
@@ -494,7 +493,7 @@ def test_normalisation_in_training_mode_stays_in_this_process(trainer: Trainer) 
     table: Dense = ps.dense("running_mean", (4,))
     ps.publish([table], "n1", model="norm").wait()
     name = "inproc://follow-test_normalisation_in_training_mode_stays_in_this_process"
-    one, other = (headwater.reader("norm", name, timeout=WAIT) for _ in range(2))
+    one, other = (headwater.reader("norm", name, timeout=PATIENCE) for _ in range(2))
     with one, other, one.follow(norm) as follower:
         norm.train()
         norm(torch.randn(16, 4) + 5)

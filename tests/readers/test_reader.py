@@ -18,6 +18,7 @@ from headwater.errors import DeadlineExceeded, LinkError, ShapeMismatch, Unknown
 from headwater.readers import Reader, Weights, reading
 from headwater.readers.fetch import Fetcher
 from headwater.types import Async, Bulk
+from tests.patience import PATIENCE
 from tests.readers.conftest import Connect, Read
 
 SHAPE = (1200, 500)  # 2.4 MB: on both servers
@@ -282,7 +283,7 @@ def test_a_guess_that_was_wrong_is_over_soon_and_its_connection_stays(
     kept = reader.lease()
     lines = dict(reader._fetcher._lines)
     reader.lease().release()
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + PATIENCE
     while (reader._fetcher._ahead or reader._fetcher._late) and time.monotonic() < deadline:
         reader._fetcher.settle()
     assert not reader._fetcher._ahead
@@ -312,7 +313,7 @@ def test_waiting_for_news(connect: Connect, read: Read, name: str) -> None:
         thread.start()
     ps.publish([w], "v2", tags=["prod"]).wait()
     for thread in threads:
-        thread.join(20)
+        thread.join(PATIENCE)
     assert found == ["v2", "v2"]
     assert reader.statistics().connected
 
@@ -340,7 +341,7 @@ def test_many_threads_lease_release_and_read(connect: Connect, read: Read, name:
         sums[i] = ps.publish([w], f"v{i}", keep=1).wait()
     stop.set()
     for thread in threads:
-        thread.join(20)
+        thread.join(PATIENCE)
     assert not wrong
     assert reader.statistics().leases == 0
     assert leases(reader) == [0]
@@ -357,11 +358,11 @@ def test_a_lease_waits_for_another_threads_fetch_no_longer_than_it_may(connect: 
     def fetch() -> None:
         with reader._fetching:
             held.set()
-            over.wait(30)
+            over.wait(PATIENCE)
 
     other = threading.Thread(target=fetch)
     other.start()
-    assert held.wait(30)
+    assert held.wait(PATIENCE)
     with pytest.raises(DeadlineExceeded, match="another thread"):
         reader.lease(timeout=0.1)
     assert reader.statistics().leases == 0
@@ -395,4 +396,4 @@ def test_a_reader_is_light_to_import() -> None:
         "heavy = {'torch', 'numba', 'transformers', 'starlette'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)

@@ -23,6 +23,7 @@ from headwater_recipes.common import checkpoint, metrics, reports
 from headwater_recipes.finetune import answers, job, source
 from headwater_recipes.finetune.settings import RECIPE, Settings, check, complete
 from headwater_recipes.finetune.worker import Worker
+from tests.patience import PATIENCE
 from tests.recipes.finetuning import TINY, write_chats, write_model
 
 
@@ -182,7 +183,7 @@ def test_two_workers_learn_what_one_with_twice_the_batches_learns(
 
     def work(rank: int) -> None:
         try:
-            with headwater.connect(f"inproc://{request.node.name}", rank=rank, world=2, timeout=60) as ps:
+            with headwater.connect(f"inproc://{request.node.name}", rank=rank, world=2, timeout=PATIENCE) as ps:
                 worker = Worker(two, ps)
                 worker.run()
                 worker.optimizer.close()

@@ -17,6 +17,7 @@ from headwater_recipes.common import checkpoint, reports
 from headwater_recipes.lm import generation
 from headwater_recipes.lm.settings import Settings
 from headwater_recipes.lm.worker import Worker
+from tests.patience import PATIENCE
 
 
 def _change(run: Path, **changes: Any) -> None:
@@ -87,7 +88,8 @@ def test_two_workers_end_together_under_every_policy(
 
     def work(rank: int) -> None:
         try:
-            with headwater.connect(f"inproc://{request.node.name}", rank=rank, world=2, servers=2, timeout=30) as ps:
+            address = f"inproc://{request.node.name}"
+            with headwater.connect(address, rank=rank, world=2, servers=2, timeout=PATIENCE) as ps:
                 worker = Worker(run, ps)
                 worker.run()
                 worker.optimizer.close()

@@ -18,8 +18,7 @@ import torch
 import headwater
 from headwater.cli.environment import exported
 from headwater.launch import Launcher
-
-PATIENCE = 60.0  # seconds
+from tests.patience import PATIENCE
 
 
 class Command:

@@ -30,9 +30,9 @@ from headwater.transports import inproc
 from headwater.transports.stream import Handler, Link
 from headwater.wire import messages as m
 from headwater.wire import versions as v
+from tests.patience import PATIENCE
 
 ROWS = 64
-PATIENCE = 20.0  # seconds
 _names = (f"relay-{number}" for number in itertools.count())
 
 

@@ -23,6 +23,7 @@ from headwater.types import TableSpec
 from headwater.wire import auth
 from headwater.wire import messages as m
 from headwater.wire.frames import Frame, Instruction, Kind, Outgoing, encode
+from tests.patience import PATIENCE
 
 TOKEN = b"a token for tests"
 T = TypeVar("T", bound=msgspec.Struct)
@@ -105,7 +106,7 @@ def serve(host: Host, token: bytes | None = TOKEN, unix: str = "") -> Iterator[A
         yield address
     finally:
         loop.stop()
-        thread.join(10)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
         if crash:
             raise crash[0]
@@ -124,7 +125,7 @@ class Wire:
     def __init__(self, address: Address) -> None:
         family = socket.AF_UNIX if address.scheme == "local" else socket.AF_INET
         self.sock = socket.socket(family, socket.SOCK_STREAM)
-        self.sock.settimeout(10)
+        self.sock.settimeout(PATIENCE)
         self.sock.connect("\0" + address.host if address.scheme == "local" else (address.host, address.port))
         self._receiver = Receiver(self.sock, lambda frame: memoryview(bytearray(frame.length)))
         self._frames: list[Frame] = []

@@ -146,7 +146,7 @@ class Play:
 
 @pytest.mark.parametrize("sync", [Async(), Bulk()])
 @given(chance=SEEDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_push_counts_once_and_the_copies_are_equal(sync: Sync, chance: random.Random) -> None:
     play = Play(sync, chance)
     for _ in range(60):

@@ -15,6 +15,7 @@ from headwater.server.versions.cut import PartCut
 from headwater.transports.rooms import Room, Rooms
 from headwater.wire.sums import checksums
 from headwater.wire.versions import SUM_BLOCK
+from tests.patience import PATIENCE
 
 SIZES = [1, SUM_BLOCK - 1, SUM_BLOCK, SUM_BLOCK + 8, 4 * SUM_BLOCK + 100]
 
@@ -82,7 +83,7 @@ def test_a_thread_copies_while_the_owner_writes() -> None:
         cut.begin()
         for _ in range(10):
             write(values, cut, chance)
-        assert landed.wait(30)
+        assert landed.wait(PATIENCE)
         assert cut.failed is None
         assert cut.summed
         assert np.array_equal(room.array, expected.numpy()), f"seed {seed}"
@@ -98,10 +99,10 @@ def test_a_cut_that_nobody_wants_ends_its_thread_whenever_it_is_told() -> None:
         for _ in range(turn % 3):
             cut.before_write(0, turn * SUM_BLOCK // 30)
         if turn % 5 == 4:
-            cut.wait(30)
+            cut.wait(PATIENCE)
         cut.drop()
         cut.before_write(0, len(values))
-        assert landed.wait(30), f"turn {turn}: the thread still waits"
+        assert landed.wait(PATIENCE), f"turn {turn}: the thread still waits"
 
 
 def test_a_cut_that_is_dropped_when_all_is_copied_ends_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +118,7 @@ def test_a_cut_that_is_dropped_when_all_is_copied_ends_its_thread(monkeypatch: p
     landed = threading.Event()
     cut, _room = cut_of(values_of(SUM_BLOCK), landed.set)
     cut.begin()
-    assert landed.wait(30)
+    assert landed.wait(PATIENCE)
 
 
 def test_a_copy_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +129,7 @@ def test_a_copy_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     landed = threading.Event()
     cut, _room = cut_of(values_of(SUM_BLOCK), landed.set)
     cut.begin()
-    assert landed.wait(30)
+    assert landed.wait(PATIENCE)
     assert isinstance(cut.failed, MemoryError)
     assert not cut.summed
     cut.before_write(0, SUM_BLOCK)  # the owner does not wait for it

@@ -28,6 +28,7 @@ from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.frames import Flag, Frame, Instruction, Kind, Outgoing
 from headwater.wire.sums import checksums, digest, unpack
+from tests.patience import PATIENCE
 from tests.server.serving import NodeHost, Wire, serve
 
 ELEMENTS = 700_000  # 2.7 MiB
@@ -88,7 +89,7 @@ class Holder:
     def settle(self) -> None:
         """Until no thread has anything to do for it."""
         while self.shelf._cutting or any(held.waiting for held in self.shelf.parts.values()):
-            assert self.rang.wait(30)
+            assert self.rang.wait(PATIENCE)
             self.rang.clear()
             self._take(self.server.woken())
 
@@ -144,7 +145,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
     def waiting(self: PartCut) -> int | None:
         if threading.current_thread() is self._thread:
-            assert gate.wait(30)
+            assert gate.wait(PATIENCE)
         return following(self)
 
     monkeypatch.setattr(PartCut, "_next", waiting)
@@ -411,7 +412,7 @@ def test_a_delta_that_cannot_be_made_does_not_end_the_others(
 def test_a_reader_asks_for_a_delta_once(holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else one connection's questions, all answered at once, could fill the memory."""
     gate, encode = threading.Event(), delta.encode
-    monkeypatch.setattr(delta, "encode", lambda *args: gate.wait(30) and encode(*args))
+    monkeypatch.setattr(delta, "encode", lambda *args: gate.wait(PATIENCE) and encode(*args))
     holder.publish(1)
     holder.write(0, 10)
     holder.publish(2)
@@ -427,7 +428,7 @@ def test_a_reader_asks_for_a_delta_once(holder: Holder, monkeypatch: pytest.Monk
 
 def test_what_is_dropped_while_somebody_waits_for_its_delta(holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, encode = threading.Event(), delta.encode
-    monkeypatch.setattr(delta, "encode", lambda *args: gate.wait(30) and encode(*args))
+    monkeypatch.setattr(delta, "encode", lambda *args: gate.wait(PATIENCE) and encode(*args))
     holder.publish(1)
     holder.write(0, 10)
     holder.publish(2)
@@ -436,7 +437,7 @@ def test_what_is_dropped_while_somebody_waits_for_its_delta(holder: Holder, monk
     (refusal,) = holder.told.pop(READER)
     assert isinstance(m.read_error(refusal.frame.body), VersionExpired)
     gate.set()
-    assert holder.rang.wait(30)
+    assert holder.rang.wait(PATIENCE)
     holder._take(holder.server.woken())
     assert not holder.told
     assert not holder.shelf.parts
@@ -446,7 +447,7 @@ def test_a_delta_to_what_was_dropped_is_not_one_to_another_of_its_number(
     holder: Holder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, encode = threading.Event(), delta.encode
-    monkeypatch.setattr(delta, "encode", lambda *args: gate.wait(30) and encode(*args))
+    monkeypatch.setattr(delta, "encode", lambda *args: gate.wait(PATIENCE) and encode(*args))
     for number in (1, 2):
         holder.write(0, 10, number)
         holder.publish(number)
@@ -458,7 +459,7 @@ def test_a_delta_to_what_was_dropped_is_not_one_to_another_of_its_number(
     encoder = holder.shelf._encoder
     assert encoder is not None
     holder.shelf._jobs.put(None)
-    encoder.join(30)
+    encoder.join(PATIENCE)
     holder._take(holder.server.woken())
     assert not holder.shelf.parts[Key(2, 0, 1)].deltas
 

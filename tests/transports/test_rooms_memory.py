@@ -15,6 +15,7 @@ import pytest
 from headwater.errors import NotEnoughMemory
 from headwater.transports import memory
 from headwater.transports.rooms import SPARE, Room, Rooms
+from tests.patience import PATIENCE
 
 SIZE = 3 * mmap.PAGESIZE
 
@@ -262,6 +263,6 @@ def test_rooms_are_taken_and_given_by_many_threads() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE)
     assert not wrong
     assert sum(map(len, rooms._free.values())) <= SPARE

@@ -12,6 +12,7 @@ from headwater.server.snapshots import cut, manifest
 from headwater.server.snapshots.capture import Capture
 from headwater.server.snapshots.disk import Disk, Sink
 from headwater.server.snapshots.format import Mark, SessionMark
+from tests.patience import PATIENCE
 from tests.server.snapshots import scene
 from tests.server.tables.tools import Sharded, table
 
@@ -50,7 +51,7 @@ def test_steps_that_follow_are_not_in_it(
     if not threads:
         while not capture.advance():
             assert not capture.error
-    assert landed.wait(20)
+    assert landed.wait(PATIENCE)
     assert not capture.error
     written = capture.result()
     assert written is not None
@@ -98,7 +99,7 @@ def test_a_full_disk_is_told(threads: bool, tmp_path: Path) -> None:
     capture.begin(Mark(0), dense)
     capture.seal(1, ())
     assert not capture.advance(10) or threads
-    assert landed.wait(10)
+    assert landed.wait(PATIENCE)
     assert "shard 3 could not write its part" in capture.error
     assert "No space left" in capture.error
     assert capture.result() is None

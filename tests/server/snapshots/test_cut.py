@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from headwater.errors import DeadlineExceeded, InternalError
 from headwater.server.snapshots.cut import Cut, Loose, anonymous
+from tests.patience import PATIENCE
 
 SIZE = 1000
 BLOCK = 64
@@ -93,7 +94,7 @@ def test_a_thread_and_a_writer_share_the_work(prepared: bool) -> None:
         cut.before_write(lo, hi)
         for region in named.values():
             region[lo:hi] = value % 256
-    cut.wait(10)
+    cut.wait(PATIENCE)
     assert copies(cut) == before
 
 
@@ -122,7 +123,7 @@ def test_a_thread_that_fails_is_heard_of() -> None:
     cut._pairs[0] = (cut._pairs[0][0], cut._pairs[0][1][:10])  # shorter than the rest
     cut.begin()
     with pytest.raises(ValueError, match="broadcast"):
-        cut.wait(10)
+        cut.wait(PATIENCE)
     cut.before_write(0, 1)  # does not hang on what the thread had in hand
 
 
@@ -132,7 +133,7 @@ def test_a_dropped_cut_lets_go() -> None:
     thread = cut._thread
     assert isinstance(thread, threading.Thread)
     cut.drop()
-    thread.join(10)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
     assert not cut.copies
     cut.before_write(0, SIZE)

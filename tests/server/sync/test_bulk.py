@@ -109,7 +109,7 @@ class Play:
 
 
 @given(st.integers(1, 3), SEEDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_on_any_schedule_of_pushes_deaths_and_commits_the_shards_agree(shards: int, chance: random.Random) -> None:
     """A step is of all that are there, on every shard or on none."""
     play = Play(shards, chance)

@@ -46,7 +46,7 @@ class Race:
 
 
 @given(st.integers(0, 3), st.integers(2, 4), SEEDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_nobody_reads_more_than_the_bound_ahead_on_any_schedule(
     bound: int, workers: int, chance: random.Random
 ) -> None:
@@ -63,7 +63,7 @@ def test_nobody_reads_more_than_the_bound_ahead_on_any_schedule(
 
 
 @given(st.integers(0, 4), st.integers(2, 4), SEEDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_cap_holds_for_all_who_compute_and_nobody_waits_for_ever(
     cap: int, workers: int, chance: random.Random
 ) -> None:

@@ -63,7 +63,7 @@ def test_order_of_the_sum_matters_and_is_kept() -> None:
     assert expected != -3.0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(["SGD", "AdamW", "Adagrad", "NAdam"]),
     shards=st.integers(1, 3),
