@@ -26,6 +26,7 @@ from headwater.launch.process import Process
 from headwater.launch.revival import Revival
 from headwater.launch.shape import Ack, Shape
 from headwater.launch.watch import Watch
+from headwater.launch.world import World, inherited
 from headwater.transports.address import Address, parse
 from headwater.wire.auth import token_from_environment
 
@@ -149,6 +150,7 @@ class Launcher:
         self._private: Path | None = None
         self._ending: Escalation | None = None
         self._outcome: Outcome | None = None
+        self._worlds: list[World] = []
         self._again: dict[_Place, Callable[[int], Process]] = {}  # start what is there, for the nth time
         self._revivals: dict[_Place, Revival] = {}
         self._due: dict[Process, float] = {}  # of those that have ended: when another takes their place
@@ -211,15 +213,15 @@ class Launcher:
         world = first_rank + count if world is None else world
         if count < 1 or first_rank < 0 or first_rank + count > world:
             raise UsageError(f"{count} workers from rank {first_rank} do not make part of a world of {world}")
+        given = {**inherited(os.environ), **self._extra, **(env or {})}
+        made = World(count, first_rank, world, given, self._restart_workers)
+        self._worlds.append(made)
+        if made.missing:
+            self._note(made.advice)
+        defaults = {"OMP_NUM_THREADS": str(max(1, cores() // count))}
         for local in range(count):
-            rank = first_rank + local
-            ranks = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": count}
-            places = {name: str(value) for name, value in ranks.items()}
-            places |= {f"HEADWATER_{name}": value for name, value in places.items()}
-            defaults = {"OMP_NUM_THREADS": str(max(1, cores() // count))}
-            forced = {**self.environment(), **places, **(env or {})}
-            start = partial(self._spawn, f"w{rank}", "worker", rank, list(command), defaults, forced)
-            self._again["worker", rank] = start
+            start = partial(self._start_worker, made, local, list(command), defaults, dict(env or {}))
+            self._again["worker", first_rank + local] = start
             self.workers.append(start(0))
         return self.workers[-count:]
 
@@ -281,6 +283,8 @@ class Launcher:
         if self._private:
             shutil.rmtree(self._private, ignore_errors=True)
             self._private = None
+        for world in self._worlds:
+            world.close()
         self._watch.close()
 
     def signals(self) -> AbstractContextManager[None]:
@@ -303,6 +307,16 @@ class Launcher:
         start = self._again["server", number] = partial(self._spawn_host, name, "server", number, command)
         self.servers.append(start(0))
 
+    def _start_worker(
+        self, world: World, local: int, command: Sequence[str], defaults: Mapping[str, str], env: Mapping[str, str],
+        restarts: int,
+    ) -> Process:  # fmt: skip
+        """One of ``start_workers``, for the first time or again."""
+        places = world.of(local, restarts)
+        rank = int(places["RANK"])
+        forced = {**self.environment(), **places, **env}
+        return self._spawn(f"w{rank}", "worker", rank, command, defaults, forced, restarts)
+
     def _spawn_host(self, name: str, role: Role, rank: int, command: Sequence[str], restarts: int) -> Process:
         """A coordinator or server. A thread that spins while it waits would take its core from the workers."""
         threads = cores() // max(1, self.shape.servers) if role == "server" else 1
@@ -319,7 +333,14 @@ class Launcher:
         forced: Mapping[str, str],
         restarts: int,
     ) -> Process:
-        env = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **defaults, **os.environ, **self._extra, **forced}
+        env = {
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONFAULTHANDLER": "1",
+            **defaults,
+            **inherited(os.environ),
+            **self._extra,
+            **forced,
+        }
         if "HEADWATER_TOKEN" in env:
             env.pop("HEADWATER_TOKEN_FILE", None)
         process = Process(name, role, rank, command, env, ready=role != "worker", restarts=restarts)
