@@ -107,11 +107,10 @@ def test_a_part_of_a_world_says_what_all_parts_must_be_given() -> None:
     assert world.missing == ["MASTER_ADDR", "MASTER_PORT", "HEADWATER_RUN"]
     given = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29400", "HEADWATER_RUN": "night"}
     assert given.items() <= World(2, 2, 4, given).of(0, 0).items()
-    notes: list[str] = []
-    with Launcher(0, address=None, on_line=Collected(), on_note=notes.append) as job:
+    with Launcher(0, on_line=Collected()) as job:
         job.start_workers([sys.executable, "-S", "-c", ""], 2, first_rank=2, world=4)
+        assert "the same MASTER_ADDR, MASTER_PORT, HEADWATER_RUN" in job.advice
         assert job.wait().code == 0
-    assert "MASTER_ADDR, MASTER_PORT, HEADWATER_RUN" in notes[0]
 
 
 def test_a_worker_that_is_started_again_is_in_the_same_world(tmp_path: Path) -> None:

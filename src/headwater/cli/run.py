@@ -92,6 +92,8 @@ def run(
         where = f"{cluster} at {job.address}" if job.address else cluster
         note(f"headwater: {where}, {counted(workers, 'worker')}: {' '.join(words)}")
         job.start_workers(command, workers, first_rank=first_rank, world=world)
+        if job.advice:
+            note(f"headwater: {job.advice}")
         outcome = job.wait()
     report(outcome)
     raise typer.Exit(outcome.code)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import signal
 import sys
 import time
@@ -184,6 +183,8 @@ class Launcher:
             self.servers.sort(key=lambda server: (len(server.name), server.name))  # s2 before s10
             if self._advertise:
                 self._record = registry.advertise(self.address, self._token, " ".join(sys.argv[:3]))
+                if self._record is None:
+                    self._note(f"no private file can be left for headwater status. {registry.complaint()}".strip())
         except BaseException:
             self.stop()
             raise
@@ -216,8 +217,6 @@ class Launcher:
         given = {**inherited(os.environ), **self._extra, **(env or {})}
         made = World(count, first_rank, world, given, self._restart_workers)
         self._worlds.append(made)
-        if made.missing:
-            self._note(made.advice)
         defaults = {"OMP_NUM_THREADS": str(max(1, cores() // count))}
         for local in range(count):
             start = partial(self._start_worker, made, local, list(command), defaults, dict(env or {}))
@@ -228,6 +227,11 @@ class Launcher:
     def environment(self) -> dict[str, str]:
         """What a client of this cluster needs in its environment: address and token."""
         return {"HEADWATER_ADDRESS": self.address, "HEADWATER_TOKEN": self._token} if self.address else {}
+
+    @property
+    def advice(self) -> str:
+        """What the workers here need to find those of other launchers, and were not given; or nothing."""
+        return next((world.advice for world in self._worlds), "")
 
     def poll(self, timeout: float = 0.1) -> bool:
         """Forward output and watch over the processes for ``timeout`` seconds; returns early when the job has ended.
@@ -277,12 +281,9 @@ class Launcher:
         with self.signals():
             for group in (self.workers, self.servers, [self.coordinator] if self.coordinator else []):
                 self._stop_group(group)
-        if self._record:
-            self._record.unlink(missing_ok=True)
-            self._record = None
-        if self._private:
-            shutil.rmtree(self._private, ignore_errors=True)
-            self._private = None
+        for left in (self._record, self._private):
+            registry.withdraw(left)
+        self._record = self._private = None
         for world in self._worlds:
             world.close()
         self._watch.close()

@@ -54,7 +54,9 @@ class World:
 
     @property
     def advice(self) -> str:
-        """What to do about ``missing``."""
+        """What to do about ``missing``, if something is."""
+        if not self.missing:
+            return ""
         return (
             f"{self._count} of {self._size} workers are started here; for torch.distributed give all launchers the "
             f"same {', '.join(self.missing)}: the host of rank 0, a free port there, any word"
