@@ -70,6 +70,13 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(run: Path) -> None
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
+def test_any_worker_can_be_told_to_stop(run: Path) -> None:
+    _change(run, steps=1000, workers=2)
+    (run / "stop").touch()  # as rank 1 does
+    _train(run)
+    assert checkpoint.read_state(checkpoint.newest(run) or run, Settings).step == 2
+
+
 def test_a_budget_of_time_ends_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _change(run, steps=None, minutes=1e-6)
     _train(run)

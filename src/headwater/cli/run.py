@@ -36,8 +36,10 @@ def run(
     world: Annotated[
         int | None, typer.Option(min=1, help="Workers in all, if others are launched elsewhere. Default: those here.")
     ] = None,
-    grace: Annotated[float, typer.Option(min=0.0, help="Seconds between SIGTERM and SIGKILL.")] = 5.0,
-    patience: Annotated[float, typer.Option(min=0.0, help="Seconds for workers to finish after Ctrl-C.")] = 20.0,
+    grace: Annotated[float, typer.Option(min=0.0, help="Seconds between SIGTERM and SIGKILL after a failure.")] = 5.0,
+    patience: Annotated[
+        float, typer.Option(min=0.0, help="Seconds for workers to finish after Ctrl-C or SIGTERM.")
+    ] = 20.0,
     shards: options.Shards = None,
     replicas: options.Replicas = 1,
     min_copies: options.MinCopies = 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -18,7 +19,7 @@ from rich.text import Text
 import headwater
 from headwater import launch
 from headwater.errors import DataError, HeadwaterError
-from headwater_recipes.common import checkpoint, display, metrics, reports, settings
+from headwater_recipes.common import checkpoint, display, metrics, plan, reports, settings
 from headwater_recipes.common.board import Board
 from headwater_recipes.common.recipe import Recipe
 from headwater_recipes.common.settings import AnySettings, State
@@ -76,7 +77,8 @@ class Job(ABC, Generic[AnySettings]):
         self.board = Board(self.settings.workers, metrics.read_rows(folder))
         self.display: display.Display | None = None
         self._metrics = folder / "metrics.jsonl"
-        (folder / "plan.json").unlink(missing_ok=True)  # an earlier launch's, with its stop
+        for name in ("plan.json", plan.ASKED):  # an earlier launch's, with its stop
+            (folder / name).unlink(missing_ok=True)
 
     def run(self) -> int:
         """Train; returns the exit code."""
@@ -115,13 +117,19 @@ class Job(ABC, Generic[AnySettings]):
             while launcher.poll(0.25):
                 if launcher.outcome.interrupted and not told:
                     told = True
-                    self.display.note("stopping: the workers end their step and save; another Ctrl-C does not wait")
+                    self.display.note(self._stopping(launcher.outcome.code))
                 if reader is not None and time.monotonic() - asked >= _STATUS_EVERY:
                     asked = time.monotonic()
                     with contextlib.suppress(HeadwaterError):
                         cluster = reader.status()
                 self.display.update(self.board, cluster)
             self.display.update(self.board, cluster)
+
+    def _stopping(self, code: int) -> str:
+        again = "another Ctrl-C" if code == 128 + signal.SIGINT else "another signal"
+        if not self.board.started:
+            return f"stopping: no step was taken yet, so there is nothing to save; {again} does not wait"
+        return f"stopping: the workers end their step and save; {again} does not wait"
 
     def _reader(self, launcher: launch.Launcher, stack: contextlib.ExitStack) -> headwater.Client | None:
         """A client that only looks."""
@@ -148,7 +156,7 @@ class Job(ABC, Generic[AnySettings]):
     def _line(self, process: launch.Process, stream: str, line: str) -> None:
         report = reports.hear(line) if process.role == "worker" and stream == "stdout" else None
         if report is None:
-            # A worker that Ctrl-C met while it was still importing has nothing to say that the user does not know.
+            # A worker that the signal met while it was still importing has nothing to say that the user does not know.
             if self.display is not None and not self.launcher.outcome.interrupted:
                 self.display.note(f"{process.name}: {line}")
             return
@@ -173,6 +181,8 @@ class Job(ABC, Generic[AnySettings]):
             self._say("stopped" if outcome.interrupted else "the workers ended before the run did")
         else:
             self._say(f"the run failed: {outcome.message}")
+        if outcome.interrupted and self.board.started and len(self.board.finished) < self.settings.workers:
+            self._say("the workers were ended before they had saved their last steps")
         if found is not None:
             self._say(f"step {int(found.name)} is saved in {self.folder}")
         else:

@@ -15,6 +15,8 @@ from pathlib import Path
 import msgspec
 
 LEAD = 2
+ASKED = "stop"
+"""The file by which another rank than 0 asks for the end."""
 REPLAN = 10
 """Steps between two plans."""
 FLOOR = 0.05
@@ -45,6 +47,7 @@ class PlanFile:
 
     def __init__(self, folder: Path, first: Plan) -> None:
         self._path = folder / "plan.json"
+        self._asked = folder / ASKED
         self._plans = [first]
         self._seen: tuple[int, int] | None = None
 
@@ -60,6 +63,15 @@ class PlanFile:
         beside = self._path.with_suffix(".new")
         beside.write_bytes(msgspec.json.encode(self._plans))
         beside.replace(self._path)
+
+    @property
+    def stop_asked(self) -> bool:
+        """Whether another rank wants the run to stop: somebody has told it, and not rank 0."""
+        return self._asked.exists()
+
+    def ask_to_stop(self) -> None:
+        """For rank 0 to see at its next step."""
+        self._asked.touch()
 
     def _read(self) -> None:
         try:
