@@ -14,6 +14,8 @@ from pathlib import Path
 
 import msgspec
 
+from headwater_recipes.common import checkpoint
+
 LEAD = 2
 ASKED = "stop"
 """The file by which another rank than 0 asks for the end."""
@@ -57,12 +59,10 @@ class PlanFile:
         return next((plan for plan in reversed(self._plans) if plan.step <= step), self._plans[0])
 
     def publish(self, plan: Plan) -> None:
-        """Add a plan; rank 0 only."""
+        """Add a plan; rank 0 only. Raises ``DiskFull``."""
         # Stopping can follow a new estimate at once, before that has taken effect: keep more than two.
         self._plans = [*self._plans[-3:], plan]
-        beside = self._path.with_suffix(".new")
-        beside.write_bytes(msgspec.json.encode(self._plans))
-        beside.replace(self._path)
+        checkpoint.replace(self._path, msgspec.json.encode(self._plans))
 
     @property
     def stop_asked(self) -> bool:

@@ -146,7 +146,10 @@ class Trainer(ABC, Generic[AnySettings]):
         if self.step % s.validate_every == 0:
             self.validate(whole=False)
         if self.step % s.save_every == 0 and self.ps.rank == 0:
-            self._save()
+            try:
+                self._save()
+            except headwater.DiskFull as error:  # there may be room again by the next time
+                print(f"step {self.step} is not saved, and training goes on: {error}", file=sys.stderr)
 
     def _publish(self) -> None:
         """Rank 0 names the state after the step just taken; readers find it as ``latest`` too."""
@@ -268,7 +271,10 @@ def main(make: Callable[[Path, headwater.Client], Trainer[Any]], folder: Path) -
     with headwater.connect() as ps:
         worker = make(folder, ps)
         worker.stopping = interrupted
-        worker.run()
+        try:
+            worker.run()
+        except headwater.DiskFull as error:
+            sys.exit(f"headwater.errors.DiskFull: {error}")
         worker.optimizer.close()
 
 
