@@ -90,7 +90,7 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path: Path, what
         if what == "model":
             checkpoint.write_model(made, folder)
 
-    with _small_disk(most), pytest.raises(DiskFull, match="newest checkpoint is that of step 1$"):
+    with _small_disk(most), pytest.raises(DiskFull, match=r"newest checkpoint is that of step 1$"):
         checkpoint.save(tmp_path, made, optimizer.state_dict() if what == "json" else state, _state(2), write)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == there
     assert checkpoint.newest(tmp_path) == before

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from headwater.errors import DataError, DiskFull, RunInUse
 from headwater_recipes.common import checkpoint, claim, metrics
@@ -60,7 +61,7 @@ def test_a_run_that_another_process_works_in_is_left_alone(begun: Path, holder: 
     with pytest.raises(RunInUse, match=rf"process {holder.pid} on .* works in .*Nothing was changed"):
         job.resume(begun, {"steps": 30})
     with pytest.raises(RunInUse, match=str(holder.pid)):
-        job.Job(begun, None)  # type: ignore[arg-type]
+        job.Job(begun, Console(quiet=True))
     assert _content(begun) == before
     assert half.is_dir()  # the other one may be writing it
     holder.kill()

@@ -10,7 +10,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Generic
+from typing import IO, Any, Generic, cast
 
 import msgspec
 from rich.console import Console
@@ -93,6 +93,7 @@ class Job(ABC, Generic[AnySettings]):
         self.board = Board(self.settings.workers, metrics.read_rows(folder))
         self.display: display.Display | None = None
         self._incomplete: set[str] = set()
+        console.file = cast("IO[str]", launch.Sturdy(console.file, self._deaf))
         for name in ("plan.json", plan.ASKED):  # an earlier launch's, with its stop
             (folder / name).unlink(missing_ok=True)
 
@@ -177,6 +178,18 @@ class Job(ABC, Generic[AnySettings]):
         if self.display is not None:
             self.display.note(f"headwater: {text}")
         self._append("events.jsonl", {"time": round(time.time(), 3), "event": text})
+
+    def _deaf(self, error: OSError) -> None:
+        """Nobody sees any more what is shown. A closed pipe ends the job as SIGTERM does, anything else does not."""
+        if not any(worker.running for worker in self.launcher.workers):
+            return
+        ends = isinstance(error, BrokenPipeError)
+        what = "the workers are told to end their step and save" if ends else "training goes on"
+        Console(file=cast("IO[str]", launch.Sturdy("stderr")), highlight=False).print(
+            f"headwater: what this command prints is lost from here on ({error.strerror}); {what}", soft_wrap=True
+        )
+        if ends:
+            self.launcher.terminate()
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         """One more line of a record. Training does not end for the lack of it."""
