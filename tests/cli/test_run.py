@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -125,3 +127,28 @@ def test_bytes_of_any_kind_pass_through(tmp_path: Path, encoding: str) -> None:
     expected = {"ascii": rb"caf\xe9 \ufffd", "utf-8": "caf\u00e9 \ufffd".encode()}[encoding]
     assert done.stdout.splitlines() == [b"[w0] " + expected] * 3
     assert b"[w0] " + {"ascii": rb"\u2713", "utf-8": "\u2713".encode()}[encoding] in done.stderr
+
+
+def test_a_terminal_that_is_gone_lets_the_workers_save(tmp_path: Path) -> None:
+    """As when an ssh connection breaks: the kernel says SIGHUP, and every write fails from then on."""
+    saved = tmp_path / "saved"
+    script = _script(
+        tmp_path,
+        "import os, pathlib, signal, sys, time\n"
+        "def save(*_):\n"
+        "    for i in range(20): print('saving', i); time.sleep(0.05)\n"
+        f"    pathlib.Path({str(saved)!r}).touch(); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "print('ready')\n"
+        "while True: time.sleep(0.1)\n",
+    )
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "headwater", "run", "-s", "0", script])
+    seen = b""
+    while b"ready" not in seen:
+        seen += os.read(master, 4096)
+    os.close(master)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert saved.exists()
