@@ -7,7 +7,8 @@ HeadwaterError
 │   ├── ParameterModified               a parameter was changed in place outside the optimizer
 │   ├── NonFiniteGradient               NaN or Inf in a gradient, and the policy is "error"
 │   ├── UnknownOptimizer                not in the closed list, or a hyperparameter it lacks
-│   └── DataError                       a corpus that is empty, unreadable or not text; a run folder that exists
+│   ├── DataError                       a corpus that is empty, unreadable or not text; a run folder that exists
+│   └── RunInUse                        another process works in the run's folder
 ├── ClusterError                        the cluster refused; it goes on
 │   ├── UnknownTable                    no table of that name or number
 │   ├── UnknownVersion                  no version or tag of that name
@@ -71,6 +72,10 @@ class UnknownOptimizer(UsageError):
 
 class DataError(UsageError):
     """The data cannot be used: empty, unreadable, not text; or a run folder is in the way."""
+
+
+class RunInUse(UsageError):
+    """Another process works in this run's folder; nothing was changed."""
 
 
 class ClusterError(HeadwaterError):

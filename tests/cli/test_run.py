@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -87,4 +90,66 @@ def test_when_nobody_reads_any_more_the_job_ends(tmp_path: Path) -> None:
         assert process.stdout.readline() == "[w0] more\n"
         process.stdout.close()
         assert process.wait(PATIENCE) == 143
-        assert process.stderr.read().splitlines()[-1] == "headwater: terminated; no process is left"
+        said = process.stderr.read().splitlines()
+    assert said[-1] == "headwater: terminated; no process is left"
+    assert "nobody reads what this command prints any more" in said[-2]
+    assert len(said) == 3
+
+
+def test_when_nobody_reads_the_errors_either_the_job_ends_with_its_own_code(tmp_path: Path) -> None:
+    script = _script(tmp_path, "while True: print('more')")
+    command = [sys.executable, "-m", "headwater", "run", "-s", "0", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(PATIENCE) == 143
+
+
+def test_with_closed_outputs_a_cluster_comes_up_and_the_workers_code_is_returned(tmp_path: Path) -> None:
+    """What is opened next must not be taken for the standard output."""
+    script = _script(
+        tmp_path,
+        "import headwater, sys\nwith headwater.connect() as ps: print(ps.status().servers)\nsys.exit(5)\n",
+    )
+    command = f"exec {sys.executable} -m headwater run {script} <&- >&- 2>&-"
+    assert subprocess.run(["/bin/sh", "-c", command], timeout=PATIENCE, check=False).returncode == 5
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_bytes_of_any_kind_pass_through(tmp_path: Path, encoding: str) -> None:
+    script = _script(
+        tmp_path, "import os; os.write(1, b'caf\\xc3\\xa9 \\xff\\n' * 3); os.write(2, b'\\xe2\\x9c\\x93\\n')"
+    )
+    command = [sys.executable, "-m", "headwater", "run", "-s", "0", script]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = {"ascii": rb"caf\xe9 \ufffd", "utf-8": "caf\u00e9 \ufffd".encode()}[encoding]
+    assert done.stdout.splitlines() == [b"[w0] " + expected] * 3
+    assert b"[w0] " + {"ascii": rb"\u2713", "utf-8": "\u2713".encode()}[encoding] in done.stderr
+
+
+def test_a_terminal_that_is_gone_lets_the_workers_save(tmp_path: Path) -> None:
+    """As when an ssh connection breaks: the kernel says SIGHUP, and every write fails from then on."""
+    saved = tmp_path / "saved"
+    script = _script(
+        tmp_path,
+        "import os, pathlib, signal, sys, time\n"
+        "def save(*_):\n"
+        "    for i in range(20): print('saving', i); time.sleep(0.05)\n"
+        f"    pathlib.Path({str(saved)!r}).touch(); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "print('ready')\n"
+        "while True: time.sleep(0.1)\n",
+    )
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "headwater", "run", "-s", "0", script])
+    seen = b""
+    while b"ready" not in seen:
+        seen += os.read(master, 4096)
+    os.close(master)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert saved.exists()

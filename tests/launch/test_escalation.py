@@ -22,8 +22,17 @@ def test_a_second_request_does_not_wait() -> None:
     assert ending.next(0.0) == SIGINT
     ending.hurry(1.0)
     assert ending.next(1.0) == SIGTERM
-    ending.hurry(2.0)
-    assert ending.next(2.0) == SIGKILL
+    assert ending.due == 2.0  # and not after the grace
+    ending.hurry(1.5)
+    assert ending.next(1.5) == SIGKILL
+
+
+def test_sigterm_leaves_time_to_finish_and_a_second_one_does_not() -> None:
+    ending = escalation.finish(now=0.0, patience=20.0)
+    assert [ending.next(0.0), ending.due] == [SIGTERM, 20.0]
+    ending.hurry(1.0)
+    assert ending.next(1.0) == SIGKILL
+    assert not ending.over(5.0)
 
 
 def test_waiting_for_a_process_that_even_sigkill_does_not_end_has_a_deadline() -> None:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from headwater.errors import DataError
+from headwater.errors import DataError, DiskFull
 from headwater_recipes.common import checkpoint
 from headwater_recipes.lm import model
 from headwater_recipes.lm.settings import RECIPE, Settings, State
@@ -62,6 +65,40 @@ def test_the_last_two_are_kept_and_an_unfinished_one_does_not_count(tmp_path: Pa
     found = checkpoint.newest(tmp_path)
     assert found is not None
     assert found.name == "00000100"
+
+
+@contextlib.contextmanager
+def _small_disk(most: int) -> Iterator[None]:
+    """No file of more bytes: what a full disk says, said by the kernel."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("what", ["model", "optimizer", "json"])
+def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path: Path, what: str) -> None:
+    made, (_, optimizer) = _model(), _trained()
+    before = checkpoint.save(tmp_path, made, {"state": {}, "param_groups": []}, _state(1))
+    there = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    state = {"state": {0: {"exp_avg": torch.ones(200_000)}}, "param_groups": []}
+    most = {"model": 50_000, "optimizer": 500_000, "json": 10}[what]
+
+    def write(_: Any, folder: Path) -> None:
+        if what == "model":
+            checkpoint.write_model(made, folder)
+
+    with _small_disk(most), pytest.raises(DiskFull, match=r"newest checkpoint is that of step 1$"):
+        checkpoint.save(tmp_path, made, optimizer.state_dict() if what == "json" else state, _state(2), write)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == there
+    assert checkpoint.newest(tmp_path) == before
+    with _small_disk(10), pytest.raises(DiskFull, match="it is as it was"):
+        checkpoint.write_json(tmp_path / "headwater.json", {"model": "x" * 100})
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == there
+    checkpoint.save(tmp_path, made, state, _state(2))
+    assert not list(tmp_path.rglob("*.new"))
 
 
 def test_a_disk_without_hard_links_gets_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import msgspec
@@ -63,6 +64,61 @@ def test_two_workers_and_two_servers_train_stop_and_go_on(run: Path) -> None:
     assert torch.isfinite(loaded(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
     with pytest.raises(DataError, match="has reached its end"):
         job.resume(run, {})
+
+
+class _Told(job.Job):
+    """Gets a signal when the first row of metrics is there: alone, or as all processes of it do (Slurm, systemd)."""
+
+    number, everybody, times = signal.SIGTERM, False, 1
+
+    def _line(self, process: Process, stream: str, line: str) -> None:
+        before = len(self.board.rows)
+        super()._line(process, stream, line)
+        if len(self.board.rows) > before == 0:
+            others = [self.launcher.coordinator, *self.launcher.servers, *self.launcher.workers]
+            if self.everybody:  # and not by the launcher, whose word counts at once
+                subprocess.run(["kill", f"-{self.number:d}", *(str(p.pid) for p in others if p)], check=True)
+            for _ in range(self.times):
+                signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize(("number", "everybody"), [(signal.SIGTERM, True), (signal.SIGHUP, False)])
+def test_a_run_that_is_told_to_end_saves_its_last_step(run: Path, number: signal.Signals, everybody: bool) -> None:
+    _endless(run, workers=2)
+    out = io.StringIO()
+    told = _Told(run, Console(file=out, width=200))
+    told.number, told.everybody = number, everybody
+    told.times = 3 if number == signal.SIGHUP else 1  # kernel, shell and session each say it
+    assert told.run() == 128 + number
+    processes = [told.launcher.coordinator, *told.launcher.servers, *told.launcher.workers]
+    assert [process.returncode for process in processes if process] == [0] * 4, [
+        process.last_words for process in processes if process
+    ]
+    found = checkpoint.newest(run)
+    assert found is not None
+    step = checkpoint.read_state(found, Settings).step
+    assert step == told.board.finished[0].step == told.board.finished[1].step
+    assert f"stopped\nstep {step} is saved in {run}\n" in out.getvalue()
+    assert out.getvalue().count("the workers end their step and save; another signal does not wait") == 1
+    job.resume(run, {"steps": step + 2})
+    assert checkpoint.read_state(run, Settings).settings.steps == step + 2
+
+
+def test_a_second_signal_ends_at_once_and_nothing_is_claimed(run: Path) -> None:
+    _endless(run, workers=1)
+    out = io.StringIO()
+    told = _Told(run, Console(file=out, width=200))
+    told.times = 2
+    assert told.run() == 143
+    assert told.launcher.workers[0].returncode == 128 + signal.SIGKILL
+    assert "the workers were ended before they had saved their last steps" in out.getvalue()
+    assert "no step is saved yet" in out.getvalue()
+
+
+def _endless(run: Path, workers: int) -> None:
+    state = checkpoint.read_state(run, Settings)
+    settings = msgspec.structs.replace(state.settings, workers=workers, steps=None, minutes=10.0, log_every=2)
+    checkpoint.write_json(run / "trainer.json", msgspec.structs.replace(state, settings=settings))
 
 
 class _Killer(job.Job):

@@ -71,6 +71,38 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(run: Path) -> None
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
+def test_a_checkpoint_that_has_no_room_does_not_end_the_training(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _change(run, steps=6, save_every=2)
+    whole, tries = checkpoint.save, []
+
+    def save(*given: Any) -> Path:
+        tries.append(1)
+        if len(tries) == 1:
+            raise headwater.DiskFull("no room")
+        return whole(*given)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    _train(run)
+    heard = capsys.readouterr()
+    assert "step 2 is not saved, and training goes on: no room" in heard.err
+    said = [each for line in heard.out.splitlines() if (each := reports.hear(line)) is not None]
+    assert [each.step for each in said if isinstance(each, reports.Saved)] == [4, 6, 6]
+    monkeypatch.setattr(checkpoint, "save", lambda *_: (_ for _ in ()).throw(headwater.DiskFull("no room")))
+    _change(run, steps=8, save_every=100)
+    (run / "plan.json").unlink(missing_ok=True)
+    with pytest.raises(headwater.DiskFull):  # the last one is what the run was for
+        _train(run)
+
+
+def test_any_worker_can_be_told_to_stop(run: Path) -> None:
+    _change(run, steps=1000, workers=2)
+    (run / "stop").touch()  # as rank 1 does
+    _train(run)
+    assert checkpoint.read_state(checkpoint.newest(run) or run, Settings).step == 2
+
+
 def test_a_budget_of_time_ends_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _change(run, steps=None, minutes=1e-6)
     _train(run)

@@ -22,6 +22,7 @@ from headwater.cli.snapshot import snapshot
 from headwater.cli.status import status
 from headwater.cli.up import up
 from headwater.errors import HeadwaterError
+from headwater.launch import streams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     An error that Headwater raises on purpose is one line on stderr and exit code 1; with ``HEADWATER_DEBUG=1`` it is
     a traceback.
     """
+    streams.prepare()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         build(words)(args=words, prog_name="headwater")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import IO, cast
+
 from rich.console import Console
 from rich.text import Text
+
+from headwater.launch.streams import Sturdy
 
 _FILE_WIDTH = 160
 """Columns of a table that goes into a file or a pipe: there is no edge to cut it at."""
@@ -35,7 +39,8 @@ def counted(number: int, what: str) -> str:
 
 
 def _console(*, stderr: bool) -> Console:
-    console = Console(stderr=stderr)
+    # What is said beside the results never ends a job; results that nobody reads end the command, as rich does.
+    console = Console(file=cast("IO[str]", Sturdy("stderr"))) if stderr else Console()
     if not console.is_terminal:
         console.width = max(console.width, _FILE_WIDTH)
     return console

@@ -36,8 +36,10 @@ def run(
     world: Annotated[
         int | None, typer.Option(min=1, help="Workers in all, if others are launched elsewhere. Default: those here.")
     ] = None,
-    grace: Annotated[float, typer.Option(min=0.0, help="Seconds between SIGTERM and SIGKILL.")] = 5.0,
-    patience: Annotated[float, typer.Option(min=0.0, help="Seconds for workers to finish after Ctrl-C.")] = 20.0,
+    grace: Annotated[float, typer.Option(min=0.0, help="Seconds between SIGTERM and SIGKILL after a failure.")] = 5.0,
+    patience: Annotated[
+        float, typer.Option(min=0.0, help="Seconds for workers to finish after Ctrl-C or SIGTERM.")
+    ] = 20.0,
     shards: options.Shards = None,
     replicas: options.Replicas = 1,
     min_copies: options.MinCopies = 1,
@@ -92,6 +94,8 @@ def run(
         where = f"{cluster} at {job.address}" if job.address else cluster
         note(f"headwater: {where}, {counted(workers, 'worker')}: {' '.join(words)}")
         job.start_workers(command, workers, first_rank=first_rank, world=world)
+        if job.advice:
+            note(f"headwater: {job.advice}")
         outcome = job.wait()
     report(outcome)
     raise typer.Exit(outcome.code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import stat
 from pathlib import Path
@@ -13,11 +12,11 @@ from rich.text import Text
 
 import headwater
 from headwater.cli import options
-from headwater.cli.console import out
+from headwater.cli.console import note, out
 from headwater.cli.run import report
 from headwater.errors import UsageError
 from headwater.launch import Launcher, Shape
-from headwater.launch.registry import folder, write_private
+from headwater.launch.registry import complaint, keep_token, withdraw, write_private
 from headwater.wire.auth import token_from_environment
 
 
@@ -68,19 +67,28 @@ def up(
     try:
         with job.signals(), job:
             if given is None:
-                made = folder() / f"{os.getpid()}.token"
-                made.unlink(missing_ok=True)
-                write_private(made, job.environment()["HEADWATER_TOKEN"] + "\n")
+                made = _kept(job.environment()["HEADWATER_TOKEN"])
+            if why := complaint():
+                note(f"headwater: {why}")
             _announce(job, token_file or made)
             outcome = job.wait()
     finally:
-        if made:
-            made.unlink(missing_ok=True)
+        withdraw(made)
     if outcome.interrupted:
         out().print("The cluster has ended.")
         return
     report(outcome)
     raise typer.Exit(outcome.code)
+
+
+def _kept(token: str) -> Path:
+    try:
+        return keep_token(token)
+    except OSError as error:
+        raise UsageError(
+            f"no private folder for the token can be had ({error}): give --token-file, or HEADWATER_TOKEN; "
+            "the cluster was stopped"
+        ) from None
 
 
 def read_token(path: Path) -> str:

@@ -6,5 +6,6 @@ from headwater.launch.local import Launcher, address_of, cores, launch
 from headwater.launch.outcome import Outcome
 from headwater.launch.process import Process
 from headwater.launch.shape import Shape
+from headwater.launch.streams import Sturdy
 
-__all__ = ["Launcher", "Outcome", "Process", "Shape", "address_of", "cores", "launch"]
+__all__ = ["Launcher", "Outcome", "Process", "Shape", "Sturdy", "address_of", "cores", "launch"]

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 NEVER = float("inf")
 _AFTER_KILL = 10.0
+_LAST_WORD = 1.0
+"""Seconds that a signal gets before SIGKILL when the user asked again."""
 
 
 class Escalation:
@@ -19,6 +21,7 @@ class Escalation:
     def __init__(self, steps: Sequence[tuple[signal.Signals, float]], now: float) -> None:
         self._steps = deque(steps)
         self._due = now
+        self._hurried = False
 
     @property
     def due(self) -> float:
@@ -30,21 +33,29 @@ class Escalation:
         return not self._steps and now >= self._due
 
     def hurry(self, now: float) -> None:
-        """The user asked again: the next signal is due."""
-        self._due = now
+        """The user asked again: the next signal is due, and the ones after it do not wait for long."""
+        self._due, self._hurried = now, True
 
     def next(self, now: float) -> signal.Signals | None:
         """The signal to send at ``now``, if one is due."""
         if now < self._due or not self._steps:
             return None
         number, grace = self._steps.popleft()
-        self._due = now + grace
+        self._due = now + (min(grace, _LAST_WORD) if self._hurried and self._steps else grace)
         return number
 
 
 def interrupt(now: float, patience: float, grace: float) -> Escalation:
     """Ctrl-C: ``patience`` seconds to finish cleanly, ``grace`` to obey SIGTERM, then SIGKILL."""
     return Escalation([(signal.SIGINT, patience), (signal.SIGTERM, grace), (signal.SIGKILL, _AFTER_KILL)], now)
+
+
+def finish(now: float, patience: float) -> Escalation:
+    """SIGTERM or SIGHUP to the launcher: ``patience`` seconds to finish cleanly upon SIGTERM, then SIGKILL.
+
+    A batch system that said SIGTERM says SIGKILL next, so there is no third signal between them.
+    """
+    return terminate(now, patience)
 
 
 def terminate(now: float, grace: float) -> Escalation:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import signal
 import sys
 import time
@@ -24,8 +23,9 @@ from headwater.launch import outcome as words
 from headwater.launch.outcome import Outcome
 from headwater.launch.process import Process
 from headwater.launch.revival import Revival
-from headwater.launch.shape import Ack, Shape
+from headwater.launch.shape import Ack, Shape, check_sense, checked_listen
 from headwater.launch.watch import Watch
+from headwater.launch.world import World, inherited
 from headwater.transports.address import Address, parse
 from headwater.wire.auth import token_from_environment
 
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 SERVER = (sys.executable, "-P", "-m", "headwater.server")
 
 _SETTLE = 2.0
+_ECHO = 1.0
+"""Seconds in which a SIGHUP says nothing new: kernel, shell and session each tell a process of one hang-up."""
 
 
 def cores() -> int:
@@ -74,8 +76,9 @@ class Launcher:
         on_line: called with (process, ``"stdout"`` or ``"stderr"``, line) instead of printing it with a prefix.
         on_exit: called with each process that has ended.
         on_note: called with what the launcher itself has to say, one line, instead of printing it on stderr.
-        grace: seconds between SIGTERM and SIGKILL.
-        patience: seconds that workers get to finish after Ctrl-C, before SIGTERM.
+        grace: seconds between SIGTERM and SIGKILL where nobody asked the job to end: a worker has failed, say.
+        patience: seconds that workers get to finish after Ctrl-C (they get SIGINT), before SIGTERM; and after SIGTERM
+            or SIGHUP to the launcher (they get SIGTERM), before SIGKILL. A second signal does not wait.
         ready_timeout: seconds that the cluster may take to come up.
         advertise: let ``headwater status`` of the same user find the cluster.
         shards, replicas, min_copies, ack, silence, state, snapshots, snapshot_every, restore: see ``Shape``.
@@ -130,8 +133,8 @@ class Launcher:
             0 if address else servers, shards, replicas, min_copies, ack, silence,
             _path(state), _path(snapshots), snapshot_every, _path(restore),
         )  # fmt: skip
-        self._listen = _checked_listen(listen, token)
-        _check_sense(address, self.shape, elastic, restart_workers)
+        self._listen = checked_listen(listen, token)
+        check_sense(address, self.shape, elastic, restart_workers)
         self.address = address
         self.coordinator: Process | None = None
         self.servers: list[Process] = []
@@ -148,7 +151,9 @@ class Launcher:
         self._state = self.shape.state
         self._private: Path | None = None
         self._ending: Escalation | None = None
+        self._hangup = 0.0
         self._outcome: Outcome | None = None
+        self._worlds: list[World] = []
         self._again: dict[_Place, Callable[[int], Process]] = {}  # start what is there, for the nth time
         self._revivals: dict[_Place, Revival] = {}
         self._due: dict[Process, float] = {}  # of those that have ended: when another takes their place
@@ -182,6 +187,8 @@ class Launcher:
             self.servers.sort(key=lambda server: (len(server.name), server.name))  # s2 before s10
             if self._advertise:
                 self._record = registry.advertise(self.address, self._token, " ".join(sys.argv[:3]))
+                if self._record is None:
+                    self._note(f"no private file can be left for headwater status. {registry.complaint()}".strip())
         except BaseException:
             self.stop()
             raise
@@ -211,21 +218,24 @@ class Launcher:
         world = first_rank + count if world is None else world
         if count < 1 or first_rank < 0 or first_rank + count > world:
             raise UsageError(f"{count} workers from rank {first_rank} do not make part of a world of {world}")
+        given = {**inherited(os.environ), **self._extra, **(env or {})}
+        made = World(count, first_rank, world, given, self._restart_workers)
+        self._worlds.append(made)
+        defaults = {"OMP_NUM_THREADS": str(max(1, cores() // count))}
         for local in range(count):
-            rank = first_rank + local
-            ranks = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": count}
-            places = {name: str(value) for name, value in ranks.items()}
-            places |= {f"HEADWATER_{name}": value for name, value in places.items()}
-            defaults = {"OMP_NUM_THREADS": str(max(1, cores() // count))}
-            forced = {**self.environment(), **places, **(env or {})}
-            start = partial(self._spawn, f"w{rank}", "worker", rank, list(command), defaults, forced)
-            self._again["worker", rank] = start
+            start = partial(self._start_worker, made, local, list(command), defaults, dict(env or {}))
+            self._again["worker", first_rank + local] = start
             self.workers.append(start(0))
         return self.workers[-count:]
 
     def environment(self) -> dict[str, str]:
         """What a client of this cluster needs in its environment: address and token."""
         return {"HEADWATER_ADDRESS": self.address, "HEADWATER_TOKEN": self._token} if self.address else {}
+
+    @property
+    def advice(self) -> str:
+        """What the workers here need to find those of other launchers, and were not given; or nothing."""
+        return next((world.advice for world in self._worlds), "")
 
     def poll(self, timeout: float = 0.1) -> bool:
         """Forward output and watch over the processes for ``timeout`` seconds; returns early when the job has ended.
@@ -250,7 +260,7 @@ class Launcher:
         return came
 
     def wait(self) -> Outcome:
-        """Until the job has ended. Ctrl-C and SIGTERM are passed on to the workers meanwhile."""
+        """Until the job has ended. Ctrl-C, SIGTERM and SIGHUP are passed on to the workers meanwhile."""
         with self.signals():
             while self.poll(3600.0):
                 pass
@@ -262,11 +272,11 @@ class Launcher:
         return self._outcome or Outcome()
 
     def interrupt(self) -> None:
-        """As Ctrl-C: the workers get SIGINT and time to finish. Again: SIGTERM; again: SIGKILL. From any thread."""
+        """As Ctrl-C: the workers get SIGINT and time to finish. Again: SIGTERM, and SIGKILL soon. From any thread."""
         self._watch.request(signal.SIGINT)
 
     def terminate(self) -> None:
-        """The workers get SIGTERM, and SIGKILL after the grace. From any thread."""
+        """As SIGTERM: the workers get SIGTERM and time to finish. Again: SIGKILL. From any thread."""
         self._watch.request(signal.SIGTERM)
 
     def stop(self) -> None:
@@ -275,12 +285,11 @@ class Launcher:
         with self.signals():
             for group in (self.workers, self.servers, [self.coordinator] if self.coordinator else []):
                 self._stop_group(group)
-        if self._record:
-            self._record.unlink(missing_ok=True)
-            self._record = None
-        if self._private:
-            shutil.rmtree(self._private, ignore_errors=True)
-            self._private = None
+        for left in (self._record, self._private):
+            registry.withdraw(left)
+        self._record = self._private = None
+        for world in self._worlds:
+            world.close()
         self._watch.close()
 
     def signals(self) -> AbstractContextManager[None]:
@@ -291,7 +300,8 @@ class Launcher:
 
     def _start_coordinator(self, restarts: int) -> Process:
         listen = self.address or str(self._listen)  # again at the port that it was given
-        command = [*SERVER, "--role", "coordinator", "--listen", listen, *self.shape.coordinator_options(self._state)]
+        options = [*self._outlive, *self.shape.coordinator_options(self._state)]
+        command = [*SERVER, "--role", "coordinator", "--listen", listen, *options]
         return self._spawn_host("coordinator", "coordinator", 0, command, restarts)
 
     def _new_server(self, listen: str) -> None:
@@ -299,9 +309,24 @@ class Launcher:
         number = len(self.servers)
         name = f"s{number}"
         where = ["--listen", listen, "--coordinator", self.address]
-        command = [*SERVER, "--role", "server", *where, *self.shape.server_options(name)]
+        command = [*SERVER, "--role", "server", *where, *self._outlive, *self.shape.server_options(name)]
         start = self._again["server", number] = partial(self._spawn_host, name, "server", number, command)
         self.servers.append(start(0))
+
+    def _start_worker(
+        self, world: World, local: int, command: Sequence[str], defaults: Mapping[str, str], env: Mapping[str, str],
+        restarts: int,
+    ) -> Process:  # fmt: skip
+        """One of ``start_workers``, for the first time or again."""
+        places = world.of(local, restarts)
+        rank = int(places["RANK"])
+        forced = {**self.environment(), **places, **env}
+        return self._spawn(f"w{rank}", "worker", rank, command, defaults, forced, restarts)
+
+    @property
+    def _outlive(self) -> list[str]:
+        """A batch system signals every process of a job; the cluster must last until the workers have finished."""
+        return ["--outlive", f"{self._patience + self._grace:g}"]
 
     def _spawn_host(self, name: str, role: Role, rank: int, command: Sequence[str], restarts: int) -> Process:
         """A coordinator or server. A thread that spins while it waits would take its core from the workers."""
@@ -319,7 +344,14 @@ class Launcher:
         forced: Mapping[str, str],
         restarts: int,
     ) -> Process:
-        env = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **defaults, **os.environ, **self._extra, **forced}
+        env = {
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONFAULTHANDLER": "1",
+            **defaults,
+            **inherited(os.environ),
+            **self._extra,
+            **forced,
+        }
         if "HEADWATER_TOKEN" in env:
             env.pop("HEADWATER_TOKEN_FILE", None)
         process = Process(name, role, rank, command, env, ready=role != "worker", restarts=restarts)
@@ -391,13 +423,15 @@ class Launcher:
     def _take_requests(self, now: float) -> None:
         number = self._watch.requests.popleft()
         if self._ending is not None:
-            self._ending.hurry(now)
-        elif number == signal.SIGINT:
+            if not (number == signal.SIGHUP and now < self._hangup):
+                self._ending.hurry(now)
+            return
+        self._hangup = now + _ECHO
+        if number == signal.SIGINT:
             self._ending = escalation.interrupt(now, self._patience, self._grace)
-            self._outcome = Outcome(130, "interrupted", interrupted=True)
         else:
-            self._ending = escalation.terminate(now, self._grace)
-            self._outcome = Outcome(143, "terminated", interrupted=True)
+            self._ending = escalation.finish(now, self._patience)
+        self._outcome = words.of_signal(number)
 
     def _end(self, outcome: Outcome, now: float) -> None:
         self._outcome = outcome
@@ -524,35 +558,6 @@ def launch(
 
 def _path(given: str | Path | None) -> Path | None:
     return None if given is None else Path(given)
-
-
-def _checked_listen(listen: str, token: str | None) -> Address:
-    """Raises ``UsageError`` for an address that a coordinator cannot or should not listen on."""
-    found = parse(listen)
-    if found.host in ("", "0.0.0.0", "::"):
-        raise UsageError(
-            f"{listen}: clients are told the address that a server listens on, so name one interface of this "
-            "machine; nothing was started"
-        )
-    if not found.loopback and token is None:
-        raise UsageError(
-            f"{listen} can be reached from other machines: give the token yourself, so that it can be given to "
-            "them (HEADWATER_TOKEN or HEADWATER_TOKEN_FILE); nothing was started"
-        )
-    return found
-
-
-def _check_sense(address: str | None, shape: Shape, elastic: bool, restart_workers: int) -> None:
-    """Raises ``UsageError`` for wishes that contradict one another."""
-    if address and not shape.plain:
-        raise UsageError(
-            f"the cluster at {address} runs already: shards, copies, state and snapshots are chosen where it is "
-            "started; nothing was started"
-        )
-    if restart_workers < 0 or (restart_workers and not elastic):
-        raise UsageError(
-            f"restart_workers={restart_workers}: 0 or more, and above 0 only for an elastic job; nothing was started"
-        )
 
 
 def address_of(process: Process) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ class Outcome:
     """How a job ended.
 
     ``code``: 0 if every worker exited with 0 (an elastic job: if one did); the exit code of the first worker that
-    failed (``128 + n`` when signal n ended it); 1 if the cluster is lost; 130 after Ctrl-C, 143 after SIGTERM.
+    failed (``128 + n`` when signal n ended it); 1 if the cluster is lost; ``128 + n`` when the launcher got signal n:
+    130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     ``failed`` names the process at fault, ``message`` says it in one line and ``last_words`` is the end of its stderr:
     the traceback, if there was one.
     """
@@ -35,6 +37,12 @@ class Outcome:
     failed: str = ""
     interrupted: bool = False
     error: HeadwaterError | None = None
+
+
+def of_signal(number: int) -> Outcome:
+    """The launcher was asked to end."""
+    told = {signal.SIGINT: "interrupted", signal.SIGHUP: "terminated, as its terminal is gone (SIGHUP)"}
+    return Outcome(128 + number, told.get(signal.Signals(number), "terminated"), interrupted=True)
 
 
 def of_worker(worker: Process, others: Sequence[str]) -> Outcome:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 from rich.console import Console
 from rich.text import Text
+
+from headwater.launch.streams import Sturdy
 
 if TYPE_CHECKING:
     from headwater.launch.process import Process, Stream
@@ -20,9 +19,11 @@ class Printer:
     """Writes ``[w0] line``: stdout to stdout, stderr to stderr; the prefix has a colour of its own on a terminal."""
 
     def __init__(self) -> None:
+        names: tuple[Stream, Stream] = ("stdout", "stderr")
+        self._files: dict[Stream, Sturdy] = {name: Sturdy(name, self._lost) for name in names}
         self._consoles: dict[Stream, Console] = {
-            "stdout": Console(soft_wrap=True, highlight=False, markup=False),
-            "stderr": Console(soft_wrap=True, highlight=False, markup=False, stderr=True),
+            name: Console(file=cast("IO[str]", file), soft_wrap=True, highlight=False, markup=False)
+            for name, file in self._files.items()
         }
 
     def __call__(self, process: Process, stream: Stream, line: str) -> None:
@@ -30,19 +31,23 @@ class Printer:
         if console.is_terminal:
             style = _STYLES[process.rank % len(_STYLES)] if process.role == "worker" else "dim"
             console.print(Text().append(f"[{process.name}] ", style).append_text(Text.from_ansi(line)), soft_wrap=True)
-            return
-        out = sys.stdout if stream == "stdout" else sys.stderr
-        try:
+        else:
+            out = self._files[stream]
             out.write(f"[{process.name}] {line}\n")
             out.flush()
-        except BrokenPipeError:
-            # Nobody reads any more (`… | head`). Python would complain again when it flushes at its own exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-            raise
+        error = self._files[stream].error
+        if isinstance(error, BrokenPipeError):
+            raise error
+
+    @staticmethod
+    def _lost(error: OSError) -> None:
+        if isinstance(error, BrokenPipeError):
+            note("nobody reads what this command prints any more (its pipe is closed): the workers are told to end")
+        else:
+            note(f"what the workers print is lost from here on ({error.strerror}); the job goes on")
 
 
 def note(text: str) -> None:
     """Something that the launcher itself has to say: one line on stderr."""
-    console = Console(stderr=True, highlight=False, markup=False)
-    with contextlib.suppress(BrokenPipeError):
-        console.print(Text().append("headwater: ", "bold yellow").append(text), soft_wrap=True)
+    console = Console(file=cast("IO[str]", Sturdy("stderr")), highlight=False, markup=False)
+    console.print(Text().append("headwater: ", "bold yellow").append(text), soft_wrap=True)

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from headwater.cluster.store import SqliteStore
 from headwater.errors import UsageError
+from headwater.transports.address import Address, parse
 
 Ack = Literal["memory", "disk"]
 
@@ -134,3 +135,32 @@ class Shape:
 
 def _absolute(path: Path | None) -> str | None:
     return None if path is None else str(path.absolute())
+
+
+def checked_listen(listen: str, token: str | None) -> Address:
+    """Raises ``UsageError`` for an address that a coordinator cannot or should not listen on."""
+    found = parse(listen)
+    if found.host in ("", "0.0.0.0", "::"):
+        raise UsageError(
+            f"{listen}: clients are told the address that a server listens on, so name one interface of this "
+            "machine; nothing was started"
+        )
+    if not found.loopback and token is None:
+        raise UsageError(
+            f"{listen} can be reached from other machines: give the token yourself, so that it can be given to "
+            "them (HEADWATER_TOKEN or HEADWATER_TOKEN_FILE); nothing was started"
+        )
+    return found
+
+
+def check_sense(address: str | None, shape: Shape, elastic: bool, restart_workers: int) -> None:
+    """Raises ``UsageError`` for wishes that contradict one another."""
+    if address and not shape.plain:
+        raise UsageError(
+            f"the cluster at {address} runs already: shards, copies, state and snapshots are chosen where it is "
+            "started; nothing was started"
+        )
+    if restart_workers < 0 or (restart_workers and not elastic):
+        raise UsageError(
+            f"restart_workers={restart_workers}: 0 or more, and above 0 only for an elastic job; nothing was started"
+        )

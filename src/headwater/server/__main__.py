@@ -36,6 +36,7 @@ from headwater.errors import (
 from headwater.server import COORDINATOR
 from headwater.server.hosts import Halt
 from headwater.server.loop import Loop, listen
+from headwater.server.outliving import Outliving
 from headwater.transports import address as addresses
 from headwater.transports import memory
 from headwater.transports.receiver import Arrived, Receiver
@@ -76,6 +77,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="server: a folder for its log (ack=disk)")
     parser.add_argument("--ready-fd", type=int, help="a descriptor for one JSON line when connections are accepted")
     parser.add_argument("--parent", type=int, help="end when this process is gone")
+    parser.add_argument(
+        "--outlive", type=float, default=0.0, help="seconds that SIGTERM of others than the parent takes"
+    )
     return parser.parse_args(argv)
 
 
@@ -98,7 +102,13 @@ def _announce(fd: int | None, address: str, **more: int) -> None:
         os.close(fd)
 
 
-def run_coordinator(args: argparse.Namespace, token: bytes | None) -> None:
+def _stop_on_signals(loop: Loop, outliving: Outliving | None) -> None:
+    loop.stop_on_signals()
+    if outliving is not None:
+        outliving.stop = loop.stop
+
+
+def run_coordinator(args: argparse.Namespace, token: bytes | None, outliving: Outliving | None = None) -> None:
     from headwater.cluster.store import SqliteStore
     from headwater.server.hosts import CoordinatorHost
     from headwater.server.snapshots.keeper import Keeper
@@ -119,7 +129,7 @@ def run_coordinator(args: argparse.Namespace, token: bytes | None) -> None:
     host = addresses.host_identity()
     loop = Loop(CoordinatorHost(coordinator, store, keeper=keeper), token, lambda dial: _reach(dial, host, token))
     loop.serve(sock)
-    loop.stop_on_signals()
+    _stop_on_signals(loop, outliving)
     _announce(args.ready_fd, _bound(sock, asked))
     loop.run()
 
@@ -137,7 +147,7 @@ def _begin_with(folder: str | None, state: Mapping[str, bytes]) -> Restored | No
     return found
 
 
-def run_server(args: argparse.Namespace, token: bytes | None) -> None:
+def run_server(args: argparse.Namespace, token: bytes | None, outliving: Outliving | None = None) -> None:
     from headwater.server.disk import Folder
     from headwater.server.hosts import Heart, ServerHost
     from headwater.server.node import Setting
@@ -185,7 +195,7 @@ def run_server(args: argparse.Namespace, token: bytes | None) -> None:
         loop.sync = serving.sync
         loop.send(serving.sync())
     Heart(serving, lambda: connect(coordinator, token, DIAL), welcome.heartbeat).start()
-    loop.stop_on_signals()
+    _stop_on_signals(loop, outliving)
     _announce(args.ready_fd, join.address, server=welcome.server)
     loop.run()
     if serving.failure is not None:
@@ -268,11 +278,12 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format=f"headwater {args.role} %(process)d: %(message)s", level=logging.INFO)
     try:
         _die_with_parent(args.parent)
+        outliving = Outliving(args.outlive) if args.outlive else None
         token = token_from_environment()
         if args.role == "coordinator":
-            run_coordinator(args, token)
+            run_coordinator(args, token, outliving)
         else:
-            run_server(args, token)
+            run_server(args, token, outliving)
     except Halt as halt:
         print(f"headwater {args.role}: {type(halt.__cause__).__name__}: {halt}", file=sys.stderr)
         return 1

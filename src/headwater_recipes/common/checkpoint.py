@@ -11,10 +11,14 @@ A checkpoint appears by the rename of a whole folder, so it is there entirely or
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +26,13 @@ import msgspec
 import torch
 from safetensors.torch import load_file, save_file
 
-from headwater.errors import DataError
+from headwater.errors import DataError, DiskFull
+from headwater_recipes.common import claim
 from headwater_recipes.common.recipe import Recipe
 from headwater_recipes.common.settings import AnySettings, State, Training
 
 _KEEP = 2
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 TABLE = "model"
 """The table set that a run trains."""
@@ -34,27 +40,68 @@ TABLE = "model"
 
 def free(folder: Path | None) -> bool:
     """Whether a new run can have the folder."""
-    return folder is None or not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if folder is None or not folder.exists():
+        return True
+    return folder.is_dir() and all(path.name == claim.LOCK for path in folder.iterdir())
 
 
 def new_folder(kind: str, asked: Path | None, now: float | None = None) -> Path:
-    """Make the folder of a new run: the one asked for, or ``runs/<kind>-<date>-<time>``.
+    """Make the folder of a new run and claim it: the one asked for, or ``runs/<kind>-<date>-<time>``.
 
     Raises:
-        DataError: it exists and holds something.
+        DataError: it exists and holds something. RunInUse: another process makes a run of it.
     """
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
-    folder = asked or Path("runs", f"{kind}-{stamp}")
     try:
-        if not free(folder):
-            raise DataError(
-                f"--run {folder}: it exists and is not empty. Nothing was changed; go on with it by --resume, or name "
-                f"another folder."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
+        if asked is None:
+            folder = _unique(Path("runs"), f"{kind}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}")
+        else:
+            folder = asked
+            _check_free(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+        claim.claim(folder)
+        _check_free(folder)  # another may have begun, and ended, in between
     except OSError as error:
-        raise DataError(f"--run {folder}: {error.strerror or error}. Nothing was started; name another.") from error
+        place = asked or "runs/"
+        raise DataError(f"--run {place}: {error.strerror or error}. Nothing was started; name another.") from error
     return folder
+
+
+def _unique(parent: Path, name: str) -> Path:
+    """Of two that make a folder in the same second each gets one of its own."""
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError("there is always another number")
+
+
+def _check_free(folder: Path) -> None:
+    if not free(folder):
+        claim.release(folder)
+        raise DataError(
+            f"--run {folder}: it exists and is not empty. Nothing was changed; go on with it by --resume, or name "
+            f"another folder."
+        )
+
+
+@contextlib.contextmanager
+def making(kind: str, asked: Path | None) -> Iterator[Path]:
+    """``new_folder``, and if the block raises nothing of it is left.
+
+    Raises ``DiskFull`` if there was no room for what the block wrote.
+    """
+    there = asked is not None and asked.exists()
+    folder = new_folder(kind, asked)
+    try:
+        yield folder
+    except BaseException as error:
+        for path in folder.iterdir() if there else [folder]:
+            _remove(path)
+        claim.release(folder)
+        if full(error):
+            raise DiskFull(f"{folder}: {error}; the run was not begun, and nothing is left of it. Make room") from None
+        raise
 
 
 def begin(folder: Path, settings: Training) -> None:
@@ -103,9 +150,45 @@ def read_state(checkpoint: Path, settings: type[AnySettings]) -> State[AnySettin
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a file by a value's JSON, atomically."""
+    replace(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Replace a file, atomically.
+
+    Raises ``DiskFull`` if there is no room for it; it is as it was then, and nothing else is left.
+    """
     beside = path.with_name(path.name + ".new")
-    beside.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
-    beside.replace(path)
+    try:
+        beside.write_bytes(data)
+        beside.replace(path)
+    except OSError as error:
+        _remove(beside)
+        if full(error):
+            raise DiskFull(f"{path}: {error.strerror}; it is as it was. Make room") from None
+        raise
+
+
+def full(error: BaseException) -> bool:
+    """Whether it says that a disk, a quota or a limit is full. Rust libraries say so in words."""
+    if isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in _FULL):
+        return True
+    return re.search(rf"\(os error ({'|'.join(map(str, _FULL))})\)", str(error)) is not None
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed, or ran out of room, has half written. The folder must be claimed."""
+    halves = [*folder.glob("checkpoints/*.new"), *folder.glob(".*.new"), *folder.glob("*.json*.new")]
+    for path in halves:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def write_model(model: Any, folder: Path) -> None:
@@ -135,20 +218,32 @@ def save(
         optimizer: a torch optimizer's ``state_dict()``.
         state: what ``trainer.json`` says.
         write: writes the model's part into a folder.
+
+    Raises ``DiskFull`` if there is no room for it; nothing is left of the attempt then, and the checkpoints before it
+    are as they were.
     """
     final = folder / "checkpoints" / f"{state.step:08d}"
     beside = final.with_name(f"{final.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    write(model, beside)
-    tensors, rest = _flatten(optimizer)
-    save_file(tensors, beside / "optimizer.safetensors")
-    write_json(beside / "optimizer.json", rest)
-    write_json(beside / "trainer.json", state)
-    _flush(beside)
-    shutil.rmtree(final, ignore_errors=True)
-    beside.rename(final)
-    _publish(final, folder)
+    try:
+        beside.mkdir(parents=True)
+        write(model, beside)
+        tensors, rest = _flatten(optimizer)
+        save_file(tensors, beside / "optimizer.safetensors")
+        write_json(beside / "optimizer.json", rest)
+        write_json(beside / "trainer.json", state)
+        _flush(beside)
+        shutil.rmtree(final, ignore_errors=True)
+        beside.rename(final)
+        _publish(final, folder)
+    except BaseException as error:
+        for half in (beside, *folder.glob(".*.new")):
+            _remove(half)
+        if full(error):
+            before = newest(folder)
+            there = f"the newest checkpoint is that of step {int(before.name)}" if before else "there is none before it"
+            raise DiskFull(f"{final}: no room to write it ({error}); nothing is left of it, and {there}") from None
+        raise
     for old in sorted(path for path in final.parent.iterdir() if path.name.isdigit())[:-_KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     return final

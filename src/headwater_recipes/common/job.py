@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Generic
+from typing import IO, Any, Generic, cast
 
 import msgspec
 from rich.console import Console
@@ -17,8 +18,8 @@ from rich.text import Text
 
 import headwater
 from headwater import launch
-from headwater.errors import DataError, HeadwaterError
-from headwater_recipes.common import checkpoint, display, metrics, reports, settings
+from headwater.errors import DataError, DiskFull, HeadwaterError
+from headwater_recipes.common import checkpoint, claim, display, metrics, plan, reports, settings
 from headwater_recipes.common.board import Board
 from headwater_recipes.common.recipe import Recipe
 from headwater_recipes.common.settings import AnySettings, State
@@ -29,10 +30,25 @@ _STATUS_EVERY = 1.0
 def resume(recipe: Recipe[AnySettings], run: Path | None, changes: dict[str, Any]) -> Path:
     """Make a run's folder ready to go on from its newest checkpoint (or from the start), with changed settings.
 
+    The folder is this process's from then on, until its ``Job`` has run.
+
     Raises:
         DataError: nothing to go on from, a setting that is fixed, or a run that has reached its end.
+        RunInUse: another process works in it. DiskFull: no room for the settings; they are as they were.
     """
     folder = checkpoint.find_folder(recipe, run, begun=True)
+    fresh = claim.claim(folder)
+    try:
+        checkpoint.sweep(folder)
+        _go_on(recipe, folder, changes)
+    except BaseException:
+        if fresh:
+            claim.release(folder)
+        raise
+    return folder
+
+
+def _go_on(recipe: Recipe[AnySettings], folder: Path, changes: dict[str, Any]) -> None:
     state = checkpoint.read_state(checkpoint.newest(folder) or folder, recipe.settings)
     for name in recipe.fixed:
         if name in changes and changes[name] != getattr(state.settings, name):
@@ -53,7 +69,6 @@ def resume(recipe: Recipe[AnySettings], run: Path | None, changes: dict[str, Any
         )
     checkpoint.begin(folder, wanted)  # progress stands in the checkpoint
     metrics.write_rows(folder, metrics.read_rows(folder, upto=state.step))
-    return folder
 
 
 def _over(state: State[AnySettings], wanted: AnySettings) -> bool:
@@ -65,21 +80,31 @@ def _over(state: State[AnySettings], wanted: AnySettings) -> bool:
 class Job(ABC, Generic[AnySettings]):
     """One launch of a run whose folder is ready.
 
-    ``restore``: a snapshot of the cluster to begin with.
+    ``restore``: a snapshot of the cluster to begin with. Raises ``RunInUse`` if another process works in the folder.
     """
 
     def __init__(
         self, recipe: Recipe[AnySettings], folder: Path, console: Console, restore: Path | None = None
     ) -> None:
         self.recipe, self.folder, self.console, self.restore = recipe, folder, console, restore
+        claim.claim(folder)
+        checkpoint.sweep(folder)
         self.settings = checkpoint.read_state(folder, recipe.settings).settings
         self.board = Board(self.settings.workers, metrics.read_rows(folder))
         self.display: display.Display | None = None
-        self._metrics = folder / "metrics.jsonl"
-        (folder / "plan.json").unlink(missing_ok=True)  # an earlier launch's, with its stop
+        self._incomplete: set[str] = set()
+        console.file = cast("IO[str]", launch.Sturdy(console.file, self._deaf))
+        for name in ("plan.json", plan.ASKED):  # an earlier launch's, with its stop
+            (folder / name).unlink(missing_ok=True)
 
     def run(self) -> int:
-        """Train; returns the exit code."""
+        """Train; returns the exit code. The folder is free for others then."""
+        try:
+            return self._run()
+        finally:
+            claim.release(self.folder)
+
+    def _run(self) -> int:
         s = self.settings
         self.launcher = launcher = launch.Launcher(
             s.servers,
@@ -100,7 +125,11 @@ class Job(ABC, Generic[AnySettings]):
             if self.display is not None:
                 self.display.close()
         if self._trained():
-            self._report()
+            try:
+                self._report()
+            except OSError as error:
+                told = f"the run came to its end and its model is in {self.folder}; the report is not whole: {error}"
+                raise (DiskFull if checkpoint.full(error) else DataError)(told) from None
             return 0
         return self._explain(outcome)
 
@@ -115,13 +144,19 @@ class Job(ABC, Generic[AnySettings]):
             while launcher.poll(0.25):
                 if launcher.outcome.interrupted and not told:
                     told = True
-                    self.display.note("stopping: the workers end their step and save; another Ctrl-C does not wait")
+                    self.display.note(self._stopping(launcher.outcome.code))
                 if reader is not None and time.monotonic() - asked >= _STATUS_EVERY:
                     asked = time.monotonic()
                     with contextlib.suppress(HeadwaterError):
                         cluster = reader.status()
                 self.display.update(self.board, cluster)
             self.display.update(self.board, cluster)
+
+    def _stopping(self, code: int) -> str:
+        again = "another Ctrl-C" if code == 128 + signal.SIGINT else "another signal"
+        if not self.board.started:
+            return f"stopping: no step was taken yet, so there is nothing to save; {again} does not wait"
+        return f"stopping: the workers end their step and save; {again} does not wait"
 
     def _reader(self, launcher: launch.Launcher, stack: contextlib.ExitStack) -> headwater.Client | None:
         """A client that only looks."""
@@ -142,20 +177,40 @@ class Job(ABC, Generic[AnySettings]):
         """What the launcher says: a server died, another took its place."""
         if self.display is not None:
             self.display.note(f"headwater: {text}")
-        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), "event": text}) + "\n")
+        self._append("events.jsonl", {"time": round(time.time(), 3), "event": text})
+
+    def _deaf(self, error: OSError) -> None:
+        """Nobody sees any more what is shown. A closed pipe ends the job as SIGTERM does, anything else does not."""
+        if not any(worker.running for worker in self.launcher.workers):
+            return
+        ends = isinstance(error, BrokenPipeError)
+        what = "the workers are told to end their step and save" if ends else "training goes on"
+        Console(file=cast("IO[str]", launch.Sturdy("stderr")), highlight=False).print(
+            f"headwater: what this command prints is lost from here on ({error.strerror}); {what}", soft_wrap=True
+        )
+        if ends:
+            self.launcher.terminate()
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        """One more line of a record. Training does not end for the lack of it."""
+        try:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            if self.display is not None and name not in self._incomplete:
+                self.display.note(f"{name} is incomplete from here on, and training goes on: {error.strerror}")
+            self._incomplete.add(name)
 
     def _line(self, process: launch.Process, stream: str, line: str) -> None:
         report = reports.hear(line) if process.role == "worker" and stream == "stdout" else None
         if report is None:
-            # A worker that Ctrl-C met while it was still importing has nothing to say that the user does not know.
+            # A worker that the signal met while it was still importing has nothing to say that the user does not know.
             if self.display is not None and not self.launcher.outcome.interrupted:
                 self.display.note(f"{process.name}: {line}")
             return
         row = self.board.hear(report)
         if row is not None:
-            with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self._append("metrics.jsonl", row)
 
     # ---- the end -----------------------------------------------------------------------------------
 
@@ -168,11 +223,14 @@ class Job(ABC, Generic[AnySettings]):
         found = checkpoint.newest(self.folder)
         rows = self.board.rows
         if rows:
-            metrics.plot(self.folder, rows)
+            with contextlib.suppress(OSError):  # a picture; what went wrong is said below
+                metrics.plot(self.folder, rows)
         if outcome.code == 0 or outcome.interrupted:
             self._say("stopped" if outcome.interrupted else "the workers ended before the run did")
         else:
             self._say(f"the run failed: {outcome.message}")
+        if outcome.interrupted and self.board.started and len(self.board.finished) < self.settings.workers:
+            self._say("the workers were ended before they had saved their last steps")
         if found is not None:
             self._say(f"step {int(found.name)} is saved in {self.folder}")
         else:

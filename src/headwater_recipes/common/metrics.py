@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from headwater_recipes.common import checkpoint
+
 
 def read_rows(folder: Path, upto: int | None = None) -> list[dict[str, Any]]:
     """The rows of ``metrics.jsonl`` up to a step; a last line that a crash cut off is left out."""
@@ -23,9 +25,7 @@ def read_rows(folder: Path, upto: int | None = None) -> list[dict[str, Any]]:
 
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Replace ``metrics.jsonl``."""
-    beside = folder / "metrics.jsonl.new"
-    beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    beside.replace(folder / "metrics.jsonl")
+    checkpoint.replace(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def plot(folder: Path, rows: list[dict[str, Any]], unigram: float | None = None) -> None:

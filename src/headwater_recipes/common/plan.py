@@ -14,7 +14,11 @@ from pathlib import Path
 
 import msgspec
 
+from headwater_recipes.common import checkpoint
+
 LEAD = 2
+ASKED = "stop"
+"""The file by which another rank than 0 asks for the end."""
 REPLAN = 10
 """Steps between two plans."""
 FLOOR = 0.05
@@ -45,6 +49,7 @@ class PlanFile:
 
     def __init__(self, folder: Path, first: Plan) -> None:
         self._path = folder / "plan.json"
+        self._asked = folder / ASKED
         self._plans = [first]
         self._seen: tuple[int, int] | None = None
 
@@ -54,12 +59,19 @@ class PlanFile:
         return next((plan for plan in reversed(self._plans) if plan.step <= step), self._plans[0])
 
     def publish(self, plan: Plan) -> None:
-        """Add a plan; rank 0 only."""
+        """Add a plan; rank 0 only. Raises ``DiskFull``."""
         # Stopping can follow a new estimate at once, before that has taken effect: keep more than two.
         self._plans = [*self._plans[-3:], plan]
-        beside = self._path.with_suffix(".new")
-        beside.write_bytes(msgspec.json.encode(self._plans))
-        beside.replace(self._path)
+        checkpoint.replace(self._path, msgspec.json.encode(self._plans))
+
+    @property
+    def stop_asked(self) -> bool:
+        """Whether another rank wants the run to stop: somebody has told it, and not rank 0."""
+        return self._asked.exists()
+
+    def ask_to_stop(self) -> None:
+        """For rank 0 to see at its next step."""
+        self._asked.touch()
 
     def _read(self) -> None:
         try:

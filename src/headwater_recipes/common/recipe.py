@@ -14,7 +14,7 @@ class Recipe(Generic[AnySettings]):
     """``name`` begins its run folders' names; ``command`` is what the user types; ``worker`` the module that a worker
     process runs with the run folder as argument; ``settings`` their type, ``check`` raises for those that cannot work
     and ``fixed`` names those that a run that goes on cannot change. ``patience``: seconds that the workers get after
-    Ctrl-C to end their step and save.
+    Ctrl-C, SIGTERM or SIGHUP to end their step and save.
     """
 
     name: str

@@ -1,7 +1,8 @@
 """The training loop of a worker process, whatever it trains.
 
 Only the optimizer's line knows of servers. Rank and cluster come from the environment (docs/environment.md), settings
-from the run folder. After SIGINT all workers stop at the same step: the one that rank 0 chose.
+from the run folder. After SIGINT, SIGTERM or SIGHUP, whichever worker gets it, all stop at the same step: the one that
+rank 0 chose. Then they save.
 """
 
 from __future__ import annotations
@@ -125,9 +126,12 @@ class Trainer(ABC, Generic[AnySettings]):
     def _over(self) -> bool:
         """Follow the plan, which rank 0 makes."""
         if self.ps.rank == 0:
+            self.stopping = self.stopping or self.plans.stop_asked
             decided = self.pace.decide(self.step, self.elapsed, self.stopping)
             if decided is not None:
                 self.plans.publish(decided)
+        elif self.stopping:
+            self.plans.ask_to_stop()
         stop = self.plans.at(self.step).stop
         return stop is not None and self.step >= stop
 
@@ -142,7 +146,10 @@ class Trainer(ABC, Generic[AnySettings]):
         if self.step % s.validate_every == 0:
             self.validate(whole=False)
         if self.step % s.save_every == 0 and self.ps.rank == 0:
-            self._save()
+            try:
+                self._save()
+            except headwater.DiskFull as error:  # there may be room again by the next time
+                print(f"step {self.step} is not saved, and training goes on: {error}", file=sys.stderr)
 
     def _publish(self) -> None:
         """Rank 0 names the state after the step just taken; readers find it as ``latest`` too."""
@@ -201,7 +208,7 @@ class Trainer(ABC, Generic[AnySettings]):
         difference = None
         if self.ps.rank == 0:
             self._save()
-            difference = self.verify()
+            difference = None if self.stopping else self.verify()
         if not self.stopping:
             self.validate(whole=True, final=True)
         self.ps.barrier("validated")
@@ -258,12 +265,16 @@ def main(make: Callable[[Path, headwater.Client], Trainer[Any]], folder: Path) -
         if worker is not None:
             worker.stopping = True
 
-    signal.signal(signal.SIGINT, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # who is in a hurry sends SIGKILL
+        signal.signal(number, interrupt)
     quiet()
     with headwater.connect() as ps:
         worker = make(folder, ps)
         worker.stopping = interrupted
-        worker.run()
+        try:
+            worker.run()
+        except headwater.DiskFull as error:
+            sys.exit(f"headwater.errors.DiskFull: {error}")
         worker.optimizer.close()
 
 

@@ -34,7 +34,7 @@ def prepare(wanted: Settings, run: Path | None, console: Console) -> Path:
     """
     check(wanted)
     if not checkpoint.free(run):
-        checkpoint.new_folder(RECIPE.name, run)  # says what is wrong, before any work is done
+        checkpoint.new_folder(RECIPE.name, run)  # raises: says what is wrong, before any work is done
     quiet()
     found = data.from_paths([Path(p) for p in wanted.data]) if wanted.data else docstrings.standard_library()
     found = _shuffled(found, wanted.seed)
@@ -52,12 +52,13 @@ def prepare(wanted: Settings, run: Path | None, console: Console) -> Path:
     with console.status("asking the model what it knows before …"):
         said = answers.ask(model, tokenizer, [each.prompt for each in asked])
     adapted = adapter.wrap(copy.deepcopy(model), wanted) if wanted.lora else None
-    folder = checkpoint.new_folder(RECIPE.name, run)
-    _write(folder, model, tokenizer, adapted)
-    examples.save(folder, "training", training.examples)
-    examples.save(folder, "held_out", held_out.examples)
-    answers.write(folder, [msgspec.structs.replace(each, before=text) for each, text in zip(asked, said, strict=True)])
-    checkpoint.begin(folder, wanted)
+    with checkpoint.making(RECIPE.name, run) as folder:
+        _write(folder, model, tokenizer, adapted)
+        examples.save(folder, "training", training.examples)
+        examples.save(folder, "held_out", held_out.examples)
+        before = [msgspec.structs.replace(each, before=text) for each, text in zip(asked, said, strict=True)]
+        answers.write(folder, before)
+        checkpoint.begin(folder, wanted)
     return folder
 
 

@@ -25,7 +25,7 @@ def prepare(wanted: Settings, run: Path | None, console: Console) -> Path:
     """
     check(wanted)
     if not checkpoint.free(run):
-        checkpoint.new_folder(RECIPE.name, run)  # says what is wrong, before any work is done
+        checkpoint.new_folder(RECIPE.name, run)  # raises: says what is wrong, before any work is done
     begun = time.monotonic()
     texts = corpus.from_paths([Path(p) for p in wanted.data]) if wanted.data else corpus.standard_library()
     made = tokenizer.train(texts, wanted.vocabulary)
@@ -33,9 +33,9 @@ def prepare(wanted: Settings, run: Path | None, console: Console) -> Path:
         tokenizer.encode(made, texts.training), tokenizer.encode(made, texts.validation), tokenizer.byte_lengths(made)
     )
     Windows(arrays.training, wanted.seq, wanted.batch, 0, wanted.workers, wanted.seed)  # raises if there are too few
-    folder = checkpoint.new_folder(RECIPE.name, run)
-    tokenizer.save(folder, made, arrays)
-    checkpoint.begin(folder, wanted)
+    with checkpoint.making(RECIPE.name, run) as folder:
+        tokenizer.save(folder, made, arrays)
+        checkpoint.begin(folder, wanted)
     source = "given" if wanted.data else "the standard library"
     skipped = f", {texts.skipped} binary files skipped" if texts.skipped else ""
     console.print(
