@@ -16,7 +16,7 @@ SOURCE = Path(headwater.__file__).parent.parent
 
 ROWS = [
     {"errors", "interrupts", "types"},
-    {"init", "wire"},
+    {"init", "pretrained", "wire"},
     {"cluster", "transports"},
     {"client", "server"},
     {"readers"},
@@ -28,7 +28,9 @@ ROWS = [
 ]
 ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 
-PUBLIC_MODULES = {"headwater", "headwater.data", "headwater.errors", "headwater.init", "headwater.launch"}
+PUBLIC_MODULES = {
+    f"headwater{room}" for room in ("", ".data", ".errors", ".init", ".launch", ".pretrained")
+}  # fmt: skip
 """What a user, and so a recipe, may name in an import."""
 
 

@@ -52,7 +52,7 @@ from headwater.errors import (
 from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Stale, TableSpec, VersionInfo
 
 if TYPE_CHECKING:
-    from headwater import data, init, launch
+    from headwater import data, init, launch, pretrained
     from headwater.client import Client, Dense, Publication, Table, Ticket, connect
     from headwater.integrations.torch import Optimizer, wrap
     from headwater.readers import Follower, Reader, Weights, reader
@@ -118,6 +118,7 @@ __all__ = [
     "errors",
     "init",
     "launch",
+    "pretrained",
     "reader",
     "wrap",
 ]
@@ -141,7 +142,7 @@ _LATE = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("data", "init", "launch"):
+    if name in ("data", "init", "launch", "pretrained"):
         return importlib.import_module(f"headwater.{name}")
     if name not in _LATE:
         raise AttributeError(f"module 'headwater' has no attribute {name!r}")

@@ -43,7 +43,7 @@ def test_what_is_no_model_is_refused(folder: Path, tmp_path: Path, monkeypatch: 
         source.load(str(pickled))
 
     def unreachable(name: str) -> Any:
-        raise OSError(f"We could not reach the hub\nfor {name}")
+        raise DataError("We could not reach the hub")
 
     monkeypatch.setattr(source, "_from_pretrained", unreachable)
     with pytest.raises(DataError, match=r"--model some/model: We could not reach the hub\. Nothing"):

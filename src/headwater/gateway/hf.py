@@ -1,4 +1,4 @@
-"""Models of the Hugging Face ecosystem, as the engine wants them. The only file of the gateway that imports it.
+"""Models of the Hugging Face ecosystem, as the engine wants them.
 
 A model is loaded from a folder, a name on the hub, a GGUF file, or a folder with a ``peft`` adapter. Any causal
 language model runs that keeps its past in the standard ``Cache`` (Llama, GPT-2, Qwen, Mistral, …); ``load`` tries it.
@@ -23,7 +23,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from headwater.errors import UsageError
+from headwater import pretrained
+from headwater.errors import DataError, UsageError
 from headwater.gateway.cache import KeyValues, Window
 from headwater.gateway.engine_types import GenerationRequest, PromptInvalid
 from headwater.gateway.sampling import Warper
@@ -168,17 +169,15 @@ def load(name: str, *, dtype: torch.dtype | None = None, context: int | None = N
 
     ``dtype``: of the values (default: as stored; a GGUF file's become float32). ``context``: a limit below the
     model's own.
-    Raises ``UsageError`` if it cannot be loaded, or does not keep its past in the standard ``Cache``.
+    Raises ``UsageError`` if it cannot be loaded whole, or does not keep its past in the standard ``Cache``.
     """
     path = Path(name)
+    adapted = (path / "adapter_config.json").is_file()
     try:
-        adapted = (path / "adapter_config.json").is_file()
         module, tokenizer = _load_adapted(path, dtype) if adapted else _load(name, dtype)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UsageError(
-            f"no language model could be loaded from {name!r}: {error}; name a Hugging Face folder, a .gguf file or a "
-            "model of the hub that can be reached"
-        ) from error
+    except DataError as error:
+        remedy = "" if path.is_dir() else "; name a Hugging Face folder, a .gguf file or a model of the hub"
+        raise UsageError(f"no language model could be loaded from {name!r}: {error}{remedy}") from error
     folder = ModelFolder(path.stem if path.exists() else name, module, tokenizer, context=context)
     try_out(folder)
     return folder
@@ -188,24 +187,19 @@ def _load(name: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
     options: dict[str, Any] = {}
     if name.endswith(".gguf"):
         name, options["gguf_file"] = str(Path(name).parent), Path(name).name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    tokenizer = pretrained.load_tokenizer(name, **options)
     if options and hasattr(transformers, "GgufConfig"):
         # Later releases keep the blocks packed where they have a kernel for them; versions hold plain tensors.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    module = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **options)
-    return module, tokenizer
+    return pretrained.load(transformers.AutoModelForCausalLM, name, dtype=dtype or "auto", **options), tokenizer
 
 
 def _load_adapted(path: Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
-    import peft
-
-    base = peft.PeftConfig.from_pretrained(str(path)).base_model_name_or_path
-    if not base:
-        raise ValueError(f"{path}/adapter_config.json does not name its base model")
+    base = pretrained.adapter_base(path)
     module, tokenizer = _load(base, dtype)
     if (path / "tokenizer_config.json").is_file():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path))
-    return peft.PeftModel.from_pretrained(module, str(path)), tokenizer
+        tokenizer = pretrained.load_tokenizer(str(path))
+    return pretrained.load_adapter(module, path), tokenizer
 
 
 def packaged(distribution: str) -> str:

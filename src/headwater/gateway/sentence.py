@@ -15,7 +15,8 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from headwater.errors import UsageError
+from headwater import pretrained
+from headwater.errors import DataError, UsageError
 from headwater.gateway.problems import Refusal
 
 if TYPE_CHECKING:
@@ -69,9 +70,10 @@ def load(folder: Path) -> tuple[nn.Module, Any]:
     import transformers
 
     try:
-        module = cast(Any, transformers.AutoModel).from_pretrained(str(folder))
-        tokenizer = cast(Any, transformers.AutoTokenizer).from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        # What a pooler makes of the first token is not looked at: many encoders are saved without one.
+        module = pretrained.load(transformers.AutoModel, str(folder), unused=r"^pooler\.")
+        tokenizer = pretrained.load_tokenizer(str(folder))
+    except DataError as error:
         raise UsageError(f"no encoder could be loaded from {folder}: {error}; it is not served") from None
     return module.eval().requires_grad_(requires_grad=False), tokenizer
 

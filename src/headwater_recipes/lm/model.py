@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 
 import headwater
+from headwater import pretrained
 from headwater.errors import UsageError
 
 if TYPE_CHECKING:
@@ -87,10 +88,10 @@ def empty(configuration: LlamaConfig) -> LlamaForCausalLM:
 
 
 def load(folder: Path) -> LlamaForCausalLM:
-    """The model of a run or checkpoint folder, in float32."""
+    """The model of a run or checkpoint folder, in float32. Raises ``DataError`` if it is not whole."""
     from transformers import LlamaForCausalLM
 
-    return cast("LlamaForCausalLM", _quick(LlamaForCausalLM.from_pretrained(folder)))
+    return cast("LlamaForCausalLM", _quick(pretrained.load(LlamaForCausalLM, str(folder), dtype=torch.float32)))
 
 
 def _quick(model: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
+from headwater import pretrained
 from headwater.errors import DataError
 from headwater_recipes.lm.corpus import Corpus, Document
 
@@ -105,7 +106,5 @@ def load_arrays(folder: Path) -> Arrays:
 
 
 def load(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a run folder."""
-    from transformers import AutoTokenizer
-
-    return cast("PreTrainedTokenizerFast", cast(Any, AutoTokenizer).from_pretrained(folder))
+    """The tokenizer of a run folder. Raises ``DataError`` if it cannot be read."""
+    return cast("PreTrainedTokenizerFast", pretrained.load_tokenizer(str(folder)))
