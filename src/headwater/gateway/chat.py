@@ -154,8 +154,13 @@ def _delta(piece: Piece) -> Delta:
 
 def _logprobs(events: Sequence[Token | Finished]) -> ChatLogprobs | None:
     """Of the tokens among the events; None if they were not asked for."""
-    found = [_logprob(e.own, e.top) for e in events if isinstance(e, Token) and e.own is not None]
+    found = logprobs_of(events)
     return ChatLogprobs(found) if found else None
+
+
+def logprobs_of(events: Sequence[Token | Finished]) -> list[TokenLogprob]:
+    """Of the tokens among the events; empty if they were not asked for."""
+    return [_logprob(e.own, e.top) for e in events if isinstance(e, Token) and e.own is not None]
 
 
 def _logprob(own: Alternative, likeliest: Sequence[Alternative]) -> TokenLogprob:

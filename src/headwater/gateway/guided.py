@@ -5,6 +5,7 @@ https://github.com/guidance-ai/llguidance: a grammar and the bytes of what was g
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ class Guides:
             self._made = self._read()
         matcher = llguidance.LLMatcher(self._made, llguidance.LLMatcher.grammar_from_lark(grammar), log_level=0)
         if matcher.is_error():
-            raise GrammarInvalid(f"no answer can be held to this schema: {matcher.get_error()}; nothing was queued")
+            raise GrammarInvalid(f"no answer can be held to this schema: {_reason(matcher)}; nothing was queued")
         return Guide(matcher, self._vocabulary)
 
     def _read(self) -> llguidance.LLTokenizer:
@@ -100,4 +101,10 @@ class Guide:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarInvalid(f"the answer cannot keep to its schema: {self._matcher.get_error()}; it was given up")
+            raise GrammarInvalid(f"the answer cannot keep to its schema: {_reason(self._matcher)}; it was given up")
+
+
+def _reason(matcher: llguidance.LLMatcher) -> str:
+    """The library's, without its place in the grammar, which no client has seen."""
+    said = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", matcher.get_error())
+    return re.split(r"\n\s*\d+ \|", said)[0].strip()
