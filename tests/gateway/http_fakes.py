@@ -129,6 +129,9 @@ class FakeEngine:
         said = "".join(f"{message['role'][0]}:{message['content']}\n" for message in messages)
         return self.encode(said + ("a:" if answer and self.announced else ""))
 
+    def tokenizer_info(self) -> Mapping[str, str | None]:
+        return {"tokenizer_class": "Bytes", "eos_token": None}
+
     def guide(self, grammar: str) -> Guide:
         self.grammar = grammar
         return Unguided()

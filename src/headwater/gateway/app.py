@@ -28,7 +28,7 @@ from headwater.gateway.openapi import HEADERS, document
 from headwater.gateway.predict import predict
 from headwater.gateway.problems import no_such_model, not_allowed, not_found
 from headwater.gateway.responses import responses
-from headwater.gateway.tokens import detokenize, tokenize
+from headwater.gateway.tokens import detokenize, tokenize, tokenizer_info
 
 if TYPE_CHECKING:
     from headwater.gateway.auth import Keys
@@ -162,6 +162,7 @@ ROUTES: dict[tuple[str, str], Handler] = {
     ("POST", "/v1/embeddings"): embeddings,
     ("POST", "/tokenize"): tokenize,
     ("POST", "/detokenize"): detokenize,
+    ("GET", "/tokenizer_info"): tokenizer_info,
     ("POST", "/v1/predict"): predict,
 }
 """What answers, by method and path; ``openapi.OPERATIONS`` describes the same."""

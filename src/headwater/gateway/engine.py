@@ -66,6 +66,7 @@ class Model(Protocol):
     def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]: ...
     def decode(self, ids: Seq[int]) -> str: ...
     def spell(self, ids: Seq[int]) -> str: ...
+    def tokenizer_info(self) -> Mapping[str, str | None]: ...
     def guide(self, grammar: str) -> Guide: ...
     def apply_chat_template(
         self,
@@ -208,6 +209,10 @@ class Engine:
     def spell(self, ids: Seq[int]) -> str:
         """The text of tokens, special ones among them; or ``PromptInvalid``."""
         return self._model.spell(ids)
+
+    def tokenizer_info(self) -> Mapping[str, str | None]:
+        """The tokenizer's class, special tokens and chat template."""
+        return self._model.tokenizer_info()
 
     def apply_chat_template(
         self,

@@ -101,6 +101,13 @@ class ModelFolder:
             text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
+    def tokenizer_info(self) -> dict[str, str | None]:
+        """The tokenizer's class, special tokens and chat template, by the names of ``transformers``."""
+        named = ("bos_token", "eos_token", "pad_token", "unk_token")
+        found = {name: getattr(self.tokenizer, name, None) for name in named}
+        template = self.tokenizer.get_chat_template() if self.tokenizer.chat_template else None
+        return {"tokenizer_class": type(self.tokenizer).__name__, **found, "chat_template": template}
+
     def guide(self, grammar: str) -> Guide:
         """See ``Guides.make``."""
         with self._lock:

@@ -84,6 +84,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/embeddings"): Operation({_JSON: Embeddings}, {_JSON: EmbeddingRequest}, _POST),
     ("POST", "/tokenize"): Operation({_JSON: Tokenized}, {_JSON: TokenizeRequest}, _POST),
     ("POST", "/detokenize"): Operation({_JSON: Detokenized}, {_JSON: DetokenizeRequest}, _POST),
+    ("GET", "/tokenizer_info"): Operation(
+        {_JSON: {"type": "object", "additionalProperties": {"type": ["string", "null"]}}}, errors=(404, 503)
+    ),
     ("POST", "/v1/predict"): Operation(
         {_JSON: Prediction, SAFETENSORS: _BINARY}, {_JSON: PredictRequest, SAFETENSORS: _BINARY}, _POST
     ),

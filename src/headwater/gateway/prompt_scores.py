@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -37,7 +38,10 @@ class PromptScores:
     def read(self) -> PromptRead:
         """The whole prompt's, when all of it has been taken."""
         assert len(self._tokens) == len(self._prompt)
-        return PromptRead(tuple(self._tokens))
+        shown = sum(len(token.text) for token in self._tokens)
+        rest = self._decode(self._prompt)[shown:]  # half a character at the end
+        last = dataclasses.replace(self._tokens[-1], text=self._tokens[-1].text + rest)
+        return PromptRead((*self._tokens[:-1], last))
 
     def _token(self, token: int, logprob: float | None, top: tuple[Alternative, ...]) -> PromptToken:
         return PromptToken(self._text.push(token), token, self._decode([token]), logprob, top)

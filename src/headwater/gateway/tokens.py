@@ -1,8 +1,8 @@
-"""POST /tokenize and /detokenize."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from starlette.responses import Response
@@ -52,11 +52,17 @@ async def detokenize(request: Request, gateway: Gateway) -> Response:
     return _json(Detokenized(await gateway.tokenize(lambda: generator.spell(asked.tokens))))
 
 
+async def tokenizer_info(request: Request, gateway: Gateway) -> Response:
+    """The tokenizer's class, special tokens and chat template."""
+    del request
+    return _json(dict(_generator(None, gateway).tokenizer_info()))
+
+
 def _generator(model: str | None, gateway: Gateway) -> Generator:
     if model is not None:
         gateway.served.must_be(model)
     return gateway.served.generator()
 
 
-def _json(value: msgspec.Struct) -> Response:
+def _json(value: Any) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json")
