@@ -326,11 +326,13 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(model: Model | None, limits: Limits | None = None, keys: Path | None = None) -> Iterator[Running]:
+def running(
+    model: Model | None, limits: Limits | None = None, keys: Path | None = None, cors: Sequence[str] = ()
+) -> Iterator[Running]:
     """A real uvicorn on a free port of the loopback."""
     limits = limits or Limits()
     served = Served("toy", model)
-    app = make_app(served, limits, Keys(keys) if keys else None)
+    app = make_app(served, limits, Keys(keys) if keys else None, cors)
     sock = bind("127.0.0.1", 0, proven=keys is not None)
     server = Server(app, limits)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
