@@ -80,7 +80,7 @@ def main() -> None:
     answer = litellm.text_completion(
         **asked("text-completion-openai"), prompt="hello", echo=True, logprobs=2, temperature=0
     )
-    check("text completion with echo and logprobs", answer.choices[0].logprobs["token_logprobs"][0] is None)
+    check("text completion with echo and logprobs", answer.choices[0].logprobs.token_logprobs[0] is None)
     many = litellm.batch_completion(messages=[HELLO, HELLO], **asked("openai"))
     check("batch", len(many) == 2)
     answer = litellm.responses(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from starlette.responses import Response
 
+from headwater.gateway.engine_types import PromptInvalid
 from headwater.gateway.limits import read_json
 from headwater.gateway.problems import Refusal
 from headwater.gateway.tokens_types import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
@@ -49,7 +50,10 @@ async def detokenize(request: Request, gateway: Gateway) -> Response:
     """The text of token ids."""
     asked = await read_json(request, _FROM, gateway.limits)
     generator = _generator(asked.model, gateway)
-    return _json(Detokenized(await gateway.tokenize(lambda: generator.spell(asked.tokens))))
+    try:
+        return _json(Detokenized(await gateway.tokenize(lambda: generator.spell(asked.tokens))))
+    except PromptInvalid as error:
+        raise Refusal(400, str(error), param="tokens", slug="invalid_value") from None
 
 
 async def tokenizer_info(request: Request, gateway: Gateway) -> Response:
