@@ -62,7 +62,9 @@ def main() -> None:
         called = common | {"max_tokens": 200}
         answer = litellm.completion(messages=HELLO, tools=TOOLS, tool_choice=named, **called)
         (call,) = answer.choices[0].message.tool_calls
-        check(f"{provider}: chat, a tool", call.function.name == "paint" and painting(call.function.arguments, provider))
+        check(
+            f"{provider}: chat, a tool", call.function.name == "paint" and painting(call.function.arguments, provider)
+        )
         parts = list(litellm.completion(messages=HELLO, tools=TOOLS, tool_choice=named, stream=True, **called))
         whole = litellm.stream_chunk_builder(parts)
         (again,) = whole.choices[0].message.tool_calls

@@ -122,7 +122,7 @@ def parse_size(text: str) -> int:
 def check_origins(origins: Sequence[str]) -> Sequence[str]:
     """The origins, if browsers would send them so. Raises ``UsageError``."""
     for origin in origins:
-        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s,]+", origin):
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z,]+", origin):
             raise UsageError(
                 f"--cors {origin}: an origin such as https://chat.example or http://127.0.0.1:3000, without a path, "
                 "or *; nothing was started"
