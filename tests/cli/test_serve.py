@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import headwater
-from headwater.cli.serve import parse_size
+from headwater.cli.serve import check_origins, parse_size
 from headwater.errors import UsageError
 from headwater.gateway.loading import Plan, make_module, plan
 from headwater.launch import Launcher
@@ -78,6 +78,19 @@ def test_sizes(text: str, size: int) -> None:
 def test_no_sizes(text: str) -> None:
     with pytest.raises(UsageError, match="--max-body"):
         parse_size(text)
+
+
+@pytest.mark.parametrize("origin", ["*", "https://chat.example", "http://127.0.0.1:3000", "http://[::1]:80"])
+def test_origins(origin: str) -> None:
+    assert check_origins([origin]) == [origin]
+
+
+@pytest.mark.parametrize(
+    "origin", ["chat.example", "https://chat.example/", "https://Chat.example", "", "http://a,http://b"]
+)
+def test_what_no_browser_sends_is_no_origin(origin: str) -> None:
+    with pytest.raises(UsageError, match="--cors"):
+        check_origins(["*", origin])
 
 
 def test_a_module_is_made_by_its_factory(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

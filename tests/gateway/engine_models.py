@@ -84,10 +84,12 @@ def _gpt2() -> Any:
 CONFIGS: dict[str, Callable[[], Any]] = {"llama": _llama, "qwen2": _qwen2, "gpt2": _gpt2}
 
 
-def folder(kind: str = "llama", seed: int = 0, **options: Any) -> ModelFolder:
+def folder(kind: str = "llama", seed: int = 0, positions: int = 256, **options: Any) -> ModelFolder:
     """A model of random values that answers differently to every prompt."""
     torch.manual_seed(seed)
-    module = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=torch.float32)
+    config = CONFIGS[kind]()
+    config.max_position_embeddings = positions
+    module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return ModelFolder(kind, module, tokenizer(), **options)
 
 

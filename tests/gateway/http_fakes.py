@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import openai
 
@@ -24,8 +25,11 @@ from headwater.gateway.engine_types import (
     Failed,
     Finished,
     GenerationRequest,
+    Guide,
     OnEvent,
     PromptInvalid,
+    PromptRead,
+    PromptToken,
     PromptTooLong,
     QueueFull,
     Token,
@@ -74,6 +78,9 @@ class FakeEngine:
     failure: HeadwaterError | None = None
     begun: Callable[[], None] = lambda: None
     failed: str = ""
+    vocabulary: int = 256
+    announced: bool = False
+    says: str = ""
 
     def __post_init__(self) -> None:
         self._changed = threading.Condition()
@@ -99,11 +106,35 @@ class FakeEngine:
     def publish(self, number: int) -> None:
         self.version = version(number)
 
-    def encode(self, text: str) -> Sequence[int]:
+    def encode(self, text: str, *, special: bool = True) -> Sequence[int]:
+        del special
         return tuple(text.encode())
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> Sequence[int]:
-        return self.encode("".join(f"{message['role'][0]}:{message['content']}\n" for message in messages))
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    def spell(self, ids: Sequence[int]) -> str:
+        if max(ids, default=0) >= self.vocabulary:
+            raise PromptInvalid(f"token ids are 0 to {self.vocabulary - 1}")
+        return self.decode(ids)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        answer: bool = True,
+    ) -> Sequence[int]:
+        self.read = (list(messages), tools)
+        said = "".join(f"{message['role'][0]}:{message['content']}\n" for message in messages)
+        return self.encode(said + ("a:" if answer and self.announced else ""))
+
+    def tokenizer_info(self) -> Mapping[str, str | None]:
+        return {"tokenizer_class": "Bytes", "eos_token": None}
+
+    def guide(self, grammar: str) -> Guide:
+        self.grammar = grammar
+        return Unguided()
 
     def submit(self, request: GenerationRequest, on_event: OnEvent) -> _Generation:
         if not request.prompt:
@@ -170,6 +201,8 @@ class FakeEngine:
         return self._finished
 
     def _answer(self, request: GenerationRequest) -> str:
+        if self.says:
+            return self.says[: request.max_tokens]
         letters = "abcdefghijklmnopqrstuvwxyz"
         draw = random.Random(f"{request.seed if request.seed is not None else time.monotonic_ns()}{request.prompt}")
         if request.temperature == 0:
@@ -210,6 +243,11 @@ class FakeEngine:
                 self._advance(one)
 
     def _advance(self, one: _Generation) -> None:
+        if one.sent == 0 and one.request.prompt_logprobs is not None:
+            one.send(_prompt_read(one.request.prompt, one.request.prompt_logprobs))
+        if not one.answer:
+            self._end(one, Finished("length", *self._ended(one)))
+            return
         said = one.answer[: one.sent + 1]
         letter = one.answer[one.sent]
         one.sent += 1
@@ -237,6 +275,34 @@ class FakeEngine:
         one.send(event)
 
 
+def _prompt_read(prompt: Sequence[int], count: int) -> PromptRead:
+    top = tuple(Alternative(97 + i, chr(97 + i), -1.0 - i) for i in range(count))
+    return PromptRead(
+        tuple(
+            PromptToken(chr(token), token, chr(token), -2.0 if place else None, top if place else ())
+            for place, token in enumerate(prompt)
+        )
+    )
+
+
+class Unguided:
+    """A guide that is asked nothing: the fake engine says what it is told to."""
+
+    complete = False
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def copy(self) -> Unguided:
+        return self
+
+    def allowed(self) -> Any:
+        raise AssertionError
+
+    def push(self, token: int) -> None:
+        raise AssertionError(token)
+
+
 @dataclass
 class Running:
     """A server in a thread of this process. ``address``: (host, port)."""
@@ -260,11 +326,13 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(model: Model | None, limits: Limits | None = None, keys: Path | None = None) -> Iterator[Running]:
+def running(
+    model: Model | None, limits: Limits | None = None, keys: Path | None = None, cors: Sequence[str] = ()
+) -> Iterator[Running]:
     """A real uvicorn on a free port of the loopback."""
     limits = limits or Limits()
     served = Served("toy", model)
-    app = make_app(served, limits, Keys(keys) if keys else None)
+    app = make_app(served, limits, Keys(keys) if keys else None, cors)
     sock = bind("127.0.0.1", 0, proven=keys is not None)
     server = Server(app, limits)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)

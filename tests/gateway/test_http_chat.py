@@ -152,10 +152,9 @@ def test_harmless_fields_are_taken(server: Running) -> None:
 @pytest.mark.parametrize(
     ("wanted", "param", "said"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type", "json_object"),
-        ({"extra_body": {"max_token": 5}}, "max_token", "not a field"),
+        ({"tools": [{"type": "custom", "function": {"name": "f"}}]}, "tools[0].type", "not supported"),
+        ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools[0].function.name", "matching"),
+        ({"response_format": {"type": "regex"}}, "response_format.type", "regex"),
         ({"temperature": -1}, "temperature", ">= 0"),
         ({"temperature": "hot"}, "temperature", "float"),
         ({"top_p": 0}, "top_p", "> 0"),
@@ -168,7 +167,8 @@ def test_harmless_fields_are_taken(server: Running) -> None:
         ({"messages": []}, "messages", "length >= 1"),
         ({"messages": HELLO * 600}, "messages", "512"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "tool"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "null"),
+        ({"messages": [{"role": "", "content": "x"}]}, "messages[0].role", "length >= 1"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type", "image"),
         ({"messages": [{"role": "user", "content": "x" * 100}]}, "prompt", "context is 64"),
     ],

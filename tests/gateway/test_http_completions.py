@@ -8,6 +8,8 @@ from typing import Any
 import openai
 import pytest
 
+from headwater.gateway.completions import _by_text
+from headwater.gateway.engine_types import Alternative
 from tests.gateway.http_fakes import FakeEngine, Running, running
 
 
@@ -63,13 +65,48 @@ def test_logprobs(server: Running) -> None:
     assert chunks[0].choices[0].logprobs.top_logprobs is None
 
 
+def test_token_ids_are_echoed_as_text(server: Running) -> None:
+    answer = ask(server, prompt=[[97, 98], [99]], echo=True, temperature=0, max_tokens=2)
+    assert [choice.text for choice in answer.choices] == ["abab", "cab"]
+
+
+@pytest.mark.parametrize("prompt", ["xy", [120, 121], ["xy"], [[120, 121]]])
+def test_an_echo_with_logprobs_scores_the_prompt(server: Running, prompt: Any) -> None:
+    wanted: Any = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 1, "temperature": 0}
+    (choice,) = ask(server, **wanted).choices
+    assert choice.text == "xya"
+    found = choice.logprobs
+    assert found.tokens == ["x", "y", "a"]
+    assert found.token_logprobs == [None, -2.0, -0.5]
+    assert found.text_offset == [0, 1, 2]
+    assert found.top_logprobs == [None, {"a": -1.0, "b": -2.0}, {"a": -0.5, "b": -1.5}]
+    first, *rest = ask(server, **wanted, stream=True)
+    assert (first.choices[0].text, first.choices[0].logprobs.text_offset) == ("xya", [0, 1, 2])
+    assert all(chunk.choices[0].logprobs is None for chunk in rest)
+
+
+def test_a_prompt_alone_can_be_scored(server: Running) -> None:
+    wanted: Any = {"prompt": ["xy", "z"], "echo": True, "logprobs": 1, "max_tokens": 0, "n": 2}
+    answer = ask(server, **wanted)
+    assert [choice.text for choice in answer.choices] == ["xy", "xy", "z", "z"]
+    assert [choice.logprobs.token_logprobs for choice in answer.choices] == [[None, -2.0]] * 2 + [[None]] * 2
+    assert {choice.finish_reason for choice in answer.choices} == {"length"}
+    assert answer.usage.completion_tokens == 0
+    chunks = ask(server, **wanted | {"prompt": "xy", "n": 1}, stream=True)
+    assert [chunk.choices[0].text for chunk in chunks] == ["xy"]
+    assert ask(server, prompt="xy", max_tokens=0).choices[0].text == ""
+
+
+def test_of_likely_tokens_with_one_text_the_likeliest_keeps_it() -> None:
+    found = _by_text([Alternative(1, "?", -0.5), Alternative(2, "?", -1.0), Alternative(3, "a", -2.0)])
+    assert found == {"?": -0.5, "token_id:2": -1.0, "a": -2.0}
+
+
 @pytest.mark.parametrize(
     ("wanted", "param"),
     [
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 3}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "echo"),
-        ({"echo": True, "prompt": [97]}, "echo"),
         ({"prompt": ["a", 97]}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": [-1]}, "prompt[0]"),

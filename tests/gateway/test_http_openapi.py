@@ -38,7 +38,7 @@ def _document() -> dict[str, Any]:
     """The served one, but for the model's name: a random one is a 404 and nothing more."""
     found: dict[str, Any] = make_app(Served("toy")).state.gateway.document
     schemas = found["components"]["schemas"]
-    for name in ("ChatRequest", "CompletionRequest", "EmbeddingRequest"):
+    for name in ("ChatRequest", "CompletionRequest", "EmbeddingRequest", "ResponseRequest", "TokenizeRequest"):
         schemas[name]["properties"]["model"] = {"enum": ["toy"]}
     return found
 

@@ -25,7 +25,7 @@ from headwater.gateway.loading import Dtype, FromReader, Plan, Still
 from headwater.launch.registry import running
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from socket import socket
 
     from headwater.gateway.served import Model, Served
@@ -59,13 +59,22 @@ def serve(
     deadline: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 60.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 4096,
     max_body: Annotated[str, typer.Option(help="Of a request.")] = "1MiB",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse requests with unknown fields. Default: ignore and name them.")
+    ] = False,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An origin whose pages may read answers, such as https://chat.example; * for all; repeatable."
+        ),
+    ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Compute in this. Default: as the weights are.")] = None,
 ) -> None:
     """Answer over HTTP with the newest weights of a cluster, or those of files.
 
-    Language models have the OpenAI-compatible /v1/completions and
-    /v1/chat/completions, sentence encoders /v1/embeddings, any other
-    module (--module) /v1/predict.
+    Language models have the OpenAI-compatible /v1/completions,
+    /v1/chat/completions and /v1/responses, sentence encoders
+    /v1/embeddings, any other module (--module) /v1/predict.
 
     Example: headwater serve --model runs/lm-20260101-120000
 
@@ -79,7 +88,8 @@ def serve(
     from headwater.gateway.serving import Server, bind
 
     wanted = loading.plan(model, base=base, module=module, name=name)
-    limits = Limits(body=parse_size(max_body), deadline=deadline, max_tokens=max_tokens, queue=queue)
+    limits = Limits(body=parse_size(max_body), deadline=deadline, max_tokens=max_tokens, queue=queue, strict=strict)
+    origins = check_origins(cors or ())
     keys = Keys(api_keys) if api_keys else None
     made = loading.make_module(wanted.module) if wanted.module else None
     with closing(bind(host, port, proven=keys is not None)) as sock:
@@ -87,7 +97,7 @@ def serve(
         _log_to_stderr()
         with closing(FromReader(headwater.reader(wanted.tables, where)) if where else Still(wanted.tables)) as source:
             served = Served(wanted.name)
-            server = Server(make_app(served, limits, keys), limits)
+            server = Server(make_app(served, limits, keys, origins), limits)
             loader = _Loader(
                 served,
                 server,
@@ -107,6 +117,17 @@ def parse_size(text: str) -> int:
     if found is None:
         raise UsageError(f"--max-body {text}: a size such as 1MiB, 500kB or 1000; nothing was started")
     return int(found[1]) * _UNITS[found[2]]
+
+
+def check_origins(origins: Sequence[str]) -> Sequence[str]:
+    """The origins, if browsers would send them so. Raises ``UsageError``."""
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z,]+", origin):
+            raise UsageError(
+                f"--cors {origin}: an origin such as https://chat.example or http://127.0.0.1:3000, without a path, "
+                "or *; nothing was started"
+            )
+    return origins
 
 
 def _cluster(wanted: Plan, address: str | None) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -23,9 +24,11 @@ from headwater.gateway.gateway import Gateway
 from headwater.gateway.limits import Limits
 from headwater.gateway.metrics import CONTENT_TYPE, Metrics
 from headwater.gateway.openai_types import ModelList
-from headwater.gateway.openapi import document
+from headwater.gateway.openapi import HEADERS, document
 from headwater.gateway.predict import predict
 from headwater.gateway.problems import no_such_model, not_allowed, not_found
+from headwater.gateway.responses import responses
+from headwater.gateway.tokens import detokenize, tokenize, tokenizer_info
 
 if TYPE_CHECKING:
     from headwater.gateway.auth import Keys
@@ -34,26 +37,45 @@ if TYPE_CHECKING:
 Handler = Callable[[Request, Gateway], Awaitable[Response]]
 
 
-def make_app(served: Served, limits: Limits | None = None, keys: Keys | None = None) -> Starlette:
+def make_app(
+    served: Served, limits: Limits | None = None, keys: Keys | None = None, cors: Sequence[str] = ()
+) -> Starlette:
     """The application. ``app.state.gateway`` is what it shares; its lifespan's end closes it, and the model.
 
     Args:
         served: the model, which may be attached later: until then most paths answer 503.
         limits: what a client may ask.
         keys: who may ask; None: everybody.
+        cors: origins of pages that may read answers in a browser; ``*``: all.
     """
+    limits = limits or Limits()
     metrics = Metrics(served)
-    described = document(ROUTES, version=metadata.version("headwater"), keys=keys is not None)
-    gateway = Gateway(served, limits or Limits(), metrics, described)
+    described = document(ROUTES, version=metadata.version("headwater"), keys=keys is not None, strict=limits.strict)
+    gateway = Gateway(served, limits, metrics, described)
     app = Starlette(
         routes=[_route(gateway, *named, handler) for named, handler in ROUTES.items()],
-        middleware=[Middleware(Gate, served=served, metrics=metrics, keys=keys)],
+        middleware=[*_cors(cors), Middleware(Gate, served=served, metrics=metrics, keys=keys)],
         exception_handlers={HTTPException: _unrouted},
         lifespan=_lifespan,
     )
     app.router.redirect_slashes = False
     app.state.gateway = gateway
     return app
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """Before the gate: a browser asks without a key whether it may ask with one, and must be able to read errors."""
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[*HEADERS, "retry-after"],
+        )
+    ]
 
 
 @contextlib.asynccontextmanager
@@ -136,7 +158,11 @@ ROUTES: dict[tuple[str, str], Handler] = {
     ("GET", "/v1/models/{model}"): model,
     ("POST", "/v1/completions"): completions,
     ("POST", "/v1/chat/completions"): chat_completions,
+    ("POST", "/v1/responses"): responses,
     ("POST", "/v1/embeddings"): embeddings,
+    ("POST", "/tokenize"): tokenize,
+    ("POST", "/detokenize"): detokenize,
+    ("GET", "/tokenizer_info"): tokenizer_info,
     ("POST", "/v1/predict"): predict,
 }
 """What answers, by method and path; ``openapi.OPERATIONS`` describes the same."""

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from headwater.gateway.calls import Answer, Argued, Called, Piece, Said
 from headwater.gateway.engine_types import Alternative, Finished, Token
 from headwater.gateway.gate import record_of
 from headwater.gateway.generation import Run, answer
 from headwater.gateway.limits import read_json
 from headwater.gateway.openai_types import (
+    CalledFunction,
     ChatChoice,
     ChatChunk,
     ChatCompletion,
@@ -21,13 +23,17 @@ from headwater.gateway.openai_types import (
     ChatRequest,
     ChunkChoice,
     Delta,
+    FunctionDelta,
     Likely,
     Reply,
     TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
 )
 from headwater.gateway.problems import Refusal
-from headwater.gateway.requests import finish_reason, generations, including_usage, text_of
+from headwater.gateway.requests import Wanted, generations, guide_of, including_usage
 from headwater.gateway.served import fingerprint
+from headwater.gateway.tools import Tooling, form, read_chat
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -43,49 +49,56 @@ async def chat_completions(request: Request, gateway: Gateway) -> Response:
     asked = await read_json(request, _DECODER, gateway.limits)
     gateway.served.must_be(asked.model)
     generator = gateway.served.generator()
-    _check(asked, gateway.limits.messages)
-    messages = [
-        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
-        for message in asked.messages
-    ]
-    prompt = await gateway.tokenize(lambda: generator.apply_chat_template(messages))
-    top = (asked.top_logprobs or 0) if asked.logprobs else None
-    most = asked.max_completion_tokens or asked.max_tokens
-    wanted = generations(asked, [tuple(prompt)], most, top, gateway.limits)
-    usage = including_usage(asked)
     record = record_of(request)
-    run = Run(generator, wanted, request.receive, record, gateway.runs, gateway.limits.deadline)
-    return await answer(run, _Writer(asked.model, usage), record, stream=bool(asked.stream), usage=usage)
+    _check(asked, gateway.limits.messages)
+    usage = including_usage(asked)
+    tooling = Tooling(asked.tools or [], asked.tool_choice, asked.parallel_tool_calls is not False)
+    wanted_form = form(tooling, asked.response_format)
+    prompt = await gateway.tokenize(lambda: read_chat(asked.messages, wanted_form.tools, generator))
+    guide = await guide_of(wanted_form, generator, gateway, record)
+    top = (asked.top_logprobs or 0) if asked.logprobs else None
+    wanted = Wanted(asked.max_completion_tokens or asked.max_tokens, logprobs=top, guide=guide)
+    requests = generations(asked, [prompt], wanted, generator, gateway.limits)
+    run = Run(generator, requests, request.receive, record, gateway.runs, gateway.limits.deadline)
+    writer = _Writer(asked.model, usage=usage, calls=wanted_form.calls)
+    return await answer(run, writer, record, stream=bool(asked.stream), usage=usage)
 
 
 def _check(asked: ChatRequest, most: int) -> None:
     """Raises ``Refusal`` for what no single field's type can say."""
     if len(asked.messages) > most:
         raise Refusal(400, f"{len(asked.messages)} messages; this server takes {most}", param="messages")
-    if asked.top_logprobs is not None and not asked.logprobs:
+    if asked.top_logprobs and not asked.logprobs:
         raise Refusal(400, "'top_logprobs' needs 'logprobs': true", param="top_logprobs", slug="invalid_value")
 
 
 class _Writer:
-    """A run as chat completions write it."""
+    """A run as chat completions write it. ``calls``: its answers may call tools."""
 
-    def __init__(self, model: str, usage: bool) -> None:
+    def __init__(self, model: str, *, usage: bool, calls: bool) -> None:
         self._model = model
         self._id = f"chatcmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
         self._no_usage = None if usage else msgspec.UNSET
-        self._begun: set[int] = set()
+        self._calls = calls
+        self._begun: dict[int, Answer] = {}
 
     def event(self, run: Run, number: int, event: Token | Finished) -> Iterator[ChatChunk]:
         if number not in self._begun:
-            self._begun.add(number)
+            self._begun[number] = Answer(calls=self._calls)
             yield self._chunk(run, number, Delta(role="assistant", content=""))
+        said = self._begun[number]
+        pieces = said.push(event)
+        logprobs = _logprobs([event])
+        if logprobs and not pieces:
+            pieces = [Said("")]
+        for piece in pieces:
+            yield self._chunk(run, number, _delta(piece), logprobs)
+            logprobs = None
         if isinstance(event, Finished):
             chunk = self._chunk(run, number, Delta())
-            chunk.choices[0].finish_reason = finish_reason(event)
+            chunk.choices[0].finish_reason = said.finish_reason(event)
             yield chunk
-        elif event.text or event.own is not None:
-            yield self._chunk(run, number, Delta(content=event.text), _logprobs([event]))
 
     def usage(self, run: Run) -> ChatChunk:
         return ChatChunk(
@@ -100,9 +113,13 @@ class _Writer:
     def whole(self, run: Run, events: Sequence[Sequence[Token | Finished]]) -> ChatCompletion:
         choices = []
         for number, of_choice in enumerate(events):
+            said = Answer(calls=self._calls)
+            for event in of_choice:
+                said.push(event)
             (*_, end) = of_choice
-            reply = Reply(text_of(of_choice))
-            choices.append(ChatChoice(number, reply, _logprobs(of_choice), finish_reason(end)))
+            calls = [ToolCall(call.id, CalledFunction(call.name, call.arguments)) for call in said.calls]
+            reply = Reply(said.text or (None if calls else ""), tool_calls=calls or msgspec.UNSET)
+            choices.append(ChatChoice(number, reply, _logprobs(of_choice), said.finish_reason(end)))
         return ChatCompletion(
             id=self._id,
             created=self._created,
@@ -124,10 +141,26 @@ class _Writer:
         )
 
 
+def _delta(piece: Piece) -> Delta:
+    match piece:
+        case Said(text):
+            return Delta(content=text)
+        case Called(number, id_, name):
+            began = FunctionDelta(name=name, arguments="")
+            return Delta(tool_calls=[ToolCallDelta(number, began, id=id_, type="function")])
+        case Argued(number, text):
+            return Delta(tool_calls=[ToolCallDelta(number, FunctionDelta(arguments=text))])
+
+
 def _logprobs(events: Sequence[Token | Finished]) -> ChatLogprobs | None:
     """Of the tokens among the events; None if they were not asked for."""
-    found = [_logprob(e.own, e.top) for e in events if isinstance(e, Token) and e.own is not None]
+    found = logprobs_of(events)
     return ChatLogprobs(found) if found else None
+
+
+def logprobs_of(events: Sequence[Token | Finished]) -> list[TokenLogprob]:
+    """Of the tokens among the events; empty if they were not asked for."""
+    return [_logprob(e.own, e.top) for e in events if isinstance(e, Token) and e.own is not None]
 
 
 def _logprob(own: Alternative, likeliest: Sequence[Alternative]) -> TokenLogprob:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from headwater.gateway.engine_types import Finished, Token
+from headwater.gateway.engine_types import Alternative, Finished, PromptToken, Token
 from headwater.gateway.gate import record_of
 from headwater.gateway.generation import Run, answer
 from headwater.gateway.limits import read_json
 from headwater.gateway.openai_types import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from headwater.gateway.problems import Refusal
-from headwater.gateway.requests import finish_reason, generations, including_usage, read_prompts, text_of
+from headwater.gateway.requests import Wanted, finish_reason, generations, including_usage, read_prompts, text_of
 from headwater.gateway.served import fingerprint
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from headwater.gateway.gateway import Gateway
+    from headwater.gateway.served import Generator
 
 _DECODER = msgspec.json.Decoder(CompletionRequest)
 
@@ -32,34 +33,40 @@ async def completions(request: Request, gateway: Gateway) -> Response:
     asked = await read_json(request, _DECODER, gateway.limits)
     gateway.served.must_be(asked.model)
     generator = gateway.served.generator()
-    echoed = _echoed(asked)
+    logprobs = _logprobs_wanted(asked)
     usage = including_usage(asked)
     prompts = await read_prompts(asked.prompt, "prompt", generator.encode, gateway)
-    wanted = generations(asked, prompts, asked.max_tokens or 16, asked.logprobs, gateway.limits)
+    most = 16 if asked.max_tokens is None else asked.max_tokens
+    wanted = Wanted(most, logprobs, prompt_logprobs=logprobs if asked.echo else None)
+    requests = generations(asked, prompts, wanted, generator, gateway.limits)
+    echoed = await _echoed(asked, prompts, generator, gateway)
     record = record_of(request)
-    run = Run(generator, wanted, request.receive, record, gateway.runs, gateway.limits.deadline)
+    run = Run(generator, requests, request.receive, record, gateway.runs, gateway.limits.deadline)
     writer = _Writer(asked, usage, [text for text in echoed for _ in range(asked.n or 1)])
     return await answer(run, writer, record, stream=bool(asked.stream), usage=usage)
 
 
-def _echoed(asked: CompletionRequest) -> list[str]:
-    """The prompts that the answers begin with. Raises ``Refusal`` for what no single field's type can say."""
+def _logprobs_wanted(asked: CompletionRequest) -> int | None:
+    """How many alternatives. Raises ``Refusal`` for what no single field's type can say."""
     if asked.best_of is not None and asked.best_of != (asked.n or 1):
-        raise Refusal(
-            400,
-            "'best_of' is not supported by this server beyond 'n'; leave it out",
-            param="best_of",
-            slug="unsupported",
-        )
-    if not asked.echo:
+        said = "'best_of' is not supported by this server beyond 'n'; leave it out"
+        raise Refusal(400, said, param="best_of", slug="unsupported")
+    if asked.logprobs is True:
+        said = "'logprobs' is a number here: of the likeliest tokens to name, 0 to 5"
+        raise Refusal(400, said, param="logprobs", slug="invalid_value")
+    return None if asked.logprobs is False else asked.logprobs
+
+
+async def _echoed(
+    asked: CompletionRequest, prompts: Sequence[Sequence[int]], generator: Generator, gateway: Gateway
+) -> list[str]:
+    """The prompts that the answers begin with, as texts; none if they come with log-probabilities, token by token."""
+    if not asked.echo or asked.logprobs not in (None, False):
         return []
-    texts = (
-        [asked.prompt] if isinstance(asked.prompt, str) else [item for item in asked.prompt if isinstance(item, str)]
-    )
-    if asked.logprobs is not None or not texts:
-        said = "'echo' is supported for prompts that are texts, and without 'logprobs'; leave it out"
-        raise Refusal(400, said, param="echo", slug="unsupported")
-    return texts
+    if isinstance(asked.prompt, str):
+        return [asked.prompt]
+    texts = [item for item in asked.prompt if isinstance(item, str)]
+    return texts or await gateway.tokenize(lambda: [generator.decode(prompt) for prompt in prompts])
 
 
 class _Writer:
@@ -76,19 +83,17 @@ class _Writer:
     def event(self, run: Run, number: int, event: Token | Finished) -> Iterator[Completion]:
         begun = number in self._written
         written = self._written.setdefault(number, 0)
-        text = ("" if begun else self._echoed.get(number, "")) + text_of([event])
-        end = finish_reason(event) if isinstance(event, Finished) else None
-        logprobs = _logprobs([event], written)
-        if not (text or end or logprobs):
+        choice = self._choice(run, number, [event], written, begun=begun)
+        if not (choice.text or choice.finish_reason or choice.logprobs):
             return
-        self._written[number] += len(text)
+        self._written[number] += len(choice.text)
         version = run.choices[number].version
         yield Completion(
             id=self._id,
             created=self._created,
             model=self._model,
             system_fingerprint=fingerprint([version] if version else []),
-            choices=[CompletionChoice(number, text, logprobs, end)],
+            choices=[choice],
             usage=self._no_usage,
         )
 
@@ -96,16 +101,19 @@ class _Writer:
         return self._completion(run, [])
 
     def whole(self, run: Run, events: Sequence[Sequence[Token | Finished]]) -> Completion:
-        choices = [
-            CompletionChoice(
-                number,
-                self._echoed.get(number, "") + text_of(of_choice),
-                _logprobs(of_choice, 0),
-                finish_reason(of_choice[-1]),
-            )
-            for number, of_choice in enumerate(events)
-        ]
-        return self._completion(run, choices)
+        return self._completion(
+            run, [self._choice(run, number, of_choice, 0, begun=False) for number, of_choice in enumerate(events)]
+        )
+
+    def _choice(
+        self, run: Run, number: int, events: Sequence[Token | Finished], written: int, *, begun: bool
+    ) -> CompletionChoice:
+        """What the events add to a choice of which ``written`` characters are out; its first if it is not ``begun``."""
+        read = None if begun else run.choices[number].prompt
+        before = read.tokens if read else ()
+        echoed = "" if begun else self._echoed.get(number, "") + "".join(token.text for token in before)
+        end = finish_reason(events[-1]) if isinstance(events[-1], Finished) else None
+        return CompletionChoice(number, echoed + text_of(events), _logprobs(before, events, written), end)
 
     def _completion(self, run: Run, choices: list[CompletionChoice]) -> Completion:
         return Completion(
@@ -118,20 +126,39 @@ class _Writer:
         )
 
 
-def _logprobs(events: Sequence[Token | Finished], offset: int) -> CompletionLogprobs | None:
-    """Of the tokens among the events; None if not asked for. ``offset``: characters of the text before them."""
-    tokens = [event for event in events if isinstance(event, Token)]
-    own = [token.own for token in tokens if token.own is not None]
-    if not own:
+def _logprobs(
+    prompt: Sequence[PromptToken], events: Sequence[Token | Finished], offset: int
+) -> CompletionLogprobs | None:
+    """Of a prompt's tokens and those among the events; None if not asked for.
+
+    ``offset``: characters of the text before them.
+    """
+    tokens = [event for event in events if isinstance(event, Token) and event.own is not None]
+    if not (prompt or tokens):
         return None
-    offsets = []
+    found = CompletionLogprobs([], [], [], [])
+    top: list[dict[str, float] | None] = []
+    for read in prompt:
+        found.tokens.append(read.alone)
+        found.token_logprobs.append(read.logprob)
+        found.text_offset.append(offset)
+        top.append(_by_text(read.top) or None)
+        offset += len(read.text)
     for token in tokens:
-        offsets.append(offset)
+        assert token.own is not None
+        found.tokens.append(token.own.text)
+        found.token_logprobs.append(token.own.logprob)
+        found.text_offset.append(offset)
+        top.append(_by_text(token.top))
         offset += len(token.text)
-    top = [{likely.text: likely.logprob for likely in token.top} for token in tokens]
-    return CompletionLogprobs(
-        tokens=[each.text for each in own],
-        token_logprobs=[each.logprob for each in own],
-        top_logprobs=top if any(top) else None,
-        text_offset=offsets,
-    )
+    found.top_logprobs = top if any(top) else None
+    return found
+
+
+def _by_text(likeliest: Sequence[Alternative]) -> dict[str, float]:
+    """Log-probabilities by text. Where several have one (halves of characters, say), the likeliest keeps it, and the
+    others are called by their ids."""
+    found: dict[str, float] = {}
+    for each in likeliest:
+        found[each.text if each.text not in found else f"token_id:{each.id}"] = each.logprob
+    return found

@@ -28,10 +28,12 @@ from headwater.gateway.detokenize import Detokenizer, StopTexts
 from headwater.gateway.engine_types import (
     EngineClosed,
     EngineStatistics,
+    Event,
     Failed,
     Finished,
     GenerationFailed,
     GenerationRequest,
+    Guide,
     OnEvent,
     PromptInvalid,
     PromptTooLong,
@@ -40,6 +42,7 @@ from headwater.gateway.engine_types import (
     Token,
 )
 from headwater.gateway.follow import Follower, Ready
+from headwater.gateway.prompt_scores import PromptScores
 from headwater.gateway.sampling import Choice, Sampler, Warper, likeliest
 from headwater.gateway.scheduler import Chunk, Scheduler, Sequence
 from headwater.gateway.weights import Bindable
@@ -58,12 +61,19 @@ class Model(Protocol):
     vocabulary: int
     layers: int
 
-    def forward(self, ids: Tensor, window: Window, past: KeyValues, dtype: torch.dtype) -> Tensor: ...
+    def forward(self, ids: Tensor, window: Window, past: KeyValues, dtype: torch.dtype, keep: int = 1) -> Tensor: ...
     def warpers(self, request: GenerationRequest) -> list[Warper]: ...
-    def encode(self, text: str) -> tuple[int, ...]: ...
+    def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]: ...
     def decode(self, ids: Seq[int]) -> str: ...
+    def spell(self, ids: Seq[int]) -> str: ...
+    def tokenizer_info(self) -> Mapping[str, str | None]: ...
+    def guide(self, grammar: str) -> Guide: ...
     def apply_chat_template(
-        self, messages: Seq[Mapping[str, Any]], tools: Seq[Mapping[str, Any]] | None = None
+        self,
+        messages: Seq[Mapping[str, Any]],
+        tools: Seq[Mapping[str, Any]] | None = None,
+        *,
+        answer: bool = True,
     ) -> tuple[int, ...]: ...
 
 
@@ -83,6 +93,7 @@ class _Answer:
     sampler: Sampler
     text: Detokenizer
     stops: StopTexts
+    scores: PromptScores | None = None
     version: VersionInfo | None = None
     last: int = 0
     over: bool = False
@@ -159,13 +170,15 @@ class Engine:
 
         Raises ``QueueFull``, ``PromptTooLong``, ``PromptInvalid`` or ``EngineClosed``; then nothing was queued.
         """
-        self._check(request.prompt)
+        self._check(request.prompt, generating=request.max_tokens > 0)
         answer = _Answer(
             on_event,
             Sampler(request, self._model.warpers(request), self._model.decode),
             Detokenizer(self._model.decode, request.prompt),
             StopTexts(request.stop),
         )
+        if request.prompt_logprobs is not None:
+            answer.scores = PromptScores(request.prompt, request.prompt_logprobs, self._model.decode)
         sequence = Sequence(request, answer)
         with self._work:
             if self._closing:
@@ -174,10 +187,10 @@ class Engine:
             self._work.notify()
         return EngineHandle(sequence)
 
-    def _check(self, prompt: tuple[int, ...]) -> None:
+    def _check(self, prompt: tuple[int, ...], *, generating: bool) -> None:
         if not prompt:
             raise PromptInvalid("the prompt has no tokens; nothing was queued: send at least one")
-        if len(prompt) >= self._model.context:
+        if len(prompt) + generating > self._model.context:
             raise PromptTooLong(
                 f"the prompt has {len(prompt)} tokens and {self._model.name} holds {self._model.context} with the "
                 "answer; nothing was queued: shorten it"
@@ -185,15 +198,40 @@ class Engine:
         if not 0 <= min(prompt) <= max(prompt) < self._model.vocabulary:
             raise PromptInvalid(f"token ids go from 0 to {self._model.vocabulary - 1} here; nothing was queued")
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """The tokens of a text."""
-        return self._model.encode(text)
+    def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """The tokens of a text, if ``special`` with those that belong around one."""
+        return self._model.encode(text, special=special)
+
+    def decode(self, ids: Seq[int]) -> str:
+        """The text of tokens, without special ones."""
+        return self._model.decode(ids)
+
+    def spell(self, ids: Seq[int]) -> str:
+        """The text of tokens, special ones among them; or ``PromptInvalid``."""
+        return self._model.spell(ids)
+
+    def tokenizer_info(self) -> Mapping[str, str | None]:
+        """The tokenizer's class, special tokens and chat template."""
+        return self._model.tokenizer_info()
 
     def apply_chat_template(
-        self, messages: Seq[Mapping[str, Any]], tools: Seq[Mapping[str, Any]] | None = None
+        self,
+        messages: Seq[Mapping[str, Any]],
+        tools: Seq[Mapping[str, Any]] | None = None,
+        *,
+        answer: bool = True,
     ) -> tuple[int, ...]:
         """The tokens of a conversation, up to where the answer begins; or ``PromptInvalid``."""
-        return self._model.apply_chat_template(messages, tools)
+        return self._model.apply_chat_template(messages, tools, answer=answer)
+
+    def guide(self, grammar: str) -> Guide:
+        """What holds an answer to a grammar; or ``GrammarInvalid``, ``GuideMissing``."""
+        return self._model.guide(grammar)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        return self._model.vocabulary
 
     @property
     def context(self) -> int:
@@ -314,14 +352,28 @@ class Engine:
     def _read(self, chunk: Chunk[_Answer]) -> None:
         """Some of a prompt; behind its last token comes the answer's first."""
         sequence = chunk.sequence
+        scores = sequence.extra.scores
         live = self._live[sequence.version or 0]
         ids = torch.tensor([sequence.request.prompt[chunk.start : chunk.stop]])
         window = Window(self._scheduler.row(sequence), torch.arange(chunk.start, chunk.stop)[None], chunk.stop)
-        logits = self._forward(live, ids, window)
+        logits = self._forward(live, ids, window, keep=ids.shape[1] if scores else 1)
+        if scores:
+            if None in likeliest(logits):
+                raise _not_finite()
+            scores.take(chunk.start, logits)
         sequence.length = chunk.stop
         self._counts["prompt_tokens"] += chunk.stop - chunk.start
         if sequence.decoding:
+            self._begin(sequence, logits[-1:])
+
+    def _begin(self, sequence: _Running, logits: Tensor) -> None:
+        """The prompt has been read. ``logits``: (1, vocabulary), of the answer's first token."""
+        if sequence.extra.scores:
+            self._tell(sequence, sequence.extra.scores.read())
+        if sequence.request.max_tokens:
             self._deliver([sequence], logits)
+        else:
+            self._finish(sequence, "length")
 
     def _generate(self, running: list[_Running], live: _Live) -> None:
         """One token for each of a version's sequences."""
@@ -334,10 +386,10 @@ class Engine:
             sequence.length += 1
         self._deliver(running, logits)
 
-    def _forward(self, live: _Live, ids: Tensor, window: Window) -> Tensor:
+    def _forward(self, live: _Live, ids: Tensor, window: Window, keep: int = 1) -> Tensor:
         live.past.reserve(window.first + window.rows, window.length)
         self._weights.bind(live.ready.binding)
-        logits = self._model.forward(ids, window, live.past, live.ready.binding.dtype)
+        logits = self._model.forward(ids, window, live.past, live.ready.binding.dtype, keep)
         self._position_bytes = live.past.nbytes_of_position
         return logits
 
@@ -354,8 +406,9 @@ class Engine:
         answer.last = choice.id
         sequence.generated += 1
         self._counts["tokens"] += 1
-        ended = choice.id in self._model.eos and not request.ignore_eos
+        ended = choice.id in request.stop_token_ids or (choice.id in self._model.eos and not request.ignore_eos)
         text, stopped = answer.stops.push("" if ended else answer.text.push(choice.id))
+        ended = ended or (request.guide is not None and request.guide.complete)
         full = sequence.generated >= request.max_tokens or sequence.length + 1 >= self._model.context
         reason: Reason | None = "stop" if ended or stopped else "length" if full else None
         if reason and not stopped:
@@ -377,7 +430,7 @@ class Engine:
         self._finished["failed"] += 1
         self._tell(sequence, Failed(error))
 
-    def _tell(self, sequence: _Running, event: Token | Finished | Failed) -> None:
+    def _tell(self, sequence: _Running, event: Event) -> None:
         try:
             sequence.extra.on_event(event)
         except Exception:  # noqa: BLE001 - a listener's error is its own

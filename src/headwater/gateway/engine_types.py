@@ -4,7 +4,9 @@ The engine's errors, beside those of ``headwater.errors``:
 
 UsageError
 ├── PromptTooLong       the prompt leaves no room in the model's context; HTTP 400
-└── PromptInvalid       empty, a token that the vocabulary lacks, a text that cannot be made; HTTP 400
+├── PromptInvalid       empty, a token that the vocabulary lacks, a text that cannot be made; HTTP 400
+├── GrammarInvalid      no answer can be held to the schema that was sent; HTTP 400
+└── GuideMissing        nothing here can hold an answer to a schema; HTTP 400
 ClusterError
 ├── QueueFull           as many requests wait as may; HTTP 429
 ├── EngineClosed        the engine was closed, is being closed, or has failed; HTTP 503
@@ -35,6 +37,14 @@ class PromptInvalid(UsageError):
     """The prompt cannot be read by this model; nothing was queued."""
 
 
+class GrammarInvalid(UsageError):
+    """No answer can be held to this grammar."""
+
+
+class GuideMissing(UsageError):
+    """The library that holds answers to a grammar is not there, or does not know this tokenizer."""
+
+
 class QueueFull(ClusterError):
     """As many requests wait as may; nothing was queued. Come back later."""
 
@@ -47,18 +57,38 @@ class GenerationFailed(ClusterError):
     """The model's forward raised; this request has no answer, others go on."""
 
 
+class Guide(Protocol):
+    """Where one answer is in its grammar. It has a state, so each request needs one of its own.
+
+    ``allowed``: which tokens may follow, (vocabulary,) bool; ``push``: this one came; ``complete``: nothing can follow.
+    ``warnings``: what of the schema is not enforced.
+    """
+
+    def copy(self) -> Guide: ...
+    def allowed(self) -> torch.Tensor: ...
+    def push(self, token: int) -> None: ...
+    @property
+    def complete(self) -> bool: ...
+    @property
+    def warnings(self) -> list[str]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One generation. ``prompt``: token ids. ``max_tokens``: 1 or more; the context may end it earlier.
+    """One generation. ``prompt``: token ids. ``max_tokens``: 0 reads the prompt alone; the context may end it earlier.
 
-    ``temperature`` 0 is greedy, else logits are divided by it; ``top_k`` 0 and ``top_p`` 1 leave all tokens. Order, as
-    in ``transformers``: penalties, temperature, top-k, top-p. ``frequency_penalty`` (times a token's count) and
-    ``presence_penalty`` (once) are taken off the logits of tokens already generated; the prompt does not count.
+    ``temperature`` 0 is greedy, else logits are divided by it; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 leave all
+    tokens. Order: repetition penalty, the other penalties, bias, guide; then as in ``transformers`` temperature, top-k,
+    top-p, min-p. ``repetition_penalty`` divides (or multiplies, below zero) the logits of tokens in the prompt or the
+    answer. ``frequency_penalty`` (times a token's count) and ``presence_penalty`` (once) are taken off the logits of
+    tokens already generated; the prompt does not count. ``logit_bias``: pairs of token id and what its logit gains.
+    ``guide``: the grammar that the answer keeps to; its end ends the answer.
     ``seed``: the same request with the same seed on the same version draws the same tokens, whatever runs beside it
     (but for the last bits of logits, which depend on the size of a batch). ``stop``: texts that end the generation and
     are not emitted. ``deadline``: ``time.monotonic()`` seconds. ``logprobs``: None for none, else how many of the
-    likeliest alternatives to name (0: the chosen token's alone), before penalties, temperature and cuts.
-    ``ignore_eos``: end tokens do not end it.
+    likeliest alternatives to name (0: the chosen token's alone), before penalties, temperature and cuts;
+    ``prompt_logprobs``: the same of the prompt's tokens, in a ``PromptRead``. ``stop_token_ids`` end it, and have no
+    text, as end tokens do. ``ignore_eos``: end tokens do not end it.
 
     Raises ``UsageError`` for a value out of range.
     """
@@ -75,12 +105,21 @@ class GenerationRequest:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     ignore_eos: bool = False
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    prompt_logprobs: int | None = None
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         for holds, problem in (
-            (self.max_tokens >= 1, f"max_tokens={self.max_tokens}: 1 or more"),
+            (self.max_tokens >= 0, f"max_tokens={self.max_tokens}: 0 or more"),
             (0.0 <= self.temperature < float("inf"), f"temperature={self.temperature}: a finite number, 0 or more"),
             (0.0 < self.top_p <= 1.0, f"top_p={self.top_p}: more than 0, 1 at most"),
+            (0.0 <= self.min_p <= 1.0, f"min_p={self.min_p}: 0 to 1"),
+            (0.0 < self.repetition_penalty < float("inf"), f"repetition_penalty={self.repetition_penalty}: above 0"),
+            (all(abs(bias) < float("inf") for _, bias in self.logit_bias), "logit_bias: finite numbers"),
             (self.top_k >= 0, f"top_k={self.top_k}: 0 (all tokens) or more"),
             (all(self.stop), "stop: an empty text would end every answer before it begins"),
             (self.logprobs is None or self.logprobs >= 0, f"logprobs={self.logprobs}: None, or 0 or more"),
@@ -101,6 +140,27 @@ class Alternative:
     id: int
     text: str
     logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class PromptToken:
+    """One token of a prompt. ``text``: characters that are complete with it; ``alone``: its own, as ``Alternative``.
+
+    ``logprob``: of it behind those before it, None for the first; ``top``: the likeliest at its place.
+    """
+
+    text: str
+    id: int
+    alone: str
+    logprob: float | None
+    top: tuple[Alternative, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRead:
+    """A prompt and how likely it was; before the first token, if the request asked for ``prompt_logprobs``."""
+
+    tokens: tuple[PromptToken, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +198,7 @@ class Failed:
     error: HeadwaterError
 
 
-Event = Token | Finished | Failed
+Event = PromptRead | Token | Finished | Failed
 OnEvent = Callable[[Event], None]
 
 

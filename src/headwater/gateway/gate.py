@@ -6,6 +6,8 @@ Errors become answers here. A client that has left gets none.
 from __future__ import annotations
 
 import logging
+import re
+import secrets
 import time
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -14,6 +16,8 @@ from headwater.errors import HeadwaterError
 from headwater.gateway.problems import Refusal, refusal_of, unforeseen
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -31,6 +35,11 @@ _QUIET = (*OPEN, "/metrics")
 """Paths that are asked every few seconds: no line of the log."""
 
 _RECORD = "headwater.record"
+
+_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+"""What is taken from a client as the request's id: it is sent back in a header, and logged."""
+_MOST_NAMED = 16
+"""Ignored fields that the header names; of more, the number."""
 
 
 class ClientGone(Exception):
@@ -52,6 +61,14 @@ class Record:
         self.gone = False
         self.admitted = False
         self.problem = ""
+        self.id = f"req_{secrets.token_hex(16)}"
+        self.ignored: list[str] = []
+
+    def named_by(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """The client's own id for the request, if it sends one that can be sent back."""
+        given = next((value for name, value in headers if name == b"x-request-id"), b"")
+        if _REQUEST_ID.fullmatch(given):
+            self.id = given.decode("ascii")
 
     def answered_by(self, version: VersionInfo | None) -> None:
         if version is not None and version not in self.versions:
@@ -77,6 +94,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         record = scope[_RECORD] = Record()
+        record.named_by(scope["headers"])
         self._metrics.active.inc()
         try:
             await self._answer(scope, receive, self._naming_versions(record, send), record)
@@ -108,7 +126,7 @@ class Gate:
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                message["headers"] = [*message["headers"], *self._version_headers(record)]
+                message["headers"] = [*message["headers"], *_own_headers(record), *self._version_headers(record)]
             await send(message)
 
         return named
@@ -149,6 +167,15 @@ class Gate:
         log.log(logging.DEBUG if scope["path"] in _QUIET else logging.INFO, "%s", _line(scope, record, seconds))
 
 
+def _own_headers(record: Record) -> list[tuple[bytes, bytes]]:
+    """The request's id, and what of the request was ignored."""
+    named = [quote(field[:100], safe="[]() ", errors="replace") for field in record.ignored[:_MOST_NAMED]]
+    if len(record.ignored) > _MOST_NAMED:
+        named.append(f"and {len(record.ignored) - _MOST_NAMED} more")
+    found = [(b"x-request-id", record.id.encode())]
+    return [*found, (b"x-headwater-ignored", ", ".join(named).encode())] if named else found
+
+
 def _line(scope: Scope, record: Record, seconds: float) -> str:
     client = scope.get("client")
     parts = [client[0] if client else "-", scope["method"], quote(scope["path"])[:200]]
@@ -162,6 +189,8 @@ def _line(scope: Scope, record: Record, seconds: float) -> str:
         parts.append(f"first after {record.first_token - record.began:.3f}s")
     if record.streamed:
         parts.append("streamed")
+    if record.ignored:
+        parts.append(f"ignored {len(record.ignored)} fields")
     if record.problem:
         parts.append(record.problem)
     return " ".join(parts)

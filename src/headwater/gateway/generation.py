@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import msgspec
 from starlette.responses import Response
 
-from headwater.gateway.engine_types import Event, Failed, Finished, Token
+from headwater.gateway.engine_types import Event, Failed, Finished, PromptRead, Token
 from headwater.gateway.gate import ClientGone
 from headwater.gateway.openai_types import Usage
 from headwater.gateway.problems import Refusal, refusal_of, too_late, unavailable
@@ -35,11 +35,15 @@ _Sign = Literal["gone", "closing"]
 
 @dataclass(slots=True)
 class Choice:
-    """One generation. ``tokens``: how many have come; ``finished``: how it ended, once it has."""
+    """One generation. ``tokens``: how many have come; ``finished``: how it ended, once it has.
+
+    ``prompt``: its tokens and how likely they were, if that was asked for.
+    """
 
     request: GenerationRequest
     handle: Handle
     tokens: int = 0
+    prompt: PromptRead | None = None
     finished: Finished | None = None
 
     @property
@@ -116,6 +120,9 @@ class Run:
                 raise unavailable(f"the server is ending; {self._so_far()}", "closing")
             case (_, Failed(error)):
                 raise refusal_of(error)
+            case (int(number), PromptRead() as prompt):
+                self.choices[number].prompt = prompt
+                return await anext(self)
             case (int(number), Token() | Finished() as event):
                 self._note(number, event)
                 return number, event
@@ -200,16 +207,25 @@ class Writer(Protocol):
     def whole(self, run: Run, events: Sequence[Sequence[Token | Finished]]) -> Any: ...
 
 
-async def answer(run: Run, writer: Writer, record: Record, *, stream: bool, usage: bool) -> Response:
-    """The answer to a request: in one piece, or a response that streams. ``usage``: the stream ends with it.
+async def answer(
+    run: Run,
+    writer: Writer,
+    record: Record,
+    *,
+    stream: bool,
+    usage: bool,
+    written: type[EventStream] | None = None,
+) -> Response:
+    """The answer to a request: in one piece, or a response that streams.
 
+    ``usage``: the stream ends with it. ``written``: how a stream is; default: ``EventStream``.
     The run is closed when the answer is out, or has failed.
     """
     try:
         if stream:
             record.streamed = True
             await run.first()
-            return EventStream(run, writer, record, usage)
+            return (written or EventStream)(run, writer, record, usage)
         events: list[list[Token | Finished]] = [[] for _ in run.choices]
         async for number, event in run:
             events[number].append(event)
@@ -228,6 +244,7 @@ class EventStream(Response):
     """
 
     media_type = "text/event-stream"
+    last = b"data: [DONE]\n\n"
 
     def __init__(self, run: Run, writer: Writer, record: Record, usage: bool) -> None:
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
@@ -244,19 +261,23 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": part, "more_body": True})
         finally:
             self._run.close()
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+        await send({"type": "http.response.body", "body": self.last, "more_body": False})
 
     async def _parts(self) -> AsyncIterator[bytes]:
         try:
             async for number, event in self._run:
-                if parts := b"".join(_data(part) for part in self._writer.event(self._run, number, event)):
+                if parts := b"".join(self.frame(part) for part in self._writer.event(self._run, number, event)):
                     yield parts
             if self._usage:
-                yield _data(self._writer.usage(self._run))
+                yield self.frame(self._writer.usage(self._run))
         except Refusal as refusal:
             self._record.problem = refusal.slug or ""
-            yield _data(refusal.answer())
+            yield self.problem(refusal)
 
+    def frame(self, value: Any) -> bytes:
+        """One event."""
+        return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
-def _data(value: Any) -> bytes:
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+    def problem(self, refusal: Refusal) -> bytes:
+        """The event of what went wrong."""
+        return self.frame(refusal.answer())

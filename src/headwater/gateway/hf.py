@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.generation.logits_process import (
+    MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -26,8 +27,10 @@ from transformers.generation.logits_process import (
 from headwater import pretrained
 from headwater.errors import DataError, UsageError
 from headwater.gateway.cache import KeyValues, Window
-from headwater.gateway.engine_types import GenerationRequest, PromptInvalid
+from headwater.gateway.engine_types import GenerationRequest, Guide, PromptInvalid
+from headwater.gateway.guided import Guides
 from headwater.gateway.sampling import Warper
+from headwater.gateway.tool_prompt import knows_tools, told
 
 
 class ModelFolder:
@@ -51,11 +54,14 @@ class ModelFolder:
         self._lock = threading.Lock()
         inner = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
         # Most models can leave out the logits of all positions but the last.
-        takes_keep = "logits_to_keep" in inspect.signature(inner.forward).parameters
-        self._last: dict[str, Any] = {"logits_to_keep": 1} if takes_keep else {}
+        self._takes_keep = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        self._guides = Guides(tokenizer, self.vocabulary, self.eos)
 
-    def forward(self, ids: Tensor, window: Window, past: KeyValues, dtype: torch.dtype) -> Tensor:
-        """Logits (R, vocabulary) behind the last of Q new tokens ``ids``, (R, Q); their past goes into ``past``."""
+    def forward(self, ids: Tensor, window: Window, past: KeyValues, dtype: torch.dtype, keep: int = 1) -> Tensor:
+        """Logits (R × keep, vocabulary) behind the last ``keep`` of Q new tokens ``ids``, (R, Q), row by row.
+
+        Their past goes into ``past``.
+        """
         self._window.show(past, window)
         with torch.inference_mode():
             out = self.module(
@@ -64,13 +70,13 @@ class ModelFolder:
                 attention_mask=_causal(window, dtype),
                 past_key_values=self._window,
                 use_cache=True,
-                **self._last,
+                **({"logits_to_keep": keep} if self._takes_keep else {}),
             )
-        logits: Tensor = out.logits[:, -1]
+        logits: Tensor = out.logits[:, -keep:].flatten(0, 1)
         return logits
 
     def warpers(self, request: GenerationRequest) -> list[Warper]:
-        """The logits processors of ``transformers`` for a request's temperature, top-k and top-p."""
+        """The logits processors of ``transformers`` for a request's temperature, top-k, top-p and min-p."""
         found: list[Warper] = []
         if request.temperature not in (0.0, 1.0):
             found.append(TemperatureLogitsWarper(request.temperature))
@@ -78,12 +84,35 @@ class ModelFolder:
             found.append(TopKLogitsWarper(min(request.top_k, self.vocabulary)))
         if request.top_p < 1.0:
             found.append(TopPLogitsWarper(request.top_p))
+        if request.min_p:
+            found.append(MinPLogitsWarper(request.min_p))  # type: ignore[arg-type]
         return found
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """A text's tokens, with those that the tokenizer puts before or after a text."""
+    def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """A text's tokens, if ``special`` with those that the tokenizer puts before or after a text."""
         with self._lock:  # a fast tokenizer is not made for two threads
-            return tuple(self.tokenizer(text)["input_ids"])
+            return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special ones among them. Raises ``PromptInvalid`` for what is no token."""
+        wrong = next((token for token in ids if not 0 <= token < self.vocabulary), None)
+        if wrong is not None:
+            raise PromptInvalid(f"{wrong} is no token id; they go from 0 to {self.vocabulary - 1} here")
+        with self._lock:
+            text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def tokenizer_info(self) -> dict[str, str | None]:
+        """The tokenizer's class, special tokens and chat template, by the names of ``transformers``."""
+        named = ("bos_token", "eos_token", "pad_token", "unk_token")
+        found = {name: getattr(self.tokenizer, name, None) for name in named}
+        template = self.tokenizer.get_chat_template() if self.tokenizer.chat_template else None
+        return {"tokenizer_class": type(self.tokenizer).__name__, **found, "chat_template": template}
+
+    def guide(self, grammar: str) -> Guide:
+        """See ``Guides.make``."""
+        with self._lock:
+            return self._guides.make(grammar)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
@@ -91,10 +120,15 @@ class ModelFolder:
         return text
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        answer: bool = True,
     ) -> tuple[int, ...]:
         """The tokens of a conversation, as the model was taught to read one, up to where its answer begins.
 
+        ``answer``: False leaves out what announces one.
         Raises ``PromptInvalid`` if the model has no template, or its template refuses the messages.
         """
         if not self.tokenizer.chat_template:
@@ -104,10 +138,13 @@ class ModelFolder:
             )
         try:
             with self._lock:
+                tools = list(tools) if tools else None
+                if not knows_tools(self.tokenizer.get_chat_template(tools=tools)):
+                    messages, tools = told(messages, tools), None
                 ids = self.tokenizer.apply_chat_template(
                     list(messages),
-                    tools=list(tools) if tools else None,
-                    add_generation_prompt=True,
+                    tools=tools,
+                    add_generation_prompt=answer,
                     tokenize=True,
                     return_dict=False,
                 )

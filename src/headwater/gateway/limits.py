@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from headwater.gateway.problems import Refusal, invalid
+from headwater.gateway.gate import record_of
+from headwater.gateway.problems import Refusal, invalid, unknown
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -29,7 +31,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     to arrive; ``head_timeout``: for a whole head, and for a client that has stopped reading. ``messages``: of a chat.
     ``choices``: ``n`` times the number of prompts. ``max_tokens``: of one choice. ``inputs``: of one request for
     embeddings. ``threads``: forwards of /v1/predict and /v1/embeddings at once, ``queue``: how many more may wait.
-    ``connections``: open ones. ``grace``: for what is running when the server ends.
+    ``connections``: open ones. ``grace``: for what is running when the server ends. ``strict``: fields that a request
+    does not have are refused, and not ignored and named.
     """
 
     body: int = 1 << 20
@@ -44,6 +47,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     queue: int = 64
     connections: int = 512
     grace: float = 10.0
+    strict: bool = False
 
 
 def media_type(request: Request) -> str:
@@ -96,10 +100,11 @@ def _too_long(limits: Limits) -> Refusal:
 
 
 async def read_json(request: Request, decoder: msgspec.json.Decoder[T], limits: Limits) -> T:
-    """The body as what ``decoder`` reads.
+    """The body as what ``decoder`` reads. Fields that it does not know are noted as ignored.
 
     Raises:
-        Refusal: 415, it is said to be something else; 400, it is no JSON, or not this request; as ``read_body``.
+        Refusal: 415, it is said to be something else; 400, it is no JSON, not this request, or has unknown fields on a
+            strict server; as ``read_body``.
     """
     kind = media_type(request)
     if kind != "application/json":
@@ -109,7 +114,27 @@ async def read_json(request: Request, decoder: msgspec.json.Decoder[T], limits: 
             slug="unsupported_media_type",
             headers=CLOSE,
         )
-    return decode_json(await read_body(request, limits), decoder)
+    body = await read_body(request, limits)
+    asked = decode_json(body, decoder)
+    ignored = list(unknown_fields(msgspec.json.decode(body), asked))
+    if ignored and limits.strict:
+        raise unknown(ignored[0])
+    record_of(request).ignored += ignored
+    return asked
+
+
+def unknown_fields(sent: Any, read: Any, place: str = "") -> Iterator[str]:
+    """The fields of what was sent that the structs in ``read`` do not have, as ``messages[0].colour``."""
+    if isinstance(read, msgspec.Struct) and isinstance(sent, dict):
+        known = {*read.__struct_fields__, read.__struct_config__.tag_field}
+        for name, value in sent.items():
+            if name not in known:
+                yield f"{place}{name}"
+            else:
+                yield from unknown_fields(value, getattr(read, name, None), f"{place}{name}.")
+    elif isinstance(read, list) and isinstance(sent, list):
+        for number, (value, item) in enumerate(zip(sent, read, strict=True)):
+            yield from unknown_fields(value, item, f"{place.removesuffix('.')}[{number}].")
 
 
 def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:

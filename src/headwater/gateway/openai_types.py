@@ -5,10 +5,12 @@ A field of a request is one of four kinds:
 - **honoured**: it does what OpenAI's documentation says;
 - **harmless**: it cannot change the answer (``user``, ``metadata``, ``service_tier``, …): taken and not looked at;
 - **unsupported**: it would change the answer in a way that this server cannot. Its type here is that of its neutral
-  value alone (``tools: null``, ``response_format: {"type": "text"}``), and anything else is refused by name;
-- **unknown**: refused by name, so that a misspelt ``max_token`` does not pass for an answer of any length.
+  values alone (``suffix: ""``, ``functions: []``, null), and anything else is refused by name;
+- **unknown**: not among a struct's fields. It is ignored and named in a header, or refused under ``--strict``
+  (``limits.read_json``).
 
-``top_k`` and ``ignore_eos`` are not OpenAI's; other servers of this kind have them too.
+``top_k``, ``min_p``, ``repetition_penalty``, ``stop_token_ids`` and ``ignore_eos`` are not OpenAI's; other servers of
+this kind have them too. Null is the default of every field that may be left out.
 """
 
 from __future__ import annotations
@@ -20,9 +22,14 @@ from msgspec import UNSET, Meta, UnsetType
 
 Temperature = Annotated[float, Meta(ge=0, le=2, description="0: the likeliest token each time.")]
 TopP = Annotated[float, Meta(gt=0, le=1, description="Of the likeliest tokens whose probabilities sum to this.")]
-TopK = Annotated[int, Meta(ge=0, le=1 << 20, description="Of so many likeliest tokens; 0: of all.")]
+TopK = Annotated[int, Meta(ge=-1, le=1 << 20, description="Of so many likeliest tokens; 0 or -1: of all.")]
+MinP = Annotated[float, Meta(ge=0, le=1, description="Of tokens at least so likely, relative to the likeliest.")]
+Repetition = Annotated[
+    float, Meta(gt=0, le=100, description="Of tokens in the prompt or the answer; 1: none. As in transformers.")
+]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Count = Annotated[int, Meta(ge=1, le=1 << 20)]
+CountOrNone = Annotated[int, Meta(ge=0, le=1 << 20)]
 Choices = Annotated[int, Meta(ge=1, le=128, description="How many answers; choice i draws with seed + i.")]
 Seed = Annotated[
     int,
@@ -32,27 +39,43 @@ Seed = Annotated[
         description="The same request with the same seed on the same version draws the same tokens.",
     ),
 ]
-StopText = Annotated[str, Meta(min_length=1, max_length=256)]
-Stop = StopText | Annotated[list[StopText], Meta(max_length=4)] | None
+_LONGEST_STOP = 256
+StopText = Annotated[str, Meta(min_length=1, max_length=_LONGEST_STOP)]
+Stop = Annotated[str, Meta(max_length=_LONGEST_STOP)] | Annotated[list[StopText], Meta(max_length=32)] | None
 TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+TokenIds = Annotated[list[TokenId], Meta(max_length=256)]
+LogitBias = Annotated[
+    dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]],
+    Meta(max_length=1024, description="Added to the logits of these token ids; -100 bans a token."),
+]
 Model = Annotated[str, Meta(min_length=1, max_length=256, description="The model's name, as /v1/models lists it.")]
 Label = Annotated[str, Meta(max_length=256)]
 
 
-class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+class StreamOptions(msgspec.Struct):
     """``include_usage``: one more event before the end, with the usage and no choices."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
     include_obfuscation: Literal[False] | None = None
 
 
-class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
-    """The only format of an answer: text."""
+class JsonSchema(msgspec.Struct):
+    """A schema that an answer keeps to. Without ``strict``, what of it cannot be enforced is ignored and named."""
 
-    type: Literal["text"] = "text"
+    name: Label | None = None
+    schema: dict[str, Any] | bool | None = None
+    strict: bool | None = False
+    description: str | None = None
 
 
-class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class ResponseFormat(msgspec.Struct):
+    """Of an answer: text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+
+class Common(msgspec.Struct, kw_only=True):
     """What completions and chat completions have in common."""
 
     model: Model
@@ -62,13 +85,15 @@ class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     temperature: Temperature | None = 1.0
     top_p: TopP | None = 1.0
     top_k: TopK | None = 0
+    min_p: MinP | None = 0.0
     stop: Stop = None
+    stop_token_ids: TokenIds | None = None
     seed: Seed | None = None
     frequency_penalty: Penalty | None = 0.0
     presence_penalty: Penalty | None = 0.0
+    repetition_penalty: Repetition | None = 1.0
+    logit_bias: LogitBias | None = None
     ignore_eos: bool | None = False
-    # unsupported
-    logit_bias: None = None
     # harmless
     user: Label | None = None
 
@@ -76,44 +101,104 @@ class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 Prompt = str | Annotated[list[str | TokenId | Annotated[list[TokenId], Meta(min_length=1)]], Meta(min_length=1)]
 
 
-class CompletionRequest(Common, forbid_unknown_fields=True, kw_only=True):
+class CompletionRequest(Common, kw_only=True):
     """POST /v1/completions. ``prompt``: a text, token ids, or a list of either; not a mixture."""
 
     prompt: Prompt
-    max_tokens: Count | None = 16
+    max_tokens: CountOrNone | None = 16
     echo: bool | None = False
-    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
+    logprobs: bool | Annotated[int, Meta(ge=0, le=5)] | None = None
     # unsupported
-    suffix: None = None
+    suffix: Literal[""] | None = None
     best_of: Choices | None = None
 
 
-class TextPart(msgspec.Struct, forbid_unknown_fields=True):
-    """A part of a message that is text; no other kind is supported."""
+class TextPart(msgspec.Struct, tag_field="type", tag="text"):
+    """A part of a message that is text."""
 
-    type: Literal["text"]
     text: str
 
 
-class Message(msgspec.Struct, forbid_unknown_fields=True):
-    """One message of a chat. ``developer`` is read as ``system``."""
+class RefusalPart(msgspec.Struct, tag_field="type", tag="refusal"):
+    """A part of an answer of another server that declined. No other kind of part is supported."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: Label | None = None
-    # what an answer has beside these, so that it can be sent back as it came
-    refusal: None = None
-    annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: None = None
+    refusal: str
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return self.refusal
 
 
-class ChatRequest(Common, forbid_unknown_fields=True, kw_only=True):
+class CalledFunction(msgspec.Struct):
+    """``arguments``: JSON, as a text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct):
+    """A call that an answer asks its client to make."""
+
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
+class Message(msgspec.Struct):
+    """One message of a chat. ``developer`` is read as ``system``; other roles are the chat template's affair.
+
+    An assistant's ``content`` may be null or left out. ``tool_call_id``: which call a ``tool``'s message answers.
+    """
+
+    role: Annotated[str, Meta(min_length=1, max_length=64)]
+    content: str | list[TextPart | RefusalPart] | UnsetType | None = UNSET
+    name: Label | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=128)] | None = None
+    tool_call_id: Label | None = None
+    # what an answer has beside these, so that it can be sent back as it came
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or self.refusal or ""
+
+
+FunctionName = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_.\-]+$")]
+
+
+class Function(msgspec.Struct):
+    """``parameters``: the JSON schema of the arguments; left out: it has none."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = False
+
+
+class Tool(msgspec.Struct):
+    """A function of the client's that an answer may ask it to call."""
+
+    function: Function
+    type: Literal["function"] = "function"
+
+
+class FunctionChoice(msgspec.Struct):
+    name: str
+
+
+class ToolChoice(msgspec.Struct):
+    """This function and no other is to be called."""
+
+    function: FunctionChoice
+    type: Literal["function"] = "function"
+
+
+class ChatRequest(Common, kw_only=True):
     """POST /v1/chat/completions. ``max_completion_tokens`` wins over ``max_tokens``; neither: the server's bound."""
 
     messages: Annotated[list[Message], Meta(min_length=1)]
@@ -121,18 +206,18 @@ class ChatRequest(Common, forbid_unknown_fields=True, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = True
     # unsupported
-    response_format: TextFormat | None = None
     modalities: Annotated[list[Literal["text"]], Meta(max_length=1)] | None = None
     audio: None = None
-    function_call: None = None
-    functions: None = None
-    parallel_tool_calls: None = None
+    function_call: Literal["none", "auto"] | None = None
+    functions: Annotated[list[Any], Meta(max_length=0)] | None = None
     prediction: None = None
-    reasoning_effort: None = None
-    tool_choice: Literal["none"] | None = None
-    tools: None = None
-    verbosity: None = None
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: Literal["medium"] | None = None
     web_search_options: None = None
     # harmless
     metadata: dict[str, str] | None = None
@@ -142,7 +227,7 @@ class ChatRequest(Common, forbid_unknown_fields=True, kw_only=True):
     store: Literal[False] | None = None
 
 
-class EmbeddingRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class EmbeddingRequest(msgspec.Struct, kw_only=True):
     """POST /v1/embeddings. ``input``: a text, token ids, or a list of either; not a mixture."""
 
     model: Model
@@ -163,15 +248,18 @@ class EmbeddingUsage(msgspec.Struct):
     total_tokens: int
 
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class CompletionLogprobs(msgspec.Struct):
-    """One entry for each token: its text, its log-probability (nats), the likeliest, where it begins in ``text``."""
+    """One entry for each token: its text, its log-probability (nats), the likeliest, where it begins in ``text``.
+
+    A prompt's first token, if ``echo`` shows it, has null for the middle two: nothing is before it.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
@@ -213,9 +301,12 @@ class ChatLogprobs(msgspec.Struct):
 
 
 class Reply(msgspec.Struct):
-    content: str
+    """``content`` is null if the answer is calls alone; ``tool_calls`` is left out if there are none."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -237,9 +328,24 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     usage: Usage
 
 
+class FunctionDelta(msgspec.Struct):
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class ToolCallDelta(msgspec.Struct):
+    """A call as it comes: first its id and name, then its arguments piece by piece."""
+
+    index: int
+    function: FunctionDelta
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
 class Delta(msgspec.Struct):
     role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChunkChoice(msgspec.Struct):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -20,11 +22,14 @@ from headwater.gateway.openai_types import (
     ModelList,
 )
 from headwater.gateway.problems import ErrorAnswer
+from headwater.gateway.responses_types import Answered, ResponseRequest, StreamEvent
 from headwater.gateway.tensors import SAFETENSORS, Prediction, PredictRequest
+from headwater.gateway.tokens_types import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 
 _JSON = "application/json"
 _BINARY = {"type": "string", "format": "binary"}
 _TEMPLATE = "#/components/schemas/{name}"
+_REFERENCE = re.compile(_TEMPLATE.format(name=r"(\w+)"))
 
 
 class Health(msgspec.Struct):
@@ -73,7 +78,15 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/chat/completions"): Operation(
         {_JSON: ChatCompletion, "text/event-stream": _events(ChatChunk)}, {_JSON: ChatRequest}, _POST
     ),
+    ("POST", "/v1/responses"): Operation(
+        {_JSON: Answered, "text/event-stream": _events(StreamEvent)}, {_JSON: ResponseRequest}, _POST
+    ),
     ("POST", "/v1/embeddings"): Operation({_JSON: Embeddings}, {_JSON: EmbeddingRequest}, _POST),
+    ("POST", "/tokenize"): Operation({_JSON: Tokenized}, {_JSON: TokenizeRequest}, _POST),
+    ("POST", "/detokenize"): Operation({_JSON: Detokenized}, {_JSON: DetokenizeRequest}, _POST),
+    ("GET", "/tokenizer_info"): Operation(
+        {_JSON: {"type": "object", "additionalProperties": {"type": ["string", "null"]}}}, errors=(404, 503)
+    ),
     ("POST", "/v1/predict"): Operation(
         {_JSON: Prediction, SAFETENSORS: _BINARY}, {_JSON: PredictRequest, SAFETENSORS: _BINARY}, _POST
     ),
@@ -93,28 +106,33 @@ _SAID = {
     504: "The server's deadline passed; error.message says what was generated.",
 }
 
-_HEADERS = {
+HEADERS = {
     "x-headwater-version": (
         "The version that answered; several, by comma, if a new one came between choices.",
         "string",
     ),
     "x-headwater-version-number": ("Its number.", "string"),
     "x-headwater-version-step": ("The trainer's clock at its cut.", "string"),
+    "x-headwater-ignored": ("Fields of the request that are none, or are not enforced; by comma.", "string"),
+    "x-request-id": ("The request's id: the client's own if it sent one in this header.", "string"),
     "x-headwater-stale": ("Seconds since a server of the cluster could be asked; only while none can.", "integer"),
 }
 
 
-def document(handlers: Mapping[tuple[str, str], Any], *, version: str, keys: bool) -> dict[str, Any]:
+def document(handlers: Mapping[tuple[str, str], Any], *, version: str, keys: bool, strict: bool) -> dict[str, Any]:
     """The document.
 
     Args:
         handlers: by method and path; the first line of a handler's docstring is its summary.
         version: of Headwater.
         keys: whether clients must show a key.
+        strict: whether unknown fields are refused.
     """
-    headers = {name: {"description": said, "schema": {"type": kind}} for name, (said, kind) in _HEADERS.items()}
+    headers = {name: {"description": said, "schema": {"type": kind}} for name, (said, kind) in HEADERS.items()}
     structs = [kind for operation in OPERATIONS.values() for kind in _structs(operation)]
-    _, schemas = msgspec.json.schema_components([*structs, ErrorAnswer, ChatChunk], ref_template=_TEMPLATE)
+    _, schemas = msgspec.json.schema_components([*structs, ErrorAnswer, ChatChunk, StreamEvent], ref_template=_TEMPLATE)
+    if strict:
+        _close(schemas, [kind for operation in OPERATIONS.values() for kind in operation.takes.values()])
     paths: dict[str, dict[str, Any]] = {}
     for (method, path), operation in OPERATIONS.items():
         paths.setdefault(path, {})[method.lower()] = _operation(method, path, operation, handlers[method, path], keys)
@@ -138,6 +156,18 @@ def _structs(operation: Operation) -> list[type[msgspec.Struct]]:
     return [kind for kind in (*operation.gives.values(), *operation.takes.values()) if isinstance(kind, type)]
 
 
+def _close(schemas: dict[str, Any], kinds: Sequence[Any]) -> None:
+    """Say of the structs of requests, and of those in them, that they have no other fields."""
+    names = {kind.__name__ for kind in kinds if isinstance(kind, type)}
+    found: set[str] = set()
+    while names:
+        schema = schemas[name := names.pop()]
+        found.add(name)
+        if "properties" in schema:
+            schema["additionalProperties"] = False
+        names |= set(_REFERENCE.findall(json.dumps(schema))) - found
+
+
 def _operation(method: str, path: str, operation: Operation, handler: Any, keys: bool) -> dict[str, Any]:
     errors = [500, *operation.errors, *([401] if keys and not operation.open else [])]
     responses = {str(status): _response(_SAID[status], {_JSON: ErrorAnswer}) for status in sorted(errors)}
@@ -158,7 +188,7 @@ def _operation(method: str, path: str, operation: Operation, handler: Any, keys:
 
 
 def _response(said: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    headers = {name: {"$ref": f"#/components/headers/{name}"} for name in _HEADERS}
+    headers = {name: {"$ref": f"#/components/headers/{name}"} for name in HEADERS}
     return {"description": said, "headers": headers, "content": _content(kinds)}
 
 

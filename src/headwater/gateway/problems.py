@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 RETRY_AFTER = 1
 """Seconds after which a client that found the queue full may come back: a slot frees within a step or an answer."""
 
-_PLACE = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<where>.*)`)?$", re.DOTALL)
+_PLACE = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<where>.*)`)?$", re.DOTALL)
 _UNKNOWN = re.compile(r"unknown field `(?P<name>.*)`", re.DOTALL)
+_NOT_ONE_OF = re.compile(r"Invalid (?:enum )?value (?P<value>.*)", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<name>.*)`", re.DOTALL)
 _LONGEST = 600
 """Characters of a message. What a client sent may be named in it, but not sent back whole."""
@@ -127,17 +128,25 @@ def unforeseen() -> Refusal:
     return Refusal(500, "the server failed on this request; its log says why", kind="server_error", slug="internal")
 
 
+def unknown(field: str) -> Refusal:
+    """A field that a request does not have, where that is not ignored."""
+    return Refusal(
+        400, f"{bounded(field, 100)!r} is not a field of this request; leave it out", param=field, slug="unknown_field"
+    )
+
+
 def invalid(error: msgspec.ValidationError) -> Refusal:
     """A body that is JSON but not this request: which field, and what is wrong with it."""
     found = _PLACE.match(str(error))
     what, where = (found["what"], found["where"] or "") if found else (str(error), "")
-    for pattern, said, slug in (
-        (_UNKNOWN, "is not a field of this request; leave it out", "unknown_field"),
-        (_MISSING, "is missing", "missing_field"),
-    ):
-        if named := pattern.search(what):
-            param = f"{where}.{named['name']}".removeprefix(".")
-            return Refusal(400, f"{bounded(param, 100)!r} {said}", param=param, slug=slug)
+    if named := _UNKNOWN.search(what):
+        return unknown(f"{where}.{named['name']}".removeprefix("."))
+    if named := _MISSING.search(what):
+        param = f"{where}.{named['name']}".removeprefix(".")
+        return Refusal(400, f"{bounded(param, 100)!r} is missing", param=param, slug="missing_field")
+    if chosen := _NOT_ONE_OF.match(what):
+        said = f"{bounded(where, 100)!r}: {bounded(chosen['value'], 100)} is not supported by this server"
+        return Refusal(400, said, param=where, slug="unsupported")
     if what.startswith("Expected `null`"):
         return Refusal(
             400,

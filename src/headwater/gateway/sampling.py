@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headwater.gateway.engine_types import Alternative, GenerationRequest
+from headwater.gateway.shaping import Shaper
 
 Warper = Callable[[Tensor, Tensor], Tensor]
 """A logits processor of ``transformers``: (ids, scores of shape (1, vocabulary)) to scores."""
@@ -28,7 +28,7 @@ class Choice:
 class Sampler:
     """Draws the tokens of one request, from a generator of its own: what runs beside it cannot change the draws.
 
-    ``warpers`` are those for temperature, top-k and top-p.
+    ``warpers`` are those for temperature, top-k, top-p and min-p.
     """
 
     def __init__(
@@ -37,32 +37,23 @@ class Sampler:
         self._request = request
         self._warpers = warpers
         self._decode = decode
-        self._counts: Counter[int] = Counter()
-        self._penalised = bool(request.frequency_penalty or request.presence_penalty)
+        self._shape = Shaper(request)
         seed = request.seed if request.seed is not None else int.from_bytes(os.urandom(8))
         self._generator = torch.Generator().manual_seed(seed % 2**63)
 
     @property
     def plain(self) -> bool:
         """Whether the token is the likeliest one and nothing else is asked for."""
-        return self._request.temperature == 0.0 and not self._penalised and self._request.logprobs is None
+        return self._request.temperature == 0.0 and self._shape.idle and self._request.logprobs is None
 
     def pick(self, logits: Tensor) -> Choice:
         """The next token. ``logits``: (vocabulary,), of any float dtype; it is not changed."""
         scores = logits.float()
-        token = self._draw(self._penalise(scores) if self._penalised else scores)
-        self._counts[token] += 1
+        token = self._draw(self._shape(scores))
+        self._shape.push(token)
         if self._request.logprobs is None:
             return Choice(token)
         return Choice(token, *self._likely(scores, token, self._request.logprobs))
-
-    def _penalise(self, scores: Tensor) -> Tensor:
-        if not self._counts:
-            return scores
-        ids = torch.tensor(list(self._counts))
-        counts = torch.tensor(list(self._counts.values()), dtype=scores.dtype)
-        loss = self._request.frequency_penalty * counts + self._request.presence_penalty
-        return scores.index_add(0, ids, -loss)
 
     def _draw(self, scores: Tensor) -> int:
         if self._request.temperature == 0.0:

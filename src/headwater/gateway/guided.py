@@ -1,0 +1,110 @@
+"""Answers that keep to a grammar. The only file that imports ``llguidance``.
+
+https://github.com/guidance-ai/llguidance: a grammar and the bytes of what was generated say which tokens may follow.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from headwater.gateway.engine_types import GrammarInvalid, GuideMissing
+
+if TYPE_CHECKING:
+    import llguidance
+    from torch import Tensor
+
+
+class Guides:
+    """Makes guides for one tokenizer; which is read once, at the first one (about a second).
+
+    Args:
+        tokenizer: a fast one of ``transformers``.
+        vocabulary: number of logits.
+        eos: ids that end an answer.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, eos: Iterable[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._eos = sorted(eos)
+        self._made: llguidance.LLTokenizer | None = None
+
+    def make(self, grammar: str) -> Guide:
+        """A guide at a grammar's beginning. Not for two threads at once.
+
+        Raises ``GrammarInvalid`` with the library's reason; ``GuideMissing`` if it is not installed, or does not know
+        this kind of tokenizer.
+        """
+        try:
+            import llguidance
+        except ImportError:
+            raise GuideMissing(
+                "JSON and tools need llguidance, which is not installed where this server runs; nothing was queued: "
+                "pip install 'headwater[serve]' there, or leave response_format and tools out"
+            ) from None
+        if self._made is None:
+            self._made = self._read()
+        matcher = llguidance.LLMatcher(self._made, llguidance.LLMatcher.grammar_from_lark(grammar), log_level=0)
+        if matcher.is_error():
+            raise GrammarInvalid(f"no answer can be held to this schema: {_reason(matcher)}; nothing was queued")
+        return Guide(matcher, self._vocabulary)
+
+    def _read(self) -> llguidance.LLTokenizer:
+        from llguidance import hf
+
+        try:
+            return hf.from_tokenizer(self._tokenizer, self._vocabulary, self._eos or None)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise GuideMissing(
+                f"JSON and tools are not supported for this model's tokenizer ({error}); nothing was queued: leave "
+                "response_format and tools out"
+            ) from None
+
+
+class Guide:
+    """One answer's place in its grammar: an ``engine_types.Guide``."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocabulary: int) -> None:
+        self._matcher = matcher
+        self._vocabulary = vocabulary
+
+    def copy(self) -> Guide:
+        """For another answer, from the same place on."""
+        return Guide(self._matcher.deep_copy(), self._vocabulary)
+
+    def allowed(self) -> Tensor:
+        """Which tokens may follow, (vocabulary,) bool. Raises ``GrammarInvalid`` if none may."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        mask = torch.from_numpy(np.unpackbits(bits, count=self._vocabulary, bitorder="little")).bool()
+        self._check()
+        return mask
+
+    def push(self, token: int) -> None:
+        """This token came."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing can follow."""
+        return self._matcher.is_stopped()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What of the schema is not enforced."""
+        return self._matcher.get_grammar_warnings()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarInvalid(f"the answer cannot keep to its schema: {_reason(self._matcher)}; it was given up")
+
+
+def _reason(matcher: llguidance.LLMatcher) -> str:
+    """The library's, without its place in the grammar, which no client has seen."""
+    said = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", matcher.get_error())
+    return re.split(r"\n\s*\d+ \|", said)[0].strip()
