@@ -242,8 +242,14 @@ class Optimizer(torch.optim.Optimizer):
         """As in torch."""
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
-                    p.grad = None if set_to_none else torch.zeros_like(p, requires_grad=False)
+                if p.grad is None:
+                    continue
+                if set_to_none:
+                    p.grad = None
+                    continue
+                if p.grad.requires_grad:  # it has a graph of its own
+                    p.grad.detach_()
+                p.grad.zero_()
 
     # ---- values --------------------------------------------------------------------------------
 

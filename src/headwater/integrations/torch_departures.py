@@ -27,6 +27,9 @@ from headwater.wire.tensors import finite
 Groups = list[dict[str, Hyper]] | None
 """Hyperparameters of all groups if they changed since they were last sent, else None."""
 
+_OURS = 2
+"""References to a gradient that nobody else has: a local variable's, and the count's own."""
+
 _UNHELD = 3
 """References to a leaf's ``Gradient`` when nobody keeps it: the leaf's, a local variable's, and the count's own."""
 
@@ -124,6 +127,8 @@ class Departures:
         if grad is not leaf.current:
             if grad is None or (self._looks and not self._several()) or not _is_plain(grad):
                 return  # it is looked at before it leaves: autograd's own tensor is as good as ours
+            if sys.getrefcount(grad) > _OURS:
+                return  # the script has it too, and expects autograd to go on adding to it
             self._load(leaf, grad)
         if self._early and leaf.count == leaf.expected:
             if self._order is not None:
