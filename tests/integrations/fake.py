@@ -31,12 +31,17 @@ class FakeTable:
         self.failures = 0
         self.late = False  # whether steps stay without an answer
         self.fails: HeadwaterError | None = None  # what the next push raises
+        self.by_bytes = False  # whether a push takes what the memory holds then, or the step what it holds at its end
+        self.wrote: dict[str, torch.Tensor] = {}  # what steps brought of the script's writes
         self.gradients = _flat(spec)
         self.values = _flat(spec)
         self.server = {p.name: values.get(p.name, torch.full(p.shape, 0.5, dtype=DTYPES[p.dtype])).clone()
                        for p in spec.parameters}  # fmt: skip
         self._pushed: dict[str, torch.Tensor] = {}
+        self._arrived: dict[str, torch.Tensor] = {}
         self._clock = 0
+        self.digest = 0
+        self.renewed = None
         self.wait()
         self.calls.clear()
 
@@ -48,22 +53,33 @@ class FakeTable:
     def waits(self) -> list[tuple[str, ...]]:
         return [names for call, names in self.calls if call == "wait"]
 
-    def push(self, names: Sequence[str], groups: object = None) -> None:
+    def push(self, names: Sequence[str], groups: object = None, *, anew: bool = False) -> None:
         if self.fails is not None:
             error, self.fails = self.fails, None
             raise error
-        assert not self._pushed.keys() & set(names), "the same gradient was pushed twice in a step"
-        self.calls.append(("push", tuple(names)))
+        if anew:
+            self._pushed = {}
+        assert self.by_bytes or not self._pushed.keys() & set(names), "the same gradient was pushed twice in a step"
+        self.calls.append(("anew" if anew else "push", tuple(names)))
         self.groups.append(groups)
         self._pushed.update({name: self.gradients[name].clone() for name in names})
 
-    def step(self, groups: object = None, skip: bool = False) -> Ticket:
+    def step(
+        self,
+        groups: object = None,
+        skip: bool = False,
+        *,
+        merged: bool = False,
+        writes: Mapping[str, torch.Tensor] | None = None,
+    ) -> Ticket:
         self.calls.append(("skip" if skip else "step", ()))
         self.groups.append(groups)
         self._clock += 1
+        self.wrote = dict(writes or {})
+        self.server.update({name: value.clone() for name, value in self.wrote.items()})
         for name, gradient in self._pushed.items():
             if not skip:
-                self.server[name] -= 0.25 * gradient
+                self.server[name] -= 0.25 * (gradient if self.by_bytes else self.gradients[name])
         self._pushed = {}
         result = StepResult(self._clock, not skip, None, 0, self._clock)
         late = self.late
@@ -74,6 +90,13 @@ class FakeTable:
         self.calls.append(("wait", names))
         for name in names:
             self.values[name].copy_(self.server[name])
+            self._arrived[name] = self.server[name].clone()
+
+    def written(self) -> list[str]:
+        return [name for name, value in self.values.items() if not torch.equal(value, self._arrived[name])]
+
+    def gradient_runs(self, names: Sequence[str]) -> list[torch.Tensor]:
+        return [self.gradients[name].view(-1) for name in names]
 
     def settle(self) -> None:
         pass
@@ -85,7 +108,7 @@ class FakeTable:
 class FakeClient:
     """``world`` of one."""
 
-    rank, world = 0, 1
+    rank, world, members, alone = 0, 1, 1, True
 
     def __init__(self) -> None:
         self.tables: dict[str, FakeTable] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from torch import nn
 
 import headwater
 from headwater.errors import GradientModified, LinkBroken, NonFiniteGradient, UsageError
-from headwater.integrations.torch_departures import _runs
+from headwater.integrations.torch_gradients import Gradient
 from tests.integrations.fake import FakeClient, FakeTable
 
 
@@ -49,8 +48,10 @@ def test_a_gradient_moves_into_the_table_and_the_parameter_holds_it() -> None:
     backward(model)
     backward(reference)
     for name, p in model.named_parameters():
-        assert p.grad is table.gradients[name]
-        assert torch.equal(p.grad, reference.get_parameter(name).grad)
+        assert torch.equal(table.gradients[name], reference.get_parameter(name).grad)  # type: ignore[arg-type]
+        assert type(p.grad) is Gradient
+        assert torch.equal(p.grad, table.gradients[name])
+        assert type(p.grad) is torch.Tensor, "whoever looks has a tensor of his own"
 
 
 def test_without_zero_grad_gradients_add_up_as_in_torch() -> None:
@@ -65,14 +66,15 @@ def test_without_zero_grad_gradients_add_up_as_in_torch() -> None:
     assert all(torch.equal(p, reference.get_parameter(name)) for name, p in model.named_parameters())
 
 
-def test_zeroed_gradients_are_new_tensors() -> None:
+@pytest.mark.parametrize("by", ["optimizer", "model"])
+def test_zeroed_gradients_are_new_tensors(by: str) -> None:
     # The servers may still read the old memory.
     model = chain()
-    opt, table = optimizer(model)
+    opt, table = optimizer(model, overlap=True)
     backward(model)
     opt.step()
     sent = {name: gradient.clone() for name, gradient in table.gradients.items()}
-    opt.zero_grad(set_to_none=False)
+    (opt if by == "optimizer" else model).zero_grad(set_to_none=False)
     for name, p in model.named_parameters():
         assert p.grad is not None
         assert not p.grad.any()
@@ -91,11 +93,11 @@ def test_buckets_follow_the_order_in_which_gradients_became_ready() -> None:
 
     model = Backwards()
     opt, _table = optimizer(model, bucket_bytes=64)
-    assert opt._departures.buckets == [("unused.weight",), ("first.weight",), ("last.weight",)]
+    assert opt._core.departures.buckets == [("unused.weight",), ("first.weight",), ("last.weight",)]
     for _ in range(2):
         backward(model)
         opt.step()
-    assert opt._departures.buckets == [("last.weight",), ("first.weight",), ("unused.weight",)]
+    assert opt._core.departures.buckets == [("last.weight",), ("first.weight",), ("unused.weight",)]
 
 
 def test_a_parameter_without_gradient_takes_no_part() -> None:
@@ -104,7 +106,7 @@ def test_a_parameter_without_gradient_takes_no_part() -> None:
     model[0](torch.ones(1, 4)).sum().backward()
     assert table.pushes == []  # the bucket waits for the others
     opt.step()
-    assert table.pushes == [("0.bias", "0.weight")]
+    assert table.pushes == [("0.weight", "0.bias")]
 
 
 def test_hooks_are_free_of_calls_until_a_bucket_is_full() -> None:
@@ -114,40 +116,9 @@ def test_hooks_are_free_of_calls_until_a_bucket_is_full() -> None:
         backward(model)
         opt.step()
         opt.zero_grad()
-    opt.synchronize()
     table.calls.clear()
     backward(model)
     assert [call for call, _ in table.calls] == ["push"]
-
-
-def test_neighbours_are_checked_in_one_go() -> None:
-    opt, table = optimizer(chain())
-    (bucket,) = opt._departures._buckets
-    (run,) = bucket.runs
-    table.gradients["0.weight"].fill_(1)
-    table.gradients["2.bias"].fill_(2)
-    assert run.sum() == 16 + 8
-
-
-@pytest.mark.parametrize(
-    ("spans", "count"),
-    [
-        ([(0, 0, 16), (0, 16, 32)], 1),
-        ([(0, 0, 5), (0, 16, 20)], 1),
-        ([(0, 0, 16), (0, 4096, 4112)], 2),
-        ([(0, 0, 16), (1, 0, 16)], 2),
-        ([(0, 8176, 8192), (1, 0, 16)], 2),
-    ],
-)
-def test_runs_stay_in_one_memory_and_leap_only_over_padding(spans: list[tuple[int, int, int]], count: int) -> None:
-    raw = bytearray(2 * 4 * 8192)
-    memories = [torch.frombuffer(raw, dtype=torch.float32, count=8192, offset=4 * 8192 * i) for i in range(2)]
-    leaves: Any = [SimpleNamespace(gradient=memories[which][start:stop].data) for which, start, stop in spans]
-    runs = _runs(leaves)
-    assert len(runs) == count
-    for leaf in leaves:
-        leaf.gradient.fill_(1)
-    assert sum(run.sum().item() for run in runs) == sum(stop - start for _, start, stop in spans)
 
 
 def test_hyperparameters_travel_when_they_change() -> None:
@@ -197,49 +168,126 @@ def test_gradients_gathered_under_no_sync_may_be_changed_and_leave_at_step() -> 
     assert total.item() == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_a_second_backward_is_refused_with_a_way_on() -> None:
-    model = chain()
+@pytest.mark.parametrize("by_bytes", [False, True])
+def test_several_backwards_add_up_and_from_the_second_step_on_only_the_last_leaves(by_bytes: bool) -> None:
+    model, reference = chain(), chain()
     opt, table = optimizer(model)
-    backward(model)
-    with pytest.raises(GradientModified, match=r"'2.bias' on rank 0.*opt\.no_sync\(\).*opt\.skip_step\(\)"):
-        backward(model)
-    with pytest.raises(GradientModified, match="second backward"):
-        opt.step()
-    before = {n: v.clone() for n, v in table.server.items()}
-    opt.skip_step()
-    assert table.calls[-1][0] == "skip"
-    opt.zero_grad()
-    backward(model)
-    opt.step()
-    assert all(not torch.equal(table.server[n], before[n]) for n in before)
+    table.by_bytes = by_bytes
+    plain = torch.optim.SGD(reference.parameters(), lr=0.25)
+    pushes = []
+    for _ in range(3):
+        table.calls.clear()
+        for _ in range(3):
+            backward(model)
+            backward(reference)
+            pushes.append(len(table.pushes))
+        for o in (opt, plain):
+            o.step()
+            o.zero_grad()
+    assert all(torch.equal(p, reference.get_parameter(name)) for name, p in model.named_parameters())
+    assert pushes == [1, 1, 1, 0, 0, 1, 0, 0, 1]
+
+
+def test_fewer_backwards_than_before_leave_at_step() -> None:
+    model, reference = chain(), chain()
+    opt, _table = optimizer(model)
+    plain = torch.optim.SGD(reference.parameters(), lr=0.25)
+    for count in (3, 1, 2):
+        for _ in range(count):
+            backward(model)
+            backward(reference)
+        for o in (opt, plain):
+            o.step()
+            o.zero_grad()
+    assert all(torch.equal(p, reference.get_parameter(name)) for name, p in model.named_parameters())
 
 
 def _clip(model: nn.Module) -> None:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
 
 
+def _scale(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad.data.mul_(0.5)  # type: ignore[union-attr]
+
+
+def _numpy(model: nn.Module) -> None:
+    model.get_parameter("0.bias").grad.numpy()[:] = 3  # type: ignore[union-attr]
+
+
 def _replace(model: nn.Module) -> None:
     model.get_parameter("1.weight").grad = torch.zeros(4, 4).add_(1)  # as often written to as what left
+
+
+def _forget_one(model: nn.Module) -> None:
+    model.get_parameter("1.weight").grad = None
 
 
 def _forget(model: nn.Module) -> None:
     model.zero_grad()
 
 
-@pytest.mark.parametrize("change", [_clip, _replace, _forget])
-def test_a_gradient_that_changed_after_it_left_stops_the_step(change: Any) -> None:
+def _again(model: nn.Module) -> None:
+    model.zero_grad()
+    backward(model)
+
+
+@pytest.mark.parametrize("by_bytes", [False, True])
+@pytest.mark.parametrize("change", [_clip, _scale, _numpy, _replace, _forget_one, _forget, _again])
+def test_what_the_gradient_is_at_step_counts_whatever_has_left(change: Any, by_bytes: bool) -> None:
+    model, reference = chain(), chain()
+    opt, table = optimizer(model, bucket_bytes=1)
+    table.by_bytes = by_bytes
+    plain = torch.optim.SGD(reference.parameters(), lr=0.25)
+    for changes in (False, True, False, True):  # what was learnt from a step must not spoil the next
+        for m, o in ((model, opt), (reference, plain)):
+            backward(m)
+            if changes:
+                change(m)
+            o.step()
+            o.zero_grad()
+    assert all(torch.equal(p, reference.get_parameter(name)) for name, p in model.named_parameters())
+
+
+def test_gradients_that_a_script_keeps_stay_what_they_are() -> None:
+    """Gradient surgery: the gradients of two losses side by side."""
+    model, reference = chain(), chain()
+    opt, _table = optimizer(model)
+    plain = torch.optim.SGD(reference.parameters(), lr=0.25)
+    found = []
+    for m, o in ((model, opt), (reference, plain)):
+        backward(m)
+        first = [p.grad for p in m.parameters()]
+        o.zero_grad()
+        m(torch.arange(4.0)).sum().backward()
+        second = [p.grad for p in m.parameters()]
+        for p, a, b in zip(m.parameters(), first, second, strict=True):
+            p.grad = a - b  # type: ignore[operator]
+        o.step()
+        found.append([torch.stack([a.sum(), b.sum()]) for a, b in zip(first, second, strict=True)])  # type: ignore[union-attr]
+    assert all(map(torch.equal, *found))
+    assert all(torch.equal(p, reference.get_parameter(name)) for name, p in model.named_parameters())
+
+
+def test_once_looked_at_gradients_stay_autograds_own_until_the_step() -> None:
     model = chain()
     opt, table = optimizer(model)
-    backward(model)
-    change(model)
-    with pytest.raises(GradientModified, match=r"max_grad_norm=.*scale the loss.*zero_grad\(\) after step\(\)"):
+    for _ in range(2):
+        backward(model)
+        _clip(model)
         opt.step()
-    assert all(call == "push" for call, _ in table.calls)
+        opt.zero_grad()
+    table.calls.clear()
+    backward(model)
+    assert type(model.get_parameter("0.weight").grad) is torch.Tensor
+    assert table.pushes == []
+    opt.step()
+    assert len(table.pushes) == 1
 
 
 def test_gradient_memory_is_not_written_while_it_is_in_flight() -> None:
     model = chain()
-    opt, table = optimizer(model, bucket_bytes=1)
+    opt, table = optimizer(model, bucket_bytes=1, overlap=True)
     old = (model[0].bias + 1).sum()  # saves no values, so its backward may run after the step
     backward(model)
     opt.step()
@@ -253,15 +301,27 @@ def test_gradient_memory_is_not_written_while_it_is_in_flight() -> None:
     assert torch.equal(table.gradients["0.bias"], torch.ones(4))
 
 
-def test_a_gradient_that_was_zeroed_in_flight_is_noticed() -> None:
+def test_a_gradient_that_is_added_to_in_flight_is_noticed() -> None:
     model = chain()
-    opt, _ = optimizer(model)
+    opt, _ = optimizer(model, overlap=True)
+    old = (model[0].bias + 1).sum()
     backward(model)
     opt.step()
-    model.zero_grad(set_to_none=False)
     with pytest.raises(GradientModified, match="may have been reading it"):
-        model(torch.ones(1, 4))
-    model(torch.ones(1, 4))  # said once; the values are here
+        old.backward()
+
+
+def test_without_overlap_nothing_is_in_flight() -> None:
+    model, reference = chain(), chain()
+    opt, _ = optimizer(model)
+    plain = torch.optim.SGD(reference.parameters(), lr=0.25)
+    for m, o in ((model, opt), (reference, plain)):
+        old = (m[0].bias + 1).sum()
+        backward(m)
+        o.step()
+        old.backward()
+        o.step()
+    assert all(torch.equal(p, reference.get_parameter(name)) for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -270,10 +330,9 @@ def test_a_gradient_that_is_not_finite_does_not_leave(bad: float, bucket_bytes: 
     model = chain()
     opt, table = optimizer(model, bucket_bytes=bucket_bytes)
     model[1].weight.register_hook(lambda g: g.index_fill(0, torch.tensor([3]), bad))
-    with pytest.raises(NonFiniteGradient, match=r"'1.weight' on rank 0 holds NaN or Inf"):
-        backward(model)
+    backward(model)
     assert not any("1.weight" in names for names in table.pushes)
-    with pytest.raises(NonFiniteGradient):
+    with pytest.raises(NonFiniteGradient, match=r"'1.weight' on rank 0 holds NaN or Inf"):
         opt.step()
     assert "step" not in [call for call, _ in table.calls]
 
@@ -282,7 +341,7 @@ def test_a_partial_bucket_is_checked_too() -> None:
     model = chain()
     opt, _table = optimizer(model)
     (model[0](torch.ones(1, 4)).sum() * float("nan")).backward()
-    with pytest.raises(NonFiniteGradient, match=r"'0.bias'"):
+    with pytest.raises(NonFiniteGradient, match=r"'0.weight'"):
         opt.step()
 
 
@@ -294,7 +353,7 @@ def test_skip_passes_over_the_step_and_goes_on() -> None:
     opt.step()
     opt.zero_grad()
     handle.remove()
-    assert table.pushes == [("2.bias",), ("2.weight",), ("1.bias",)]  # nothing leaves once the step is lost
+    assert ("1.weight",) not in table.pushes
     backward(model)
     opt.step()
     assert [call for call, _ in table.calls if call in ("step", "skip")] == ["skip", "step"]
@@ -325,29 +384,29 @@ def test_a_push_that_failed_is_not_taken_for_sent() -> None:
     table.fails = LinkBroken("the connection ended")
     with pytest.raises(LinkBroken):
         backward(model)
-    with pytest.raises(LinkBroken):
-        opt.step()
     assert table.calls == []
-
-
-def test_a_parameter_unfrozen_later_is_noticed() -> None:
-    model = chain()
-    model[0].bias.requires_grad_(False)
-    opt, _table = optimizer(model)
-    backward(model)
     opt.step()
-    opt.zero_grad()
-    model[0].bias.requires_grad_(True)
-    backward(model)
-    with pytest.raises(UsageError, match=r"'0\.bias' was frozen"):
-        opt.step()
+    assert len(table.pushes) == 1
 
 
-def test_a_sparse_gradient_is_refused() -> None:
+def test_a_sparse_gradient_is_made_dense_where_that_is_the_same() -> None:
+    model, reference = (nn.Embedding(4, 2, sparse=True) for _ in range(2))
+    reference.load_state_dict(model.state_dict())
+    opt, _table = optimizer(model)
+    plain = torch.optim.SGD(reference.parameters(), lr=0.25)
+    for m, o in ((model, opt), (reference, plain)):
+        m(torch.tensor([1, 1, 3])).sum().backward()
+        o.step()
+    assert torch.equal(model.weight, reference.weight)
+
+
+def test_elsewhere_a_sparse_gradient_is_refused() -> None:
     model = nn.Embedding(4, 2, sparse=True)
-    optimizer(model)
+    client: Any = FakeClient()
+    opt = headwater.Optimizer(model, torch.optim.Adam, client=client)
+    model(torch.tensor([1])).sum().backward()
     with pytest.raises(UsageError, match=r"gradient of 'weight' is sparse"):
-        model(torch.tensor([1])).sum().backward()
+        opt.step()
 
 
 def test_create_graph_does_not_tie_the_table_to_the_graph() -> None:
@@ -385,4 +444,4 @@ def test_a_closure_is_called_once_before_the_step() -> None:
     with torch.no_grad():
         loss = opt.step(closure)
     assert torch.equal(loss, loss)
-    assert [call for call, _ in table.calls] == ["push", "step"]
+    assert [call for call, _ in table.calls] == ["push", "step", "wait"]

@@ -140,7 +140,8 @@ def _waiting(kind: type, wait: Callable[[], None]) -> type:
 def _compiles() -> bool:
     """Whether torch.compile is in use: compiled code does not look for hooks, nor at the class of a parameter."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
-    return frames is not None and bool(getattr(frames, "cached_backends", True))
+    backends = getattr(frames, "cached_backends", {}) if frames is not None else {}
+    return any(backend is not None for backend in backends.values())
 
 
 class Arrivals:

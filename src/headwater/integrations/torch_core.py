@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ class Core:
         materialise([leaf.parameter for leaf in leaves], [leaf.values for leaf in leaves])
         self.buffers.retie()
         self.held.arrived(self.held.leaves)
-        self.table.renewed = self._renewed = self.held.renewed
+        held_now = weakref.ref(self.held)  # else the client would keep the model
+        self.table.renewed = self._renewed = lambda: _renew(held_now())
         self._frozen = [p for p in self.parameters.values() if not p.requires_grad]
         self._members = self.client.members
         self._sent: Groups = None
@@ -299,6 +301,11 @@ class Core:
                 "the script looks at gradients between backward() and step(): each step then fetches the mean of all "
                 "workers' gradients first. To clip, max_grad_norm=… of headwater.Optimizer does without"
             )
+
+
+def _renew(held: Held | None) -> None:
+    if held is not None:
+        held.renewed()
 
 
 def _as_state(slot: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

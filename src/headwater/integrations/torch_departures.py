@@ -27,8 +27,16 @@ from headwater.wire.tensors import finite
 Groups = list[dict[str, Hyper]] | None
 """Hyperparameters of all groups if they changed since they were last sent, else None."""
 
-_OURS = 2
-"""References to a gradient that nobody else has: a local variable's, and the count's own."""
+
+def _counted() -> int:
+    parameter = torch.nn.Parameter(torch.zeros(1, device="cpu"))
+    parameter.grad = torch.zeros(1, device="cpu")
+    grad = parameter.grad
+    return sys.getrefcount(grad)
+
+
+_OURS = _counted()
+"""References to a ``.grad`` that nobody else has: a local variable's, the count's own and, in some torch, autograd's."""
 
 _UNHELD = 3
 """References to a leaf's ``Gradient`` when nobody keeps it: the leaf's, a local variable's, and the count's own."""
@@ -120,6 +128,8 @@ class Departures:
         self._mean = None  # what comes on top of a mean is this worker's again
         grad = leaf.parameter.grad
         if grad is leaf.current:
+            if leaf.fresh != self._held.clock:
+                raise self._written_in_flight(leaf)
             leaf.changed = True  # autograd added to the table's memory
         if self.local:
             return
@@ -293,6 +303,9 @@ class Departures:
         """What ``.grad`` holds, into the table's memory."""
         grad = leaf.parameter.grad
         assert grad is not None
+        kept = leaf.current
+        if kept is not None and kept is not grad and kept.plain is None and self._is_kept(leaf, kept):
+            leaf.current = None
         if leaf.fresh != self._held.clock:
             self._held.wait([leaf])
         with no_torch_function():
@@ -306,6 +319,7 @@ class Departures:
                 f"the gradient of {leaf.name!r} is sparse, which this optimizer cannot take (SGD, Adagrad and "
                 "SparseAdam can); the step was not taken. Make the embedding with sparse=False"
             )
+        leaf.sparse = True
         return grad.to_dense()
 
     def _may_leave(self, leaves: Sequence[Leaf]) -> bool:
@@ -321,6 +335,13 @@ class Departures:
         raise NonFiniteGradient(
             f"the gradient of {bad.name!r} on rank {self._held.rank} holds NaN or Inf; it was not applied and the "
             "step was not taken. nonfinite='skip' passes over such steps on all workers, opt.skip_step() over this one"
+        )
+
+    def _written_in_flight(self, leaf: Leaf) -> GradientModified:
+        return GradientModified(
+            f"backward() added to the gradient of {leaf.name!r} on rank {self._held.rank} after step() and before its "
+            "new values arrived, while the servers may have been reading it; the step may have used either. Call "
+            "zero_grad() or synchronize() first (overlap=False does)"
         )
 
     def _too_late(self) -> GradientModified:
@@ -369,6 +390,8 @@ def _is_plain(grad: torch.Tensor) -> bool:
 def _like(leaf: Leaf, mean: torch.Tensor) -> torch.Tensor:
     """The mean as the parameter's gradient: in its shape and dtype, on its device."""
     plain = torch.view_as_complex(mean) if leaf.parameter.is_complex() else mean
+    if leaf.sparse:  # for an optimizer that passes over rows: those that nobody's gradient touches
+        return plain.to(leaf.parameter.device).to_sparse(1)
     return torch.empty_like(leaf.parameter, requires_grad=False).copy_(plain) if leaf.copies else plain
 
 

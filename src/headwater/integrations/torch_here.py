@@ -75,7 +75,7 @@ class Here:
 
     def _mean_loss(self, loss: Any) -> Any:
         """An optimizer that decides by the loss (a line search) must decide alike on all workers."""
-        value = float(loss)
+        value = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
         name = f"{self._core.table.spec.name}.loss"
         shared = self._core.client.dense(
             name, (1,), dtype=torch.float64, optimizer="Assign", sync=Bulk(), nonfinite="allow"

@@ -31,6 +31,8 @@ def as_held(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 def as_kept(parameter: torch.Tensor) -> torch.Tensor:
     """A parameter's values as a table takes them: on the CPU, in C order, complex numbers as pairs."""
     plain = parameter.detach()
+    if plain.layout is not torch.strided:
+        plain = plain.to_dense()
     return (torch.view_as_real(plain) if plain.is_complex() else plain).cpu().contiguous()
 
 
@@ -41,7 +43,7 @@ class Leaf:
     parameter has memory of its own. ``fresh``: the step at which its values are; ``stamp`` and ``digest``: how a copied
     parameter looked then. Of the step under way: ``left``, its gradient was pushed; ``changed``, the table's memory
     holds one that was not, or another than was; ``count`` backward passes reached it, ``expected`` of them in a step;
-    ``current`` is what ``.grad`` was given, ``spent`` once its step is taken.
+    ``current`` is what ``.grad`` was given, ``spent`` once its step is taken. ``sparse``: autograd makes sparse ones.
     """
 
     __slots__ = (
@@ -57,6 +59,7 @@ class Leaf:
         "left",
         "name",
         "parameter",
+        "sparse",
         "spent",
         "stamp",
         "values",
@@ -70,7 +73,7 @@ class Leaf:
         self.gradient = as_held(table.gradients[name], parameter)
         self.values = as_held(table.values[name], parameter)
         self.copies = not shares_memory(parameter)
-        self.left = self.changed = self.spent = False
+        self.left = self.changed = self.spent = self.sparse = False
         self.count = 0
         self.expected = 1
         self.current: Gradient | None = None
