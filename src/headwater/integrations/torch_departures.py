@@ -36,7 +36,7 @@ def _counted() -> int:
 
 
 _OURS = _counted()
-"""References to a ``.grad`` that nobody else has: a local variable's, the count's own and, in some torch, autograd's."""
+"""References to a ``.grad`` that nobody else has: a local variable's, the count's own, in some torch autograd's."""
 
 _UNHELD = 3
 """References to a leaf's ``Gradient`` when nobody keeps it: the leaf's, a local variable's, and the count's own."""

@@ -131,8 +131,10 @@ class Held:
                 leaf.stamp, leaf.digest = leaf.parameter._version, _digest(leaf.parameter)
 
     def next_step(self) -> None:
-        """A step was sent off: no leaf is fresh any more."""
+        """A step was sent off: no leaf is fresh any more, and graphs built on the old values are void."""
         self.clock += 1
+        if self.guard is not None:
+            torch.autograd.graph.increment_version([leaf.parameter for leaf in self._shared])
 
     # ---- what a script wrote ---------------------------------------------------------------------
 
