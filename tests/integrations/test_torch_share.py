@@ -441,7 +441,7 @@ def test_training_on_shares_equals_one_process_that_accumulates(count: int) -> N
                     p.grad /= count  # type: ignore[assignment, operator]
                 opt.step()
                 opt.zero_grad()
-    assert all(torch.equal(found, model.weight) for found in workers(count, life))  # type: ignore[arg-type]
+    assert all(torch.equal(found, model.weight) for found in workers(count, life))
 
 
 SCRIPT = """
