@@ -38,9 +38,11 @@ _SEED = 0
 class Gatherer(Protocol):
     """What is needed of ``headwater.Client``."""
 
+    @property
+    def declared(self) -> bool: ...
+
     rank: int
     world: int
-    declared: bool
 
     def gather(self, name: str, value: bytes, timeout: float | None = None) -> dict[int, bytes]: ...
 

@@ -19,6 +19,7 @@ from headwater.server.log import Log
 from headwater.server.notes import look, notes
 from headwater.server.records import Record
 from headwater.server.replica import Memory, Replica
+from headwater.server.sync.bulk import Part
 from headwater.server.table import Session, Table
 from headwater.server.tables.plan import Contribution
 from headwater.types import Bulk, Version
