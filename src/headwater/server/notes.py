@@ -18,7 +18,8 @@ def notes(table: Table, parts: Mapping[int, Part], skip: bool) -> dict[int, AckB
     sessions = {rank: part.session for rank, part in parts.items()}
     found = table.words.notes(sessions, tuple(rank for rank, part in parts.items() if part.skip))
     marks, table.marks = table.marks, {}
-    if not marks and not skip and not any(part.merged for part in parts.values()):
+    gradients = table.spec.optimizer.name != "Assign" and not any(part.merged for part in parts.values())
+    if not marks and not skip and gradients:
         marks = look(table)
     for rank, (mark, others) in marks.items():
         found[rank] = msgspec.structs.replace(found.get(rank, AckBody()), alike=others, mark=mark)
@@ -26,9 +27,7 @@ def notes(table: Table, parts: Mapping[int, Part], skip: bool) -> dict[int, AckB
 
 
 def look(table: Table) -> Marks:
-    """Who contributes the same bits to the pending step; of module buffers that says nothing."""
-    if table.spec.optimizer.name == "Assign":
-        return {}
+    """Who contributes the same bits to the pending step."""
     gathering = table.gathering
     parts = {rank: part for rank, part in sorted(gathering.parts.items()) if rank in gathering.ranks}
     return table.alike.look({rank: (part.gradients, r.union(part.ranges)) for rank, part in parts.items()})

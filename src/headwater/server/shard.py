@@ -376,7 +376,7 @@ class Shard(Replica):
             table.marks = look(table)  # while each one's gradient is its own
         mean = torch.zeros(table.size, dtype=torch.uint8)
         if contributions:
-            table.dense.aggregate(contributions, divide, mean)
+            table.dense.aggregate(contributions, divide, mean, gradients=True)
         ranges = r.union([span for c in contributions for span in c.ranges])
         for part in asking:
             seq, part.asked = part.asked, 0
