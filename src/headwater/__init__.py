@@ -54,6 +54,7 @@ from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Sta
 if TYPE_CHECKING:
     from headwater import data, init, launch, pretrained
     from headwater.client import Client, Dense, Publication, Table, Ticket, connect
+    from headwater.data import shard
     from headwater.integrations.torch import Optimizer, wrap
     from headwater.readers import Follower, Reader, Weights, reader
     from headwater.wire.versions import VersionStatus
@@ -120,6 +121,7 @@ __all__ = [
     "launch",
     "pretrained",
     "reader",
+    "shard",
     "wrap",
 ]
 
@@ -137,6 +139,7 @@ _LATE = {
     "Weights": "headwater.readers",
     "VersionStatus": "headwater.wire.versions",
     "reader": "headwater.readers",
+    "shard": "headwater.data",
 }
 """Public names that need more than the standard library: where each one lives."""
 

@@ -9,11 +9,47 @@ come and go. See docs/data.md.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
     from headwater.client import Client
     from headwater.integrations.torch_data import ShardSampler
+
+Loader = TypeVar("Loader", bound="DataLoader[Any]")
+
+
+def shard(loader: Loader, *, client: Client | None = None) -> Loader:
+    """This worker's share of a torch ``DataLoader``, also as ``headwater.shard``: the line after the loader is made.
+
+        >>> loader = headwater.shard(DataLoader(dataset, batch_size=32, shuffle=True))   # doctest: +SKIP
+
+    All workers walk through one order, which is that of one process, and worker r of W takes batches r, r + W, …: W
+    workers train on what one process does that accumulates W batches to a step. Each sample comes once per epoch, over
+    all workers, and every worker has the same number of batches: of an incomplete last round each gets an equal part,
+    the first ones a sample more. If that is fewer samples than workers, the first workers get one each with their last
+    batch; with ``drop_last`` the round is dropped.
+
+    Samplers, batch samplers, generators, ``set_epoch``, loading processes and the rest of the loader stay as they are.
+    Before an epoch that is drawn workers meet and take over what the lowest rank's sampler draws, so every worker must
+    iterate; nobody's seed changes. Of an ``IterableDataset`` every worker reads the whole stream, which must be the
+    same on all, and keeps its share. Batches that it makes itself (``batch_size=None``) are not cut: some workers may
+    have one more.
+
+    Args:
+        loader: of one process. One whose sampler shares already (``DistributedSampler``, ``headwater.data.shards``)
+            is returned as it is, with a warning; so is any loader where there is one worker.
+        client: from ``headwater.connect``; by default the one that is open in this process when the loader is iterated
+            over, or else what ``HEADWATER_RANK`` and ``HEADWATER_WORLD_SIZE`` say; then the order is that of seed 0.
+
+    Raises:
+        UsageError: not a DataLoader.
+        DataError: when the next epoch begins, if workers went through the last one in different orders.
+    """
+    from headwater.integrations.torch_share import share
+
+    return share(loader, client)
 
 
 def shards(

@@ -362,12 +362,24 @@ class Client:
         Under ``Stale`` and ``Async(max_staleness)`` the steps of those that come later do not wait for who is here;
         the first step after it may so be staler than the cap.
         """
+        self._meet(name, b"", timeout)
+
+    def gather(self, name: str, value: bytes, timeout: float | None = None) -> dict[int, bytes]:
+        """What every worker says, by rank: a ``barrier`` (whose errors it raises) at which each brings a value.
+
+        ``value``: 1 byte to 64 KiB. Names are those of barriers: use one for one purpose.
+        """
+        met = self._meet(name, value, timeout)
+        return dict(met.values) if isinstance(met, m.Met) else {}
+
+    def _meet(self, name: str, value: bytes, timeout: float | None) -> m.Reply:
         deadline = self.runtime.now() + (self.timeout if timeout is None else timeout)
         self._turns[name] += 1
         with self._aside(deadline):
-            self.ask(m.Barrier(name, self._turns[name]), max(0.0, deadline - self.runtime.now()))
+            met = self.ask(m.Barrier(name, self._turns[name], value), max(0.0, deadline - self.runtime.now()))
         # Nobody takes a step before all are waited for again.
         self.ask(m.Barrier(name + _BACK, self._turns[name]), max(0.0, deadline - self.runtime.now()))
+        return met
 
     @contextlib.contextmanager
     def _aside(self, deadline: float) -> Iterator[None]:
@@ -458,6 +470,11 @@ class Client:
     def closed(self) -> bool:
         """Whether it has left the cluster."""
         return self._closed
+
+    @property
+    def declared(self) -> bool:
+        """Whether ``world`` was said; else it is the number of those who were there when this worker came."""
+        return self._stated is not None or self.alone
 
     @property
     def alone(self) -> bool:

@@ -110,6 +110,18 @@ def current() -> Client:
     return found[0]
 
 
+def only() -> Client | None:
+    """The client that is open in this process, if there is one. Raises ``UsageError`` if there is more than one."""
+    with _lock:
+        return current() if _workers() else None
+
+
+def stated() -> tuple[int, int] | None:
+    """(rank, world) of the environment, if it states a world."""
+    world = _number("HEADWATER_WORLD_SIZE")
+    return None if world is None else (_number("HEADWATER_RANK") or 0, world)
+
+
 def leave_all() -> None:
     """Finish the last steps of all clients of this process and leave, as at its end."""
     with _lock:

@@ -7,24 +7,30 @@ import msgspec
 from headwater.cluster.membership import Member, Membership
 from headwater.cluster.snapshots import Asker
 from headwater.cluster.tables import Desk
-from headwater.errors import HeadwaterError, WorkerLost
+from headwater.errors import HeadwaterError, UsageError, WorkerLost
 from headwater.wire import messages as m
 
 
 class Barriers:
-    """By name: who waits, and each session's last turn that is over, so that asking again is harmless."""
+    """By name: who waits, and each session's last turn that is over, so that asking again is harmless.
+
+    Workers may say something to each other there: each is told what all have said.
+    """
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
-        self._waiting: dict[str, dict[int, tuple[Asker, int]]] = {}
+        self._waiting: dict[str, dict[int, tuple[Asker, m.Barrier]]] = {}
         self._passed: dict[str, dict[int, int]] = {}
+        self._answers: dict[str, m.Reply] = {}  # of the last turn of each name
 
     def wait(self, asker: Asker, worker: Member, message: m.Barrier) -> None:
         """A worker is at a barrier. It is answered when all are."""
         if self._passed.get(message.name, {}).get(worker.join.session, 0) >= message.turn:
-            self._desk.reply(asker, m.Done())  # it is over; the answer was lost
+            self._desk.reply(asker, self._answers.get(message.name, m.Done()))  # it is over; the answer was lost
             return
-        self._waiting.setdefault(message.name, {})[worker.rank] = (asker, message.turn)
+        if len(message.value) > m.MAX_VALUE:
+            raise UsageError(f"{len(message.value)} bytes to say at a barrier, of at most {m.MAX_VALUE}")
+        self._waiting.setdefault(message.name, {})[worker.rank] = (asker, message)
         self._check(message.name)
 
     def departed(self, rank: int, clean: bool) -> None:
@@ -34,6 +40,7 @@ class Barriers:
             self._passed[name] = {session: turn for session, turn in passed.items() if session in there}
             if not self._passed[name]:
                 del self._passed[name]
+                self._answers.pop(name, None)
         for name, askers in list(self._waiting.items()):
             askers.pop(rank, None)
             if clean:
@@ -48,15 +55,27 @@ class Barriers:
         if not askers or not set(self._desk.membership.ranks()) <= set(askers):
             return
         passed = self._passed.setdefault(name, {})
-        for rank, (asker, turn) in self._waiting.pop(name).items():
+        values = tuple((rank, message.value) for rank, (_, message) in sorted(askers.items()))
+        answer: m.Reply = m.Met(values) if any(value for _, value in values) else m.Done()
+        self._answers[name] = answer
+        for rank, (asker, message) in self._waiting.pop(name).items():
             if rank in workers:
-                passed[workers[rank].join.session] = turn
-            self._desk.reply(asker, m.Done())
+                passed[workers[rank].join.session] = message.turn
+            self._desk.reply(asker, answer)
         self._desk.save("barriers", msgspec.msgpack.encode(self._passed))
+        if isinstance(answer, m.Met):
+            self._desk.save("met", msgspec.msgpack.encode(self._met()))
 
     def restore(self, data: bytes) -> None:
         """Turns that were over before a restart: whoever asks again is answered as the first time."""
         self._passed = msgspec.msgpack.decode(data, type=dict[str, dict[int, int]])
+
+    def restore_met(self, data: bytes) -> None:
+        """What was said at them."""
+        self._answers = dict(msgspec.msgpack.decode(data, type=dict[str, m.Met]))
+
+    def _met(self) -> dict[str, m.Met]:
+        return {name: answer for name, answer in self._answers.items() if isinstance(answer, m.Met)}
 
 
 def _lost(membership: Membership) -> HeadwaterError:

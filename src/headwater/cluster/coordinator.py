@@ -520,6 +520,8 @@ class Coordinator:
             self.tables.restore(state[key])
         if "barriers" in state:
             self.barriers.restore(state["barriers"])
+        if "met" in state:
+            self.barriers.restore_met(state["met"])
         if "members" in state:
             self.membership.load(state["members"], now)
         self.publications.restore(state)

@@ -112,10 +112,12 @@ def plain_name(path: str) -> str:
 
 def same_bits(buffer: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether the buffer, seen from the CPU, is ``value`` (of its shape) in the buffer's dtype already."""
-    if buffer.device.type != "cpu":
+    if not buffer.is_cpu:
         return False
-    bits = _BITS[buffer.itemsize]
-    return torch.equal(buffer.detach().view(bits), value.to(buffer.dtype).view(bits))
+    dtype = buffer.dtype
+    bits = _BITS[dtype.itemsize]
+    plain = buffer.detach() if buffer.requires_grad else buffer
+    return torch.equal(plain.view(bits), (value if value.dtype is dtype else value.to(dtype)).view(bits))
 
 
 def write(buffer: torch.Tensor, value: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -37,7 +37,7 @@ class Buffers:
             raise UsageError(f"buffers={mode!r}: must be 'mean', 'rank0' or 'local'")
         self._model = model
         self._mode = mode
-        self._modules = list(model.modules())
+        self._sizes = _sizes(model)
         self._count = self._counted()
         found = sort(model, told=mode != "local")
         self._ties = found.ties
@@ -58,7 +58,7 @@ class Buffers:
             for path, buffer in values.items()
         )
         spec = TableSpec(f"{name}.buffers", parameters, OptimizerSpec("Assign", ({},)), sync, nonfinite="allow")
-        self._shapes = {p.name: p.shape for p in parameters}
+        self._shapes = {p.name: torch.Size(p.shape) for p in parameters}
         self._table = client.table(spec, values={path: _dense(b, b.dtype) for path, b in values.items()})
         self._pending = True
         self.arrive()
@@ -92,11 +92,11 @@ class Buffers:
     def check(self) -> None:
         """Raises ``UsageError`` if a buffer has another shape than the table; then the step must not be taken."""
         for path, buffer in self.values().items():
-            if tuple(buffer.shape) != self._shapes[path]:
+            if buffer.shape != self._shapes[path]:
                 raise UsageError(
-                    f"buffer {path!r} has shape {tuple(buffer.shape)} now, and had {self._shapes[path]} when the "
-                    "optimizer was made, so workers cannot average it; the step was not taken. Give it its shape "
-                    f"before that, or pass buffers='local': each worker then keeps its own. {_LOCAL}"
+                    f"buffer {path!r} has shape {tuple(buffer.shape)} now, and had {tuple(self._shapes[path])} when "
+                    "the optimizer was made, so workers cannot average it; the step was not taken. Give it its shape "
+                    f"before that, or pass buffers='local': {_LOCAL}"
                 )
 
     def digest(self) -> int:
@@ -132,7 +132,7 @@ class Buffers:
         self._table.wait()  # after a failure, the next one brings back the values before the step
         for path, buffer in self.values().items():
             value = self._table.values[path]
-            if tuple(buffer.shape) == self._shapes[path] and not same_bits(buffer, value):
+            if buffer.shape == self._shapes[path] and not same_bits(buffer, value):
                 write(buffer, value)
         self._pending = False
 
@@ -163,17 +163,22 @@ class Buffers:
     # ---- registered later ------------------------------------------------------------------------
 
     def _counted(self) -> int:
-        """Changes when a buffer or a module is registered. Torch has no public way that is cheap."""
-        return sum(len(module._buffers) + len(module._modules) for module in self._modules)  # noqa: SLF001
+        """Changes when a buffer or a module is registered."""
+        return sum(map(len, self._sizes))
 
     def _registered_later(self) -> None:
         """A table cannot grow: buffers that came after it stay here, and are watched."""
-        self._modules = list(self._model.modules())
+        self._sizes = _sizes(self._model)
         self._count = self._counted()
         found = sort(self._model, told=True)
         for place in [*found.places.values(), *found.kept]:
             if place.path not in self._places and place.path not in self._kept:
                 self._kept[place.path] = Kept(place, late=True)
+
+
+def _sizes(model: torch.nn.Module) -> list[Sized]:
+    """What grows when a buffer or a module is registered. Torch has no public way that is cheap."""
+    return [kept for module in model.modules() for kept in (module._buffers, module._modules)]  # noqa: SLF001
 
 
 _LOCAL = "each worker then has its own, as without Headwater, and a saved or published model has none of them"

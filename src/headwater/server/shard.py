@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
-import msgspec
 import torch
 
 from headwater.cluster.tables import decide
@@ -17,15 +16,15 @@ from headwater.errors import ClusterError, HeadwaterError, ProtocolError, Sessio
 from headwater.server import events as e
 from headwater.server import records as r
 from headwater.server.log import Log
+from headwater.server.notes import look, notes
 from headwater.server.records import Record
 from headwater.server.replica import Memory, Replica
-from headwater.server.sync.alike import Marks
 from headwater.server.sync.bulk import Part
 from headwater.server.table import Session, Table
 from headwater.server.tables.plan import Contribution
 from headwater.types import Bulk, Version
 from headwater.wire.frames import Flag
-from headwater.wire.messages import AckBody, Commit, Follow, Members, Ready, StepBody
+from headwater.wire.messages import Commit, Follow, Members, Ready, StepBody
 
 NEWER = 1024  # membership epochs by which a client may be ahead of the shard
 STRANGERS = 1 << 16  # sessions beyond those that the coordinator has named: more are refused
@@ -374,10 +373,10 @@ class Shard(Replica):
         # Asked for while somebody has ended the step with the mean that it saw: that one is the step's.
         contributions, divide = self._contributions(table), self._divide(table)
         if not table.marks and not any(part.merged for part in gathering.seated()):
-            table.marks = self._look(table)  # while each one's gradient is its own
+            table.marks = look(table)  # while each one's gradient is its own
         mean = torch.zeros(table.size, dtype=torch.uint8)
         if contributions:
-            table.dense.aggregate(contributions, divide, mean)
+            table.dense.aggregate(contributions, divide, mean, gradients=True)
         ranges = r.union([span for c in contributions for span in c.ranges])
         for part in asking:
             seq, part.asked = part.asked, 0
@@ -407,7 +406,7 @@ class Shard(Replica):
         parts = {rank: part for rank, part in sorted(gathering.parts.items()) if rank in gathering.ranks}
         table.words.count()
         groups = table.words.of_step({rank: part.session for rank, part in parts.items()})
-        table.notes = self._notes(table, parts, skip)
+        table.notes = notes(table, parts, skip)
         table.words.new = skip and table.words.new  # a step that is skipped takes no hyperparameters over
         contributors = tuple(
             r.Contributor(rank, part.session, part.seq, part.wants) for rank, part in parts.items()
@@ -435,24 +434,6 @@ class Shard(Replica):
         """What the lowest rank wrote into its parameters is the state that the step starts from."""
         for start, data in table.gathering.seated()[0].writes:
             self.propose(r.Values(table.number, 0, 0, start, len(data), last=False), data, start)
-
-    def _notes(self, table: Table, parts: dict[int, Part], skip: bool) -> dict[int, AckBody]:
-        """What there is to tell each worker of a complete step, beside that it is applied or skipped."""
-        sessions = {rank: part.session for rank, part in parts.items()}
-        notes = table.words.notes(sessions, tuple(rank for rank, part in parts.items() if part.skip))
-        marks, table.marks = table.marks, {}
-        if not marks and not skip and not any(part.merged for part in parts.values()):
-            marks = self._look(table)
-        for rank, (mark, others) in marks.items():
-            notes[rank] = msgspec.structs.replace(notes.get(rank, AckBody()), alike=others, mark=mark)
-        return notes
-
-    def _look(self, table: Table) -> Marks:
-        """Who contributes the same bits; buffers and the like may well be the same."""
-        if table.spec.optimizer.name == "Assign":
-            return {}
-        parts = {rank: part for rank, part in sorted(table.gathering.parts.items()) if rank in table.gathering.ranks}
-        return table.alike.look({rank: (part.gradients, r.union(part.ranges)) for rank, part in parts.items()})
 
     def materialise(self, record: Record) -> None:
         """Turn a step's contributions into one aggregate: what followers are sent, and what is applied then."""

@@ -108,10 +108,14 @@ class Initialised(msgspec.Struct, frozen=True, tag="initialised"):
 
 
 class Barrier(msgspec.Struct, frozen=True, tag="barrier"):
-    """``turn``: how often this worker has waited at this name, from 1, so that asking again is harmless."""
+    """``turn``: how often this worker has waited at this name, from 1, so that asking again is harmless.
+
+    ``value``: what it has to say to the others, at most ``MAX_VALUE`` bytes; if anybody has, ``Met`` is the answer.
+    """
 
     name: str
     turn: int
+    value: bytes = b""
 
 
 class Find(msgspec.Struct, frozen=True, tag="find"):
@@ -166,6 +170,16 @@ class Declared(msgspec.Struct, frozen=True, tag="declared"):
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
     pass
+
+
+MAX_VALUE = 64 << 10
+"""Bytes of a ``Barrier``'s value."""
+
+
+class Met(msgspec.Struct, frozen=True, tag="met"):
+    """A barrier is over. ``values``: by rank, what each worker had to say."""
+
+    values: tuple[tuple[int, bytes], ...]
 
 
 class SnapshotTaken(msgspec.Struct, frozen=True, tag="snapshot_taken"):
@@ -490,6 +504,7 @@ Reply = (
     | Welcome
     | Declared
     | Done
+    | Met
     | ClusterStatus
     | ShardView
     | SnapshotTaken

@@ -17,6 +17,7 @@ from headwater.server.tables.plan import (
     GroupKey,
     Manner,
     Memory,
+    Merge,
     Plan,
     Planner,
     Report,
@@ -63,7 +64,7 @@ class DenseShard:
         self.segments = tuple(segments)
         self.size = size
         self._groups = list(optimizer.groups)
-        self._merge = average if optimizer.name == "Assign" else aggregate
+        self._merge: Merge = average if optimizer.name == "Assign" else aggregate
         self._memory = Memory(values)
         self._planner = Planner(spec, segments, self._memory, self._manner)
         self._of_parameter: dict[int, list[int]] = {}
@@ -150,29 +151,33 @@ class DenseShard:
         """
         return norms.square_norm(self._planner.plan(contributions), contributions, divide, self._memory)
 
-    def aggregate(self, contributions: Sequence[Contribution], divide: int, out: torch.Tensor) -> None:
+    def aggregate(
+        self, contributions: Sequence[Contribution], divide: int, out: torch.Tensor, *, gradients: bool = False
+    ) -> None:
         """Write the aggregate gradient (before any scale) to ``out``: uint8, laid out as the values.
 
-        ``apply`` of it alone gives the bits that ``apply`` of the contributions gives.
+        ``apply`` of it alone gives the bits that ``apply`` of the contributions gives. ``gradients``: they are
+        gradients whatever the optimizer: one that assigns otherwise takes them for state (see ``kernels.average``).
 
         Raises:
             ShapeMismatch: a contribution does not fit the shard.
         """
+        merge = aggregate if gradients else self._merge
         for run in self._planner.plan(contributions).runs:
             sources = [source(run, contributions[owner]) for owner in run.owners]
             total = out[run.lo : run.hi].view(run.dtype)
             for lo in range(0, min(map(len, sources)), BLOCK):
                 parts = [part[lo : lo + BLOCK] for part in sources]
                 have = min(map(len, parts))
-                self._aggregate_block(total[lo : lo + have], [part[:have] for part in parts], divide)
+                self._aggregate_block(merge, total[lo : lo + have], [part[:have] for part in parts], divide)
 
-    def _aggregate_block(self, out: torch.Tensor, parts: Tensors, divide: int) -> None:
+    def _aggregate_block(self, merge: Merge, out: torch.Tensor, parts: Tensors, divide: int) -> None:
         wide = accumulator(out.dtype)
         if wide is out.dtype:
-            self._merge(out, parts, divide, None)
+            merge(out, parts, divide, None)
         else:
             scratch = self._memory.scratch(wide)[: len(out)]
-            self._merge(scratch, parts, divide, None)
+            merge(scratch, parts, divide, None)
             out.copy_(scratch)
 
     def regions(self) -> dict[str, torch.Tensor]:

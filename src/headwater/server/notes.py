@@ -1,0 +1,33 @@
+"""What a primary tells each worker of a bulk step, beside that it is applied or skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from headwater.server import records as r
+from headwater.server.sync.alike import Marks
+from headwater.server.sync.bulk import Part
+from headwater.server.table import Table
+from headwater.wire.messages import AckBody
+
+
+def notes(table: Table, parts: Mapping[int, Part], skip: bool) -> dict[int, AckBody]:
+    """By rank, of a step that all ``parts`` have ended; ranks that there is nothing to tell are left out."""
+    sessions = {rank: part.session for rank, part in parts.items()}
+    found = table.words.notes(sessions, tuple(rank for rank, part in parts.items() if part.skip))
+    marks, table.marks = table.marks, {}
+    gradients = table.spec.optimizer.name != "Assign" and not any(part.merged for part in parts.values())
+    if not marks and not skip and gradients:
+        marks = look(table)
+    for rank, (mark, others) in marks.items():
+        found[rank] = msgspec.structs.replace(found.get(rank, AckBody()), alike=others, mark=mark)
+    return found
+
+
+def look(table: Table) -> Marks:
+    """Who contributes the same bits to the pending step."""
+    gathering = table.gathering
+    parts = {rank: part for rank, part in sorted(gathering.parts.items()) if rank in gathering.ranks}
+    return table.alike.look({rank: (part.gradients, r.union(part.ranges)) for rank, part in parts.items()})
