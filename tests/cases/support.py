@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 import headwater
@@ -24,9 +25,7 @@ Make = Callable[..., torch.optim.Optimizer]
 """``make(model, kind, …)``: the line that changes."""
 
 
-def plainly(
-    model: torch.nn.Module, kind: type[torch.optim.Optimizer], params: Any = None, *args: Any, **hyper: Any
-) -> Any:
+def plainly(model: torch.nn.Module, kind: Any, params: Any = None, *args: Any, **hyper: Any) -> Any:
     """The optimizer as the script had it; fused where Headwater's is."""
     if kind in (torch.optim.Adam, torch.optim.AdamW):
         hyper.setdefault("fused", True)
@@ -47,6 +46,16 @@ def both_ways(life: Callable[[Make], dict[str, torch.Tensor]], **options: Any) -
         assert {name: value.tolist() for name, value in found.items()} == {
             name: value.tolist() for name, value in wanted.items()
         }
+
+
+@contextlib.contextmanager
+def or_says(pattern: str) -> Iterator[None]:
+    """It works, or a typed error says ``pattern``."""
+    try:
+        yield
+    except headwater.HeadwaterError as error:
+        if not re.search(pattern, str(error)):
+            raise AssertionError(f"does not say {pattern!r}") from error
 
 
 def values(*models: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -83,6 +92,3 @@ def said(lines: str, word: str) -> list[str]:
     """What each worker printed behind ``word``, in the order of ranks."""
     found = [line.split(word, 1) for line in lines.splitlines() if word in line]
     return [after.strip() for _, after in sorted(found)]
-
-
-scripts = pytest.mark.scripts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,7 +63,14 @@ print("wrong:", wrong)
     assert (code_, said(lines, "wrong:")) == (0, ["0", "0"]), lines
 
 
-@pytest.mark.parametrize("write", ["p.mul_(1.0)", "p.clamp_(-0.2, 0.2)", "p.data.mul_(0.5)"])
+WRITES: dict[str, Callable[[torch.Tensor], object]] = {
+    "p.mul_(1.0)": lambda p: p.mul_(1.0),
+    "p.clamp_(-0.2, 0.2)": lambda p: p.clamp_(-0.2, 0.2),
+    "p.data.mul_(0.5)": lambda p: p.data.mul_(0.5),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("ranks", ["(0,)", "(0, 1)"])
 def test_a_write_after_a_step_is_everybodys(tmp_path: Path, write: str, ranks: str) -> None:
     code = f"""{HEAD}
@@ -95,9 +104,7 @@ print("ended:", hashlib.sha256(bits).hexdigest(), moved)
         if step == 3:
             with torch.no_grad():
                 for p in model.parameters():
-                    exec(write, {"p": p})
-    import hashlib
-
+                    WRITES[write](p)
     bits = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
     assert first == f"{hashlib.sha256(bits).hexdigest()} True"
 
@@ -199,7 +206,8 @@ from accelerate import Accelerator
 accelerator = Accelerator(cpu=True)
 total = torch.tensor([rank + 1.0])
 dist.all_reduce(total)
-print("world:", accelerator.num_processes, accelerator.is_main_process == (rank == 0), dist.get_rank() == rank, total.item())
+alike = accelerator.is_main_process == (rank == 0), dist.get_rank() == rank
+print("world:", accelerator.num_processes, *alike, total.item())
 """
     code_, lines = script(tmp_path, code, 2)
     assert (code_, said(lines, "world:")) == (0, ["2 True True 3.0"] * 2), lines
@@ -210,6 +218,7 @@ def test_hugging_faces_trainer(tmp_path: Path) -> None:
     code = f"""{HEAD}
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, get_constant_schedule
 shape = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+quiet = dict(use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True)
 found = []
 for kind in ("plain", "ours"):
     for norm in (0, 1.0):
@@ -218,7 +227,7 @@ for kind in ("plain", "ours"):
         data = [{{"input_ids": torch.arange(16), "labels": torch.arange(16)}} for _ in range(8)]
         if kind == "plain": opt = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
         else: opt = headwater.Optimizer(model, torch.optim.AdamW, lr=0.01)
-        args = TrainingArguments("out", max_steps=2, max_grad_norm=norm, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True)
+        args = TrainingArguments("out", max_steps=2, max_grad_norm=norm, **quiet)
         Trainer(model, args, train_dataset=data, optimizers=(opt, get_constant_schedule(opt))).train()
         found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
 print("equal:", torch.equal(found[0], found[2]), torch.equal(found[1], found[3]))
