@@ -158,7 +158,7 @@ def test_a_write_is_never_a_private_page_that_stands_still(ranks: tuple[int, ...
         moved = False
         for step in range(8):
             before = model[2].bias.detach().clone()
-            model(torch.ones(8, 4)).square().mean().backward()
+            model(torch.full((8, 4), 1.0 + client.rank)).square().mean().backward()
             opt.step()
             opt.zero_grad()
             opt.synchronize()
@@ -172,6 +172,10 @@ def test_a_write_is_never_a_private_page_that_stands_still(ranks: tuple[int, ...
         opt.close()
         return digest, largest, moved
 
+    if 0 not in ranks:  # the lowest rank's write counts; one that it has not made is nobody's
+        with pytest.raises(headwater.UsageError, match="worker 1 wrote into its parameters and worker 0 did not"):
+            workers(2, life, servers=2)
+        return
     first, second = workers(2, life, servers=2)
     assert first == second
     assert first[2], "the parameters stand still"
