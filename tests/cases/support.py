@@ -17,6 +17,7 @@ import torch
 
 import headwater
 from tests.patience import PATIENCE
+from tests.scripts.harness import Zygote
 
 ROOT = Path(__file__).parents[2]
 _names = itertools.count()
@@ -66,15 +67,23 @@ def values(*models: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def script(folder: Path, code: str, workers: int | None = None, servers: int = 1, **variables: str) -> tuple[int, str]:
-    """Exit code and all lines of a script: by ``python``, or with ``workers`` by ``headwater run``."""
-    path = folder / "script.py"
+def script(
+    folder: Path, zygote: Zygote | None, code: str, workers: int | None = None, servers: int = 1, **variables: str
+) -> tuple[int, str]:
+    """Exit code and all lines of a script: by ``python``, or with ``workers`` by ``headwater run``.
+
+    ``zygote`` forks the processes; without it they are real ones.
+    """
+    path = folder / f"script{next(_names)}.py"
     path.write_text(code, encoding="utf-8")
     command = [sys.executable, str(path)]
     if workers is not None:
         count = ["--servers", str(servers), "--workers", str(workers)]
         command = [sys.executable, "-m", "headwater", "run", *count, str(path)]
-    environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder), "HEADWATER_TIMEOUT": str(PATIENCE), **variables}
+    own = {"XDG_RUNTIME_DIR": str(folder), "HEADWATER_TIMEOUT": str(PATIENCE), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, **own, **variables}
+    if zygote is not None:
+        return zygote.run(folder, [command], [environment])
     ended = subprocess.run(
         command,
         cwd=folder,
