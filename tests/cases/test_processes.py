@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,14 +105,21 @@ print("ended:", hashlib.sha256(bits).hexdigest())
     assert first == second
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1))
+    other = copy.deepcopy(model)  # rank 1's, which learns of a lone write with the next step
     opt = torch.optim.SGD(model.parameters(), lr=0.05)
     for step in range(20):
-        model(torch.ones(8, 16)).square().mean().backward()
+        for each in (model, other):
+            each.zero_grad()
+            each(torch.ones(8, 16)).square().mean().backward()
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            assert p.grad is not None
+            assert q.grad is not None
+            p.grad = (p.grad + q.grad) / 2
         opt.step()
-        opt.zero_grad()
+        other.load_state_dict(model.state_dict())
         if step == 3:
             with torch.no_grad():
-                for p in model.parameters():
+                for p in [*model.parameters(), *(other.parameters() if "1" in ranks else ())]:
                     WRITES[write](p)
     bits = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
     assert first == hashlib.sha256(bits).hexdigest()
