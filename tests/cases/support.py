@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 import headwater
 from tests.patience import PATIENCE
+from tests.scripts.harness import Zygote
 
 ROOT = Path(__file__).parents[2]
 _names = itertools.count()
@@ -24,9 +26,7 @@ Make = Callable[..., torch.optim.Optimizer]
 """``make(model, kind, …)``: the line that changes."""
 
 
-def plainly(
-    model: torch.nn.Module, kind: type[torch.optim.Optimizer], params: Any = None, *args: Any, **hyper: Any
-) -> Any:
+def plainly(model: torch.nn.Module, kind: Any, params: Any = None, *args: Any, **hyper: Any) -> Any:
     """The optimizer as the script had it; fused where Headwater's is."""
     if kind in (torch.optim.Adam, torch.optim.AdamW):
         hyper.setdefault("fused", True)
@@ -49,6 +49,16 @@ def both_ways(life: Callable[[Make], dict[str, torch.Tensor]], **options: Any) -
         }
 
 
+@contextlib.contextmanager
+def or_says(pattern: str) -> Iterator[None]:
+    """It works, or a typed error says ``pattern``."""
+    try:
+        yield
+    except headwater.HeadwaterError as error:
+        if not re.search(pattern, str(error)):
+            raise AssertionError(f"does not say {pattern!r}") from error
+
+
 def values(*models: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The parameters of all."""
     found = {}
@@ -57,15 +67,23 @@ def values(*models: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def script(folder: Path, code: str, workers: int | None = None, servers: int = 1, **variables: str) -> tuple[int, str]:
-    """Exit code and all lines of a script: by ``python``, or with ``workers`` by ``headwater run``."""
-    path = folder / "script.py"
+def script(
+    folder: Path, zygote: Zygote | None, code: str, workers: int | None = None, servers: int = 1, **variables: str
+) -> tuple[int, str]:
+    """Exit code and all lines of a script: by ``python``, or with ``workers`` by ``headwater run``.
+
+    ``zygote`` forks the processes; without it they are real ones.
+    """
+    path = folder / f"script{next(_names)}.py"
     path.write_text(code, encoding="utf-8")
     command = [sys.executable, str(path)]
     if workers is not None:
         count = ["--servers", str(servers), "--workers", str(workers)]
         command = [sys.executable, "-m", "headwater", "run", *count, str(path)]
-    environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder), "HEADWATER_TIMEOUT": str(PATIENCE), **variables}
+    own = {"XDG_RUNTIME_DIR": str(folder), "HEADWATER_TIMEOUT": str(PATIENCE), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, **own, **variables}
+    if zygote is not None:
+        return zygote.run(folder, [command], [environment])
     ended = subprocess.run(
         command,
         cwd=folder,
@@ -83,6 +101,3 @@ def said(lines: str, word: str) -> list[str]:
     """What each worker printed behind ``word``, in the order of ranks."""
     found = [line.split(word, 1) for line in lines.splitlines() if word in line]
     return [after.strip() for _, after in sorted(found)]
-
-
-scripts = pytest.mark.scripts

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import headwater
-from tests.cases.support import Make, both_ways, values
+from tests.cases.support import Make, both_ways, or_says, values
 from tests.integrations.support import workers
 
 Values = dict[str, torch.Tensor]
@@ -158,7 +158,7 @@ def test_a_write_is_never_a_private_page_that_stands_still(ranks: tuple[int, ...
         moved = False
         for step in range(8):
             before = model[2].bias.detach().clone()
-            model(torch.ones(8, 4)).square().mean().backward()
+            model(torch.full((8, 4), 1.0 + client.rank)).square().mean().backward()
             opt.step()
             opt.zero_grad()
             opt.synchronize()
@@ -172,6 +172,10 @@ def test_a_write_is_never_a_private_page_that_stands_still(ranks: tuple[int, ...
         opt.close()
         return digest, largest, moved
 
+    if 0 not in ranks:  # the lowest rank's write counts; one that it has not made is nobody's
+        with pytest.raises(headwater.UsageError, match="worker 1 wrote into its parameters and worker 0 did not"):
+            workers(2, life, servers=2)
+        return
     first, second = workers(2, life, servers=2)
     assert first == second
     assert first[2], "the parameters stand still"
@@ -195,7 +199,8 @@ def test_a_model_that_was_loaded_after_the_optimizer_was_made() -> None:
 
 def test_nothing_is_drawn_from_the_scripts_generators() -> None:
     def states() -> tuple[Any, ...]:
-        return random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().tolist()  # type: ignore[index,union-attr]
+        numpys = np.random.get_state()  # noqa: NPY002 - the scripts' own
+        return random.getstate(), str(numpys), torch.get_rng_state().tolist()
 
     with headwater.connect("inproc://cases-random-state") as ps:
         model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
@@ -259,11 +264,8 @@ def test_models_with_buffers_of_every_kind_train(buffer: torch.Tensor) -> None:
         opt.step()
         return values(model)
 
-    try:
+    with or_says("'odd'.*buffers="):
         both_ways(life)
-    except headwater.HeadwaterError as error:
-        assert "odd" in str(error)
-        assert "buffers=" in str(error)
 
 
 @pytest.mark.parametrize("count", [2, 3])

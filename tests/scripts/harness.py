@@ -10,6 +10,7 @@ A program is a script as people write it. In it
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -31,6 +32,7 @@ EXCHANGED = re.compile(r"^(\s*(?:[\w.,\[\] ]+ = )?).*?  #> (.*)$", re.MULTILINE)
 MEAN = re.compile(r"^(\s*)#: mean (\S+)$", re.MULTILINE)
 EXPECTED = re.compile(r"^#: (within|workers|needs|raises|sync|learns) (.*)$", re.MULTILINE)
 
+_numbers = itertools.count()
 Outcome = dict[str, torch.Tensor]
 
 
@@ -105,7 +107,7 @@ class Zygote:
 
     def run(self, folder: Path, commands: list[list[str]], environments: list[dict[str, str]]) -> tuple[int, str]:
         """The largest exit code, and all that was said."""
-        logs = [str(folder / f"said{i}") for i in range(len(commands))]
+        logs = [str(folder / f"said{next(_numbers)}") for _ in commands]
         orders = [[c, e, str(folder), log] for c, e, log in zip(commands, environments, logs, strict=True)]
         codes = self._ask(json.dumps(orders))
         said = "\n".join(Path(log).read_text(encoding="utf-8", errors="replace") for log in logs)

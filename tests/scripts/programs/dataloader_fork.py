@@ -36,4 +36,5 @@ if __name__ == "__main__":
             torch.save(model.state_dict(), f"epoch{epoch}-{os.environ.get('RANK', '0')}.pt")
             sys.exit(0)
         assert os.waitpid(pid, 0)[1] == 0
-    saved = nn.ParameterDict(torch.load(f"epoch2-{os.environ.get('RANK', '0')}.pt"))
+    saved = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+    saved.load_state_dict(torch.load(f"epoch2-{os.environ.get('RANK', '0')}.pt"))

@@ -18,7 +18,7 @@ dataset = TensorDataset(x, x.sum(1, keepdim=True))
 sampler = DistributedSampler(dataset) if distributed else None
 loader = DataLoader(dataset, batch_size=8, sampler=sampler)
 model = DistributedDataParallel(net) if distributed else net
-optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)  #> headwater.Optimizer(model, torch.optim.SGD, lr=0.05, momentum=0.9)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)  #> headwater.Optimizer(model, torch.optim.SGD, lr=0.02, momentum=0.9)
 losses = []
 for epoch in range(2):
     if sampler is not None:
