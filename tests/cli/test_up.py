@@ -86,7 +86,7 @@ def test_without_a_runtime_folder_up_and_status_meet_elsewhere(
         address = next(line.split()[-1] for line in lines if line.startswith("  address"))
         assert headwater_command("status", "--address", address).code == 0  # with the token of the record
         up.send_signal(signal.SIGTERM)
-        assert up.wait(30) == 0
+        assert up.wait(PATIENCE) == 0
         said = up.stderr.read()
     assert f"XDG_RUNTIME_DIR={tmp_path / 'runtime'} cannot be used" in said
     assert str(tmp_path / f"headwater-{os.getuid()}") in said

@@ -179,7 +179,7 @@ def test_one_that_is_dropped_before_it_is_copied_ends_its_threads(tmp_path: Path
     capture.begin(Mark(0), dense)
     capture.drop()
     capture.seal(1, ())
-    assert landed.wait(20)
+    assert landed.wait(PATIENCE)
     assert list(tmp_path.iterdir()) == []
 
 
