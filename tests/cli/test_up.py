@@ -67,6 +67,33 @@ def test_a_cluster_is_seen_and_ends_with_ctrl_c(
     assert "no cluster of yours runs here" in answer.err
 
 
+@pytest.mark.parametrize("runtime", ["missing", "a file"])
+def test_without_a_runtime_folder_up_and_status_meet_elsewhere(
+    headwater_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str
+) -> None:
+    if runtime == "a file":
+        (tmp_path / "runtime").touch()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    answer = headwater_command("status", "--address", "tcp://127.0.0.1:1", "--timeout", "1")
+    assert (answer.code, answer.err.count("Traceback")) == (1, 0)
+    command = [sys.executable, "-m", "headwater", "up"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as up:
+        assert up.stdout
+        assert up.stderr
+        lines = iter(up.stdout.readline, "")
+        address = next(line.split()[-1] for line in lines if line.startswith("  address"))
+        assert headwater_command("status", "--address", address).code == 0  # with the token of the record
+        up.send_signal(signal.SIGTERM)
+        assert up.wait(PATIENCE) == 0
+        said = up.stderr.read()
+    assert f"XDG_RUNTIME_DIR={tmp_path / 'runtime'} cannot be used" in said
+    assert str(tmp_path / f"headwater-{os.getuid()}") in said
+    assert said.count("\n") == 1
+    assert list((tmp_path / f"headwater-{os.getuid()}").iterdir()) == []
+
+
 def test_a_wrong_token_is_refused_by_name(
     cluster: subprocess.Popen[str], headwater_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

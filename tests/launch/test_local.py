@@ -311,3 +311,23 @@ def test_ctrl_c_in_a_terminal_reaches_a_worker_once() -> None:
         assert groups == set(pids)
         assert os.getpgid(outer.pid) not in groups
         outer.terminate()
+
+
+def test_what_is_claimed_of_the_end_is_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that the kernel holds outlives SIGKILL, and is named."""
+    collected = Collected()
+    with Launcher(0, on_line=collected) as job:
+        (worker,) = job.start_workers(python(FOREVER), 1)
+        with monkeypatch.context() as held:
+            held.setattr(Process, "running", True)
+            held.setattr(worker, "send_signal", lambda number: None)
+            held.setattr("headwater.launch.escalation._AFTER_KILL", 0.0)
+            held.setattr(job, "_grace", 0.0)
+            job.stop()
+        assert job.outcome.remains.startswith(f"w0 (pid {worker.pid}) did not end upon SIGKILL")
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        worker.reap()
+        for _ in worker.close():
+            pass
+    assert Outcome().remains == "no process is left"

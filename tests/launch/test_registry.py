@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from headwater.launch import registry
+from tests.patience import PATIENCE
 
 LAUNCHER = """
 import select, sys
@@ -52,7 +53,7 @@ def test_what_a_launcher_that_lives_has_left_stays_and_of_one_that_was_killed_go
         mine = registry.private_state()  # removes what nobody holds
         assert all(path.exists() for path in left)
         other.send_signal(signal.SIGKILL)
-        other.wait(30)
+        other.wait(PATIENCE)
         assert registry.running() == []
     assert not any(path.exists() for path in left)
     assert mine.is_dir()

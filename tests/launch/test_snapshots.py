@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,7 @@ from headwater.server.snapshots import manifest
 from headwater.server.snapshots.restore import newest
 from headwater.wire import messages as m
 from headwater.wire.plans import PlanChunk, PlanNext
+from tests.patience import PATIENCE
 
 SIZE = 30_000
 
@@ -96,6 +100,46 @@ def test_the_period(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cluster_that_cannot_begin_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HeadwaterError, match="holds no finished snapshot"), cluster(monkeypatch, 1, restore=tmp_path):
         pytest.fail("it has begun")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB, where mounting is allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)]
+    if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def _contents(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_disk_that_was_full_has_its_room_back(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two servers: the part of one fits, that of the other does not. Neither stays."""
+    left = small_disk / "00000001"
+    left.mkdir()
+    (left / "shard-00000.safetensors.part").write_bytes(bytes(200_000))  # of a cluster that was killed
+    with cluster(monkeypatch, 2, snapshots=small_disk) as launcher, headwater.connect() as ps:
+        assert not left.exists()
+        train(ps, 1, 1)
+        first = take(ps)
+        sound = _contents(small_disk)
+        hog = small_disk / "hog"
+        free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+        hog.write_bytes(bytes(free - 250_000))
+        with pytest.raises(ClusterError, match="No space left on device"):
+            take(ps)
+        hog.unlink()
+        deadline = time.monotonic() + PATIENCE
+        while _contents(small_disk) != sound:  # the last attempt's files go in the background
+            assert time.monotonic() < deadline, _contents(small_disk)
+            launcher.poll(0.05)
+        assert _contents(first.parent) == sound
+        assert take(ps).is_dir()
 
 
 def test_servers_and_coordinators_that_die_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

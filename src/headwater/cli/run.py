@@ -119,7 +119,7 @@ def command_line(words: Sequence[str], module: bool) -> list[str]:
 def report(outcome: Outcome) -> None:
     """Say how the job ended, if not well: the process at fault and its traceback, last on the screen."""
     if outcome.interrupted:
-        note(f"headwater: {outcome.message}; no process is left")
+        note(f"headwater: {outcome.message}; {outcome.remains}")
     elif outcome.failed:
         if outcome.last_words:
             err().print(f"--- the last words of {outcome.failed}:", style="dim", markup=False, highlight=False)

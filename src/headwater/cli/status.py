@@ -20,7 +20,7 @@ import headwater
 from headwater.cli.console import counted, out
 from headwater.cli.options import Address, Timeout
 from headwater.errors import UsageError
-from headwater.launch.registry import find, running
+from headwater.launch.registry import complaint, find, running
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,7 +68,8 @@ def locate(address: str | None) -> str:
     if address is None:
         records = running()
         if not records:
-            raise UsageError("no cluster of yours runs here; give --address or HEADWATER_ADDRESS (headwater up)")
+            why = f". {complaint()}" if complaint() else ""
+            raise UsageError(f"no cluster of yours runs here; give --address or HEADWATER_ADDRESS (headwater up){why}")
         if len(records) > 1:
             known = "; ".join(f"{record.address} ({record.command}, pid {record.pid})" for record in records)
             raise UsageError(f"{len(records)} clusters of yours run here, choose one by --address: {known}")

@@ -22,7 +22,7 @@ from headwater.cluster.publications import Publications
 from headwater.cluster.rules import Rules as Rules
 from headwater.cluster.rules import check, shape
 from headwater.cluster.snapshot_desk import SnapshotDesk
-from headwater.cluster.snapshots import Asker, Outcome, Publish, Published, Restored, Snapshots, Start, Started
+from headwater.cluster.snapshots import Asker, Discard, Outcome, Publish, Published, Restored, Snapshots, Start, Started
 from headwater.cluster.tables import Tables
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, UsageError
 from headwater.types import Bulk
@@ -147,8 +147,8 @@ class Coordinator:
         self.publications.versions.tick(now)
         return self._flush()
 
-    def jobs(self) -> list[Start | Publish]:
-        """File work for the host, once; each is answered by ``kept``."""
+    def jobs(self) -> list[Start | Publish | Discard]:
+        """File work for the host, once; a ``Start`` and a ``Publish`` are answered by ``kept``."""
         return self._cuts.take_jobs()
 
     def kept(self, outcome: Outcome, now: float) -> list[Instruction]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from headwater.cluster.snapshots import Action, Answer, Moment, Publish, Send, Start
+from headwater.cluster.snapshots import Action, Answer, Discard, Moment, Publish, Send, Start
 from headwater.errors import HeadwaterError
 from headwater.types import Bulk
 from headwater.wire import messages as m
@@ -20,9 +20,9 @@ class SnapshotDesk:
         self._coordinator = coordinator
         self._clock = 0
         self._plan: bytes | None = None
-        self._jobs: list[Start | Publish] = []
+        self._jobs: list[Start | Publish | Discard] = []
 
-    def take_jobs(self) -> list[Start | Publish]:
+    def take_jobs(self) -> list[Start | Publish | Discard]:
         """File work for the host, once."""
         jobs, self._jobs = self._jobs, []
         return jobs
@@ -39,6 +39,8 @@ class SnapshotDesk:
             match action:
                 case Send():
                     c.tell(action.shard, action.cut)
+                    if not action.cut.folder and action.shard == 0:  # all shards are told to give it up
+                        self._jobs.append(Discard(action.cut.snapshot))
                 case Moment():
                     self._cut()
                 case Answer(reply=HeadwaterError() as error):

@@ -44,6 +44,12 @@ class Publish(NamedTuple):
     plan: bytes = b""
 
 
+class Discard(NamedTuple):
+    """To the host: this one was given up, delete what there is of it. There is no answer."""
+
+    number: int
+
+
 class Started(NamedTuple):
     """The host has made a folder."""
 

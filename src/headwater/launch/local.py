@@ -11,6 +11,7 @@ import secrets
 import signal
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -285,12 +286,18 @@ class Launcher:
         with self.signals():
             for group in (self.workers, self.servers, [self.coordinator] if self.coordinator else []):
                 self._stop_group(group)
+        self._say_who_is_left()
         for left in (self._record, self._private):
             registry.withdraw(left)
         self._record = self._private = None
         for world in self._worlds:
             world.close()
         self._watch.close()
+
+    def _say_who_is_left(self) -> None:
+        left = tuple(f"{p.name} (pid {p.pid})" for p in [*self.workers, *self._hosts] if p.running)
+        if left:
+            self._outcome = replace(self.outcome, left=left)
 
     def signals(self) -> AbstractContextManager[None]:
         """SIGINT, SIGTERM and SIGHUP become requests to the launcher (main thread only; elsewhere nothing changes)."""
@@ -371,7 +378,8 @@ class Launcher:
                 if not process.running:
                     raise words.stillborn(process)
             if self._watch.requests:
-                raise KeyboardInterrupt
+                number = self._watch.requests[0]
+                raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
             left = deadline - time.monotonic()
             if left <= 0:
                 late = ", ".join(process.name for process in processes if not process.ready)

@@ -28,7 +28,7 @@ class Outcome:
     failed (``128 + n`` when signal n ended it); 1 if the cluster is lost; ``128 + n`` when the launcher got signal n:
     130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     ``failed`` names the process at fault, ``message`` says it in one line and ``last_words`` is the end of its stderr:
-    the traceback, if there was one.
+    the traceback, if there was one. ``left`` names processes that even SIGKILL did not end.
     """
 
     code: int = 0
@@ -37,6 +37,14 @@ class Outcome:
     failed: str = ""
     interrupted: bool = False
     error: HeadwaterError | None = None
+    left: tuple[str, ...] = ()
+
+    @property
+    def remains(self) -> str:
+        """What is left of the job when it has been stopped."""
+        if not self.left:
+            return "no process is left"
+        return f"{', '.join(self.left)} did not end upon SIGKILL: the kernel holds it, in a disk's or a driver's work"
 
 
 def of_signal(number: int) -> Outcome:

@@ -126,6 +126,8 @@ def run_coordinator(args: argparse.Namespace, token: bytes | None, outliving: Ou
     coordinator = Coordinator(rules, time.monotonic(), state or None, _begin_with(args.restore, state))
     keeper = Keeper(Path(args.snapshots)) if args.snapshots else None
     sock = listen(asked, token)
+    if keeper is not None:
+        keeper.sweep()
     host = addresses.host_identity()
     loop = Loop(CoordinatorHost(coordinator, store, keeper=keeper), token, lambda dial: _reach(dial, host, token))
     loop.serve(sock)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,81 @@ def test_a_full_disk_is_told(threads: bool, tmp_path: Path) -> None:
     assert "No space left" in capture.error
     assert capture.result() is None
     capture.drop()
+
+
+class NearlyFull(Disk):
+    """A disk with room for so many bytes."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    @contextlib.contextmanager
+    def create(self, path: Path) -> Iterator[Sink]:
+        with super().create(path) as file:
+            yield _Last(self, file)
+
+
+class _Last:
+    def __init__(self, disk: NearlyFull, file: Sink) -> None:
+        self._disk, self._file = disk, file
+
+    def write(self, data: memoryview | bytes) -> None:
+        self._disk.room -= len(data)
+        if self._disk.room < 0:
+            raise OSError(28, "No space left on device")
+        self._file.write(data)
+
+    def sync(self) -> None:
+        self._file.sync()
+
+
+@pytest.mark.parametrize("room", [0, 100, 400_000])
+def test_a_disk_that_fills_up_is_given_back_what_was_taken(room: int, tmp_path: Path) -> None:
+    dense = scene.filled(table("SGD", [(200_000,)]), 1).shards[0]
+    capture = Capture(tmp_path, 1, 3, threads=False, disk=NearlyFull(room))
+    capture.begin(Mark(0), dense)
+    capture.seal(1, ())
+    assert not capture.advance(100)
+    assert "No space left" in capture.error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_that_is_given_up_while_it_is_written_leaves_no_file(tmp_path: Path) -> None:
+    class Slow(NearlyFull):
+        """Somebody gives the snapshot up in the middle of the second write."""
+
+        @contextlib.contextmanager
+        def create(self, path: Path) -> Iterator[Sink]:
+            with super().create(path) as file:
+                yield file
+                pytest.fail("the file came to its end")
+
+    dense = scene.filled(table("SGD", [(200_000,)]), 1).shards[0]
+    capture = Capture(tmp_path, 1, 3, threads=False, disk=Slow(1 << 30))
+    written = _Last.write
+
+    def give_up(self: _Last, data: memoryview | bytes) -> None:
+        written(self, data)
+        capture._dropped = True
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_Last, "write", give_up)
+        capture.begin(Mark(0), dense)
+        capture.seal(1, ())
+        assert not capture.advance(100)
+    assert "it was given up" in capture.error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_that_is_dropped_before_it_is_copied_ends_its_threads(tmp_path: Path) -> None:
+    dense = scene.filled(table("AdamW", [(1 << 20,)]), 1).shards[0]
+    landed = threading.Event()
+    capture = Capture(tmp_path, 1, 0, landed=landed.set)
+    capture.begin(Mark(0), dense)
+    capture.drop()
+    capture.seal(1, ())
+    assert landed.wait(PATIENCE)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_that_is_given_up_does_not_hold_the_shard(tmp_path: Path) -> None:

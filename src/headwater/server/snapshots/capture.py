@@ -124,6 +124,7 @@ class Capture:
         self._marks: dict[int, Mark] = {}
         self._mark: ShardMark | None = None
         self._written: Written | None = None
+        self._dropped = False
 
     def prepare(self, table: int, dense: DenseShard) -> None:
         """Make memory ready for a copy of this table. May be left out."""
@@ -183,7 +184,8 @@ class Capture:
         return sum(cut.cut.pause for cut in self._tables.values())
 
     def drop(self) -> None:
-        """Give it up; a file that is half written stays as ``….part`` until the snapshot's folder is pruned."""
+        """Give it up, and a file that is half written with it."""
+        self._dropped = True
         for cut in self._tables.values():
             cut.cut.drop()
 
@@ -197,7 +199,7 @@ class Capture:
             for cut in cuts:
                 cut.cut.wait()
             pieces = [piece for cut in cuts for piece in cut.pieces()]
-            self._written = write_shard(self.folder, pieces, self._mark, self._disk)
+            self._written = write_shard(self.folder, pieces, self._mark, self._disk, lambda: not self._dropped)
         except Exception as error:  # noqa: BLE001 - told to the coordinator, which gives the snapshot up
             self.error = f"shard {self.shard} could not write its part: {type(error).__name__}: {error}"
         finally:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from headwater.errors import DeadlineExceeded, InternalError
+from headwater.errors import ClusterError, DeadlineExceeded, InternalError
 
 BLOCK = 4 << 20
 """Bytes of each region that are copied at a time."""
@@ -142,12 +142,14 @@ class Cut:
         return self._begun and not self._left
 
     def wait(self, timeout: float | None = None) -> None:
-        """Until all is copied. Raises ``DeadlineExceeded``, or what the thread failed of."""
+        """Until all is copied. Raises ``DeadlineExceeded``, ``ClusterError`` (dropped) or what the thread failed of."""
         with self._turn:
-            if not self._turn.wait_for(lambda: self.done or self._error is not None, timeout):
+            if not self._turn.wait_for(lambda: self.done or self._dropped or self._error is not None, timeout):
                 raise DeadlineExceeded(f"{self._left} blocks are still to be copied after {timeout} s")
         if self._error is not None:
             raise self._error
+        if self._dropped:
+            raise ClusterError("it was given up")
 
     def drop(self) -> None:
         """Nobody wants it any more: the thread ends, ``before_write`` does nothing, the memory goes."""

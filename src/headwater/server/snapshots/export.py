@@ -21,15 +21,16 @@ import msgspec
 import torch
 
 from headwater.errors import UsageError
-from headwater.server.snapshots.disk import DISK, replace
+from headwater.server.snapshots.disk import DISK, PART, held, replace
 from headwater.server.snapshots.format import COUNT, VALUE
 from headwater.server.snapshots.manifest import TableEntry
-from headwater.server.snapshots.plain import Tensor, write
+from headwater.server.snapshots.plain import Tensor, told, write
 from headwater.server.snapshots.restore import Snapshot
 from headwater.server.tables.kernels import FLAT, kernel
 from headwater.wire import optimizers
 from headwater.wire.tensors import DTYPES
 
+_FILES = ("model.safetensors", "optimizer.safetensors", "optimizer.json")
 _PIECE = 1 << 20
 """Elements that are read and written at a time."""
 
@@ -63,14 +64,16 @@ def export(snapshot: Snapshot, out: Path) -> list[Path]:
     tables = snapshot.manifest.tables
     folders = _folders(out, tables)
     written = []
-    for folder, held in _models(out, tables, folders).items():
-        written.append(_write(folder / "model.safetensors", [t for table in held for t in _values(table)], snapshot))
+    for folder, model in _models(out, tables, folders).items():
+        written.append(_write(folder / "model.safetensors", [t for table in model for t in _values(table)], snapshot))
     trained = [table for table in tables if table.spec.optimizer.name != "Assign"]
     for table in trained:
         folder = out if len(trained) == 1 else folders[table.table]
         written.append(_write(folder / "optimizer.safetensors", list(_state(snapshot, table)), snapshot))
         written.append(folder / "optimizer.json")
-        replace(DISK, written[-1], msgspec.json.format(msgspec.json.encode(_rest(table)), indent=2) + b"\n")
+        rest = msgspec.json.format(msgspec.json.encode(_rest(table)), indent=2) + b"\n"
+        with told(written[-1], len(rest)):
+            replace(DISK, written[-1], rest)
     return written
 
 
@@ -78,6 +81,7 @@ def _folders(out: Path, tables: Sequence[TableEntry]) -> dict[int, Path]:
     """A place for each table's own files; made when they are needed."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
         if any(out.iterdir()):
             raise UsageError(f"{out} is not empty; nothing was written. Name a new folder")
     except OSError as error:
@@ -85,6 +89,14 @@ def _folders(out: Path, tables: Sequence[TableEntry]) -> dict[int, Path]:
     names = {table.table: re.sub(r"[^\w.-]", "_", table.spec.name) for table in tables}
     taken = Counter(names.values())
     return {t: out / (name if taken[name] == 1 and name.strip(".") else f"{name}-{t}") for t, name in names.items()}
+
+
+def _sweep(out: Path) -> None:
+    """What an export that was killed has left half written does not make the folder a full one."""
+    for name in _FILES:
+        half = out / (name + PART)
+        if held(half) is False:
+            half.unlink(missing_ok=True)
 
 
 def _models(out: Path, tables: Sequence[TableEntry], folders: dict[int, Path]) -> dict[Path, list[TableEntry]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,8 @@ import msgspec
 import torch
 import xxhash
 
-from headwater.server.snapshots.disk import DISK, Disk, Sink
+from headwater.errors import ClusterError
+from headwater.server.snapshots.disk import DISK, Disk, Sink, whole
 from headwater.server.snapshots.format import CHUNK, FORMAT, NAMES, PAD, SUMS, ShardMark, Written, file_name
 from headwater.wire.tensors import dtype_name
 
@@ -33,29 +34,37 @@ class Piece(NamedTuple):
         return f"t{self.table}.p{self.parameter}.{self.slot}.{where}"
 
 
-def write_shard(folder: Path, pieces: Iterable[Piece], mark: ShardMark, disk: Disk = DISK) -> Written:
-    """Write a shard's file; when this returns it is on disk under its name. Raises ``OSError``."""
+def write_shard(
+    folder: Path,
+    pieces: Iterable[Piece],
+    mark: ShardMark,
+    disk: Disk = DISK,
+    wanted: Callable[[], bool] = lambda: True,
+) -> Written:
+    """Write a shard's file; when this returns it is on disk under its name. If it raises nothing is left of it.
+
+    ``wanted``: asked again and again; once it says no the file is given up.
+
+    Raises ``OSError``, or ``ClusterError`` when it was given up.
+    """
     # Wide elements first: then every tensor starts at a multiple of its element's size, as readers may expect.
     ordered = sorted(pieces, key=lambda piece: -piece.tensor.element_size())
     path = folder / file_name(mark.shard)
-    beside = path.with_name(path.name + ".part")
-    with disk.create(beside) as file:
-        writer = _Writer(file)
+    with whole(disk, path) as file:
+        writer = _Writer(file, wanted)
         writer.header(ordered, mark)
         for piece in ordered:
             writer.data(tensor_bytes(piece.tensor))
         writer.finish()
-        file.sync()
-    disk.rename(beside, path)
-    disk.sync_folder(folder)
     return Written(path.name, writer.nbytes, writer.sha256.hexdigest())
 
 
 class _Writer:
     """Header, data in chunks, checksums."""
 
-    def __init__(self, file: Sink) -> None:
+    def __init__(self, file: Sink, wanted: Callable[[], bool]) -> None:
         self._file = file
+        self._wanted = wanted
         self.sha256 = hashlib.sha256()
         self.nbytes = 0
         self._seal = xxhash.xxh3_64()
@@ -109,6 +118,8 @@ class _Writer:
         self._put(data)
 
     def _put(self, data: memoryview | bytes, sealed: bool = False) -> None:
+        if not self._wanted():
+            raise ClusterError("it was given up")
         if sealed:
             self._seal.update(data)
         self.sha256.update(data)

@@ -17,7 +17,7 @@ import msgspec
 import xxhash
 
 from headwater.errors import SnapshotCorrupt
-from headwater.server.snapshots.disk import DISK, Disk, replace
+from headwater.server.snapshots.disk import DISK, Disk, held, replace
 from headwater.server.snapshots.format import Mark, SessionMark, ShardFile, ShardMark, Written
 from headwater.types import Bulk, TableSpec
 
@@ -82,11 +82,14 @@ def finished(root: Path) -> list[int]:
     return [number for number in numbers(root) if (folder_of(root, number) / NAME).is_file()]
 
 
-def start(root: Path, disk: Disk = DISK) -> tuple[int, Path]:
-    """The number and the folder of a new snapshot; the folder is on disk when this returns. Raises ``OSError``."""
+def start(root: Path, disk: Disk = DISK, after: int = 0) -> tuple[int, Path]:
+    """The number and the folder of a new snapshot; the folder is on disk when this returns. Raises ``OSError``.
+
+    ``after``: the number is greater; one that was given up is not used again, as somebody may still be writing it.
+    """
     root.parent.mkdir(parents=True, exist_ok=True)
     disk.make_folder(root)
-    number = max(numbers(root), default=0) + 1
+    number = max([*numbers(root), after]) + 1
     disk.make_folder(folder_of(root, number))
     return number, folder_of(root, number)
 
@@ -160,14 +163,33 @@ def merge(folder: Path, table: int, spec: TableSpec, marks: Sequence[ShardMark])
 def prune(root: Path, keep: int = KEEP, disk: Disk = DISK) -> None:
     """Delete all but the ``keep`` newest finished snapshots, and unfinished ones that are older than the newest.
 
+    One that another process still works at is left alone.
     Only after ``publish`` has returned. What cannot be deleted is left for the next time.
     """
     done = finished(root)
     kept = set(done[-keep:])
     for number in numbers(root):
-        if done and number < done[-1] and number not in kept:
+        if done and number < done[-1] and number not in kept and not held(folder_of(root, number)):
             with contextlib.suppress(OSError):
                 _delete(folder_of(root, number), disk)
+
+
+def discard(root: Path, number: int, disk: Disk = DISK) -> bool:
+    """Delete a snapshot that will not be finished; the disk may be full because of it. Whether nothing is left."""
+    folder = folder_of(root, number)
+    if (folder / NAME).exists():
+        return True
+    with contextlib.suppress(OSError):
+        _delete(folder, disk)
+    return not folder.exists()
+
+
+def sweep(root: Path, disk: Disk = DISK) -> None:
+    """Delete snapshots that were never finished, except those that somebody holds: see ``Keeper``."""
+    done = set(finished(root))
+    for number in numbers(root):
+        if number not in done and held(folder_of(root, number)) is False:
+            discard(root, number, disk)
 
 
 def _delete(folder: Path, disk: Disk) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from headwater.errors import DiskFull, UsageError
-from headwater.server.snapshots.disk import DISK, Disk, Sink
+from headwater.server.snapshots.disk import DISK, Disk, Sink, whole
 from headwater.server.snapshots.files import tensor_bytes, type_name
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -42,21 +42,20 @@ def write(path: Path, tensors: Iterable[Tensor], metadata: Mapping[str, str] | N
         UsageError: it cannot be written there for another reason; likewise.
     """
     ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
-    beside = path.with_name(path.name + ".part")
-    try:
+    with told(path, sum(tensor.nbytes for tensor in ordered)):
         path.parent.mkdir(exist_ok=True)
-        with disk.create(beside) as file:
+        with whole(disk, path) as file:
             _fill(file, ordered, {"format": "pt"} | dict(metadata or {}))
-            file.sync()
-        disk.rename(beside, path)
-        disk.sync_folder(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            disk.unlink(beside)
-        if isinstance(error, OSError):
-            raise _told(path, error, sum(tensor.nbytes for tensor in ordered)) from None
-        raise
     return path
+
+
+@contextlib.contextmanager
+def told(path: Path, nbytes: int) -> Iterator[None]:
+    """``OSError``\\ s of who writes ``path`` become ``DiskFull`` or ``UsageError``."""
+    try:
+        yield
+    except OSError as error:
+        raise _told(path, error, nbytes) from None
 
 
 def _fill(file: Sink, tensors: Iterable[Tensor], metadata: Mapping[str, str]) -> None:
