@@ -129,6 +129,27 @@ def test_a_seed_draws_the_same_tokens_in_any_company(engine: Engine) -> None:
     assert drawn[0] != drawn[2] != alone.ids
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.8, "seed": 3, "top_p": 0.95}])
+def test_in_half_precision_company_changes_no_bit(kind: str, options: dict[str, Any]) -> None:
+    def request(prompt: tuple[int, ...]) -> GenerationRequest:
+        return GenerationRequest(prompt, 24, ignore_eos=True, logprobs=3, **options)
+
+    made = folder(kind)
+    made.module.bfloat16()
+    asked = [request(prompt) for prompt in [*prompts(7), (5,), tuple(range(40))]]
+    engine = Engine(made, MemorySource(kind), slots=8, chunk=16)
+    alone = []
+    for each in asked:
+        alone.append(ask(engine, each)[0])
+        alone[-1].wait()
+    company = [ask(engine, each)[0] for each in asked]
+    for client in company:
+        client.wait()
+    engine.close()
+    assert [client.tokens for client in company] == [client.tokens for client in alone]
+
+
 def test_logprobs_and_alternatives(model: ModelFolder, engine: Engine) -> None:
     client, _ = ask(engine, greedy(b"odds", 4, logprobs=3))
     client.wait()
