@@ -183,13 +183,15 @@ class Token:
 class Finished:
     """The end of a generation; the last event.
 
-    ``version`` computed every token of it; if none was computed, it is the one that would have.
+    ``version`` computed every token of it; if none was computed, it is the one that would have. ``text``: what was
+    still held back, where no token was the last to bring it.
     """
 
     reason: Reason
     prompt_tokens: int
     completion_tokens: int
     version: VersionInfo
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,7 @@ class ModelFolder:
         tokenizer("")  # settles the tokenizer's own state, which a first use changes, before threads share it
         self._window = _Past(self.layers)
         self._lock = threading.Lock()
+        self._special = _special_texts(tokenizer)
         self._by_row = attend_row_by_row(module)
         inner = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
         # Most models can leave out the logits of all positions but the last.
@@ -96,8 +97,10 @@ class ModelFolder:
     def warpers(self, request: GenerationRequest) -> list[Warper]:
         """The logits processors of ``transformers`` for a request's temperature, top-k, top-p and min-p."""
         found: list[Warper] = []
-        if request.temperature not in (0.0, 1.0):
-            found.append(TemperatureLogitsWarper(request.temperature))
+        if 0.0 < request.temperature < _COLD:
+            found.append(_cooled(request.temperature))
+        elif request.temperature not in (0.0, 1.0):
+            found.append(TemperatureLogitsWarper(min(request.temperature, _HOT)))
         if request.top_k:
             found.append(TopKLogitsWarper(min(request.top_k, self.vocabulary)))
         if request.top_p < 1.0:
@@ -136,6 +139,10 @@ class ModelFolder:
         """The text of tokens, without special ones."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+    def special(self, token: int) -> str:
+        """The text of a special token, which ``decode`` leaves out; "" for any other."""
+        return self._special.get(token, "")
 
     def apply_chat_template(
         self,
@@ -375,6 +382,22 @@ def _context(config: Any) -> int:
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
     return min(longest, int(window)) if window and slides else longest
+
+
+_COLD, _HOT = 1e-4, 1e30
+"""Temperatures below which logits may become infinite, and from which on all that is finite is alike."""
+
+
+def _cooled(temperature: float) -> Warper:
+    """Logits divided by a temperature near 0, whatever their size: the likeliest stays at 0."""
+    divisor = max(temperature, 1e-30)  # in float32 a smaller one may be 0
+    return lambda _, scores: (scores - scores.max(-1, keepdim=True).values) / divisor
+
+
+def _special_texts(tokenizer: Any) -> dict[int, str]:
+    """The texts of special tokens, by id."""
+    added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
 def _end_tokens(module: nn.Module, tokenizer: Any) -> frozenset[int]:
