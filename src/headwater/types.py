@@ -171,8 +171,8 @@ class VersionInfo(msgspec.Struct, frozen=True):
     """A published version: an immutable, named state of a table set.
 
     ``model``: the table set, whose versions are numbered from 1. ``parent``: the number of the version before it, 0 for
-    none. ``step``: the trainer's clock at the cut. ``time``: seconds since 1970. ``nbytes``: of all values.
-    ``digest``: XXH3-64, in hexadecimal, of the checksums of all its blocks.
+    none. ``step``: what the publisher said, or the trainer's clock at the cut. ``time``: seconds since 1970.
+    ``nbytes``: of all values. ``digest``: XXH3-64, in hexadecimal, of the checksums of all its blocks.
     """
 
     model: str

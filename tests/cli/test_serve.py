@@ -225,6 +225,17 @@ def test_files_that_cannot_be_loaded_end_the_command(
     assert "has ended" not in answer.out
 
 
+@pytest.mark.parametrize(("kept", "said"), [({}, "GOMP_SPINCOUNT = '0'"), ({"GOMP_SPINCOUNT": "77"}, "'77'")])
+def test_threads_that_wait_sleep(kept: dict[str, str], said: str) -> None:
+    """The library of OpenMP says what it was told when it was loaded, and the user's own settings stay."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    command = [sys.executable, "-m", "headwater", "serve", "--model", "x", "--module", "no_such_module:make"]
+    environment |= {"OMP_DISPLAY_ENV": "VERBOSE", **kept}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert said in ended.stderr
+
+
 def test_a_cluster_is_followed(serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:
     """Not ready, the first version, the next one, and the last one for as long as the cluster is gone."""
     wanted = {"inputs": [{"data": [1, 1]}]}

@@ -63,6 +63,49 @@ def test_nothing_of_a_stop_text_is_shown(pieces: list[str], stops: list[str]) ->
         assert shown + made.flush() == given_so_far
 
 
+@given(st.binary(max_size=40))
+def test_what_is_left_at_the_end_is_flushed(data: bytes) -> None:
+    made = Detokenizer(decode)
+    assert "".join(made.push(b) for b in data) + made.flush() == decode(data)
+    assert made.flush() == ""
+
+
+@given(
+    st.lists(st.tuples(st.text("ab", max_size=3), st.sampled_from(["", "<s>", "<b>"])), max_size=12),
+    st.lists(st.text("ab<s>", min_size=1, max_size=5), max_size=3),
+)
+def test_texts_of_special_tokens_stop_and_are_not_shown(pieces: list[tuple[str, str]], stops: list[str]) -> None:
+    made = StopTexts(stops)
+    shown, whole = "", ""
+    for text, special in pieces:
+        said, stopped = made.push(text, special)
+        shown += said
+        whole += text + special.replace("<", "(").replace(">", ")")  # told apart from what is shown
+        if stopped:
+            break
+    else:
+        stopped = False
+        shown += made.flush()
+    plain = whole.replace("(", "<").replace(")", ">")
+    places = [at for stop in stops if (at := plain.find(stop)) >= 0]
+    assert stopped == bool(places)
+    upto = whole[: min(places)] if places else whole
+    open_, expected = 0, ""
+    for letter in upto:
+        open_ += letter == "("
+        expected += "" if open_ else letter
+        open_ -= letter == ")"
+    assert shown == expected
+
+
+def test_a_stop_text_of_several_tokens() -> None:
+    made = StopTexts(["<end>\nnext"])
+    assert [made.push("one", "<end>"), made.push("\nne"), made.push("w")] == [
+        ("one", False), ("", False), ("\nnew", False)
+    ]  # fmt: skip
+    assert [made.push("two", "<end>"), made.push("\nnext")] == [("two", False), ("", True)]
+
+
 def test_what_only_looked_like_a_stop_text_comes_later() -> None:
     made = StopTexts(["###"])
     assert [made.push(t)[0] for t in ("a#", "#", "b", "##")] == ["a", "", "##b", ""]

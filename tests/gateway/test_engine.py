@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from headwater.errors import UsageError
 from headwater.gateway.engine import Engine, EngineHandle
@@ -109,6 +111,71 @@ def test_a_stop_text_ends_and_is_not_shown(model: ModelFolder, engine: Engine) -
     assert not any(stop[0] == token.text for token in client.tokens[-3:])
 
 
+def rigged(answer: list[int]) -> ModelFolder:
+    """A model that says these tokens."""
+    model = folder()
+
+    class Said(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **_: Any) -> Any:
+            logits = torch.zeros(*input_ids.shape, model.vocabulary)
+            for row, places in enumerate(position_ids.tolist()):
+                for column, place in enumerate(places):
+                    logits[row, column, answer[min(max(place, 0), len(answer) - 1)]] = 9.0
+            return transformers.modeling_outputs.CausalLMOutputWithPast(logits=logits)
+
+    said: Any = Said()
+    said.weight = torch.nn.Parameter(torch.zeros(1))
+    model.module = said
+    return model
+
+
+def told(answer: str | list[int], **options: Any) -> Client:
+    ids = folder().encode(answer) if isinstance(answer, str) else answer
+    engine = Engine(rigged(list(ids)), MemorySource("rigged"), slots=2)
+    client, _ = ask(engine, greedy([0], **{"count": len(ids), **options}))
+    client.wait()
+    engine.close()
+    return client
+
+
+@pytest.mark.parametrize("stop", ["<user>", "<user>a", "b<user>", "b<user>ac", "<eos>"])
+def test_a_special_token_is_a_stop_text(stop: str) -> None:
+    answer = [*folder().encode("ab"), *folder().encode(stop.lstrip("b") + "more")]
+    client = told(answer, stop=(stop,))
+    assert client.finished().reason == "stop"
+    assert client.text == ("a" if stop.startswith("b") else "ab")
+    assert told(answer, stop=("nothing",)).text == folder().decode(answer)
+
+
+@pytest.mark.parametrize("left", ["ü", "🎈"])
+def test_what_is_half_a_character_at_the_end_is_not_lost(left: str) -> None:
+    model = folder()
+    whole = model.encode(f"aé{left}")
+    for cut in range(1, len(whole) + 1):
+        # By the limit of tokens, by an end token, with a stop text that never comes.
+        for client in (
+            told(list(whole[:cut])),
+            told([*whole[:cut], EOS], ignore_eos=False),
+            told(list(whole[:cut]), stop=("never",)),
+        ):
+            assert client.text == model.decode(whole[:cut])
+    assert told(list(whole), stop=(left,)).text == "aé"
+
+
+def test_a_deadline_gives_what_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = folder().encode("ab###\n" * 9)
+    now = [0.0]
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter, time=time.time)
+    monkeypatch.setattr("headwater.gateway.engine.time", clock)
+    engine = Engine(rigged(list(answer)), MemorySource("rigged"))
+    client = Client(lambda n: now.__setitem__(0, 2.0 if n == 4 else 0.0))
+    engine.submit(greedy([0], len(answer), stop=("####",), deadline=1.0), client)
+    end = client.finished()
+    engine.close()
+    assert (end.reason, end.completion_tokens) == ("deadline", 4)
+    assert (client.text, end.text) == ("ab", "##")
+
+
 def test_the_context_ends_an_answer(model: ModelFolder, engine: Engine) -> None:
     prompt = tuple(range(200))
     client, _ = ask(engine, greedy(prompt, 1000))
@@ -127,6 +194,27 @@ def test_a_seed_draws_the_same_tokens_in_any_company(engine: Engine) -> None:
     drawn = [(client.wait(), client.ids)[1] for client in crowd]
     assert drawn[1] == drawn[3] == alone.ids
     assert drawn[0] != drawn[2] != alone.ids
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.8, "seed": 3, "top_p": 0.95}])
+def test_in_half_precision_company_changes_no_bit(kind: str, options: dict[str, Any]) -> None:
+    def request(prompt: tuple[int, ...]) -> GenerationRequest:
+        return GenerationRequest(prompt, 24, ignore_eos=True, logprobs=3, **options)
+
+    made = folder(kind)
+    made.module.bfloat16()
+    asked = [request(prompt) for prompt in [*prompts(7), (5,), tuple(range(40))]]
+    engine = Engine(made, MemorySource(kind), slots=8, chunk=16)
+    alone = []
+    for each in asked:
+        alone.append(ask(engine, each)[0])
+        alone[-1].wait()
+    company = [ask(engine, each)[0] for each in asked]
+    for client in company:
+        client.wait()
+    engine.close()
+    assert [client.tokens for client in company] == [client.tokens for client in alone]
 
 
 def test_logprobs_and_alternatives(model: ModelFolder, engine: Engine) -> None:

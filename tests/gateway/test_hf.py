@@ -89,6 +89,15 @@ def test_a_model_whose_past_is_another_kind_is_refused() -> None:
         hf.try_out(hf.ModelFolder("bloom", module, tokenizer()))
 
 
+def test_a_model_that_is_not_steady_is_noticed() -> None:
+    model = folder()
+    model.module.bfloat16()
+    assert hf.steady(model)
+    model.module.set_attn_implementation("sdpa")  # type: ignore[operator]
+    model._by_row = False  # as if it could not be changed
+    assert not hf.steady(model)
+
+
 def test_a_sliding_window_bounds_the_context() -> None:
     config = transformers.MistralConfig(
         vocab_size=260, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,

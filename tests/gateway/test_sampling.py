@@ -52,6 +52,38 @@ def test_penalties_count_what_was_generated() -> None:
     assert {loved.pick(LOGITS.roll(i)).id for i in range(3)} == {3}
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-308, 1e-45, 1e-38, 1e-20, 9e-5])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature: float) -> None:
+    for logits in (LOGITS, LOGITS * 1e30, torch.tensor([-3e38, -1.0, 2.9e38, 3e38])):
+        made = sampler(seed=1, temperature=temperature)
+        assert {made.pick(logits).id for _ in range(20)} == {3}
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e38, 1e300, 1.7e308])
+def test_a_temperature_without_bound_takes_all_that_can_come(temperature: float) -> None:
+    assert set(drawn(temperature=temperature)) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("top_p", [5e-324, 1e-38, 1e-8])
+def test_a_cut_near_zero_takes_the_likeliest(top_p: float) -> None:
+    assert set(drawn(top_p=top_p, temperature=1.0)) == {3}
+
+
+def test_penalties_without_bound() -> None:
+    for value in (1e38, 1e300, -1e38, -1e300):
+        for other in (0.0, -value):
+            made = sampler(seed=1, frequency_penalty=value, presence_penalty=other)
+            assert {made.pick(LOGITS).id for _ in range(9)} <= {1, 2, 3}
+    for value in (1e-300, 1e-38, 1e38, 1e300):
+        made = sampler(seed=1, repetition_penalty=value)
+        assert {made.pick(LOGITS).id for _ in range(9)} <= {1, 2, 3}
+
+
+def test_what_cannot_come_has_a_logprob_that_json_can_write() -> None:
+    top = sampler(logprobs=4).pick(LOGITS).top
+    assert (top[-1].id, top[-1].logprob) == (0, -9999.0)
+
+
 def test_logprobs_are_those_before_temperature_and_cuts() -> None:
     choice = sampler(temperature=0.0, top_k=1, logprobs=2).pick(LOGITS.bfloat16())
     assert choice.own is not None

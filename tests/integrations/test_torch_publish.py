@@ -107,3 +107,20 @@ def test_without_lockstep_a_lone_worker_publishes_what_it_has(sync: Sync) -> Non
         with headwater.reader("model", address, timeout=PATIENCE) as reader, reader.lease() as weights:
             assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
         opt.close()
+
+
+def test_the_step_of_a_version_is_what_the_publisher_says() -> None:
+    model = nn.Linear(4, 3)
+    with headwater.connect("inproc://publish-step", servers=2, timeout=PATIENCE) as client:
+        opt = headwater.Optimizer(model, torch.optim.SGD, lr=0.5, client=client)
+        assert opt.publish("v0").wait().step == 0
+        model(torch.ones(2, 4)).sum().backward()
+        opt.step()
+        assert opt.publish("v1").wait().step == 1
+        assert opt.publish("step-41", step=41).wait().step == 41
+        with headwater.reader("model", "inproc://publish-step", timeout=PATIENCE) as reader, reader.lease() as weights:
+            assert (weights.version.name, weights.version.step) == ("step-41", 41)
+        for wrong in (-1, 1.5, 1 << 64):
+            with pytest.raises(headwater.UsageError, match="nothing was published"):
+                opt.publish("v2", step=wrong)  # type: ignore[arg-type]
+        opt.close()

@@ -110,3 +110,11 @@ def test_a_running_cluster_has_its_shape() -> None:
         Launcher(address="tcp://127.0.0.1:9", replicas=2)
     with pytest.raises(UsageError, match="elastic"):
         Launcher(0, restart_workers=1)
+
+
+def test_what_is_restored_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="is a file, and a snapshot is a folder"):
+        Shape(restore=tmp_path / "file").prepare()
+    with pytest.raises(UsageError, match="there is no snapshot"):
+        Shape(restore=tmp_path / "gone").prepare()

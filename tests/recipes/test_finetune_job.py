@@ -150,8 +150,9 @@ def test_versions_are_published_as_it_goes(
 ) -> None:
     said: list[tuple[str, dict[str, str]]] = []
 
-    def publish(_: Any, name: str, metadata: Mapping[str, str]) -> _Recorder:
+    def publish(_: Any, name: str, metadata: Mapping[str, str], step: int) -> _Recorder:
         said.append((name, dict(metadata)))
+        assert name == f"step-{step}"
         return _Recorder(error)
 
     monkeypatch.setattr(headwater.Optimizer, "publish", publish, raising=False)

@@ -17,6 +17,7 @@ from rich.text import Text
 
 import headwater
 from headwater.cli.console import out
+from headwater.cli.environment import let_threads_sleep
 from headwater.cli.options import Address
 from headwater.cli.status import locate
 from headwater.errors import UsageError
@@ -81,6 +82,7 @@ def serve(
     Every answer names the version that made it. Ctrl-C ends it: what
     runs has ten seconds to end.
     """
+    let_threads_sleep()
     from headwater.gateway.app import make_app
     from headwater.gateway.auth import Keys
     from headwater.gateway.limits import Limits

@@ -283,6 +283,7 @@ class Client:
         keep: int = 3,
         age: float | None = None,
         tags: Iterable[str] = (),
+        step: int | None = None,
     ) -> Publication:
         """Make the present state of ``tables`` an immutable version that readers can lease.
 
@@ -299,6 +300,8 @@ class Client:
             keep: how many of the newest versions of the model are kept. Tags and leases hold others beyond that.
             age: seconds after which a version that is not the newest goes too.
             tags: tags that move to the version when it is ready. ``latest`` moves by itself.
+            step: the version's ``step``, 0 or more; default: the tables' clock, which counts from the beginning of the
+                cluster. A run that goes on in another cluster says where it is.
 
         Raises:
             VersionExists: the model has a version of that name.
@@ -306,7 +309,7 @@ class Client:
             UsageError: a name, ``keep``, ``age`` or metadata that cannot be.
         """
         chosen = [self._table_of(table) for table in tables]
-        return publish(self, chosen, name, model=model, metadata=metadata, keep=keep, age=age, tags=tags)
+        return publish(self, chosen, name, model=model, metadata=metadata, keep=keep, age=age, tags=tags, step=step)
 
     def _table_of(self, table: Table | Dense | str) -> Table | m.TableStatus:
         if isinstance(table, Dense):

@@ -51,6 +51,7 @@ def publish(
     keep: int = 3,
     age: float | None = None,
     tags: Iterable[str] = (),
+    step: int | None = None,
 ) -> Publication:
     """See ``Client.publish``."""
     chosen = list(tables)
@@ -58,6 +59,8 @@ def publish(
         raise UsageError("a version is of one table or more; nothing was published")
     tags = tags if isinstance(tags, str) else tuple(tags)
     _check_types(name, model, keep, age, tags)
+    if step is not None and (not isinstance(step, int) or abs(step) >= 1 << 63):
+        raise UsageError(f"step={step!r} is no whole number; nothing was published")
     for key, value in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise UsageError(f"metadata {key!r}: {value!r} is not of text; nothing was published")
@@ -70,7 +73,7 @@ def publish(
     begun = client.ask(
         v.Publish(
             model or (first.name if isinstance(first, m.TableStatus) else first.spec.name), name, numbers, clocks,
-            dict(metadata or {}), keep, age, tuple(tags), time.time(),
+            dict(metadata or {}), keep, age, tuple(tags), time.time(), step,
         )
     )  # fmt: skip
     if not isinstance(begun, v.Publishing):

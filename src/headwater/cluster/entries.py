@@ -132,6 +132,8 @@ def check(ask: v.Publish) -> None:
         raise ProtocolError("a version is of its own tables' steps, each named once; nothing was published")
     if not 0 < ask.keep < 1 << 63 or (ask.age is not None and not ask.age > 0):
         raise UsageError(f"keep={ask.keep}, age={ask.age}: keep 1 or more, for more than 0 s; nothing was published")
+    if ask.step is not None and not 0 <= ask.step < 1 << 63:
+        raise UsageError(f"step={ask.step}: 0 or more; nothing was published")
     size = sum(len(key.encode()) + len(value.encode()) for key, value in ask.metadata.items())
     if size > METADATA:
         raise UsageError(f"metadata of {size} bytes, over the bound of {METADATA}; nothing was published")

@@ -195,7 +195,9 @@ class Versions:
             why = f"a step of table {name!r} was committed while the shards began their parts"
             self._give_up(entry, ClusterError(f"version {entry.info.name!r} was not published: {why}. Publish again"))
             return
-        step = max((clock for found in steps.values() for clock in found), default=0)
+        step = entry.ask.step
+        if step is None:
+            step = max((clock for found in steps.values() for clock in found), default=0)
         entry.info = msgspec.structs.replace(entry.info, step=step)
         publishers, entry.publishers = entry.publishers, []
         for asker in publishers:

@@ -124,11 +124,13 @@ class Answer:
 
     def push(self, event: Token | Finished) -> list[Piece]:
         """What an event adds."""
-        text = event.text if isinstance(event, Token) else ""
+        text = event.text
         if self._parser is None:
             pieces: list[Piece] = [Said(text)] if text else []
         else:
-            pieces = self._parser.push(text) if isinstance(event, Token) else self._parser.flush()
+            pieces = self._parser.push(text)
+            if isinstance(event, Finished):
+                pieces += self._parser.flush()
         for piece in pieces:
             match piece:
                 case Said(said):

@@ -59,7 +59,7 @@ async def chat_completions(request: Request, gateway: Gateway) -> Response:
     top = (asked.top_logprobs or 0) if asked.logprobs else None
     wanted = Wanted(asked.max_completion_tokens or asked.max_tokens, logprobs=top, guide=guide)
     requests = generations(asked, [prompt], wanted, generator, gateway.limits)
-    run = Run(generator, requests, request.receive, record, gateway.runs, gateway.limits.deadline)
+    run = Run(generator, requests, request.receive, record, gateway.runs, gateway.limits.deadline, asked.n or 1)
     writer = _Writer(asked.model, usage=usage, calls=wanted_form.calls)
     return await answer(run, writer, record, stream=bool(asked.stream), usage=usage)
 

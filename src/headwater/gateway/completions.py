@@ -41,7 +41,7 @@ async def completions(request: Request, gateway: Gateway) -> Response:
     requests = generations(asked, prompts, wanted, generator, gateway.limits)
     echoed = await _echoed(asked, prompts, generator, gateway)
     record = record_of(request)
-    run = Run(generator, requests, request.receive, record, gateway.runs, gateway.limits.deadline)
+    run = Run(generator, requests, request.receive, record, gateway.runs, gateway.limits.deadline, asked.n or 1)
     writer = _Writer(asked, usage, [text for text in echoed for _ in range(asked.n or 1)])
     return await answer(run, writer, record, stream=bool(asked.stream), usage=usage)
 
@@ -139,20 +139,26 @@ def _logprobs(
     found = CompletionLogprobs([], [], [], [])
     top: list[dict[str, float] | None] = []
     for read in prompt:
-        found.tokens.append(read.alone)
+        found.tokens.append(_name(Alternative(read.id, read.alone, 0.0), read.top))
         found.token_logprobs.append(read.logprob)
         found.text_offset.append(offset)
         top.append(_by_text(read.top) or None)
         offset += len(read.text)
     for token in tokens:
         assert token.own is not None
-        found.tokens.append(token.own.text)
+        found.tokens.append(_name(token.own, token.top))
         found.token_logprobs.append(token.own.logprob)
         found.text_offset.append(offset)
         top.append(_by_text(token.top))
         offset += len(token.text)
     found.top_logprobs = top if any(top) else None
     return found
+
+
+def _name(own: Alternative, likeliest: Sequence[Alternative]) -> str:
+    """A token's text, or what it is called beside a likelier one of the same text: see ``_by_text``."""
+    holder = next((each.id for each in likeliest if each.text == own.text), own.id)
+    return own.text if holder == own.id else f"token_id:{own.id}"
 
 
 def _by_text(likeliest: Sequence[Alternative]) -> dict[str, float]:

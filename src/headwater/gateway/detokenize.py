@@ -32,6 +32,12 @@ class Detokenizer:
             return self._show(len(self._ids) - _LONGEST)  # not half a character: bytes that never become one
         return self._show(len(self._ids), whole=True)
 
+    def flush(self) -> str:
+        """What is held back, now that nothing follows: whole characters, and U+FFFD for one that is not."""
+        after = self._decode(self._ids)
+        text, self._before, self._shown = after[len(self._before) :], after, len(self._ids)
+        return text
+
     def _show(self, stop: int, *, whole: bool = False) -> str:
         after = self._decode(self._ids[:stop])
         if whole and (len(after) <= len(self._before) or after.endswith(_REPLACEMENT)):
@@ -50,23 +56,41 @@ class StopTexts:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
+        self._hidden: list[tuple[int, int]] = []  # where in it texts of special tokens begin, and their lengths
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """The text that may be shown, and whether a stop text has come. The earliest wins; it is not shown."""
+    def push(self, text: str, special: str = "") -> tuple[str, bool]:
+        """The text that may be shown, and whether a stop text has come. The earliest wins; it is not shown.
+
+        ``special``: what follows the text and is not to be shown, but may be (a part of) a stop text.
+        """
         if not self._stops:
             return text, False
         self._held += text
+        if special:
+            self._hidden.append((len(self._held), len(special)))
+            self._held += special
         found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if found:
-            shown, self._held = self._held[: min(found)], ""
-            return shown, True
         keep = max(overlap(self._held, stop) for stop in self._stops)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return shown, False
+        shown = self._take(min(found) if found else len(self._held) - keep)
+        if found:
+            self._held, self._hidden = "", []
+        return shown, bool(found)
 
     def flush(self) -> str:
         """What is held back, now that nothing follows it."""
-        shown, self._held = self._held, ""
+        return self._take(len(self._held))
+
+    def _take(self, size: int) -> str:
+        """The first ``size`` characters, without those of special tokens."""
+        shown, at, left = "", 0, []
+        for begin, length in self._hidden:
+            end = min(begin + length, size)
+            shown += self._held[at : min(begin, size)]
+            at = max(at, end)
+            if begin + length > size:
+                left.append((max(begin - size, 0), begin + length - max(begin, size)))
+        shown += self._held[at:size]
+        self._held, self._hidden = self._held[size:], left
         return shown
 
 

@@ -68,6 +68,7 @@ class Model(Protocol):
     def spell(self, ids: Seq[int]) -> str: ...
     def tokenizer_info(self) -> Mapping[str, str | None]: ...
     def guide(self, grammar: str) -> Guide: ...
+    def special(self, token: int) -> str: ...
     def apply_chat_template(
         self,
         messages: Seq[Mapping[str, Any]],
@@ -173,7 +174,7 @@ class Engine:
         self._check(request.prompt, generating=request.max_tokens > 0)
         answer = _Answer(
             on_event,
-            Sampler(request, self._model.warpers(request), self._model.decode),
+            Sampler(request, self._model.warpers(request), self._spell),
             Detokenizer(self._model.decode, request.prompt),
             StopTexts(request.stop),
         )
@@ -186,6 +187,10 @@ class Engine:
             self._scheduler.add(sequence)
             self._work.notify()
         return EngineHandle(sequence)
+
+    def _spell(self, ids: Seq[int]) -> str:
+        """A token by itself, for those who ask for logprobs: special ones have a text there."""
+        return self._model.special(ids[0]) or self._model.decode(ids)
 
     def _check(self, prompt: tuple[int, ...], *, generating: bool) -> None:
         if not prompt:
@@ -407,12 +412,14 @@ class Engine:
         sequence.generated += 1
         self._counts["tokens"] += 1
         ended = choice.id in request.stop_token_ids or (choice.id in self._model.eos and not request.ignore_eos)
-        text, stopped = answer.stops.push("" if ended else answer.text.push(choice.id))
+        said, special = ("", "") if ended else (answer.text.push(choice.id), self._model.special(choice.id))
+        text, stopped = answer.stops.push(said, special)
         ended = ended or (request.guide is not None and request.guide.complete)
         full = sequence.generated >= request.max_tokens or sequence.length + 1 >= self._model.context
+        if not stopped and (ended or full):
+            rest, stopped = _rest(answer)
+            text += rest
         reason: Reason | None = "stop" if ended or stopped else "length" if full else None
-        if reason and not stopped:
-            text += answer.stops.flush()
         self._tell(sequence, Token(text, choice.id, choice.own, choice.top))
         if reason:
             self._finish(sequence, reason)
@@ -421,7 +428,8 @@ class Engine:
         version = sequence.extra.version or self._newest
         self._leave(sequence)
         self._finished[reason] += 1
-        self._tell(sequence, Finished(reason, len(sequence.request.prompt), sequence.generated, version))
+        text = _rest(sequence.extra)[0] if reason in ("deadline", "cancelled") else ""
+        self._tell(sequence, Finished(reason, len(sequence.request.prompt), sequence.generated, version, text))
 
     def _fail(self, sequence: _Running, error: HeadwaterError) -> None:
         if sequence.extra.over:
@@ -503,6 +511,12 @@ class Engine:
             self._fail(sequence, EngineClosed(f"{self._end_of_it}; the answer was not ended: ask another one"))
         for key in list(self._live):
             self._drop(key)
+
+
+def _rest(answer: _Answer) -> tuple[str, bool]:
+    """What is held back of an answer that ends, and whether a stop text is in it."""
+    text, stopped = answer.stops.push(answer.text.flush())
+    return text + ("" if stopped else answer.stops.flush()), stopped
 
 
 def _not_finite() -> GenerationFailed:

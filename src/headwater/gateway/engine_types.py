@@ -84,7 +84,8 @@ class GenerationRequest:
     tokens already generated; the prompt does not count. ``logit_bias``: pairs of token id and what its logit gains.
     ``guide``: the grammar that the answer keeps to; its end ends the answer.
     ``seed``: the same request with the same seed on the same version draws the same tokens, whatever runs beside it
-    (but for the last bits of logits, which depend on the size of a batch). ``stop``: texts that end the generation and
+    (but for the last bits of float32 logits, which depend on the size of a batch; ``hf.steady`` for half precision).
+    ``stop``: texts that end the generation and
     are not emitted. ``deadline``: ``time.monotonic()`` seconds. ``logprobs``: None for none, else how many of the
     likeliest alternatives to name (0: the chosen token's alone), before penalties, temperature and cuts;
     ``prompt_logprobs``: the same of the prompt's tokens, in a ``PromptRead``. ``stop_token_ids`` end it, and have no
@@ -182,13 +183,15 @@ class Token:
 class Finished:
     """The end of a generation; the last event.
 
-    ``version`` computed every token of it; if none was computed, it is the one that would have.
+    ``version`` computed every token of it; if none was computed, it is the one that would have. ``text``: what was
+    still held back, where no token was the last to bring it.
     """
 
     reason: Reason
     prompt_tokens: int
     completion_tokens: int
     version: VersionInfo
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)

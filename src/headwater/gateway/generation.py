@@ -56,9 +56,11 @@ class Run:
 
     Args:
         deadline: seconds that the request had, for the message if they pass.
+        each: choices of one prompt; ``requests`` has them one after the other.
 
     Raises, from the constructor: ``QueueFull``, ``PromptTooLong``, … of ``Generator.submit``; nothing is left queued.
-    Raises, from the iteration: ``ClientGone``; ``Refusal`` if a generation failed, was late, or the server ends.
+    Raises, from the iteration: ``ClientGone``; ``Refusal`` if a generation failed, the deadline passed before there was
+    any token, or the server ends.
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class Run:
         record: Record,
         runs: Runs,
         deadline: float,
+        each: int = 1,
     ) -> None:
+        self._each = each
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event] | _Sign] = asyncio.Queue()
         self._record = record
@@ -96,8 +100,7 @@ class Run:
         self._runs.discard(self)
         self._watch.cancel()
         self._cancel()
-        prompts = {choice.request.prompt: len(choice.request.prompt) for choice in self.choices}
-        self._record.prompt_tokens = sum(prompts.values())
+        self._record.prompt_tokens = self._prompt_tokens()
         self._record.completion_tokens = sum(choice.tokens for choice in self.choices)
 
     async def first(self) -> None:
@@ -139,10 +142,12 @@ class Run:
 
     def usage(self) -> Usage:
         """A prompt counts once, however many choices it has."""
-        prompts = {choice.request.prompt: len(choice.request.prompt) for choice in self.choices}
         made = sum(choice.finished.completion_tokens for choice in self.choices if choice.finished)
-        read = sum(prompts.values())
+        read = self._prompt_tokens()
         return Usage(read, made, read + made)
+
+    def _prompt_tokens(self) -> int:
+        return sum(len(choice.request.prompt) for choice in self.choices[:: self._each])
 
     def _note(self, number: int, event: Token | Finished) -> None:
         choice = self.choices[number]
@@ -154,7 +159,9 @@ class Run:
             choice.finished = event
         self._record.answered_by(choice.version)
         if isinstance(event, Finished) and event.reason == "deadline":
-            raise too_late(self._deadline, self._so_far())
+            self._record.problem = "deadline"
+            if not any(choice.tokens for choice in self.choices):
+                raise too_late(self._deadline, self._so_far())
         if isinstance(event, Finished) and event.reason == "cancelled":
             raise unavailable(f"the generation was cancelled; {self._so_far()}", "cancelled")
 

@@ -7,8 +7,10 @@ language model runs that keeps its past in the standard ``Cache`` (Llama, GPT-2,
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
@@ -23,6 +26,8 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from headwater import pretrained
 from headwater.errors import DataError, UsageError
@@ -31,6 +36,8 @@ from headwater.gateway.engine_types import GenerationRequest, Guide, PromptInval
 from headwater.gateway.guided import Guides
 from headwater.gateway.sampling import Warper
 from headwater.gateway.tool_prompt import knows_tools, told
+
+log = logging.getLogger(__name__)
 
 
 class ModelFolder:
@@ -52,6 +59,8 @@ class ModelFolder:
         tokenizer("")  # settles the tokenizer's own state, which a first use changes, before threads share it
         self._window = _Past(self.layers)
         self._lock = threading.Lock()
+        self._special = _special_texts(tokenizer)
+        self._by_row = attend_row_by_row(module)
         inner = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
         # Most models can leave out the logits of all positions but the last.
         self._takes_keep = "logits_to_keep" in inspect.signature(inner.forward).parameters
@@ -60,26 +69,38 @@ class ModelFolder:
     def forward(self, ids: Tensor, window: Window, past: KeyValues, dtype: torch.dtype, keep: int = 1) -> Tensor:
         """Logits (R × keep, vocabulary) behind the last ``keep`` of Q new tokens ``ids``, (R, Q), row by row.
 
-        Their past goes into ``past``.
+        Their past goes into ``past``. In half precision a generated token's bits do not depend on the other rows: each
+        row attends alone, over its own length, and rows are computed in fours, as kernels treat those that are left
+        over in another way.
         """
         self._window.show(past, window)
-        with torch.inference_mode():
-            out = self.module(
-                input_ids=ids,
-                position_ids=window.positions,
-                attention_mask=_causal(window, dtype),
-                past_key_values=self._window,
-                use_cache=True,
-                **({"logits_to_keep": keep} if self._takes_keep else {}),
-            )
-        logits: Tensor = out.logits[:, -keep:].flatten(0, 1)
+        positions = window.positions
+        missing = -len(ids) % _TOGETHER
+        if missing and ids.shape[1] == 1 and self._by_row and dtype != torch.float32:
+            ids, positions = (torch.cat((each, each[:1].expand(missing, 1))) for each in (ids, positions))
+        lengths = _LENGTHS.set([place + 1 for place in window.positions[:, -1].tolist()])
+        try:
+            with torch.inference_mode():
+                out = self.module(
+                    input_ids=ids,
+                    position_ids=positions,
+                    attention_mask=_causal(positions, window.length, dtype),
+                    past_key_values=self._window,
+                    use_cache=True,
+                    **({"logits_to_keep": keep} if self._takes_keep else {}),
+                )
+        finally:
+            _LENGTHS.reset(lengths)
+        logits: Tensor = out.logits[: window.rows, -keep:].flatten(0, 1)
         return logits
 
     def warpers(self, request: GenerationRequest) -> list[Warper]:
         """The logits processors of ``transformers`` for a request's temperature, top-k, top-p and min-p."""
         found: list[Warper] = []
-        if request.temperature not in (0.0, 1.0):
-            found.append(TemperatureLogitsWarper(request.temperature))
+        if 0.0 < request.temperature < _COLD:
+            found.append(_cooled(request.temperature))
+        elif request.temperature not in (0.0, 1.0):
+            found.append(TemperatureLogitsWarper(min(request.temperature, _HOT)))
         if request.top_k:
             found.append(TopKLogitsWarper(min(request.top_k, self.vocabulary)))
         if request.top_p < 1.0:
@@ -118,6 +139,10 @@ class ModelFolder:
         """The text of tokens, without special ones."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+    def special(self, token: int) -> str:
+        """The text of a special token, which ``decode`` leaves out; "" for any other."""
+        return self._special.get(token, "")
 
     def apply_chat_template(
         self,
@@ -180,7 +205,8 @@ class _PastLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Nothing: the memory lays a layer out itself."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return self.memory.update(self._index, key_states, value_states, self.window)
+        rows = self.window.rows  # there may be copies behind them
+        return self.memory.update(self._index, key_states[:rows], value_states[:rows], self.window)
 
     def get_seq_length(self, *_: Any) -> int:
         return self.window.length - self.window.positions.shape[1]
@@ -194,10 +220,52 @@ class _PastLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     get_max_cache_shape = get_max_length  # its name in transformers 4
 
 
-def _causal(window: Window, dtype: torch.dtype) -> Tensor:
-    """The additive mask (R, 1, Q, length): each position sees itself and those before it."""
-    places = torch.arange(window.length, device=window.positions.device)
-    later = places > window.positions[:, None, :, None]
+_ATTENTION = "headwater"
+_LENGTHS: ContextVar[list[int]] = ContextVar("lengths")
+"""Positions that each row of the forward in progress reads."""
+
+
+_TOGETHER = 4
+"""Rows of which a multiple is computed, in half precision."""
+
+
+def attend_row_by_row(module: Any) -> bool:
+    """Let a model that attends by ``sdpa`` do so for each row by itself, when rows are generated together.
+
+    Padded to the longest row, a row's sums would be taken in another order, and its answer depend on its company.
+    False: the model attends in a way of its own, and goes on to.
+    """
+    inner = module.get_base_model() if hasattr(module, "get_base_model") else module
+    sdpa = inner.config._attn_implementation == "sdpa"  # noqa: SLF001 - there is no other way to ask
+    if sdpa:
+        inner.set_attn_implementation(_ATTENTION)
+    return bool(sdpa)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
+) -> tuple[Tensor, None]:
+    """Attention of ``transformers``' kind: query (R, H, Q, D), to (R, Q, H, D)."""
+    lengths = _LENGTHS.get(None)
+    if lengths is None or query.shape[2] > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **named)
+    rows = []
+    for i, length in enumerate(lengths):
+        mask = None if attention_mask is None else attention_mask[i : i + 1, ..., :length]
+        keys, values = key[i : i + 1, :, :length], value[i : i + 1, :, :length]
+        rows.append(sdpa_attention_forward(module, query[i : i + 1], keys, values, mask, **named)[0])
+    copies = len(query) - len(rows)
+    return torch.cat([*rows, *rows[:1] * copies]), None
+
+
+AttentionInterface.register(_ATTENTION, _attend)
+AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+
+
+def _causal(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """The additive mask (R, 1, Q, length) for ``positions``, (R, Q): each sees itself and those before it."""
+    places = torch.arange(length, device=positions.device)
+    later = places > positions[:, None, :, None]
     return torch.zeros(later.shape, dtype=dtype).masked_fill_(later, torch.finfo(dtype).min)
 
 
@@ -217,6 +285,11 @@ def load(name: str, *, dtype: torch.dtype | None = None, context: int | None = N
         raise UsageError(f"no language model could be loaded from {name!r}: {error}{remedy}") from error
     folder = ModelFolder(path.stem if path.exists() else name, module, tokenizer, context=context)
     try_out(folder)
+    if not steady(folder):
+        log.warning(
+            "%s: on this processor, or by its own way to attend, an answer in half precision depends on who else is "
+            "answered, also with a seed or at temperature 0; --slots 1 or --dtype float32 avoids that", folder.name
+        )  # fmt: skip
     return folder
 
 
@@ -260,7 +333,7 @@ def try_out(folder: ModelFolder) -> None:
     try:
         with torch.inference_mode():
             plain = folder.module(input_ids=ids).logits[:, -1].float()
-        for start, stop in ((0, 3), (3, 5)):
+        for start, stop in ((0, 3), (3, 4), (4, 5)):
             window = Window(0, torch.arange(start, stop)[None], stop)
             ours = folder.forward(ids[:, start:stop], window, past, dtype).float()
         alike = bool(torch.allclose(ours, plain, rtol=0.05, atol=0.05 * float(plain.abs().max())))
@@ -269,6 +342,33 @@ def try_out(folder: ModelFolder) -> None:
     if not alike:
         raise UsageError(f"{folder.name} {_STRANGER} (its logits differ from those of the plain forward)")
 
+
+def steady(folder: ModelFolder) -> bool:
+    """Whether a row of a batch has the bits that it has alone, tried on a few rows. In float32 it need not have."""
+    dtype = next(p.dtype for p in folder.module.parameters() if p.is_floating_point())
+    if dtype == torch.float32:
+        return True
+    lengths = [length for length in (1, 17, 33) if length + _STEPS <= folder.context]
+
+    def rows(which: Sequence[int]) -> Tensor:
+        """Logits of a few steps, (steps, rows, vocabulary)."""
+        past = KeyValues(folder.layers, len(which), folder.context)
+        past.reserve(len(which), max(lengths) + _STEPS)
+        for row, i in enumerate(which):
+            ids = torch.arange(i, i + lengths[i])[None] % folder.vocabulary
+            folder.forward(ids, Window(row, torch.arange(lengths[i])[None], lengths[i]), past, dtype)
+        found = []
+        for step in range(_STEPS):
+            positions = torch.tensor([[lengths[i] + step] for i in which])
+            ids = torch.tensor([[i + 3 * step] for i in which]) % folder.vocabulary
+            found.append(folder.forward(ids, Window(0, positions, int(positions.max()) + 1), past, dtype))
+        return torch.stack(found)
+
+    together = rows(range(len(lengths)))
+    return all(torch.equal(rows([i])[:, 0], together[:, i]) for i in range(len(lengths)))
+
+
+_STEPS = 5
 
 _STRANGER = "does not run on the standard key-value cache of transformers, so its requests cannot share a batch"
 
@@ -282,6 +382,22 @@ def _context(config: Any) -> int:
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
     return min(longest, int(window)) if window and slides else longest
+
+
+_COLD, _HOT = 1e-4, 1e30
+"""Temperatures below which logits may become infinite, and from which on all that is finite is alike."""
+
+
+def _cooled(temperature: float) -> Warper:
+    """Logits divided by a temperature near 0, whatever their size: the likeliest stays at 0."""
+    divisor = max(temperature, 1e-30)  # in float32 a smaller one may be 0
+    return lambda _, scores: (scores - scores.max(-1, keepdim=True).values) / divisor
+
+
+def _special_texts(tokenizer: Any) -> dict[int, str]:
+    """The texts of special tokens, by id."""
+    added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
 def _end_tokens(module: nn.Module, tokenizer: Any) -> frozenset[int]:

@@ -141,9 +141,12 @@ async def read_prompts(
 
 def text_of(events: Sequence[Token | Finished]) -> str:
     """The answer that a choice's events make."""
-    return "".join(event.text for event in events if isinstance(event, Token))
+    return "".join(event.text for event in events)
 
 
 def finish_reason(event: Token | Finished) -> FinishReason:
-    """Of a choice that has ended; the other reasons are errors and do not come here."""
-    return "length" if isinstance(event, Finished) and event.reason == "length" else "stop"
+    """Of a choice that has ended; the other reasons are errors and do not come here.
+
+    Where the deadline passed, what there is is an answer that was cut, as by a limit of tokens.
+    """
+    return "length" if isinstance(event, Finished) and event.reason in ("length", "deadline") else "stop"

@@ -109,13 +109,18 @@ class Scheduler(Generic[Extra]):
         return Plan(tuple(over), tuple(begun), self._chunks(gone), tuple(versions))
 
     def _chunks(self, gone: set[int]) -> tuple[Chunk[Extra], ...]:
+        """Pieces of whole prompts or of ``chunk`` tokens, the oldest first: where a prompt is cut does not depend on
+        who else is there, as the values of its positions would too.
+        """
         budget, chunks = self.chunk, []
         for sequence in self._all_running():
-            unread = len(sequence.request.prompt) - sequence.length
-            if budget and unread > 0 and id(sequence) not in gone:
-                size = min(unread, budget)
-                chunks.append(Chunk(sequence, sequence.length, sequence.length + size))
-                budget -= size
+            size = min(len(sequence.request.prompt) - sequence.length, self.chunk)
+            if size <= 0 or id(sequence) in gone:
+                continue
+            if size > budget:
+                break
+            chunks.append(Chunk(sequence, sequence.length, sequence.length + size))
+            budget -= size
         return tuple(chunks)
 
     def _all_running(self) -> list[Sequence[Extra]]:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from headwater.gateway.engine_types import GenerationRequest
 
 
+_MOST = 1e30
+"""Beyond all logits, and still a number: what is infinite cannot be drawn from."""
+
+
 class Shaper:
     """Of one request. Order: repetition penalty, frequency and presence penalty, bias, grammar."""
 
@@ -52,10 +56,11 @@ class Shaper:
         """As ``transformers``' RepetitionPenaltyLogitsProcessor, whose source is Keskar et al. 2019, CTRL."""
         ids = torch.tensor(sorted({*prompt, *self._counts}))
         seen, penalty = scores[ids], self._request.repetition_penalty
-        return scores.index_copy(0, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
+        less = torch.where(seen < 0, seen.double() * penalty, seen.double() / penalty).clamp(-_MOST, _MOST)
+        return scores.index_copy(0, ids, torch.where(seen.isfinite(), less.to(scores.dtype), seen))
 
     def _less_of_the_generated(self, scores: Tensor) -> Tensor:
         ids = torch.tensor(list(self._counts))
-        counts = torch.tensor(list(self._counts.values()), dtype=scores.dtype)
+        counts = torch.tensor(list(self._counts.values()), dtype=torch.float64)
         loss = self._request.frequency_penalty * counts + self._request.presence_penalty
-        return scores.index_add(0, ids, -loss)
+        return scores.index_add(0, ids, -loss.clamp(-_MOST, _MOST).to(scores.dtype))

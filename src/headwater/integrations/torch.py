@@ -297,6 +297,7 @@ class Optimizer(torch.optim.Optimizer):
         keep: int = 3,
         age: float | None = None,
         tags: Iterable[str] = (),
+        step: int | None = None,
     ) -> Publication:
         """Make the model as it is after this worker's last step a version that readers can lease; one worker calls it.
 
@@ -308,7 +309,8 @@ class Optimizer(torch.optim.Optimizer):
         core.flush("publish()")
         tables = [core.table, *core.buffers.tables]
         model = core.name.partition("~")[0]
-        return core.client.publish(tables, name, model=model, metadata=metadata, keep=keep, age=age, tags=tags)
+        wanted: dict[str, Any] = {"metadata": metadata, "keep": keep, "age": age, "tags": tags, "step": step}
+        return core.client.publish(tables, name, model=model, **wanted)
 
     @property
     def clock(self) -> int:

@@ -89,6 +89,11 @@ class Shape:
                 raise UsageError(f"{folder} cannot be made: {error.strerror}; nothing was started") from None
         if self.restore is not None and not self.restore.exists():
             raise UsageError(f"there is no snapshot {self.restore} to restore; nothing was started")
+        if self.restore is not None and not self.restore.is_dir():
+            raise UsageError(
+                f"{self.restore} is a file, and a snapshot is a folder: name it, or the folder of snapshots that it is "
+                "in; nothing was started"
+            )
 
     def set_aside(self, findable: bool) -> None:
         """Forget the state of a cluster that has ended, if nothing is lost with it.

@@ -31,6 +31,7 @@ class Publish(msgspec.Struct, frozen=True, tag="publish"):
     ``clocks``: (table, step) of bulk tables; the version is the state right after these steps, if they are the last or
     still to come. ``keep``: the newest versions of this model that are kept; ``age``: seconds after which one that is
     not the newest goes; tags and leases hold versions beyond both. ``time``: seconds since 1970, for people to read.
+    ``step``: what readers are told; None: the newest clock of the tables, which counts from the cluster's beginning.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Publish(msgspec.Struct, frozen=True, tag="publish"):
     age: float | None = None
     tags: tuple[str, ...] = ()
     time: float = 0.0
+    step: int | None = None
 
 
 class Publishing(msgspec.Struct, frozen=True, tag="publishing"):

@@ -156,7 +156,9 @@ class Trainer(ABC, Generic[AnySettings]):
         if self.ps.rank == 0:
             name = f"step-{self.step}"
             said = {"run": self.folder.name, "recipe": self.recipe.name}
-            self._published = reports.Published(self.step, name), self.optimizer.publish(name, metadata=said)
+            # The run's step: the tables' clock begins anew when a run goes on in another cluster.
+            publication = self.optimizer.publish(name, metadata=said, step=self.step)
+            self._published = reports.Published(self.step, name), publication
 
     def _settle(self) -> None:
         """Say what became of the last publication. One that failed is a pity, and no reason to stop training."""

@@ -77,6 +77,7 @@ def generate(
 
     Example: headwater generate --run runs/lm-20260101-120000 --prompt "import os"
     """
+    options.let_threads_sleep()
     from headwater_recipes.common.checkpoint import find_folder
     from headwater_recipes.lm.generation import generate_text
     from headwater_recipes.lm.settings import RECIPE

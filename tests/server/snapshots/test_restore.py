@@ -258,3 +258,10 @@ def test_only_sha256_sees_a_change_with_new_checksums(tmp_path: Path) -> None:
     manifest.publish(tmp_path, 2, [wrong, other], {0: scene.SMALL}, 2)
     with restore.newest(tmp_path).snapshot as snapshot, pytest.raises(SnapshotCorrupt, match="SHA-256"):
         snapshot.verify(sha256=True)
+
+
+def test_a_file_is_no_snapshot(tmp_path: Path) -> None:
+    for name in ("file", "00000001", "manifest.json"):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(UsageError, match="is a file, and a snapshot is a folder"):
+            restore.newest(tmp_path / name)

@@ -155,6 +155,10 @@ def newest(path: Path, threads: int | None = None) -> Found[Opened]:
 
 def choose(path: Path, opens: Callable[[Path], S], threads: int | None = None) -> Found[S]:
     """``newest``, opened as something else."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(
+            f"{path} is a file, and a snapshot is a folder: name it, or the folder of snapshots it lies in"
+        )
     if (path / manifests.NAME).exists() or (path.name.isdigit() and manifests.finished(path.parent)):
         return Found(_sound(path, opens, threads), ())
     refused: list[SnapshotCorrupt] = []
