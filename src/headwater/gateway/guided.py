@@ -137,4 +137,4 @@ class Guide:
 def _reason(matcher: llguidance.LLMatcher) -> str:
     """The library's, without its place in the grammar, which no client has seen."""
     said = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", matcher.get_error())
-    return re.split(r"\n\s*\d+ \|", said)[0].strip()
+    return re.split(r"\n\s*\d+ \||\n<state>", said)[0].strip()
