@@ -10,6 +10,8 @@ from typing import Any, Literal
 import openai
 import pydantic
 import pytest
+import tokenizers
+import transformers
 
 pytest.importorskip("llguidance")
 
@@ -163,6 +165,7 @@ def may(guide: Any, text: str) -> bool:
     return True
 
 
+OPEN = "<tool_call>"
 CALL = '<tool_call>\n{"name": "paint", "arguments": {"n": 1}}\n</tool_call>'
 TOOLS = [Callee("paint", Schema({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}, True))]
 
@@ -170,7 +173,7 @@ TOOLS = [Callee("paint", Schema({"type": "object", "properties": {"n": {"type": 
 @pytest.mark.parametrize(
     ("made", "taken", "refused"),
     [
-        (grammar.lark(None, TOOLS), ["", "hi", CALL, f"hi{CALL} bye", f"{CALL}\n{CALL}"], ["<tool_call>", f"{CALL}<tool_call>"]),
+        (grammar.lark(None, TOOLS), ["", "hi", CALL, f"hi{CALL} bye", f"{CALL}\n{CALL}"], [OPEN, CALL + OPEN]),
         (grammar.lark(None, TOOLS, several=False), ["hi", CALL, f"hi{CALL}"], [f"{CALL}\n{CALL}"]),
         (grammar.lark(None, TOOLS, "must"), [CALL, f"{CALL}\n{CALL}"], ["", "hi", f"hi{CALL}", f"{CALL}{CALL}"]),
         (grammar.lark(None, TOOLS, "must", several=False), [CALL], ["", "hi", f"{CALL}\n{CALL}"]),
@@ -192,10 +195,61 @@ def test_special_tokens_are_no_text() -> None:
     assert not allowed[258:].any()
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_a_tag_that_is_a_token(special: bool) -> None:
+    """Qwen's tokenizers have tokens for the tags; a grammar's own texts are cut as the model would cut them."""
+    made = tokenizer()
+    made.add_tokens(["<tool_call>", "</tool_call>"], special_tokens=special)
+    tag = VOCABULARY
+    for calls in ("may", "must"):
+        guide = Guides(made, VOCABULARY + 2, [EOS]).make(grammar.lark(None, TOOLS, calls))
+        first = made("<")["input_ids"] if special else [tag]
+        assert guide.allowed()[first].all()
+        assert bool(guide.allowed()[tag]) is not special
+        plain = tokenizer() if special else made
+        for token in plain(CALL)["input_ids"]:
+            assert guide.allowed()[token]
+            guide.push(token)
+    assert made("<tool_call>")["input_ids"] == [tag], "the tokenizer itself is as it was"
+
+
+def test_texts_of_a_schema_may_look_like_special_tokens() -> None:
+    guide = guides().make(grammar.lark(Schema({"enum": ["<eos>"]}, True)))
+    for token in tokenizer()('"<')["input_ids"] + tokenizer()("eos>")["input_ids"] + tokenizer()('"')["input_ids"]:
+        assert guide.allowed()[token]
+        guide.push(token)
+    assert guide.complete
+
+
+def test_a_tokenizer_that_puts_a_blank_before_every_text() -> None:
+    """As those of Llama 2, Mistral and Gemma do."""
+    words = ["<unk>", "<eos>", "\u2581", *map(chr, range(33, 127)), "\u2581name", "name", "\u2581{", "paint"]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram([(word, -float(len(word) < 3)) for word in words], 0, False))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("\u2581", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    made.add_special_tokens(["<eos>"])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", unk_token="<unk>")
+    guide = Guides(fast, len(words), [1]).make(grammar.lark(Schema({"enum": ["paint name"]}, True)))
+    said = b""
+    while not guide.complete:
+        (token, *_) = guide.allowed().nonzero().flatten().tolist()
+        guide.push(token)
+        said += words[token].replace("\u2581", " ").encode() if token != 1 else b""
+    assert said == b'"paint name"'
+
+
 def test_a_dead_end_is_an_error() -> None:
     guide = guides().make(grammar.lark(grammar.ANY_OBJECT))
-    with pytest.raises(GrammarInvalid, match="given up"):
+    with pytest.raises(GrammarInvalid, match="given up") as raised:
         guide.push(5)
+    assert "<state>" not in str(raised.value)
 
 
 def test_without_the_library_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

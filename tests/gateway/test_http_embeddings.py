@@ -99,6 +99,18 @@ def test_a_batch_is_as_its_texts_alone(server: Running) -> None:
         assert together[number].embedding == pytest.approx(alone, abs=1e-6)
 
 
+def test_neutral_and_unknown_fields_change_nothing(server: Running) -> None:
+    floats = embed(server, "the cat", encoding_format="float").data[0].embedding
+    neutral = {"dimensions": None, "encoding_format": None, "user": None}
+    with server.client() as client:
+        raw = client.embeddings.with_raw_response.create(
+            model="toy", input="the cat", extra_body=neutral | {"input_type": "query"}
+        )
+    assert json.loads(raw.text)["data"][0]["embedding"] == floats
+    assert raw.headers["x-headwater-ignored"] == "input_type"
+    assert embed(server, "the cat", dimensions=16, encoding_format="float").data[0].embedding == floats
+
+
 def test_token_ids_are_taken(server: Running) -> None:
     by_text = embed(server, "the cat").data[0].embedding
     for ids in ([2, 4, 5, 3], [[2, 4, 5, 3]]):

@@ -197,8 +197,8 @@ class Engine:
             raise PromptInvalid("the prompt has no tokens; nothing was queued: send at least one")
         if len(prompt) + generating > self._model.context:
             raise PromptTooLong(
-                f"the prompt has {len(prompt)} tokens and {self._model.name} holds {self._model.context} with the "
-                "answer; nothing was queued: shorten it"
+                f"the prompt has {len(prompt)} tokens; this model's maximum context length is {self._model.context} "
+                "with the answer; nothing was queued: shorten it"  # words that clients look for (LiteLLM)
             )
         if not 0 <= min(prompt) <= max(prompt) < self._model.vocabulary:
             raise PromptInvalid(f"token ids go from 0 to {self._model.vocabulary - 1} here; nothing was queued")

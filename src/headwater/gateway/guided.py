@@ -5,8 +5,9 @@ https://github.com/guidance-ai/llguidance: a grammar and the bytes of what was g
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,15 +56,44 @@ class Guides:
         return Guide(matcher, self._vocabulary)
 
     def _read(self) -> llguidance.LLTokenizer:
+        import llguidance
         from llguidance import hf
 
         try:
-            return hf.from_tokenizer(self._tokenizer, self._vocabulary, self._eos or None)
+            spelt = hf.from_tokenizer(self._tokenizer, self._vocabulary, self._eos or None)
+            words = llguidance.TokenizerWrapper(_Words(self._tokenizer, spelt, self._eos))
+            return llguidance.LLTokenizer(words, self._vocabulary, eos_token=self._eos or None)
         except (ValueError, RuntimeError, TypeError) as error:
             raise GuideMissing(
                 f"JSON and tools are not supported for this model's tokenizer ({error}); nothing was queued: leave "
                 "response_format and tools out"
             ) from None
+
+
+class _Words:
+    """A tokenizer as the library wants one of another kind: the bytes of each token, and how it cuts a text.
+
+    Its own reading of ours takes every added token such as ``<tool_call>`` for a special one, which no text can hold;
+    then, where a grammar leaves one text alone, it cuts that with these tokens, and the answer fails.
+    """
+
+    def __init__(self, tokenizer: Any, spelt: llguidance.LLTokenizer, eos: Sequence[int]) -> None:
+        self.eos_token_id = eos[0] if eos else spelt.eos_token
+        self.bos_token_id = None
+        self.tokens = [spelt.decode_bytes([token]) for token in range(spelt.vocab_size)]
+        self.special_token_ids = sorted(
+            {*eos, *(token for token, added in tokenizer.added_tokens_decoder.items() if added.special)}
+        )
+        self._spelt = spelt
+        self._backend = copy.copy(tokenizer.backend_tokenizer)
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._backend.encode_special_tokens = True
+
+    def __call__(self, text: bytes) -> list[int]:
+        ids: list[int] = self._backend.encode(text.decode(), add_special_tokens=False).ids
+        whole = b"".join(self.tokens[token] for token in ids) == text  # some put a blank before every text
+        return ids if whole else self._spelt.greedy_tokenize(text.decode())
 
 
 class Guide:
@@ -107,4 +137,4 @@ class Guide:
 def _reason(matcher: llguidance.LLMatcher) -> str:
     """The library's, without its place in the grammar, which no client has seen."""
     said = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", matcher.get_error())
-    return re.split(r"\n\s*\d+ \|", said)[0].strip()
+    return re.split(r"\n\s*\d+ \||\n<state>", said)[0].strip()

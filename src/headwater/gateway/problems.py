@@ -14,7 +14,15 @@ import msgspec
 from starlette.responses import Response
 
 from headwater.errors import DeadlineExceeded, HeadwaterError, InternalError, UsageError
-from headwater.gateway.engine_types import EngineClosed, GenerationFailed, PromptInvalid, PromptTooLong, QueueFull
+from headwater.gateway.engine_types import (
+    EngineClosed,
+    GenerationFailed,
+    GrammarInvalid,
+    GuideMissing,
+    PromptInvalid,
+    PromptTooLong,
+    QueueFull,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -166,6 +174,8 @@ def refusal_of(error: HeadwaterError) -> Refusal:
             return Refusal(400, str(error), param="prompt", slug="context_length_exceeded")
         case PromptInvalid():
             return Refusal(400, str(error), param="prompt", slug="invalid_prompt")
+        case GrammarInvalid() | GuideMissing():
+            return Refusal(400, str(error), slug="invalid_schema")
         case QueueFull():
             return busy(str(error))
         case EngineClosed():
