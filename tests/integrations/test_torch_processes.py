@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +47,7 @@ class Job:
 
     def __init__(self, folder: Path, cluster: Launcher | None) -> None:
         self.lines: dict[int, list[str]] = {}
+        self.heard: Callable[[str], None] = lambda text: None  # all that workers say
         self._folder = folder
         self._cluster = cluster
 
@@ -63,6 +64,7 @@ class Job:
             rank: int = getattr(process, "rank", 0)
             if stream == "stdout" and getattr(process, "role", "") == "worker":
                 self.lines[rank].append(text)
+            self.heard(text)
 
         return launch(words, servers=2, workers=workers, address=address, env=root | env, on_line=line)
 
@@ -250,3 +252,34 @@ def test_an_optimizer_that_could_not_be_made_leaves_nothing_open() -> None:
         headwater.Optimizer(model, torch.optim.SGD, lr=0.1, init=headwater.init.ones())
     with pytest.raises(UsageError, match="0 clients"):
         connecting.current()
+
+
+# ---- a worker that does something alone --------------------------------------------------------------------------
+
+SLOW = """
+model = linear(0, 4, 1)
+opt = headwater.Optimizer(model, torch.optim.SGD, lr=0.1)
+for step in range(3):
+    if rank == 0 and step == 1:
+        wait_for("warned")  # it evaluates and saves
+    train(model, opt, 1, torch.ones(4, 4))
+opt.close()
+if rank == 0:
+    wait_for("again")  # it makes the report of the first model before it begins the second
+other = headwater.Optimizer(linear(1, 4, 1), torch.optim.SGD, lr=0.1)
+say("done", opt.clock)
+"""
+
+
+def test_who_is_alive_is_waited_for_longer_than_the_timeout_and_named(job: Job, tmp_path: Path) -> None:
+    warned: list[str] = []
+
+    def heard(text: str) -> None:
+        if "waits for worker 0" in text:
+            warned.append(text)
+            (tmp_path / ("warned" if "step 2 of table 'model'" in text else "again")).touch()
+
+    job.heard = heard
+    assert job.run(SLOW, HEADWATER_TIMEOUT="2").code == 0
+    assert job.lines == {rank: ["done 3"] for rank in (0, 1)}
+    assert any("worker 1 waits for worker 0 at table 'model2'" in text for text in warned)

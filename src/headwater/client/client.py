@@ -19,6 +19,7 @@ from headwater.client import publication
 from headwater.client.control import Control, Dial
 from headwater.client.dense import Dense
 from headwater.client.naming import Names
+from headwater.client.patience import Patience
 from headwater.client.publication import Publication, publish
 from headwater.client.runtime import Runtime, Threads
 from headwater.client.session import Session
@@ -78,10 +79,12 @@ class Client:
         rank: int | None = None,
         world: int | None = None,
         timeout: float,
+        step_timeout: float = 0.0,
         runtime: Runtime | None = None,
         run: str = "",
     ) -> None:
         self.timeout = timeout
+        self.patience = step_timeout
         self.runtime = runtime or Threads()
         self.session = self.runtime.token()
         self.tables: dict[str, Table] = {}
@@ -157,7 +160,7 @@ class Client:
         if self._closed:
             raise LinkBroken("this client has closed the connection; what was not acknowledged may not be applied")
         raise DeadlineExceeded(
-            f"{session.name} could not be reached in time ({error}); "
+            f"{session.name} could not be reached within HEADWATER_TIMEOUT ({self.timeout:g} s): {error}; "
             "what was sent and not acknowledged may or may not be applied"
         )
 
@@ -200,6 +203,19 @@ class Client:
     def ask(self, message: m.Request, timeout: float | None = None) -> m.Reply:
         """Ask the coordinator, over as many connections as it takes. Raises what it was refused with, or a deadline."""
         return self._control.ask(message, timeout)
+
+    def ask_for_others(self, message: m.Request, patience: Patience) -> m.Reply:
+        """Ask the coordinator what it answers when other workers have come, however long that may take."""
+        while True:
+            try:
+                return self.ask(message, patience.left)
+            except DeadlineExceeded:
+                patience.look("the coordinator")
+
+    @property
+    def step_timeout(self) -> float:
+        """Seconds for which a worker that is alive is waited for."""
+        return max(self.timeout, self.patience)
 
     # ---- tables ------------------------------------------------------------------------------------
 
@@ -259,7 +275,7 @@ class Client:
         for p in spec.parameters:
             if p.init.kind == "values":
                 check_tensor(p, (values or {})[p.name])
-        declared = self.ask(m.Declare(spec, claim))
+        declared = self.ask_for_others(m.Declare(spec, claim), Patience(self, None, m.WhoIsLate(spec.name)))
         assert isinstance(declared, m.Declared)
         if known is not None and known.number == declared.table:
             return known
@@ -362,12 +378,12 @@ class Client:
         Under ``Stale`` and ``Async(max_staleness)`` the steps of those that come later do not wait for who is here;
         the first step after it may so be staler than the cap.
         """
-        deadline = self.runtime.now() + (self.timeout if timeout is None else timeout)
         self._turns[name] += 1
-        with self._aside(deadline):
-            self.ask(m.Barrier(name, self._turns[name]), max(0.0, deadline - self.runtime.now()))
+        patience = Patience(self, timeout, m.WhoIsLate(barrier=name))
+        with self._aside(patience.deadline):
+            self.ask_for_others(m.Barrier(name, self._turns[name]), patience)
         # Nobody takes a step before all are waited for again.
-        self.ask(m.Barrier(name + _BACK, self._turns[name]), max(0.0, deadline - self.runtime.now()))
+        self.ask_for_others(m.Barrier(name + _BACK, self._turns[name]), patience)
 
     @contextlib.contextmanager
     def _aside(self, deadline: float) -> Iterator[None]:
@@ -450,9 +466,12 @@ class Client:
     def _heartbeat(self) -> None:
         """On the coordinator's own connection, so that bulk traffic never delays it."""
         s = self.statistics()
-        clock = max((table.clock for table in list(self.tables.values())), default=0)
+        tables = list(self.tables.values())
+        clock = max((table.clock for table in tables), default=0)
+        reached = tuple((table.number, table.reached) for table in tables)
+        beat = m.Heartbeat(clock, s.pushed_bytes, s.pulled_bytes, s.staleness_last, tables=reached)
         with contextlib.suppress(HeadwaterError):  # whoever asks the coordinator something is told
-            self._control.notify(m.Heartbeat(clock, s.pushed_bytes, s.pulled_bytes, s.staleness_last))
+            self._control.notify(beat)
 
     @property
     def closed(self) -> bool:

@@ -46,7 +46,8 @@ def connect(
     servers in this process (without a name: one of its own). Default: ``HEADWATER_ADDRESS``, else ``inproc://``.
     ``rank`` and ``world`` default to ``HEADWATER_RANK`` and ``HEADWATER_WORLD_SIZE``; the token comes from
     ``HEADWATER_TOKEN`` or ``HEADWATER_TOKEN_FILE``. ``role``: ``"worker"`` or ``"reader"``. ``timeout``: seconds
-    that any wait of this client may take (``HEADWATER_TIMEOUT``, else 300).
+    that any wait of this client may take (``HEADWATER_TIMEOUT``, else 300); for workers that are alive it waits longer
+    (``HEADWATER_STEP_TIMEOUT``, else 1800).
 
     Raises ``Unreachable``, ``AuthenticationFailed``, ``RankTaken``, ``DeadlineExceeded``, ``UsageError``.
     """
@@ -159,13 +160,14 @@ def _join(
 ) -> Client:
     from headwater.client.client import Client  # with torch, which a reader of versions can do without
 
-    patience = float(os.environ.get("HEADWATER_TIMEOUT", "300")) if timeout is None else timeout
+    patience = _seconds("HEADWATER_TIMEOUT", 300.0) if timeout is None else timeout
+    longer = _seconds("HEADWATER_STEP_TIMEOUT", 1800.0)
     if role == "worker":
         rank = _number("HEADWATER_RANK") if rank is None else rank
         world = _number("HEADWATER_WORLD_SIZE") if world is None else world
     dial = dial_for(address, patience, servers)
     run = os.environ.get("HEADWATER_RUN", "")
-    client = Client(dial, role=role, rank=rank, world=world, timeout=patience, run=run)
+    client = Client(dial, role=role, rank=rank, world=world, timeout=patience, step_timeout=longer, run=run)
     client.address, client.thread = _target(address), threading.get_ident()
     if client.address != OWN:
         client.names = _names.setdefault((client.address, client.rank), client.names)
@@ -197,6 +199,17 @@ def _number(name: str) -> int | None:
     if not text.isdigit():
         raise UsageError(f"{name}={text!r} is not a number")
     return int(text)
+
+
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name)
+    try:
+        found = float(text) if text else default
+    except ValueError:
+        found = -1.0
+    if not 0 < found < float("inf"):
+        raise UsageError(f"{name}={text!r} is no number of seconds above 0; nothing was connected")
+    return found
 
 
 def _dial_inproc(name: str, servers: int) -> Dial:
