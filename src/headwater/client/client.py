@@ -36,6 +36,7 @@ from headwater.errors import (
     UnknownTable,
     UsageError,
 )
+from headwater.transports import forks
 from headwater.transports.address import host_identity
 from headwater.types import Async, Bulk, Claim, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
 from headwater.wire import messages as m
@@ -91,7 +92,7 @@ class Client:
         self.servers: dict[int, Session] = {}
         self.recoveries = 0
         self._dial = dial
-        self._closed = False
+        self._closed = self._abandoned = False
         self._steps = self._stale_sum = self._stale_max = self._stale_last = self._lag_max = 0
         self._waited = 0.0
         self._away = False  # inside ``_aside``
@@ -115,6 +116,8 @@ class Client:
     @interrupts.deferred
     def reach(self, session: Session) -> None:
         """Connect to a shard, if that has not happened yet. Raises as ``recover``."""
+        if self._abandoned:
+            raise forks.refusal()
         if session.link is None:
             self._reach(session, self.runtime.now() + self.timeout, None)
 
@@ -487,6 +490,10 @@ class Client:
         """Asked for in this process, perhaps once more: it leaves when it was closed as often."""
         self._holders += 1
         return self
+
+    def abandon(self) -> None:
+        """In a forked child: it is its parent's. What has been sent and received is seen as it was."""
+        self._closed = self._abandoned = True
 
     def leave(self) -> None:
         """Close it, whoever has it."""
