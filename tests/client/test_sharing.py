@@ -13,6 +13,7 @@ import headwater
 from headwater.client import Client, connecting
 from headwater.errors import LinkBroken, UsageError
 from headwater.launch import Launcher
+from tests.patience import PATIENCE
 
 
 class User:
@@ -66,9 +67,9 @@ def test_it_stays_when_its_last_user_has_closed(name: str) -> None:
 @pytest.mark.usefixtures("worker")
 def test_who_connects_gets_it_and_does_not_take_it_away(name: str) -> None:
     client = connecting.shared(User())
-    with headwater.connect(timeout=50) as mine:
+    with headwater.connect(timeout=PATIENCE) as mine:
         assert mine is client
-        assert client.timeout == 50
+        assert client.timeout == PATIENCE
     mine.close()
     with pytest.raises(KeyError), headwater.connect(rank=0):
         raise KeyError
@@ -177,7 +178,7 @@ def test_threads_that_are_workers_have_their_own(name: str) -> None:
     for rank in (0, 1):
         thread = threading.Thread(target=life, args=(rank,))
         thread.start()
-        thread.join(20)
+        thread.join(PATIENCE)
     assert len(found) == 2
     for client in clients:
         client.close()

@@ -47,7 +47,7 @@ class Cluster:
 class FakeClient:
     """As much of a client as a sampler uses."""
 
-    timeout = 5.0
+    step_timeout = 5.0
     rests = 0
 
     def __init__(self, cluster: Cluster, session: int = 1) -> None:

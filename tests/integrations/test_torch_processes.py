@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import headwater
@@ -21,6 +22,7 @@ import os, sys, time
 import torch, headwater
 from pathlib import Path
 from torch import nn
+from safetensors.torch import save_file
 from tests.integrations.support import digest
 torch.set_num_threads(1)
 rank, folder = int(os.environ["HEADWATER_RANK"]), Path(sys.argv[1])
@@ -47,6 +49,7 @@ class Job:
 
     def __init__(self, folder: Path, cluster: Launcher | None) -> None:
         self.lines: dict[int, list[str]] = {}
+        self.heard: Callable[[str], None] = lambda text: None  # all that workers say
         self._folder = folder
         self._cluster = cluster
 
@@ -63,6 +66,7 @@ class Job:
             rank: int = getattr(process, "rank", 0)
             if stream == "stdout" and getattr(process, "role", "") == "worker":
                 self.lines[rank].append(text)
+            self.heard(text)
 
         return launch(words, servers=2, workers=workers, address=address, env=root | env, on_line=line)
 
@@ -250,3 +254,76 @@ def test_an_optimizer_that_could_not_be_made_leaves_nothing_open() -> None:
         headwater.Optimizer(model, torch.optim.SGD, lr=0.1, init=headwater.init.ones())
     with pytest.raises(UsageError, match="0 clients"):
         connecting.current()
+
+
+# ---- a worker that does something alone --------------------------------------------------------------------------
+
+SLOW = """
+model = linear(0, 4, 1)
+opt = headwater.Optimizer(model, torch.optim.SGD, lr=0.1)
+for step in range(3):
+    if rank == 0 and step == 1:
+        wait_for("warned")  # it evaluates and saves
+    train(model, opt, 1, torch.ones(4, 4))
+opt.close()
+if rank == 0:
+    wait_for("again")  # it makes the report of the first model before it begins the second
+other = headwater.Optimizer(linear(1, 4, 1), torch.optim.SGD, lr=0.1)
+say("done", opt.clock)
+"""
+
+
+def test_who_is_alive_is_waited_for_longer_than_the_timeout_and_named(job: Job, tmp_path: Path) -> None:
+    warned: list[str] = []
+
+    def heard(text: str) -> None:
+        if "waits for worker 0" in text:
+            warned.append(text)
+            (tmp_path / ("warned" if "step 2 of table 'model'" in text else "again")).touch()
+
+    job.heard = heard
+    assert job.run(SLOW, HEADWATER_TIMEOUT="2").code == 0
+    assert job.lines == {rank: ["done 3"] for rank in (0, 1)}
+    assert any("worker 1 waits for worker 0 at table 'model2'" in text for text in warned)
+
+
+# ---- children ----------------------------------------------------------------------------------------------------
+
+FORKS = """
+model = linear(0, 16, 4)
+opt = headwater.Optimizer(model, torch.optim.SGD, lr=0.1)
+x = torch.ones(8, 16)
+train(model, opt, 1, x)
+children = []
+with opt:
+    for code in ("sys.exit(0)", "save_file(model.state_dict(), folder / f'saved{rank}'); sys.exit(0)", "refused()"):
+        def refused():
+            try:
+                train(model, opt, 1, x)
+            except headwater.UsageError as error:
+                assert "was forked from process" in str(error)
+                sys.exit(0)
+            sys.exit("it trained")
+        child = os.fork()
+        if child == 0:
+            exec(code)
+        children.append(child)
+        train(model, opt, 1, x)
+    say(*[os.waitpid(child, 0)[1] for child in children], opt.clock, digest(model))
+"""
+
+
+def test_children_end_as_they_like_and_their_parent_trains_on(job: Job, tmp_path: Path) -> None:
+    assert job.run(FORKS).code == 0
+    states = []
+    model = linear(0, 16, 4)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(4):
+        model(torch.ones(8, 16)).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+        states.append(digest(model))
+    assert job.lines == {rank: [f"0 0 0 4 {states[-1]}"] for rank in (0, 1)}
+    for rank in (0, 1):
+        model.load_state_dict(load_file(tmp_path / f"saved{rank}"))
+        assert digest(model) == states[1], "as it was when the child was forked"

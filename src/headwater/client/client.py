@@ -19,6 +19,7 @@ from headwater.client import publication
 from headwater.client.control import Control, Dial
 from headwater.client.dense import Dense
 from headwater.client.naming import Names
+from headwater.client.patience import Patience
 from headwater.client.publication import Publication, publish
 from headwater.client.runtime import Runtime, Threads
 from headwater.client.session import Session
@@ -35,6 +36,7 @@ from headwater.errors import (
     UnknownTable,
     UsageError,
 )
+from headwater.transports import forks
 from headwater.transports.address import host_identity
 from headwater.types import Async, Bulk, Claim, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
 from headwater.wire import messages as m
@@ -78,17 +80,19 @@ class Client:
         rank: int | None = None,
         world: int | None = None,
         timeout: float,
+        step_timeout: float = 0.0,
         runtime: Runtime | None = None,
         run: str = "",
     ) -> None:
         self.timeout = timeout
+        self.patience = step_timeout
         self.runtime = runtime or Threads()
         self.session = self.runtime.token()
         self.tables: dict[str, Table] = {}
         self.servers: dict[int, Session] = {}
         self.recoveries = 0
         self._dial = dial
-        self._closed = False
+        self._closed = self._abandoned = False
         self._steps = self._stale_sum = self._stale_max = self._stale_last = self._lag_max = 0
         self._waited = 0.0
         self._away = False  # inside ``_aside``
@@ -112,6 +116,8 @@ class Client:
     @interrupts.deferred
     def reach(self, session: Session) -> None:
         """Connect to a shard, if that has not happened yet. Raises as ``recover``."""
+        if self._abandoned:
+            raise forks.refusal()
         if session.link is None:
             self._reach(session, self.runtime.now() + self.timeout, None)
 
@@ -157,7 +163,7 @@ class Client:
         if self._closed:
             raise LinkBroken("this client has closed the connection; what was not acknowledged may not be applied")
         raise DeadlineExceeded(
-            f"{session.name} could not be reached in time ({error}); "
+            f"{session.name} could not be reached within HEADWATER_TIMEOUT ({self.timeout:g} s): {error}; "
             "what was sent and not acknowledged may or may not be applied"
         )
 
@@ -200,6 +206,19 @@ class Client:
     def ask(self, message: m.Request, timeout: float | None = None) -> m.Reply:
         """Ask the coordinator, over as many connections as it takes. Raises what it was refused with, or a deadline."""
         return self._control.ask(message, timeout)
+
+    def ask_for_others(self, message: m.Request, patience: Patience) -> m.Reply:
+        """Ask the coordinator what it answers when other workers have come, however long that may take."""
+        while True:
+            try:
+                return self.ask(message, patience.left)
+            except DeadlineExceeded:
+                patience.look("the coordinator")
+
+    @property
+    def step_timeout(self) -> float:
+        """Seconds for which a worker that is alive is waited for."""
+        return max(self.timeout, self.patience)
 
     # ---- tables ------------------------------------------------------------------------------------
 
@@ -259,7 +278,7 @@ class Client:
         for p in spec.parameters:
             if p.init.kind == "values":
                 check_tensor(p, (values or {})[p.name])
-        declared = self.ask(m.Declare(spec, claim))
+        declared = self.ask_for_others(m.Declare(spec, claim), Patience(self, None, m.WhoIsLate(spec.name)))
         assert isinstance(declared, m.Declared)
         if known is not None and known.number == declared.table:
             return known
@@ -376,12 +395,12 @@ class Client:
         return dict(met.values) if isinstance(met, m.Met) else {}
 
     def _meet(self, name: str, value: bytes, timeout: float | None) -> m.Reply:
-        deadline = self.runtime.now() + (self.timeout if timeout is None else timeout)
         self._turns[name] += 1
-        with self._aside(deadline):
-            met = self.ask(m.Barrier(name, self._turns[name], value), max(0.0, deadline - self.runtime.now()))
+        patience = Patience(self, timeout, m.WhoIsLate(barrier=name))
+        with self._aside(patience.deadline):
+            met = self.ask_for_others(m.Barrier(name, self._turns[name], value), patience)
         # Nobody takes a step before all are waited for again.
-        self.ask(m.Barrier(name + _BACK, self._turns[name]), max(0.0, deadline - self.runtime.now()))
+        self.ask_for_others(m.Barrier(name + _BACK, self._turns[name]), patience)
         return met
 
     @contextlib.contextmanager
@@ -465,9 +484,12 @@ class Client:
     def _heartbeat(self) -> None:
         """On the coordinator's own connection, so that bulk traffic never delays it."""
         s = self.statistics()
-        clock = max((table.clock for table in list(self.tables.values())), default=0)
+        tables = list(self.tables.values())
+        clock = max((table.clock for table in tables), default=0)
+        reached = tuple((table.number, table.reached) for table in tables)
+        beat = m.Heartbeat(clock, s.pushed_bytes, s.pulled_bytes, s.staleness_last, tables=reached)
         with contextlib.suppress(HeadwaterError):  # whoever asks the coordinator something is told
-            self._control.notify(m.Heartbeat(clock, s.pushed_bytes, s.pulled_bytes, s.staleness_last))
+            self._control.notify(beat)
 
     @property
     def closed(self) -> bool:
@@ -488,6 +510,10 @@ class Client:
         """Asked for in this process, perhaps once more: it leaves when it was closed as often."""
         self._holders += 1
         return self
+
+    def abandon(self) -> None:
+        """In a forked child: it is its parent's. What has been sent and received is seen as it was."""
+        self._closed = self._abandoned = True
 
     def leave(self) -> None:
         """Close it, whoever has it."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from headwater import interrupts
 from headwater.client.control import Dial
 from headwater.errors import Unreachable, UsageError
-from headwater.transports import inproc
+from headwater.transports import forks, inproc
 from headwater.transports.address import Address, host_identity, parse
 from headwater.transports.stream import Handler, Link, StreamLink
 from headwater.transports.stream import connect as open_socket
@@ -46,7 +46,8 @@ def connect(
     servers in this process (without a name: one of its own). Default: ``HEADWATER_ADDRESS``, else ``inproc://``.
     ``rank`` and ``world`` default to ``HEADWATER_RANK`` and ``HEADWATER_WORLD_SIZE``; the token comes from
     ``HEADWATER_TOKEN`` or ``HEADWATER_TOKEN_FILE``. ``role``: ``"worker"`` or ``"reader"``. ``timeout``: seconds
-    that any wait of this client may take (``HEADWATER_TIMEOUT``, else 300).
+    that any wait of this client may take (``HEADWATER_TIMEOUT``, else 300); for workers that are alive it waits longer
+    (``HEADWATER_STEP_TIMEOUT``, else 1800).
 
     Raises ``Unreachable``, ``AuthenticationFailed``, ``RankTaken``, ``DeadlineExceeded``, ``UsageError``.
     """
@@ -72,7 +73,7 @@ def shared(user: object) -> Client:
     Raises ``UsageError`` if the script has opened several, and as ``connect``.
     """
     with _lock:
-        key = (_target(None), _number("HEADWATER_RANK"))
+        key = (_target(None), _place())
         found = _shared.get(key)
         if found is not None and not found.standing and not found.users:  # all of them are garbage
             found.client.let_go()
@@ -142,6 +143,7 @@ class _Shared:
 _lock = threading.RLock()
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 _shared: dict[tuple[str, int | None], _Shared] = {}
+_of_a_worker = False  # this process was forked from a worker of a cluster
 _names: dict[tuple[str, int], Names] = {}  # what each worker of each cluster has called its tables
 
 
@@ -154,9 +156,9 @@ def _workers() -> list[Client]:
 
 def _known(address: str | None, rank: int | None, servers: int) -> Client | None:
     """The client that this process has where it asks for another."""
-    asked = _number("HEADWATER_RANK") if rank is None else rank
+    asked = _place() if rank is None else rank
     target = _target(address)
-    found = _shared.get((_target(None), _number("HEADWATER_RANK")))
+    found = _shared.get((_target(None), _place()))
     if found is not None and not found.client.closed and servers == 1:
         same = address is None or (target == found.client.address and target != OWN)
         if same and asked in (None, found.client.rank):
@@ -171,13 +173,16 @@ def _join(
 ) -> Client:
     from headwater.client.client import Client  # with torch, which a reader of versions can do without
 
-    patience = float(os.environ.get("HEADWATER_TIMEOUT", "300")) if timeout is None else timeout
+    patience = _seconds("HEADWATER_TIMEOUT", 300.0) if timeout is None else timeout
+    longer = _seconds("HEADWATER_STEP_TIMEOUT", 1800.0)
     if role == "worker":
-        rank = _number("HEADWATER_RANK") if rank is None else rank
+        rank = _place() if rank is None else rank
         world = _number("HEADWATER_WORLD_SIZE") if world is None else world
     dial = dial_for(address, patience, servers)
+    if role == "worker" and _of_a_worker and _target(address) != OWN and rank is not None and rank == _place():
+        raise forks.refusal()  # it would take its parent's place
     run = os.environ.get("HEADWATER_RUN", "")
-    client = Client(dial, role=role, rank=rank, world=world, timeout=patience, run=run)
+    client = Client(dial, role=role, rank=rank, world=world, timeout=patience, step_timeout=longer, run=run)
     client.address, client.thread = _target(address), threading.get_ident()
     if client.address != OWN:
         client.names = _names.setdefault((client.address, client.rank), client.names)
@@ -185,11 +190,31 @@ def _join(
     return client
 
 
+def _in_child() -> None:
+    """A forked child has no client; the exit of its parent's is its parent's."""
+    global _lock, _of_a_worker
+    _lock = threading.RLock()
+    _of_a_worker = _of_a_worker or any(not c.closed and c.rank >= 0 and c.address != OWN for c in _clients)
+    for client in list(_clients):
+        client.abandon()
+    _clients.clear()
+    _shared.clear()
+    _names.clear()
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
 @atexit.register
 def _leave_at_exit() -> None:
     """A script that ended well finishes its last step; one that failed is lost, and the others are told so."""
     if getattr(sys, "last_value", None) is None:
         leave_all()
+
+
+def _place() -> int | None:
+    """The rank that this process was given."""
+    return _number("HEADWATER_RANK")
 
 
 def _target(address: str | None) -> str:
@@ -209,6 +234,17 @@ def _number(name: str) -> int | None:
     if not text.isdigit():
         raise UsageError(f"{name}={text!r} is not a number")
     return int(text)
+
+
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name)
+    try:
+        found = float(text) if text else default
+    except ValueError:
+        found = -1.0
+    if not 0 < found < float("inf"):
+        raise UsageError(f"{name}={text!r} is no number of seconds above 0; nothing was connected")
+    return found
 
 
 def _dial_inproc(name: str, servers: int) -> Dial:

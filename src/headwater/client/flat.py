@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -12,10 +13,11 @@ import torch
 from headwater import interrupts
 from headwater.cluster.placement import BLOCK, PAGE, Layout
 from headwater.errors import DeadlineExceeded
-from headwater.transports import memory
+from headwater.transports import forks, memory
 from headwater.types import ParameterSpec, TableSpec
 from headwater.wire.tensors import DTYPES
 
+log = logging.getLogger("headwater")
 PATIENCE = 10.0  # seconds: a server writes a block in milliseconds
 
 
@@ -57,6 +59,12 @@ class Gradients:
         else:
             self.flat = plain(size)
         self.bytes = _bytes(self.flat)
+        forks.watch(self)
+
+    def abandon(self) -> None:
+        """In a forked child: what it writes here is not what its parent pushes."""
+        if self.fd >= 0:
+            self._region.replace(0, memory.Piece(self.fd, 0, self.flat.numel()), self.flat.numel())
 
     def __del__(self) -> None:
         if self.fd >= 0:
@@ -80,6 +88,7 @@ class Values:
         self._truth = memory.Region(pieces, writable=own)
         self.flat = torch.frombuffer(self._private.buffer, dtype=torch.uint8)[:size]
         self.truth = torch.frombuffer(self._truth.buffer, dtype=torch.uint8)[:size]
+        forks.keep(self)
 
     @property
     def landing(self) -> memoryview:
@@ -89,6 +98,14 @@ class Values:
     def written(self) -> list[tuple[int, int]]:
         """Byte ranges, of whole pages, in which the script has written since they were dropped last."""
         return self._private.written()
+
+    def abandon(self) -> None:
+        """In a forked child: it sees what there is now, whatever arrives for its parent later."""
+        if self.size > memory.available_memory():
+            log.warning("no room for a copy of %d bytes of parameters: a forked child sees them change", self.size)
+            return
+        pages = self.flat.numpy()[::PAGE]
+        pages[:] = pages.copy()  # the kernel copies a page that is written
 
     def drop(self) -> None:
         """Throw away what the script wrote: it sees the truth again."""

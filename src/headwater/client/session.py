@@ -100,7 +100,10 @@ class Session:
                 return
             except DeadlineExceeded:
                 if there is None or self._runtime.now() >= deadline:
-                    raise
+                    raise DeadlineExceeded(
+                        f"{self.name} did not answer in time (HEADWATER_TIMEOUT, unless the call says how long it may "
+                        "take); what was asked may still happen. Is its process stopped, or its machine overloaded?"
+                    ) from None
                 if not there():
                     raise LinkBroken(f"{self.name} is not who serves the shard any more") from None
 

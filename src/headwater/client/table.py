@@ -13,6 +13,7 @@ import torch
 from headwater import interrupts
 from headwater.client.flat import Gradients, Mapped, Values, plain, views
 from headwater.client.part import Part, Span
+from headwater.client.patience import Patience
 from headwater.client.session import TURN
 from headwater.client.tickets import Alike, StepResult, Ticket
 from headwater.cluster.placement import Layout
@@ -22,6 +23,7 @@ from headwater.types import Async, Bulk, Hyper, ParameterSpec, Segment, Stale, T
 from headwater.wire import messages as m
 from headwater.wire.exact import clip_factor
 from headwater.wire.frames import Flag
+from headwater.wire.plans import ANY
 from headwater.wire.tensors import DTYPES, from_bytes, to_bytes
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class Table:
         self._index = {p.name: i for i, p in enumerate(self.spec.parameters)}
         self._open = False  # a step was ended and not yet waited for
         self._uncopied = False
+        self._meets = False  # waits for the mean of the step under way
         self._ticket: Ticket | None = None  # of the last step
         self.digest = 0  # of what every worker should have alike beside the table; 0: of nothing
         self._said = 0, 0  # the digest that was sent last, and the failures then
@@ -416,17 +419,35 @@ class Table:
     def _pump(self, what: str, timeout: float | None) -> None:
         now = self._client.runtime.now
         begun = now()
-        deadline = begun + (self._client.timeout if timeout is None else timeout)
+        patience = self._patience(what, timeout)
+        self._meets = what == "met"
         waiting = [part for part in self._parts if not getattr(part, what)()]
         turn = _FIRST
-        while waiting:
-            for part in waiting:
-                self._pump_part(part, getattr(part, what), deadline, turn)
-            waiting = [part for part in waiting if not getattr(part, what)()]
-            turn = min(2 * turn, TURN)
+        try:
+            while waiting:
+                for part in waiting:
+                    self._pump_part(part, getattr(part, what), patience, turn)
+                waiting = [part for part in waiting if not getattr(part, what)()]
+                turn = min(2 * turn, TURN)
+        finally:
+            self._meets = False
         self._client.waited(now() - begun)
 
-    def _pump_part(self, part: Part, done: Callable[[], bool], deadline: float, turn: float = TURN) -> None:
+    def _patience(self, what: str, timeout: float | None) -> Patience:
+        """For others: under ``Bulk`` until they have come to this step too, else until they are not too far behind."""
+        sync, clock = self.spec.sync, self.clock + (what == "met")
+        if isinstance(sync, Stale):
+            clock -= sync.bound
+        elif isinstance(sync, Async):
+            clock = 0 if sync.max_staleness is None else ANY
+        return Patience(self._client, timeout, m.WhoIsLate(self.spec.name, clock))
+
+    @property
+    def reached(self) -> int:
+        """The step that this worker has come to: the last that it ended, or the one whose mean it waits for."""
+        return self.clock + self._meets
+
+    def _pump_part(self, part: Part, done: Callable[[], bool], patience: Patience, turn: float = TURN) -> None:
         """Wait for one server for a turn: it may wait for another that is dead, or be dead itself without a sign.
 
         Another worker's death undoes a step; it is pushed again here, from the same memory. Steps of other tables too:
@@ -438,14 +459,14 @@ class Table:
             if table is self or table._open:  # noqa: SLF001 - another table, of this class
                 table._push_lost_again()  # noqa: SLF001
         try:
-            link.pump(lambda: done() or part.lost is not None, min(deadline, client.runtime.now() + turn))
+            link.pump(lambda: done() or part.lost is not None, min(patience.deadline, client.runtime.now() + turn))
         except LinkError as error:
-            client.recover(part.session, deadline, error)
+            client.recover(part.session, patience.deadline, error)
         except DeadlineExceeded:
-            if client.runtime.now() >= deadline:
-                raise
-            if turn == TURN and not client.still_there(part.session, deadline):
-                client.recover(part.session, deadline, DeadlineExceeded(f"{part.session.name} has another primary now"))
+            patience.look(part.session.name)
+            if turn == TURN and not client.still_there(part.session, patience.deadline):
+                moved = DeadlineExceeded(f"{part.session.name} has another primary now")
+                client.recover(part.session, patience.deadline, moved)
 
     def _push_lost_again(self) -> None:
         for part in self._parts:
@@ -476,11 +497,11 @@ class Table:
     def _wait_for(self, names: Iterable[str], timeout: float | None) -> None:
         """Streams: values arrive in the shards' order, so a parameter may be ready before the rest."""
         wanted = {self._index[name] for name in names}
-        deadline = self._client.runtime.now() + (self._client.timeout if timeout is None else timeout)
+        patience = self._patience("current", timeout)
         for part in self._parts:
             upto = max((s.end for s in part.segments if s.parameter in wanted), default=0)
             while upto and not part.current(upto):
-                self._pump_part(part, partial(part.current, upto), deadline)
+                self._pump_part(part, partial(part.current, upto), patience)
         self._raise_failed()
         if all(part.current() for part in self._parts):
             self._uncopied = False

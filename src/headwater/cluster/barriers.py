@@ -33,6 +33,10 @@ class Barriers:
         self._waiting.setdefault(message.name, {})[worker.rank] = (asker, message)
         self._check(message.name)
 
+    def at(self, name: str) -> set[int]:
+        """The ranks that wait there."""
+        return set(self._waiting.get(name, ()))
+
     def departed(self, rank: int, clean: bool) -> None:
         """A worker is gone. After a death nobody knows what the others wait for: they are told."""
         there = {member.join.session for member in self._desk.membership.workers.values()}

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from headwater.cluster import status
+from headwater.cluster import lateness, status
 from headwater.cluster.barriers import Barriers
 from headwater.cluster.dataplan import ALL, DataPlans
 from headwater.cluster.fleet import Fleet, Member, in_sync, members_of
@@ -207,6 +207,10 @@ class Coordinator:
                 if self.membership.rest(self._worker(asker.peer), message.away):
                     self._announce()
                 self.reply(asker, m.Rested(self.membership.epoch))
+            case m.WhoIsLate():
+                self._refuse_if_unserved()
+                who = self.membership.worker(asker.peer)
+                self.reply(asker, lateness.of(message, who, self.membership, self.tables, self.barriers))
             case m.Status():
                 self.reply(asker, self.status())
             case _ if isinstance(message, VersionRequest):

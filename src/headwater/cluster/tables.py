@@ -84,6 +84,10 @@ class Tables:
             raise UnknownTable(f"table {number} does not exist in this cluster")
         return self.by_number[number]
 
+    def named(self, name: str) -> Table | None:
+        """The table of this name, if there is one."""
+        return self.by_number.get(self._names.get(name, -1))
+
     # ---- declaring -------------------------------------------------------------------------------
 
     def declare(self, asker: Asker, spec: TableSpec, claim: Claim = "any") -> None:
@@ -112,7 +116,7 @@ class Tables:
         elif table.initialiser == asker.peer:  # asked again, say after a wrong value
             self._declared(asker, table, assign=True)
         else:
-            table.waiting.append(asker)
+            table.waiting = [other for other in table.waiting if other.peer != asker.peer] + [asker]  # asked again
             if table.state == "assigning" and table.initialiser is None:
                 self._pass_on(table)
 

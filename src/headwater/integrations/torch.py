@@ -7,6 +7,7 @@ the way of the values: ``Core.end`` → ``Table.step`` → ``Table.wait`` (torch
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import threading
 import weakref
@@ -40,6 +41,16 @@ def _close_at_exit() -> None:
     if getattr(sys, "last_value", None) is None:
         for optimizer in list(_OPEN):
             optimizer.close()
+
+
+def _in_child() -> None:
+    """A forked child ends for itself: its parent trains on."""
+    global _OPEN_LOCK
+    _OPEN_LOCK = threading.Lock()
+    _OPEN.clear()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 class Optimizer(torch.optim.Optimizer):

@@ -33,8 +33,8 @@ class Runtime(Protocol):
 class PlanClient(Protocol):
     """What a sampler needs of ``headwater.Client``."""
 
-    timeout: float
-
+    @property
+    def step_timeout(self) -> float: ...
     @property
     def tables(self) -> Mapping[str, Any]: ...
     @property
@@ -189,10 +189,11 @@ class ShardSampler(torch.utils.data.Sampler[int]):
                 return
             if (answer.epoch, answer.left) != seen:
                 seen, since = (answer.epoch, answer.left), runtime.now()
-            elif runtime.now() - since > client.timeout:
+            elif runtime.now() - since > client.step_timeout:  # who holds them is alive, else they were given back
                 raise DeadlineExceeded(
                     f"data plan {self.spec.name!r}: other workers hold the last {answer.left} samples of epoch "
-                    f"{answer.epoch}, and none was finished for {client.timeout:g} s; what this worker did is reported"
+                    f"{answer.epoch}, and none was finished for {client.step_timeout:g} s (HEADWATER_STEP_TIMEOUT); "
+                    "what this worker did is reported"
                 )
             runtime.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)

@@ -18,7 +18,7 @@ from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken
 from headwater.server import COORDINATOR
 from headwater.server.node import Setting
 from headwater.server.server import Server
-from headwater.transports import inproc
+from headwater.transports import forks, inproc
 from headwater.transports.stream import Handler, Link
 from headwater.wire import messages as m
 from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
@@ -128,6 +128,8 @@ class InprocLink:
         self._hub = hub
         self._handler = handler
         self._error: HeadwaterError | None = None
+        self._abandoned = False
+        forks.watch(self)
 
     @property
     def error(self) -> HeadwaterError | None:
@@ -157,7 +159,9 @@ class InprocLink:
 
     @interrupts.deferred
     def pump(self, done: Callable[[], bool], deadline: float) -> None:
-        while True:
+        if self._abandoned and not done():
+            raise forks.refusal()
+        while not self._abandoned:
             with self._hub.lock:
                 if done():
                     return
@@ -172,8 +176,14 @@ class InprocLink:
     def prefetch(self, done: Callable[[], bool]) -> None:
         """Nothing to do: what arrives has arrived."""
 
+    def abandon(self) -> None:
+        """In a forked child, where the hub is a copy that a thread may have left in the middle of something."""
+        self._error, self._abandoned = forks.refusal(), True
+
     @interrupts.deferred
     def close(self) -> None:
+        if self._abandoned:
+            return
         if self._error is None:
             self._error = LinkBroken("this client has closed the connection")
         with contextlib.suppress(HeadwaterError):

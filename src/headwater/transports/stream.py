@@ -27,6 +27,7 @@ from headwater.errors import (
     ProtocolError,
     Unreachable,
 )
+from headwater.transports import forks
 from headwater.transports.address import Address, family
 from headwater.transports.receiver import Arrived, Receiver, descriptors
 from headwater.wire import auth
@@ -130,6 +131,8 @@ class StreamLink:
         self._poller = select.poll()
         self._poller.register(sock.fileno(), select.POLLIN)
         self._error: HeadwaterError | None = None
+        self._abandoned = False
+        forks.watch(self)
         self._reading = threading.RLock()
         self._arrived = threading.Condition()
         self._waiters = 0
@@ -313,6 +316,8 @@ class StreamLink:
     @interrupts.deferred
     def close(self) -> None:
         """Close, and end the threads: one that runs on while Python ends, and then frees a tensor, aborts it."""
+        if self._abandoned:
+            return
         if self._error is None:
             self._error = LinkBroken("this client has closed the connection")
         self._shut()
@@ -323,6 +328,12 @@ class StreamLink:
             if thread is not None and thread is not threading.current_thread():
                 thread.join(LAST)
         self._backlog.clear()
+
+    def abandon(self) -> None:
+        """In a forked child: the parent goes on with the connection, this process has none."""
+        self._error, self._abandoned = forks.refusal(), True
+        with contextlib.suppress(OSError):
+            os.close(self._sock.detach())  # without a shutdown, which would be the parent's too
 
     def _shut(self) -> None:
         with contextlib.suppress(OSError):

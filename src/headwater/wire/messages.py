@@ -12,10 +12,12 @@ import msgspec
 from headwater.errors import HeadwaterError, ProtocolError, from_code
 from headwater.types import Claim, Hyper, TableSpec
 from headwater.wire.plans import Aside as Aside
+from headwater.wire.plans import Late as Late
 from headwater.wire.plans import PlanChunk as PlanChunk
 from headwater.wire.plans import PlanNext as PlanNext
 from headwater.wire.plans import Rest as Rest
 from headwater.wire.plans import Rested as Rested
+from headwater.wire.plans import WhoIsLate as WhoIsLate
 from headwater.wire.statuses import ClusterStatus as ClusterStatus
 from headwater.wire.statuses import ModelStatus as ModelStatus
 from headwater.wire.statuses import RelayStatus as RelayStatus
@@ -366,7 +368,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     staleness: int = 0
     nbytes: int = 0
     sessions: int = 0
-    tables: tuple[tuple[int, int], ...] = ()  # (table, clock)
+    tables: tuple[tuple[int, int], ...] = ()  # (table, clock; of a worker: the step that it has come to)
     shards: tuple[tuple[int, int, int], ...] = ()  # (shard, LSN, lag) of those it is the primary of
     server: int = -1  # servers, whose heartbeats have a connection of their own,
     session: int = 0  # and the incarnation that proves whose they are
@@ -497,6 +499,7 @@ Request = (
     | PlanNext
     | Rest
     | Aside
+    | WhoIsLate
     | VersionRequest
 )
 Reply = (
@@ -515,6 +518,7 @@ Reply = (
     | Following
     | PlanChunk
     | Rested
+    | Late
     | VersionReply
 )
 Notice = Members | Ready | Commit | Heartbeat | Drop | View | Synced | Suspect | Cut | CutDone | VersionNotice

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+ANY = 1 << 62
+
 
 class PlanNext(msgspec.Struct, frozen=True, tag="plan_next"):
     """Worker to coordinator: my next chunk of the plan ``name``, please; and these I have finished.
@@ -64,3 +66,23 @@ class Rested(msgspec.Struct, frozen=True, tag="rested"):
     """``members``: the membership epoch from which on it holds."""
 
     members: int
+
+
+class WhoIsLate(msgspec.Struct, frozen=True, tag="who_is_late"):
+    """Worker to coordinator: I wait for others; for whom? Answered by ``Late``.
+
+    At a barrier, if ``barrier`` names one; else for the first values of a table, or until all have come to step
+    ``clock`` of it (``ANY``: until one of the others gets on).
+    """
+
+    table: str = ""
+    clock: int = 0
+    barrier: str | None = None
+
+
+class Late(msgspec.Struct, frozen=True, tag="late"):
+    """Ranks that are waited for, by whether they are there; ``shards`` that have not made the table yet."""
+
+    alive: tuple[int, ...] = ()
+    absent: tuple[int, ...] = ()
+    shards: tuple[int, ...] = ()
