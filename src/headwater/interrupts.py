@@ -55,8 +55,8 @@ class _Handlers:
         seen = list(map(getsignal, _NUMBERS))
         if seen != self._seen:
             self._look(seen)
-        self.held = True
         try:
+            self.held = True
             list(map(set_handler, self._numbers, self._notes))  # one call: nothing runs between two of them
         except BaseException:
             self.held = False

@@ -220,14 +220,14 @@ def test_a_payload_byte_that_flips_on_the_way_is_noticed_by_either_side(
     send = StreamLink._send_now
     flips = 2
 
-    def flip(self: StreamLink, parts: list[memoryview], fds: tuple[int, ...] = ()) -> None:
+    def flip(self: StreamLink, parts: list[memoryview], fds: tuple[int, ...] = (), flags: int = 0) -> list[memoryview]:
         nonlocal flips
         if parts[0][5] == Kind.PUSH and len(parts) > 1 and flips:
             flips -= 1
             damaged = bytearray(parts[1])
             damaged[len(damaged) // 2] ^= 1
             parts = [parts[0], memoryview(damaged)]
-        send(self, parts, fds)
+        return send(self, parts, fds, flags)
 
     monkeypatch.setattr(StreamLink, "_send_now", flip)
     w.push(torch.ones(50_000)).wait()  # sent again over another connection

@@ -254,6 +254,7 @@ class Client:
         return Dense(self.table(spec), self.rank)
 
     @interrupts.deferred
+    @torch.inference_mode(False)  # memory that is written later, outside of it
     def table(self, spec: TableSpec, values: Mapping[str, torch.Tensor] | None = None, claim: Claim = "any") -> Table:
         """A table of many parameters.
 

@@ -591,7 +591,7 @@ class Table:
         if piece.ndim != 1 or piece.numel() == p.numel:
             slots[slot.name] = piece
             return
-        whole = slots.setdefault(slot.name, torch.zeros(p.numel, dtype=piece.dtype))
+        whole = slots.setdefault(slot.name, torch.zeros(p.numel, dtype=piece.dtype, device="cpu"))
         whole[slot.start : slot.start + piece.numel()] = piece
 
     @interrupts.deferred

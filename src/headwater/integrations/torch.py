@@ -114,6 +114,7 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     @interrupts.deferred
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: Any,

@@ -128,7 +128,7 @@ def write(buffer: torch.Tensor, value: torch.Tensor) -> None:
             return
         span = 1 + sum((size - 1) * stride for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
         flat = buffer.detach().as_strided((span,), (1,))
-        index = torch.arange(span).as_strided(buffer.shape, buffer.stride())
+        index = torch.arange(span, device="cpu").as_strided(buffer.shape, buffer.stride())
         # What shares memory was contributed alike by each worker, and so is averaged alike.
         flat[index.reshape(-1).to(buffer.device)] = value.reshape(-1).to(buffer.device, buffer.dtype)
 

@@ -308,6 +308,11 @@ def _renew(held: Held | None) -> None:
         held.renewed()
 
 
+def _as_tensor(value: Any) -> torch.Tensor:
+    """Of a number: not of the script's default dtype, which may not hold it."""
+    return torch.as_tensor(value, dtype=torch.float32 if isinstance(value, float) else None, device="cpu")
+
+
 def _as_state(slot: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Of a complex parameter a table holds state as pairs."""
     pairs = parameter.is_complex() and slot.shape == (*parameter.shape, 2)
@@ -316,5 +321,5 @@ def _as_state(slot: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """One parameter's state as tensors; older torch kept step counts as numbers and absent buffers as None."""
-    found = {name: torch.as_tensor(value, device="cpu") for name, value in state.items() if value is not None}
+    found = {name: _as_tensor(value) for name, value in state.items() if value is not None}
     return {name: as_kept(value) if value.is_complex() else value for name, value in found.items()}

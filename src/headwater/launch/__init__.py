@@ -1,11 +1,24 @@
-"""Start a cluster and its workers on this machine."""
+"""Start a cluster and its workers on this machine. Names load on first use, as those of ``headwater``."""
 
 from __future__ import annotations
 
-from headwater.launch.local import Launcher, address_of, cores, launch
-from headwater.launch.outcome import Outcome
-from headwater.launch.process import Process
-from headwater.launch.shape import Shape
-from headwater.launch.streams import Sturdy
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headwater.launch.local import Launcher, address_of, cores, launch
+    from headwater.launch.outcome import Outcome
+    from headwater.launch.process import Process
+    from headwater.launch.shape import Shape
+    from headwater.launch.streams import Sturdy
 
 __all__ = ["Launcher", "Outcome", "Process", "Shape", "Sturdy", "address_of", "cores", "launch"]
+
+_HOME = {"Outcome": "outcome", "Process": "process", "Shape": "shape", "Sturdy": "streams"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'local')}"), name)
+    return found

@@ -12,6 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import torch
+
 from headwater import interrupts
 from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken
@@ -58,7 +60,7 @@ class InprocHub:
 
     def deliver(self, link: InprocLink, frame: Frame) -> None:
         """A client's frame, and everything that follows from it."""
-        with self.lock:
+        with self.lock, _as_in_a_process_of_its_own():
             if link.target == _TO_COORDINATOR:
                 self._say(_TO_COORDINATOR, self._coordinator.receive(link.peer, frame, time.monotonic()))
             else:
@@ -188,6 +190,18 @@ class InprocLink:
             self._error = LinkBroken("this client has closed the connection")
         with contextlib.suppress(HeadwaterError):
             self._hub.disconnect(self)
+
+
+def _as_in_a_process_of_its_own() -> contextlib.AbstractContextManager[object]:
+    """Torch as a server finds it, whatever the script has set: a default device, autocast, inference mode."""
+    modes = torch._C._len_torch_function_stack()  # noqa: SLF001 - torch has no other name
+    if not modes and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu"):
+        return contextlib.nullcontext()
+    plain = contextlib.ExitStack()
+    plain.enter_context(torch._C.DisableTorchFunction())  # noqa: SLF001
+    plain.enter_context(torch.inference_mode(False))
+    plain.enter_context(torch.autocast("cpu", enabled=False))
+    return plain
 
 
 _hubs: dict[str, InprocHub] = {}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from typing import IO, TYPE_CHECKING, cast
 
-from rich.console import Console
-from rich.text import Text
-
 from headwater.launch.streams import Sturdy
+
+_state = random.getstate()
+from rich.console import Console  # noqa: E402 - its import draws from Python's generator, which is the script's
+from rich.text import Text  # noqa: E402
+
+random.setstate(_state)
 
 if TYPE_CHECKING:
     from headwater.launch.process import Process, Stream

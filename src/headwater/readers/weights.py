@@ -54,7 +54,7 @@ class Weights(Mapping[str, torch.Tensor]):
         mapped.ensure(at, at + parameter.nbytes)
         dtype = DTYPES[parameter.dtype]
         if not parameter.numel:
-            return torch.empty(parameter.shape, dtype=dtype)
+            return torch.empty(parameter.shape, dtype=dtype, device="cpu")
         flat = torch.frombuffer(mapped.buffer, dtype=dtype, count=parameter.numel, offset=at)
         return flat.view(parameter.shape)
 

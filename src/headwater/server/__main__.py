@@ -154,7 +154,9 @@ def run_server(args: argparse.Namespace, token: bytes | None, outliving: Outlivi
     from headwater.server.hosts import Heart, ServerHost
     from headwater.server.node import Setting
     from headwater.server.server import Server
+    from headwater.server.tables import dense
 
+    dense.own_process = True
     folder = Folder(Path(args.data)) if args.data else None
     asked = addresses.parse(args.listen)
     tcp = listen(asked, token)

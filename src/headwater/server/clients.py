@@ -42,7 +42,7 @@ class _Link:
         self.session: int | None = None
         self.asked = 0  # the request that opens the session
         self.shared: dict[int, memory.Region] = {}  # by table: the client's gradients
-        self.scratch = torch.empty(0, dtype=torch.uint8)  # for a payload that is used at once
+        self.scratch = torch.empty(0, dtype=torch.uint8, device="cpu")  # for a payload that is used at once
         self.landed: dict[int, torch.Tensor] = {}  # by id of the frame: payloads that are not used yet
 
 
@@ -90,9 +90,9 @@ class Clients:
         # One receive call may complete several small frames before the first is acted on: each lands apart.
         target = link.scratch
         if link.landed:
-            target = torch.empty(frame.length, dtype=torch.uint8)
+            target = torch.empty(frame.length, dtype=torch.uint8, device="cpu")
         elif target.numel() < frame.length:
-            target = link.scratch = torch.empty(kept.limit, dtype=torch.uint8)
+            target = link.scratch = torch.empty(kept.limit, dtype=torch.uint8, device="cpu")
         link.landed[id(frame)] = target[: frame.length]
         return view(link.landed[id(frame)])
 

@@ -65,7 +65,7 @@ class Lending:
 
     def _make(self, table: int, index: int, size: int) -> Buffer | None:
         if not self._share:
-            return Buffer(table, index, torch.zeros(size, dtype=torch.uint8), -1)
+            return Buffer(table, index, torch.zeros(size, dtype=torch.uint8, device="cpu"), -1)
         try:
             fd = memory.create(f"log.{table}.{index}", size)
         except NotEnoughMemory:

@@ -494,7 +494,7 @@ class Node:
     def _allocate(self, spec: TableSpec, blocks: tuple[Block, ...], size: int) -> Kept:
         limit = max((block.size for block in blocks), default=0)
         if not self._setting.share:
-            values = torch.zeros(size, dtype=torch.uint8)
+            values = torch.zeros(size, dtype=torch.uint8, device="cpu")
             return Kept(spec, blocks, values, view(values), None, (), limit)
         count = -(-size // BLOCK)
         fd = memory.create(spec.name[:64], size)

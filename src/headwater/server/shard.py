@@ -260,7 +260,7 @@ class Shard(Replica):
         """Where the bytes of a session's pushes wait when they cannot be applied on arrival."""
         gradients = self.session(session).gradients
         if table not in gradients:
-            gradients[table] = torch.zeros(self.table(table).size, dtype=torch.uint8)
+            gradients[table] = torch.zeros(self.table(table).size, dtype=torch.uint8, device="cpu")
         return gradients[table]
 
     # ---- pushes ----------------------------------------------------------------------------------
@@ -374,7 +374,7 @@ class Shard(Replica):
         contributions, divide = self._contributions(table), self._divide(table)
         if not table.marks and not any(part.merged for part in gathering.seated()):
             table.marks = look(table)  # while each one's gradient is its own
-        mean = torch.zeros(table.size, dtype=torch.uint8)
+        mean = torch.zeros(table.size, dtype=torch.uint8, device="cpu")
         if contributions:
             table.dense.aggregate(contributions, divide, mean, gradients=True)
         ranges = r.union([span for c in contributions for span in c.ranges])
@@ -442,7 +442,7 @@ class Shard(Replica):
         table = self.tables[record.body.table]
         aggregate = self._memory.lend(table.number, table.size, record.lsn, self.log.accepted_by_all)
         if aggregate is None:
-            aggregate = torch.zeros(table.size, dtype=torch.uint8)
+            aggregate = torch.zeros(table.size, dtype=torch.uint8, device="cpu")
         if record.contributions:
             table.dense.aggregate(record.contributions, record.divide, aggregate)
         record.gradient, record.contributions, record.divide = aggregate, None, 1

@@ -86,7 +86,7 @@ class Upstream:
         if frame.kind == Kind.STATE and not frame.flags & Flag.WANT:
             if frame.length > MOST * (size + 4096):
                 raise ProtocolError(f"{frame.length} bytes of state for a table of {size}; nothing was allocated")
-            target = self._landed[id(frame)] = torch.empty(frame.length, dtype=torch.uint8)
+            target = self._landed[id(frame)] = torch.empty(frame.length, dtype=torch.uint8, device="cpu")
             return s.view(target)
         next_ = frame.kind == Kind.STATE or frame.lsn == self._received + 1
         if frame.start + frame.length > size or not (next_ and 0 <= frame.lsn - self.shard.lsn <= AHEAD):
@@ -107,7 +107,7 @@ class Upstream:
         found = self._buffers.get(lsn)
         if found is None:
             free = self._free.get(table)
-            found = self._buffers[lsn] = free.pop() if free else torch.zeros(size, dtype=torch.uint8)
+            found = self._buffers[lsn] = free.pop() if free else torch.zeros(size, dtype=torch.uint8, device="cpu")
         if len(found) != size:
             raise ProtocolError(f"record {lsn} is of one table with {len(found)} bytes, and of one with {size}")
         return found
@@ -275,7 +275,7 @@ class Upstream:
                 self.shard.begin_table(body)
             case s.BlockState():
                 self._apply(frame.lsn)
-                self._block(body, self._landed.pop(id(frame), torch.empty(0, dtype=torch.uint8)))
+                self._block(body, self._landed.pop(id(frame), torch.empty(0, dtype=torch.uint8, device="cpu")))
                 self._blocks += 1
                 return [self._accept()]
             case s.Finished():

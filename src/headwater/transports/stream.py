@@ -165,20 +165,20 @@ class StreamLink:
         parts = [memoryview(head)] + ([payload] if payload is not None else [])
         with self._sending:
             if not self._backlog and (payload is None or len(payload) <= INLINE):
-                parts, fds = self._send_now(parts, fds)
+                try:  # the caller never waits for the other side to take it: the sender thread does
+                    parts, fds = self._send_now(parts, fds, socket.MSG_DONTWAIT), ()
+                except BlockingIOError:
+                    pass
+                except OSError as error:
+                    raise self._break(error) from None
             if parts:
                 self._backlog.append((parts, fds))
                 self._start_sender()
                 self._has_backlog.notify()
 
-    def _send_now(self, parts: list[memoryview], fds: tuple[int, ...]) -> tuple[list[memoryview], tuple[int, ...]]:
-        """What the other side does not take at once: the caller never waits for it, the sender thread does."""
-        try:
-            return _rest(parts, self._sock.sendmsg(parts, descriptors(fds), socket.MSG_DONTWAIT)), ()
-        except BlockingIOError:
-            return parts, fds
-        except OSError as error:
-            raise self._break(error) from None
+    def _send_now(self, parts: list[memoryview], fds: tuple[int, ...], flags: int = 0) -> list[memoryview]:
+        """One send call; what is left of the parts."""
+        return _rest(parts, self._sock.sendmsg(parts, descriptors(fds), flags))
 
     def _start_sender(self) -> None:
         if self._sender is None:
@@ -203,7 +203,7 @@ class StreamLink:
         try:
             # outside the lock: the entry stays in the backlog, so nobody overtakes it
             while parts:
-                parts, fds = _rest(parts, self._sock.sendmsg(parts, descriptors(fds))), ()
+                parts, fds = self._send_now(parts, fds), ()
         except OSError as error:
             self._break(error)
             return False

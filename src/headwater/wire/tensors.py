@@ -61,5 +61,5 @@ def from_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     if dtype not in DTYPES or min(shape, default=0) < 0 or len(data) != math.prod(shape) * ITEMSIZE[dtype]:
         raise ShapeMismatch(f"{len(data)} bytes do not make a tensor of shape {shape} and dtype {dtype}")
     if not data:
-        return torch.empty(shape, dtype=DTYPES[dtype])
+        return torch.empty(shape, dtype=DTYPES[dtype], device="cpu")
     return torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).view(shape)

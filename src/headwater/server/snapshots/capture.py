@@ -78,7 +78,8 @@ class TableCut:
                     part = memory[segment.offset : segment.end].view(dtype)
                     yield Piece(self.table, segment.parameter, slot, segment.start, part)
             if count:
-                yield Piece(self.table, segment.parameter, COUNT, segment.start, torch.tensor(count), whole=True)
+                number = torch.tensor(count, dtype=torch.int64, device="cpu")
+                yield Piece(self.table, segment.parameter, COUNT, segment.start, number, whole=True)
         yield from self._loose_pieces()
 
     def _loose_pieces(self) -> Iterator[Piece]:

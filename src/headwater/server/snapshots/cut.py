@@ -36,7 +36,7 @@ _TODO, _BUSY, _DONE = range(3)
 def anonymous(size: int) -> torch.Tensor:
     """Memory of its own, in huge pages where the kernel has them: a tenth of the page faults."""
     if not size:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     room = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         room.madvise(mmap.MADV_HUGEPAGE)
@@ -100,7 +100,7 @@ class Cut:
         """This is the moment: what the memory holds now is what the cut will hold."""
         since = time.perf_counter()
         with self._turn:
-            self.loose = [torch.empty(each.tensor.shape, dtype=each.tensor.dtype) for each in loose]
+            self.loose = [torch.empty(each.tensor.shape, dtype=each.tensor.dtype, device="cpu") for each in loose]
             self._rest = [(x.lo, x.hi, copy, x.tensor) for x, copy in zip(loose, self.loose, strict=True)]
             self._marks.extend(bytes(len(loose)))
             self._left += len(loose)

@@ -37,7 +37,7 @@ class Snapshot(Opened):
 
     def read(self, name: str, parameter: int, slot: str, start: int, stop: int) -> torch.Tensor:
         """Elements ``start:stop`` of a flattened parameter or slot. Where nothing was stored, zero."""
-        out = torch.zeros(stop - start, dtype=self.dtype(name, parameter, slot))
+        out = torch.zeros(stop - start, dtype=self.dtype(name, parameter, slot), device="cpu")
         self.read_into(name, parameter, slot, start, out)
         return out
 
@@ -86,7 +86,7 @@ class Snapshot(Opened):
         place.file.read(begin, begin + len(out) * size, _memory(out))
 
     def _load(self, place: Place) -> torch.Tensor:
-        out = torch.empty(place.entry.shape, dtype=DTYPES[place.entry.dtype])
+        out = torch.empty(place.entry.shape, dtype=DTYPES[place.entry.dtype], device="cpu")
         place.file.read(place.entry.begin, place.entry.end, _memory(out.view(-1)))
         return out
 

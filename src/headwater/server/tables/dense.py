@@ -33,6 +33,9 @@ SERIAL = 256 << 10
 """Bytes up to which a shard steps on one thread: torch's fused kernels call every thread for any size, and on
 busy cores the others arrive milliseconds later."""
 
+own_process = False
+"""Whether the number of torch's threads is the server's to change: in a script's process it is the script's."""
+
 REPORT = 4 << 20
 """Bytes between two calls of ``after_block``."""
 
@@ -122,7 +125,7 @@ class DenseShard:
             ShapeMismatch: a contribution does not fit the shard; nothing was applied.
         """
         plan = self._planner.plan(contributions)
-        threads = torch.get_num_threads() if self.size <= SERIAL else 1
+        threads = torch.get_num_threads() if self.size <= SERIAL and own_process else 1
         if threads > 1:
             torch.set_num_threads(1)
         try:
@@ -219,7 +222,7 @@ class DenseShard:
             return
         for _, name, _, tensor in slots:
             if name not in self._memory.slots:
-                self._memory.slots[name] = torch.zeros(self.size, dtype=torch.uint8)
+                self._memory.slots[name] = torch.zeros(self.size, dtype=torch.uint8, device="cpu")
             self._memory.slots[name][start:stop] = tensor
 
     @property
@@ -287,7 +290,7 @@ class DenseShard:
         self._kernels = {key: kernel(name, self._groups[key[0]], DTYPES[key[1]]) for key in keys}
         for slot in dict.fromkeys(slot for step in self._kernels.values() for slot in step.slots):
             if slot not in self._memory.slots:
-                self._memory.slots[slot] = torch.zeros(self.size, dtype=torch.uint8)
+                self._memory.slots[slot] = torch.zeros(self.size, dtype=torch.uint8, device="cpu")
                 self._fill_initial(slot)
         if before != [self._manner(key) for key in keys]:
             self._planner.forget()
@@ -332,7 +335,7 @@ class DenseShard:
             step = self._kernels[key]
             if count and step.has_step and segment.parameter not in seen:
                 seen.add(segment.parameter)
-                yield segment.parameter, "step", 0, torch.tensor(float(count))
+                yield segment.parameter, "step", 0, torch.tensor(float(count), dtype=torch.float32, device="cpu")
             for name in step.slots if count else ():
                 yield segment.parameter, name, segment.start, self._flat(name, segment)
 

@@ -89,7 +89,7 @@ class Generic:
         for batch in self._batches:
             for part in batch.parts:
                 for name, value in batch.optimizer.state.get(part.tensor, {}).items():
-                    slot = torch.as_tensor(value)
+                    slot = torch.as_tensor(value, device="cpu")
                     whole = slot.shape != part.tensor.shape and slot.dim() == 0
                     if not whole:
                         found.append((part.parameter, name, part.start, slot))
@@ -108,7 +108,7 @@ class Generic:
     def read_block(self, start: int, stop: int) -> list[Slot]:
         """The state of the parts in bytes ``start:stop``: (shard-local byte of the part, name, 0, tensor)."""
         return [
-            (part.offset, name, 0, torch.as_tensor(value))
+            (part.offset, name, 0, torch.as_tensor(value, device="cpu"))
             for batch in self._batches
             for part in batch.parts
             if start <= part.offset < stop
@@ -235,7 +235,7 @@ class Generic:
         """Scratch memory for the aggregate of a batch."""
         have = self._scratch.get(dtype)
         if have is None or len(have) < batch.elements:
-            self._scratch[dtype] = have = torch.empty(batch.elements, dtype=dtype)
+            self._scratch[dtype] = have = torch.empty(batch.elements, dtype=dtype, device="cpu")
         return have
 
 

@@ -80,7 +80,7 @@ def _generator(seed: int, name: str, chunk: int) -> torch.Generator:
 
 def _draw(init: Init, count: int, generator: torch.Generator) -> torch.Tensor:
     """``count`` float32 numbers, drawn in float32 for every dtype."""
-    drawn = torch.empty(count)
+    drawn = torch.empty(count, dtype=torch.float32, device="cpu")
     if init.kind == "uniform":
         return drawn.uniform_(init.a, init.b, generator=generator)
     if init.kind == "normal":

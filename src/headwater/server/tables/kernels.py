@@ -45,7 +45,7 @@ class Cohort:
 
     def __init__(self, count: int = 0) -> None:
         self.count = count
-        self.step = torch.tensor(float(count))
+        self.step = torch.tensor(float(count), dtype=torch.float32, device="cpu")
 
     def advance(self) -> None:
         self.count += 1
@@ -177,7 +177,7 @@ def _cut(fused: bool, eps: float, dtype: torch.dtype) -> Cut:
 
 def _steps_before(cohort: Cohort, pieces: int) -> Tensors:
     """Unfused torch functions count the step themselves: they get the count before it, one tensor per piece."""
-    return [torch.tensor(float(cohort.count - 1)) for _ in range(pieces)]
+    return [torch.tensor(float(cohort.count - 1), dtype=torch.float32, device="cpu") for _ in range(pieces)]
 
 
 def aggregate(out: torch.Tensor, sources: Tensors, divide: int, scale: float | None) -> None:

@@ -93,7 +93,7 @@ class Memory:
     def scratch(self, dtype: torch.dtype) -> torch.Tensor:
         """``BLOCK`` elements of reused memory."""
         if dtype not in self._scratch:
-            self._scratch[dtype] = torch.zeros(BLOCK, dtype=dtype)
+            self._scratch[dtype] = torch.zeros(BLOCK, dtype=dtype, device="cpu")
         return self._scratch[dtype]
 
 
