@@ -500,7 +500,7 @@ def test_after_the_loss_of_a_worker_the_rest_step_on_by_themselves_as_one_proces
     def life(client: Client) -> None:
         plain, model = Norm(), Norm()
         reference = torch.optim.SGD(plain.parameters(), lr=0.1)
-        opt = headwater.Optimizer(model, torch.optim.SGD, lr=0.1, client=client)
+        opt = headwater.Optimizer(model, torch.optim.SGD, lr=0.1, client=client, overlap=True)
         client.barrier("ready")
         if client.rank == 1:
             assert stepped.wait(PATIENCE)

@@ -24,10 +24,11 @@ Ranges = tuple[Span, ...]
 class Mean:
     """An aggregate that was asked for: where its bytes land, and what is here of it."""
 
-    __slots__ = ("clock", "here", "landing", "members", "ranges")
+    __slots__ = ("clock", "here", "landing", "members", "past", "ranges")
 
-    def __init__(self, landing: memoryview, clock: int, members: int) -> None:
+    def __init__(self, landing: memoryview, clock: int, members: int, past: bool) -> None:
         self.landing = landing
+        self.past = past
         self.clock = clock
         self.members = members
         self.here = False
@@ -163,17 +164,18 @@ class Part:
             self._assigning = self.sent_seq + len(frames)
         self._send(frames)
 
-    def ask_mean(self, clock: int, members: int, landing: memoryview) -> None:
+    def ask_mean(self, clock: int, members: int, landing: memoryview, past: bool) -> None:
         """Ask for the step's aggregate; it lands in ``landing``, laid out as the table. ``met`` when it is here."""
         self.push([], clock, members, 0, b"")  # its number is the question's
-        self._mean = Mean(landing, clock, members)
+        self._mean = Mean(landing, clock, members, past)
         self._ask_again()
 
     def _ask_again(self) -> None:
         mean = self._mean
         if mean is not None and not mean.here:
             seq, clock, members = self.sent_seq, mean.clock, mean.members
-            self.session.send(Frame(Kind.PULL, Flag.MEAN, table=self.table, seq=seq, clock=clock, members=members))
+            flags = Flag.MEAN | (Flag.END if mean.past else Flag.NONE)
+            self.session.send(Frame(Kind.PULL, flags, table=self.table, seq=seq, clock=clock, members=members))
 
     def take_mean(self) -> Ranges:
         """The shard-local ranges of the aggregate that has arrived."""

@@ -273,17 +273,20 @@ class Table:
         return self._end([[] for _ in self._parts], groups, skip, flags)
 
     @interrupts.deferred
-    def mean(self) -> tuple[dict[str, torch.Tensor], set[str]]:
+    def mean(self, *, past: bool = False) -> tuple[dict[str, torch.Tensor], set[str]]:
         """The aggregate gradient of the step under way. ``Bulk`` only; every worker must ask for it or end the step.
 
         Pushed must be all that this worker contributes. Blocks until every worker has. Returns new tensors by name (the
         mean over workers; the sum with ``Bulk("sum")``), and the names that some worker has contributed to.
+
+        ``past``: what was pushed is the gradient of the step before once more. Raises ``UsageError`` unless every
+        worker asks for that; the next push must be ``anew``.
         """
         self.settle()
         flat = plain(self.layout.size)
         landing = memoryview(flat.numpy()).cast("B")  # type: ignore[arg-type]
         for part in self._parts:
-            part.ask_mean(self.clock + 1, self._members, landing)
+            part.ask_mean(self.clock + 1, self._members, landing, past)
         self._pump("met", None)
         ranges = [part.take_mean() for part in self._parts]
         self._raise_failed()

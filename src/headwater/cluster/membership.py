@@ -53,6 +53,7 @@ class Membership:
         self.run = 0  # how many runs there have been: see ``_begin``
         self._departed: set[int] = set()
         self._resting: set[int] = set()
+        self._to_come: set[int] = set()  # ranks of the present run that have not been there yet
         self._runs: set[str] = set()  # what the workers of the present run call it: each launcher gives a name
         self._missed: set[int] = set()  # ranks that died in it and did not come back
 
@@ -84,7 +85,7 @@ class Membership:
         if join.world is not None and self.world is not None and join.world != self.world:
             raise UsageError(f"this worker says world size {join.world}, the ones before said {self.world}")
         rank = self._rank(join)
-        self._begin(rank, join.run)
+        self._begin(rank, join.run, join.world)
         self.world = self.world if join.world is None else join.world
         member = Member(peer, join, rank, now, now)
         self.workers[rank] = member
@@ -92,17 +93,20 @@ class Membership:
         self.epoch += 1
         return member
 
-    def _begin(self, rank: int, run: str) -> None:
+    def _begin(self, rank: int, run: str, world: int | None) -> None:
         """A worker that finds others is of their run. The first one begins a run, unless it was started again.
 
-        A run is over when all of its workers have left in order: nobody is started again then.
+        A run is over when all of its workers have left in order: nobody is started again then. Of a world whose size is
+        known, all must have been there.
         """
-        if not self.workers and run not in self._runs:
+        if not self.workers and run not in self._runs and rank not in self._to_come:
             self.run += 1
             self._runs, self._missed = set(), set()
+            self._to_come = set(range(world or 0))
         if run:
             self._runs.add(run)
         self._missed.discard(rank)
+        self._to_come.discard(rank)
 
     def _rank(self, join: Join) -> int:
         if join.rank is None:
@@ -190,7 +194,7 @@ class Membership:
         return msgspec.msgpack.encode(
             _State(
                 self.epoch, self.lost, self.reason, self.world, departed, workers, resting,
-                self.run, tuple(sorted(self._runs)), tuple(sorted(self._missed)),
+                self.run, tuple(sorted(self._runs)), tuple(sorted(self._missed)), tuple(sorted(self._to_come)),
             )
         )  # fmt: skip
 
@@ -200,6 +204,7 @@ class Membership:
         self.epoch, self.lost, self.reason, self.world = state.epoch, state.lost, state.reason, state.world
         self._departed, self._resting = set(state.departed), set(state.resting)
         self.run, self._runs, self._missed = state.run, set(state.runs), set(state.missed)
+        self._to_come = set(state.to_come)
         back = now + BACK - self.grace
         self.workers = {rank: Member(None, join, rank, now, now, gone=back) for rank, join in state.workers}
 
@@ -229,3 +234,4 @@ class _State(msgspec.Struct, frozen=True):
     run: int = 0
     runs: tuple[str, ...] = ()
     missed: tuple[int, ...] = ()
+    to_come: tuple[int, ...] = ()

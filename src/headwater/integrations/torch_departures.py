@@ -90,6 +90,7 @@ class Departures:
         self._looked = False  # the same, in this step
         self._mean: dict[str, torch.Tensor] | None = None  # what ``.grad`` was given of all workers' mean
         self._marks: dict[str, int] = {}
+        self._void = False  # what was pushed last is no part of the step under way
         self._order: list[Leaf] | None = []  # as gradients became ready, until the buckets follow it
         self._buckets = pack(held.leaves[::-1], bucket_bytes)
         self._handles: list[Any] = [
@@ -184,7 +185,8 @@ class Departures:
             self._push(bucket.leaves, bucket.names)
 
     def _push(self, leaves: Sequence[Leaf], names: Sequence[str], *, anew: bool = False) -> None:
-        self._held.table.push(names, groups=self._groups(), anew=anew)
+        self._held.table.push(names, groups=self._groups(), anew=anew or self._void)
+        self._void = False
         for leaf in leaves:
             leaf.left, leaf.changed = True, False
 
@@ -196,14 +198,13 @@ class Departures:
         self._looked = True
         self._say_looked()
         if self._several() and not self.local:
-            if leaf.spent or leaf.parameter.grad is not gradient:
+            if leaf.parameter.grad is gradient:
+                self._fetch_past() if leaf.spent else self.fetch_mean()
+            if gradient.plain is None:
                 raise UsageError(
-                    f"the gradient of {leaf.name!r} was looked at when its step had been taken: the servers have "
+                    f"an old gradient of {leaf.name!r} was looked at, which `.grad` holds no longer: the servers have "
                     "merged all workers' and keep nothing of it. Look at it between backward() and step()"
                 )
-            self.fetch_mean()
-            if gradient.plain is None:
-                raise UsageError(f"the gradient of {leaf.name!r} is no longer the one of this step")
             return gradient.plain
         if gradient.plain is None:
             plain = gradient.plain = self._own(leaf)
@@ -244,10 +245,29 @@ class Departures:
             if leaf.name not in names:
                 continue
             self._marks[leaf.name] = _mark(mean[leaf.name])
-            plain = self._mean[leaf.name] = _like(leaf, mean[leaf.name])
-            if leaf.current is not None and leaf.parameter.grad is leaf.current:
-                leaf.current.plain = plain
-            leaf.parameter.grad = plain
+            self._mean[leaf.name] = self._show(leaf, _like(leaf, mean[leaf.name]))
+
+    def _show(self, leaf: Leaf, mean: torch.Tensor) -> torch.Tensor:
+        """Let ``.grad`` be the mean; a tensor that the script may have already takes its values."""
+        grad = leaf.parameter.grad
+        if grad is not None and grad is not leaf.current and _is_plain(grad):
+            return grad.copy_(mean)
+        if leaf.current is not None and grad is leaf.current:
+            leaf.current.plain = mean
+        leaf.parameter.grad = mean
+        return mean
+
+    def _fetch_past(self) -> None:
+        """The same after the step, as long as every worker looks and ``.grad`` holds what went into it."""
+        leaves = [leaf for leaf in self._held.leaves if leaf.spent and leaf.parameter.grad is leaf.current is not None]
+        self._push(leaves, [leaf.name for leaf in leaves], anew=True)
+        for leaf in leaves:
+            leaf.left = False
+        self._void = True
+        mean, _ = self._held.table.mean(past=True)
+        for leaf in leaves:
+            assert leaf.current is not None
+            leaf.current.plain = leaf.parameter.grad = _like(leaf, mean[leaf.name])
 
     def _changed(self, mean: Mapping[str, torch.Tensor]) -> bool:
         """Whether some ``.grad`` is not the mean, to the bit, that it was given."""
@@ -281,7 +301,7 @@ class Departures:
         return True
 
     def _contribute(self, *, checked: bool) -> None:
-        here, gone = [], False
+        here, gone = [], self._void
         for leaf in self._held.leaves:
             grad = leaf.parameter.grad
             if grad is None:

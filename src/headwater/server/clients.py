@@ -270,7 +270,8 @@ class Clients:
     def _pull(self, link: _Link, frame: Frame) -> list[Outgoing]:
         session = self._session(link)
         if frame.flags & Flag.MEAN:
-            return self._run(e.AskMean(session, frame.seq, frame.members, frame.table, frame.clock))
+            past = bool(frame.flags & Flag.END)
+            return self._run(e.AskMean(session, frame.seq, frame.members, frame.table, frame.clock, past))
         return self._run(e.Pull(session, frame.seq, frame.table, frame.clock, frame.start, frame.length))
 
     def _assign(self, link: _Link, frame: Frame, payload: torch.Tensor | None) -> list[Outgoing]:

@@ -101,13 +101,17 @@ class Pull:
 
 @dataclass(slots=True)
 class AskMean:
-    """A worker's contribution to step ``clock`` is there; it wants to see the aggregate before it ends the step."""
+    """A worker's contribution to step ``clock`` is there; it wants to see the aggregate before it ends the step.
+
+    ``past``: what it has pushed is its gradient of the step before, which it looks at too late.
+    """
 
     session: int
     seq: int
     members: int
     table: int
     clock: int
+    past: bool = False
 
 
 @dataclass(slots=True)

@@ -361,7 +361,8 @@ class Shard(Replica):
         if not table.bulk:
             raise ProtocolError(f"table {table.spec.name!r} has no step of all workers whose mean could be asked for")
         self.refuse_reader(session, "ask for gradients")
-        self._part(session, table, event.clock, event.members).asked = event.seq
+        part = self._part(session, table, event.clock, event.members)
+        part.asked, part.past = event.seq, event.past
         self._check_mean(table)
 
     def _check_mean(self, table: Table) -> None:
@@ -369,10 +370,13 @@ class Shard(Replica):
         gathering = table.gathering
         if not gathering.meets():
             return
+        if late := gathering.too_late():
+            self._refuse_late(table, late)
+            return
         asking = [part for part in gathering.seated() if part.asked]
         # Asked for while somebody has ended the step with the mean that it saw: that one is the step's.
         contributions, divide = self._contributions(table), self._divide(table)
-        if not table.marks and not any(part.merged for part in gathering.seated()):
+        if not table.marks and not any(part.merged or part.past for part in gathering.seated()):
             table.marks = look(table)  # while each one's gradient is its own
         mean = torch.zeros(table.size, dtype=torch.uint8, device="cpu")
         if contributions:
@@ -381,6 +385,16 @@ class Shard(Replica):
         for part in asking:
             seq, part.asked = part.asked, 0
             self._out.append(e.SendMean(part.session, seq, table.number, gathering.clock + 1, mean, ranges))
+
+    def _refuse_late(self, table: Table, late: Collection[Part]) -> None:
+        clock = table.gathering.clock
+        message = (
+            f"the gradient of step {clock} was looked at after that step, and not on every worker: the servers have "
+            "merged it and keep nothing of it. Look at it on all workers, or between backward() and step()"
+        )
+        for part in late:
+            seq, part.asked = part.asked, 0
+            self._out.append(e.Fail(part.session, seq, table.number, clock + 1, "UsageError", message))
 
     def _check_complete(self, table: Table) -> None:
         """With a contribution of every worker: aggregate them, and have the followers keep the result."""

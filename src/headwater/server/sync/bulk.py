@@ -27,6 +27,7 @@ class Part:
     wrote: bool = False  # its values were written outside the optimizer; ``writes`` are what they are now
     writes: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     asked: int = 0  # the push behind which it asks for the mean; 0: it does not
+    past: bool = False  # what it asks for is the mean of the step before, of which it has pushed its gradient again
 
     def anew(self) -> None:
         """Forget what was contributed; the worker goes on with something else."""
@@ -60,6 +61,12 @@ class Gathering:
         seated = self.seated()
         there = len(seated) == len(self.ranks) and all(part.ended or part.asked for part in seated)
         return there and any(part.asked for part in seated)
+
+    def too_late(self) -> list[Part]:
+        """Of all who ask, those that ask for the step before while others are in this one: there is no such mean."""
+        seated = self.seated()
+        past = [part for part in seated if part.asked and part.past]
+        return past if len(past) < len(seated) else []
 
     def disagreement(self) -> str | None:
         """What the workers would have to do alike and did not: then there is no step that is all of theirs.

@@ -1,0 +1,240 @@
+"""Random scripts: sequences of what people do between two steps, run in plain torch and through the servers.
+
+A script of several workers is compared with one process that plays all of them: it accumulates each rank's gradients,
+shows everybody who looks the mean (in rank order), and steps by what rank 0 then has.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+Word = tuple[str, int]
+"""What is done, and a seed for it."""
+
+
+def model() -> nn.Sequential:
+    generator = torch.Generator().manual_seed(0)
+    made = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    with torch.no_grad():
+        for p in made.parameters():
+            p.copy_(torch.rand(p.shape, generator=generator) - 0.5)
+    return made
+
+
+@dataclass
+class Script:
+    """One worker's: its model, its optimizer, and what it has kept of gradients."""
+
+    rank: int
+    make: Callable[[nn.Module], torch.optim.Optimizer]
+    kept: list[list[torch.Tensor | None]] = field(default_factory=list)
+    state: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.model = model()
+        self.optimizer = self.make(self.model)
+
+    def say(self, word: str, seed: int) -> None:
+        getattr(self, word)(torch.Generator().manual_seed(10 * seed + self.rank))
+
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
+
+    # ---- the words -------------------------------------------------------------------------------
+
+    def backward(self, generator: torch.Generator) -> None:
+        self.model(torch.randn(4, 5, generator=generator)).square().mean().backward()
+
+    def half(self, generator: torch.Generator) -> None:
+        """Only a part of the model."""
+        self.model[2](torch.randn(4, 7, generator=generator)).square().mean().backward()
+
+    def twice(self, generator: torch.Generator) -> None:
+        """Two losses of one graph."""
+        out = self.model(torch.randn(4, 5, generator=generator))
+        out.mean().backward(retain_graph=True)
+        out.square().mean().backward()
+
+    def gathered(self, generator: torch.Generator) -> None:
+        """Under ``no_sync``, where there is one."""
+        if hasattr(self.optimizer, "no_sync"):
+            with self.optimizer.no_sync():
+                self.backward(generator)
+        else:
+            self.backward(generator)
+
+    def step(self, _generator: torch.Generator) -> None:
+        self.optimizer.step()
+
+    def zero(self, _generator: torch.Generator) -> None:
+        self.optimizer.zero_grad()
+
+    def zero_in_place(self, _generator: torch.Generator) -> None:
+        self.optimizer.zero_grad(set_to_none=False)
+
+    def zero_the_model(self, _generator: torch.Generator) -> None:
+        self.model.zero_grad(set_to_none=False)
+
+    def forget_one(self, _generator: torch.Generator) -> None:
+        self.model[0].weight.grad = None
+
+    def give_one(self, _generator: torch.Generator) -> None:
+        self.model[2].weight.grad = torch.ones(3, 7)
+
+    def clip(self, _generator: torch.Generator) -> None:
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 0.1)
+
+    def clip_values(self, _generator: torch.Generator) -> None:
+        if self.gradients:  # torch refuses none
+            torch.nn.utils.clip_grad_value_(self.model.parameters(), 0.05)
+
+    def scale_data(self, _generator: torch.Generator) -> None:
+        for gradient in self.gradients:
+            gradient.data.mul_(0.5)
+
+    def unscale(self, _generator: torch.Generator) -> None:
+        """As ``GradScaler`` does it, past autograd's version counter."""
+        found = torch.zeros(1)
+        if self.gradients:
+            torch._amp_foreach_non_finite_check_and_unscale_(self.gradients, found, torch.tensor([0.25]))
+
+    def replace(self, _generator: torch.Generator) -> None:
+        for p in self.model.parameters():
+            if p.grad is not None:
+                p.grad = p.grad * 2
+
+    def norm(self, _generator: torch.Generator) -> None:
+        self.kept.append([gradient.norm() for gradient in self.gradients])
+
+    def keep(self, _generator: torch.Generator) -> None:
+        self.kept.append([p.grad for p in self.model.parameters()])
+
+    def write(self, _generator: torch.Generator) -> None:
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.clamp_(-0.3, 0.3)
+
+    def write_nothing(self, _generator: torch.Generator) -> None:
+        with torch.no_grad():
+            self.model[0].weight.mul_(1.0)
+
+    def write_data(self, _generator: torch.Generator) -> None:
+        for p in self.model.parameters():
+            p.data.mul_(0.9)
+
+    def write_new_data(self, _generator: torch.Generator) -> None:
+        for p in self.model.parameters():
+            p.data = p.data * 1.1
+
+    def write_numpy(self, _generator: torch.Generator) -> None:
+        self.model[0].weight.detach().numpy()[0] *= 2
+
+    def load(self, _generator: torch.Generator) -> None:
+        self.model.load_state_dict({name: value * 0.8 for name, value in self.model.state_dict().items()})
+
+    def freeze(self, _generator: torch.Generator) -> None:
+        self.model[0].requires_grad_(False)
+
+    def unfreeze(self, _generator: torch.Generator) -> None:
+        self.model[0].requires_grad_(True)
+
+    def save(self, _generator: torch.Generator) -> None:
+        self.state = copy.deepcopy(self.optimizer.state_dict())
+
+    def restore(self, _generator: torch.Generator) -> None:
+        if self.state is not None:
+            self.optimizer.load_state_dict(self.state)
+
+    def slow_down(self, _generator: torch.Generator) -> None:
+        self.optimizer.param_groups[0]["lr"] *= 0.5
+
+    # ---- what came of it -------------------------------------------------------------------------
+
+    def outcome(self) -> list[torch.Tensor | None]:
+        kept = [None if g is None else g.detach().clone() for some in self.kept for g in some]
+        return [*(p.detach().clone() for p in self.model.parameters()), *kept]
+
+
+LOOKS = frozenset({"clip", "clip_values", "scale_data", "unscale", "replace", "norm"})
+BACKWARD = frozenset({"backward", "half", "twice", "gathered"})
+
+
+class Several:
+    """The reference: all ranks in one process.
+
+    By parameter: ``lazy``, ``.grad`` is a worker's share of what the servers merge, and whoever looks sees the mean;
+    ``spent``, a step has used it. ``met``: all ranks have this step's mean, or what they made of it.
+    """
+
+    def __init__(self, world: int, make: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+        self.scripts = [Script(rank, make) for rank in range(world)]
+        count = len(list(self.scripts[0].model.parameters()))
+        self.lazy, self.spent = [False] * count, [True] * count
+        self.met = False
+
+    def say(self, word: str, seed: int) -> None:
+        if word == "step":
+            self._step(seed)
+            return
+        if word in LOOKS:
+            self._meet()
+        for script in self.scripts:
+            script.say(word, seed)
+        present = [p.grad is not None for p in self.scripts[0].model.parameters()]
+        if word in BACKWARD:
+            self.met = False
+            for index in range(2 if word == "half" else 0, len(present)):
+                self.lazy[index] = self.lazy[index] if word == "gathered" else True
+                self.spent[index] = False
+        if word in ("zero_in_place", "zero_the_model"):
+            self.lazy = [False] * len(present)
+        if word == "give_one":
+            self.lazy[2] = False
+        self.lazy = [lazy and here for lazy, here in zip(self.lazy, present, strict=True)]
+
+    def _means(self) -> list[torch.Tensor | None]:
+        means: list[torch.Tensor | None] = []
+        for same in zip(*(script.model.parameters() for script in self.scripts), strict=True):
+            total = None
+            for gradient in (p.grad for p in same if p.grad is not None):
+                total = gradient.clone() if total is None else total + gradient
+            means.append(None if total is None else total / len(self.scripts))
+        return means
+
+    def _meet(self) -> None:
+        if not any(self.lazy):
+            return
+        past = all(spent for spent, lazy in zip(self.spent, self.lazy, strict=True) if lazy)
+        means = self._means()
+        for script in self.scripts:
+            for p, mean, lazy in zip(script.model.parameters(), means, self.lazy, strict=True):
+                if lazy or not past:
+                    p.grad = None if mean is None else mean.clone()
+        self.lazy = [False] * len(self.lazy)
+        self.met = self.met or not past
+
+    def _step(self, seed: int) -> None:
+        own = [[p.grad for p in script.model.parameters()] for script in self.scripts]
+        used = own[0] if self.met else self._means()
+        for script in self.scripts:
+            for p, gradient in zip(script.model.parameters(), used, strict=True):
+                p.grad = None if gradient is None else gradient.clone()
+            script.say("step", seed)
+        for script, gradients in zip(self.scripts, own, strict=True):
+            for p, gradient in zip(script.model.parameters(), gradients, strict=True):
+                p.grad = gradient
+        self.met, self.spent = False, [True] * len(self.spent)
+
+
+def run_alone(words: Sequence[Word], make: Callable[[nn.Module], torch.optim.Optimizer]) -> list[torch.Tensor | None]:
+    script = Script(0, make)
+    for word, seed in words:
+        script.say(word, seed)
+    return script.outcome()

@@ -1,0 +1,70 @@
+"""Random scripts train as in plain torch, or stop with a typed error: see ``machine``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import hypothesis.strategies as st
+import torch
+from hypothesis import given, settings
+
+import headwater
+from tests.integrations import machine
+from tests.integrations.machine import Word
+from tests.integrations.support import workers
+
+EXAMPLES = int(os.environ.get("HEADWATER_SEQUENCES", "150"))
+"""Sequences of each test; `make test-scripts` takes 5,000."""
+
+OFTEN = ["backward"] * 6 + ["step"] * 5 + ["zero"] * 4
+ALIKE = [
+    "half", "twice", "gathered", "zero_in_place", "zero_the_model", "forget_one", "give_one", "clip", "clip_values",
+    "scale_data", "unscale", "replace", "norm", "write", "write_nothing", "write_data", "write_new_data",
+    "write_numpy", "load", "save", "restore", "slow_down",
+]  # fmt: skip
+ALONE = ["keep", "freeze", "unfreeze"]
+
+OPTIMIZERS: list[tuple[Any, dict[str, Any]]] = [
+    (torch.optim.SGD, {"lr": 0.1}),
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    (torch.optim.AdamW, {"lr": 0.1, "fused": True}),
+]
+
+
+def scripts(words: list[str]) -> st.SearchStrategy[list[Word]]:
+    return st.lists(st.tuples(st.sampled_from(words), st.integers(0, 99)), min_size=3, max_size=25)
+
+
+def same(mine: list[torch.Tensor | None], theirs: list[torch.Tensor | None]) -> bool:
+    pairs = zip(mine, theirs, strict=True)
+    return all((a is None) == (b is None) and (a is None or b is None or torch.equal(a, b)) for a, b in pairs)
+
+
+@settings(max_examples=EXAMPLES)
+@given(scripts(OFTEN + ALIKE + ALONE), st.sampled_from(OPTIMIZERS))
+def test_one_worker_trains_as_plain_torch(words: list[Word], optimizer: tuple[Any, dict[str, Any]]) -> None:
+    kind, hyper = optimizer
+    expected = machine.run_alone(words, lambda model: kind(model.parameters(), **hyper))
+    found = machine.run_alone(words, lambda model: headwater.Optimizer(model, kind, **hyper))
+    assert same(found, expected)
+
+
+@settings(max_examples=max(1, EXAMPLES // 2))
+@given(scripts(OFTEN + ALIKE), st.sampled_from(OPTIMIZERS))
+def test_two_workers_train_as_one_process_that_plays_both(
+    words: list[Word], optimizer: tuple[Any, dict[str, Any]]
+) -> None:
+    kind, hyper = optimizer
+    reference = machine.Several(2, lambda model: kind(model.parameters(), **hyper))
+    for word, seed in words:
+        reference.say(word, seed)
+
+    def life(client: Any) -> list[torch.Tensor | None]:
+        script = machine.Script(client.rank, lambda model: headwater.Optimizer(model, kind, client=client, **hyper))
+        for word, seed in words:
+            script.say(word, seed)
+        return script.outcome()
+
+    for rank, found in enumerate(workers(2, life)):
+        assert same(found, reference.scripts[rank].outcome())
