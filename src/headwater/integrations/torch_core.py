@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 Nonfinite = Literal["error", "skip", "allow"]
 log = logging.getLogger("headwater")
 
+_SAID: weakref.WeakKeyDictionary[Client, set[str]] = weakref.WeakKeyDictionary()
+"""What was said of each client's optimizers, once for all of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Manner:
@@ -69,7 +72,6 @@ class Core:
         self._groups = groups
         self._bulk = isinstance(manner.sync, Bulk)
         self._grown = 0
-        self._said: set[str] = set()
         self._ticket: Ticket | None = None
 
     # ---- the table -------------------------------------------------------------------------------
@@ -291,8 +293,9 @@ class Core:
 
     def say_once(self, text: str) -> None:
         """To the log, once, on the lowest rank."""
-        if text not in self._said and self.client.rank <= 0:
-            self._said.add(text)
+        said = _SAID.setdefault(self.client, set())
+        if text not in said and self.client.rank <= 0:
+            said.add(text)
             log.warning(text)
 
     def _say_looked(self) -> None:

@@ -136,9 +136,12 @@ class Departures:
             return
         leaf.count += 1
         if grad is not leaf.current:
-            if grad is None or (self._looks and not self._several()) or not _is_plain(grad):
+            alone = not self._several()
+            if grad is None or (self._looks and alone) or not _is_plain(grad):
                 return  # it is looked at before it leaves: autograd's own tensor is as good as ours
-            if sys.getrefcount(grad) > _OURS:
+            if leaf.current is not None and leaf.current.plain is grad:
+                leaf.current = None
+            if alone and sys.getrefcount(grad) > _OURS:
                 return  # the script has it too, and expects autograd to go on adding to it
             self._load(leaf, grad)
         if self._early and leaf.count == leaf.expected:
@@ -323,6 +326,11 @@ class Departures:
         """What ``.grad`` holds, into the table's memory."""
         grad = leaf.parameter.grad
         assert grad is not None
+        if grad.requires_grad and self._several():
+            raise UsageError(
+                f"the gradient of {leaf.name!r} has a graph of its own (create_graph=True), and with several workers "
+                "their mean counts, which has none; the step was not taken. Use torch.autograd.grad for inner gradients"
+            )
         kept = leaf.current
         if kept is not None and kept is not grad and kept.plain is None and self._is_kept(leaf, kept):
             leaf.current = None
