@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE
+
 SCRIPT = """
 import os, sys
 import torch, headwater
@@ -41,7 +43,7 @@ def _values(script: Path, command: list[str], more: str = "", **env: str) -> set
     out.unlink(missing_ok=True)
     whole = " ".join([*command, str(script), str(out), more])
     done = subprocess.run(
-        ["sh", "-c", whole], env={**os.environ, **env}, capture_output=True, text=True, timeout=110, check=False
+        ["sh", "-c", whole], env={**os.environ, **env}, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr
     return set(out.read_text().split())
@@ -56,7 +58,7 @@ def test_scripts_and_clusters_run_the_same_without_asserts_and_docstrings(script
 def test_the_help_is_there_without_docstrings() -> None:
     for words in (["--help"], ["train", "lm", "--help"]):
         command = [sys.executable, "-OO", "-m", "headwater", *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert done.returncode == 0, done.stderr
         assert "--help" in done.stdout
 
