@@ -18,6 +18,7 @@ from torch import nn
 import headwater
 from headwater import interrupts
 from headwater.launch import Launcher
+from tests.patience import PATIENCE
 
 OURS = str(Path(headwater.__file__).parent) + os.sep
 CHOSEN = signal.SIGUSR1
@@ -230,7 +231,7 @@ def test_a_worker_of_a_cluster_trains_on_after_interrupts_at_lines_and_at_any_mo
     with Launcher(1, advertise=False) as job:
         for key, value in job.environment().items():
             monkeypatch.setenv(key, value)
-        with headwater.connect(rank=0, world=1, timeout=20) as client:
+        with headwater.connect(rank=0, world=1, timeout=PATIENCE) as client:
             notebook = Notebook(client=client)
             notebook.cell()
             notebook.follow()

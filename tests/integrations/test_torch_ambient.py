@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import headwater
+from tests.patience import PATIENCE
 
 Ambient = Callable[[], AbstractContextManager[Any]]
 MOMENTUM = {"lr": 0.1, "momentum": 0.9}
@@ -234,5 +235,5 @@ assert state() == before, "a launcher"
 
 
 def test_in_a_fresh_process_not_even_what_is_imported_on_the_way_draws_from_the_generators() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from headwater import interrupts
 from headwater.client.control import Dial
 from headwater.errors import Unreachable, UsageError
-from headwater.transports import forks, inproc
+from headwater.transports import forks, inproc, standard
 from headwater.transports.address import Address, host_identity, parse
 from headwater.transports.stream import Handler, Link, StreamLink
 from headwater.transports.stream import connect as open_socket
@@ -223,6 +223,7 @@ def _target(address: str | None) -> str:
 
 def dial_for(address: str | None, timeout: float, servers: int = 1) -> Dial:
     """How a client of the cluster at ``address`` reaches its coordinator and servers. Raises ``UsageError``."""
+    standard.occupy()
     target = parse(_target(address))
     return _dial_inproc(target.host, servers) if target.scheme == "inproc" else _dial(target, timeout)
 

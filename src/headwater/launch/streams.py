@@ -8,6 +8,8 @@ import os
 import sys
 from typing import IO, TYPE_CHECKING, Any
 
+from headwater.transports import standard
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -15,14 +17,9 @@ if TYPE_CHECKING:
 def prepare() -> None:
     """For a command, before all else: descriptors 0 to 2 are there, and any text can be printed.
 
-    With ``>&-`` the next file or socket that is opened would be what libraries take for the standard output. What is
-    not in the output's encoding (``PYTHONIOENCODING=ascii``) is written with a backslash and its number.
+    What is not in the output's encoding (``PYTHONIOENCODING=ascii``) is written with a backslash and its number.
     """
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+    standard.occupy()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

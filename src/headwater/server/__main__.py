@@ -58,7 +58,7 @@ GRACE = 0.3  # seconds in which a worker whose connection broke may come back ov
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m headwater.server", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m headwater.server", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--role", choices=("coordinator", "server"), required=True)
     parser.add_argument("--listen", default="tcp://127.0.0.1:0", help="tcp://HOST:PORT; port 0 takes any")
     parser.add_argument("--coordinator", default=os.environ.get("HEADWATER_ADDRESS"), help="where it listens")
