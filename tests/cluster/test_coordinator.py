@@ -222,6 +222,21 @@ def test_a_barrier_opens_when_the_last_one_missing_leaves() -> None:
     assert script.last(WORKER, m.Done)
 
 
+def test_at_a_barrier_each_hears_what_all_have_to_say() -> None:
+    script = Script(1)
+    script.join(0, 1, 2, world=3)
+    script.ask(WORKER + 2, m.Barrier("a", 1, b"two"))
+    script.ask(WORKER, m.Barrier("a", 1, b"zero"))
+    script.ask(WORKER + 1, m.Barrier("a", 1))
+    met = m.Met(((0, b"zero"), (1, b""), (2, b"two")))
+    assert all(script.last(WORKER + rank, m.Met) == met for rank in range(3))
+    script.take(WORKER)
+    script.ask(WORKER, m.Barrier("a", 1, b"zero"))  # the answer was lost
+    assert script.take(WORKER) == [met]
+    script.ask(WORKER, m.Barrier("a", 2, bytes(m.MAX_VALUE + 1)))
+    assert "of at most 65536" in str(script.error(WORKER))
+
+
 def test_a_barrier_is_given_up_when_somebody_dies() -> None:
     script = Script(1)
     script.join(0, 1, 2, world=3)

@@ -38,6 +38,7 @@ REQUESTS: list[m.Request] = [
     m.Declare(msgspec.structs.replace(SPEC, sync=Async(4))),
     m.Initialised(1),
     m.Barrier("b", 3),
+    m.Barrier("b", 3, b"said"),
     m.Status(),
     m.Find(2),
     m.Drain(1),

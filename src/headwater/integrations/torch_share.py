@@ -81,7 +81,7 @@ def _changes(loader: DataLoader[Any], crew: Crew) -> dict[str, Any]:
     # Whole batches come from the dataset; without a batch sampler each of them is collated as it is.
     changes: dict[str, Any] = {"dataset": dataset, "batch_sampler": None}
     if loader.num_workers and loader.generator is None:  # loading processes must draw alike on all workers
-        changes["generator"] = torch.Generator().manual_seed(_SEED)
+        changes["generator"] = torch.Generator("cpu").manual_seed(_SEED)
     return changes
 
 
@@ -177,7 +177,7 @@ class Drawn(msgspec.Struct, frozen=True):
     @classmethod
     def fresh(cls) -> Drawn:
         """Where nobody can be asked yet: the same on all workers."""
-        made = _raw(torch.Generator().manual_seed(_SEED).get_state())
+        made = _raw(torch.Generator("cpu").manual_seed(_SEED).get_state())
         python: Any = random.Random(_SEED).getstate()
         return cls(0, made, made, python, _numpy(np.random.RandomState(_SEED).get_state()))
 
