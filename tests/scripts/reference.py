@@ -43,13 +43,21 @@ def mean(optimizer: torch.optim.Optimizer) -> None:
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if parameter.grad is not None:
-                total, *others = gather(parameter.grad)
-                for other in others:
-                    total += other
-                total /= WORLD
-                with torch.no_grad():
-                    parameter.grad.copy_(total)
+            mine = parameter.grad
+            counts = gather(torch.tensor([float(mine is not None)]))
+            if not any(counts):
+                continue
+            if mine is None:
+                mine = parameter.grad = torch.zeros_like(parameter)
+            total, *others = gather(mine.to_dense())
+            for other in others:
+                total += other
+            total /= WORLD
+            with torch.no_grad():
+                if mine.is_sparse:
+                    parameter.grad = total.to_sparse(1)
+                else:
+                    mine.copy_(total)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -9,7 +9,7 @@ rank = int(os.environ.get("RANK", "0"))
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 1))
 valid = torch.randn(64, 5)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.3)  #> headwater.Optimizer(model, torch.optim.SGD, lr=0.3)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  #> headwater.Optimizer(model, torch.optim.SGD, lr=0.1)
 scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.2)
 torch.manual_seed(1 + rank)
 losses = []

@@ -38,4 +38,4 @@ for _ in range(25):
     optimizer.step()
     losses.append(loss.item())
 assert torch.equal(model.mask, mask)
-assert model.steps == 25, model.steps
+assert model.steps >= 25, model.steps  # under Stale and Async workers count together
