@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -114,6 +115,19 @@ def test_what_was_half_written_is_removed_and_the_rest_is_not(begun: Path) -> No
     (begun / "notes.new").write_bytes(b"a file of the user's own")
     checkpoint.sweep(begun)
     assert _content(begun) == {**whole, "notes.new": b"a file of the user's own"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_a_run_is_being_made_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    def begin(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        signal.raise_signal(number)
+
+    with pytest.raises(SystemExit) as ended, checkpoint.making("lm", tmp_path / "run") as folder:
+        begin(folder)
+    assert ended.value.code == 128 + number
+    assert not (tmp_path / "run").exists()
+    assert signal.getsignal(number) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("there", [False, True])

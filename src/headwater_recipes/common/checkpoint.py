@@ -17,6 +17,8 @@ import itertools
 import os
 import re
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -87,14 +89,15 @@ def _check_free(folder: Path) -> None:
 
 @contextlib.contextmanager
 def making(kind: str, asked: Path | None) -> Iterator[Path]:
-    """``new_folder``, and if the block raises nothing of it is left.
+    """``new_folder``, and if the block raises, or SIGTERM or SIGHUP ends it, nothing of it is left.
 
     Raises ``DiskFull`` if there was no room for what the block wrote.
     """
     there = asked is not None and asked.exists()
     folder = new_folder(kind, asked)
     try:
-        yield folder
+        with _signals_raise():
+            yield folder
     except BaseException as error:
         for path in folder.iterdir() if there else [folder]:
             _remove(path)
@@ -146,6 +149,25 @@ def read_state(checkpoint: Path, settings: type[AnySettings]) -> State[AnySettin
         return msgspec.json.decode(path.read_bytes(), type=State[settings])  # type: ignore[valid-type]
     except (OSError, msgspec.MsgspecError) as error:
         raise DataError(f"{path}: {error}. The run cannot go on from this checkpoint.") from error
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP become ``SystemExit``, as Ctrl-C is an exception (main thread only)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [signal.SIGTERM, signal.SIGHUP]
+    before = {n: signal.signal(n, leave) for n in numbers if signal.getsignal(n) == signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def write_json(path: Path, value: Any) -> None:
