@@ -8,9 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from headwater.gateway.completions import _by_text
-from headwater.gateway.engine_types import Alternative
-from headwater.gateway.completions import _logprobs
+from headwater.gateway.completions import _by_text, _logprobs
 from headwater.gateway.engine_types import Alternative, Token
 from tests.gateway.http_fakes import FakeEngine, Running, running
 
