@@ -57,6 +57,10 @@ def test_what_model_means(tmp_path: Path) -> None:
     assert plan(str(run), base=None, module="a:b", name=None) == Plan("run", "lm", "", "a:b", complete=True)
     assert plan("lm", base=str(run), module=None, name=None) == Plan("lm", "lm", str(run), "", complete=False)
     assert plan("lm", base=None, module="a:b", name=None) == Plan("lm", "lm", "", "a:b", complete=False)
+    with pytest.raises(UsageError, match="name the folder that it lies in"):
+        plan(str(run / "config.json"), base=None, module=None, name=None)
+    with pytest.raises(UsageError, match="name the folder that it lies in"):
+        plan("lm", base=str(run / "config.json"), module=None, name=None)
     hub = plan("someone/something", base=None, module=None, name=None)
     assert hub == Plan("someone/something", "model", "someone/something", "", complete=True)
     for given in ({"base": None, "module": None}, {"base": "x", "module": "a:b"}):

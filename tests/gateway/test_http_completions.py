@@ -8,8 +8,8 @@ from typing import Any
 import openai
 import pytest
 
-from headwater.gateway.completions import _by_text
-from headwater.gateway.engine_types import Alternative
+from headwater.gateway.completions import _by_text, _logprobs
+from headwater.gateway.engine_types import Alternative, Token
 from tests.gateway.http_fakes import FakeEngine, Running, running
 
 
@@ -126,3 +126,25 @@ def test_a_prompt_that_is_too_long_has_openais_code(server: Running) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         ask(server, prompt="x" * 64)
     assert refused.value.code == "context_length_exceeded"
+
+
+def test_equal_prompts_count_each(server: Running) -> None:
+    answer = ask(server, prompt=["one", "one", "three"], n=2, max_tokens=2)
+    assert answer.usage.prompt_tokens == 3 + 3 + 5
+    *_, last = ask(
+        server, prompt=["one", "one"], max_tokens=2, n=3, stream=True, stream_options={"include_usage": True}
+    )
+    assert last.usage.prompt_tokens == 6
+
+
+def test_a_token_of_a_text_that_a_likelier_one_has_is_called_by_its_id() -> None:
+    half = "\N{REPLACEMENT CHARACTER}"
+    likeliest = (Alternative(7, half, -0.1), Alternative(8, "x", -0.5), Alternative(9, half, -2.0))
+    token = Token("", 9, Alternative(9, half, -2.0), likeliest)
+    found = _logprobs((), [token], 0)
+    assert found is not None
+    assert found.tokens == ["token_id:9"]
+    assert found.top_logprobs == [{half: -0.1, "x": -0.5, "token_id:9": -2.0}]
+    first = _logprobs((), [Token("", 7, likeliest[0], likeliest)], 0)
+    assert first is not None
+    assert first.tokens == [half]

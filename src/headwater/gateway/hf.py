@@ -281,7 +281,7 @@ def load(name: str, *, dtype: torch.dtype | None = None, context: int | None = N
     try:
         module, tokenizer = _load_adapted(path, dtype) if adapted else _load(name, dtype)
     except DataError as error:
-        remedy = "" if path.is_dir() else "; name a Hugging Face folder, a .gguf file or a model of the hub"
+        remedy = "" if path.exists() else "; name a Hugging Face folder, a .gguf file or a model of the hub"
         raise UsageError(f"no language model could be loaded from {name!r}: {error}{remedy}") from error
     folder = ModelFolder(path.stem if path.exists() else name, module, tokenizer, context=context)
     try_out(folder)

@@ -88,6 +88,8 @@ def _check_files(path: Path) -> None:
             f"{path}: no config.json there, so it is no folder of a model (name a .gguf file itself; for a module of "
             "your own give --module); nothing was started"
         )
+    if path.is_file() and path.suffix != ".gguf":
+        raise UsageError(f"{path} is a file, and no .gguf: name the folder that it lies in; nothing was started")
 
 
 def _called(path: Path) -> str:

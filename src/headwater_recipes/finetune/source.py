@@ -60,10 +60,12 @@ def load(name: str) -> tuple[Any, Any]:
             return _from_gguf(path)
         return _from_pretrained(str(path))
     except DataError as error:
-        raise DataError(
-            f"--model {name}: {error}. Nothing was started; give a Hugging Face folder with safetensors, a .gguf file, "
-            f"or a name on the hub that can be reached from here."
-        ) from error
+        known = path.is_file() or any(path.glob("*.safetensors"))
+        others = (
+            "a Hugging Face folder with safetensors, a .gguf file, or a name on the hub that can be reached from here"
+        )
+        remedy = "" if known else f"; give {others}"
+        raise DataError(f"--model {name}: {error}. Nothing was started{remedy}.") from error
 
 
 def _from_pretrained(name: str, **options: str) -> tuple[Any, Any]:
