@@ -85,6 +85,16 @@ def test_an_echo_with_logprobs_scores_the_prompt(server: Running, prompt: Any) -
     assert all(chunk.choices[0].logprobs is None for chunk in rest)
 
 
+def test_an_echo_without_alternatives(server: Running) -> None:
+    for logprobs in (0, None, False):
+        (choice,) = ask(server, echo=True, logprobs=logprobs, max_tokens=1, temperature=0).choices
+        assert choice.text == "aba"
+        if logprobs == 0 and logprobs is not False:
+            assert (choice.logprobs.tokens, choice.logprobs.top_logprobs) == (["a", "b", "a"], None)
+        else:
+            assert choice.logprobs is None
+
+
 def test_a_prompt_alone_can_be_scored(server: Running) -> None:
     wanted: Any = {"prompt": ["xy", "z"], "echo": True, "logprobs": 1, "max_tokens": 0, "n": 2}
     answer = ask(server, **wanted)

@@ -77,6 +77,22 @@ def test_their_texts_make_the_prompt() -> None:
         engine.close()
 
 
+def test_special_tokens_have_names_and_no_text() -> None:
+    model = folder()
+    engine = Engine(model, MemorySource("toy"), slots=1)
+    try:
+        client = scored(engine, model.encode("<user>a<eos>"), 0)
+        client.wait()
+        assert client.read is not None
+        assert [(token.text, token.alone) for token in client.read.tokens] == [
+            ("", "<user>"),
+            ("a", "a"),
+            ("", "<eos>"),
+        ]
+    finally:
+        engine.close()
+
+
 def test_a_prompt_alone_may_fill_the_context() -> None:
     engine = Engine(folder(context=16), MemorySource("toy"), slots=1, chunk=64)
     try:

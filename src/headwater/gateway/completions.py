@@ -39,7 +39,8 @@ async def completions(request: Request, gateway: Gateway) -> Response:
     most = 16 if asked.max_tokens is None else asked.max_tokens
     wanted = Wanted(most, logprobs, prompt_logprobs=logprobs if asked.echo else None)
     requests = generations(asked, prompts, wanted, generator, gateway.limits)
-    echoed = await _echoed(asked, prompts, generator, gateway)
+    plain = asked.echo and logprobs is None  # else the echo comes token by token
+    echoed = await _texts(asked, prompts, generator, gateway) if plain else []
     record = record_of(request)
     run = Run(generator, requests, request.receive, record, gateway.runs, gateway.limits.deadline, asked.n or 1)
     writer = _Writer(asked, usage, [text for text in echoed for _ in range(asked.n or 1)])
@@ -57,12 +58,10 @@ def _logprobs_wanted(asked: CompletionRequest) -> int | None:
     return None if asked.logprobs is False else asked.logprobs
 
 
-async def _echoed(
+async def _texts(
     asked: CompletionRequest, prompts: Sequence[Sequence[int]], generator: Generator, gateway: Gateway
 ) -> list[str]:
-    """The prompts that the answers begin with, as texts; none if they come with log-probabilities, token by token."""
-    if not asked.echo or asked.logprobs not in (None, False):
-        return []
+    """The prompts as texts."""
     if isinstance(asked.prompt, str):
         return [asked.prompt]
     texts = [item for item in asked.prompt if isinstance(item, str)]

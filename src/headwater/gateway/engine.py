@@ -179,7 +179,7 @@ class Engine:
             StopTexts(request.stop),
         )
         if request.prompt_logprobs is not None:
-            answer.scores = PromptScores(request.prompt, request.prompt_logprobs, self._model.decode)
+            answer.scores = PromptScores(request, self._model.decode, self._spell)
         sequence = Sequence(request, answer)
         with self._work:
             if self._closing:

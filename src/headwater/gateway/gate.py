@@ -36,6 +36,8 @@ _QUIET = (*OPEN, "/metrics")
 
 _RECORD = "headwater.record"
 
+_SHOWN = "!#$&'()*+/:;=?@[]~ "
+"""What a header shows of a name as it is; all else is percent-encoded, commas too."""
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 """What is taken from a client as the request's id: it is sent back in a header, and logged."""
 _MOST_NAMED = 16
@@ -143,7 +145,7 @@ class Gate:
         if not versions:
             return []
         named = {
-            "x-headwater-version": ", ".join(quote(version.name, safe="!#$&'()*+/:;=?@[]~ ") for version in versions),
+            "x-headwater-version": ", ".join(quote(version.name, safe=_SHOWN) for version in versions),
             "x-headwater-version-number": ", ".join(str(version.number) for version in versions),
             "x-headwater-version-step": ", ".join(str(version.step) for version in versions),
         }
@@ -169,7 +171,7 @@ class Gate:
 
 def _own_headers(record: Record) -> list[tuple[bytes, bytes]]:
     """The request's id, and what of the request was ignored."""
-    named = [quote(field[:100], safe="[]() ", errors="replace") for field in record.ignored[:_MOST_NAMED]]
+    named = [quote(field[:100], safe=f'{_SHOWN}"', errors="replace") for field in record.ignored[:_MOST_NAMED]]
     if len(record.ignored) > _MOST_NAMED:
         named.append(f"and {len(record.ignored) - _MOST_NAMED} more")
     found = [(b"x-request-id", record.id.encode())]

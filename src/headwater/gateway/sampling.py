@@ -16,7 +16,7 @@ Warper = Callable[[Tensor, Tensor], Tensor]
 """A logits processor of ``transformers``: (ids, scores of shape (1, vocabulary)) to scores."""
 
 
-_LEAST = -9999.0
+LEAST = -9999.0
 """The logprob of what cannot come, as OpenAI writes it: JSON has no infinity."""
 
 
@@ -68,7 +68,7 @@ class Sampler:
         return int(torch.multinomial(row.softmax(-1)[0], 1, generator=self._generator))
 
     def _likely(self, scores: Tensor, token: int, count: int) -> tuple[Alternative, tuple[Alternative, ...]]:
-        logprobs = scores.log_softmax(-1).clamp(min=_LEAST)
+        logprobs = scores.log_softmax(-1).clamp(min=LEAST)
         values, ids = logprobs.topk(min(count, len(logprobs)))
         top = (Alternative(i, self._decode([i]), p) for i, p in zip(ids.tolist(), values.tolist(), strict=True))
         return Alternative(token, self._decode([token]), float(logprobs[token])), tuple(top)
