@@ -154,8 +154,8 @@ for fold in range(3):
             (folder / str(fold)).touch()
         train(model, opt, 5, torch.full((8, 16), 1.0 + rank))
         say(fold, opt.clock, digest(model))
-    if rank == 1 and fold < 2:
-        wait_for(str(fold + 1))  # it evaluates its fold while the other has begun the next one
+        if rank == 1 and fold < 2:
+            wait_for(str(fold + 1))  # it evaluates its fold while the other has begun the next one
 """
 
 
