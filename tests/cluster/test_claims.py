@@ -7,7 +7,7 @@ import pytest
 from headwater.cluster.snapshots import Kept as KeptTable
 from headwater.cluster.snapshots import Restored
 from headwater.errors import HeadwaterError, TableConflict, UnknownTable
-from headwater.types import Claim, OptimizerSpec
+from headwater.types import Async, Bulk, Claim, OptimizerSpec
 from headwater.wire import messages as m
 from tests.cluster.script import READER, SERVER, WORKER, Script, spec
 from tests.cluster.test_restart import Kept
@@ -193,3 +193,73 @@ def test_a_coordinator_that_was_restarted_knows_the_runs(left: bool) -> None:
     script.pass_time(2, alive=(SERVER, SERVER + 1, WORKER + 1))
     join(script, 0, "run", life=1)
     conflict(declare(script, 0), "an earlier run" if left else "an earlier process of worker 0")
+
+
+# ---- who is expected again ---------------------------------------------------------------------------
+
+
+def needed(script: Script) -> tuple[int, ...]:
+    """What the shards have heard last, and the coordinator believes."""
+    told = [x for x in script.take(SERVER) if isinstance(x, m.Members)]
+    assert not told or told[-1].ranks == script.coordinator.membership.needed()
+    return script.coordinator.membership.needed()
+
+
+def two_rounds(*leavers: int, sync: Bulk | Async | None = None) -> Script:
+    """All three have trained the first table; those that left are back for the second, or not yet."""
+    script = Script(2)
+    for rank in range(3):
+        join(script, rank, world=3)
+        assert declare(script, rank, name="one") == 1
+    leave(script, *leavers, 0)
+    join(script, 0, world=3, life=1)
+    assert declare(script, 0, name="two", sync=sync or Bulk()) == 2
+    return script
+
+
+def test_who_left_before_others_began_a_second_table_is_expected_for_it() -> None:
+    script = two_rounds(1)
+    assert needed(script) == (0, 1, 2)
+    leave(script, 2)
+    assert needed(script) == (0, 1, 2), "also one that leaves after that"
+    join(script, 1, world=3, life=1)
+    assert declare(script, 1, name="two") == 2
+    assert needed(script) == (0, 1, 2)
+    leave(script, 1)
+    assert needed(script) == (0, 2), "this one has finished with it"
+
+
+def test_who_has_finished_with_all_tables_is_not_waited_for() -> None:
+    script = Script(2)
+    for rank in range(3):
+        join(script, rank, world=3)
+        assert declare(script, rank, name="one") == 1
+    leave(script, 1)
+    assert needed(script) == (0, 2)
+
+
+def test_one_that_died_is_not_expected() -> None:
+    script = Script(2)
+    for rank in range(3):
+        join(script, rank, world=3)
+        assert declare(script, rank, name="one") == 1
+    script.hang_up(WORKER + 1)
+    assert declare(script, 0, name="two") == 2
+    assert needed(script) == (0, 2)
+
+
+def test_nobody_is_expected_for_a_table_of_which_each_takes_its_own_steps() -> None:
+    assert needed(two_rounds(1, sync=Async())) == (0, 2)
+
+
+def test_a_coordinator_that_was_restarted_knows_who_is_expected() -> None:
+    script = Kept(2)
+    for rank in (0, 1):
+        join(script, rank, world=2)
+        assert declare(script, rank, name="one") == 1
+    leave(script, 1)
+    assert declare(script, 0, name="two") == 2
+    script.crash()
+    script.back(0, 1)
+    script.return_of(0)
+    assert script.coordinator.membership.needed() == (0, 1)

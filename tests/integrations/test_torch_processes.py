@@ -148,14 +148,14 @@ FOLDS = """
 for fold in range(3):
     model = linear(fold, 16, 4)
     fresh = digest(model)
-    with headwater.Optimizer(model, torch.optim.SGD, lr=0.1{name}) as opt:
+    with {connect}headwater.Optimizer(model, torch.optim.SGD, lr=0.1{more}) as opt:
         assert digest(model) == fresh
         if rank == 0:
             (folder / str(fold)).touch()
         train(model, opt, 5, torch.full((8, 16), 1.0 + rank))
         say(fold, opt.clock, digest(model))
-    if rank == 1 and fold < 2:
-        wait_for(str(fold + 1))  # it evaluates its fold while the other has begun the next one
+        if rank == 1 and fold < 2:
+            wait_for(str(fold + 1))  # it evaluates its fold while the other has begun the next one
 """
 
 
@@ -174,9 +174,13 @@ def fold(number: int) -> str:
     return f"{number} 5 {digest(model)}"
 
 
-@pytest.mark.parametrize("name", ["", ', name=f"fold{fold}"'])
-def test_every_fold_begins_anew_and_waits_for_all(job: Job, name: str) -> None:
-    assert job.run(FOLDS.format(name=name)).code == 0
+@pytest.mark.parametrize(
+    ("connect", "more"),
+    [("", ""), ("", ', name=f"fold{fold}"'), ("headwater.connect() as ps, ", ", client=ps")],
+    ids=["unnamed", "named", "connected"],
+)
+def test_every_fold_begins_anew_and_waits_for_all(job: Job, connect: str, more: str) -> None:
+    assert job.run(FOLDS.format(connect=connect, more=more)).code == 0
     assert job.lines == {rank: [fold(number) for number in range(3)] for rank in (0, 1)}
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from headwater.errors import TableConflict, UnknownTable
-from headwater.types import Claim, Init, TableSpec
+from headwater.types import Bulk, Claim, Init, TableSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -45,8 +45,17 @@ def taken(table: Table, claim: Claim, worker: Member, membership: Membership) ->
     """A worker uses the table now: it is of this run from here on."""
     table.users[worker.join.session] = worker.rank
     if claim != "any":
-        table.run = membership.run
+        table.run, table.own = membership.run, True
         table.finished.discard(worker.rank)
+
+
+def owed(tables: Iterable[Table], membership: Membership) -> set[int]:
+    """Who has left in order and is expected again: others train a table, step by step together, that it has never used.
+
+    It was in an earlier round, and is late for this one: without it the others would take its steps alone.
+    """
+    together = [t for t in tables if t.own and t.run == membership.run and t.users and isinstance(t.spec.sync, Bulk)]
+    return {rank for rank in membership.left if any(rank not in table.finished for table in together)}
 
 
 def missing(name: str, there: Iterable[str]) -> UnknownTable:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from headwater.cluster import lateness, status
+from headwater.cluster import claims, lateness, status
 from headwater.cluster.barriers import Barriers
 from headwater.cluster.dataplan import ALL, DataPlans
 from headwater.cluster.fleet import Fleet, Member, in_sync, members_of
@@ -307,9 +307,15 @@ class Coordinator:
         if member.rank < 0:
             return
         self.tables.left(member.join.session, clean)
+        self.membership.expect(claims.owed(self.tables.by_number.values(), self.membership))
         self.plans.forget(member.join.session, ALL if clean else self.committed())
         self._announce()
         self.barriers.departed(member.rank, clean)
+
+    def expect(self) -> None:
+        """Somebody uses a table now that others may not have used."""
+        if self.membership.expect(claims.owed(self.tables.by_number.values(), self.membership)):
+            self._announce()
 
     def _announce(self) -> None:
         """The shards answer again under the new membership."""

@@ -52,6 +52,8 @@ class Membership:
         self.reason = ""
         self.run = 0  # how many runs there have been: see ``_begin``
         self._departed: set[int] = set()
+        self._left: set[int] = set()  # of these, who left in order
+        self._owed: set[int] = set()  # of these, who is expected again: see ``expect``
         self._resting: set[int] = set()
         self._to_come: set[int] = set()  # ranks of the present run that have not been there yet
         self._runs: set[str] = set()  # what the workers of the present run call it: each launcher gives a name
@@ -72,7 +74,20 @@ class Membership:
     def ranks(self) -> tuple[int, ...]:
         """The ranks of all workers that are there or expected, ascending."""
         expected = set(range(self.world)) if self.world is not None else set(self.workers)
-        return tuple(sorted((expected | set(self.workers)) - self._departed))
+        return tuple(sorted((expected | set(self.workers)) - (self._departed - self._owed)))
+
+    @property
+    def left(self) -> frozenset[int]:
+        """Ranks of a stated world whose workers have left in order and not come back."""
+        return frozenset(self._left if self.world is not None else ())
+
+    def expect(self, ranks: set[int]) -> bool:
+        """Of those that left, these have something to do yet: steps wait for them. Whether that is news."""
+        if ranks == self._owed:
+            return False
+        self._owed = ranks
+        self.epoch += 1
+        return True
 
     def admit(self, peer: int, join: Join, now: float) -> Member:
         """Let a worker or reader in. Raises ``RankTaken`` or ``UsageError``; nothing has changed then."""
@@ -89,7 +104,8 @@ class Membership:
         self.world = self.world if join.world is None else join.world
         member = Member(peer, join, rank, now, now)
         self.workers[rank] = member
-        self._departed.discard(rank)
+        for gone in (self._departed, self._left, self._owed):
+            gone.discard(rank)
         self.epoch += 1
         return member
 
@@ -148,8 +164,10 @@ class Membership:
             self.lost = self.epoch
             self.reason = f"worker {member.rank} (process {member.join.pid}) {why or 'died'}"
             self._missed.add(member.rank)
+        else:
+            self._left.add(member.rank)
         if not self.workers:  # the next ones begin anew
-            self.world, self._departed = None, set()
+            self.world, self._departed, self._left, self._owed = None, set(), set(), set()
             if not self._missed:
                 self._runs = set()
 
@@ -194,7 +212,8 @@ class Membership:
         return msgspec.msgpack.encode(
             _State(
                 self.epoch, self.lost, self.reason, self.world, departed, workers, resting,
-                self.run, tuple(sorted(self._runs)), tuple(sorted(self._missed)), tuple(sorted(self._to_come)),
+                self.run, tuple(sorted(self._runs)), tuple(sorted(self._missed)),
+                tuple(sorted(self._left)), tuple(sorted(self._owed)), tuple(sorted(self._to_come)),
             )
         )  # fmt: skip
 
@@ -204,7 +223,7 @@ class Membership:
         self.epoch, self.lost, self.reason, self.world = state.epoch, state.lost, state.reason, state.world
         self._departed, self._resting = set(state.departed), set(state.resting)
         self.run, self._runs, self._missed = state.run, set(state.runs), set(state.missed)
-        self._to_come = set(state.to_come)
+        self._left, self._owed, self._to_come = set(state.left), set(state.owed), set(state.to_come)
         back = now + BACK - self.grace
         self.workers = {rank: Member(None, join, rank, now, now, gone=back) for rank, join in state.workers}
 
@@ -234,4 +253,6 @@ class _State(msgspec.Struct, frozen=True):
     run: int = 0
     runs: tuple[str, ...] = ()
     missed: tuple[int, ...] = ()
+    left: tuple[int, ...] = ()
+    owed: tuple[int, ...] = ()
     to_come: tuple[int, ...] = ()

@@ -26,12 +26,14 @@ class Desk(Protocol):
     def fail(self, asker: Asker, error: HeadwaterError) -> None: ...
     def tell(self, shard: int, message: m.Notice | m.Request, seq: int = 0) -> None: ...
     def save(self, key: str, value: bytes | None) -> None: ...
+    def expect(self) -> None: ...
 
 
 @dataclass(slots=True)
 class Table:
     """One table. ``decided``: the last verdict, for a primary that comes after it.
 
+    ``own``: an optimizer made it, so that all workers of its run train it.
     ``restore``: the folder of the snapshot that it began with; ``base``: its clock there. ``run``: the number of the
     run that it is of; ``users``: workers' sessions that use it, with their ranks; ``finished``: ranks of those that
     have left in order.
@@ -49,6 +51,7 @@ class Table:
     restore: str = ""
     base: int = 0
     run: int = 0
+    own: bool = False
     users: dict[int, int] = field(default_factory=dict)
     finished: set[int] = field(default_factory=set)
 
@@ -67,6 +70,7 @@ class _Saved(msgspec.Struct, frozen=True):
     run: int = 0
     users: dict[int, int] = {}
     finished: tuple[int, ...] = ()
+    own: bool = False
 
 
 class Tables:
@@ -111,6 +115,7 @@ class Tables:
         if worker is not None:
             claims.taken(table, claim, worker, self._desk.membership)
             self._save(table)
+            self._desk.expect()
         if table.state == "ready":
             self._declared(asker, table, assign=False)
         elif table.initialiser == asker.peer:  # asked again, say after a wrong value
@@ -131,6 +136,7 @@ class Tables:
         self._save(table)
         for shard in parts:
             self._desk.tell(shard, m.Create(number, spec), number)
+        self._desk.expect()
 
     def revive(self, kept: Kept, folder: str) -> None:
         """A table of the snapshot that the cluster begins with; primaries hear of it with their views (``brief``)."""
@@ -266,7 +272,7 @@ class Tables:
     def _save(self, table: Table) -> None:
         saved = _Saved(
             table.number, table.spec, table.state, table.restore, table.base, table.run, table.users,
-            tuple(sorted(table.finished)),
+            tuple(sorted(table.finished)), table.own,
         )  # fmt: skip
         self._desk.save(f"table/{table.number}", msgspec.msgpack.encode(saved))
 
@@ -277,7 +283,7 @@ class Tables:
         creating = set(parts) if saved.state == "creating" else set()
         self.by_number[saved.number] = Table(
             saved.number, saved.spec, parts, creating, saved.state, restore=saved.restore, base=saved.base,
-            run=saved.run, users=dict(saved.users), finished=set(saved.finished),
+            run=saved.run, own=saved.own, users=dict(saved.users), finished=set(saved.finished),
         )  # fmt: skip
         if saved.state != "refused":
             self._names[saved.spec.name] = saved.number
