@@ -177,7 +177,9 @@ def _join(
     longer = _seconds("HEADWATER_STEP_TIMEOUT", 1800.0)
     if role == "worker":
         rank = _place() if rank is None else rank
-        world = _number("HEADWATER_WORLD_SIZE") if world is None else world
+        world = _world() if world is None else world
+        if address is None and _target(None) == OWN:
+            _check_not_apart()
     dial = dial_for(address, patience, servers)
     if role == "worker" and _of_a_worker and _target(address) != OWN and rank is not None and rank == _place():
         raise forks.refusal()  # it would take its parent's place
@@ -213,8 +215,25 @@ def _leave_at_exit() -> None:
 
 
 def _place() -> int | None:
-    """The rank that this process was given."""
-    return _number("HEADWATER_RANK")
+    """The rank that this process was given, by us or, in a cluster that it was sent to, by torchrun."""
+    found = _number("HEADWATER_RANK")
+    return _number("RANK") if found is None and os.environ.get("HEADWATER_ADDRESS") else found
+
+
+def _world() -> int | None:
+    found = _number("HEADWATER_WORLD_SIZE")
+    return _number("WORLD_SIZE") if found is None and os.environ.get("HEADWATER_ADDRESS") else found
+
+
+def _check_not_apart() -> None:
+    """Processes that another launcher takes for one job would each train in a cluster of their own, unnoticed."""
+    others = _number("WORLD_SIZE") or 1
+    if others > 1 and "HEADWATER_WORLD_SIZE" not in os.environ:
+        raise UsageError(
+            f"this process is one of {others} (WORLD_SIZE), and HEADWATER_ADDRESS does not say where they meet: each "
+            "would train by itself. Start them with `headwater run --workers N`, or set HEADWATER_ADDRESS to the "
+            "coordinator of a cluster that `headwater up` has started"
+        )
 
 
 def _target(address: str | None) -> str:

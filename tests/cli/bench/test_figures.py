@@ -18,6 +18,7 @@ from headwater.cli.bench.small import small_figures
 from headwater.cli.bench.snapshot import Taken, longest, read_figures, slowed, start_figures, write_figures
 from headwater.cli.bench.step import step_figures
 from headwater.cli.bench.targets import TARGETS
+from headwater.cli.bench.trainer import KINDS
 
 MB = 2**20
 SAME_HOST = {
@@ -68,7 +69,18 @@ def test_many_is_per_tensor() -> None:
 
 
 def test_step_puts_ddp_beside_it() -> None:
-    found = _by_name(step_figures(4, {"none": [0.10, 0.20], "headwater": [0.102, 0.204], "ddp": [0.15, 0.30]}))
+    found = _by_name(
+        step_figures(
+            4,
+            {
+                "none": [0.10, 0.20],
+                "headwater": [0.102, 0.204],
+                "overlap": [0.102, 0.204],
+                "clip": [0.11, 0.22],
+                "ddp": [0.15, 0.30],
+            },
+        )
+    )
     assert found["batch 4 step / no synchronisation"].value == pytest.approx(1.02)
     assert found["batch 4 step / no synchronisation"].met is True
     assert found["batch 4 DDP over Gloo / no synchronisation"].value == pytest.approx(1.5)
@@ -197,7 +209,7 @@ def test_every_target_has_a_figure() -> None:
             for t in ("local", "tcp")
             for f in many_figures(t, {s: [1.0] for s in ("ours", "single", "kernel", "flat")})
         ],
-        "step": [f for b in (1, 4) for f in step_figures(b, {s: [1.0] for s in ("none", "headwater", "ddp")})],
+        "step": [f for b in (1, 4) for f in step_figures(b, {s: [1.0] for s in KINDS})],
         "memory": memory_figures({world: [MB, MB] for world in (1, 2, 3)}, 0, MB, 1000),
         "replicas": [f for t in ("local", "tcp") for b in (1, 4) for f in replica_figures(t, b, COPIES)],
         "snapshot": [*write_figures([SAVED]), *read_figures(READ)],

@@ -70,13 +70,17 @@ def _phase(workers: list[Child], kind: str, batch: int) -> Measure:
 
 
 def step_figures(batch: int, seconds: dict[str, list[float]]) -> list[Figure]:
-    """Figures from seconds per step of ``none``, ``headwater`` and ``ddp``, by round."""
+    """Figures from seconds per step of every kind of ``trainer.KINDS``, by round."""
     name = f"batch {batch}"
     ours, ddp, none = seconds["headwater"], seconds["ddp"], seconds["none"]
     alone = statistics.median(none) * 1e3
     return [
         figure("step", f"{name} step", statistics.median(ours) * 1e3, "ms", alone),
         figure("step", f"{name} step / no synchronisation", median_ratio(ours, none), "×", 1.0),
+        figure(
+            "step", f"{name} fresh values when step() returns / overlap", median_ratio(ours, seconds["overlap"]), "×"
+        ),
+        figure("step", f"{name} clip_grad_norm_ by the script / without", median_ratio(seconds["clip"], ours), "×"),
         figure("step", f"{name} DDP over Gloo step", statistics.median(ddp) * 1e3, "ms", alone),
         figure("step", f"{name} DDP over Gloo / no synchronisation", median_ratio(ddp, none), "×", 1.0),
     ]

@@ -1,7 +1,8 @@
 """One worker of ``headwater bench step``: the same language model under three ways to synchronise.
 
 ``none``: a fused AdamW of its own, and no word to the other worker. ``headwater``: ``headwater.Optimizer`` under
-``Bulk``. ``ddp``: DistributedDataParallel over Gloo and a fused AdamW of its own.
+``Bulk``; ``overlap``: the same with ``overlap=True``; ``clip``: with ``clip_grad_norm_`` by the script, which fetches
+the mean gradient first. ``ddp``: DistributedDataParallel over Gloo and a fused AdamW of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import headwater
 from headwater.cli.bench import gloo
 
-KINDS = ("none", "headwater", "ddp")
+KINDS = ("none", "headwater", "overlap", "clip", "ddp")
 HYPER: dict[str, Any] = {"lr": 3e-4, "weight_decay": 0.1}
 
 
@@ -57,8 +58,9 @@ def stepper(kind: str, model: Any) -> tuple[Callable[[torch.Tensor], None], Call
     optimizer: Any
     finish: Callable[[], None] = _nothing
     called = model
-    if kind == "headwater":
-        optimizer = headwater.Optimizer(model, torch.optim.AdamW, sync=headwater.Bulk(), **HYPER)
+    if kind in ("headwater", "overlap", "clip"):
+        manner: dict[str, Any] = {"sync": headwater.Bulk(), "overlap": kind == "overlap"}
+        optimizer = headwater.Optimizer(model, torch.optim.AdamW, **manner, **HYPER)
         finish = optimizer.synchronize
     else:
         optimizer = torch.optim.AdamW(model.parameters(), fused=True, **HYPER)
@@ -67,6 +69,8 @@ def stepper(kind: str, model: Any) -> tuple[Callable[[torch.Tensor], None], Call
 
     def step(tokens: torch.Tensor) -> None:
         called(input_ids=tokens, labels=tokens).loss.backward()
+        if kind == "clip":
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
