@@ -82,6 +82,16 @@ def test_a_file_of_torch_is_looked_at_too(tmp_path: Path) -> None:
         load(path)
 
 
+def test_files_that_are_not_read_may_be_in_any_state(tmp_path: Path) -> None:
+    path = save(tmp_path / "llama")
+    for name in ("pytorch_model.bin", "training_args.bin", "notes.json", "other.gguf", "model.onnx"):
+        (path / name).write_bytes(POINTER)
+    assert same(load(path), "llama")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"pytorch_model\.bin is a pointer of git-lfs"):
+        load(path)
+
+
 def test_two_tensors_of_one_name_are_not_chosen_between(saved: Path) -> None:
     edit(saved, lambda tensors: tensors | {f"_orig_mod.{name}": t + 1 for name, t in tensors.items()})
     with pytest.raises(DataError, match="with the name of a wrapper and without it"):

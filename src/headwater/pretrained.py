@@ -39,6 +39,12 @@ _OBJECTS = (
 )  # fmt: skip
 """Files that hold one JSON object each."""
 
+_TOKENIZERS = (
+    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model",
+    "tokenizer.model", "vocab.json", "vocab.txt",
+)  # fmt: skip
+"""What tokenizers read beside ``tokenizer.json``."""
+
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 _LONGEST = 400
@@ -95,11 +101,11 @@ def check_files(folder: Path, *, gguf: str | None = None) -> dict[str, _Entry]:
     Raises:
         DataError: a file is empty, cut short, a pointer of git-lfs, or missing although an index names it.
     """
-    for path in [folder / gguf] if gguf else sorted(folder.iterdir()):
-        if path.is_file() and _is_model_file(path):
+    for path in [folder / gguf] if gguf else _read_by_name(folder):
+        if path.is_file():
             _check_file(path)
-        if path.name in _OBJECTS:
-            _check_object(path)
+            if path.name in _OBJECTS:
+                _check_object(path)
     if gguf:
         return {}
     entries: dict[str, _Entry] = {}
@@ -182,9 +188,13 @@ def _look(name: str, gguf: str | None) -> dict[str, _Entry]:
     return {}
 
 
-def _is_model_file(path: Path) -> bool:
-    """Files that are read; a folder may hold others."""
-    return path.suffix in (".safetensors", ".gguf", ".bin", ".json", ".model", ".jinja") or path.name == "merges.txt"
+def _read_by_name(folder: Path) -> list[Path]:
+    """Files that are read if they are there; a folder may hold others, in whatever state."""
+    names = [*_OBJECTS, *_TOKENIZERS, "model.safetensors", "model.safetensors.index.json"]
+    found = [folder / name for name in names]
+    if not any(path.is_file() for path in found[-2:]):
+        found += sorted(folder.glob("pytorch_model*.bin*"))
+    return found
 
 
 def _check_file(path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shutil
 from importlib import metadata
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import typer
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from headwater.errors import DataError
 from headwater_recipes.common import checkpoint
 from headwater_recipes.finetune import commands, source
+from headwater_recipes.lm import model as lm_model
 from tests.recipes.finetuning import write_model
 
 
@@ -97,3 +100,14 @@ def test_the_command_says_how_and_refuses_a_folder_in_the_way(tmp_path: Path) ->
     result = CliRunner().invoke(app, ["--run", str(tmp_path)])
     assert isinstance(result.exception, DataError)
     assert "--resume" in str(result.exception)
+
+
+def test_a_model_that_lacks_a_tensor_is_neither_trained_nor_asked(folder: Path, tmp_path: Path) -> None:
+    part = tmp_path / "part"
+    shutil.copytree(folder, part)
+    tensors = load_file(part / "model.safetensors")
+    lost = tensors.popitem()[0]
+    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+    for loads in (lambda: source.load(str(part)), lambda: source.read(part), lambda: lm_model.load(part)):
+        with pytest.raises(DataError, match=re.escape(lost)):
+            loads()
