@@ -58,7 +58,7 @@ test: $(VENV)/.installed-test
 # Programs in the shape of what people write, each in plain torch and with its optimizer's line exchanged.
 # SCRIPTS="-k gan" for some of them.
 test-scripts: $(VENV)/.installed-scripts
-	$(BIN)/python -m pytest -n $(shell nproc) -m scripts tests/scripts tests/cases $(SCRIPTS)
+	$(BIN)/python -m pytest -n $(shell nproc) -m "scripts or not scripts" tests/scripts tests/cases $(SCRIPTS)
 
 # CHAOS_SECONDS=600 for longer, CHAOS_SEED=7 for other faults.
 CHAOS_SECONDS ?= 180

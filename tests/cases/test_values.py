@@ -29,7 +29,11 @@ def _wide() -> nn.Sequential:
 
 
 def _iterate(model: nn.Module) -> Values:
-    return {name: torch.tensor([list(row[:3]) for row in p[:3]]) for name, p in model.named_parameters() if p.ndim == 2}
+    return {
+        name: torch.tensor([[x.item() for x in row[:3]] for row in p[:3]])
+        for name, p in model.named_parameters()
+        if p.ndim == 2
+    }
 
 
 def _pickled(model: nn.Module) -> Values:

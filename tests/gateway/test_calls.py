@@ -6,7 +6,7 @@ import itertools
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from headwater.gateway.calls import Answer, Argued, Called, Calls, Said
@@ -32,7 +32,6 @@ TRICKY = {"a": "}\n</tool_call>", "b": {"c": [{}, "<tool_call>"]}, "d": "ü"}
 
 
 @given(st.lists(st.integers(0, 200), max_size=12))
-@settings(deadline=None)
 def test_any_cut_gives_the_same(cuts: list[int]) -> None:
     text = f"I paint.<tool{call('paint', TRICKY)}\n{call('g', {})} \n"
     places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})

@@ -13,6 +13,8 @@ import pytest
 import tokenizers
 import transformers
 
+from tests.patience import PATIENCE
+
 pytest.importorskip("llguidance")
 
 from headwater.gateway import grammar
@@ -45,13 +47,13 @@ def server() -> Iterator[Running]:
 
 
 def ask(server: Running, **wanted: Any) -> Any:
-    with server.client(timeout=60) as client:
+    with server.client(timeout=PATIENCE) as client:
         answer = client.chat.completions.create(**{"model": "toy", "messages": HELLO, "max_tokens": 300} | wanted)
         return list(answer) if wanted.get("stream") else answer
 
 
 def test_an_answer_is_of_its_schema(server: Running) -> None:
-    with server.client(timeout=60) as client:
+    with server.client(timeout=PATIENCE) as client:
         answer = client.chat.completions.parse(model="toy", messages=HELLO, response_format=Paint, n=4, seed=1)
         found = [choice.message.parsed for choice in answer.choices]
         assert all(isinstance(each, Paint) for each in found)
@@ -142,7 +144,7 @@ def test_a_schema_that_cannot_be_held_is_refused(server: Running, schema: dict[s
 
 def test_what_is_not_strict_is_held_as_far_as_can_be(server: Running) -> None:
     form: Any = {"name": "x", "schema": {"type": "array", "maxItems": 1, "uniqueItems": True, "items": {"enum": [1]}}}
-    with server.client(timeout=60) as client:
+    with server.client(timeout=PATIENCE) as client:
         raw = client.chat.completions.with_raw_response.create(
             model="toy", messages=HELLO, response_format={"type": "json_schema", "json_schema": form}
         )

@@ -391,7 +391,7 @@ class _Crowd:
             next(self.running[session], None)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 3), st.integers(1, 9), st.booleans(), st.integers(1, 7),
     st.booleans(), st.booleans(),

@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 rank, folder = int(os.environ["HEADWATER_RANK"]), Path(sys.argv[1])
 def say(*words): print(*words, flush=True)
 def wait_for(name):
-    until = time.monotonic() + 60
+    until = time.monotonic() + PATIENCE
     while not (folder / name).exists():
         assert time.monotonic() < until, f"{name} never came"
         time.sleep(0.01)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import (
@@ -35,6 +35,7 @@ from headwater.client import Client
 from headwater.errors import DataError, UsageError
 from headwater.integrations.torch_share import Crew, ShareSampler, deal, rounds
 from tests.integrations.support import workers
+from tests.patience import PATIENCE
 
 
 class Numbers(Dataset[int]):
@@ -183,7 +184,6 @@ def test_one_worker_has_the_loader_itself() -> None:
 
 
 @given(st.integers(0, 60), st.integers(1, 7), st.integers(2, 5), st.booleans(), st.booleans())
-@settings(deadline=None)
 def test_each_sample_once_and_equal_numbers_of_batches(
     n: int, size: int, world: int, drop_last: bool, stream: bool
 ) -> None:
@@ -462,7 +462,7 @@ def test_processes_share_each_epoch(tmp_path: Path, loading: int) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.replace("NUMBER", str(loading)))
     command = [sys.executable, "-m", "headwater", "run", "--servers", "1", "--workers", "2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     seen: dict[str, list[int]] = {"0": [], "1": []}
     for line in done.stdout.splitlines():

@@ -17,6 +17,7 @@ from headwater.client.tickets import Alike
 from headwater.integrations import torch_told
 from headwater.integrations.torch_told import SameSamples
 from tests.integrations.support import workers
+from tests.patience import PATIENCE
 
 
 @pytest.fixture
@@ -119,11 +120,11 @@ def test_when_the_lowest_rank_leaves_the_next_one_s_learning_rate_counts(said: d
     address = "inproc://lowest-leaves"
 
     def run(rank: int) -> float:
-        with headwater.connect(address, rank=rank, world=3, timeout=20) as client:
+        with headwater.connect(address, rank=rank, world=3, timeout=PATIENCE) as client:
             return life(client)
 
     with ThreadPoolExecutor(3) as pool:
-        found = [job.result(60) for job in [pool.submit(run, rank) for rank in range(3)]]
+        found = [job.result(PATIENCE) for job in [pool.submit(run, rank) for rank in range(3)]]
     assert found[0] == -2.0
     assert found[1:] == [-2.0 - 0.25 * 2.5] * 2
 

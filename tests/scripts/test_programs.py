@@ -16,7 +16,8 @@ import torch
 
 from tests.scripts.harness import PROGRAMS, Ended, Outcome, Way, Zygote, expected, reference, with_headwater
 
-pytestmark = pytest.mark.scripts
+FAST = ("gan", "accumulate", "clip_norm", "ema_diffusion", "wgan", "two_losses")
+"""What `make test` runs of them, with two workers."""
 
 WAYS = {
     "alone": Way(),
@@ -24,6 +25,16 @@ WAYS = {
     "two-workers": Way(2, "local"),
     "two-workers-tcp": Way(2, "tcp"),
 }
+BULK = [
+    pytest.param(
+        program,
+        way,
+        marks=() if program.stem in FAST and way == "two-workers" else pytest.mark.scripts,
+        id=f"{program.stem}-{way}",
+    )
+    for program in PROGRAMS
+    for way in WAYS
+]
 SYNCS = {"stale": "headwater.Stale(2)", "async": "headwater.Async()"}
 
 
@@ -74,8 +85,7 @@ def _of_one_worker(outcome: Outcome) -> Outcome:
     return {name: value for name, value in outcome.items() if not name.startswith("buffer ")}
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("program", "way"), BULK)
 def test_bulk_trains_as_plain_torch(
     program: Path, way: str, zygote: Zygote, references: dict[tuple[str, int], Ended], tmp_path: Path
 ) -> None:
@@ -100,6 +110,7 @@ def test_bulk_trains_as_plain_torch(
         assert not _compare(found, plain, float(said.get("within", "0").split()[0])), f"rank {rank}\n{ended.said}"
 
 
+@pytest.mark.scripts
 @pytest.mark.parametrize("sync", SYNCS)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
 def test_stale_and_async_end_and_learn(program: Path, sync: str, zygote: Zygote, tmp_path: Path) -> None:
