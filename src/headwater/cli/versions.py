@@ -13,10 +13,10 @@ import typer
 from rich.console import Group
 from rich.live import Live
 from rich.text import Text
-from typer.core import TyperGroup
 
 import headwater
 from headwater.cli.console import counted, err, out
+from headwater.cli.mistakes import Group as Commands
 from headwater.cli.options import Address, Timeout
 from headwater.cli.status import duration, grid, locate, size, standing
 from headwater.errors import UsageError
@@ -33,11 +33,15 @@ _ALL = 116
 """Columns of a terminal that everything fits into."""
 
 
-class _ListsByDefault(TyperGroup):
-    """``headwater versions lm`` is ``headwater versions list lm``."""
+class _ListsByDefault(Commands):
+    """``headwater versions lm`` is ``headwater versions list lm``; with another word behind it was to be a command."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args or (args[0] not in self.commands and args[0] not in ("--help", "-h")):
+        if ctx.resilient_parsing:  # a shell wants to know what could come here
+            return super().parse_args(ctx, args)
+        if args and args[0] not in self.commands and args[1:] and not args[1].startswith("-") and args[0][:1] != "-":
+            ctx.fail(f"No such command {args[0]!r}.{self.meant(args[0])}")
+        if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
             args = ["list", *args]
         return super().parse_args(ctx, args)
 
