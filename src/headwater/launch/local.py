@@ -21,6 +21,7 @@ import msgspec
 from headwater.errors import DeadlineExceeded, InternalError, UsageError
 from headwater.launch import escalation, output, registry
 from headwater.launch import outcome as words
+from headwater.launch.lines import Lines
 from headwater.launch.outcome import Outcome
 from headwater.launch.process import Process
 from headwater.launch.revival import Revival
@@ -85,6 +86,10 @@ class Launcher:
         shards, replicas, min_copies, ack, silence, state, snapshots, snapshot_every, restore: see ``Shape``.
         keep_going: a server that dies does not end the job; another takes its place. Default: with 2 replicas or more.
         elastic: a worker that dies does not end the job as long as one remains, or has finished.
+        only_rank0: of what the workers write only rank 0's is shown, and the last words of another that fails.
+        once: a traceback with which a worker ends does not go to ``on_line`` but stands in the outcome, for who reports
+            that (see ``headwater.launch.lines``). Default: if there is no ``on_line``.
+        stdin_rank: the worker that reads this process's standard input; the others have none.
         restart_workers: how often each worker of an elastic job that dies is started again, with the same rank.
 
     With ``state``, or with ``keep_going``, a coordinator that dies is started again at the same address. A process
@@ -129,6 +134,9 @@ class Launcher:
         keep_going: bool | None = None,
         elastic: bool = False,
         restart_workers: int = 0,
+        only_rank0: bool = False,
+        once: bool | None = None,
+        stdin_rank: int | None = None,
     ) -> None:
         self.shape = Shape(
             0 if address else servers, shards, replicas, min_copies, ack, silence,
@@ -159,7 +167,9 @@ class Launcher:
         self._revivals: dict[_Place, Revival] = {}
         self._due: dict[Process, float] = {}  # of those that have ended: when another takes their place
         self._returning: dict[Process, str] = {}  # not yet ready: the name of who was there before
-        self._watch = Watch(on_line or output.Printer(), on_exit)
+        self._stdin_rank = stdin_rank
+        lines = Lines(once=on_line is None if once is None else once, only_rank0=only_rank0, elastic=elastic)
+        self._watch = Watch(on_line or output.Printer(), on_exit, lines)
 
     # ---- life ------------------------------------------------------------------------------------
 
@@ -286,6 +296,7 @@ class Launcher:
         with self.signals():
             for group in (self.workers, self.servers, [self.coordinator] if self.coordinator else []):
                 self._stop_group(group)
+            self._watch.say_the_rest(self.outcome.failed)
         self._say_who_is_left()
         for left in (self._record, self._private):
             registry.withdraw(left)
@@ -361,7 +372,10 @@ class Launcher:
         }
         if "HEADWATER_TOKEN" in env:
             env.pop("HEADWATER_TOKEN_FILE", None)
-        process = Process(name, role, rank, command, env, ready=role != "worker", restarts=restarts)
+        stdin = role == "worker" and rank == self._stdin_rank
+        if role == "worker":
+            env["HEADWATER_STDIN"] = "yours" if stdin else "none"
+        process = Process(name, role, rank, command, env, ready=role != "worker", restarts=restarts, stdin=stdin)
         self._watch.add(process)
         return process
 
@@ -541,7 +555,8 @@ class Launcher:
         return escalation.NEVER if due is None else due
 
     def _end_for_worker(self, worker: Process, now: float) -> None:
-        self._end(words.of_worker(worker, [other.name for other in self.workers if other.running]), now)
+        others = [other.name for other in self.workers if other.running]
+        self._end(words.of_worker(worker, others, shown=self._watch.lines.seen(worker)), now)
 
 
 def launch(

@@ -22,7 +22,9 @@ _ENTRY = str(Path(__file__).with_name("entry.py"))
 _READ = 1 << 16
 _TAIL = 200
 _LINE = 1 << 16
-_TRACEBACK = "Traceback (most recent call last):"
+TRACEBACK = "Traceback (most recent call last):"
+_PROMPT = 0.1
+"""Seconds after which a line without an end is taken for a prompt."""
 _CHAINED = (
     "During handling of the above exception, another exception occurred:",
     "The above exception was the direct cause of the following exception:",
@@ -39,9 +41,11 @@ class LineSplitter:
     def __init__(self) -> None:
         self._rest = b""
         self._redrawn = float("-inf")
+        self._fed = float("-inf")
 
     def feed(self, data: bytes, now: float) -> list[str]:
         """The lines that ``data`` completes at time ``now`` (seconds)."""
+        self._fed = now
         *whole, self._rest = (self._rest + data).split(b"\n")
         lines = [self._text(line.rstrip(b"\r").rpartition(b"\r")[2]) for line in whole]
         drawn, returned, rest = self._rest.rpartition(b"\r")
@@ -54,6 +58,17 @@ class LineSplitter:
             lines.append(self._text(self._rest))
             self._rest = b""
         return lines
+
+    @property
+    def prompting(self) -> float:
+        """When an unfinished line is to be taken for a prompt. A progress bar, which is redrawn, never is."""
+        asked = bool(self._rest) and self._redrawn == float("-inf")
+        return self._fed + _PROMPT if asked else float("inf")
+
+    def prompt(self) -> str:
+        """The unfinished line; what its process adds to it will be a line of its own."""
+        rest, self._rest = self._rest, b""
+        return self._text(rest)
 
     def flush(self) -> list[str]:
         """What is left when the pipe closes."""
@@ -73,7 +88,8 @@ class Process:
     lives as long as the cluster.
 
     Attributes: ``name`` (``w0``, ``s1``, ``coordinator``), ``role``, ``rank``, ``pid``, ``ready`` (the first line of
-    the ready pipe, ``b""`` while there is none), ``restarts`` (how many processes had this name before) and
+    the ready pipe, ``b""`` while there is none), ``restarts`` (how many processes had this name before), ``stdin``
+    (whether it reads the launcher's standard input; others have none) and
     ``returncode`` (``None`` while it runs; ``128 + n`` when signal n ended it, as a shell counts).
     """
 
@@ -87,8 +103,9 @@ class Process:
         *,
         ready: bool = False,
         restarts: int = 0,
+        stdin: bool = False,
     ) -> None:
-        self.name, self.role, self.rank, self.restarts = name, role, rank, restarts
+        self.name, self.role, self.rank, self.restarts, self.stdin = name, role, rank, restarts, stdin
         self.returncode: int | None = None
         self.signalled = False
         self.ready = b""
@@ -100,7 +117,7 @@ class Process:
         try:
             self._child = subprocess.Popen(
                 [sys.executable, "-I", "-S", _ENTRY, str(os.getpid()), *command],
-                stdin=subprocess.DEVNULL,
+                stdin=None if stdin else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env=dict(env),
@@ -166,6 +183,15 @@ class Process:
         if stream == "stderr":
             self.tail.extend(lines)
         return lines
+
+    @property
+    def prompting(self) -> float:
+        """When to ask for prompts; never for a process that nobody can answer."""
+        return min(each.prompting for each in self._splitters.values()) if self.stdin else float("inf")
+
+    def prompts(self, now: float) -> list[tuple[Stream, str]]:
+        """The unfinished lines that the process waits behind."""
+        return [(stream, each.prompt()) for stream, each in self._splitters.items() if each.prompting <= now]
 
     def read_ready(self) -> None:
         """Take the ready line; closes the pipe after it, or at its end."""
@@ -236,7 +262,7 @@ class Process:
     def last_words(self) -> str:
         """The last traceback on its stderr with what caused it, or the last lines when there is none."""
         lines = list(self.tail)
-        starts = [i for i, line in enumerate(lines) if line == _TRACEBACK]
+        starts = [i for i, line in enumerate(lines) if line == TRACEBACK]
         if not starts:
             return "\n".join(lines[-20:])
         start = starts.pop()
