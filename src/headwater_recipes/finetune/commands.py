@@ -9,6 +9,10 @@ import typer
 from rich.console import Console
 
 from headwater_recipes.common import options
+from headwater_recipes.common.stages import stage
+
+_NO_SETTINGS = ("run", "resume", "restore", "only_rank0")
+"""Options that are of one launch and not kept in the run's folder."""
 
 
 def finetune(
@@ -52,6 +56,7 @@ def finetune(
     save_every: options.SaveEvery = None,
     validate_every: options.ValidateEvery = None,
     log_every: options.LogEvery = None,
+    only_rank0: options.OnlyRank0 = False,
 ) -> None:
     """Train a pretrained language model on, and see what it answers then.
 
@@ -63,16 +68,17 @@ def finetune(
     """
     given = dict(locals())
     options.let_threads_sleep()
-    from headwater_recipes.common.settings import make_changes
-    from headwater_recipes.finetune import job
-    from headwater_recipes.finetune.settings import complete
-    from headwater_recipes.finetune.source import SMOLLM2
+    console = Console()
+    with stage(console, "loading torch"):
+        from headwater_recipes.common.settings import make_changes
+        from headwater_recipes.finetune import job
+        from headwater_recipes.finetune.settings import complete
+        from headwater_recipes.finetune.source import SMOLLM2
 
-    changes = make_changes({name: value for name, value in given.items() if name not in ("run", "resume", "restore")})
+    changes = make_changes({name: value for name, value in given.items() if name not in _NO_SETTINGS})
     if model not in (None, SMOLLM2) and Path(model).exists():
         changes["model"] = str(Path(model).resolve())  # workers may run elsewhere
-    console = Console()
     folder = job.resume(run, changes) if resume else job.prepare(complete(changes), run, console)
-    code = job.Job(folder, console, restore).run()
+    code = job.Job(folder, console, restore, only_rank0=only_rank0).run()
     if code:
         raise typer.Exit(code)

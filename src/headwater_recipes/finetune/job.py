@@ -16,6 +16,7 @@ from rich.text import Text
 
 from headwater.errors import DataError
 from headwater_recipes.common import checkpoint, display, job, metrics
+from headwater_recipes.common.stages import stage
 from headwater_recipes.common.trainer import quiet
 from headwater_recipes.finetune import adapter, answers, data, docstrings, examples, source
 from headwater_recipes.finetune.settings import RECIPE, Settings, check
@@ -35,24 +36,27 @@ def prepare(wanted: Settings, run: Path | None, console: Console) -> Path:
     check(wanted)
     if not checkpoint.free(run):
         checkpoint.new_folder(RECIPE.name, run)  # raises: says what is wrong, before any work is done
-    quiet()
-    found = data.from_paths([Path(p) for p in wanted.data]) if wanted.data else docstrings.standard_library()
-    found = _shuffled(found, wanted.seed)
+    with stage(console, "loading transformers"):
+        quiet()
+    with stage(console, "reading the data"):
+        found = data.from_paths([Path(p) for p in wanted.data]) if wanted.data else docstrings.standard_library()
+        found = _shuffled(found, wanted.seed)
     begun = time.monotonic()
-    with console.status("loading the model …"):
+    with stage(console, "loading the model"):
         model, tokenizer = source.load(wanted.model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     size = sum(p.numel() for p in model.parameters())
     _say(console, f"model: {wanted.model}, {size / 1e6:.1f} M parameters ({time.monotonic() - begun:.1f} s)")
-    training = examples.encode(tokenizer, found.training, wanted.seq)
-    held_out = examples.encode(tokenizer, found.held_out, wanted.seq)
+    with stage(console, "writing the data as tokens"):
+        training = examples.encode(tokenizer, found.training, wanted.seq)
+        held_out = examples.encode(tokenizer, found.held_out, wanted.seq)
     _say(console, _describe(found, training, held_out, wanted.seq))
     asked = answers.choose(tokenizer, found.training, found.held_out)
-    with console.status("asking the model what it knows before …"):
+    with stage(console, "asking the model what it knows before"):
         said = answers.ask(model, tokenizer, [each.prompt for each in asked])
     adapted = adapter.wrap(copy.deepcopy(model), wanted) if wanted.lora else None
-    with checkpoint.making(RECIPE.name, run) as folder:
+    with checkpoint.making(RECIPE.name, run) as folder, stage(console, "writing the model and the data"):
         _write(folder, model, tokenizer, adapted)
         examples.save(folder, "training", training.examples)
         examples.save(folder, "held_out", held_out.examples)
@@ -102,8 +106,10 @@ def _write(folder: Path, model: Any, tokenizer: Any, adapted: Any) -> None:
 class Job(job.Job[Settings]):
     """One launch of a run whose folder is ready."""
 
-    def __init__(self, folder: Path, console: Console, restore: Path | None = None) -> None:
-        super().__init__(RECIPE, folder, console, restore)
+    def __init__(
+        self, folder: Path, console: Console, restore: Path | None = None, *, only_rank0: bool = False
+    ) -> None:
+        super().__init__(RECIPE, folder, console, restore, only_rank0=only_rank0)
 
     def _report(self) -> None:
         assert self.board.final is not None
@@ -131,7 +137,7 @@ class Job(job.Job[Settings]):
 
     def _answers(self) -> None:
         """Ask again, and show both."""
-        with self.console.status("asking the same again …"):
+        with stage(self.console, "asking the same again"):
             tokenizer = source.read_tokenizer(self.folder)
             model = read_model(self.folder, checkpoint.newest(self.folder), self.settings)
             before = answers.read(self.folder)
