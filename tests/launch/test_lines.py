@@ -82,7 +82,7 @@ def test_another_reason_at_the_same_place_is_a_line() -> None:
     screen.say(1, *STACK, "RuntimeError: of 1")
     screen.end(0)
     screen.end(1)
-    assert screen.shown == ["w1 RuntimeError: of 1  (at the same place as w0)"]
+    assert screen.shown == ["w1 RuntimeError: of 1: at the same place as w0"]
 
 
 def test_another_traceback_is_shown_whole() -> None:
@@ -133,7 +133,7 @@ def test_a_ctrl_c_that_was_passed_on_needs_no_traceback(monkeypatch: pytest.Monk
     screen.say(1, *INTERRUPTED)
     screen.workers[1].signalled = True
     screen.late(HOLD)
-    told = [*(f"w0 {line}" for line in INTERRUPTED), "w1 KeyboardInterrupt  (at the same place as w0)"]
+    told = [*(f"w0 {line}" for line in INTERRUPTED), "w1 the same traceback as w0"]
     assert screen.shown == (told if debug else [])
 
 

@@ -11,7 +11,7 @@ from headwater.launch.process import TRACEBACK
 if TYPE_CHECKING:
     from headwater.launch.process import Process, Stream
 
-HOLD = 2.0
+HOLD = 3.0
 """Seconds that a traceback is held back: what the script catches and logs is shown so much later."""
 
 Line = tuple["Stream", str]
@@ -111,10 +111,11 @@ class Lines:
         if not like or self._elastic:
             self._known.setdefault(process, lines)
             return [("stderr", line) for line in lines]
-        # It may have been stopped, because the other failed, amid its traceback.
-        if process.returncode and (process.signalled or lines[-1] == self._known[like[0]][-1]):
+        same = lines[-1] == self._known[like[0]][-1]
+        if process.returncode and (process.signalled or same):  # perhaps stopped amid its traceback, as another failed
             return []
-        return [("stderr", f"{lines[-1]}  (at the same place as {like[0].name})")]
+        what = "the same traceback as" if same else f"{lines[-1]}: at the same place as"
+        return [("stderr", f"{what} {like[0].name}")]
 
 
 def _alike(lines: list[str], known: list[str]) -> bool:

@@ -31,7 +31,8 @@ def stage(console: Console, what: str) -> Iterator[None]:
         spinner.update(text=waiting(what, time.monotonic() - begun))
         return spinner
 
-    with Live(console=console, transient=True, get_renderable=drawn, refresh_per_second=8):
+    with Live(console=console, transient=True, get_renderable=drawn, refresh_per_second=8) as live:
+        live.refresh()
         yield
 
 
