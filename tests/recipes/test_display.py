@@ -106,7 +106,7 @@ def test_the_picture_fits_the_terminal(width: int) -> None:
     assert any(line.split()[:2] == ["w1", "1990"] for line in lines)
     assert any(line.split()[:2] == ["7", "alive"] for line in lines)
     assert "ETA 33:30" in text
-    assert ("pulled from it" in text) == (width >= 80)
+    assert ("backup of" in text) == (width >= 80)
     assert "…" not in text
 
 
