@@ -155,6 +155,24 @@ def test_of_others_than_rank_0_only_the_last_words_are_shown() -> None:
     assert screen.shown == ["w0 mine"]
 
 
+def test_what_rank_0_has_shown_is_not_shown_again_of_another() -> None:
+    screen = _Screen(only_rank0=True)
+    screen.say(0, *FAILED)
+    screen.say(1, *FAILED)
+    screen.say(2, *ELSEWHERE)
+    screen.late(HOLD)
+    assert screen.end(1)
+    assert screen.end(2) is False
+    assert screen.shown == [f"w0 {line}" for line in FAILED]
+
+
+def test_who_chooses_among_the_lines_of_stdout_is_given_all() -> None:
+    screen = _Screen(only_rank0=True, stdout=False)
+    screen.say(1, "loss 3", stream="stdout")
+    screen.say(1, "careful")
+    assert screen.shown == ["w1 loss 3"]
+
+
 def test_the_last_words_of_one_that_nobody_reports_are_shown_in_the_end() -> None:
     screen = _Screen()
     screen.say(1, *FAILED)

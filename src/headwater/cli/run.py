@@ -109,9 +109,13 @@ def run(
         job.start_workers(command, workers, first_rank=first_rank, world=world)
         if job.advice:
             note(f"headwater: {job.advice}")
-        outcome = job.wait()
-    report(outcome)
-    raise typer.Exit(outcome.code)
+        told = False
+        while job.poll(1.0):
+            if job.outcome.interrupted and not told:
+                told = True
+                note(f"headwater: the workers have {patience:g} s to end; another Ctrl-C does not wait")
+    report(job.outcome)
+    raise typer.Exit(job.outcome.code)
 
 
 def reader(wanted: int | None, first_rank: int, workers: int, only_rank0: bool) -> int | None:

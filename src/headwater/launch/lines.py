@@ -27,11 +27,12 @@ class Lines:
     Args:
         once: do so; otherwise every line is shown as it comes.
         only_rank0: of the other workers nothing is shown but the last words of one that fails.
+        stdout: that is true of their stdout too; otherwise who is given it chooses.
         elastic: a worker that fails does not end the job: nobody reports it later.
     """
 
-    def __init__(self, *, once: bool, only_rank0: bool = False, elastic: bool = False) -> None:
-        self._once, self._only_rank0, self._elastic = once, only_rank0, elastic
+    def __init__(self, *, once: bool, only_rank0: bool = False, stdout: bool = True, elastic: bool = False) -> None:
+        self._once, self._only_rank0, self._stdout, self._elastic = once, only_rank0, stdout, elastic
         self._held: dict[Process, tuple[float, list[str]]] = {}
         self._known: dict[Process, list[str]] = {}  # the tracebacks that are shown, or will be in the end
         self._unseen: set[Process] = set()
@@ -40,7 +41,7 @@ class Lines:
         """A line has come; what is to be shown at once."""
         if process.role != "worker":
             return [] if TYPED.match(line) else [(stream, line)]  # the exception or the outcome will say it
-        if self._mute(process):
+        if self._mute(process) and (self._stdout or stream == "stderr"):
             return []
         if stream == "stderr" and self._once and (process in self._held or line == TRACEBACK):
             self._held.setdefault(process, (now + HOLD, []))[1].append(line)
@@ -95,11 +96,15 @@ class Lines:
         return self._only_rank0 and process.rank != 0
 
     def _of_muted(self, process: Process) -> list[Line]:
+        words = process.last_words.splitlines()
         if process.returncode and self._elastic:
-            return [("stderr", line) for line in process.last_words.splitlines()]
+            return [("stderr", line) for line in words]
+        shown = [known for each, known in self._known.items() if each not in self._unseen and known[-1] in words[-1:]]
+        if any(_alike(words, known) for known in shown):
+            return []
         self._unseen.add(process)
-        if process.returncode and not process.signalled and not is_victim(process):
-            self._known.setdefault(process, process.last_words.splitlines())
+        if words and process.returncode and not process.signalled and not is_victim(process):
+            self._known.setdefault(process, words)
         return []
 
     def _release(self, process: Process) -> list[Line]:

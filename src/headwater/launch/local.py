@@ -86,11 +86,14 @@ class Launcher:
         shards, replicas, min_copies, ack, silence, state, snapshots, snapshot_every, restore: see ``Shape``.
         keep_going: a server that dies does not end the job; another takes its place. Default: with 2 replicas or more.
         elastic: a worker that dies does not end the job as long as one remains, or has finished.
-        only_rank0: of what the workers write only rank 0's is shown, and the last words of another that fails.
+        only_rank0: of what the workers write only rank 0's is shown, and the last words of another that fails. An
+            ``on_line`` is given the others' stdout all the same.
         once: a traceback with which a worker ends does not go to ``on_line`` but stands in the outcome, for who reports
             that (see ``headwater.launch.lines``). Default: if there is no ``on_line``.
         stdin_rank: the worker that reads this process's standard input; the others have none.
         restart_workers: how often each worker of an elastic job that dies is started again, with the same rank.
+
+    ``hurried``: somebody asked again, by a second Ctrl-C, not to wait for those that were to end.
 
     With ``state``, or with ``keep_going``, a coordinator that dies is started again at the same address. A process
     that dies three times in a row right after its start is not started again.
@@ -168,7 +171,9 @@ class Launcher:
         self._due: dict[Process, float] = {}  # of those that have ended: when another takes their place
         self._returning: dict[Process, str] = {}  # not yet ready: the name of who was there before
         self._stdin_rank = stdin_rank
-        lines = Lines(once=on_line is None if once is None else once, only_rank0=only_rank0, elastic=elastic)
+        self.hurried = False
+        printed = on_line is None
+        lines = Lines(once=printed if once is None else once, only_rank0=only_rank0, stdout=printed, elastic=elastic)
         self._watch = Watch(on_line or output.Printer(), on_exit, lines)
 
     # ---- life ------------------------------------------------------------------------------------
@@ -409,6 +414,7 @@ class Launcher:
                 return
             if self._watch.requests:
                 self._watch.requests.clear()
+                self.hurried = True
                 ending.hurry(now)
             number = ending.next(now)
             if number is not None:
@@ -446,6 +452,7 @@ class Launcher:
         number = self._watch.requests.popleft()
         if self._ending is not None:
             if not (number == signal.SIGHUP and now < self._hangup):
+                self.hurried = True
                 self._ending.hurry(now)
             return
         self._hangup = now + _ECHO

@@ -120,6 +120,7 @@ class Job(ABC, Generic[AnySettings]):
             on_line=self._line,
             on_note=self._note,
             once=True,
+            only_rank0=self.only_rank0,
             patience=self.recipe.patience,
             restore=self.restore,
             **settings.cluster(s),
@@ -241,7 +242,7 @@ class Job(ABC, Generic[AnySettings]):
         if outcome.code == 0 or outcome.interrupted:
             self._say("stopped" if outcome.interrupted else "the workers ended before the run did")
         else:
-            if not outcome.shown or (self.only_rank0 and outcome.failed != "w0"):
+            if not outcome.shown:
                 self._say(f"--- the last words of {outcome.failed}:\n{outcome.last_words}")
             self._say(f"the run failed: {outcome.message}")
         if outcome.interrupted and self.board.started and len(self.board.finished) < self.settings.workers:
