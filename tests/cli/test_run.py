@@ -275,3 +275,38 @@ def test_a_terminal_that_is_gone_lets_the_workers_save(tmp_path: Path) -> None:
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
     assert saved.exists()
+
+
+_STUBBORN = """
+import select, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("here", flush=True)
+while True: select.select([], [], [], 1)
+"""
+
+
+def test_ctrl_c_again_and_again_ends_what_will_not_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "headwater", "run", "-s", "0", _script(tmp_path, _STUBBORN)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline() == "[w0] here\n"
+        assert process.stderr.readline().startswith("headwater: no servers, 1 worker")
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "headwater: the workers have 20 s to end; another Ctrl-C does not wait\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130  # a second is enough
+        assert process.stderr.read() == "headwater: interrupted; no process is left\n"
+
+
+def test_who_was_interrupted_shows_no_traceback(tmp_path: Path) -> None:
+    script = _script(tmp_path, "import select\nprint('here', flush=True)\nwhile True: select.select([], [], [], 1)")
+    command = [sys.executable, "-m", "headwater", "run", "-s", "0", "-w", "2", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        assert {process.stdout.readline() for _ in range(2)} == {"[w0] here\n", "[w1] here\n"}
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130
+        assert "Traceback" not in process.stderr.read()

@@ -331,3 +331,14 @@ def test_what_is_claimed_of_the_end_is_so(monkeypatch: pytest.MonkeyPatch) -> No
         for _ in worker.close():
             pass
     assert Outcome().remains == "no process is left"
+
+
+def test_that_somebody_asked_twice_is_remembered() -> None:
+    for times in (1, 2):
+        job = Launcher(0, on_line=Collected())
+        (worker,) = job.start_workers(python("import signal; signal.signal(signal.SIGINT, lambda *_: None); " + FOREVER))
+        while not job.hurried and worker.running and job.poll(0.1):
+            job.interrupt() if times == 2 else job.terminate()
+        job.wait()
+        job.stop()
+        assert job.hurried == (times == 2)

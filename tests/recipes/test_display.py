@@ -9,6 +9,8 @@ from headwater_recipes.common import display
 from headwater_recipes.common.board import Board
 from headwater_recipes.common.reports import Doing, Glanced, Published, Started, Stepped, Validated
 from headwater_recipes.common.stages import stage, waiting
+from headwater_recipes.finetune.answers import Answer
+from headwater_recipes.finetune.job import _compared
 
 
 def _board() -> Board:
@@ -176,3 +178,20 @@ def test_on_a_terminal_a_stage_goes_when_it_is_over() -> None:
 def test_sizes_and_times() -> None:
     assert [display.size(n) for n in (0, 999, 1500, 12.34e6, 250e6)] == ["0 B", "999 B", "1.5 kB", "12.3 MB", "250 MB"]
     assert [display.clock(s) for s in (None, 0, 65.4, 3600)] == ["–", "0:00", "1:05", "60:00"]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_answers_before_and_after_fit_the_terminal(width: int) -> None:
+    found = [
+        Answer(question="What does os.path.join do? " * 3, wanted="It joins. " * 9, prompt="p", held_out=True,
+               before="word " * 40, after="other " * 40)
+    ]  # fmt: skip
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(_compared(found, width))
+    lines = captured.get().splitlines()
+    assert max(map(len, lines)) <= width
+    text = captured.get()
+    for each in ("before", "after", "held out: It joins", "word word", "other other"):
+        assert each in " ".join(text.split()), each
+    assert ("before: word" in text) == (width < 80)

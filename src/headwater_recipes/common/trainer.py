@@ -180,6 +180,8 @@ class Trainer(ABC, Generic[AnySettings]):
     def _report(self, kind: type[reports.Stepped | reports.Glanced]) -> None:
         last = self.optimizer.last_step
         progress, lr = self.plans.at(self.step).at(self.step), float(self.scheduler.get_last_lr()[0])
+        if kind is reports.Glanced and self.settings.budget:  # before there is a plan by the clock
+            progress = max(progress, min(1.0, self.elapsed / self.settings.budget))
         self.meter.report(kind, self.step, lr, last.grad_norm if last else None, self.elapsed, progress)
 
     def _doing(self, what: str) -> None:

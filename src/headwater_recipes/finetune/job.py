@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -144,14 +145,33 @@ class Job(job.Job[Settings]):
             said = answers.ask(model, tokenizer, [each.prompt for each in before])
         after = [msgspec.structs.replace(each, after=text) for each, text in zip(before, said, strict=True)]
         answers.write(self.folder, after)
-        table = Table(show_lines=True, expand=True)
-        for name, share in (("asked, and what the data says", 4), ("before", 4), ("after", 4)):
-            table.add_column(name, ratio=share, overflow="fold")
-        for each in after:
-            kind = "held out" if each.held_out else "trained on"
-            asked = Text(f"{_short(each.question)}\n").append(f"{kind}: {_short(each.wanted)}", "dim")
-            table.add_row(asked, Text(_short(each.before)), Text(_short(each.after)))
-        self.console.print(table)
+        self.console.print(_compared(after, self.console.width))
+
+
+_SIDE_BY_SIDE = 80
+"""Columns of a terminal that has room for three answers beside one another."""
+
+
+def _compared(found: Sequence[answers.Answer], width: int) -> RenderableType:
+    """What was asked, and what the model said before and after."""
+    if width < _SIDE_BY_SIDE:
+        parts: list[RenderableType] = []
+        for each in found:
+            parts += [Text(), _asked(each)]
+            for name, said in (("before", each.before), ("after", each.after)):
+                parts.append(Text(f"{name}: ", "bold").append(_short(said), "not bold"))
+        return Group(*parts)
+    table = Table(show_lines=True, expand=True)
+    for name, share in (("asked, and what the data says", 4), ("before", 4), ("after", 4)):
+        table.add_column(name, ratio=share, overflow="fold")
+    for each in found:
+        table.add_row(_asked(each), Text(_short(each.before)), Text(_short(each.after)))
+    return table
+
+
+def _asked(each: answers.Answer) -> Text:
+    kind = "held out" if each.held_out else "trained on"
+    return Text(f"{_short(each.question)}\n").append(f"{kind}: {_short(each.wanted)}", "dim")
 
 
 def _rate(rows: list[dict[str, Any]]) -> float:

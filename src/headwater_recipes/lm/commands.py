@@ -84,10 +84,13 @@ def generate(
     Example: headwater generate --run runs/lm-20260101-120000 --prompt "import os"
     """
     options.let_threads_sleep()
-    from headwater_recipes.common.checkpoint import find_folder
-    from headwater_recipes.lm.generation import generate_text
-    from headwater_recipes.lm.settings import RECIPE
+    with Console(stderr=True).status("loading the model and writing …"):
+        from headwater_recipes.common.checkpoint import find_folder
+        from headwater_recipes.lm.generation import generate_text
+        from headwater_recipes.lm.settings import RECIPE
 
-    folder = find_folder(RECIPE, run)
-    text = generate_text(folder, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
+        folder = find_folder(RECIPE, run)
+        text = generate_text(
+            folder, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
+        )
     typer.echo(text)
