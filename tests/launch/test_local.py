@@ -334,11 +334,15 @@ def test_what_is_claimed_of_the_end_is_so(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_that_somebody_asked_twice_is_remembered() -> None:
-    for times in (1, 2):
-        job = Launcher(0, on_line=Collected())
-        (worker,) = job.start_workers(python("import signal; signal.signal(signal.SIGINT, lambda *_: None); " + FOREVER))
-        while not job.hurried and worker.running and job.poll(0.1):
-            job.interrupt() if times == 2 else job.terminate()
-        job.wait()
-        job.stop()
-        assert job.hurried == (times == 2)
+    said = Collected()
+    with Launcher(0, on_line=said) as job:
+        ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); print('here');"
+        job.start_workers(python(f"{ignore} {FOREVER}"))
+        while not said.lines:
+            job.poll(0.1)
+        job.interrupt()
+        job.poll(0.1)
+        assert not job.hurried
+        job.interrupt()
+        assert job.wait().code == 130
+        assert job.hurried
