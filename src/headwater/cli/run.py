@@ -99,6 +99,7 @@ def run(
         elastic=elastic,
         restart_workers=restart_workers,
         only_rank0=only_rank0,
+        once=True,
         stdin_rank=reader(stdin_rank, first_rank, workers, only_rank0),
     )
     with job.signals(), job:

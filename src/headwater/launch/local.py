@@ -88,8 +88,8 @@ class Launcher:
         elastic: a worker that dies does not end the job as long as one remains, or has finished.
         only_rank0: of what the workers write only rank 0's is shown, and the last words of another that fails. An
             ``on_line`` is given the others' stdout all the same.
-        once: a traceback with which a worker ends does not go to ``on_line`` but stands in the outcome, for who reports
-            that (see ``headwater.launch.lines``). Default: if there is no ``on_line``.
+        once: a traceback with which a worker ends is not shown as its lines are but left to who reports the outcome,
+            which holds it (see ``headwater.launch.lines``).
         stdin_rank: the worker that reads this process's standard input; the others have none.
         restart_workers: how often each worker of an elastic job that dies is started again, with the same rank.
 
@@ -138,7 +138,7 @@ class Launcher:
         elastic: bool = False,
         restart_workers: int = 0,
         only_rank0: bool = False,
-        once: bool | None = None,
+        once: bool = False,
         stdin_rank: int | None = None,
     ) -> None:
         self.shape = Shape(
@@ -172,8 +172,7 @@ class Launcher:
         self._returning: dict[Process, str] = {}  # not yet ready: the name of who was there before
         self._stdin_rank = stdin_rank
         self.hurried = False
-        printed = on_line is None
-        lines = Lines(once=printed if once is None else once, only_rank0=only_rank0, stdout=printed, elastic=elastic)
+        lines = Lines(once=once, only_rank0=only_rank0, stdout=on_line is None, elastic=elastic)
         self._watch = Watch(on_line or output.Printer(), on_exit, lines)
 
     # ---- life ------------------------------------------------------------------------------------

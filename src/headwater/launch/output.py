@@ -70,4 +70,4 @@ class Printer:
 def note(text: str) -> None:
     """Something that the launcher itself has to say: one line on stderr."""
     console = Console(file=cast("IO[str]", Sturdy("stderr")), highlight=False, markup=False)
-    console.print(Text().append("headwater: ", "bold yellow").append(text), soft_wrap=True)
+    console.print(Text().append("headwater: ", "bold yellow").append(text), soft_wrap=not console.is_terminal)

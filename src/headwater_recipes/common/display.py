@@ -29,8 +29,8 @@ class Display(Protocol):
     def update(self, board: Board, cluster: Any) -> None:
         """Show the present state; ``cluster`` is a ``ClusterStatus`` or None."""
 
-    def note(self, line: str) -> None:
-        """Show a line that stays."""
+    def note(self, line: str, *, whole: bool = False) -> None:
+        """Show a line that stays; ``whole``: it is not broken between words."""
 
     def close(self) -> None:
         """The run is over."""
@@ -77,7 +77,8 @@ class Lines:
         beside += f"  published {board.published}" if board.published else ""
         self.note(_GAP.join(figures(row)) + f"  ETA {clock(board.seconds_left)}" + beside)
 
-    def note(self, line: str) -> None:
+    def note(self, line: str, *, whole: bool = True) -> None:
+        del whole  # in a file there is no edge
         self._console.print(Text(line), soft_wrap=True)
 
     def close(self) -> None:
@@ -119,8 +120,8 @@ class Picture:
     def update(self, board: Board, cluster: Any) -> None:
         self._live.update(self._draw(board, cluster), refresh=True)
 
-    def note(self, line: str) -> None:
-        self._live.console.print(Text(line), soft_wrap=True)
+    def note(self, line: str, *, whole: bool = False) -> None:
+        self._live.console.print(Text(line), soft_wrap=whole)
 
     def close(self) -> None:
         self._live.stop()

@@ -220,7 +220,7 @@ class Job(ABC, Generic[AnySettings]):
             # A worker that the signal met while it was still importing has nothing to say that the user does not know.
             shown = process.rank == 0 or process.role != "worker" or not self.only_rank0
             if shown and self.display is not None and not self.launcher.outcome.interrupted:
-                self.display.note(f"{process.name}: {line}")
+                self.display.note(f"{process.name}: {line}", whole=True)
             return
         row = self.board.hear(report)
         if row is not None:
@@ -243,7 +243,7 @@ class Job(ABC, Generic[AnySettings]):
             self._say("stopped" if outcome.interrupted else "the workers ended before the run did")
         else:
             if not outcome.shown:
-                self._say(f"--- the last words of {outcome.failed}:\n{outcome.last_words}")
+                self._say(f"--- the last words of {outcome.failed}:\n{outcome.last_words}", whole=True)
             self._say(f"the run failed: {outcome.message}")
         if outcome.interrupted and self.board.started and len(self.board.finished) < self.settings.workers:
             self._say("the workers were ended before they had saved their last steps")
@@ -251,8 +251,9 @@ class Job(ABC, Generic[AnySettings]):
             self._say(f"step {int(found.name)} is saved in {self.folder}")
         else:
             self._say(f"no step is saved yet; {self.folder} holds the data as tokens")
-        self._say(f"go on: {self.recipe.command} --run {self.folder} --resume")
+        self._say(f"go on: {self.recipe.command} --run {self.folder} --resume", whole=True)
         return outcome.code or 1
 
-    def _say(self, line: str) -> None:
-        self.console.print(Text(line), soft_wrap=True)
+    def _say(self, line: str, *, whole: bool = False) -> None:
+        """A paragraph; on a terminal it is broken between words, unless it is to be copied ``whole``."""
+        self.console.print(Text(line), soft_wrap=whole or not self.console.is_terminal)

@@ -134,7 +134,7 @@ class Job(job.Job[Settings]):
         )
         self._answers()
         self._say(f"{self.folder}: model, tokenizer, answers.json, metrics.jsonl, loss.png, report.json")
-        self._say(f"serve it: headwater serve --model {self.folder}")
+        self._say(f"serve it: headwater serve --model {self.folder}", whole=True)
 
     def _answers(self) -> None:
         """Ask again, and show both."""
@@ -190,7 +190,7 @@ def _short(text: str) -> str:
 
 
 def _say(console: Console, line: str) -> None:
-    console.print(Text(line), soft_wrap=True)
+    console.print(Text(line), soft_wrap=not console.is_terminal)
 
 
 def resume(run: Path | None, changes: dict[str, Any]) -> Path:

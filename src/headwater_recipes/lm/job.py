@@ -80,7 +80,7 @@ class Job(job.Job[Settings]):
         verdict = "gives the same logits" if difference <= _SAME else "DOES NOT give the same logits"
         say(f"  AutoModelForCausalLM.from_pretrained {verdict} (largest difference {difference:.1e})")
         say("")
-        say(finish.sample(self.folder, finish.prompt_of(self.folder, s.data), s.seed))
+        say(finish.sample(self.folder, finish.prompt_of(self.folder, s.data), s.seed), whole=True)
         say("")
         say(f"{self.folder}: model.safetensors, config.json, tokenizer.json, metrics.jsonl, loss.png, report.json")
-        say(f'go on writing: headwater generate --run {self.folder} --prompt "import os"')
+        say(f'go on writing: headwater generate --run {self.folder} --prompt "import os"', whole=True)
