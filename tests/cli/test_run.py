@@ -95,6 +95,20 @@ def test_a_script_that_fails_everywhere_shows_one_traceback(
     assert "exited with code 1" in last
 
 
+@pytest.mark.parametrize(
+    ("code", "once"),
+    [("print('here'\n", "SyntaxError: "), ("raise ExceptionGroup('several', [ValueError(3)])", "| ValueError: 3"),
+     ("try: raise KeyError(1)\nexcept KeyError as e: raise ValueError(2) from e", "ValueError: 2")],
+)  # fmt: skip
+def test_so_do_scripts_that_cannot_be_read_and_other_tracebacks(
+    headwater_command: Command, tmp_path: Path, code: str, once: str
+) -> None:
+    answer = headwater_command("run", "-s", "0", "-w", "3", _script(tmp_path, code))
+    assert answer.code == 1
+    assert (answer.out + answer.err).count(once) == 1, answer.err
+    assert "--- the last words of w" in answer.err
+
+
 def test_only_rank_0_is_shown_and_why_another_fails(
     headwater_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

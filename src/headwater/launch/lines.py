@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from headwater.launch.outcome import TYPED, is_victim
-from headwater.launch.process import TRACEBACK
+from headwater.launch.process import begins_traceback
 
 if TYPE_CHECKING:
     from headwater.launch.process import Process, Stream
@@ -43,7 +43,7 @@ class Lines:
             return [] if TYPED.match(line) else [(stream, line)]  # the exception or the outcome will say it
         if self._mute(process) and (self._stdout or stream == "stderr"):
             return []
-        if stream == "stderr" and self._once and (process in self._held or line == TRACEBACK):
+        if stream == "stderr" and self._once and (process in self._held or begins_traceback(line)):
             self._held.setdefault(process, (now + HOLD, []))[1].append(line)
             return []
         return [(stream, line)]
@@ -125,7 +125,7 @@ class Lines:
 
 def _alike(lines: list[str], known: list[str]) -> bool:
     """Whether two tracebacks are of one place, or the first of as much of it as was written when a signal came."""
-    frames, others = ([line for line in each if line.startswith("  File ")] for each in (lines, known))
+    frames, others = ([line for line in each if line.lstrip(" |").startswith("File ")] for each in (lines, known))
     return bool(frames) and frames == others[: len(frames)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,9 @@ _ENTRY = str(Path(__file__).with_name("entry.py"))
 _READ = 1 << 16
 _TAIL = 200
 _LINE = 1 << 16
-TRACEBACK = "Traceback (most recent call last):"
+_TRACEBACKS = ("Traceback (most recent call last):", "  + Exception Group Traceback (most recent call last):")
+_SYNTAX = re.compile(r'  File "[^"]+", line \d+')
+"""How a script that Python cannot read is told, without a traceback."""
 _PROMPT = 0.1
 """Seconds after which a line without an end is taken for a prompt."""
 _CHAINED = (
@@ -262,13 +265,19 @@ class Process:
     def last_words(self) -> str:
         """The last traceback on its stderr with what caused it, or the last lines when there is none."""
         lines = list(self.tail)
-        starts = [i for i, line in enumerate(lines) if line == TRACEBACK]
+        starts = [i for i, line in enumerate(lines) if line in _TRACEBACKS]
+        starts = starts or [i for i, line in enumerate(lines) if _SYNTAX.fullmatch(line)]
         if not starts:
             return "\n".join(lines[-20:])
         start = starts.pop()
         while starts and start >= 2 and lines[start - 2] in _CHAINED:
             start = starts.pop()
         return "\n".join(lines[start:][-80:])
+
+
+def begins_traceback(line: str) -> bool:
+    """Whether a line of stderr is the first one of a traceback, if none has begun."""
+    return line in _TRACEBACKS or bool(_SYNTAX.fullmatch(line))
 
 
 def _pidfd(pid: int) -> int:
