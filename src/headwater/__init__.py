@@ -11,6 +11,7 @@ neither torch nor a socket.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from headwater import errors
@@ -163,3 +164,7 @@ def _offer_inproc() -> None:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+if os.environ.get("HEADWATER_STDIN") == "none":  # a launcher says that this process has no standard input
+    importlib.import_module("headwater.client.stdin").refuse()

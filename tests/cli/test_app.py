@@ -108,3 +108,72 @@ def test_a_recipe_that_cannot_be_imported_spoils_only_itself(
     assert headwater_command("--version").code == 0
     with pytest.raises(ModuleNotFoundError):
         app_module.main(["train", "toy"])
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("trian", "Did you mean 'train'?"),
+        ("stat", "Did you mean 'status'?"),
+        ("serv", "Did you mean 'serve'?"),
+        ("lm", "Did you mean 'train lm'?"),
+        ("rollback", "Did you mean 'versions rollback'?"),
+        ("train ml", "There is: lm."),
+        ("versions rolback m production", "Did you mean 'rollback'?"),
+        ("bench stp", "Did you mean 'step'?"),
+        ("run --worker 2", "Did you mean '--workers'?"),
+        ("train lm --step 3", "Did you mean '--steps'?"),
+        ("status --whatch", "Did you mean '--watch'?"),
+        ("--versoin", "Did you mean '--version'?"),
+    ],
+)
+def test_what_was_probably_meant(headwater_command: Command, line: str, meant: str) -> None:
+    answer = headwater_command(*line.split())
+    assert answer.code == 2
+    assert meant in " ".join(answer.err.replace("│", " ").split())
+
+
+def test_what_is_like_nothing_is_only_refused(headwater_command: Command) -> None:
+    answer = headwater_command("run", "--xyzzy")
+    assert answer.code == 2
+    assert "No such option: --xyzzy." in answer.err
+    assert "mean" not in answer.err
+
+
+@pytest.mark.parametrize("line", ["", "run", "versions", "versions rollback", "bench", "serve", "train", "train lm"])
+def test_h_is_help_everywhere(headwater_command: Command, line: str) -> None:
+    answer = headwater_command(*line.split(), "-h")
+    assert answer.code == 0
+    assert f"Usage: {' '.join(('headwater', *line.split()))}" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [("stat", "status"), ("train l", "lm"), ("serve --mod", "--model --module"), ("versions ro", "rollback")],
+)
+def test_a_shell_is_told_how_a_word_goes_on(
+    headwater_command: Command, monkeypatch: pytest.MonkeyPatch, line: str, completed: str
+) -> None:
+    words = ["headwater", *line.split()]
+    monkeypatch.setenv("_HEADWATER_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "\n".join(words))
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+    assert headwater_command().out.split() == completed.split()
+
+
+def test_a_ctrl_c_is_a_line_and_130_also_amid_an_import(
+    headwater_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    def importing() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ImportError("numpy's extensions") from error
+
+    for command in (interrupted, importing):
+        monkeypatch.setattr(app_module, "run", command)
+        answer = headwater_command("interrupted" if command is interrupted else "importing")
+        assert (answer.code, answer.out, answer.err) == (130, "", "headwater: interrupted\n")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +66,139 @@ def test_exit_code_and_traceback_reach_the_caller(headwater_command: Command, tm
     assert traceback == "RuntimeError: the [data] ran out"
     assert last.startswith("headwater: w1 exited with code 7 after")
     assert last.endswith("w0 stopped")
+
+
+_FAILS = """
+import os
+print("from", os.environ["RANK"])
+def deep():
+    raise RuntimeError("the data ran out")
+if os.environ["RANK"] in os.environ["FAILING"]: deep()
+"""
+
+
+@pytest.mark.parametrize("more", [[], ["--only-rank0"], ["--stdin-rank", "1"]])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_script_that_fails_everywhere_shows_one_traceback(
+    headwater_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, more: list[str]
+) -> None:
+    monkeypatch.setenv("FAILING", "0123")
+    if "1" in more and workers == 1:
+        pytest.skip("there is no rank 1")
+    answer = headwater_command("run", "-s", "0", "-w", str(workers), *more, _script(tmp_path, _FAILS))
+    assert answer.code == 1
+    assert (answer.out + answer.err).count("Traceback") == 1
+    assert (answer.out + answer.err).count("the data ran out") == 2  # the source line, and the message
+    *_, words, last = answer.err.splitlines()
+    assert words == "RuntimeError: the data ran out"
+    assert last.startswith("headwater: w")
+    assert "exited with code 1" in last
+
+
+@pytest.mark.parametrize(
+    ("code", "once"),
+    [("print('here'\n", "SyntaxError: "), ("raise ExceptionGroup('several', [ValueError(3)])", "| ValueError: 3"),
+     ("try: raise KeyError(1)\nexcept KeyError as e: raise ValueError(2) from e", "ValueError: 2")],
+)  # fmt: skip
+def test_so_do_scripts_that_cannot_be_read_and_other_tracebacks(
+    headwater_command: Command, tmp_path: Path, code: str, once: str
+) -> None:
+    answer = headwater_command("run", "-s", "0", "-w", "3", _script(tmp_path, code))
+    assert answer.code == 1
+    assert (answer.out + answer.err).count(once) == 1, answer.err
+    assert "--- the last words of w" in answer.err
+
+
+def test_only_rank_0_is_shown_and_why_another_fails(
+    headwater_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAILING", "")
+    script = _script(tmp_path, _FAILS)
+    assert headwater_command("run", "-s", "0", "-w", "3", "--only-rank0", script).out == "[w0] from 0\n"
+    monkeypatch.setenv("FAILING", "2")
+    answer = headwater_command("run", "-s", "0", "-w", "3", "--only-rank0", script)
+    assert answer.code == 1
+    assert set(answer.out.splitlines()) <= {"[w0] from 0"}  # it may be stopped before it says so
+    assert "--- the last words of w2:\nTraceback" in answer.err
+    assert "headwater: w2 exited with code 1" in answer.err
+
+
+_READS = (
+    "import os, sys\n{}\nif os.environ['RANK'] in os.environ['READING']: print('read', sys.stdin.readline().strip())"
+)
+
+
+def _piped(script: str, *options: str, reading: str, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "headwater", "run", "-s", "0", *options, script]
+    env = {**os.environ, "READING": reading, **more}
+    return subprocess.run(
+        command, input="some words\n", capture_output=True, text=True, env=env, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "rank"),
+    [([], 0), (["-w", "2", "--only-rank0"], 0), (["-w", "3", "--stdin-rank", "2"], 2), (["--first-rank", "4"], 4)],
+)
+def test_one_worker_reads_the_standard_input(tmp_path: Path, options: list[str], rank: int) -> None:
+    found = _piped(_script(tmp_path, _READS), *options, reading=str(rank))
+    assert (found.returncode, found.stdout) == (0, f"[w{rank}] read some words\n"), found.stderr
+
+
+@pytest.mark.parametrize(
+    "read", ["input('? ')", "sys.stdin.read()", "list(sys.stdin)", "sys.stdin.buffer.read()", "breakpoint()"]
+)
+def test_a_worker_without_input_says_how_it_gets_one(tmp_path: Path, read: str) -> None:
+    script = _script(tmp_path, f"import sys, headwater\n{read}\nprint('went', 'on')")
+    found = _piped(script, "-w", "2", reading="")
+    assert found.returncode == 1
+    assert "went on" not in found.stdout
+    assert "reads its standard input and has none; headwater run --stdin-rank" in found.stderr
+    assert found.stderr.count("Traceback") == 1
+
+
+@pytest.mark.parametrize("read", ["input('? ')", "breakpoint()"])
+def test_so_does_the_launcher_for_one_that_knows_nothing_of_us(tmp_path: Path, read: str) -> None:
+    found = _piped(_script(tmp_path, f"{read}\nprint('went on')"), "-w", "2", reading="")
+    assert found.returncode == 1
+    assert "It read its standard input and has none; headwater run --stdin-rank" in found.stderr.splitlines()[-1]
+
+
+def test_a_script_that_opens_its_own_input_keeps_it(tmp_path: Path) -> None:
+    script = _script(tmp_path, "import os, sys\nos.dup2(os.open(__file__, os.O_RDONLY), 0)\nimport headwater\n"
+                               "print(len(sys.stdin.read()))")  # fmt: skip
+    found = _piped(script, "-w", "2", reading="")
+    assert found.returncode == 0, found.stderr
+    assert sorted(found.stdout.split())[:1] == [str(len(Path(script).read_text(encoding="utf-8")))]
+
+
+@pytest.mark.parametrize("rank", ["2", "7"])
+def test_a_rank_that_is_not_here_cannot_read(headwater_command: Command, tmp_path: Path, rank: str) -> None:
+    answer = headwater_command("run", "-s", "0", "-w", "2", "--stdin-rank", rank, _script(tmp_path, ""))
+    assert answer.code == 1
+    assert "the workers here are 0 to 1; nothing was started" in answer.err
+
+
+def test_a_prompt_is_shown_before_it_is_answered(tmp_path: Path) -> None:
+    """On a terminal: the unfinished line appears, what is typed is the answer."""
+    script = _script(tmp_path, "print('hello', input('your name? '))\nimport pdb; pdb.set_trace()\nprint('over')")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "headwater", "run", "-s", "0", script]
+    # A session of its own, whose terminal this is: so it is in the foreground.
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        shown = ""
+        for wanted, answer in (("your name? ", "Ann\n"), ("hello Ann", ""), ("(Pdb) ", "c\n"), ("over", "")):
+            while wanted not in shown:
+                assert select.select([ours], [], [], 30)[0], shown
+                shown += os.read(ours, 4096).decode()
+            shown = shown.partition(wanted)[2]
+            os.write(ours, answer.encode())
+        assert process.wait(30) == 0
+    os.close(ours)
 
 
 def test_workers_train_through_servers(headwater_command: Command, tmp_path: Path) -> None:
@@ -153,3 +289,38 @@ def test_a_terminal_that_is_gone_lets_the_workers_save(tmp_path: Path) -> None:
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
     assert saved.exists()
+
+
+_STUBBORN = """
+import select, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("here", flush=True)
+while True: select.select([], [], [], 1)
+"""
+
+
+def test_ctrl_c_again_and_again_ends_what_will_not_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "headwater", "run", "-s", "0", _script(tmp_path, _STUBBORN)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline() == "[w0] here\n"
+        assert process.stderr.readline().startswith("headwater: no servers, 1 worker")
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "headwater: the workers have 20 s to end; another Ctrl-C does not wait\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130  # a second is enough
+        assert process.stderr.read() == "headwater: interrupted; no process is left\n"
+
+
+def test_who_was_interrupted_shows_no_traceback(tmp_path: Path) -> None:
+    script = _script(tmp_path, "import select\nprint('here', flush=True)\nwhile True: select.select([], [], [], 1)")
+    command = [sys.executable, "-m", "headwater", "run", "-s", "0", "-w", "2", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        assert {process.stdout.readline() for _ in range(2)} == {"[w0] here\n", "[w1] here\n"}
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130
+        assert "Traceback" not in process.stderr.read()

@@ -81,6 +81,27 @@ def test_a_narrow_terminal_is_not_shown_everything() -> None:
     assert "|".join(_cells(rates, "71")) == "0|71|alive|0-2 5|–|3|200 MB|0 B/s|0 B/s"
 
 
+@pytest.mark.parametrize("width", [40, 50, 60, 80, 100, 120, 140])
+def test_no_line_is_longer_than_the_terminal_and_no_figure_is_cut(width: int) -> None:
+    server = msgspec.structs.replace(SERVER, server=11, pid=4_123_456, backups=(0, 3), pushed_bytes=0, pulled_bytes=0)
+    table = msgspec.structs.replace(TABLE, name="a-long-name.buffers", sync="Async(max_staleness=8)", shards=(7, 8, 9))
+    newest = VersionInfo("lm", 7, "step-1200", 6, 1200, 0.0, ("lm",), 270_000_000, "ab12")
+    models = (ModelStatus("lm", newest, 3, 0, ("production", "staging"), 5, 1_620_000_000),)
+    now = msgspec.structs.replace(STATUS, servers=(SERVER, server), tables=(TABLE, table), models=models)
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(draw(now, msgspec.structs.replace(now, servers=(SERVER, server)), 1.0, width))
+    lines = captured.get().splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= width
+    cells = [tuple(line.split()) for line in lines]
+    assert any(line[:1] == ("11",) and "alive" in line for line in cells)
+    assert any(line[0] == "0" and line[-3:] == ("2", "of", "2") for line in cells if line)  # shard 0
+    assert any(line[0] == "model" and line[-1] == "12" and "48.0" in line for line in cells if line)  # table, clock
+    assert any(line[0] == "lm" and "step-1200" in line for line in cells if line)
+    assert any("worker" in line and "alive" in line and "12" in line for line in cells)
+    assert ("no room here for address" in captured.get()) == (width < 116)
+
+
 def test_shards_without_their_copies_stand_out() -> None:
     alone = msgspec.structs.replace(SHARD, shard=1, backups=(), copies=1)
     told = health(_shards(SHARD, alone))

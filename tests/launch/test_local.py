@@ -331,3 +331,18 @@ def test_what_is_claimed_of_the_end_is_so(monkeypatch: pytest.MonkeyPatch) -> No
         for _ in worker.close():
             pass
     assert Outcome().remains == "no process is left"
+
+
+def test_that_somebody_asked_twice_is_remembered() -> None:
+    said = Collected()
+    with Launcher(0, on_line=said) as job:
+        ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); print('here');"
+        job.start_workers(python(f"{ignore} {FOREVER}"))
+        while not said.lines:
+            job.poll(0.1)
+        job.interrupt()
+        job.poll(0.1)
+        assert not job.hurried
+        job.interrupt()
+        assert job.wait().code == 130
+        assert job.hurried

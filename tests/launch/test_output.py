@@ -87,3 +87,23 @@ def test_on_a_terminal_the_prefix_is_coloured_and_the_line_kept(monkeypatch: pyt
     assert "\x1b[35m[w1] \x1b[0m" in text
     assert "[red]not markup[/red]" in text
     assert "\x1b[31mlonger than the terminal" in text
+
+
+def test_a_prompt_stays_open_for_its_process_and_not_for_another(capsys: pytest.CaptureFixture[str]) -> None:
+    printer = Printer()
+    w0: Any = SimpleNamespace(name="w0", role="worker", rank=0)
+    printer.prompt(W1, "stdout", "name? ")
+    assert capsys.readouterr().out == "[w1] name? "
+    printer(W1, "stdout", "hello")
+    printer.prompt(W1, "stdout", "(Pdb) ")
+    printer(w0, "stdout", "step 3")
+    printer(W1, "stdout", "over")
+    assert capsys.readouterr().out == "hello\n[w1] (Pdb) \n[w0] step 3\n[w1] over\n"
+
+
+def test_on_a_terminal_the_space_behind_a_prompt_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    printer = Printer()
+    file = io.StringIO()
+    monkeypatch.setitem(printer._consoles, "stdout", Console(file=file, force_terminal=True, color_system=None))
+    printer.prompt(W1, "stdout", "(Pdb) ")
+    assert file.getvalue() == "[w1] (Pdb) "

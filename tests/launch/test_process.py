@@ -94,3 +94,18 @@ def test_a_command_that_does_not_exist() -> None:
         "headwater: cannot run '/nonexistent/trainer': No such file or directory"
     ]
     assert process.returncode == 127
+
+
+def test_an_unfinished_line_is_a_prompt_after_a_while() -> None:
+    splitter = LineSplitter()
+    assert splitter.feed(b"hello\n(Pdb) ", 5.0) == ["hello"]
+    assert 5.0 < splitter.prompting < 6.0
+    assert splitter.prompt() == "(Pdb) "
+    assert splitter.prompting == float("inf")
+    assert splitter.feed(b"42\n", 7.0) == ["42"]
+
+
+def test_a_progress_bar_is_no_prompt() -> None:
+    splitter = LineSplitter()
+    splitter.feed(b"\r10 %\r20 %", 5.0)
+    assert splitter.prompting == float("inf")

@@ -5,7 +5,17 @@ import math
 import pytest
 
 from headwater_recipes.common.board import Board
-from headwater_recipes.common.reports import Finished, Saved, Stepped, Validated, hear, say
+from headwater_recipes.common.reports import (
+    Doing,
+    Finished,
+    Glanced,
+    Saved,
+    Started,
+    Stepped,
+    Validated,
+    hear,
+    say,
+)
 
 
 def _step(rank: int, step: int, loss: float, staleness: int = 0) -> Stepped:
@@ -30,6 +40,40 @@ def test_a_rank_may_be_ahead() -> None:
     assert board.hear(_step(0, 10, 3.0)) is not None
     assert board.hear(_step(0, 20, 3.0)) is not None
     assert [row["step"] for row in board.rows] == [10, 20]
+
+
+def _glance(rank: int, step: int, loss: float) -> Glanced:
+    return Glanced(rank, step, loss, 1e-3, 1000.0, 2e6, 3e6, 0, 1.5, float(step), step / 100)
+
+
+def test_a_glance_is_no_row_but_says_how_it_stands() -> None:
+    board = Board(2)
+    assert board.hear(_glance(0, 1, 8.0)) is None
+    assert not board.now  # of one rank only
+    assert board.hear(_glance(1, 1, 9.0)) is None
+    assert (board.rows, board.last) == ([], None)
+    found = board.now
+    assert found
+    assert (found["step"], found["loss"], found["tokens_per_second"]) == (1, 8.5, 2000.0)
+    assert board.seconds_left == pytest.approx(99.0)
+    for rank in range(2):
+        board.hear(_step(rank, 10, 4.0))
+    assert board.now == board.last == board.rows[-1]
+    board.hear(_glance(0, 13, 3.0))
+    board.hear(_glance(1, 13, 3.0))
+    found = board.now
+    assert found
+    assert found["step"] == 13
+    assert len(board.rows) == 1
+
+
+def test_what_is_done_beside_training_is_over_with_the_next_step() -> None:
+    board = Board(1)
+    for report in (Started(0, 0, 10, "float32"), _glance(0, 1, 8.0), _step(0, 10, 4.0)):
+        board.hear(Doing(0, "loading the model"))
+        assert board.doing == "loading the model"
+        board.hear(report)
+        assert board.doing == ""
 
 
 def test_shares_of_a_validation_are_weighed_by_their_size() -> None:

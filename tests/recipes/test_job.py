@@ -180,6 +180,23 @@ def test_nothing_is_made_when_the_text_cannot_be_used(tmp_path: Path) -> None:
         job.prepare(Settings(data=(str(corpus),), **TINY), corpus, quiet)
 
 
+@pytest.mark.parametrize("only_rank0", [False, True])
+def test_workers_that_fail_alike_show_one_traceback(run: Path, only_rank0: bool) -> None:
+    state = checkpoint.read_state(run, Settings)
+    settings = msgspec.structs.replace(state.settings, workers=2)
+    checkpoint.write_json(run / "trainer.json", msgspec.structs.replace(state, settings=settings))
+    (run / "tokens" / "training.npy").write_bytes(b"none")
+    out = io.StringIO()
+    failed = job.Job(run, Console(file=out, width=200), only_rank0=only_rank0)
+    assert failed.run() == 1
+    text = out.getvalue()
+    assert text.count("self.arrays = tokenizer.load_arrays(folder)") == 1, text
+    assert "headwater.errors.DataError: " in text
+    assert "the run failed: w" in text
+    assert "exited with code 1" in text
+    assert text.startswith("starting 1 server …\nstarting the workers: they load torch …\n")
+
+
 def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 1}\n{"kind": "st', encoding="utf-8")
     assert metrics.read_rows(tmp_path) == [{"kind": "step", "step": 1}]

@@ -48,6 +48,10 @@ def test_a_run_says_what_it_does_and_learns(run: Path, capsys: pytest.CaptureFix
     said = _said(capsys)
     steps = [each for each in said if isinstance(each, reports.Stepped)]
     assert [each.step for each in steps] == [10, 20, 30]
+    figures = [each for each in said if isinstance(each, reports.Figures)]
+    assert isinstance(figures[0], reports.Glanced)
+    assert figures[0].step == 1  # nobody waits for ten steps to see one
+    assert "saving" in [each.what for each in said if isinstance(each, reports.Doing)]
     assert steps[-1].loss < steps[0].loss - 0.5
     assert steps[-1].grad_norm is not None
     assert [each.final for each in said if isinstance(each, reports.Validated)] == [False, True]

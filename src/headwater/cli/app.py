@@ -17,6 +17,7 @@ from headwater.cli import plugins, versions
 from headwater.cli.add_server import add_server
 from headwater.cli.console import complain
 from headwater.cli.drain import drain
+from headwater.cli.mistakes import Root
 from headwater.cli.run import run
 from headwater.cli.snapshot import snapshot
 from headwater.cli.status import status
@@ -49,7 +50,12 @@ def _root(
 def build(words: Sequence[str]) -> typer.Typer:
     """The command tree for a command line of these words."""
     app = typer.Typer(
-        name="headwater", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, callback=_root
+        name="headwater",
+        cls=Root,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        callback=_root,
+        context_settings={"help_option_names": ["-h", "--help"]},  # of all commands: they inherit it
     )
     app.command(context_settings=_PASS_ON)(run)
     app.command()(up)
@@ -58,9 +64,18 @@ def build(words: Sequence[str]) -> typer.Typer:
     app.command()(drain)
     app.command()(snapshot)
     app.add_typer(versions.app, name="versions")
-    called = next((word for word in words if not word.startswith("-")), None)
-    plugins.add(app, called)
+    own = {each.name or getattr(each.callback, "__name__", "") for each in app.registered_commands}
+    called = next((word for word in _completed() or words if not word.startswith("-")), None)
+    # For a word that is no command all are added, so that the message can say which one may be meant.
+    plugins.add(app, called if called in {*own, "versions", *plugins.names()} else None)
     return app
+
+
+def _completed() -> list[str]:
+    """The words after ``headwater`` on the command line that a shell asks to complete; none otherwise."""
+    if "_HEADWATER_COMPLETE" not in os.environ:
+        return []
+    return (os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or "").split()[1:]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,12 +25,18 @@ def err() -> Console:
 
 def complain(message: str) -> None:
     """An error: one red paragraph on stderr. The message is shown as it is, never read as markup."""
-    err().print(Text("headwater: ", "bold red").append(message, "red"), soft_wrap=True)
+    _say(Text("headwater: ", "bold red").append(message, "red"))
 
 
 def note(message: str) -> None:
     """What is going on, dimmed, on stderr."""
-    err().print(Text(message, "dim"), soft_wrap=True)
+    _say(Text(message, "dim"))
+
+
+def _say(paragraph: Text) -> None:
+    """On a terminal broken between words, which it does not do itself; elsewhere one line."""
+    console = err()
+    console.print(paragraph, soft_wrap=not console.is_terminal)
 
 
 def counted(number: int, what: str) -> str:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from headwater.cli.mistakes import Group
+
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
@@ -29,10 +31,16 @@ _LATE = {
 _HELP = {"train": "Train a recipe's model on a cluster of this machine."}
 
 
+def names() -> set[str]:
+    """The first words of all commands that this module adds."""
+    found = (point.name.partition(".")[0] for point in metadata.entry_points(group=GROUP))
+    return {"bench", *_LATE, *found}
+
+
 def add(app: typer.Typer, called: str | None) -> None:
     """Add the commands that ``called``, the first word of the command line, may need; all of them for the help."""
     if called == "bench":
-        app.add_typer(import_module("headwater.cli.bench").app, name="bench")
+        app.add_typer(import_module("headwater.cli.bench").app, name="bench", cls=Group)
     elif called is None:
         app.command("bench", help=_BENCH_HELP)(_nothing)
     for name, line in _LATE.items():
@@ -47,7 +55,7 @@ def add(app: typer.Typer, called: str | None) -> None:
         if called not in (None, first):
             continue
         if path and path[0] not in groups:
-            groups[path[0]] = typer.Typer(no_args_is_help=True, help=_HELP.get(path[0]))
+            groups[path[0]] = typer.Typer(cls=Group, no_args_is_help=True, help=_HELP.get(path[0]))
             app.add_typer(groups[path[0]], name=path[0])
         _load(groups[path[0]] if path else app, name, point, called)
 

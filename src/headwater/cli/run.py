@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -54,6 +55,13 @@ def run(
     restart_workers: Annotated[
         int, typer.Option(min=0, help="With --elastic: start a worker that dies again, up to so many times.")
     ] = 0,
+    only_rank0: Annotated[
+        bool, typer.Option("--only-rank0", help="Show what rank 0 writes, and why another fails if one does.")
+    ] = False,
+    stdin_rank: Annotated[
+        int | None,
+        typer.Option(min=0, help="The worker that reads what you type. Default: a single one, or --only-rank0's."),
+    ] = None,
 ) -> None:
     """Run SCRIPT in every worker, beside a cluster of its own.
 
@@ -62,6 +70,9 @@ def run(
     SCRIPT is a file that ends in .py, a module with -m, or any program.
     A worker finds its rank, the number of workers, address and token in
     its environment: docs/environment.md lists the names.
+
+    A single worker reads what you type, so input() and breakpoint()
+    work; of several the one that --stdin-rank names.
 
     If a worker fails, the others are stopped, and its exit code becomes
     this command's; with --elastic they go on. With --replicas 2 a server
@@ -87,6 +98,9 @@ def run(
         restore=restore,
         elastic=elastic,
         restart_workers=restart_workers,
+        only_rank0=only_rank0,
+        once=True,
+        stdin_rank=reader(stdin_rank, first_rank, workers, only_rank0),
     )
     with job.signals(), job:
         cluster = counted(len(job.servers), "server") if job.servers else "a cluster" if address else "no servers"
@@ -96,9 +110,37 @@ def run(
         job.start_workers(command, workers, first_rank=first_rank, world=world)
         if job.advice:
             note(f"headwater: {job.advice}")
-        outcome = job.wait()
-    report(outcome)
-    raise typer.Exit(outcome.code)
+        told = False
+        while job.poll(1.0):
+            if job.outcome.interrupted and not told:
+                told = True
+                note(f"headwater: the workers have {patience:g} s to end; another Ctrl-C does not wait")
+    report(job.outcome)
+    raise typer.Exit(job.outcome.code)
+
+
+def reader(wanted: int | None, first_rank: int, workers: int, only_rank0: bool) -> int | None:
+    """The rank that reads this command's standard input, if one may.
+
+    Raises ``UsageError`` for one that is not started here.
+    """
+    if wanted is not None and not first_rank <= wanted < first_rank + workers:
+        last = first_rank + workers - 1
+        raise UsageError(f"--stdin-rank {wanted}: the workers here are {first_rank} to {last}; nothing was started")
+    if wanted is None and not (workers == 1 or (only_rank0 and first_rank == 0)):
+        return None
+    if not _foreground():
+        return None
+    return first_rank if wanted is None else wanted
+
+
+def _foreground() -> bool:
+    """Whether there is a standard input to read: in the background what is typed there is for the shell."""
+    try:
+        os.fstat(0)
+        return not os.isatty(0) or os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return False
 
 
 def command_line(words: Sequence[str], module: bool) -> list[str]:
@@ -117,11 +159,13 @@ def command_line(words: Sequence[str], module: bool) -> list[str]:
 
 
 def report(outcome: Outcome) -> None:
-    """Say how the job ended, if not well: the process at fault and its traceback, last on the screen."""
+    """Say how the job ended, if not well: the process at fault and its traceback, last on the screen and once."""
     if outcome.interrupted:
+        if err().is_terminal:
+            err().print()  # the terminal has shown ^C
         note(f"headwater: {outcome.message}; {outcome.remains}")
     elif outcome.failed:
-        if outcome.last_words:
+        if outcome.last_words and not outcome.shown:
             err().print(f"--- the last words of {outcome.failed}:", style="dim", markup=False, highlight=False)
             err().print(outcome.last_words, markup=False, highlight=False, soft_wrap=True)
         complain(f"{outcome.error.code}: {outcome.message}" if outcome.error else outcome.message)

@@ -16,7 +16,7 @@ import typer
 from rich.text import Text
 
 import headwater
-from headwater.cli.console import out
+from headwater.cli.console import err, out
 from headwater.cli.environment import let_threads_sleep
 from headwater.cli.options import Address
 from headwater.cli.status import locate
@@ -36,13 +36,14 @@ log = logging.getLogger("headwater.gateway")
 
 _UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
-_PATIENCE = 30.0
+_PATIENCE = 5.0
 """Seconds that a model which is being loaded when the server ends has to come to its end."""
 
 
 def serve(
     model: Annotated[
-        str, typer.Option(help="A run's folder, a Hugging Face folder or hub name, a GGUF file, or a table set.")
+        str,
+        typer.Option(help="A run's folder, smollm2, a Hugging Face folder or hub name, a GGUF file, or a table set."),
     ],
     base: Annotated[str | None, typer.Option(help="Where --model is a table set: the files of the model.")] = None,
     module: Annotated[str | None, typer.Option(help="PACKAGE.MODULE:FACTORY of an nn.Module, for /v1/predict.")] = None,
@@ -83,11 +84,12 @@ def serve(
     runs has ten seconds to end.
     """
     let_threads_sleep()
-    from headwater.gateway.app import make_app
-    from headwater.gateway.auth import Keys
-    from headwater.gateway.limits import Limits
-    from headwater.gateway.served import Served
-    from headwater.gateway.serving import Server, bind
+    with err().status("loading the server …"):
+        from headwater.gateway.app import make_app
+        from headwater.gateway.auth import Keys
+        from headwater.gateway.limits import Limits
+        from headwater.gateway.served import Served
+        from headwater.gateway.serving import Server, bind
 
     wanted = loading.plan(model, base=base, module=module, name=name)
     limits = Limits(body=parse_size(max_body), deadline=deadline, max_tokens=max_tokens, queue=queue, strict=strict)
@@ -96,6 +98,8 @@ def serve(
     made = loading.make_module(wanted.module) if wanted.module else None
     with closing(bind(host, port, proven=keys is not None)) as sock:
         where = None if static else _cluster(wanted, address)
+        with err().status("looking for the model …"):
+            loading.check_reachable(wanted)
         _log_to_stderr()
         with closing(FromReader(headwater.reader(wanted.tables, where)) if where else Still(wanted.tables)) as source:
             served = Served(wanted.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import time
@@ -12,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 from rich.console import Group
-from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 import headwater
 from headwater.cli.console import counted, out
 from headwater.cli.options import Address, Timeout
+from headwater.cli.tables import fit, grid, left_out, watch
 from headwater.errors import UsageError
 from headwater.launch.registry import complaint, find, running
 
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import RenderableType
+    from rich.table import Table
 
     from headwater.wire.messages import ClusterStatus, RelayStatus, ShardStatus
 
@@ -34,6 +33,13 @@ _WINDOW = 5.0
 
 _ALL = 116
 """Columns of a terminal that everything fits into."""
+
+_SPARE_OF_SERVERS = ("address+sessions+up", "learner", "pid", "backup", "memory", "pulled")
+_SPARE_OF_SHARDS = ("epoch", "LSN", "learners", "lag")
+_SPARE_OF_TABLES = ("per shard", "parameters", "elements", "optimizer", "sync")
+_SPARE_OF_MODELS = ("held", "leases", "age", "tags")
+_SPARE_OF_WORKERS = ("pid", "heard", "pulled", "staleness")
+"""Columns that a narrow terminal does without, the first to go first."""
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -44,7 +50,7 @@ _EMPTY = re.compile(r"\(\w+=(None|'mean')\)")
 def status(
     address: Address = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
+    watching: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between refreshes.")] = 1.0,
     timeout: Timeout = 10.0,
 ) -> None:
@@ -52,7 +58,7 @@ def status(
     with headwater.connect(locate(address), role="reader", timeout=timeout) as ps:
         if as_json:
             typer.echo(msgspec.json.encode(_seen_from_outside(ps.status())).decode())
-        elif watch:
+        elif watching:
             _watch(ps, every)
         else:
             console = out()
@@ -89,14 +95,15 @@ def _seen_from_outside(status: ClusterStatus) -> ClusterStatus:
 def _watch(ps: headwater.Client, every: float) -> None:
     """Redraw; rates are over the last seconds, as the byte counters come with heartbeats."""
     seen: deque[tuple[float, ClusterStatus]] = deque()
-    with contextlib.suppress(KeyboardInterrupt), Live(console=out(), auto_refresh=False) as live:
-        while True:
-            now = time.monotonic()
-            seen.append((now, _seen_from_outside(ps.status())))
-            while now - seen[0][0] > _WINDOW:
-                seen.popleft()
-            live.update(draw(seen[-1][1], seen[0][1], now - seen[0][0], live.console.width), refresh=True)
-            time.sleep(every)
+
+    def drawn(width: int) -> RenderableType:
+        now = time.monotonic()
+        seen.append((now, _seen_from_outside(ps.status())))
+        while now - seen[0][0] > _WINDOW:
+            seen.popleft()
+        return draw(seen[-1][1], seen[0][1], now - seen[0][0], width)
+
+    watch(drawn, every)
 
 
 def draw(
@@ -107,7 +114,7 @@ def draw(
     ``width``: columns of the terminal; a narrow one is not shown everything.
     """
     if now.relay is not None:
-        return _relay(now, now.relay)
+        return _relay(now, now.relay, width)
     earlier = before if before and seconds > 0 else None
     workers = [worker for worker in now.workers if worker.role == "worker"]
     head = ", ".join(
@@ -118,26 +125,34 @@ def draw(
             counted(len(workers), "worker"),
         )
     )
-    parts: list[RenderableType] = [Text(f"Headwater, up {duration(now.uptime)}: {head}", "bold"), health(now)]
-    parts += [Text(), _servers(now, earlier, seconds, width >= _ALL), Text(), _shards(now)]
+    tables = [(_servers(now, earlier, seconds), _SPARE_OF_SERVERS), (_shards(now), _SPARE_OF_SHARDS)]
     if now.tables:
-        parts += [Text(), _tables(now)]
+        tables.append((_tables(now), _SPARE_OF_TABLES))
     if now.models:
-        parts += [Text(), _models(now)]
+        tables.append((_models(now), _SPARE_OF_MODELS))
     if now.workers:
-        parts += [Text(), _workers(now, earlier, seconds)]
-    return Group(*parts)
+        tables.append((_workers(now, earlier, seconds), _SPARE_OF_WORKERS))
+    return Group(Text(f"Headwater, up {duration(now.uptime)}: {head}", "bold"), health(now), *_fitted(tables, width))
 
 
-def _relay(now: ClusterStatus, relay: RelayStatus) -> RenderableType:
+def _fitted(tables: Sequence[tuple[Table, tuple[str, ...]]], width: int) -> list[RenderableType]:
+    """The tables, an empty line before each, without the columns for which there is no room; below, which those are."""
+    parts: list[RenderableType] = []
+    taken: list[str] = []
+    for table, spare in tables:
+        taken += fit(table, width, spare)
+        parts += [Text(), table]
+    return [*parts, Text(), left_out(taken)] if taken else parts
+
+
+def _relay(now: ClusterStatus, relay: RelayStatus, width: int) -> RenderableType:
     """A relay has no servers and no tables, but versions and readers."""
     head = f"Relay, up {duration(now.uptime)}: {counted(len(now.models), 'model')}, {size(relay.nbytes)} held"
-    parts: list[RenderableType] = [Text(f"{head}, {size(relay.sent_bytes)} sent to readers", "bold"), standing(relay)]
-    if now.models:
-        parts += [Text(), _models(now)]
+    tables = [(_models(now), _SPARE_OF_MODELS)] if now.models else []
     if now.workers:
-        parts += [Text(), _workers(now, None, 0.0)]
-    return Group(*parts)
+        tables.append((_workers(now, None, 0.0), _SPARE_OF_WORKERS))
+    said = Text(f"{head}, {size(relay.sent_bytes)} sent to readers", "bold")
+    return Group(said, standing(relay), *_fitted(tables, width))
 
 
 def standing(relay: RelayStatus) -> Text:
@@ -190,25 +205,15 @@ def ranges(numbers: Sequence[int]) -> str:
     return " ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs) or "–"
 
 
-def grid(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in columns:
-        name, right, _ = column.partition(">")
-        table.add_column(name, justify="right" if right else "left", header_style="dim", no_wrap=True)
-    return table
-
-
-def _servers(now: ClusterStatus, earlier: ClusterStatus | None, seconds: float, everything: bool) -> Table:
-    more = ("address", "sessions>", "up>") if everything else ("", "", "")
-    columns = (
-        "server>", more[0], "pid>", "state", "primary", "backup", "learner", "memory>", more[1], "pushed>", "pulled>",
-        more[2],
+def _servers(now: ClusterStatus, earlier: ClusterStatus | None, seconds: float) -> Table:
+    table = grid(
+        "Servers", "server>", "address", "pid>", "state", "primary~", "backup~", "learner~", "memory>", "sessions>",
+        "pushed>", "pulled>", "up>",
     )  # fmt: skip
-    table = grid("Servers", *filter(None, columns))
     old = {server.pid: server for server in earlier.servers} if earlier else {}
     for server in sorted(now.servers, key=lambda server: server.server):
         was = old.get(server.pid)
-        cells: tuple[str | Text, ...] = (
+        table.add_row(
             str(server.server),
             server.address.removeprefix("tcp://"),
             str(server.pid),
@@ -222,13 +227,12 @@ def _servers(now: ClusterStatus, earlier: ClusterStatus | None, seconds: float, 
             _flow(server.pulled_bytes, was.pulled_bytes if was else None, seconds),
             duration(server.uptime),
         )
-        table.add_row(*(cell for cell, column in zip(cells, columns, strict=True) if column))
     return table
 
 
 def _shards(now: ClusterStatus) -> Table:
     """What stands out: a shard that nobody serves, one with fewer copies than wanted."""
-    table = grid("Shards", "shard>", "epoch>", "primary>", "backups", "learners", "LSN>", "lag>", "copies")
+    table = grid("Shards", "shard>", "epoch>", "primary>", "backups~", "learners~", "LSN>", "lag>", "copies")
     for shard in now.shards:
         blocked = not _served(shard) or shard.copies < now.min_copies
         style = "bold red" if blocked else "" if shard.copies >= shard.wanted else "yellow"
@@ -248,7 +252,7 @@ def _shards(now: ClusterStatus) -> Table:
 
 
 def _tables(now: ClusterStatus) -> Table:
-    table = grid("Tables", "name", "parameters>", "elements>", "size>", "per shard>", "optimizer", "sync", "clock>")
+    table = grid("Tables", "name~", "parameters>", "elements>", "size>", "per shard>", "optimizer", "sync~", "clock>")
     for each in now.tables:
         table.add_row(
             each.name,
@@ -265,7 +269,7 @@ def _tables(now: ClusterStatus) -> Table:
 
 def _models(now: ClusterStatus) -> Table:
     """What is published, one line per model; what no server holds any more stands out."""
-    table = grid("Published", "model", "newest", "step>", "age>", "versions>", "tags", "leases>", "held>")
+    table = grid("Published", "model~", "newest~", "step>", "age>", "versions>", "tags~", "leases>", "held>")
     for each in now.models:
         newest = each.newest
         table.add_row(

@@ -42,8 +42,9 @@ def up(
 
     Example: headwater up --servers 3 --replicas 2
 
-    Ctrl-C ends them. With two copies or more, a server that dies is
-    replaced, and its shards go on meanwhile.
+    Ctrl-C ends them; a second one does not wait (exit code 130). With
+    two copies or more, a server that dies is replaced, and its shards
+    go on meanwhile.
 
     Without --token-file, HEADWATER_TOKEN or HEADWATER_TOKEN_FILE a
     token is made for this cluster; to listen beyond this machine, one
@@ -76,7 +77,7 @@ def up(
         withdraw(made)
     if outcome.interrupted:
         out().print("The cluster has ended.")
-        return
+        raise typer.Exit(130 if job.hurried else 0)
     report(outcome)
     raise typer.Exit(outcome.code)
 

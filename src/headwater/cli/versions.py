@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 from rich.console import Group
-from rich.live import Live
 from rich.text import Text
-from typer.core import TyperGroup
 
 import headwater
 from headwater.cli.console import counted, err, out
+from headwater.cli.mistakes import Group as Commands
 from headwater.cli.options import Address, Timeout
-from headwater.cli.status import duration, grid, locate, size, standing
+from headwater.cli.status import duration, locate, size, standing
+from headwater.cli.tables import fit, grid, left_out, watch
 from headwater.errors import UsageError
 from headwater.wire import versions as v
 
@@ -33,11 +34,15 @@ _ALL = 116
 """Columns of a terminal that everything fits into."""
 
 
-class _ListsByDefault(TyperGroup):
-    """``headwater versions lm`` is ``headwater versions list lm``."""
+class _ListsByDefault(Commands):
+    """``headwater versions lm`` is ``headwater versions list lm``; with another word behind it was to be a command."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args or (args[0] not in self.commands and args[0] not in ("--help", "-h")):
+        if ctx.resilient_parsing:  # a shell wants to know what could come here
+            return super().parse_args(ctx, args)
+        if args and args[0] not in self.commands and args[1:] and not args[1].startswith("-") and args[0][:1] != "-":
+            ctx.fail(f"No such command {args[0]!r}.{self.meant(args[0])}")
+        if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
             args = ["list", *args]
         return super().parse_args(ctx, args)
 
@@ -65,7 +70,7 @@ def _connected(address: str | None, timeout: float) -> headwater.Client:
 def list_versions(
     model: Annotated[str, typer.Argument(help="Default: all models.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
+    watching: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between refreshes.")] = 1.0,
     address: Address = None,
     timeout: Timeout = 10.0,
@@ -77,14 +82,11 @@ def list_versions(
             silent, why = (relay.silent, relay.why) if relay is not None else (0.0, "")
             typer.echo(msgspec.json.encode(v.VersionList(ps.versions(model), silent=silent, why=why)).decode())
             return
-        console = out()
-        if not watch:
-            console.print(now_listed(ps, model, console.width))
+        if watching:
+            watch(partial(now_listed, ps, model), every)
             return
-        with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
-            while True:
-                live.update(now_listed(ps, model, console.width), refresh=True)
-                time.sleep(every)
+        console = out()
+        console.print(now_listed(ps, model, console.width))
 
 
 def now_listed(ps: headwater.Client, model: str, width: int) -> RenderableType:
@@ -102,14 +104,9 @@ def draw(found: Sequence[v.VersionStatus], wanted: int, now: float, width: int =
     ready = [each for each in found if each.state == "ready"]
     head = f"{counted(len(found), 'version')} of {counted(len(models), 'model')}, "
     head += f"{size(sum(each.info.nbytes * each.copies for each in ready))} held"
-    everything = width >= _ALL
     table = grid(
-        "", *(("model",) if everything or len(models) > 1 else ()), "name", "number>", "step>", "age>", "size>",
-        "state", "tags", "leases>", "copies", *(("parent",) if everything else ()),
+        None, "model~", "name~", "number>", "step>", "age>", "size>", "state", "tags~", "leases>", "copies", "parent~",
     )  # fmt: skip
-    tags = next(column for column in table.columns if column.header == "tags")
-    tags.no_wrap, tags.overflow = False, "fold"
-    table.title = None
     names = {each.info.number: each.info.name for each in found}
     for each in sorted(found, key=lambda each: (each.info.model, -each.info.number)):
         info = each.info
@@ -129,7 +126,10 @@ def draw(found: Sequence[v.VersionStatus], wanted: int, now: float, width: int =
         }
         style = "bold red" if lost else "yellow" if few else ""
         table.add_row(*(cells[str(column.header)] for column in table.columns), style=style)
-    return Group(Text(head, "bold"), _health(found, wanted), Text(), table)
+    model = () if len(models) > 1 else ("model",)
+    taken = fit(table, width, ("parent", *model, "leases", "number", "size", "copies", "age"))
+    rest = [Text(), left_out(taken)] if taken else []
+    return Group(Text(head, "bold"), _health(found, wanted), Text(), table, *rest)
 
 
 def _health(found: Sequence[v.VersionStatus], wanted: int) -> Text:

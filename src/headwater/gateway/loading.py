@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import msgspec
 
+from headwater import pretrained
 from headwater.errors import DeadlineExceeded, LinkError, Unreachable, UsageError
 from headwater.types import VersionInfo
 
@@ -58,11 +59,15 @@ class _Note(msgspec.Struct):
 def plan(model: str, *, base: str | None, module: str | None, name: str | None) -> Plan:
     """What ``--model`` means: files, or a table set whose files ``--base`` or ``--module`` name.
 
-    Raises ``UsageError`` if that is not clear.
+    Raises ``UsageError`` if that is not clear; ``DataError`` for a model in a package that is not installed.
     """
     if base and module:
         raise UsageError("--base is for language models and --module for others: give one; nothing was started")
     path = Path(model)
+    if model in pretrained.PACKAGED and not path.exists() and not base and not module:
+        return Plan(name or model, _TABLES, str(pretrained.packaged(model)), "", complete=True)
+    if base in pretrained.PACKAGED and not Path(base).exists():
+        base = str(pretrained.packaged(base))
     if path.exists():
         if base:
             raise UsageError(f"--model {model} is a folder of its own, so --base is too much; nothing was started")
@@ -79,6 +84,12 @@ def plan(model: str, *, base: str | None, module: str | None, name: str | None) 
         f"--model {model}: no folder of that name. If it is a table set, name its files by --base FOLDER, or its "
         "module by --module PACKAGE.MODULE:FACTORY; nothing was started"
     )
+
+
+def check_reachable(wanted: Plan) -> None:
+    """Raises ``DataError`` if the files are to come from the hub and cannot: at once, not when the server is up."""
+    if wanted.files:
+        pretrained.on_the_hub(wanted.files)
 
 
 def _check_files(path: Path) -> None:

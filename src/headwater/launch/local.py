@@ -21,6 +21,7 @@ import msgspec
 from headwater.errors import DeadlineExceeded, InternalError, UsageError
 from headwater.launch import escalation, output, registry
 from headwater.launch import outcome as words
+from headwater.launch.lines import Lines
 from headwater.launch.outcome import Outcome
 from headwater.launch.process import Process
 from headwater.launch.revival import Revival
@@ -85,7 +86,14 @@ class Launcher:
         shards, replicas, min_copies, ack, silence, state, snapshots, snapshot_every, restore: see ``Shape``.
         keep_going: a server that dies does not end the job; another takes its place. Default: with 2 replicas or more.
         elastic: a worker that dies does not end the job as long as one remains, or has finished.
+        only_rank0: of what the workers write only rank 0's is shown, and the last words of another that fails. An
+            ``on_line`` is given the others' stdout all the same.
+        once: a traceback with which a worker ends is not shown as its lines are but left to who reports the outcome,
+            which holds it (see ``headwater.launch.lines``).
+        stdin_rank: the worker that reads this process's standard input; the others have none.
         restart_workers: how often each worker of an elastic job that dies is started again, with the same rank.
+
+    ``hurried``: somebody asked again, by a second Ctrl-C, not to wait for those that were to end.
 
     With ``state``, or with ``keep_going``, a coordinator that dies is started again at the same address. A process
     that dies three times in a row right after its start is not started again.
@@ -129,6 +137,9 @@ class Launcher:
         keep_going: bool | None = None,
         elastic: bool = False,
         restart_workers: int = 0,
+        only_rank0: bool = False,
+        once: bool = False,
+        stdin_rank: int | None = None,
     ) -> None:
         self.shape = Shape(
             0 if address else servers, shards, replicas, min_copies, ack, silence,
@@ -159,7 +170,10 @@ class Launcher:
         self._revivals: dict[_Place, Revival] = {}
         self._due: dict[Process, float] = {}  # of those that have ended: when another takes their place
         self._returning: dict[Process, str] = {}  # not yet ready: the name of who was there before
-        self._watch = Watch(on_line or output.Printer(), on_exit)
+        self._stdin_rank = stdin_rank
+        self.hurried = False
+        lines = Lines(once=once, only_rank0=only_rank0, stdout=on_line is None, elastic=elastic)
+        self._watch = Watch(on_line or output.Printer(), on_exit, lines)
 
     # ---- life ------------------------------------------------------------------------------------
 
@@ -286,6 +300,7 @@ class Launcher:
         with self.signals():
             for group in (self.workers, self.servers, [self.coordinator] if self.coordinator else []):
                 self._stop_group(group)
+            self._watch.say_the_rest(self.outcome.failed)
         self._say_who_is_left()
         for left in (self._record, self._private):
             registry.withdraw(left)
@@ -361,7 +376,10 @@ class Launcher:
         }
         if "HEADWATER_TOKEN" in env:
             env.pop("HEADWATER_TOKEN_FILE", None)
-        process = Process(name, role, rank, command, env, ready=role != "worker", restarts=restarts)
+        stdin = role == "worker" and rank == self._stdin_rank
+        if role == "worker":
+            env["HEADWATER_STDIN"] = "yours" if stdin else "none"
+        process = Process(name, role, rank, command, env, ready=role != "worker", restarts=restarts, stdin=stdin)
         self._watch.add(process)
         return process
 
@@ -395,6 +413,7 @@ class Launcher:
                 return
             if self._watch.requests:
                 self._watch.requests.clear()
+                self.hurried = True
                 ending.hurry(now)
             number = ending.next(now)
             if number is not None:
@@ -432,6 +451,7 @@ class Launcher:
         number = self._watch.requests.popleft()
         if self._ending is not None:
             if not (number == signal.SIGHUP and now < self._hangup):
+                self.hurried = True
                 self._ending.hurry(now)
             return
         self._hangup = now + _ECHO
@@ -541,7 +561,8 @@ class Launcher:
         return escalation.NEVER if due is None else due
 
     def _end_for_worker(self, worker: Process, now: float) -> None:
-        self._end(words.of_worker(worker, [other.name for other in self.workers if other.running]), now)
+        others = [other.name for other in self.workers if other.running]
+        self._end(words.of_worker(worker, others, shown=self._watch.lines.seen(worker)), now)
 
 
 def launch(

@@ -28,7 +28,8 @@ class Outcome:
     failed (``128 + n`` when signal n ended it); 1 if the cluster is lost; ``128 + n`` when the launcher got signal n:
     130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     ``failed`` names the process at fault, ``message`` says it in one line and ``last_words`` is the end of its stderr:
-    the traceback, if there was one. ``left`` names processes that even SIGKILL did not end.
+    the traceback, if there was one. ``left`` names processes that even SIGKILL did not end. ``shown``: the last words
+    have gone out with the lines of the process already.
     """
 
     code: int = 0
@@ -38,6 +39,7 @@ class Outcome:
     interrupted: bool = False
     error: HeadwaterError | None = None
     left: tuple[str, ...] = ()
+    shown: bool = True
 
     @property
     def remains(self) -> str:
@@ -53,11 +55,19 @@ def of_signal(number: int) -> Outcome:
     return Outcome(128 + number, told.get(signal.Signals(number), "terminated"), interrupted=True)
 
 
-def of_worker(worker: Process, others: Sequence[str]) -> Outcome:
+def of_worker(worker: Process, others: Sequence[str], *, shown: bool) -> Outcome:
     """A worker failed; ``others`` are stopped."""
     message = end_of_worker(worker)
     message += f"; {', '.join(others)} stopped" if others else ""
-    return Outcome(worker.returncode or 1, message, worker.last_words, worker.name)
+    return Outcome(worker.returncode or 1, message + _asked(worker), worker.last_words, worker.name, shown=shown)
+
+
+def _asked(worker: Process) -> str:
+    """What helps a worker that ended because there was nothing to read."""
+    last = worker.last_words.rpartition("\n")[2]
+    if worker.stdin or not last.startswith(("EOFError", "bdb.BdbQuit")):
+        return ""
+    return f". It read its standard input and has none; headwater run --stdin-rank {worker.rank} gives it yours"
 
 
 def of_host(process: Process, *, copies: bool, own: bool) -> Outcome:

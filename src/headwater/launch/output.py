@@ -29,15 +29,31 @@ class Printer:
             name: Console(file=cast("IO[str]", file), soft_wrap=True, highlight=False, markup=False)
             for name, file in self._files.items()
         }
+        self._open: dict[Stream, Process] = {}  # whose unfinished line is the last on the stream
 
     def __call__(self, process: Process, stream: Stream, line: str) -> None:
+        self._write(process, stream, line, "\n")
+
+    def prompt(self, process: Process, stream: Stream, text: str) -> None:
+        """A line that is not finished: the process waits for an answer, which the terminal shows behind it."""
+        self._write(process, stream, text, "")
+
+    def _write(self, process: Process, stream: Stream, line: str, end: str) -> None:
         console = self._consoles[stream]
+        begun = self._open.pop(stream, None)
+        before = "" if begun in (None, process) else "\n"
+        prefix = "" if begun is process else f"[{process.name}] "
+        if not end:
+            self._open[stream] = process
         if console.is_terminal:
             style = _STYLES[process.rank % len(_STYLES)] if process.role == "worker" else "dim"
-            console.print(Text().append(f"[{process.name}] ", style).append_text(Text.from_ansi(line)), soft_wrap=True)
+            text = Text(before).append(prefix, style).append_text(Text.from_ansi(line))
+            if not end:  # Text.from_ansi leaves out the space after a prompt's last word
+                text.append(line[len(line.rstrip()) :] if not text.plain.endswith(" ") else "")
+            console.print(text, soft_wrap=True, end=end)
         else:
             out = self._files[stream]
-            out.write(f"[{process.name}] {line}\n")
+            out.write(f"{before}{prefix}{line}{end}")
             out.flush()
         error = self._files[stream].error
         if isinstance(error, BrokenPipeError):
@@ -54,4 +70,4 @@ class Printer:
 def note(text: str) -> None:
     """Something that the launcher itself has to say: one line on stderr."""
     console = Console(file=cast("IO[str]", Sturdy("stderr")), highlight=False, markup=False)
-    console.print(Text().append("headwater: ", "bold yellow").append(text), soft_wrap=True)
+    console.print(Text().append("headwater: ", "bold yellow").append(text), soft_wrap=not console.is_terminal)

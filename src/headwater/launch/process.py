@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,11 @@ _ENTRY = str(Path(__file__).with_name("entry.py"))
 _READ = 1 << 16
 _TAIL = 200
 _LINE = 1 << 16
-_TRACEBACK = "Traceback (most recent call last):"
+_TRACEBACKS = ("Traceback (most recent call last):", "  + Exception Group Traceback (most recent call last):")
+_SYNTAX = re.compile(r'  File "[^"]+", line \d+')
+"""How a script that Python cannot read is told, without a traceback."""
+_PROMPT = 0.1
+"""Seconds after which a line without an end is taken for a prompt."""
 _CHAINED = (
     "During handling of the above exception, another exception occurred:",
     "The above exception was the direct cause of the following exception:",
@@ -39,9 +44,11 @@ class LineSplitter:
     def __init__(self) -> None:
         self._rest = b""
         self._redrawn = float("-inf")
+        self._fed = float("-inf")
 
     def feed(self, data: bytes, now: float) -> list[str]:
         """The lines that ``data`` completes at time ``now`` (seconds)."""
+        self._fed = now
         *whole, self._rest = (self._rest + data).split(b"\n")
         lines = [self._text(line.rstrip(b"\r").rpartition(b"\r")[2]) for line in whole]
         drawn, returned, rest = self._rest.rpartition(b"\r")
@@ -54,6 +61,17 @@ class LineSplitter:
             lines.append(self._text(self._rest))
             self._rest = b""
         return lines
+
+    @property
+    def prompting(self) -> float:
+        """When an unfinished line is to be taken for a prompt. A progress bar, which is redrawn, never is."""
+        asked = bool(self._rest) and self._redrawn == float("-inf")
+        return self._fed + _PROMPT if asked else float("inf")
+
+    def prompt(self) -> str:
+        """The unfinished line; what its process adds to it will be a line of its own."""
+        rest, self._rest = self._rest, b""
+        return self._text(rest)
 
     def flush(self) -> list[str]:
         """What is left when the pipe closes."""
@@ -73,7 +91,8 @@ class Process:
     lives as long as the cluster.
 
     Attributes: ``name`` (``w0``, ``s1``, ``coordinator``), ``role``, ``rank``, ``pid``, ``ready`` (the first line of
-    the ready pipe, ``b""`` while there is none), ``restarts`` (how many processes had this name before) and
+    the ready pipe, ``b""`` while there is none), ``restarts`` (how many processes had this name before), ``stdin``
+    (whether it reads the launcher's standard input; others have none) and
     ``returncode`` (``None`` while it runs; ``128 + n`` when signal n ended it, as a shell counts).
     """
 
@@ -87,8 +106,9 @@ class Process:
         *,
         ready: bool = False,
         restarts: int = 0,
+        stdin: bool = False,
     ) -> None:
-        self.name, self.role, self.rank, self.restarts = name, role, rank, restarts
+        self.name, self.role, self.rank, self.restarts, self.stdin = name, role, rank, restarts, stdin
         self.returncode: int | None = None
         self.signalled = False
         self.ready = b""
@@ -100,7 +120,7 @@ class Process:
         try:
             self._child = subprocess.Popen(
                 [sys.executable, "-I", "-S", _ENTRY, str(os.getpid()), *command],
-                stdin=subprocess.DEVNULL,
+                stdin=None if stdin else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env=dict(env),
@@ -166,6 +186,15 @@ class Process:
         if stream == "stderr":
             self.tail.extend(lines)
         return lines
+
+    @property
+    def prompting(self) -> float:
+        """When to ask for prompts; never for a process that nobody can answer."""
+        return min(each.prompting for each in self._splitters.values()) if self.stdin else float("inf")
+
+    def prompts(self, now: float) -> list[tuple[Stream, str]]:
+        """The unfinished lines that the process waits behind."""
+        return [(stream, each.prompt()) for stream, each in self._splitters.items() if each.prompting <= now]
 
     def read_ready(self) -> None:
         """Take the ready line; closes the pipe after it, or at its end."""
@@ -236,13 +265,19 @@ class Process:
     def last_words(self) -> str:
         """The last traceback on its stderr with what caused it, or the last lines when there is none."""
         lines = list(self.tail)
-        starts = [i for i, line in enumerate(lines) if line == _TRACEBACK]
+        starts = [i for i, line in enumerate(lines) if line in _TRACEBACKS]
+        starts = starts or [i for i, line in enumerate(lines) if _SYNTAX.fullmatch(line)]
         if not starts:
             return "\n".join(lines[-20:])
         start = starts.pop()
         while starts and start >= 2 and lines[start - 2] in _CHAINED:
             start = starts.pop()
         return "\n".join(lines[start:][-80:])
+
+
+def begins_traceback(line: str) -> bool:
+    """Whether a line of stderr is the first one of a traceback, if none has begun."""
+    return line in _TRACEBACKS or bool(_SYNTAX.fullmatch(line))
 
 
 def _pidfd(pid: int) -> int:

@@ -7,10 +7,11 @@ import os
 import selectors
 import signal
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from headwater.launch.outcome import TYPED
+from headwater.launch.lines import Lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +28,15 @@ _POLL_WITHOUT_PIDFD = 0.05
 class Watch:
     """Everything happens inside ``pump``, on the thread that calls it; ``request`` may come from any thread.
 
-    Attributes: ``requests``: the numbers of signals that the launcher got and has not yet acted upon.
+    Attributes: ``requests``: the numbers of signals that the launcher got and has not yet acted upon; ``lines``: which
+    lines are shown.
     """
 
-    def __init__(self, on_line: OnLine, on_exit: OnExit | None) -> None:
+    def __init__(self, on_line: OnLine, on_exit: OnExit | None, lines: Lines) -> None:
         self.requests: deque[int] = deque()
+        self.lines = lines
         self._on_line, self._on_exit = on_line, on_exit
+        self._answered: list[Process] = []  # who reads the terminal that we were started from
         self._blind: set[Process] = set()
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -48,6 +52,13 @@ class Watch:
             self._selector.register(process.pidfd, selectors.EVENT_READ, (process, "exit"))
         else:
             self._blind.add(process)
+        if process.stdin and os.isatty(0):
+            self._answered.append(process)
+
+    def say_the_rest(self, reported: str) -> None:
+        """The job is over; who was at fault is reported elsewhere."""
+        for process, (stream, line) in self.lines.rest(reported):
+            self._say(process, stream, line)
 
     def close(self) -> None:
         """Safe to call twice."""
@@ -59,6 +70,8 @@ class Watch:
 
     def pump(self, timeout: float) -> None:
         """Wait for something to happen, up to ``timeout`` seconds, and take it in."""
+        until = min(self.lines.due, *(process.prompting for process in self._answered), time.monotonic() + timeout)
+        timeout = max(0.0, until - time.monotonic())
         for key, _ in self._selector.select(min(timeout, _POLL_WITHOUT_PIDFD) if self._blind else timeout):
             if key.data is None:
                 with contextlib.suppress(BlockingIOError):
@@ -80,6 +93,15 @@ class Watch:
                     self._selector.unregister(key.fd)
         for process in list(self._blind):
             self._reap(process)
+        self._say_what_waited(time.monotonic())
+
+    def _say_what_waited(self, now: float) -> None:
+        """Prompts, and tracebacks that were held long enough."""
+        for process in self._answered:
+            for stream, text in process.prompts(now):
+                self._say(process, stream, text, prompt=True)
+        for process, (stream, line) in self.lines.late(now):
+            self._say(process, stream, line)
 
     def _reap(self, process: Process) -> None:
         if not process.reap():
@@ -90,18 +112,24 @@ class Watch:
                 self._selector.unregister(key.fd)
         for stream, line in process.close():
             self._forward(process, stream, [line])
+        for stream, line in self.lines.ended(process):
+            self._say(process, stream, line)
         if self._on_exit:
             self._on_exit(process)
 
     def _forward(self, process: Process, stream: Stream, lines: Sequence[str]) -> None:
+        now = time.monotonic()
         for line in lines:
-            if process.role != "worker" and TYPED.match(line):
-                continue  # the exception or the outcome will say it
-            try:
-                self._on_line(process, stream, line)
-            except BrokenPipeError:  # our own stdout is gone: `headwater run … | head`
-                self._on_line = _discard
-                self.request(signal.SIGTERM)
+            for shown in self.lines.take(process, stream, line, now):
+                self._say(process, *shown)
+
+    def _say(self, process: Process, stream: Stream, line: str, *, prompt: bool = False) -> None:
+        say = getattr(self._on_line, "prompt", self._on_line) if prompt else self._on_line
+        try:
+            say(process, stream, line)
+        except BrokenPipeError:  # our own stdout is gone: `headwater run … | head`
+            self._on_line = _discard
+            self.request(signal.SIGTERM)
 
     def request(self, number: int) -> None:
         """Ask the launcher to act as upon a signal."""

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from headwater_recipes.common.reports import Finished, Published, Report, Saved, Started, Stepped, Validated
+from headwater_recipes.common.reports import (
+    Doing,
+    Figures,
+    Finished,
+    Glanced,
+    Published,
+    Report,
+    Saved,
+    Started,
+    Stepped,
+    Validated,
+)
 from headwater_recipes.common.score import Score, total
 
 
 class Board:
     """Pure: reports in, rows out. A row needs every rank's report of its step.
 
-    Attributes: ``latest`` the last ``Stepped`` of each rank; ``rows`` the metrics so far, oldest first; ``saved`` the
+    Attributes: ``latest`` the last figures of each rank; ``doing`` what the rank that spoke last does beside training
+    ("" if it trains); ``rows`` the metrics so far, oldest first; ``saved`` the
     step of the last checkpoint; ``published`` the last version's name; ``finished`` by rank; ``final`` the score of all
     held-out data.
     """
@@ -22,7 +35,8 @@ class Board:
         self._steps: dict[int, dict[int, Stepped]] = {}
         self._validations: dict[tuple[int, bool], dict[int, Validated]] = {}
         self.started: dict[int, Started] = {}
-        self.latest: dict[int, Stepped] = {}
+        self.latest: dict[int, Figures] = {}
+        self.doing = ""
         self.finished: dict[int, Finished] = {}
         self.saved: int | None = None
         self.published: str | None = None
@@ -35,8 +49,15 @@ class Board:
         match report:
             case Started():
                 self.started[report.rank] = report
+                self.doing = ""
+            case Doing():
+                self.doing = report.what
+            case Glanced():
+                self.latest[report.rank] = report
+                self.doing = ""
             case Stepped():
                 self.latest[report.rank] = report
+                self.doing = ""
                 row = self._step(report)
             case Validated():
                 row = self._validation(report)
@@ -55,20 +76,8 @@ class Board:
         parts[report.rank] = report
         if len(parts) < self._world:
             return None
-        said = [parts[rank] for rank in sorted(self._steps.pop(report.step))]
-        return {
-            "kind": "step",
-            "step": report.step,
-            "loss": fmean(each.loss for each in said),
-            "lr": said[0].lr,
-            "tokens_per_second": sum(each.tokens_per_second for each in said),
-            "pushed_bytes_per_second": sum(each.pushed_per_second for each in said),
-            "pulled_bytes_per_second": sum(each.pulled_per_second for each in said),
-            "staleness": max(each.staleness for each in said),
-            "grad_norm": said[0].grad_norm,
-            "elapsed": said[0].elapsed,
-            "progress": said[0].progress,
-        }
+        parts = self._steps.pop(report.step)
+        return _row([parts[rank] for rank in sorted(parts)])
 
     def _validation(self, report: Validated) -> dict[str, Any] | None:
         key = (report.step, report.final)
@@ -93,6 +102,15 @@ class Board:
         return next((row for row in reversed(self.rows) if row["kind"] == "step"), None)
 
     @property
+    def now(self) -> dict[str, Any] | None:
+        """As a row, how it stands: the newest row, or what the ranks have said since."""
+        row = self.last
+        if len(self.latest) < self._world:
+            return row
+        said = [self.latest[rank] for rank in sorted(self.latest)]
+        return row if row is not None and row["step"] >= said[0].step else _row(said)
+
+    @property
     def validated(self) -> dict[str, Any] | None:
         """The newest row of a validation."""
         return next((row for row in reversed(self.rows) if row["kind"] != "step"), None)
@@ -100,7 +118,24 @@ class Board:
     @property
     def seconds_left(self) -> float | None:
         """Of training, at the pace so far."""
-        row = self.last
+        row = self.now
         if row is None or row["progress"] <= 0:
             return None
         return float(row["elapsed"] / row["progress"] * (1 - row["progress"]))
+
+
+def _row(said: Sequence[Figures]) -> dict[str, Any]:
+    """The row of a training step, of what each rank said."""
+    return {
+        "kind": "step",
+        "step": said[0].step,
+        "loss": fmean(each.loss for each in said),
+        "lr": said[0].lr,
+        "tokens_per_second": sum(each.tokens_per_second for each in said),
+        "pushed_bytes_per_second": sum(each.pushed_per_second for each in said),
+        "pulled_bytes_per_second": sum(each.pulled_per_second for each in said),
+        "staleness": max(each.staleness for each in said),
+        "grad_norm": said[0].grad_norm,
+        "elapsed": said[0].elapsed,
+        "progress": said[0].progress,
+    }

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from headwater_recipes.common.board import Board
+from headwater_recipes.common.stages import redraws, waiting
 
 _BARS = "▁▂▃▄▅▆▇█"
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 _PLAIN_EVERY = 5.0
+_GAP = "  "
+_FIRST = "starting the workers: they load torch"
 
 
 class Display(Protocol):
@@ -25,8 +29,8 @@ class Display(Protocol):
     def update(self, board: Board, cluster: Any) -> None:
         """Show the present state; ``cluster`` is a ``ClusterStatus`` or None."""
 
-    def note(self, line: str) -> None:
-        """Show a line that stays."""
+    def note(self, line: str, *, whole: bool = False) -> None:
+        """Show a line that stays; ``whole``: it is not broken between words."""
 
     def close(self) -> None:
         """The run is over."""
@@ -34,7 +38,14 @@ class Display(Protocol):
 
 def make(console: Console) -> Display:
     """The display that suits the console."""
-    return Picture(console) if console.is_terminal else Lines(console)
+    return Picture(console) if redraws(console) else Lines(console)
+
+
+def _pause(board: Board) -> str:
+    """Why there is no next step yet; nothing while there are steps."""
+    if board.doing or board.now is not None:
+        return board.doing
+    return "first step" if board.started else _FIRST
 
 
 class Lines:
@@ -42,26 +53,32 @@ class Lines:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._shown: dict[str, Any] | None = None
+        self._shown = -1
         self._last = float("-inf")
         self._validation: dict[str, Any] | None = None
+        self._pause = ""
 
     def update(self, board: Board, cluster: Any) -> None:
-        row, now = board.last, time.monotonic()
+        row, now = board.now, time.monotonic()
         held = board.validated
         if held is not None and held is not self._validation:
             self._validation = held
             self.note(
                 f"step {held['step']:>6}  validation loss {held['loss']:.3f}  {held['bits_per_byte']:.3f} bits/byte"
             )
-        if row is None or row is self._shown or now - self._last < _PLAIN_EVERY:
+        pause = _pause(board)
+        if pause and pause != self._pause:
+            self.note(f"{pause} …")
+        self._pause = pause
+        if row is None or row["step"] == self._shown or now - self._last < _PLAIN_EVERY:
             return
-        self._shown, self._last = row, now
+        self._shown, self._last = row["step"], now
         beside = "" if cluster is None else f"  {_alive(cluster)}"
         beside += f"  published {board.published}" if board.published else ""
-        self.note("  ".join(figures(row)) + f"  ETA {clock(board.seconds_left)}" + beside)
+        self.note(_GAP.join(figures(row)) + f"  ETA {clock(board.seconds_left)}" + beside)
 
-    def note(self, line: str) -> None:
+    def note(self, line: str, *, whole: bool = True) -> None:
+        del whole  # in a file there is no edge
         self._console.print(Text(line), soft_wrap=True)
 
     def close(self) -> None:
@@ -98,24 +115,31 @@ class Picture:
         self._live = Live(console=console, auto_refresh=False, transient=False)
         self._live.start()
         self._before: dict[int, tuple[float, int, int]] = {}
+        self._pause, self._since = "", time.monotonic()
 
     def update(self, board: Board, cluster: Any) -> None:
         self._live.update(self._draw(board, cluster), refresh=True)
 
-    def note(self, line: str) -> None:
-        self._live.console.print(Text(line), soft_wrap=True)
+    def note(self, line: str, *, whole: bool = False) -> None:
+        self._live.console.print(Text(line), soft_wrap=whole)
 
     def close(self) -> None:
         self._live.stop()
 
     def _draw(self, board: Board, cluster: Any) -> RenderableType:
-        row = board.last
+        row, pause, width = board.now, _pause(board), self._live.console.width
+        if pause != self._pause:
+            self._pause, self._since = pause, time.monotonic()
+        paused = waiting(pause, time.monotonic() - self._since) if pause else None
         if row is None:
-            return Text("starting the workers …" if len(board.started) == 0 else "first steps …", "dim")
-        parts: list[RenderableType] = [_headline(board, row), _curve(board), Text(), _worker_table(board)]
+            return paused or Text()
+        tables = [_worker_table(board)]
         if cluster is not None:
-            parts += [Text(), self._server_table(cluster)]
-            parts += [_copies(cluster)] if cluster.replicas > 1 else []
+            tables.append(self._server_table(cluster))
+        parts: list[RenderableType] = [_bar(board, row, width, paused), *_headline(board, row, width)]
+        parts += [_curve(board, width), *(part for table in tables for part in (Text(), _fit(table, width)))]
+        if cluster is not None and cluster.replicas > 1:
+            parts.append(_copies(cluster))
         return Group(*parts)
 
     def _server_table(self, cluster: Any) -> Table:
@@ -154,29 +178,56 @@ def _copies(cluster: Any) -> Text:
     return Text(f"too few copies of {_count(len(short), 'shard')} ({named}); training goes on", "bold yellow")
 
 
-def _headline(board: Board, row: dict[str, Any]) -> RenderableType:
-    line = Table.grid(padding=(0, 2))
+def _bar(board: Board, row: dict[str, Any], width: int, paused: Text | None) -> RenderableType:
+    """How far the training is, and what comes after it or how long it takes."""
+    beside = paused or Text(f"ETA {clock(board.seconds_left)}")
+    line = Table.grid(Column(no_wrap=True), Column(), Column(no_wrap=True, overflow="ellipsis"), padding=(0, 2))
+    room = max(8, width - len("training") - 2 * len(_GAP) - len(beside) - 2)
+    line.add_row(Text("training", "bold"), ProgressBar(1.0, row["progress"], width=min(36, room)), beside)
+    return line
+
+
+def _headline(board: Board, row: dict[str, Any], width: int) -> list[Text]:
+    """The figures in lines that are broken between two of them."""
     held = board.validated
-    shown = f"validation {held['bits_per_byte']:.3f} bits/byte" if held else ""
-    shown += f"  published {board.published}" if board.published else ""
-    line.add_row(
-        Text("training", "bold"),
-        ProgressBar(total=1.0, completed=row["progress"], width=36),
-        Text(f"ETA {clock(board.seconds_left)}" if row["progress"] < 1 else "saving and validating …"),
-    )
-    names = Text("  ".join(figures(row)) + f"  {shown}")
-    return Group(line, names)
+    words = figures(row)
+    words += [f"validation {held['bits_per_byte']:.3f} bits/byte"] if held else []
+    words += [f"published {board.published}"] if board.published else []
+    lines = [words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + len(_GAP) + len(word) <= width:
+            lines[-1] += _GAP + word
+        else:
+            lines.append(word)
+    return [Text(line) for line in lines]
 
 
-def _curve(board: Board) -> Text:
+def _curve(board: Board, width: int) -> Text:
     """The training loss so far, as bars."""
     losses = [row["loss"] for row in board.rows if row["kind"] == "step"]
-    width = 60
+    if not losses:
+        return Text("loss …", "dim")
+    width = min(60, max(8, width - len("loss ")))
     if len(losses) > width:
         losses = [losses[i * len(losses) // width] for i in range(width)]
     low, high = min(losses), max(losses)
     scale = (len(_BARS) - 1) / max(high - low, 1e-9)
     return Text("loss ", "dim") + Text("".join(_BARS[round((loss - low) * scale)] for loss in losses), "cyan")
+
+
+_SPARE = ("memory", "backup of", "pulled", "pulled from it", "staleness", "primary of", "pushed")
+"""Columns that a narrow terminal does without, the first to go first."""
+
+
+def _fit(table: Table, width: int) -> Table:
+    """Without columns for which there is no room."""
+    for name in _SPARE:
+        widths = [max(len(str(cell)) for cell in (column.header, *column.cells)) for column in table.columns]
+        if sum(widths) + len(_GAP) * (len(widths) - 1) <= width:
+            break
+        table.columns = [column for column in table.columns if column.header != name]
+    table.columns = [replace(column, _index=place) for place, column in enumerate(table.columns)]
+    return table
 
 
 def _worker_table(board: Board) -> Table:
@@ -197,7 +248,7 @@ def _worker_table(board: Board) -> Table:
 def _table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left")
+        table.add_column(column, justify="right" if place else "left", no_wrap=True)
     return table
 
 

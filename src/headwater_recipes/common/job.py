@@ -23,6 +23,7 @@ from headwater_recipes.common import checkpoint, claim, display, metrics, plan, 
 from headwater_recipes.common.board import Board
 from headwater_recipes.common.recipe import Recipe
 from headwater_recipes.common.settings import AnySettings, State
+from headwater_recipes.common.stages import stage
 
 _STATUS_EVERY = 1.0
 
@@ -80,13 +81,21 @@ def _over(state: State[AnySettings], wanted: AnySettings) -> bool:
 class Job(ABC, Generic[AnySettings]):
     """One launch of a run whose folder is ready.
 
-    ``restore``: a snapshot of the cluster to begin with. Raises ``RunInUse`` if another process works in the folder.
+    ``restore``: a snapshot of the cluster to begin with. ``only_rank0``: of what other workers write nothing is shown.
+    Raises ``RunInUse`` if another process works in the folder.
     """
 
     def __init__(
-        self, recipe: Recipe[AnySettings], folder: Path, console: Console, restore: Path | None = None
+        self,
+        recipe: Recipe[AnySettings],
+        folder: Path,
+        console: Console,
+        restore: Path | None = None,
+        *,
+        only_rank0: bool = False,
     ) -> None:
         self.recipe, self.folder, self.console, self.restore = recipe, folder, console, restore
+        self.only_rank0 = only_rank0
         claim.claim(folder)
         checkpoint.sweep(folder)
         self.settings = checkpoint.read_state(folder, recipe.settings).settings
@@ -110,12 +119,16 @@ class Job(ABC, Generic[AnySettings]):
             s.servers,
             on_line=self._line,
             on_note=self._note,
+            once=True,
+            only_rank0=self.only_rank0,
             patience=self.recipe.patience,
             restore=self.restore,
             **settings.cluster(s),
         )
         try:
-            with launcher.signals(), launcher:
+            with launcher.signals(), contextlib.ExitStack() as cluster:
+                with stage(self.console, f"starting {s.servers} server{'' if s.servers == 1 else 's'}"):
+                    cluster.enter_context(launcher)
                 self.display = display.make(self.console)
                 command = [sys.executable, "-m", self.recipe.worker, str(self.folder)]
                 launcher.start_workers(command, s.workers)
@@ -205,8 +218,9 @@ class Job(ABC, Generic[AnySettings]):
         report = reports.hear(line) if process.role == "worker" and stream == "stdout" else None
         if report is None:
             # A worker that the signal met while it was still importing has nothing to say that the user does not know.
-            if self.display is not None and not self.launcher.outcome.interrupted:
-                self.display.note(f"{process.name}: {line}")
+            shown = process.rank == 0 or process.role != "worker" or not self.only_rank0
+            if shown and self.display is not None and not self.launcher.outcome.interrupted:
+                self.display.note(f"{process.name}: {line}", whole=True)
             return
         row = self.board.hear(report)
         if row is not None:
@@ -228,6 +242,8 @@ class Job(ABC, Generic[AnySettings]):
         if outcome.code == 0 or outcome.interrupted:
             self._say("stopped" if outcome.interrupted else "the workers ended before the run did")
         else:
+            if not outcome.shown:
+                self._say(f"--- the last words of {outcome.failed}:\n{outcome.last_words}", whole=True)
             self._say(f"the run failed: {outcome.message}")
         if outcome.interrupted and self.board.started and len(self.board.finished) < self.settings.workers:
             self._say("the workers were ended before they had saved their last steps")
@@ -235,8 +251,9 @@ class Job(ABC, Generic[AnySettings]):
             self._say(f"step {int(found.name)} is saved in {self.folder}")
         else:
             self._say(f"no step is saved yet; {self.folder} holds the data as tokens")
-        self._say(f"go on: {self.recipe.command} --run {self.folder} --resume")
+        self._say(f"go on: {self.recipe.command} --run {self.folder} --resume", whole=True)
         return outcome.code or 1
 
-    def _say(self, line: str) -> None:
-        self.console.print(Text(line), soft_wrap=True)
+    def _say(self, line: str, *, whole: bool = False) -> None:
+        """A paragraph; on a terminal it is broken between words, unless it is to be copied ``whole``."""
+        self.console.print(Text(line), soft_wrap=whole or not self.console.is_terminal)

@@ -30,6 +30,9 @@ Seed = Annotated[int | None, typer.Option(help="Of everything that is drawn.")]
 Precision = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16: of the workers' matrix products.")]
 SaveEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints.")]
 ValidateEvery = Annotated[int | None, typer.Option(help="Steps between validations.")]
+OnlyRank0 = Annotated[
+    bool, typer.Option("--only-rank0", help="Of what the workers write show rank 0's alone, and why another fails.")
+]
 LogEvery = Annotated[int | None, typer.Option(help="Steps between rows of metrics.jsonl.")]
 
 

@@ -16,8 +16,15 @@ class Started(msgspec.Struct, frozen=True, tag="started"):
     precision: str
 
 
-class Stepped(msgspec.Struct, frozen=True, tag="step"):
-    """The steps since the last report: mean ``loss`` in nats per token, rates per second; ``elapsed`` in seconds."""
+class Doing(msgspec.Struct, frozen=True, tag="doing"):
+    """What a rank does that is not training, ``loading the model``; nothing: it trains."""
+
+    rank: int
+    what: str
+
+
+class Figures(msgspec.Struct, frozen=True):
+    """The steps since the last row: mean ``loss`` in nats per token, rates per second; ``elapsed`` in seconds."""
 
     rank: int
     step: int
@@ -30,6 +37,14 @@ class Stepped(msgspec.Struct, frozen=True, tag="step"):
     grad_norm: float | None
     elapsed: float
     progress: float
+
+
+class Stepped(Figures, frozen=True, tag="step"):
+    """A rank's part of a row of ``metrics.jsonl``."""
+
+
+class Glanced(Figures, frozen=True, tag="glance"):
+    """How it stands between two rows; each rank says so when it likes."""
 
 
 class Validated(msgspec.Struct, frozen=True, tag="validation"):
@@ -65,7 +80,7 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     difference: float | None = None
 
 
-Report = Started | Stepped | Validated | Saved | Published | Finished
+Report = Started | Doing | Stepped | Glanced | Validated | Saved | Published | Finished
 _decoder: msgspec.json.Decoder[Report] = msgspec.json.Decoder(Report)
 
 

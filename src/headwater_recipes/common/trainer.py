@@ -25,6 +25,9 @@ from headwater_recipes.common.recipe import Recipe
 from headwater_recipes.common.score import Score
 from headwater_recipes.common.settings import AnySettings, State
 
+_GLANCE = 1.0
+"""Seconds after which the figures between two rows are said again."""
+
 
 class Step(NamedTuple):
     """``loss`` in nats per token that was learnt from; ``tokens`` that went through the model."""
@@ -142,7 +145,9 @@ class Trainer(ABC, Generic[AnySettings]):
         if s.publish_every and self.step % s.publish_every == 0:
             self._publish()
         if self.step % s.log_every == 0:
-            self._report()
+            self._report(reports.Stepped)
+        elif self.step == self.start.step + 1 or time.monotonic() - self.meter.said >= _GLANCE:
+            self._report(reports.Glanced)
         if self.step % s.validate_every == 0:
             self.validate(whole=False)
         if self.step % s.save_every == 0 and self.ps.rank == 0:
@@ -172,12 +177,16 @@ class Trainer(ABC, Generic[AnySettings]):
         else:
             reports.say(report)
 
-    def _report(self) -> None:
+    def _report(self, kind: type[reports.Stepped | reports.Glanced]) -> None:
         last = self.optimizer.last_step
-        progress = self.plans.at(self.step).at(self.step)
-        self.meter.report(
-            self.step, float(self.scheduler.get_last_lr()[0]), last.grad_norm if last else None, self.elapsed, progress
-        )
+        progress, lr = self.plans.at(self.step).at(self.step), float(self.scheduler.get_last_lr()[0])
+        if kind is reports.Glanced and self.settings.budget:  # before there is a plan by the clock
+            progress = max(progress, min(1.0, self.elapsed / self.settings.budget))
+        self.meter.report(kind, self.step, lr, last.grad_norm if last else None, self.elapsed, progress)
+
+    def _doing(self, what: str) -> None:
+        """Let the user know why no step is taken."""
+        reports.say(reports.Doing(self.ps.rank, what))
 
     def validate(self, whole: bool, final: bool = False) -> None:
         """This rank's share; the launcher adds them up."""
@@ -204,14 +213,17 @@ class Trainer(ABC, Generic[AnySettings]):
         if s.publish_every and self.step % s.publish_every:
             self._publish()
         self._settle()
+        self._doing("waiting for the other workers")
         table = self.ps.tables[checkpoint.TABLE]
         self.ps.barrier("trained")
         table.pull().wait()  # under Stale and Async: what the others pushed last
         difference = None
         if self.ps.rank == 0:
+            self._doing("saving")
             self._save()
             difference = None if self.stopping else self.verify()
         if not self.stopping:
+            self._doing("validating on all held-out data")
             self.validate(whole=True, final=True)
         self.ps.barrier("validated")
         reason: Literal["done", "stopped"] = "stopped" if self.stopping else "done"
@@ -219,13 +231,13 @@ class Trainer(ABC, Generic[AnySettings]):
 
 
 class Meter:
-    """Means and rates between two reports."""
+    """Means and rates between two reports. ``said``: when there was the last."""
 
     def __init__(self, ps: headwater.Client, now: float) -> None:
         self._ps = ps
         self._losses: list[float] = []
         self._tokens = 0
-        self._since = now
+        self._since = self.said = now
         self._pushed = self._pulled = 0
 
     def add(self, taken: Step) -> None:
@@ -233,12 +245,21 @@ class Meter:
         self._losses.append(taken.loss)
         self._tokens += taken.tokens
 
-    def report(self, step: int, lr: float, norm: float | None, elapsed: float, progress: float) -> None:
-        """Say what happened since the last report."""
-        now, seen = time.monotonic(), self._ps.statistics()
+    def report(
+        self,
+        kind: type[reports.Stepped | reports.Glanced],
+        step: int,
+        lr: float,
+        norm: float | None,
+        elapsed: float,
+        progress: float,
+    ) -> None:
+        """Say what happened since the last ``Stepped``."""
+        self.said = now = time.monotonic()
+        seen = self._ps.statistics()
         seconds = max(now - self._since, 1e-9)
         reports.say(
-            reports.Stepped(
+            kind(
                 self._ps.rank,
                 step,
                 sum(self._losses) / max(1, len(self._losses)),
@@ -252,6 +273,8 @@ class Meter:
                 progress,
             )
         )
+        if kind is reports.Glanced:
+            return
         self._losses, self._tokens, self._since = [], 0, now
         self._pushed, self._pulled = seen.pushed_bytes, seen.pulled_bytes
 
@@ -271,6 +294,7 @@ def main(make: Callable[[Path, headwater.Client], Trainer[Any]], folder: Path) -
         signal.signal(number, interrupt)
     quiet()
     with headwater.connect() as ps:
+        reports.say(reports.Doing(ps.rank, "loading the model"))
         worker = make(folder, ps)
         worker.stopping = interrupted
         try:

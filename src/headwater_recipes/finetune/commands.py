@@ -8,7 +8,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from headwater import pretrained
 from headwater_recipes.common import options
+from headwater_recipes.common.stages import stage
+
+_NO_SETTINGS = ("run", "resume", "restore", "only_rank0")
+"""Options that are of one launch and not kept in the run's folder."""
 
 
 def finetune(
@@ -52,6 +57,7 @@ def finetune(
     save_every: options.SaveEvery = None,
     validate_every: options.ValidateEvery = None,
     log_every: options.LogEvery = None,
+    only_rank0: options.OnlyRank0 = False,
 ) -> None:
     """Train a pretrained language model on, and see what it answers then.
 
@@ -63,16 +69,19 @@ def finetune(
     """
     given = dict(locals())
     options.let_threads_sleep()
-    from headwater_recipes.common.settings import make_changes
-    from headwater_recipes.finetune import job
-    from headwater_recipes.finetune.settings import complete
-    from headwater_recipes.finetune.source import SMOLLM2
-
-    changes = make_changes({name: value for name, value in given.items() if name not in ("run", "resume", "restore")})
-    if model not in (None, SMOLLM2) and Path(model).exists():
-        changes["model"] = str(Path(model).resolve())  # workers may run elsewhere
     console = Console()
+    if model is not None and model not in pretrained.PACKAGED and not Path(model).exists():
+        with stage(console, "looking for the model"):
+            pretrained.on_the_hub(model)  # raises: before anything is loaded
+    with stage(console, "loading torch"):
+        from headwater_recipes.common.settings import make_changes
+        from headwater_recipes.finetune import job
+        from headwater_recipes.finetune.settings import complete
+
+    changes = make_changes({name: value for name, value in given.items() if name not in _NO_SETTINGS})
+    if model is not None and Path(model).exists():  # also a folder that is called as the default model is
+        changes["model"] = str(Path(model).resolve())  # workers may run elsewhere
     folder = job.resume(run, changes) if resume else job.prepare(complete(changes), run, console)
-    code = job.Job(folder, console, restore).run()
+    code = job.Job(folder, console, restore, only_rank0=only_rank0).run()
     if code:
         raise typer.Exit(code)

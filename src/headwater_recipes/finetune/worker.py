@@ -64,6 +64,7 @@ class Worker(Trainer[Settings]):
 
     def before(self) -> None:
         if self.start.step == 0:
+            self._doing("validating before the first step")
             self.validate(whole=True)
 
     def train_step(self) -> Step:

@@ -9,6 +9,10 @@ import typer
 from rich.console import Console
 
 from headwater_recipes.common import options
+from headwater_recipes.common.stages import stage
+
+_NO_SETTINGS = ("run", "resume", "restore", "only_rank0")
+"""Options that are of one launch and not kept in the run's folder."""
 
 
 def train(
@@ -43,6 +47,7 @@ def train(
     save_every: options.SaveEvery = None,
     validate_every: options.ValidateEvery = None,
     log_every: options.LogEvery = None,
+    only_rank0: options.OnlyRank0 = False,
 ) -> None:
     """Train a small language model through servers of its own.
 
@@ -53,14 +58,15 @@ def train(
     """
     given = dict(locals())
     options.let_threads_sleep()
-    from headwater_recipes.common.settings import make_changes
-    from headwater_recipes.lm import job
-    from headwater_recipes.lm.settings import Settings
-
-    changes = make_changes({name: value for name, value in given.items() if name not in ("run", "resume", "restore")})
     console = Console()
+    with stage(console, "loading torch"):
+        from headwater_recipes.common.settings import make_changes
+        from headwater_recipes.lm import job
+        from headwater_recipes.lm.settings import Settings
+
+    changes = make_changes({name: value for name, value in given.items() if name not in _NO_SETTINGS})
     folder = job.resume(run, changes) if resume else job.prepare(Settings(**changes), run, console)
-    code = job.Job(folder, console, restore).run()
+    code = job.Job(folder, console, restore, only_rank0=only_rank0).run()
     if code:
         raise typer.Exit(code)
 
@@ -78,10 +84,13 @@ def generate(
     Example: headwater generate --run runs/lm-20260101-120000 --prompt "import os"
     """
     options.let_threads_sleep()
-    from headwater_recipes.common.checkpoint import find_folder
-    from headwater_recipes.lm.generation import generate_text
-    from headwater_recipes.lm.settings import RECIPE
+    with Console(stderr=True).status("loading the model and writing …"):
+        from headwater_recipes.common.checkpoint import find_folder
+        from headwater_recipes.lm.generation import generate_text
+        from headwater_recipes.lm.settings import RECIPE
 
-    folder = find_folder(RECIPE, run)
-    text = generate_text(folder, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
+        folder = find_folder(RECIPE, run)
+        text = generate_text(
+            folder, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
+        )
     typer.echo(text)

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from headwater_recipes.common import checkpoint, display, job, metrics
+from headwater_recipes.common.stages import stage
 from headwater_recipes.lm import corpus, finish, tokenizer
 from headwater_recipes.lm.settings import RECIPE, Settings, check
 from headwater_recipes.lm.windows import Windows
@@ -27,11 +28,13 @@ def prepare(wanted: Settings, run: Path | None, console: Console) -> Path:
     if not checkpoint.free(run):
         checkpoint.new_folder(RECIPE.name, run)  # raises: says what is wrong, before any work is done
     begun = time.monotonic()
-    texts = corpus.from_paths([Path(p) for p in wanted.data]) if wanted.data else corpus.standard_library()
-    made = tokenizer.train(texts, wanted.vocabulary)
-    arrays = tokenizer.Arrays(
-        tokenizer.encode(made, texts.training), tokenizer.encode(made, texts.validation), tokenizer.byte_lengths(made)
-    )
+    with stage(console, "reading the corpus"):
+        texts = corpus.from_paths([Path(p) for p in wanted.data]) if wanted.data else corpus.standard_library()
+    with stage(console, f"learning {wanted.vocabulary:,} tokens from {texts.nbytes / 1e6:.1f} MB of text"):
+        made = tokenizer.train(texts, wanted.vocabulary)
+    with stage(console, "writing the text as tokens"):
+        training, held_out = (tokenizer.encode(made, part) for part in (texts.training, texts.validation))
+        arrays = tokenizer.Arrays(training, held_out, tokenizer.byte_lengths(made))
     Windows(arrays.training, wanted.seq, wanted.batch, 0, wanted.workers, wanted.seed)  # raises if there are too few
     with checkpoint.making(RECIPE.name, run) as folder:
         tokenizer.save(folder, made, arrays)
@@ -42,7 +45,7 @@ def prepare(wanted: Settings, run: Path | None, console: Console) -> Path:
         f"corpus: {source}, {len(texts.training)} files to train on, {len(texts.validation)} held out{skipped}; "
         f"{texts.nbytes / 1e6:.1f} MB in {(len(arrays.training) + len(arrays.validation)) / 1e6:.2f} M tokens of "
         f"{len(arrays.lengths)} ({time.monotonic() - begun:.1f} s)",
-        soft_wrap=True,
+        soft_wrap=not console.is_terminal,
         highlight=False,
     )
     return folder
@@ -56,8 +59,10 @@ def resume(run: Path | None, changes: dict[str, Any]) -> Path:
 class Job(job.Job[Settings]):
     """One launch of a run whose folder is ready."""
 
-    def __init__(self, folder: Path, console: Console, restore: Path | None = None) -> None:
-        super().__init__(RECIPE, folder, console, restore)
+    def __init__(
+        self, folder: Path, console: Console, restore: Path | None = None, *, only_rank0: bool = False
+    ) -> None:
+        super().__init__(RECIPE, folder, console, restore, only_rank0=only_rank0)
 
     def _report(self) -> None:
         s, say = self.settings, self._say
@@ -75,7 +80,7 @@ class Job(job.Job[Settings]):
         verdict = "gives the same logits" if difference <= _SAME else "DOES NOT give the same logits"
         say(f"  AutoModelForCausalLM.from_pretrained {verdict} (largest difference {difference:.1e})")
         say("")
-        say(finish.sample(self.folder, finish.prompt_of(self.folder, s.data), s.seed))
+        say(finish.sample(self.folder, finish.prompt_of(self.folder, s.data), s.seed), whole=True)
         say("")
         say(f"{self.folder}: model.safetensors, config.json, tokenizer.json, metrics.jsonl, loss.png, report.json")
-        say(f'go on writing: headwater generate --run {self.folder} --prompt "import os"')
+        say(f'go on writing: headwater generate --run {self.folder} --prompt "import os"', whole=True)

@@ -1,0 +1,41 @@
+"""What is being done before there are figures: loading libraries, reading data, starting processes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.text import Text
+
+
+def redraws(console: Console) -> bool:
+    """Whether what is on the screen can be drawn over."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+@contextlib.contextmanager
+def stage(console: Console, what: str) -> Iterator[None]:
+    """Say what is being done, at once, and on a terminal for how long already; there the line goes when it is done."""
+    if not redraws(console):
+        console.print(Text(f"{what} …"), soft_wrap=True)
+        yield
+        return
+    begun = time.monotonic()
+    spinner = Spinner("dots")
+
+    def drawn() -> Spinner:
+        spinner.update(text=waiting(what, time.monotonic() - begun))
+        return spinner
+
+    with Live(console=console, transient=True, get_renderable=drawn, refresh_per_second=8) as live:
+        live.refresh()
+        yield
+
+
+def waiting(what: str, seconds: float) -> Text:
+    """``loading torch … 3 s``."""
+    return Text(f"{what} …", "dim").append(f" {seconds:.0f} s" if seconds >= 1 else "", "dim")
