@@ -35,6 +35,7 @@ class Script:
     make: Callable[[nn.Module], torch.optim.Optimizer]
     kept: list[list[torch.Tensor | None]] = field(default_factory=list)
     state: dict[str, Any] | None = None
+    flat: torch.Tensor = field(default_factory=lambda: torch.zeros(1))
 
     def __post_init__(self) -> None:
         self.model = model()
@@ -87,6 +88,16 @@ class Script:
 
     def give_one(self, _generator: torch.Generator) -> None:
         self.model[2].weight.grad = torch.ones(3, 7)
+
+    def give_own(self, _generator: torch.Generator) -> None:
+        """Buffers of the script's, which it zeroes itself."""
+        self.flat = torch.zeros(sum(p.numel() for p in self.model.parameters()))
+        parts = self.flat.split([p.numel() for p in self.model.parameters()])
+        for p, part in zip(self.model.parameters(), parts, strict=True):
+            p.grad = part.view_as(p)
+
+    def zero_own(self, _generator: torch.Generator) -> None:
+        self.flat.zero_()
 
     def clip(self, _generator: torch.Generator) -> None:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 0.1)

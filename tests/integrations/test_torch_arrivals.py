@@ -375,13 +375,20 @@ def test_a_closed_optimizer_leaves_an_ordinary_model() -> None:
             act()
 
 
-def test_a_parameter_belongs_to_one_optimizer_at_a_time() -> None:
-    model = chain()
-    opt, _ = optimizer(model)
-    with pytest.raises(UsageError, match=r"'0\.weight' is held by another"):
-        optimizer(model)
-    opt.close()
-    optimizer(model)[0].close()
+def test_two_optimizers_may_train_the_same_parameters_in_turns() -> None:
+    """Adam first and LBFGS after it, or an optimizer that is bound to the name of another."""
+    model, reference = chain(), chain()
+    mine = [optimizer(model)[0] for _ in range(2)]
+    plain = [torch.optim.SGD(reference.parameters(), lr=0.25) for _ in range(2)]
+    for turn in (0, 0, 1, 0, 1, 1):
+        for m, o in ((model, mine), (reference, plain)):
+            backward(m)
+            o[turn].step()
+            o[turn].zero_grad()
+        assert all(torch.equal(p, reference.get_parameter(n)) for n, p in model.named_parameters())
+    for opt in mine:
+        opt.close()
+        assert all(torch.equal(p, reference.get_parameter(n)) for n, p in model.named_parameters())
 
 
 def test_two_optimizers_may_share_a_model() -> None:

@@ -269,6 +269,25 @@ def test_gradients_that_a_script_keeps_stay_what_they_are() -> None:
     assert all(torch.equal(p, reference.get_parameter(name)) for name, p in model.named_parameters())
 
 
+def test_buffers_that_a_script_gives_as_gradients_are_added_to_in_place() -> None:
+    model, reference = chain(), chain()
+    opt, _table = optimizer(model)
+    plain = torch.optim.SGD(reference.parameters(), lr=0.25)
+    flats = []
+    for m in (model, reference):
+        flats.append(flat := torch.zeros(sum(p.numel() for p in m.parameters())))
+        for p, part in zip(m.parameters(), flat.split([p.numel() for p in m.parameters()]), strict=True):
+            p.grad = part.view_as(p)
+    for _ in range(3):
+        for m, o, flat in zip((model, reference), (opt, plain), flats, strict=True):
+            flat.zero_()
+            backward(m)
+            flat.mul_(0.5)
+            o.step()
+    assert torch.equal(*flats)
+    assert all(torch.equal(p, reference.get_parameter(name)) for name, p in model.named_parameters())
+
+
 def test_once_looked_at_gradients_stay_autograds_own_until_the_step() -> None:
     model = chain()
     opt, table = optimizer(model)

@@ -23,7 +23,7 @@ ALIKE = [
     "scale_data", "unscale", "replace", "norm", "write", "write_nothing", "write_data", "write_new_data",
     "write_numpy", "load", "save", "restore", "slow_down",
 ]  # fmt: skip
-ALONE = ["keep", "freeze", "unfreeze"]
+ALONE = ["keep", "freeze", "unfreeze", "give_own", "zero_own"]
 
 OPTIMIZERS: list[tuple[Any, dict[str, Any]]] = [
     (torch.optim.SGD, {"lr": 0.1}),

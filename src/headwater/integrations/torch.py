@@ -153,7 +153,6 @@ class Optimizer(torch.optim.Optimizer):
 
     def _made(self, made: Plan) -> None:
         """Be the torch optimizer that the arguments describe, of all but its state and step."""
-        _check_free(made.parameters)
         self._building = True
         self._plan = made
         super().__init__(made.groups, made.defaults)
@@ -180,6 +179,7 @@ class Optimizer(torch.optim.Optimizer):
             connecting.release(self)
             raise
         self._core: Core = core
+        _take_from_others(made.parameters)
         self._here = None if made.inner is None else Here(core, made.inner)
         client.names.take(core.name, self)
         self._watch: Any = None
@@ -187,6 +187,10 @@ class Optimizer(torch.optim.Optimizer):
             self._watch = module.register_forward_pre_hook(Watch(core.say_once))
         with _OPEN_LOCK:
             _OPEN.add(self)
+
+    def give_way(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Another optimizer serves the gradients of these."""
+        self._core.departures.give_way(parameters)
 
     def _present_groups(self) -> list[dict[str, Any]]:
         return self.param_groups
@@ -498,10 +502,12 @@ def _called(method: weakref.WeakMethod[Any]) -> Any:
     return [] if found is None else found()
 
 
-def _check_free(parameters: Mapping[str, torch.Tensor]) -> None:
-    """A parameter belongs to one table at a time."""
+def _take_from_others(parameters: Mapping[str, torch.Tensor]) -> None:
+    """As in torch the same parameters may be given to another optimizer, after the first one's phase or in turns.
+
+    The new one serves their gradients from now on; whoever steps starts from the values that are there.
+    """
     with _OPEN_LOCK:
-        taken = {id(p) for other in _OPEN for group in other.param_groups for p in group["params"]}
-    for name, parameter in parameters.items():
-        if id(parameter) in taken and parameter.requires_grad:
-            raise UsageError(f"parameter {name!r} is held by another headwater.Optimizer; close() that one first")
+        others = list(_OPEN)
+    for other in others:
+        other.give_way(parameters.values())

@@ -9,7 +9,7 @@ nothing in a script that changes nothing, for which no byte is looked at again.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -93,10 +93,8 @@ class Departures:
         self._void = False  # what was pushed last is no part of the step under way
         self._order: list[Leaf] | None = []  # as gradients became ready, until the buckets follow it
         self._buckets = pack(held.leaves[::-1], bucket_bytes)
-        self._handles: list[Any] = [
-            leaf.parameter.register_post_accumulate_grad_hook(partial(self._ready, leaf))  # type: ignore[no-untyped-call]
-            for leaf in held.leaves
-        ]
+        self._meeting = -1  # the backward after which the mean is fetched
+        self._hooks: dict[int, Any] = {id(leaf.parameter): self._hooked(leaf) for leaf in held.leaves}
 
     @property
     def buckets(self) -> list[tuple[str, ...]]:
@@ -105,11 +103,28 @@ class Departures:
 
     def close(self) -> None:
         """Remove the hooks, and leave ``.grad`` with memory of its own."""
-        for handle in self._handles:
-            handle.remove()
+        self.give_way([leaf.parameter for leaf in self._held.leaves])
+
+    def give_way(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Somebody else trains these now: what ``.grad`` holds is looked at in ``step()`` only."""
+        chosen = {id(p) for p in parameters}
         for leaf in self._held.leaves:
+            if id(leaf.parameter) not in chosen:
+                continue
+            _, *handles = self._hooks.pop(id(leaf.parameter), (None,))
+            for handle in handles:
+                handle.remove()
             if leaf.current is not None and leaf.parameter.grad is leaf.current:
                 leaf.current.plain = leaf.parameter.grad = leaf.gradient.clone()
+                leaf.current = None
+
+    def _hooked(self, leaf: Leaf) -> tuple[Any, ...]:
+        """The node that adds up the parameter's gradients, which lives as long as somebody has it, and the hooks."""
+        parameter: Any = leaf.parameter
+        with torch.enable_grad():
+            node = parameter.view_as(parameter).grad_fn.next_functions[0][0]
+        before = node.register_prehook(partial(self._coming, leaf))
+        return node, before, parameter.register_post_accumulate_grad_hook(partial(self._ready, leaf))
 
     # ---- backward --------------------------------------------------------------------------------
 
@@ -133,6 +148,8 @@ class Departures:
                 raise self._written_in_flight(leaf)
             leaf.changed = True  # autograd added to the table's memory
         if self.local:
+            if grad is not None and not leaf.own:
+                leaf.given = grad.data_ptr()
             return
         leaf.count += 1
         if grad is not leaf.current:
@@ -141,13 +158,31 @@ class Departures:
                 return  # it is looked at before it leaves: autograd's own tensor is as good as ours
             if leaf.current is not None and leaf.current.plain is grad:
                 leaf.current = None
-            if alone and sys.getrefcount(grad) > _OURS:
+            if leaf.own or sys.getrefcount(grad) > _OURS:
+                if not alone:
+                    self._meet_after_backward()
                 return  # the script has it too, and expects autograd to go on adding to it
             self._load(leaf, grad)
         if self._early and leaf.count == leaf.expected:
             if self._order is not None:
                 self._order.append(leaf)
             self._departs(leaf.bucket)
+
+    def _coming(self, leaf: Leaf, _gradients: Any) -> None:
+        """Autograd is about to add to ``.grad``: is what is there the script's own (a buffer, what it has kept)?"""
+        grad = leaf.parameter.grad
+        leaf.own = grad is not None and grad is not leaf.current and grad.data_ptr() != leaf.given
+
+    def _meet_after_backward(self) -> None:
+        """A tensor of the script's cannot show the mean when it is looked at: it holds it from the end of backward on.
+
+        As DistributedDataParallel does it, with every backward.
+        """
+        task = torch._C._current_graph_task_id()  # noqa: SLF001 - as torch.utils.checkpoint tells backward passes apart
+        if task != self._meeting:
+            self._meeting = task
+            engine: Any = torch.autograd.Variable._execution_engine  # noqa: SLF001 - where DDP and FSDP queue theirs
+            engine.queue_callback(self.fetch_mean)
 
     def _load(self, leaf: Leaf, grad: torch.Tensor) -> None:
         """Move the gradient into the table's memory, and let ``.grad`` be that."""
@@ -213,6 +248,7 @@ class Departures:
             plain = gradient.plain = self._own(leaf)
             if leaf.parameter.grad is gradient:
                 leaf.parameter.grad = plain
+                leaf.given = plain.data_ptr()
         return gradient.plain
 
     def _own(self, leaf: Leaf) -> torch.Tensor:
@@ -227,6 +263,7 @@ class Departures:
         gradient.plain = torch.zeros_like(leaf.parameter, requires_grad=False)
         if leaf.parameter.grad is gradient:
             leaf.parameter.grad = gradient.plain
+            leaf.given = gradient.plain.data_ptr()
         return gradient.plain
 
     def see_mean(self) -> None:
@@ -258,6 +295,7 @@ class Departures:
         if leaf.current is not None and grad is leaf.current:
             leaf.current.plain = mean
         leaf.parameter.grad = mean
+        leaf.given = mean.data_ptr()
         return mean
 
     def _fetch_past(self) -> None:

@@ -44,6 +44,7 @@ class Leaf:
     parameter looked then. Of the step under way: ``left``, its gradient was pushed; ``changed``, the table's memory
     holds one that was not, or another than was; ``count`` backward passes reached it, ``expected`` of them in a step;
     ``current`` is what ``.grad`` was given, ``spent`` once its step is taken. ``sparse``: autograd makes sparse ones.
+    ``own``: autograd adds to a tensor of the script's, one that is not at the address ``given``.
     """
 
     __slots__ = (
@@ -55,9 +56,11 @@ class Leaf:
         "digest",
         "expected",
         "fresh",
+        "given",
         "gradient",
         "left",
         "name",
+        "own",
         "parameter",
         "sparse",
         "spent",
@@ -74,6 +77,8 @@ class Leaf:
         self.values = as_held(table.values[name], parameter)
         self.copies = not shares_memory(parameter)
         self.left = self.changed = self.spent = self.sparse = False
+        self.own = False
+        self.given = 0
         self.count = 0
         self.expected = 1
         self.current: Gradient | None = None
