@@ -14,7 +14,7 @@ from headwater.client import StepResult, Ticket
 from headwater.client.naming import Names
 from headwater.errors import HeadwaterError
 from headwater.types import TableSpec
-from headwater.wire.tensors import DTYPES, view
+from headwater.wire.tensors import DTYPES
 
 Call = tuple[str, tuple[str, ...]]
 
@@ -98,6 +98,10 @@ class FakeTable:
     def gradient_runs(self, names: Sequence[str]) -> list[torch.Tensor]:
         return [self.gradients[name].view(-1) for name in names]
 
+    def assign(self, values: Mapping[str, torch.Tensor]) -> None:
+        self.server.update({name: value.clone() for name, value in values.items()})
+        self.wait()
+
     def settle(self) -> None:
         pass
 
@@ -124,10 +128,5 @@ class FakeClient:
 
 
 def _flat(spec: TableSpec) -> dict[str, torch.Tensor]:
-    """Views of one memory, each on a cache line, as in a real table."""
-    offsets, at = [], 0
-    for p in spec.parameters:
-        offsets.append(at)
-        at += -(-p.nbytes // 64) * 64
-    memory = torch.zeros(at, dtype=torch.uint8)
-    return {p.name: view(memory, offset, p).data for p, offset in zip(spec.parameters, offsets, strict=True)}
+    """Each with memory of its own."""
+    return {p.name: torch.zeros(p.shape, dtype=DTYPES[p.dtype]) for p in spec.parameters}

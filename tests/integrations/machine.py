@@ -181,13 +181,15 @@ class Several:
     """The reference: all ranks in one process.
 
     By parameter: ``lazy``, ``.grad`` is a worker's share of what the servers merge, and whoever looks sees the mean;
-    ``spent``, a step has used it. ``met``: all ranks have this step's mean, or what they made of it.
+    ``spent``, a step has used it; ``own``, it is the script's tensor, which shows the mean from every backward on.
+    ``met``: all ranks have this step's mean, or what they made of it.
     """
 
     def __init__(self, world: int, make: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
         self.scripts = [Script(rank, make) for rank in range(world)]
         count = len(list(self.scripts[0].model.parameters()))
         self.lazy, self.spent = [False] * count, [True] * count
+        self.own = [False] * count
         self.met = False
 
     def say(self, word: str, seed: int) -> None:
@@ -199,11 +201,16 @@ class Several:
         for script in self.scripts:
             script.say(word, seed)
         present = [p.grad is not None for p in self.scripts[0].model.parameters()]
+        self.own = [(own or word == "replace") and here for own, here in zip(self.own, present, strict=True)]
+        self.own[2] = self.own[2] or word == "give_one"
         if word in BACKWARD:
             self.met = False
             for index in range(2 if word == "half" else 0, len(present)):
                 self.lazy[index] = self.lazy[index] if word == "gathered" else True
                 self.spent[index] = False
+            reached = self.own[2:] if word == "half" else self.own
+            if word != "gathered" and any(reached):
+                self._meet()
         if word in ("zero_in_place", "zero_the_model"):
             self.lazy = [False] * len(present)
         if word == "give_one":

@@ -11,7 +11,6 @@ import os
 import sys
 import threading
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -25,7 +24,8 @@ from headwater.integrations.torch_buffers import Mode
 from headwater.integrations.torch_core import Core, Manner
 from headwater.integrations.torch_here import Here
 from headwater.integrations.torch_plan import Inits, Plan, on_servers, plan
-from headwater.integrations.torch_wrapped import Watch, clean, take_over, unwrapped
+from headwater.integrations.torch_slots import State
+from headwater.integrations.torch_wrapped import Watch, take_over, unwrapped
 from headwater.types import Bulk, Sync
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Optimizer(torch.optim.Optimizer):
 
     Attributes:
         param_groups: as in torch; what a scheduler writes there travels with the next step.
-        state: empty, since the state is on the servers; ``state_dict()`` fetches it.
+        state: the servers' state, fetched when somebody looks; what is changed in it is theirs with the next step.
 
     Example:
         >>> opt = headwater.Optimizer(model, torch.optim.AdamW, lr=3e-4)   # doctest: +SKIP
@@ -155,6 +155,8 @@ class Optimizer(torch.optim.Optimizer):
         """Be the torch optimizer that the arguments describe, of all but its state and step."""
         self._building = True
         self._plan = made
+        self._state: Any = {}
+        self._here: Here | None = None
         super().__init__(made.groups, made.defaults)
         self._building = False
         if made.inner is not None:
@@ -181,6 +183,7 @@ class Optimizer(torch.optim.Optimizer):
         self._core: Core = core
         _take_from_others(made.parameters)
         self._here = None if made.inner is None else Here(core, made.inner)
+        self._state = State(core.slots)
         client.names.take(core.name, self)
         self._watch: Any = None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -221,6 +224,7 @@ class Optimizer(torch.optim.Optimizer):
         core = self._open_core()
         if self._here is not None:
             return self._here.step(closure)
+        self._take_state()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -229,6 +233,13 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     @interrupts.deferred
+    def _take_state(self) -> None:
+        """What the script has made of ``state`` since the last step is the servers'."""
+        changed = self._state.changed() if isinstance(self._state, State) else dict(self._state)
+        if changed is not None:
+            self._core.assign_slots({id(p): slots for p, slots in changed.items()})
+            self._state = State(self._core.slots)
+
     def skip_step(self) -> None:
         """Give this step up, on all workers: what has left is dropped, parameters and state stay as they are.
 
@@ -355,9 +366,9 @@ class Optimizer(torch.optim.Optimizer):
         if self._here is not None:
             return self._here.inner.state_dict()
         core.arrive()
+        self._take_state()
         with self._holding_state():
-            for parameter, slots in core.slots():
-                self.state[parameter] = slots
+            self._state = dict(core.slots())
             return super().state_dict()
 
     @interrupts.deferred
@@ -378,16 +389,32 @@ class Optimizer(torch.optim.Optimizer):
         core.arrive()
         with self._holding_state():
             super().load_state_dict(state_dict)
-            state = {id(p): found for p, found in self.state.items()}
+            state = {id(p): found for p, found in self._state.items()}
         core.assign_slots(state)
 
     @contextmanager
     def _holding_state(self) -> Iterator[None]:
-        """``self.state`` is filled only while torch's code reads or writes it."""
+        """``self.state`` is a plain dictionary only while torch's code reads or writes it."""
         try:
             yield
         finally:
-            self.state = defaultdict(dict)
+            self._state = State(self._core.slots)
+
+    @property
+    def state(self) -> Any:
+        return self._state if self._here is None else self._here.inner.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if self._here is None:
+            self._state = value
+        else:
+            self._here.inner.state = value
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Torch's own way to give an optimizer the state and groups that it has read."""
+        for name, value in state.items():
+            setattr(self, name, value)
 
     @interrupts.deferred
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -403,10 +430,7 @@ class Optimizer(torch.optim.Optimizer):
             self._here.inner.add_param_group(param_group)
         else:
             super().add_param_group(param_group)
-        known = {id(p) for p in core.parameters.values()}
-        names = {id(p): clean(name) for name, p in core.model.named_parameters()}
-        fresh = [p for p in self.param_groups[-1]["params"] if id(p) not in known]
-        core.add({names.get(id(p), f"beside.{len(known) + n}"): p for n, p in enumerate(fresh)})
+        core.follow_groups()
 
     @interrupts.deferred
     def close(self) -> None:
@@ -460,8 +484,15 @@ def wrap(optimizer: torch.optim.Optimizer, model: Any, **manner: Any) -> Optimiz
         made = Optimizer(model, kind, optimizer.param_groups, **manner, **_arguments(optimizer))
     else:
         made = Optimizer(model, optimizer, optimizer.param_groups, **manner)
-    if state is not None and on_servers(kind):
-        made.load_state_dict(state)
+    if on_servers(kind):
+        for group, full in zip(optimizer.param_groups, made.param_groups, strict=True):
+            group.update(full)  # a scheduler may have them already
+        made.param_groups = optimizer.param_groups
+        if state is not None:
+            made.load_state_dict(state)
+            for group, full in zip(optimizer.param_groups, made.param_groups, strict=True):
+                group.update(full)
+            made.param_groups = optimizer.param_groups
     return made
 
 

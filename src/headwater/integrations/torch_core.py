@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,9 +19,10 @@ from headwater.errors import HeadwaterError, ParameterModified
 from headwater.integrations.torch_arrivals import Arrivals
 from headwater.integrations.torch_buffers import Buffers, Mode
 from headwater.integrations.torch_departures import Departures, Groups
-from headwater.integrations.torch_leaves import Held, Leaf, as_kept
+from headwater.integrations.torch_leaves import Held, Leaf, as_kept, shared_with_strangers
 from headwater.integrations.torch_plan import Inits, materialise, optimizer_spec, specs, trainable
 from headwater.integrations.torch_told import Told
+from headwater.integrations.torch_wrapped import named_parameters
 from headwater.types import Bulk, Claim, OptimizerSpec, Sync, TableSpec
 from headwater.wire import optimizers
 
@@ -72,6 +73,8 @@ class Core:
         self._groups = groups
         self._bulk = isinstance(manner.sync, Bulk)
         self._grown = 0
+        self._steps = 0  # of the tables before this one
+        self._beside = sum(name.startswith("beside.") for name in parameters)
         self._ticket: Ticket | None = None
 
     # ---- the table -------------------------------------------------------------------------------
@@ -79,6 +82,7 @@ class Core:
     def attach(self, name: str, inits: Inits, claim: Claim) -> None:
         """Declare the tables and let the model hold their values."""
         held = trainable(self.parameters)
+        stay = shared_with_strangers(held.values())  # before we share it ourselves
         spec = self._spec(name, held, inits)
         self.name = name
         given = {p.name: as_kept(held[p.name]) for p in spec.parameters if p.init.kind == "values"}
@@ -87,7 +91,7 @@ class Core:
         if known or claim == "resume":
             self.table.pull()  # an earlier optimizer's: others may have trained it on
         self.buffers = Buffers(self.model, self.client, spec.name, self.manner.sync, self.manner.buffers)
-        self._hold(held)
+        self._hold(held, stay)
 
     def _spec(self, name: str, held: Mapping[str, torch.Tensor], inits: Inits) -> TableSpec:
         m, groups = self.manner, self._groups()
@@ -99,16 +103,17 @@ class Core:
         plain = tuple(msgspec.structs.replace(p, group=0) for p in specs(held, groups, inits))
         return TableSpec(name, plain, how, m.sync, None, "allow", m.seed)
 
-    def _hold(self, held: Mapping[str, torch.Tensor]) -> None:
+    def _hold(self, held: Mapping[str, torch.Tensor], stay: Collection[int]) -> None:
         self.table.wait()
-        self.held = Held(self.table, held, self.client.rank)
+        self.held = Held(self.table, held, self.client.rank, stay)
         leaves = [leaf for leaf in self.held.leaves if not leaf.copies]
         materialise([leaf.parameter for leaf in leaves], [leaf.values for leaf in leaves])
         self.buffers.retie()
         self.held.arrived(self.held.leaves)
         held_now = weakref.ref(self.held)  # else the client would keep the model
         self.table.renewed = self._renewed = lambda: _renew(held_now())
-        self._frozen = [p for p in self.parameters.values() if not p.requires_grad]
+        self._frozen = [p for p in self.parameters.values() if not _trains(p)]
+        self._grouped = self._grouping()
         self._members = self.client.members
         self._sent: Groups = None
         self._ended_with: Groups = None  # the hyperparameters of the last step that was ended
@@ -131,21 +136,36 @@ class Core:
         """Whether a step is that of several workers, or may be."""
         return self._bulk and not (self.client.alone and self.client.members == self._members)
 
-    def add(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        """These are the optimizer's too from now on."""
-        self.parameters.update(parameters)
-        self._frozen += list(parameters.values())
-        self.grow()
+    def follow_groups(self) -> None:
+        """What the groups hold now is what is trained: what came, went, moved or was unfrozen makes a new table.
 
-    def grow(self) -> None:
-        """What can be trained now and is not in the table comes into one: a new table, with the state of this one.
-
-        Every worker does so between the same two steps.
+        It has the values and the state of this one. Every worker does so between the same two steps.
         """
-        if not any(p.requires_grad for p in self._frozen):
+        now = self._grouping()
+        if now == self._grouped and not any(map(_trains, self._frozen)):
             return
+        names = {id(p): name for name, p in named_parameters(self.model).items()}
+        before = {id(p): name for name, p in self.parameters.items() if name not in names.values()}
+        for group in self._groups():
+            for p in group["params"]:
+                if id(p) not in names:
+                    self._beside += 1
+                    names[id(p)] = before.get(id(p), f"beside.{self._beside}")
+        order = {id(p): place for place, p in enumerate(self.model.parameters())}
+        present = [p for group in self._groups() for p in group["params"]]
+        present.sort(key=lambda p: order.get(id(p), len(order)))
+        self._grow({names[id(p)]: p for p in present})
+
+    def _grouping(self) -> list[list[int]]:
+        return [[id(p) for p in group["params"]] for group in self._groups()]
+
+    def _grow(self, parameters: Mapping[str, torch.Tensor]) -> None:
         self.arrive()
+        old = {id(leaf.parameter): leaf.name for leaf in self.held.leaves}
         slots = self.table.slots() if self.manner.kind else {}
+        slots = {name: slots.get(old.get(id(p), ""), {}) for name, p in parameters.items()}
+        self.parameters = dict(parameters)
+        self._steps += self.table.clock
         self.let_go()
         self._grown += 1
         base = self.name.partition("~")[0]
@@ -162,7 +182,11 @@ class Core:
         if self.table.renewed is self._renewed:  # not a later optimizer's
             self.table.renewed = None
         for leaf in self.held.leaves:
-            if not leaf.copies:
+            if leaf.copies:
+                continue
+            if leaf.shared_by_others():
+                leaf.values.copy_(leaf.values.clone())  # whoever shares it stays with it: pages of this process's own
+            else:
                 leaf.parameter.data = leaf.parameter.detach().clone()
         self.buffers.retie()
 
@@ -184,8 +208,7 @@ class Core:
     def begin(self) -> None:
         """Before a step is put together: the last one's values are here, and what can be trained is in the table."""
         self.arrive()
-        if self._frozen:
-            self.grow()
+        self.follow_groups()
 
     def end(self, writes: Mapping[str, torch.Tensor], *, merged: bool = False, skip: bool = False) -> None:
         """End the step, and wait for what comes of it."""
@@ -241,7 +264,7 @@ class Core:
     @property
     def clock(self) -> int:
         """The number of the last step that this worker has ended."""
-        return self.table.clock
+        return self._steps + self.table.clock
 
     def kept(self, leaf: Leaf, value: torch.Tensor) -> torch.Tensor:
         """A value of a parameter as the table takes it."""
@@ -304,6 +327,11 @@ class Core:
                 "the script looks at gradients between backward() and step(): each step then fetches the mean of all "
                 "workers' gradients first. To clip, max_grad_norm=… of headwater.Optimizer does without"
             )
+
+
+def _trains(parameter: torch.Tensor) -> bool:
+    """Whether a step may change it: torch steps what has a gradient, frozen or not."""
+    return parameter.requires_grad or parameter.grad is not None
 
 
 def _renew(held: Held | None) -> None:

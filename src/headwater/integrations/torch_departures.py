@@ -121,6 +121,8 @@ class Departures:
     def _hooked(self, leaf: Leaf) -> tuple[Any, ...]:
         """The node that adds up the parameter's gradients, which lives as long as somebody has it, and the hooks."""
         parameter: Any = leaf.parameter
+        if not parameter.requires_grad:
+            return (None,)  # its gradient is set by hand
         with torch.enable_grad():
             node = parameter.view_as(parameter).grad_fn.next_functions[0][0]
         before = node.register_prehook(partial(self._coming, leaf))

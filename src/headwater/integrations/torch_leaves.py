@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 
 from headwater.errors import ParameterModified
 
@@ -21,6 +22,24 @@ if TYPE_CHECKING:
 def shares_memory(parameter: torch.Tensor) -> bool:
     """Whether a parameter can be the table's own memory: on the CPU and laid out in C order. Others are copied."""
     return parameter.device.type in ("cpu", "meta") and parameter.is_contiguous()
+
+
+def users(tensor: torch.Tensor) -> int:
+    """How many tensors (and arrays) share the memory of this one, itself included."""
+    storage: Any = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) - 1
+
+
+def shared_with_strangers(parameters: Iterable[torch.Tensor]) -> set[int]:
+    """The ids of those whose memory others than these share: a script that has it, a flat vector, another module.
+
+    They must stay where they are: what is written there is theirs, and what they become must be seen there.
+    """
+    known = {id(p): p for p in parameters if p.device.type == "cpu" and p.layout is torch.strided}
+    by_memory: dict[int, list[torch.Tensor]] = {}
+    for p in known.values():
+        by_memory.setdefault(p.untyped_storage().data_ptr(), []).append(p)
+    return {id(p) for same in by_memory.values() if same[0].numel() and users(same[0]) > len(same) for p in same}
 
 
 def as_held(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -53,6 +72,7 @@ class Leaf:
         "copies",
         "count",
         "current",
+        "device",
         "digest",
         "expected",
         "fresh",
@@ -70,12 +90,13 @@ class Leaf:
 
     bucket: Bucket
 
-    def __init__(self, name: str, parameter: torch.Tensor, table: Table) -> None:
+    def __init__(self, name: str, parameter: torch.Tensor, table: Table, stays: bool) -> None:
         self.name = name
         self.parameter = parameter
         self.gradient = as_held(table.gradients[name], parameter)
         self.values = as_held(table.values[name], parameter)
-        self.copies = not shares_memory(parameter)
+        self.device = parameter.device if not parameter.is_meta else self.values.device
+        self.copies = stays or not shares_memory(parameter)
         self.left = self.changed = self.spent = self.sparse = False
         self.own = False
         self.given = 0
@@ -84,7 +105,11 @@ class Leaf:
         self.current: Gradient | None = None
         self.fresh = 0
         self.stamp = parameter._version
-        self.digest = 0
+        self.digest: int | None = None  # none: it was not looked at
+
+    def shared_by_others(self) -> bool:
+        """Whether a script has more of this memory than the parameter."""
+        return not self.copies and users(self.parameter) > 1 + (self.parameter is not self.values)
 
     @property
     def nbytes(self) -> int:
@@ -92,15 +117,20 @@ class Leaf:
 
 
 class Held:
-    """The leaves of one optimizer and its clock: the number of the step being collected, from 0."""
+    """The leaves of one optimizer and its clock: the number of the step being collected, from 0.
 
-    def __init__(self, table: Table, parameters: Mapping[str, torch.Tensor], rank: int) -> None:
+    ``stay``: ids of parameters that must stay in the memory that they have.
+    """
+
+    def __init__(
+        self, table: Table, parameters: Mapping[str, torch.Tensor], rank: int, stay: Collection[int] = ()
+    ) -> None:
         self.table = table
         self.rank = rank
         self.clock = 0
         self.dropping = False  # what the script wrote went with the step: what arrives takes its place
         self.guard: Guard | None = None
-        self.leaves = tuple(Leaf(name, parameter, table) for name, parameter in parameters.items())
+        self.leaves = tuple(Leaf(name, p, table, id(p) in stay) for name, p in parameters.items())
         self.parameters = [leaf.parameter for leaf in self.leaves]
         self._shared = [leaf for leaf in self.leaves if not leaf.copies]
         self._addresses = [leaf.values.data_ptr() for leaf in self._shared]
@@ -171,14 +201,31 @@ class Held:
                     f"{self.rank}; Headwater's workers share parameters through the servers: run them with `headwater "
                     "run --workers N`. The step was not taken"
                 )
-            given = leaf.parameter.detach()
-            leaf.values.copy_(given)
-            leaf.parameter.data = leaf.values
+            if users(leaf.parameter) > 1:
+                self._stay(leaf)
+            else:
+                leaf.values.copy_(leaf.parameter.detach())
+                leaf.parameter.data = leaf.values
+        self._shared = [leaf for leaf in self._shared if not leaf.copies]
+        self._addresses = [leaf.values.data_ptr() for leaf in self._shared]
+
+    def _stay(self, leaf: Leaf) -> None:
+        """``p.data = …`` of memory that others have too: the parameter stays there, and is copied from now on."""
+        begin, end = _span(leaf.parameter)
+        for other in self.leaves:
+            start, stop = _span(other.parameter)
+            if other is not leaf and start < end and begin < stop:
+                raise ParameterModified(
+                    f"parameters {leaf.name!r} and {other.name!r} share memory on rank {self.rank} and are not the "
+                    "same parameter (p.data = other.data); the step was not taken. Tie them before the optimizer is "
+                    "made: assign one nn.Parameter to both places"
+                )
+        leaf.copies, leaf.digest = True, None
 
     def _check_like(self, leaf: Leaf) -> None:
         p, held = leaf.parameter, leaf.values
         same = p.shape == held.shape and p.dtype == held.dtype
-        if not same or shares_memory(p) == leaf.copies:
+        if not same or p.device != leaf.device:
             raise ParameterModified(
                 f"parameter {leaf.name!r} is {p.dtype} of shape {tuple(p.shape)} on {p.device} on rank {self.rank}, "
                 f"and was {held.dtype} of shape {tuple(held.shape)} when the optimizer was made: the model was moved "
@@ -194,15 +241,24 @@ class Held:
         self.arrived([leaf for leaf in here if leaf.stamp == leaf.parameter._version])
 
 
+def _span(parameter: torch.Tensor) -> tuple[int, int]:
+    """The addresses between which its elements lie."""
+    if not parameter.numel():
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    return parameter.data_ptr(), parameter.data_ptr() + (last + 1) * parameter.element_size()
+
+
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _digest(parameter: torch.Tensor) -> int:
-    """Of a copied parameter's bits, made where it lies: writes through ``.data`` leave no other trace."""
-    plain = parameter.detach().reshape(1) if not parameter.ndim else parameter.detach()
-    if not plain.numel():
-        return 0
-    plain = torch.view_as_real(plain) if plain.is_complex() else plain
+    """Of a copied parameter's bits and their places, made where it lies: writes through ``.data`` leave no trace."""
+    plain = parameter.detach().contiguous().reshape(-1)
+    plain = torch.view_as_real(plain).reshape(-1) if plain.is_complex() else plain
+    if plain.device.type == "cpu":
+        raw: Any = plain.view(torch.uint8).numpy() if plain.numel() else b""
+        return xxhash.xxh3_64_intdigest(memoryview(raw))
     words = plain.view(_WORDS[plain.element_size()])
-    every, some = words.sum(dtype=torch.int64), words[..., ::2].sum(dtype=torch.int64)
-    return int(every.item()) * 3 + int(some.item())
+    odd = torch.arange(1, 2 * words.numel(), 2, device=words.device)
+    return int((words * odd).sum().item())

@@ -38,7 +38,7 @@ class Plan(NamedTuple):
 
 def trainable(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Those that a table has to hold. Raises ``UsageError`` for what no table can, or if there is none."""
-    held = {name: p for name, p in parameters.items() if p.requires_grad}
+    held = {name: p for name, p in parameters.items() if p.requires_grad or p.grad is not None}
     if not held:
         raise UsageError("the model has no trainable parameter; nothing was created")
     for name, p in held.items():
