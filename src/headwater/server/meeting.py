@@ -88,7 +88,18 @@ def prepare(table: Table, shard: int) -> tuple[r.Prepare, list[Contribution]]:
     contributors = tuple(r.Contributor(rank, part.session, part.seq, part.wants) for rank, part in parts.items())
     verdict = decide(table.spec, [ready]) if table.alone else None
     spans = _covered(found)
-    return r.Prepare(table.number, clock, members, skip, squares, spans, groups, contributors, verdict), found
+    writes = len(gathering.seated()[0].writes)
+    return r.Prepare(table.number, clock, members, skip, squares, spans, groups, contributors, verdict, writes), found
+
+
+def writes(table: Table) -> list[tuple[r.Values, torch.Tensor]]:
+    """What the lowest rank wrote into its parameters: the state that the step starts from."""
+    gathering = table.gathering
+    clock, members = gathering.clock + 1, gathering.members
+    return [
+        (r.Values(table.number, 0, 0, start, len(data), last=False, clock=clock, members=members), data)
+        for start, data in gathering.seated()[0].writes
+    ]
 
 
 def _covered(found: list[Contribution]) -> r.Ranges:

@@ -377,8 +377,8 @@ class Shard(Replica):
             self._out += meeting.give_up(table, why)
             return
         gathering.announced = True
-        for start, data in gathering.seated()[0].writes:  # the state that the step starts from
-            self.propose(r.Values(table.number, 0, 0, start, len(data), last=False), data, start)
+        for values, data in meeting.writes(table):
+            self.propose(values, data, values.start)
         body, contributions = meeting.prepare(table, self.number)
         record = Record(self.log.last + 1, body, None, 0, contributions, meeting.divisor(table))
         if self.log.replicated:
@@ -551,7 +551,8 @@ class Shard(Replica):
         if event.clock:
             part = self._part(session, table, event.clock, event.members)
             part.seq = event.request
-            part.writes.append((start, event.data.clone()))
+            if length:
+                part.writes.append((start, event.data.clone()))
             return
         data = event.data.clone() if self.log.replicated else event.data
         self.propose(r.Values(table.number, session.number, event.request, start, length, event.last), data, start)
