@@ -513,3 +513,37 @@ def test_after_the_loss_of_a_worker_the_rest_step_on_by_themselves_as_one_proces
 
     with pytest.raises(RuntimeError, match="this worker dies"):
         workers(2, life)
+
+
+class Mine(torch.optim.Optimizer):
+    """An optimizer that the servers do not know."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= group["lr"] * p.grad
+
+
+def test_a_step_at_the_worker_that_is_refused_is_taken_back() -> None:
+    """Rank 0's leaves its values as they are, rank 1's does not: there is no step that is both workers'."""
+
+    def life(client: Client) -> list[float]:
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        opt = headwater.Optimizer(model, Mine, lr=1.0, client=client)
+        opt.param_groups[0]["lr"] = float(client.rank)
+        model(torch.full((1, 1), 1.0 + client.rank)).sum().backward()
+        with pytest.raises(UsageError, match="worker 1 wrote into its parameters and worker 0 did not"):
+            opt.step()
+        found = [model.weight.item()]
+        opt.param_groups[0]["lr"] = 1.0
+        opt.step()
+        found.append(model.weight.item())
+        opt.close()
+        return found
+
+    assert workers(2, life) == [[0.0, -1.5]] * 2

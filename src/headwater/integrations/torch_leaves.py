@@ -122,6 +122,12 @@ class Held:
             self.wrote = 0
         self.arrived(leaves)
 
+    def take_back(self) -> None:
+        """The parameters are those that arrived last, whatever was written since."""
+        self.wrote = 0
+        self.table.refresh()
+        self.arrived(self.leaves)
+
     def _as_they_are(self, leaves: Sequence[Leaf]) -> None:
         if self.guard is not None:
             self.guard.take([leaf.parameter for leaf in leaves])
