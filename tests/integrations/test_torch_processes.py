@@ -131,7 +131,7 @@ one, two = linear(0, 16, 1), linear(1, 16, 1)
 o1 = headwater.Optimizer(one, torch.optim.SGD, lr=0.1{client})
 o2 = headwater.Optimizer(two, torch.optim.SGD, lr=0.1{client})
 train(one, o1, 3, torch.ones(4, 16))
-say(digest(one) != digest(two), digest(two) == digest(linear(1, 16, 1)), *sorted(o1._client.tables))
+say(digest(one) != digest(two), digest(two) == digest(linear(1, 16, 1)), *sorted(o1._core.client.tables))
 """
 
 

@@ -222,8 +222,11 @@ class Worker:
         self.ring.send(self._peer, Frame(Kind.PULL, table=1, epoch=self.ring.epoch, clock=self.clock, length=size))
         self.ring.run()
 
-    def push(self, seed: int, deliver: bool = True) -> list[Frame]:
-        """A step of random integers, a frame per block; with ``deliver`` everything that follows happens at once."""
+    def push(self, seed: int, deliver: bool = True, wrote: bool = False) -> list[Frame]:
+        """A step of random integers, a frame per block; with ``deliver`` everything that follows happens at once.
+
+        ``wrote``: it starts from values that this worker has written.
+        """
         self.clock += 1
         generator = torch.Generator().manual_seed(seed)
         node = self.ring.node(self._target())
@@ -232,15 +235,25 @@ class Worker:
         for s in layout(table.spec, self.ring.shards).segments[0]:
             floats = gradient[s.offset : s.end].view(torch.float32)
             floats.copy_(torch.randint(-9, 10, floats.shape, generator=generator).float())
-        frames = []
+        frames = self._writes(seed) if wrote else []
         for block in layout(table.spec, self.ring.shards).blocks_of(0):
             self.seq += 1
             frame = Frame(Kind.PUSH, table=1, epoch=self.ring.epoch, seq=self.seq, clock=self.clock, members=MEMBERS)
             frame.start, frame.length = block.local, block.size
             frame.payload = view(gradient[block.local : block.local + block.size])
             frames.append(frame)
-        frames[-1].flags = Flag.END
+        frames[-1].flags = Flag.END | (Flag.WROTE if wrote else Flag.NONE)
         self.again(frames, deliver)
+        return frames
+
+    def _writes(self, seed: int) -> list[Frame]:
+        frames = []
+        for s in layout(self.ring.node(self._target()).shard.tables[1].spec, self.ring.shards).segments[0]:
+            self.seq += 1
+            frame = Frame(Kind.ASSIGN, Flag.WROTE, table=1, seq=self.seq, clock=self.clock, members=MEMBERS)
+            frame.start, frame.length = s.offset, s.end - s.offset
+            frame.payload = view(torch.full((frame.length // 4,), 100.0 + seed).view(torch.uint8))
+            frames.append(frame)
         return frames
 
     def again(self, frames: list[Frame], deliver: bool = True) -> None:

@@ -17,7 +17,7 @@ from headwater.wire.frames import Flag
 from headwater.wire.messages import Commit, Members, Ready, StepBody
 
 TABLE = 1
-I = TypeVar("I", e.Ack, e.Send, e.Fail, e.Done, Ready)  # noqa: E741
+I = TypeVar("I", e.Ack, e.Send, e.SendMean, e.Fail, e.Done, Ready)  # noqa: E741
 
 
 def spec(sync: Sync | None = None, numel: int = 40_000, max_grad_norm: float | None = None) -> TableSpec:

@@ -140,15 +140,16 @@ def test_a_newcomer_gets_the_state_while_pushes_go_on(
     assert worker.open(1, base=worker.seq + 1).seq == worker.seq
 
 
+@pytest.mark.parametrize("wrote", [False, True])
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_a_newcomer_gets_a_step_that_waits_for_its_verdict(optimizer: str) -> None:
+def test_a_newcomer_gets_a_step_that_waits_for_its_verdict(optimizer: str, wrote: bool) -> None:
     ring = Ring(2, shards=2)
     ring.adopt(0)
-    ring.begin(spec(Bulk(), optimizer, (200_000,)), ranks=(0, 1))
+    ring.begin(spec(Bulk(), optimizer, (200_000,), (3,)), ranks=(0, 1))
     workers = [Worker(ring, rank) for rank in (0, 1)]
     for worker in workers:
         worker.open(0)
-        worker.push(worker.rank)
+        worker.push(worker.rank, wrote=wrote)
     (ready,) = ring.heard(m.Ready)
     ring.adopt(0, learners=[1])
     assert ring.heard(m.Synced)
@@ -159,11 +160,11 @@ def test_a_newcomer_gets_a_step_that_waits_for_its_verdict(optimizer: str) -> No
     ring.tell(1, m.Commit(1, 1, MEMBERS, False))
     reference = Ring(1, shards=2)
     reference.adopt(0)
-    reference.begin(spec(Bulk(), optimizer, (200_000,)), ranks=(0, 1))
+    reference.begin(spec(Bulk(), optimizer, (200_000,), (3,)), ranks=(0, 1))
     for rank in (0, 1):
         other = Worker(reference, rank)
         other.open(0)
-        other.push(rank)
+        other.push(rank, wrote=wrote)
     reference.tell(0, m.Commit(1, 1, MEMBERS, False))
     assert ring.digest(1)[1] == reference.digest(0)[1]
 
@@ -254,8 +255,9 @@ def test_duplicates_after_a_failover_are_acknowledged_and_not_applied(sync: Sync
     assert ring.digest(1)[1] != before
 
 
+@pytest.mark.parametrize("wrote", [False, True])
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_a_prepared_step_survives_the_primary(optimizer: str) -> None:
+def test_a_prepared_step_survives_the_primary(optimizer: str, wrote: bool) -> None:
     """READY is a promise: the verdict may come when the server that gave it is dead."""
     outcomes = []
     for dies in (False, True):
@@ -265,7 +267,7 @@ def test_a_prepared_step_survives_the_primary(optimizer: str) -> None:
         workers = [Worker(ring, rank) for rank in (0, 1)]
         for worker in workers:
             worker.open(0)
-        frames = [worker.push(worker.rank) for worker in workers]
+        frames = [worker.push(worker.rank, wrote=wrote) for worker in workers]
         (ready,) = ring.heard(m.Ready)
         assert isinstance(ready, m.Ready)
         assert [worker.acks() for worker in workers] == [[], []]
@@ -283,6 +285,31 @@ def test_a_prepared_step_survives_the_primary(optimizer: str) -> None:
         last = frames[0][-1].seq
         assert [worker.acks()[-1] for worker in workers] == [last, last]
         outcomes.append(ring.digest(leader)[1])
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("muted", [set(), {(0, 1)}, {(1, 0)}])
+@pytest.mark.parametrize("ended", [False, True])
+def test_what_a_worker_wrote_is_the_state_of_the_step_whoever_fails_in_between(
+    muted: set[tuple[int, int]], ended: bool
+) -> None:
+    outcomes = []
+    for dies in (False, True):
+        ring, worker = pair(Bulk(), "AdamW")
+        worker.push(1)
+        ring.muted = muted if dies else set()
+        sent = worker.push(2, deliver=False, wrote=True)
+        if dies and not ended:
+            ring._queue.pop()
+        ring.run()
+        if dies:
+            ring.kill(0)
+            ring.adopt(1)
+            done = worker.open(1, base=sent[0].seq).seq
+            worker.again([frame for frame in sent if frame.seq > done])
+        worker.push(3)
+        assert worker.acks()[-1] == worker.seq
+        outcomes.append(ring.digest(1)[1])
     assert outcomes[0] == outcomes[1]
 
 

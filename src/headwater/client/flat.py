@@ -12,12 +12,13 @@ import torch
 
 from headwater import interrupts
 from headwater.cluster.placement import BLOCK, PAGE, Layout
-from headwater.errors import DeadlineExceeded
+from headwater.errors import DeadlineExceeded, ShapeMismatch
 from headwater.transports import forks, memory
 from headwater.types import ParameterSpec, TableSpec
 from headwater.wire.tensors import DTYPES
 
 log = logging.getLogger("headwater")
+_GAP = 8192  # bytes of padding, always zero, between neighbours in a table: a page and a cache line at most
 PATIENCE = 10.0  # seconds: a server writes a block in milliseconds
 
 
@@ -48,10 +49,33 @@ def _over(raw: Any, at: int, p: ParameterSpec) -> torch.Tensor:
     return torch.frombuffer(raw, dtype=dtype, count=p.numel, offset=at).view(p.shape).data
 
 
+def as_bytes(value: torch.Tensor) -> memoryview:
+    """Its elements in order: the tensor's own memory if that is dense, else a copy."""
+    flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy()).cast("B")  # type: ignore[arg-type]
+
+
+def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Values may be equal where bits are not (-0.0), and differ where they are (NaN)."""
+    a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (first, second))
+    return torch.equal(a, b)
+
+
+def check_tensor(p: ParameterSpec, value: torch.Tensor) -> None:
+    """Raises ``ShapeMismatch`` naming what differs."""
+    dense = value.device.type == "cpu" and value.layout == torch.strided
+    if tuple(value.shape) != p.shape or value.dtype != DTYPES[p.dtype] or not dense:
+        raise ShapeMismatch(
+            f"{p.name!r} is {p.dtype} of shape {p.shape}, strided, on the cpu; this tensor is {value.dtype} of shape "
+            f"{tuple(value.shape)}, {str(value.layout).removeprefix('torch.')}, on {value.device}; nothing was sent"
+        )
+
+
 class Gradients:
     """The memory that gradients leave from: a memfd where a server of this host reads it, else plain."""
 
-    def __init__(self, size: int, share: bool) -> None:
+    def __init__(self, spec: TableSpec, layout: Layout, share: bool) -> None:
+        size = layout.size
         self.fd = memory.create("gradients", size) if share else -1
         if share:
             self._region = memory.Region([memory.Piece(self.fd, 0, size)])
@@ -59,7 +83,30 @@ class Gradients:
         else:
             self.flat = plain(size)
         self.bytes = _bytes(self.flat)
+        self.tensors = views(self.flat, spec, layout)
+        self._places = sorted(zip(layout.offsets, spec.parameters, strict=True), key=lambda place: place[0])
+        self._runs: dict[tuple[str, ...], list[torch.Tensor]] = {}
         forks.watch(self)
+
+    def runs(self, names: Sequence[str]) -> list[torch.Tensor]:
+        """The memory of these gradients in as few flat tensors as it lies in; padding and small neighbours too."""
+        key = tuple(names)
+        if key not in self._runs:
+            wanted = set(names)
+            self._runs[key] = self._joined([place for place in self._places if place[1].name in wanted])
+        return self._runs[key]
+
+    def _joined(self, places: Sequence[tuple[int, ParameterSpec]]) -> list[torch.Tensor]:
+        runs: list[tuple[int, int, torch.dtype]] = []
+        for at, p in places:
+            dtype, last = DTYPES[p.dtype], runs[-1] if runs else None
+            if not p.nbytes:
+                continue
+            if last is not None and last[2] is dtype and 0 <= at - last[1] < _GAP:
+                runs[-1] = (last[0], at + p.nbytes, dtype)
+            else:
+                runs.append((at, at + p.nbytes, dtype))
+        return [self.flat[start:stop].view(dtype) for start, stop, dtype in runs]
 
     def abandon(self) -> None:
         """In a forked child: what it writes here is not what its parent pushes."""
@@ -76,11 +123,11 @@ class Values:
 
     ``flat`` is for the script: what it writes there stays in its own copies of pages, which the kernel tells apart.
     Behind it is ``truth``: the servers' own memory (``pieces`` of it), or without ``pieces`` a memfd of this process
-    where arriving values land.
+    where arriving values land. ``tensors`` and ``arrived`` are the parameters in the one and in the other.
     """
 
-    def __init__(self, size: int, pieces: Sequence[memory.Piece] | None) -> None:
-        self.size = size
+    def __init__(self, spec: TableSpec, layout: Layout, pieces: Sequence[memory.Piece] | None) -> None:
+        self.size = size = layout.size
         self._fd = memory.create("values", size) if pieces is None else -1
         own = pieces is None
         pieces = [memory.Piece(self._fd, 0, size)] if pieces is None else pieces
@@ -88,12 +135,28 @@ class Values:
         self._truth = memory.Region(pieces, writable=own)
         self.flat = torch.frombuffer(self._private.buffer, dtype=torch.uint8)[:size]
         self.truth = torch.frombuffer(self._truth.buffer, dtype=torch.uint8)[:size]
+        self.tensors, self.arrived = (views(flat, spec, layout) for flat in (self.flat, self.truth))
+        self._places = list(zip(layout.offsets, spec.parameters, strict=True))
         forks.keep(self)
 
     @property
     def landing(self) -> memoryview:
         """Where arriving values are written, if they are not the servers' own memory."""
         return self._truth.view
+
+    def changed(self) -> list[str]:
+        """The parameters that the script wrote and that differ from what arrived, to the bit.
+
+        What was written and is the same is dropped: a page that stays this process's own stands still for ever.
+        """
+        pages = self.written()
+        if not pages:
+            return []
+        touched = [p.name for at, p in self._places if any(a < at + p.nbytes and at < b for a, b in pages)]
+        found = [name for name in touched if not _same_bits(self.tensors[name], self.arrived[name])]
+        if not found:
+            self.drop()
+        return found
 
     def written(self) -> list[tuple[int, int]]:
         """Byte ranges, of whole pages, in which the script has written since they were dropped last."""

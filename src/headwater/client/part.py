@@ -78,6 +78,19 @@ class Part:
         self._clock = 0  # of the last pull
         self._mean: Mean | None = None  # asked for and not taken yet
 
+    def spans(self, wanted: set[int]) -> list[Span]:
+        """The local byte ranges of these parameters (by index), neighbours joined."""
+        spans: list[Span] = []
+        last = -2
+        for i, segment in enumerate(self.segments):
+            if segment.parameter in wanted:
+                if last == i - 1:
+                    spans[-1] = (spans[-1][0], segment.end)
+                else:
+                    spans.append((segment.offset, segment.end))
+                last = i
+        return spans
+
     # ---- out -----------------------------------------------------------------------------------
 
     def push(self, spans: list[Span], clock: int, members: int, flags: int, body: bytes, first: int = 0) -> None:

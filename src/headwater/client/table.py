@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
 from headwater import interrupts
-from headwater.client.flat import Gradients, Mapped, Values, plain, views
+from headwater.client import state
+from headwater.client.flat import Gradients, Mapped, Values, as_bytes, check_tensor, plain, views
 from headwater.client.part import Part, Span
 from headwater.client.patience import Patience
 from headwater.client.session import TURN
 from headwater.client.tickets import Alike, StepResult, Ticket
 from headwater.cluster.placement import Layout
-from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken, LinkError, ShapeMismatch, UsageError
+from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken, LinkError, UsageError
 from headwater.transports import memory
-from headwater.types import Async, Bulk, Hyper, ParameterSpec, Segment, Stale, TableSpec
+from headwater.types import Async, Bulk, Hyper, Segment, Stale
 from headwater.wire import messages as m
 from headwater.wire.exact import clip_factor
 from headwater.wire.frames import Flag
 from headwater.wire.plans import ANY
-from headwater.wire.tensors import DTYPES, from_bytes, to_bytes
 
 if TYPE_CHECKING:
     from headwater.client.client import Client
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 Groups = Sequence[Mapping[str, Hyper]]
 _FIRST = 0.01  # seconds: the first turn at each server, doubled from round to round
 _PAUSE = 0.01  # seconds
-_SLOTS = 4 << 20  # bytes of optimizer state per request
-_GAP = 8192  # bytes of padding, always zero, between neighbours in a table: a page and a cache line at most
+_LARGE = 256 << 10  # bytes of values from which they are received while the worker computes
 
 
 class Table:
@@ -56,7 +55,6 @@ class Table:
             for shard in layout.participants
         ]
         self._spans: dict[tuple[str, ...], list[list[Span]]] = {}
-        self._runs: dict[tuple[str, ...], list[torch.Tensor]] = {}
         self._pushed: set[str] = set()
         self._index = {p.name: i for i, p in enumerate(self.spec.parameters)}
         self._open = False  # a step was ended and not yet waited for
@@ -74,7 +72,7 @@ class Table:
         for part in self._parts:
             self._client.reach(part.session)
         sharing = [part.session.link is not None and part.session.link.shared for part in self._parts]
-        self._gradients = Gradients(self.layout.size, any(sharing))
+        self._gradients = Gradients(self.spec, self.layout, any(sharing))
         self._memory: Values | None = None
         live = all(sharing) and isinstance(self.spec.sync, Bulk)
         deadline = self._client.runtime.now() + self._client.timeout
@@ -84,7 +82,7 @@ class Table:
             part.session.parts[self.number] = part
             self._attach_until(part, deadline, self._members)
         self.clock = max(part.clock for part in self._parts)
-        self._memory = Values(self.layout.size, self._live_pieces() if live else None)
+        self._memory = Values(self.spec, self.layout, self._live_pieces() if live else None)
         self._views()
 
     def _attach_until(self, part: Part, deadline: float, members: int) -> None:
@@ -173,9 +171,7 @@ class Table:
 
     def _views(self) -> None:
         assert self._memory is not None
-        self.values = views(self._memory.flat, self.spec, self.layout)
-        self.gradients = views(self._gradients.flat, self.spec, self.layout)
-        self._truth = views(self._memory.truth, self.spec, self.layout)
+        self.values, self.gradients = self._memory.tensors, self._gradients.tensors
         for part in self._parts:
             part.flat_values, part.flat_gradients = self._memory.landing, self._gradients.bytes
 
@@ -198,17 +194,15 @@ class Table:
     @property
     def truth(self) -> Mapping[str, torch.Tensor]:
         """What arrived last, whatever was written into ``values`` since; for reading."""
-        return self._truth
+        assert self._memory is not None
+        return self._memory.arrived
 
     def gradient_runs(self, names: Sequence[str]) -> list[torch.Tensor]:
         """The memory of these gradients in as few flat tensors as it lies in, to read it in one go.
 
         A run may cover padding, which is zero, and a small neighbour.
         """
-        key = tuple(names)
-        if key not in self._runs:
-            self._runs[key] = _flat_runs(self._gradients.flat, self.spec, self.layout, set(names))
-        return self._runs[key]
+        return self._gradients.runs(names)
 
     @interrupts.deferred
     def refresh(self) -> None:
@@ -223,17 +217,7 @@ class Table:
         What was written and is the same is dropped: a page that stays this process's own stands still for ever.
         """
         assert self._memory is not None
-        ranges = self._memory.written()
-        if not ranges:
-            return []
-        found = []
-        for p, at in zip(self.spec.parameters, self.layout.offsets, strict=True):
-            inside = any(start < at + p.nbytes and at < stop for start, stop in ranges)
-            if inside and not _same_bits(self.values[p.name], self._truth[p.name]):
-                found.append(p.name)
-        if not found:
-            self._memory.drop()
-        return found
+        return self._memory.changed()
 
     # ---- steps -----------------------------------------------------------------------------------
 
@@ -297,7 +281,7 @@ class Table:
         return views(flat, self.spec, self.layout), names
 
     def _write(self, values: Mapping[str, torch.Tensor], clock: int) -> None:
-        flats = {self._checked_index(name, value): _flat_bytes(value) for name, value in values.items()}
+        flats = {self._checked_index(name, value): as_bytes(value) for name, value in values.items()}
         for part in self._parts:
             pieces = [(s, self._piece_of(s, flats[s.parameter])) for s in part.segments if s.parameter in flats]
             if pieces:
@@ -367,7 +351,7 @@ class Table:
     def _prefetch(self) -> None:
         for part in self._parts:
             link = part.session.link
-            if link is not None and part.mapped is None and part.awaiting and part.size > _SLOTS // 16:
+            if link is not None and part.mapped is None and part.awaiting and part.size > _LARGE:
                 link.prefetch(part.finished)
 
     def _all_settled(self) -> bool:
@@ -547,7 +531,7 @@ class Table:
             if unknown:
                 raise UsageError(f"table {self.spec.name!r} has no parameter {unknown[0]!r}; nothing was sent")
             wanted = {self._index[name] for name in names}
-            found = self._spans[key] = [_join(part.segments, wanted) for part in self._parts]
+            found = self._spans[key] = [part.spans(wanted) for part in self._parts]
         return found
 
     # ---- whole state -----------------------------------------------------------------------------
@@ -575,101 +559,21 @@ class Table:
     def slots(self) -> dict[str, dict[str, torch.Tensor]]:
         """The optimizer state: by parameter and slot name, in the shapes of ``torch.optim``."""
         self.wait()
-        found: dict[str, dict[str, torch.Tensor]] = {}
+        return state.join(self.spec, self._slots())
+
+    def _slots(self) -> Iterator[m.Slot]:
         for part in self._parts:
             for reply in self._client.request(part.session, m.Slots(self.number)):
                 assert isinstance(reply, m.SlotPart)
-                for slot in reply.slots:
-                    self._place(found, slot)
-        for p in self.spec.parameters:
-            for name, value in found.get(p.name, {}).items():
-                if value.numel() == p.numel and value.ndim == 1:
-                    found[p.name][name] = value.view(p.shape)
-        return found
-
-    def _place(self, found: dict[str, dict[str, torch.Tensor]], slot: m.Slot) -> None:
-        p = self.spec.parameters[slot.parameter]
-        piece = from_bytes(slot.data, slot.dtype, slot.shape)
-        slots = found.setdefault(p.name, {})
-        if piece.ndim != 1 or piece.numel() == p.numel:
-            slots[slot.name] = piece
-            return
-        whole = slots.setdefault(slot.name, torch.zeros(p.numel, dtype=piece.dtype, device="cpu"))
-        whole[slot.start : slot.start + piece.numel()] = piece
+                yield from reply.slots
 
     @interrupts.deferred
-    def assign_slots(self, slots: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    def assign_slots(self, slots: state.Slots) -> None:
         """Replace the optimizer state of the whole table; the inverse of ``slots``."""
         self.wait()
         for part in self._parts:
-            batch: list[m.Slot] = []
-            size, first = 0, True
-            for slot in self._cut_slots(part.segments, slots):
-                batch.append(slot)
-                size += len(slot.data)
-                if size > _SLOTS:
-                    self._client.request(part.session, m.SlotPart(self.number, tuple(batch), True, first))
-                    batch, size, first = [], 0, False
-            self._client.request(part.session, m.SlotPart(self.number, tuple(batch), False, first))
-
-    def _cut_slots(
-        self, segments: tuple[Segment, ...], slots: Mapping[str, Mapping[str, torch.Tensor]]
-    ) -> Iterable[m.Slot]:
-        for segment in segments:
-            p = self.spec.parameters[segment.parameter]
-            for name, value in slots.get(p.name, {}).items():
-                piece = value
-                if value.numel() == p.numel and value.ndim and (segment.start, segment.stop) != (0, p.numel):
-                    piece = value.reshape(-1)[segment.start : segment.stop]
-                data, dtype = to_bytes(piece)
-                yield m.Slot(segment.parameter, name, segment.start, tuple(piece.shape), dtype, data)
-
-
-def _join(segments: tuple[Segment, ...], wanted: set[int]) -> list[Span]:
-    spans: list[Span] = []
-    last = -2
-    for i, segment in enumerate(segments):
-        if segment.parameter in wanted:
-            if last == i - 1:
-                spans[-1] = (spans[-1][0], segment.end)
-            else:
-                spans.append((segment.offset, segment.end))
-            last = i
-    return spans
-
-
-def _flat_runs(flat: torch.Tensor, spec: TableSpec, layout: Layout, wanted: set[str]) -> list[torch.Tensor]:
-    runs: list[tuple[int, int, torch.dtype]] = []
-    for p, at in sorted(zip(spec.parameters, layout.offsets, strict=True), key=lambda pair: pair[1]):
-        if p.name not in wanted or not p.nbytes:
-            continue
-        dtype, last = DTYPES[p.dtype], runs[-1] if runs else None
-        if last is not None and last[2] is dtype and 0 <= at - last[1] < _GAP:
-            runs[-1] = (last[0], at + p.nbytes, dtype)
-        else:
-            runs.append((at, at + p.nbytes, dtype))
-    return [flat[start:stop].view(dtype) for start, stop, dtype in runs]
-
-
-def _flat_bytes(value: torch.Tensor) -> memoryview:
-    flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy()).cast("B")  # type: ignore[arg-type]
-
-
-def check_tensor(p: ParameterSpec, value: torch.Tensor) -> None:
-    """Raises ``ShapeMismatch`` naming what differs."""
-    dense = value.device.type == "cpu" and value.layout == torch.strided
-    if tuple(value.shape) != p.shape or value.dtype != DTYPES[p.dtype] or not dense:
-        raise ShapeMismatch(
-            f"{p.name!r} is {p.dtype} of shape {p.shape}, strided, on the cpu; this tensor is {value.dtype} of shape "
-            f"{tuple(value.shape)}, {str(value.layout).removeprefix('torch.')}, on {value.device}; nothing was sent"
-        )
-
-
-def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Values may be equal where bits are not (-0.0), and differ where they are (NaN)."""
-    a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (first, second))
-    return torch.equal(a, b)
+            for request in state.requests(self.number, self.spec, part.segments, slots):
+                self._client.request(part.session, request)
 
 
 def _yes() -> bool:

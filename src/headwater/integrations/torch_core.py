@@ -219,7 +219,7 @@ class Core:
         self._ticket = self.table.step(groups=groups, skip=skip, merged=merged, writes=writes)
         self._ended_with = self._sent
         self.buffers.step(skip)
-        self.held.dropping = bool(writes)
+        self.held.wrote = self.table.clock if writes else 0
         self.held.next_step()
         self.departures.next_step()
         if writes or not self.arrivals.next_step():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from headwater import interrupts
-from headwater.errors import NonFiniteGradient
+from headwater.errors import NonFiniteGradient, UsageError
 from headwater.integrations.torch_core import Core
 from headwater.types import Bulk
 from headwater.wire.tensors import finite
@@ -42,7 +42,11 @@ class Here:
         if isinstance(core.manner.sync, Bulk):
             writes = core.held.written()
             core.table.push([], anew=True)  # the gradients have been used here
-            core.end(writes)
+            try:
+                core.end(writes)
+            except UsageError:  # another try begins where this one did
+                core.held.take_back()
+                raise
         else:
             self._push_moves()
         return loss

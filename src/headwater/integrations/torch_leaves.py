@@ -128,7 +128,7 @@ class Held:
         self.table = table
         self.rank = rank
         self.clock = 0
-        self.dropping = False  # what the script wrote went with the step: what arrives takes its place
+        self.wrote = 0  # the table's step that took along what the script wrote: what arrives takes its place
         self.guard: Guard | None = None
         self.leaves = tuple(Leaf(name, p, table, id(p) in stay) for name, p in parameters.items())
         self.parameters = [leaf.parameter for leaf in self.leaves]
@@ -144,10 +144,25 @@ class Held:
     def wait(self, leaves: Sequence[Leaf]) -> None:
         """Wait until these leaves hold the values of the last step; the caller picked those that do not yet."""
         self.table.wait([leaf.name for leaf in leaves])
-        if self.dropping:
+        if self.wrote > self.table.clock:  # that step was refused: what was written is still to be said
+            self._as_they_are(leaves)
+            return
+        if self.wrote:
             self.table.refresh()
-            self.dropping = False
+            self.wrote = 0
         self.arrived(leaves)
+
+    def take_back(self) -> None:
+        """The parameters are those that arrived last, whatever was written since."""
+        self.wrote = 0
+        self.table.refresh()
+        self.arrived(self.leaves)
+
+    def _as_they_are(self, leaves: Sequence[Leaf]) -> None:
+        if self.guard is not None:
+            self.guard.take([leaf.parameter for leaf in leaves])
+        for leaf in leaves:
+            leaf.fresh = self.clock
 
     def arrived(self, leaves: Sequence[Leaf]) -> None:
         """These leaves' values are here: show them to autograd, and remember how they look."""

@@ -180,6 +180,10 @@ class Followers:
         out = [self._tell(follower.peer, s.ShardState(shard.members, sessions))]
         for table in shard.tables.values():
             out.append(self._tell(follower.peer, s.table_state(table)))
+            for start, data in table.writes:
+                clock, members = table.gathering.clock + 1, table.gathering.members
+                values = r.Values(table.number, 0, 0, start, len(data), False, clock, members)
+                out += self.record(follower.peer, Record(shard.lsn, values, data, start), Kind.STATE, Flag.WANT)
             if table.prepared is not None:
                 p = table.prepared
                 kept = Record(shard.lsn, p.body, contributions=p.sources, divide=p.divide)

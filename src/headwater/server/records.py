@@ -53,6 +53,7 @@ class Contributor(msgspec.Struct, frozen=True):
 class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
     """All contributions of a bulk step, aggregated. Nothing changes before its commit.
 
+    ``writes``: so many of the last assignments (``Values``) are the step's: it starts from them.
     ``commit``: the verdict comes with it, where no other shard has a say.
     """
 
@@ -65,6 +66,7 @@ class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
     groups: Groups | None
     parts: tuple[Contributor, ...]
     commit: Commit | None = None
+    writes: int = 0
 
 
 class Update(msgspec.Struct, frozen=True, tag="update"):
@@ -85,7 +87,10 @@ class Update(msgspec.Struct, frozen=True, tag="update"):
 
 
 class Values(msgspec.Struct, frozen=True, tag="values"):
-    """A client's assignment of bytes ``start:start+length``."""
+    """A client's assignment of bytes ``start:start+length``.
+
+    With ``clock`` it is part of that bulk step, under ``members``: it changes values when the step is committed.
+    """
 
     table: int
     session: int
@@ -93,6 +98,8 @@ class Values(msgspec.Struct, frozen=True, tag="values"):
     start: int
     length: int
     last: bool
+    clock: int = 0
+    members: int = 0
 
 
 class SetSlots(msgspec.Struct, frozen=True, tag="set_slots"):

@@ -192,7 +192,7 @@ class Replica:
     def _place(self, table: Table) -> None:
         """Tell a table who its workers are; a step that was prepared with others is void."""
         m = self.members
-        table.prepared = None
+        table.prepared, table.writes = None, []
         table.words.new = True  # another rank may be the lowest now
         for part in table.gathering.members_changed(m.epoch, m.ranks, m.lost):
             table.words.undo()
@@ -227,6 +227,7 @@ class Replica:
             self.progress(table)
             return
         table.prepared = Prepared(body, record.sources(body.ranges), record.divide)
+        table.writes = table.writes[len(table.writes) - body.writes :]  # before them: of a primary that died over it
         if body.commit is not None:
             self._commit(body.commit)
         else:
@@ -243,6 +244,9 @@ class Replica:
         prepared = table.prepared
         if prepared is None or body.clock != table.gathering.clock + 1 or body.members != prepared.body.members:
             return
+        writes, table.writes = table.writes, []
+        for start, data in writes:
+            self._put(table, start, data)
         if not body.skip:
             if prepared.body.groups is not None:
                 table.dense.set_groups(prepared.body.groups)
@@ -322,18 +326,32 @@ class Replica:
 
     def _assign(self, record: Record, body: r.Values) -> None:
         table = self.tables[body.table]
-        for start, stop in table.has(r.spans(body)):
+        for start, stop in r.spans(body):
             assert record.gradient is not None
-            span = ((start, stop),)
-            self._memory.before_write(body.table, span)
-            table.touch(span)
-            table.values[start:stop] = record.gradient[start - record.base : stop - record.base]
-            table.touch(span)
+            data = record.gradient[start - record.base : stop - record.base]
+            if body.clock:
+                self._keep(table, body, data)
+            else:
+                self._put(table, start, data)
         session = self.sessions.get(body.session)
         if session is not None:
             session.finish(body.table, body.seq)
         if body.last:
             self._emit(e.Ack(body.session, body.seq, body.table, 0, self.lsn))
+
+    def _keep(self, table: Table, body: r.Values, data: torch.Tensor) -> None:
+        """Until the step is committed nobody sees what it starts from; void with the membership, on every replica."""
+        gathering = table.gathering
+        if (body.clock, body.members) == (gathering.clock + 1, gathering.members):
+            table.writes.append((body.start, data if self.primary else data.clone()))  # a record's memory serves again
+
+    def _put(self, table: Table, first: int, data: torch.Tensor) -> None:
+        for start, stop in table.has(((first, first + len(data)),)):
+            span = ((start, stop),)
+            self._memory.before_write(table.number, span)
+            table.touch(span)
+            table.values[start:stop] = data[start - first : stop - first]
+            table.touch(span)
 
     def _set_slots(self, body: r.SetSlots) -> None:
         table = self.tables[body.table]

@@ -11,20 +11,18 @@ from typing import TypeVar
 
 import torch
 
-from headwater.cluster.tables import decide
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, SessionExpired, StaleEpoch, WorkerLost
 from headwater.server import events as e
+from headwater.server import meeting
 from headwater.server import records as r
 from headwater.server.log import Log
-from headwater.server.notes import look, notes
 from headwater.server.records import Record
 from headwater.server.replica import Memory, Replica
 from headwater.server.sync.bulk import Part
 from headwater.server.table import Session, Table
-from headwater.server.tables.plan import Contribution
-from headwater.types import Bulk, Version
+from headwater.types import Version
 from headwater.wire.frames import Flag
-from headwater.wire.messages import Commit, Follow, Members, Ready, StepBody
+from headwater.wire.messages import Commit, Follow, Members, StepBody
 
 NEWER = 1024  # membership epochs by which a client may be ahead of the shard
 STRANGERS = 1 << 16  # sessions beyond those that the coordinator has named: more are refused
@@ -367,34 +365,8 @@ class Shard(Replica):
 
     def _check_mean(self, table: Table) -> None:
         """Whoever asks sees the aggregate of what all have contributed; nothing is applied."""
-        gathering = table.gathering
-        if not gathering.meets():
-            return
-        if late := gathering.too_late():
-            self._refuse_late(table, late)
-            return
-        asking = [part for part in gathering.seated() if part.asked]
-        # Asked for while somebody has ended the step with the mean that it saw: that one is the step's.
-        contributions, divide = self._contributions(table), self._divide(table)
-        if not table.marks and not any(part.merged or part.past for part in gathering.seated()):
-            table.marks = look(table)  # while each one's gradient is its own
-        mean = torch.zeros(table.size, dtype=torch.uint8, device="cpu")
-        if contributions:
-            table.dense.aggregate(contributions, divide, mean, gradients=True)
-        ranges = r.union([span for c in contributions for span in c.ranges])
-        for part in asking:
-            seq, part.asked = part.asked, 0
-            self._out.append(e.SendMean(part.session, seq, table.number, gathering.clock + 1, mean, ranges))
-
-    def _refuse_late(self, table: Table, late: Collection[Part]) -> None:
-        clock = table.gathering.clock
-        message = (
-            f"the gradient of step {clock} was looked at after that step, and not on every worker: the servers have "
-            "merged it and keep nothing of it. Look at it on all workers, or between backward() and step()"
-        )
-        for part in late:
-            seq, part.asked = part.asked, 0
-            self._out.append(e.Fail(part.session, seq, table.number, clock + 1, "UsageError", message))
+        if table.gathering.meets():
+            self._out += meeting.answers(table)
 
     def _check_complete(self, table: Table) -> None:
         """With a contribution of every worker: aggregate them, and have the followers keep the result."""
@@ -402,52 +374,16 @@ class Shard(Replica):
         if gathering.announced or table.prepared is not None or not gathering.complete():
             return
         if (why := gathering.disagreement()) is not None:
-            self._give_up(table, why)
+            self._out += meeting.give_up(table, why)
             return
         gathering.announced = True
-        self._write(table)
-        skip = any(part.skip for part in gathering.seated())
-        contributions = [] if skip else self._contributions(table)
-        squares: tuple[float, ...] = ()
-        if table.spec.max_grad_norm is not None and not skip:
-            squares = tuple(table.dense.square_norm(contributions, self._divide(table)))
-        clock, members = gathering.clock + 1, gathering.members
-        ready = Ready(table.number, self.number, clock, members, squares, skip)
-        if len(contributions) == 1:
-            ranges = contributions[0].ranges
-        else:
-            ranges = r.union([span for c in contributions for span in c.ranges])
-        parts = {rank: part for rank, part in sorted(gathering.parts.items()) if rank in gathering.ranks}
-        table.words.count()
-        groups = table.words.of_step({rank: part.session for rank, part in parts.items()})
-        table.notes = notes(table, parts, skip)
-        table.words.new = skip and table.words.new  # a step that is skipped takes no hyperparameters over
-        contributors = tuple(
-            r.Contributor(rank, part.session, part.seq, part.wants) for rank, part in parts.items()
-        )  # fmt: skip
-        verdict = decide(table.spec, [ready]) if table.alone else None
-        body = r.Prepare(table.number, clock, members, skip, squares, ranges, groups, contributors, verdict)
-        record = Record(self.log.last + 1, body, None, 0, contributions, self._divide(table))
+        for values, data in meeting.writes(table):
+            self.propose(values, data, values.start)
+        body, contributions = meeting.prepare(table, self.number)
+        record = Record(self.log.last + 1, body, None, 0, contributions, meeting.divisor(table))
         if self.log.replicated:
             self.materialise(record)
         self._append(record)
-
-    def _give_up(self, table: Table, why: str) -> None:
-        """Nobody's contribution to the step counts; each worker is told, and may push it anew."""
-        clock = table.gathering.clock + 1
-        message = (
-            f"{why}; step {clock} was not applied. Workers must do the same between two steps: clip, unscale and write "
-            "on every one of them, by values that are the same on all (the gradients that they see are)"
-        )
-        parts, table.gathering.parts = table.gathering.parts, {}
-        table.words.undo()
-        for part in parts.values():
-            self._out.append(e.Fail(part.session, part.seq, table.number, clock, "UsageError", message))
-
-    def _write(self, table: Table) -> None:
-        """What the lowest rank wrote into its parameters is the state that the step starts from."""
-        for start, data in table.gathering.seated()[0].writes:
-            self.propose(r.Values(table.number, 0, 0, start, len(data), last=False), data, start)
 
     def materialise(self, record: Record) -> None:
         """Turn a step's contributions into one aggregate: what followers are sent, and what is applied then."""
@@ -460,22 +396,6 @@ class Shard(Replica):
         if record.contributions:
             table.dense.aggregate(record.contributions, record.divide, aggregate)
         record.gradient, record.contributions, record.divide = aggregate, None, 1
-
-    def _contributions(self, table: Table) -> list[Contribution]:
-        """In rank order, each with its union of ranges; of gradients that are all workers' already, the first."""
-        parts = table.gathering.seated()
-        merged = [part for part in parts if part.merged]
-        found = [
-            Contribution(part.gradients, r.union(part.ranges))
-            for part in merged[:1] or parts
-            if part.gradients is not None
-        ]
-        return found[:1] if table.spec.sync == Bulk("lowest") else found
-
-    def _divide(self, table: Table) -> int:
-        mean = isinstance(table.spec.sync, Bulk) and table.spec.sync.reduce == "mean"
-        merged = any(part.merged for part in table.gathering.seated())
-        return len(table.gathering.ranks) if mean and not merged else 1
 
     def _decided(self, event: Commit) -> None:
         """The coordinator's verdict; one for a membership that is gone, or that came before, is passed over."""
@@ -631,7 +551,8 @@ class Shard(Replica):
         if event.clock:
             part = self._part(session, table, event.clock, event.members)
             part.seq = event.request
-            part.writes.append((start, event.data.clone()))
+            if length:
+                part.writes.append((start, event.data.clone()))
             return
         data = event.data.clone() if self.log.replicated else event.data
         self.propose(r.Values(table.number, session.number, event.request, start, length, event.last), data, start)

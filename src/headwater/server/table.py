@@ -78,6 +78,7 @@ class Table:
         self.gathering = Gathering()
         self.clocks = Clocks(spec.sync)
         self.prepared: Prepared | None = None
+        self.writes: list[tuple[int, torch.Tensor]] = []  # the values that the step to be committed starts from
         self.last_commit: Commit | None = None
         self.have: Ranges | None = None  # a learner: the bytes that have arrived; None: all
         # What only a primary knows:

@@ -292,10 +292,15 @@ class Upstream:
 
     def _prepared(self, frame: Frame) -> None:
         body = r.unpack(frame.body)
-        if not isinstance(body, r.Prepare) or body.table not in self.shard.tables:
+        if not isinstance(body, r.Prepare | r.Values) or body.table not in self.shard.tables:
             raise ProtocolError(f"a {type(body).__name__} among the state")
+        table = self.shard.tables[body.table]
         record = Record(frame.lsn, body, self._buffers.pop(frame.lsn, None))
-        self.shard.tables[body.table].prepared = Prepared(body, record.sources(body.ranges), 1)
+        if isinstance(body, r.Prepare):
+            table.prepared = Prepared(body, record.sources(body.ranges), 1)
+        elif record.gradient is not None:
+            table.writes.append((body.start, record.gradient[body.start : body.start + body.length].clone()))
+            self._give_back(table.number, record.gradient)
 
     def _block(self, body: s.BlockState, payload: torch.Tensor) -> None:
         table = self.shard.tables.get(body.table)

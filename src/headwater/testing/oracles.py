@@ -48,6 +48,7 @@ class Fold:
         self.values: Floats = np.zeros(nbytes // 8)
         self.clock = 0
         self.prepared: _Prepared | None = None
+        self.writes: list[Pieces] = []  # what the step to be committed starts from
         self._lsns = [lsn]
         self._bytes = [self.values.tobytes()]
 
@@ -210,8 +211,7 @@ class Oracles:
                 if not body.skip:
                     log.folds[body.table].add(_pieces(record, body.ranges), record.lsn, 1, body.scale)
             case r.Values():
-                self._applied(log, (body.session, body.table), body.seq, record.lsn)
-                log.folds[body.table].put(_pieces(record, r.spans(body)), record.lsn)
+                self._values(log, record, body)
             case r.Prepare():
                 self._prepare(log, record, body)
             case Commit():
@@ -219,13 +219,21 @@ class Oracles:
             case Members():
                 log.members = body.epoch
                 for fold in log.folds.values():
-                    fold.prepared = None
+                    fold.prepared, fold.writes = None, []
             case r.Publish():
                 if body.version in log.cuts:
                     raise Violation("versions", f"shard {log.shard} published version {body.version} twice")
                 log.cuts[body.version] = {n: (record.lsn, f.clock) for n, f in log.folds.items() if n in body.tables}
             case _:
                 pass
+
+    def _values(self, log: Log, record: Record, body: r.Values) -> None:
+        fold, pieces = log.folds[body.table], _pieces(record, r.spans(body))
+        if not body.clock:
+            self._applied(log, (body.session, body.table), body.seq, record.lsn)
+            fold.put(pieces, record.lsn)
+        elif (body.clock, body.members) == (fold.clock + 1, log.members):
+            fold.writes.append(pieces)
 
     def _applied(self, log: Log, session: tuple[int, int], seq: int, lsn: int) -> None:
         if seq in log.done[session]:
@@ -244,6 +252,7 @@ class Oracles:
         if body.members != log.members:  # the membership has changed before it: void
             return
         fold.prepared = _Prepared(body, _pieces(record, body.ranges), record.divide)
+        fold.writes = fold.writes[len(fold.writes) - body.writes :]
         if not body.skip:
             self._one_process(log, fold.prepared)
         if body.commit is not None:
@@ -257,6 +266,9 @@ class Oracles:
         if body.clock != fold.clock + 1:
             return
         fold.prepared, fold.clock = None, body.clock
+        writes, fold.writes = fold.writes, []
+        for pieces in writes:
+            fold.put(pieces, lsn)
         who = tuple((part.rank, part.session) for part in prepared.body.parts)
         log.steps[body.table, body.clock] = who
         for part in prepared.body.parts:
