@@ -215,14 +215,7 @@ def _remove(path: Path) -> None:
 
 def write_model(model: Any, folder: Path) -> None:
     """Write a transformers model."""
-    # Copies, because parameters are views into one memory, which safetensors takes for tied weights. Those that are
-    # tied share their copy.
-    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
-    values = {}
-    for name, value in model.state_dict().items():
-        place = value.data_ptr(), value.shape
-        values[name] = copies[place] if place in copies else copies.setdefault(place, value.detach().clone())
-    model.save_pretrained(folder, state_dict=values)
+    model.save_pretrained(folder)
 
 
 def save(

@@ -48,8 +48,7 @@ def write(model: Any, folder: Path, run: Path) -> None:
     """The adapter's values and its description, which says where in the run folder ``run`` the model itself is."""
     peft = _peft()
     values = peft.get_peft_model_state_dict(model)
-    # Copies, because parameters are views into one memory, which safetensors takes for tied weights.
-    save_file({name: value.detach().clone() for name, value in values.items()}, folder / "adapter_model.safetensors")
+    save_file(values, folder / "adapter_model.safetensors")
     config = model.peft_config["default"]
     config.base_model_name_or_path = str((run / BASE).resolve())
     config.save_pretrained(folder)
