@@ -60,10 +60,25 @@ def mean(optimizer: torch.optim.Optimizer) -> None:
                     mine.copy_(total)
 
 
-def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _mean_once(optimizer: torch.optim.Optimizer) -> None:
     if id(optimizer) not in _early:
         mean(optimizer)
     _early.discard(id(optimizer))
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """The mean, before the step or, where a closure makes the gradients, after each evaluation."""
+    closure = options.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        _mean_once(optimizer)
+        return None
+
+    def evaluate() -> Any:
+        loss = closure()
+        _mean_once(optimizer)
+        return loss
+
+    return args[:1], {**options, "closure": evaluate}
 
 
 def _fused_by_default(kind: type[torch.optim.Optimizer]) -> None:

@@ -53,7 +53,8 @@ class Forked(subprocess.Popen[bytes]):
             die_with(parent)
             os.setsid()
             for fd, target in zip((pipes[0], pipes[3], pipes[5]), range(3), strict=True):
-                os.dup2(fd, target)
+                if fd != -1:  # else the launcher's own
+                    os.dup2(fd, target)
             _close_all_but(set(pass_fds))
             become(command[5:], dict(env), cwd)
         self._child_created = True

@@ -19,7 +19,6 @@ for _ in range(8):
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(model(x), y)
         loss.backward()
-        #: mean optimizer
         return loss
 
     losses.append(optimizer.step(closure).item())

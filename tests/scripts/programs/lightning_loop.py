@@ -1,7 +1,7 @@
 """A LightningModule and its Trainer, with accumulation and clipping."""
 #: needs pytorch_lightning
-#: workers 1
 
+import os
 import warnings
 
 import pytorch_lightning as pl
@@ -15,7 +15,7 @@ class Regression(pl.LightningModule):
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
-        self.seen = []
+        self.seen, self.steps = [], 0
 
     def training_step(self, batch, _index):
         x, y = batch
@@ -23,15 +23,20 @@ class Regression(pl.LightningModule):
         self.seen.append(loss.item())
         return loss
 
+    def on_before_optimizer_step(self, optimizer):
+        self.steps += 1
+        #: mean optimizer
+
     def configure_optimizers(self):
         optimizer = torch.optim.Adam(self.parameters(), lr=1e-2)  #> headwater.Optimizer(self, torch.optim.Adam, lr=1e-2)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)}
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
+    torch.manual_seed(int(os.environ.get("RANK", "0")))
     x = torch.randn(128, 8)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True)), batch_size=8)
+    torch.manual_seed(9)
     model = Regression()
     trainer = pl.Trainer(
         accelerator="cpu",

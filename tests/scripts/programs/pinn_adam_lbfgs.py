@@ -33,7 +33,6 @@ for _ in range(4):
         lbfgs.zero_grad()
         loss = residual()
         loss.backward()
-        #: mean lbfgs
         return loss
 
     losses.append(lbfgs.step(closure).item())
