@@ -197,7 +197,7 @@ def test_a_prompt_is_shown_before_it_is_answered(tmp_path: Path) -> None:
                 shown += os.read(ours, 4096).decode()
             shown = shown.partition(wanted)[2]
             os.write(ours, answer.encode())
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE) == 0
     os.close(ours)
 
 
