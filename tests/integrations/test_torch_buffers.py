@@ -36,6 +36,13 @@ def train(
 ) -> headwater.Optimizer:
     """Steps of which each worker's gradient is its own; ``change`` writes buffers as a forward would."""
     opt = headwater.Optimizer(model, torch.optim.SGD, lr=0.1, client=client, **options)
+    go_on(client, model, opt, steps, change)
+    return opt
+
+
+def go_on(
+    client: Client, model: Bare, opt: headwater.Optimizer, steps: int, change: Callable[[int], None] | None
+) -> None:
     for step in range(steps):
         model(torch.tensor([1.0, client.rank, step])).backward()
         if change is not None:
@@ -43,7 +50,6 @@ def train(
         opt.step()
         opt.zero_grad()
         opt.synchronize()
-    return opt
 
 
 def constants() -> dict[str, torch.Tensor]:
@@ -128,11 +134,11 @@ def test_rank0_is_the_lowest_rank_that_is_there() -> None:
         def change(step: int) -> None:
             model.average += client.rank + 1
 
-        train(client, model, 1, change, buffers="rank0").close()
+        opt = train(client, model, 1, change, buffers="rank0")
         client.barrier("one step")
-        if client.rank == 0:
-            return model.average.tolist()
-        train(client, model, 2, change, buffers="rank0").close()
+        if client.rank:
+            go_on(client, model, opt, 2, change)
+        opt.close()
         return model.average.tolist()
 
     assert workers(3, life) == [[1.0], [5.0], [5.0]]

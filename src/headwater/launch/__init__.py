@@ -6,15 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headwater.launch.local import Launcher, address_of, cores, launch
+    from headwater.launch.local import Launcher, cores, launch
     from headwater.launch.outcome import Outcome
     from headwater.launch.process import Process
+    from headwater.launch.ready import address_of
     from headwater.launch.shape import Shape
     from headwater.launch.streams import Sturdy
 
 __all__ = ["Launcher", "Outcome", "Process", "Shape", "Sturdy", "address_of", "cores", "launch"]
 
-_HOME = {"Outcome": "outcome", "Process": "process", "Shape": "shape", "Sturdy": "streams"}
+_HOME = {"Outcome": "outcome", "Process": "process", "address_of": "ready", "Shape": "shape", "Sturdy": "streams"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,14 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-import msgspec
-
-from headwater.errors import DeadlineExceeded, InternalError, UsageError
+from headwater.errors import DeadlineExceeded, UsageError
 from headwater.launch import escalation, output, registry
 from headwater.launch import outcome as words
 from headwater.launch.lines import Lines
 from headwater.launch.outcome import Outcome
 from headwater.launch.process import Process
+from headwater.launch.ready import address_of, ready_of
 from headwater.launch.revival import Revival
 from headwater.launch.shape import Ack, Shape, check_sense, checked_listen
 from headwater.launch.watch import Watch
@@ -50,15 +49,6 @@ _ECHO = 1.0
 def cores() -> int:
     """The processor cores that this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-class _Ready(msgspec.Struct, frozen=True):
-    """The line that a coordinator or server writes when it accepts connections."""
-
-    address: str
-    pid: int
-    server: int = -1
-    """The number that the coordinator gave a server."""
 
 
 _Place = tuple["Role", int]
@@ -587,22 +577,6 @@ def launch(
 
 def _path(given: str | Path | None) -> Path | None:
     return None if given is None else Path(given)
-
-
-def address_of(process: Process) -> str:
-    """Where a coordinator or server that is ready accepts connections."""
-    return ready_of(process).address
-
-
-def ready_of(process: Process) -> _Ready:
-    """What a process said when it was ready. A server is called by the number that ``headwater status`` shows."""
-    try:
-        found = msgspec.json.decode(process.ready, type=_Ready)
-    except msgspec.MsgspecError as error:
-        raise InternalError(f"{process.name} wrote {process.ready!r} on its ready pipe: {error}") from None
-    if found.server >= 0:
-        process.name = f"s{found.server}"
-    return found
 
 
 def _given_token() -> str | None:
