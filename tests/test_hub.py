@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from headwater import pretrained
 from headwater.errors import DataError, UsageError
 from headwater.gateway import loading
+from tests.patience import PATIENCE
 
 NAME = "some-org/some-model"
 
@@ -97,7 +98,7 @@ def test_a_look_up_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(pretrained, "_REACHED", -0.4)
 
     def hang(*_: object, **__: object) -> socket.socket:
-        answered.wait(60)
+        answered.wait(PATIENCE)
         return socket.socket()
 
     monkeypatch.setattr(socket, "create_connection", hang)

@@ -132,7 +132,7 @@ def _piped(script: str, *options: str, reading: str, **more: str) -> subprocess.
     command = [sys.executable, "-m", "headwater", "run", "-s", "0", *options, script]
     env = {**os.environ, "READING": reading, **more}
     return subprocess.run(
-        command, input="some words\n", capture_output=True, text=True, env=env, timeout=60, check=False
+        command, input="some words\n", capture_output=True, text=True, env=env, timeout=PATIENCE, check=False
     )
 
 
@@ -197,7 +197,7 @@ def test_a_prompt_is_shown_before_it_is_answered(tmp_path: Path) -> None:
                 shown += os.read(ours, 4096).decode()
             shown = shown.partition(wanted)[2]
             os.write(ours, answer.encode())
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE) == 0
     os.close(ours)
 
 
