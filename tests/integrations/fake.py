@@ -70,6 +70,7 @@ class FakeTable:
         skip: bool = False,
         *,
         merged: bool = False,
+        based: int = 0,
         writes: Mapping[str, torch.Tensor] | None = None,
     ) -> Ticket:
         self.calls.append(("skip" if skip else "step", ()))

@@ -191,6 +191,7 @@ class Several:
         self.lazy, self.spent = [False] * count, [True] * count
         self.own = [False] * count
         self.met = False
+        self.shown: Any = None  # of this step's mean: what each rank had before, and the mean
 
     def say(self, word: str, seed: int) -> None:
         if word == "step":
@@ -198,6 +199,8 @@ class Several:
             return
         if word in LOOKS:
             self._meet()
+        if word in BACKWARD:
+            self._take_back()
         for script in self.scripts:
             script.say(word, seed)
         present = [p.grad is not None for p in self.scripts[0].model.parameters()]
@@ -231,12 +234,29 @@ class Several:
             return
         past = all(spent for spent, lazy in zip(self.spent, self.lazy, strict=True) if lazy)
         means = self._means()
+        own = [[p.grad for p in script.model.parameters()] for script in self.scripts]
         for script in self.scripts:
             for p, mean, lazy in zip(script.model.parameters(), means, self.lazy, strict=True):
                 if lazy or not past:
                     p.grad = None if mean is None else mean.clone()
         self.lazy = [False] * len(self.lazy)
         self.met = self.met or not past
+        self.shown = None if past else (own, means)
+
+    def _take_back(self) -> None:
+        """The mean was only looked at: what backward adds to is each rank's own again."""
+        shown, self.shown = self.shown, None
+        if not self.met or shown is None or any(self.own):
+            return
+        own, means = shown
+        for script in self.scripts:
+            for p, mean in zip(script.model.parameters(), means, strict=True):
+                if (p.grad is None) != (mean is None) or not (p.grad is None or torch.equal(p.grad, mean)):
+                    return
+        for script, gradients in zip(self.scripts, own, strict=True):
+            for p, gradient in zip(script.model.parameters(), gradients, strict=True):
+                p.grad = gradient
+        self.lazy = [gradient is not None for gradient in own[0]]
 
     def _step(self, seed: int) -> None:
         own = [[p.grad for p in script.model.parameters()] for script in self.scripts]
@@ -248,7 +268,7 @@ class Several:
         for script, gradients in zip(self.scripts, own, strict=True):
             for p, gradient in zip(script.model.parameters(), gradients, strict=True):
                 p.grad = gradient
-        self.met, self.spent = False, [True] * len(self.spent)
+        self.met, self.spent, self.shown = False, [True] * len(self.spent), None
 
 
 def run_alone(words: Sequence[Word], make: Callable[[nn.Module], torch.optim.Optimizer]) -> list[torch.Tensor | None]:

@@ -177,9 +177,9 @@ class Part:
             self._assigning = self.sent_seq + len(frames)
         self._send(frames)
 
-    def ask_mean(self, clock: int, members: int, landing: memoryview, past: bool) -> None:
+    def ask_mean(self, clock: int, members: int, landing: memoryview, past: bool, body: bytes) -> None:
         """Ask for the step's aggregate; it lands in ``landing``, laid out as the table. ``met`` when it is here."""
-        self.push([], clock, members, 0, b"")  # its number is the question's
+        self.push([], clock, members, 0, body)  # its number is the question's
         self._mean = Mean(landing, clock, members, past)
         self._ask_again()
 

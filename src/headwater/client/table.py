@@ -238,39 +238,47 @@ class Table:
         self._pushed.update(names)
 
     @interrupts.deferred
-    def step(self, groups: Groups | None = None, skip: bool = False, *, merged: bool = False,
+    def step(self, groups: Groups | None = None, skip: bool = False, *, merged: bool = False, based: int = 0,
              writes: Mapping[str, torch.Tensor] | None = None) -> Ticket:  # fmt: skip
         """End the step: all pushed since the last one is this worker's contribution. Fresh values are on their way.
 
         ``skip``: this worker's gradient is not finite; under Bulk the step is skipped by all. ``merged``: what was
         pushed is ``mean()``, changed: the lowest rank's is the step's gradient. ``writes``: parameters that were
-        written outside the optimizer; under ``Bulk`` the lowest rank's are the values that the step starts from.
+        written outside the optimizer (``Bulk`` only): the lowest rank's are the values that the step starts from.
+        ``based``: as for ``mean``.
         """
         self.settle()
         flags = Flag.NONE if self.live else Flag.WANT
         if writes:
-            bulk = isinstance(self.spec.sync, Bulk)
-            self._write(writes, self.clock + 1 if bulk else 0)
-            flags |= Flag.WROTE if bulk else Flag.NONE
+            self._write(writes, self.clock + 1)
+            flags |= Flag.WROTE
         if merged:
             flags |= Flag.MERGED
-        return self._end([[] for _ in self._parts], groups, skip, flags)
+        return self._end([[] for _ in self._parts], groups, skip, flags, based)
 
     @interrupts.deferred
-    def mean(self, *, past: bool = False) -> tuple[dict[str, torch.Tensor], set[str]]:
+    def write(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Overwrite parameters on the servers before whatever is pushed next; not under ``Bulk``. Does not wait."""
+        self.settle()
+        self._write(values, 0)
+
+    @interrupts.deferred
+    def mean(self, *, past: bool = False, based: int = 0) -> tuple[dict[str, torch.Tensor], set[str]]:
         """The aggregate gradient of the step under way. ``Bulk`` only; every worker must ask for it or end the step.
 
         Pushed must be all that this worker contributes. Blocks until every worker has. Returns new tensors by name (the
         mean over workers; the sum with ``Bulk("sum")``), and the names that some worker has contributed to.
 
         ``past``: what was pushed is the gradient of the step before once more. Raises ``UsageError`` unless every
-        worker asks for that; the next push must be ``anew``.
+        worker asks for that; the next push must be ``anew``. ``based``: how many means of this step went, changed, into
+        what was pushed; the same on every worker.
         """
         self.settle()
         flat = plain(self.layout.size)
         landing = memoryview(flat.numpy()).cast("B")  # type: ignore[arg-type]
         for part in self._parts:
-            part.ask_mean(self.clock + 1, self._members, landing, past)
+            body = m.pack(m.StepBody(based=based)) if based else b""
+            part.ask_mean(self.clock + 1, self._members, landing, past, body)
         self._pump("met", None)
         ranges = [part.take_mean() for part in self._parts]
         self._raise_failed()
@@ -317,16 +325,16 @@ class Table:
         if self._open:
             self._settle(None)
 
-    def _end(self, spans: list[list[Span]], groups: Groups | None, skip: bool, want: int) -> Ticket:
+    def _end(self, spans: list[list[Span]], groups: Groups | None, skip: bool, want: int, based: int = 0) -> Ticket:
         scale = norm = None
         if self.spec.max_grad_norm is not None and not isinstance(self.spec.sync, Bulk) and not skip:
             norm, scale = clip_factor(self.spec.max_grad_norm, self._square_norm())
         body = b""
         digest = None if self._said == (self.digest, self.failures) else self.digest
         self._said = self.digest, self.failures
-        if groups is not None or norm is not None or digest is not None:
+        if groups is not None or norm is not None or digest is not None or based:
             packed = tuple(dict(g) for g in groups) if groups is not None else None
-            body = m.pack(m.StepBody(packed, scale, norm, digest))
+            body = m.pack(m.StepBody(packed, scale, norm, digest, based))
         flags = Flag.END | want | (Flag.SKIP if skip else Flag.NONE)
         for part, own in zip(self._parts, spans, strict=True):
             mine = flags & ~Flag.WANT if part.live else flags

@@ -261,12 +261,17 @@ class Optimizer(torch.optim.Optimizer):
         As ``torch.nn.utils.clip_grad_norm_`` of all parameters, on every worker. ``max_grad_norm=`` of the constructor
         is faster: the servers clip, and nothing has to come back first.
         """
+        core = self._open_core()
+        if core.several():
+            core.departures.see_mean()  # before gradients are listed: others may have some that this worker has not
         parameters = [p for group in self.param_groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
 
     @interrupts.deferred
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch."""
+        if not self._core.closed and set_to_none:
+            self._core.follow_groups()  # before a backward whose gradients somebody may look at
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:

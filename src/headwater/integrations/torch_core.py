@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import torch
 
-from headwater.errors import HeadwaterError, ParameterModified
+from headwater.errors import HeadwaterError, ParameterModified, UnknownOptimizer, UsageError
 from headwater.integrations.torch_arrivals import Arrivals
 from headwater.integrations.torch_buffers import Buffers, Mode
 from headwater.integrations.torch_departures import Departures, Groups
@@ -73,6 +73,7 @@ class Core:
         self._groups = groups
         self._bulk = isinstance(manner.sync, Bulk)
         self._grown = 0
+        self._aside: dict[int, dict[str, torch.Tensor]] = {}  # the state of parameters that are frozen
         self._steps = 0  # of the tables before this one
         self._beside = sum(name.startswith("beside.") for name in parameters)
         self._ticket: Ticket | None = None
@@ -144,6 +145,11 @@ class Core:
         now = self._grouping()
         if now == self._grouped and not any(map(_trains, self._frozen)):
             return
+        if not self._bulk and self.departures.have_left():
+            raise UsageError(
+                "parameters were added or unfrozen when gradients of the step had left already (overlap=True), which "
+                "this policy applies as they arrive. Do that between step() and zero_grad()"
+            )
         names = {id(p): name for name, p in named_parameters(self.model).items()}
         before = {id(p): name for name, p in self.parameters.items() if name not in names.values()}
         for group in self._groups():
@@ -163,7 +169,9 @@ class Core:
         self.arrive()
         old = {id(leaf.parameter): leaf.name for leaf in self.held.leaves}
         slots = self.table.slots() if self.manner.kind else {}
-        slots = {name: slots.get(old.get(id(p), ""), {}) for name, p in parameters.items()}
+        aside = self._aside
+        slots = {name: slots.get(old.get(id(p), ""), aside.get(id(p), {})) for name, p in parameters.items()}
+        self._aside = {key: kept for key, kept in aside.items() if key not in {id(p) for p in parameters.values()}}
         self.parameters = dict(parameters)
         self._steps += self.table.clock
         self.let_go()
@@ -197,13 +205,28 @@ class Core:
         self.begin()
         writes = self.held.written()
         self.buffers.check()
+        self._write_first(writes)
         merged = self.departures.finish()
         self.end(writes, merged=merged, skip=self.departures.skip)
+
+    def _write_first(self, writes: Mapping[str, torch.Tensor]) -> None:
+        """Without steps of all workers what was written must be there before the gradient is applied to it."""
+        if not writes or self._bulk:
+            return
+        if self.departures.have_left():
+            raise ParameterModified(
+                f"{min(writes)!r} was written on rank {self.client.rank}, and gradients of this step have left already "
+                "(overlap=True), which this policy applies as they arrive. Write by opt.assign(), or leave overlap out"
+            )
+        self.table.write(writes)
 
     def skip(self) -> None:
         """Give this step up, on all workers."""
         self.arrive()
-        self.end(self.held.written(), skip=True)
+        writes = self.held.written()
+        if writes and not self._bulk:
+            self.table.write(writes)
+        self.end(writes, skip=True)
 
     def begin(self) -> None:
         """Before a step is put together: the last one's values are here, and what can be trained is in the table."""
@@ -216,7 +239,9 @@ class Core:
         self.buffers.settle()
         groups = self._new_groups()
         self.table.digest = self.buffers.digest()
-        self._ticket = self.table.step(groups=groups, skip=skip, merged=merged, writes=writes)
+        with_it = writes if self._bulk else None
+        based = self.departures.based
+        self._ticket = self.table.step(groups=groups, skip=skip, merged=merged, based=based, writes=with_it)
         self._ended_with = self._sent
         self.buffers.step(skip)
         self.held.wrote = self.table.clock if writes else 0
@@ -278,10 +303,20 @@ class Core:
             if found.get(leaf.name):
                 p = leaf.parameter
                 yield p, {name: _as_state(slot, p) for name, slot in found[leaf.name].items()}
+        for p in self.parameters.values():
+            if id(p) in self._aside:
+                yield p, dict(self._aside[id(p)])
 
     def assign_slots(self, state: Mapping[int, Mapping[str, Any]]) -> None:
-        """Replace the optimizer state; ``state`` by the ids of parameters."""
-        self.table.assign_slots({leaf.name: _tensors(state.get(id(leaf.parameter), {})) for leaf in self.held.leaves})
+        """Replace the optimizer state; ``state`` by the ids of parameters. That of frozen ones is kept here."""
+        held = {id(leaf.parameter) for leaf in self.held.leaves}
+        self._aside = {key: _tensors(slots) for key, slots in state.items() if key not in held}
+        slots = {leaf.name: _tensors(state.get(id(leaf.parameter), {})) for leaf in self.held.leaves}
+        try:
+            self.table.assign_slots(slots)
+        except UnknownOptimizer:  # it is the state of other hyperparameters (amsgrad, momentum), which the groups have
+            self._grow(self.parameters)
+            self.table.assign_slots(slots)
 
     def flush(self, why: str) -> None:
         """What the script wrote since the last step becomes the state now: only where no other worker has a say."""

@@ -9,9 +9,9 @@ nothing in a script that changes nothing, for which no byte is looked at again.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -93,7 +93,10 @@ class Departures:
         self._void = False  # what was pushed last is no part of the step under way
         self._order: list[Leaf] | None = []  # as gradients became ready, until the buckets follow it
         self._buckets = pack(held.leaves[::-1], bucket_bytes)
-        self._meeting = -1  # the backward after which the mean is fetched
+        self._meeting = -1  # the backward that was noticed last
+        self._meets = False  # the mean is fetched after it
+        self.based = 0  # how many means of this step went, changed, into what this worker contributes
+        self._local: set[str] = set()  # what it had a gradient of when it saw the mean
         self._hooks: dict[int, Any] = {id(leaf.parameter): self._hooked(leaf) for leaf in held.leaves}
 
     @property
@@ -125,8 +128,8 @@ class Departures:
             return (None,)  # its gradient is set by hand
         with torch.enable_grad():
             node = parameter.view_as(parameter).grad_fn.next_functions[0][0]
-        before = node.register_prehook(partial(self._coming, leaf))
-        return node, before, parameter.register_post_accumulate_grad_hook(partial(self._ready, leaf))
+        before = node.register_prehook(_Weakly(self, leaf, Departures._coming))
+        return node, before, parameter.register_post_accumulate_grad_hook(_Weakly(self, leaf, Departures._ready))
 
     # ---- backward --------------------------------------------------------------------------------
 
@@ -143,7 +146,6 @@ class Departures:
     def _ready(self, leaf: Leaf, _parameter: torch.Tensor) -> None:
         """Autograd's hook: the gradient of this backward is complete in ``parameter.grad``."""
         leaf.spent = False
-        self._mean = None  # what comes on top of a mean is this worker's again
         grad = leaf.parameter.grad
         if grad is leaf.current:
             if leaf.fresh != self._held.clock:
@@ -154,37 +156,81 @@ class Departures:
                 leaf.given = grad.data_ptr()
             return
         leaf.count += 1
-        if grad is not leaf.current:
-            alone = not self._several()
-            if grad is None or (self._looks and alone) or not _is_plain(grad):
-                return  # it is looked at before it leaves: autograd's own tensor is as good as ours
-            if leaf.current is not None and leaf.current.plain is grad:
-                leaf.current = None
-            if leaf.own or sys.getrefcount(grad) > _OURS:
-                if not alone:
-                    self._meet_after_backward()
-                return  # the script has it too, and expects autograd to go on adding to it
-            self._load(leaf, grad)
+        leaf.empty = False
+        alone = not self._several()
+        if not alone:
+            self._notice_backward()
+        if grad is not leaf.current and not self._taken(leaf, grad, alone):
+            return
         if self._early and leaf.count == leaf.expected:
             if self._order is not None:
                 self._order.append(leaf)
             self._departs(leaf.bucket)
 
+    def _taken(self, leaf: Leaf, grad: torch.Tensor | None, alone: bool) -> bool:
+        """Move a gradient that autograd has made into the table's memory; False if it stays where it is."""
+        if grad is None or (self._looks and alone) or not _is_plain(grad):
+            return False  # it is looked at before it leaves: autograd's own tensor is as good as ours
+        if leaf.current is not None and leaf.current.plain is grad:
+            leaf.current = None
+        if leaf.own or sys.getrefcount(grad) > _OURS + 1:
+            self._meets = not alone
+            return False  # the script has it too, and expects autograd to go on adding to it
+        self._load(leaf, grad)
+        return True
+
     def _coming(self, leaf: Leaf, _gradients: Any) -> None:
-        """Autograd is about to add to ``.grad``: is what is there the script's own (a buffer, what it has kept)?"""
+        """Autograd is about to add to ``.grad``: is what is there the script's own (a buffer, what it has kept)?
+
+        To a mean that the script has only read it adds nothing: the worker's own gradient goes on.
+        """
+        if self._mean is not None:
+            self._take_back()
         grad = leaf.parameter.grad
         leaf.own = grad is not None and grad is not leaf.current and grad.data_ptr() != leaf.given
 
-    def _meet_after_backward(self) -> None:
-        """A tensor of the script's cannot show the mean when it is looked at: it holds it from the end of backward on.
+    def _take_back(self) -> None:
+        """The mean was looked at and not changed: ``.grad`` is this worker's again, which lies where it lay."""
+        mean, self._mean = self._mean, None
+        if mean is None:
+            return
+        if any(leaf.own for leaf in self._held.leaves) or self._changed(mean):
+            self.based += 1
+            return
+        for leaf in self._held.leaves:
+            if leaf.name in mean:
+                leaf.current = None
+                leaf.parameter.grad = self._restored(leaf) if leaf.name in self._local else None
 
-        As DistributedDataParallel does it, with every backward.
-        """
+    def _restored(self, leaf: Leaf) -> torch.Tensor:
+        if leaf.copies:
+            plain = _like(leaf, leaf.gradient)
+            leaf.given = plain.data_ptr()
+            return plain
+        leaf.current = Gradient.over(leaf.gradient, self, leaf)
+        return leaf.current
+
+    def _after_backward(self) -> None:
+        """Several workers: what this one has no gradient of another may have, and whoever looks must see that too."""
+        for leaf in self._held.leaves:
+            grad = leaf.parameter.grad
+            if grad is None and leaf.parameter.requires_grad and not leaf.copies:
+                leaf.current = Gradient.over(leaf.gradient, self, leaf)
+                leaf.empty = True
+                leaf.parameter.grad = leaf.current
+            elif grad is not None and grad is not leaf.current and grad.data_ptr() == leaf.given and _is_plain(grad):
+                self._load(leaf, grad)  # gathered under no_sync() only
+        if self._meets:
+            self._meets = False
+            self.fetch_mean()
+
+    def _notice_backward(self) -> None:
+        """Be called when this backward ends. A tensor of the script's shows the mean from then on, as under DDP."""
         task = torch._C._current_graph_task_id()  # noqa: SLF001 - as torch.utils.checkpoint tells backward passes apart
         if task != self._meeting:
             self._meeting = task
             engine: Any = torch.autograd.Variable._execution_engine  # noqa: SLF001 - where DDP and FSDP queue theirs
-            engine.queue_callback(self.fetch_mean)
+            engine.queue_callback(self._after_backward)
 
     def _load(self, leaf: Leaf, grad: torch.Tensor) -> None:
         """Move the gradient into the table's memory, and let ``.grad`` be that."""
@@ -199,14 +245,13 @@ class Departures:
         leaf.gradient.copy_(grad.detach())
         leaf.changed = True
         if kept is None:
-            kept = leaf.current = Gradient.over(leaf.gradient, partial(self._reveal, leaf), partial(self._zero, leaf))
+            kept = leaf.current = Gradient.over(leaf.gradient, self, leaf)
         leaf.parameter.grad = kept
 
     def _give(self, leaf: Leaf, grad: torch.Tensor) -> None:
         """A gradient on another device stays there; it is copied when it leaves."""
         if self._several() and leaf.current is None:
-            reveal, zero = partial(self._reveal, leaf), partial(self._zero, leaf)
-            leaf.parameter.grad = leaf.current = Gradient.over(grad.detach(), reveal, zero)
+            leaf.parameter.grad = leaf.current = Gradient.over(grad.detach(), self, leaf)
 
     def _is_kept(self, leaf: Leaf, gradient: Gradient) -> bool:
         """Whether the script has kept an old ``.grad``, which must not become the new one: it gets a copy."""
@@ -233,7 +278,7 @@ class Departures:
     # ---- looks -----------------------------------------------------------------------------------
 
     @interrupts.deferred
-    def _reveal(self, leaf: Leaf, gradient: Gradient) -> torch.Tensor:
+    def reveal(self, leaf: Leaf, gradient: Gradient) -> torch.Tensor:
         """The script looks at a gradient: from here on ``.grad`` is a tensor of its own, of all workers' mean."""
         self._looked = True
         self._say_looked()
@@ -260,7 +305,7 @@ class Departures:
                 return leaf.current.detach().as_subclass(torch.Tensor)
         return leaf.gradient.clone()
 
-    def _zero(self, leaf: Leaf, gradient: Gradient) -> torch.Tensor:
+    def zero(self, leaf: Leaf, gradient: Gradient) -> torch.Tensor:
         """The script zeroes a gradient, which needs no look at what it was."""
         gradient.plain = torch.zeros_like(leaf.parameter, requires_grad=False)
         if leaf.parameter.grad is gradient:
@@ -281,8 +326,14 @@ class Departures:
         """
         self._looked = True
         self._contribute(checked=False)
-        mean, names = self._held.table.mean()
+        self._local = {leaf.name for leaf in self._held.leaves if leaf.left}
+        mean, names = self._held.table.mean(based=self.based)
         self._mean, self._marks = {}, {}
+        for leaf in self._held.leaves:
+            if leaf.empty and leaf.parameter.grad is leaf.current and leaf.name not in names:
+                leaf.parameter.grad = None  # nobody has one; what the script has of it are zeros
+                leaf.current.plain = torch.zeros_like(leaf.parameter, requires_grad=False)  # type: ignore[union-attr]
+            leaf.empty = False
         for leaf in self._held.leaves:
             if leaf.name not in names:
                 continue
@@ -302,7 +353,11 @@ class Departures:
 
     def _fetch_past(self) -> None:
         """The same after the step, as long as every worker looks and ``.grad`` holds what went into it."""
-        leaves = [leaf for leaf in self._held.leaves if leaf.spent and leaf.parameter.grad is leaf.current is not None]
+        leaves = [
+            leaf
+            for leaf in self._held.leaves
+            if leaf.spent and not leaf.empty and leaf.parameter.grad is leaf.current is not None
+        ]
         self._push(leaves, [leaf.name for leaf in leaves], anew=True)
         for leaf in leaves:
             leaf.left = False
@@ -322,6 +377,10 @@ class Departures:
         return False
 
     # ---- the end of a step -----------------------------------------------------------------------
+
+    def have_left(self) -> bool:
+        """Whether some gradient of this step has."""
+        return any(leaf.left for leaf in self._held.leaves)
 
     def finish(self) -> bool:
         """Let leave what has not, and what changed since it left; True if that is all workers' gradient, changed.
@@ -347,7 +406,7 @@ class Departures:
         here, gone = [], self._void
         for leaf in self._held.leaves:
             grad = leaf.parameter.grad
-            if grad is None:
+            if grad is None or (leaf.empty and grad is leaf.current):
                 gone = gone or leaf.left
                 continue
             if grad is not leaf.current or leaf.copies:
@@ -421,7 +480,7 @@ class Departures:
 
     def next_step(self) -> None:
         """The step was sent off: every gradient is missing again. Follow the observed order, once."""
-        self.skip, self._mean = False, None
+        self.skip, self._mean, self.based = False, None, 0
         self._looks, self._looked = self._looks or self._looked, False
         for leaf in self._held.leaves:
             if leaf.count:
@@ -429,6 +488,9 @@ class Departures:
             leaf.count = 0
             leaf.left = leaf.changed = False
             leaf.spent = True
+            if leaf.empty and leaf.parameter.grad is leaf.current:
+                leaf.parameter.grad = None
+            leaf.empty = False
         for bucket in self._buckets:
             bucket.missing = len(bucket.leaves)
         if self._order:
@@ -436,6 +498,27 @@ class Departures:
             rest = [leaf for leaf in self._held.leaves[::-1] if leaf.name not in seen]
             self._buckets = pack([*self._order, *rest], self._bucket_bytes)
             self._order = None
+
+
+class _Weakly:
+    """A hook that keeps nobody alive: an optimizer that the script has dropped is gone, and so is its model."""
+
+    __slots__ = ("_act", "_departures", "_leaf")
+
+    def __init__(self, departures: Departures, leaf: Leaf, act: Callable[[Departures, Leaf, Any], None]) -> None:
+        self._departures, self._leaf, self._act = weakref.ref(departures), weakref.ref(leaf), act
+
+    def __call__(self, given: Any) -> None:
+        departures, leaf = self._departures(), self._leaf()
+        if departures is not None and leaf is not None:
+            self._act(departures, leaf, given)
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return _no_hook, ()  # a copied model has none
+
+
+def _no_hook() -> Callable[..., None]:
+    return lambda *_args: None
 
 
 def pack(leaves: Sequence[Leaf], limit: int) -> list[Bucket]:
@@ -457,7 +540,7 @@ def _is_plain(grad: torch.Tensor) -> bool:
 
 def _like(leaf: Leaf, mean: torch.Tensor) -> torch.Tensor:
     """The mean as the parameter's gradient: in its shape and dtype, on its device."""
-    plain = torch.view_as_complex(mean) if leaf.parameter.is_complex() else mean
+    plain = torch.view_as_complex(mean) if leaf.parameter.is_complex() and not mean.is_complex() else mean
     if leaf.sparse:  # for an optimizer that passes over rows: those that nobody's gradient touches
         return plain.to(leaf.parameter.device).to_sparse(1)
     return torch.empty_like(leaf.parameter, requires_grad=False).copy_(plain) if leaf.copies else plain
@@ -465,5 +548,7 @@ def _like(leaf: Leaf, mean: torch.Tensor) -> torch.Tensor:
 
 def _mark(tensor: torch.Tensor) -> int:
     """Of a table's tensor (C order, on the CPU): tells any change of a bit."""
-    flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else tensor.reshape(-1)
+    if not tensor.numel():
+        return 0
+    flat = tensor.reshape(-1).view(torch.uint8)
     return xxhash.xxh3_64_intdigest(memoryview(flat.numpy()))  # type: ignore[arg-type]

@@ -7,8 +7,9 @@ first operation on it that reads or writes elements is done on a tensor of its o
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -36,24 +37,41 @@ no_torch_function: Any = torch._C.DisableTorchFunctionSubclass  # noqa: SLF001 -
 _ZEROES: frozenset[Any] = frozenset([torch.Tensor.zero_, torch.zero_, torch._foreach_zero_])
 
 
+class Keeper(Protocol):
+    """Who knows what a gradient is when somebody looks."""
+
+    def reveal(self, leaf: Any, gradient: Gradient) -> torch.Tensor: ...
+    def zero(self, leaf: Any, gradient: Gradient) -> torch.Tensor: ...
+
+
 class Gradient(torch.Tensor):
     """A gradient in the table's memory, until somebody looks.
 
-    ``reveal(gradient)`` gives the tensor to do operations on; ``zero(gradient)`` one of zeros, without a look.
+    ``keeper.reveal(leaf, gradient)`` gives the tensor to do operations on; ``keeper.zero(leaf, gradient)`` one of
+    zeros, without a look. Neither is kept alive: of an optimizer that is gone the gradient is a plain tensor's.
     """
 
-    reveal: Callable[[Gradient], torch.Tensor]
-    zero: Callable[[Gradient], torch.Tensor]
+    keeper: weakref.ref[Keeper]
+    leaf: weakref.ref[Any]
     plain: torch.Tensor | None
 
     @staticmethod
-    def over(
-        memory: torch.Tensor, reveal: Callable[[Gradient], torch.Tensor], zero: Callable[[Gradient], torch.Tensor]
-    ) -> Gradient:
+    def over(memory: torch.Tensor, keeper: Keeper, leaf: Any) -> Gradient:
         """One over ``memory``, a strided tensor without a graph."""
         made: Gradient = torch.Tensor._make_subclass(Gradient, memory)  # noqa: SLF001 - torch's own name for it
-        made.reveal, made.zero, made.plain = reveal, zero, None
+        made.keeper, made.leaf, made.plain = weakref.ref(keeper), weakref.ref(leaf), None
         return made
+
+    def looked_at(self, zeroes: bool) -> torch.Tensor:
+        """The tensor to do an operation on, one that zeroes it or another."""
+        if self.plain is None:
+            keeper, leaf = self.keeper(), self.leaf()
+            if keeper is None or leaf is None:
+                with no_torch_function():
+                    self.plain = self.detach().as_subclass(torch.Tensor).clone()
+            else:
+                self.plain = keeper.zero(leaf, self) if zeroes else keeper.reveal(leaf, self)
+        return self.plain
 
     @classmethod
     def __torch_function__(
@@ -70,9 +88,7 @@ class Gradient(torch.Tensor):
 def _looked_at(value: Any, zeroes: bool) -> Any:
     """``value`` with the plain tensor in place of each ``Gradient``, in containers too."""
     if isinstance(value, Gradient):
-        if value.plain is not None:
-            return value.plain
-        return value.zero(value) if zeroes else value.reveal(value)
+        return value.looked_at(zeroes)
     if isinstance(value, tuple | list):
         found = [_looked_at(item, zeroes) for item in value]
         return found if isinstance(value, list) else _tuple(value, found)

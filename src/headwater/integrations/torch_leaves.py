@@ -63,10 +63,12 @@ class Leaf:
     parameter looked then. Of the step under way: ``left``, its gradient was pushed; ``changed``, the table's memory
     holds one that was not, or another than was; ``count`` backward passes reached it, ``expected`` of them in a step;
     ``current`` is what ``.grad`` was given, ``spent`` once its step is taken. ``sparse``: autograd makes sparse ones.
-    ``own``: autograd adds to a tensor of the script's, one that is not at the address ``given``.
+    ``own``: autograd adds to a tensor of the script's, one that is not at the address ``given``. ``empty``: this worker
+    has no gradient, and ``current`` stands for others'.
     """
 
     __slots__ = (
+        "__weakref__",
         "bucket",
         "changed",
         "copies",
@@ -74,6 +76,7 @@ class Leaf:
         "current",
         "device",
         "digest",
+        "empty",
         "expected",
         "fresh",
         "given",
@@ -98,7 +101,7 @@ class Leaf:
         self.device = parameter.device if not parameter.is_meta else self.values.device
         self.copies = stays or not shares_memory(parameter)
         self.left = self.changed = self.spent = self.sparse = False
-        self.own = False
+        self.own = self.empty = False
         self.given = 0
         self.count = 0
         self.expected = 1

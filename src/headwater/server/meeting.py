@@ -42,6 +42,8 @@ def answers(table: Table) -> list[e.SendMean | e.Fail]:
     gathering = table.gathering
     if late := gathering.too_late():
         return _too_late(table, late)
+    if gathering.apart():
+        return [*give_up(table, gathering.disagreement() or "")]
     asking = [part for part in gathering.seated() if part.asked]
     # Asked for while somebody has ended the step with the mean that it saw: that one is the step's.
     found = contributions(table)

@@ -330,6 +330,8 @@ class Shard(Replica):
         part = self._part(session, table, event.clock, event.members)
         self._hear(session, table, event)
         part.seq = event.seq
+        if event.body is not None:
+            part.based = max(part.based, event.body.based)
         if event.flags & Flag.ANEW:
             part.anew()
         if event.length:

@@ -442,13 +442,15 @@ class SlotPart(msgspec.Struct, frozen=True, tag="slot"):
 class StepBody(msgspec.Struct, frozen=True):
     """PUSH: hyperparameters that changed, and the clip factor that the worker computed (not under Bulk).
 
-    ``digest``, if it changed: of what the worker keeps beside the table and every worker should have alike.
+    ``digest``, if it changed: of what the worker keeps beside the table and every worker should have alike. ``based``:
+    how many means of the step went, changed, into what the worker contributes now.
     """
 
     groups: tuple[dict[str, Hyper], ...] | None = None
     scale: float | None = None
     norm: float | None = None
     digest: int | None = None
+    based: int = 0
 
 
 class AckBody(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -23,6 +23,7 @@ class Part:
     skip: bool = False
     wants: bool = False  # send fresh values after the commit
     gradients: torch.Tensor | None = None  # kept here: once READY is said, the step no longer needs the connection
+    based: int = 0  # how many means of the step went, changed, into what it contributes
     merged: bool = False  # its gradient is all workers' already: it saw their mean and changed it
     wrote: bool = False  # its values were written outside the optimizer; ``writes`` are what they are now
     writes: list[tuple[int, torch.Tensor]] = field(default_factory=list)
@@ -68,6 +69,10 @@ class Gathering:
         past = [part for part in seated if part.asked and part.past]
         return past if len(past) < len(seated) else []
 
+    def apart(self) -> bool:
+        """Whether contributions begin from different means: then they do not add up to anything."""
+        return len({part.based for part in self.seated() if part.ranges and not part.past}) > 1
+
     def disagreement(self) -> str | None:
         """What the workers would have to do alike and did not: then there is no step that is all of theirs.
 
@@ -78,6 +83,8 @@ class Gathering:
         merged = [rank for rank, part in seated if part.merged]
         if merged and not first.merged:
             return f"worker {merged[0]} changed its gradients (clipping, unscaling) and worker {lowest} did not"
+        if self.apart():
+            return "some workers changed their gradients between two backward passes of a step and others did not"
         wrote = [rank for rank, part in seated if part.wrote]
         if wrote and not first.wrote:
             return f"worker {wrote[0]} wrote into its parameters and worker {lowest} did not"
