@@ -46,6 +46,10 @@ class FakeTable:
         self.calls.clear()
 
     @property
+    def clock(self) -> int:
+        return self._clock
+
+    @property
     def pushes(self) -> list[tuple[str, ...]]:
         return [names for call, names in self.calls if call == "push"]
 

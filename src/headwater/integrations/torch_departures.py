@@ -216,7 +216,7 @@ class Departures:
             grad = leaf.parameter.grad
             if grad is None and leaf.parameter.requires_grad and not leaf.copies:
                 leaf.current = Gradient.over(leaf.gradient, self, leaf)
-                leaf.empty = True
+                leaf.empty, leaf.spent = True, False
                 leaf.parameter.grad = leaf.current
             elif grad is not None and grad is not leaf.current and grad.data_ptr() == leaf.given and _is_plain(grad):
                 self._load(leaf, grad)  # gathered under no_sync() only
