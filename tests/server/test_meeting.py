@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from headwater.server import events as e
+from headwater.server import records as r
 from headwater.types import Bulk
 from headwater.wire.frames import Flag
 from headwater.wire.messages import Commit
@@ -305,3 +306,16 @@ def test_written_values_that_are_sent_twice_count_once() -> None:
     assert stage.value() == 4.0
     stage.event(0, Commit(TABLE, 1, stage.epoch, False))
     assert stage.value() == 4.0
+
+
+def test_what_a_primary_had_sent_of_a_step_when_it_died_is_void_in_the_next_try() -> None:
+    """Of its records only the written values came through; the worker has undone them meanwhile."""
+    stage = Stage()
+    (segment,) = stage.shards[0].tables[TABLE].dense.segments
+    data = torch.full(((segment.end - segment.offset) // 4,), 9.0).view(torch.uint8)
+    left = r.Values(TABLE, 0, 0, segment.offset, len(data), last=False, clock=1, members=stage.epoch)
+    stage.shards[0].propose(left, data, segment.offset)
+    for rank in (0, 1):
+        stage.push(rank, 1.0)
+    stage.decide()
+    assert stage.value() == -1.0
