@@ -174,6 +174,15 @@ def test_a_header_holds_whatever_a_field_is_called(server: Running) -> None:
     assert len(headers["x-headwater-ignored"]) < 5000
 
 
+@pytest.mark.parametrize(
+    ("field", "shown"),
+    [("", '""'), (" ", "%20"), ("a b", "a b"), (" a b", "%20a%20b"), ("y" * 99 + " z", "y" * 99 + "%20")],
+)
+def test_a_header_neither_begins_nor_ends_with_a_space(server: Running, field: str, shown: str) -> None:
+    status, headers, _ = post(server, "/v1/chat/completions", {"messages": HELLO, field: 1})
+    assert (status, headers["x-headwater-ignored"]) == (200, shown)
+
+
 def test_a_strict_server_refuses_them_by_name(strict: Running) -> None:
     for path, body in (("chat/completions", {"messages": HELLO}), ("completions", {"prompt": "a"})):
         status, _, answer = post(strict, f"/v1/{path}", body | {"max_token": 5})

@@ -145,7 +145,7 @@ class Gate:
         if not versions:
             return []
         named = {
-            "x-headwater-version": ", ".join(quote(version.name, safe=_SHOWN) for version in versions),
+            "x-headwater-version": ", ".join(_shown(version.name) for version in versions),
             "x-headwater-version-number": ", ".join(str(version.number) for version in versions),
             "x-headwater-version-step": ", ".join(str(version.step) for version in versions),
         }
@@ -169,9 +169,15 @@ class Gate:
         log.log(logging.DEBUG if scope["path"] in _QUIET else logging.INFO, "%s", _line(scope, record, seconds))
 
 
+def _shown(name: str, more: str = "") -> str:
+    """A name as a header shows it: HTTP allows a value no space at its ends. ``more``: also shown as they are."""
+    shown = quote(name, safe=_SHOWN + more, errors="replace")
+    return shown if shown == shown.strip() else shown.replace(" ", "%20")
+
+
 def _own_headers(record: Record) -> list[tuple[bytes, bytes]]:
     """The request's id, and what of the request was ignored."""
-    named = [quote(field[:100], safe=f'{_SHOWN}"', errors="replace") for field in record.ignored[:_MOST_NAMED]]
+    named = [_shown(field[:100], '"') or '""' for field in record.ignored[:_MOST_NAMED]]
     if len(record.ignored) > _MOST_NAMED:
         named.append(f"and {len(record.ignored) - _MOST_NAMED} more")
     found = [(b"x-request-id", record.id.encode())]
