@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -94,12 +95,15 @@ def test_bit_identical_in_bfloat16(kind: str) -> None:
     assert workers(2, lambda client: life(client, kind, None, torch.bfloat16), 2) == [expected] * 2
 
 
-def test_accumulation_under_no_sync_is_bit_identical() -> None:
+@pytest.mark.parametrize("under_no_sync", [True, False])
+def test_accumulation_is_bit_identical(under_no_sync: bool) -> None:
+    """``sometimes`` has no gradient of the first backward in one step, and one of the second."""
+
     def accumulating(client: Client) -> str:
         model = zoo()
         opt = headwater.Optimizer(model, torch.optim.AdamW, lr=0.01, client=client, bucket_bytes=70_000)
         for step in range(3):
-            with opt.no_sync():
+            with opt.no_sync() if under_no_sync else nullcontext():
                 model.loss(client.rank, 2 * step).backward()
             model.loss(client.rank, 2 * step + 1).backward()
             opt.step()

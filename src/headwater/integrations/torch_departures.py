@@ -153,7 +153,7 @@ class Departures:
             leaf.changed = True  # autograd added to the table's memory
         if self.local:
             if grad is not None and not leaf.own:
-                leaf.given = grad.data_ptr()
+                leaf.given = _address(grad)
             return
         leaf.count += 1
         leaf.empty = False
@@ -186,8 +186,12 @@ class Departures:
         """
         if self._mean is not None:
             self._take_back()
+        if leaf.empty:  # what stands for others' gradients has none of this worker's to add to
+            leaf.empty = False
+            if leaf.parameter.grad is leaf.current:
+                leaf.parameter.grad = None
         grad = leaf.parameter.grad
-        leaf.own = grad is not None and grad is not leaf.current and grad.data_ptr() != leaf.given
+        leaf.own = grad is not None and grad is not leaf.current and _address(grad) != leaf.given
 
     def _take_back(self) -> None:
         """The mean was looked at and not changed: ``.grad`` is this worker's again, which lies where it lay."""
@@ -205,7 +209,7 @@ class Departures:
     def _restored(self, leaf: Leaf) -> torch.Tensor:
         if leaf.copies:
             plain = _like(leaf, leaf.gradient)
-            leaf.given = plain.data_ptr()
+            leaf.given = _address(plain)
             return plain
         leaf.current = Gradient.over(leaf.gradient, self, leaf)
         return leaf.current
@@ -218,7 +222,7 @@ class Departures:
                 leaf.current = Gradient.over(leaf.gradient, self, leaf)
                 leaf.empty, leaf.spent = True, False
                 leaf.parameter.grad = leaf.current
-            elif grad is not None and grad is not leaf.current and grad.data_ptr() == leaf.given and _is_plain(grad):
+            elif grad is not None and grad is not leaf.current and _address(grad) == leaf.given and _is_plain(grad):
                 self._load(leaf, grad)  # gathered under no_sync() only
         if self._meets:
             self._meets = False
@@ -295,7 +299,7 @@ class Departures:
             plain = gradient.plain = self._own(leaf)
             if leaf.parameter.grad is gradient:
                 leaf.parameter.grad = plain
-                leaf.given = plain.data_ptr()
+                leaf.given = _address(plain)
         return gradient.plain
 
     def _own(self, leaf: Leaf) -> torch.Tensor:
@@ -348,7 +352,7 @@ class Departures:
         if leaf.current is not None and grad is leaf.current:
             leaf.current.plain = mean
         leaf.parameter.grad = mean
-        leaf.given = mean.data_ptr()
+        leaf.given = _address(mean)
         return mean
 
     def _fetch_past(self) -> None:
@@ -536,6 +540,11 @@ def pack(leaves: Sequence[Leaf], limit: int) -> list[Bucket]:
 def _is_plain(grad: torch.Tensor) -> bool:
     """Whether a gradient can move: one with a graph of its own stays, and a sparse one is made dense in ``step()``."""
     return not grad.requires_grad and grad.layout is torch.strided
+
+
+def _address(grad: torch.Tensor) -> int:
+    """Where a gradient's elements lie; 0 for a sparse one, which has no such place."""
+    return grad.data_ptr() if grad.layout is torch.strided else 0
 
 
 def _like(leaf: Leaf, mean: torch.Tensor) -> torch.Tensor:
