@@ -7,6 +7,7 @@ shows everybody who looks the mean (in rank order), and steps by what rank 0 the
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,7 +123,8 @@ class Script:
                 p.grad = p.grad * 2
 
     def norm(self, _generator: torch.Generator) -> None:
-        self.kept.append([gradient.norm() for gradient in self.gradients])
+        total = math.fsum(gradient.norm().item() for gradient in self.gradients)  # some may stand for others': zeros
+        self.kept.append([torch.tensor(total)])
 
     def keep(self, _generator: torch.Generator) -> None:
         self.kept.append([p.grad for p in self.model.parameters()])

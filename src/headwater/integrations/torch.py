@@ -149,7 +149,7 @@ class Optimizer(torch.optim.Optimizer):
             kind, Bulk() if sync is None else sync, max_grad_norm, nonfinite, buffers, bucket_bytes, seed, overlap
         )
         self._connect(module, manner, client, name, init, resume)
-        take_over(reducing, self._core.say_once)
+        take_over(reducing, _held_by_servers, self._core.say_once)
 
     def _made(self, made: Plan) -> None:
         """Be the torch optimizer that the arguments describe, of all but its state and step."""
@@ -187,7 +187,7 @@ class Optimizer(torch.optim.Optimizer):
         client.names.take(core.name, self)
         self._watch: Any = None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._watch = module.register_forward_pre_hook(Watch(core.say_once))
+            self._watch = module.register_forward_pre_hook(Watch(_held_by_servers, core.say_once))
         with _OPEN_LOCK:
             _OPEN.add(self)
 
@@ -531,6 +531,11 @@ def _are_parameters(given: Any) -> bool:
 
 def _is_group(item: Any) -> bool:
     return isinstance(item, dict) and "params" in item
+
+
+def _held_by_servers() -> set[int]:
+    with _OPEN_LOCK:
+        return {id(p) for optimizer in _OPEN for group in optimizer.param_groups for p in group["params"]}
 
 
 def _called(method: weakref.WeakMethod[Any]) -> Any:

@@ -20,7 +20,7 @@ from headwater.integrations.torch_arrivals import Arrivals
 from headwater.integrations.torch_buffers import Buffers, Mode
 from headwater.integrations.torch_departures import Departures, Groups
 from headwater.integrations.torch_leaves import Held, Leaf, as_kept, shared_with_strangers
-from headwater.integrations.torch_plan import Inits, materialise, optimizer_spec, specs, trainable
+from headwater.integrations.torch_plan import Inits, check_forwards, materialise, optimizer_spec, specs, trainable
 from headwater.integrations.torch_told import Told
 from headwater.integrations.torch_wrapped import named_parameters
 from headwater.types import Bulk, Claim, OptimizerSpec, Sync, TableSpec
@@ -82,6 +82,8 @@ class Core:
 
     def attach(self, name: str, inits: Inits, claim: Claim) -> None:
         """Declare the tables and let the model hold their values."""
+        if not self.client.alone:
+            check_forwards(self.model)
         held = trainable(self.parameters)
         stay = shared_with_strangers(held.values())  # before we share it ourselves
         spec = self._spec(name, held, inits)

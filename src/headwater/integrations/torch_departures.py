@@ -152,7 +152,7 @@ class Departures:
                 raise self._written_in_flight(leaf)
             leaf.changed = True  # autograd added to the table's memory
         if self.local:
-            if grad is not None and not leaf.own:
+            if grad is not None and grad is not leaf.current and not leaf.own:
                 leaf.given = _address(grad)
             return
         leaf.count += 1
@@ -186,10 +186,9 @@ class Departures:
         """
         if self._mean is not None:
             self._take_back()
-        if leaf.empty:  # what stands for others' gradients has none of this worker's to add to
-            leaf.empty = False
-            if leaf.parameter.grad is leaf.current:
-                leaf.parameter.grad = None
+        if leaf.empty and leaf.parameter.grad is leaf.current:
+            leaf.parameter.grad = leaf.current = None  # it stood for others' gradients: this worker has one now
+        leaf.empty = False
         grad = leaf.parameter.grad
         leaf.own = grad is not None and grad is not leaf.current and _address(grad) != leaf.given
 
@@ -254,7 +253,7 @@ class Departures:
 
     def _give(self, leaf: Leaf, grad: torch.Tensor) -> None:
         """A gradient on another device stays there; it is copied when it leaves."""
-        if self._several() and leaf.current is None:
+        if self._several():
             leaf.parameter.grad = leaf.current = Gradient.over(grad.detach(), self, leaf)
 
     def _is_kept(self, leaf: Leaf, gradient: Gradient) -> bool:

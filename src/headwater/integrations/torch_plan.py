@@ -47,6 +47,17 @@ def trainable(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return held
 
 
+def check_forwards(model: torch.nn.Module) -> None:
+    """With several workers: raises ``UsageError`` for a module whose forward writes its parameter, each another way."""
+    for name, module in model.named_modules():
+        writes = isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.max_norm is not None
+        if writes and module.weight.requires_grad:
+            raise UsageError(
+                f"module {name!r} has max_norm={module.max_norm}: each forward writes the rows that this worker's "
+                "batch uses, so that workers' parameters part. Leave max_norm out, and clip all rows between two steps"
+            )
+
+
 def specs(
     parameters: Mapping[str, torch.Tensor], groups: Sequence[Mapping[str, Any]], init: Inits
 ) -> tuple[ParameterSpec, ...]:

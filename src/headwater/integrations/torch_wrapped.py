@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -66,10 +66,16 @@ def named_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {clean(name): p for name, p in model.named_parameters()}
 
 
-def take_over(wrappers: Iterable[torch.nn.Module], say: Callable[[str], None]) -> None:
-    """Gradients are reduced once: by the servers, no more by DistributedDataParallel."""
+def take_over(
+    wrappers: Iterable[torch.nn.Module], held: Callable[[], Collection[int]], say: Callable[[str], None]
+) -> None:
+    """Gradients are reduced once: by the servers, no more by DistributedDataParallel.
+
+    ``held``: the ids of parameters that servers have. A wrapper around others too goes on: the mean of its means is it.
+    """
     for wrapper in wrappers:
-        if wrapper.require_backward_grad_sync:
+        rest = {id(p) for p in wrapper.parameters() if p.requires_grad}.difference(held())
+        if wrapper.require_backward_grad_sync and not rest:
             wrapper.require_backward_grad_sync = False  # type: ignore[assignment]
             say("the servers reduce gradients; DistributedDataParallel, which wraps the model, does not any more")
 
@@ -77,7 +83,8 @@ def take_over(wrappers: Iterable[torch.nn.Module], say: Callable[[str], None]) -
 class Watch:
     """The forward pre-hook that notices that DistributedDataParallel was put around the model later."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, held: Callable[[], Collection[int]], say: Callable[[str], None]) -> None:
+        self._held = held
         self._say = say
 
     def __call__(self, _module: torch.nn.Module, _args: Any) -> None:
@@ -85,7 +92,7 @@ class Watch:
             return
         active = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]  # noqa: SLF001
         if active is not None:
-            take_over([active], self._say)
+            take_over([active], self._held, self._say)
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return _nothing, ()
