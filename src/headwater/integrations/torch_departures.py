@@ -197,7 +197,7 @@ class Departures:
         mean, self._mean = self._mean, None
         if mean is None:
             return
-        if any(leaf.own for leaf in self._held.leaves) or self._changed(mean):
+        if any(leaf.own and leaf.name in mean for leaf in self._held.leaves) or self._changed(mean):
             self.based += 1
             return
         for leaf in self._held.leaves:
@@ -219,7 +219,7 @@ class Departures:
             grad = leaf.parameter.grad
             if grad is None and leaf.parameter.requires_grad and not leaf.copies:
                 leaf.current = Gradient.over(leaf.gradient, self, leaf)
-                leaf.empty, leaf.spent = True, False
+                leaf.empty, leaf.spent, leaf.own = True, False, False
                 leaf.parameter.grad = leaf.current
             elif grad is not None and grad is not leaf.current and _address(grad) == leaf.given and _is_plain(grad):
                 self._load(leaf, grad)  # gathered under no_sync() only
