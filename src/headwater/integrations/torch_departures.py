@@ -311,7 +311,9 @@ class Departures:
     def zero(self, leaf: Leaf, gradient: Gradient) -> torch.Tensor:
         """The script zeroes a gradient, which needs no look at what it was."""
         gradient.plain = torch.zeros_like(leaf.parameter, requires_grad=False)
-        if leaf.parameter.grad is gradient:
+        if leaf.parameter.grad is gradient and leaf.empty:
+            leaf.parameter.grad = None  # this worker has none
+        elif leaf.parameter.grad is gradient:
             leaf.parameter.grad = gradient.plain
             leaf.given = gradient.plain.data_ptr()
         return gradient.plain
