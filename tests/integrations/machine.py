@@ -65,12 +65,13 @@ class Script:
         out.square().mean().backward()
 
     def gathered(self, generator: torch.Generator) -> None:
-        """Under ``no_sync``, where there is one."""
+        """Under ``no_sync``, where there is one, and then not."""
         if hasattr(self.optimizer, "no_sync"):
             with self.optimizer.no_sync():
                 self.backward(generator)
         else:
             self.backward(generator)
+        self.backward(generator)
 
     def step(self, _generator: torch.Generator) -> None:
         self.optimizer.step()
@@ -211,10 +212,10 @@ class Several:
         if word in BACKWARD:
             self.met = False
             for index in range(2 if word == "half" else 0, len(present)):
-                self.lazy[index] = self.lazy[index] if word == "gathered" else True
+                self.lazy[index] = True
                 self.spent[index] = False
             reached = self.own[2:] if word == "half" else self.own
-            if word != "gathered" and any(reached):
+            if any(reached):
                 self._meet()
         if word in ("zero_in_place", "zero_the_model"):
             self.lazy = [False] * len(present)

@@ -48,7 +48,7 @@ def test_one_worker_trains_as_plain_torch(words: list[Word], optimizer: tuple[An
     kind, hyper = optimizer
     expected = machine.run_alone(words, lambda model: kind(model.parameters(), **hyper))
     found = machine.run_alone(words, lambda model: headwater.Optimizer(model, kind, **hyper))
-    assert same(found, expected), words
+    assert same(found, expected), repr(words)
 
 
 @pytest.mark.filterwarnings("ignore:ranks 0 and 1 contributed the same")  # some scripts give the same gradients
@@ -69,4 +69,4 @@ def test_two_workers_train_as_one_process_that_plays_both(
         return script.outcome()
 
     for rank, found in enumerate(workers(2, life)):
-        assert same(found, reference.scripts[rank].outcome()), words
+        assert same(found, reference.scripts[rank].outcome()), repr(words)

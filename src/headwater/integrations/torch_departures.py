@@ -370,7 +370,8 @@ class Departures:
         mean, _ = self._held.table.mean(past=True)
         for leaf in leaves:
             assert leaf.current is not None
-            leaf.current.plain = leaf.parameter.grad = _like(leaf, mean[leaf.name])
+            leaf.current.plain = leaf.parameter.grad = plain = _like(leaf, mean[leaf.name])
+            leaf.given = _address(plain)
 
     def _changed(self, mean: Mapping[str, torch.Tensor]) -> bool:
         """Whether some ``.grad`` is not the mean, to the bit, that it was given."""
