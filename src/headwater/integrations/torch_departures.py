@@ -217,8 +217,9 @@ class Departures:
         """Several workers: what this one has no gradient of another may have, and whoever looks must see that too."""
         for leaf in self._held.leaves:
             grad = leaf.parameter.grad
-            if grad is None and leaf.parameter.requires_grad and not leaf.copies:
-                leaf.current = Gradient.over(leaf.gradient, self, leaf)
+            if grad is None and leaf.parameter.requires_grad:
+                memory = torch.zeros_like(leaf.parameter, requires_grad=False) if leaf.copies else leaf.gradient
+                leaf.current = Gradient.over(memory, self, leaf)
                 leaf.empty, leaf.spent, leaf.own = True, False, False
                 leaf.parameter.grad = leaf.current
             elif grad is not None and grad is not leaf.current and _address(grad) == leaf.given and _is_plain(grad):
