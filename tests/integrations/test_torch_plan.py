@@ -10,7 +10,7 @@ from torch import nn
 
 import headwater
 from headwater.errors import ShapeMismatch, UnknownOptimizer, UsageError
-from headwater.integrations.torch_plan import complete_groups, materialise, optimizer_spec, plan
+from headwater.integrations.torch_plan import complete_groups, materialise, optimizer_spec, plan, specs, trainable
 from headwater.types import Init
 
 SGD = {"lr": 0.1}
@@ -26,31 +26,55 @@ class Tied(nn.Module):
 
 def test_parameters_are_named_in_registration_order_and_tied_ones_once() -> None:
     model = nn.Sequential(nn.Linear(2, 3), Tied())
-    made = plan(model, torch.optim.SGD, None, SGD)
+    made = plan(model, torch.optim.SGD, None, (), SGD)
     assert list(made.parameters) == ["0.weight", "0.bias", "1.embedding.weight"]
-    assert [p.shape for p in made.specs(None)] == [(3, 2), (3,), (5, 3)]
-    assert {p.init for p in made.specs(None)} == {Init("values")}
+    assert [p.shape for p in specs(made.parameters, made.groups, None)] == [(3, 2), (3,), (5, 3)]
+    assert {p.init for p in specs(made.parameters, made.groups, None)} == {Init("values")}
 
 
-def test_frozen_parameters_are_left_out() -> None:
+def test_frozen_parameters_are_in_the_groups_and_not_in_the_table() -> None:
     model = nn.Linear(2, 3)
     model.bias.requires_grad_(False)
-    made = plan(model, torch.optim.SGD, None, SGD)
-    assert list(made.parameters) == ["weight"]
-    assert list(made.frozen) == ["bias"]
-    explicit = plan(model, torch.optim.SGD, model.parameters(), SGD)
-    assert [len(group["params"]) for group in explicit.groups] == [1]
+    for params in (None, model.parameters()):
+        made = plan(model, torch.optim.SGD, params, (), SGD)
+        assert list(made.parameters) == ["weight", "bias"]
+        assert [len(group["params"]) for group in made.groups] == [2], "as in torch, so that states fit"
+        assert list(trainable(made.parameters)) == ["weight"]
+
+
+def test_tensors_beside_the_model_are_named_by_their_place() -> None:
+    model, alpha = nn.Linear(2, 3), torch.zeros((), requires_grad=True)
+    made = plan(model, torch.optim.SGD, [alpha, model.bias], (), SGD)
+    assert list(made.parameters) == ["bias", "beside.0"]
+
+
+def test_arguments_by_position_are_the_optimizers() -> None:
+    made = plan(nn.Linear(2, 3), torch.optim.SGD, None, (0.5, 0.9), {"nesterov": True})
+    assert (made.groups[0]["lr"], made.groups[0]["momentum"], made.groups[0]["nesterov"]) == (0.5, 0.9, True)
+    with pytest.raises(UsageError, match="lr is given by position and by name"):
+        plan(nn.Linear(2, 3), torch.optim.SGD, None, (0.5,), SGD)
+
+
+def test_compiled_submodules_keep_their_names() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), torch.compile(nn.Linear(3, 1), backend="eager"))
+    assert list(plan(model, torch.optim.SGD, None, (), SGD).parameters) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+def test_a_complex_parameter_is_pairs_of_real_numbers() -> None:
+    made = plan(_complex(), torch.optim.SGD, None, (), SGD)
+    (spec,) = specs(made.parameters, made.groups, None)
+    assert (spec.shape, spec.dtype) == ((2, 2), "float32")
 
 
 def test_groups_get_torch_defaults_and_keep_their_own() -> None:
     model = nn.Linear(2, 3)
     groups = [{"params": [model.bias], "lr": 0.5, "weight_decay": 0.0}, {"params": [("w", model.weight)]}]
-    made = plan(model, torch.optim.AdamW, groups, {"lr": 0.1, "fused": True})
+    made = plan(model, torch.optim.AdamW, groups, (), {"lr": 0.1, "fused": True})
     plain = torch.optim.AdamW([{"params": [model.bias], "lr": 0.5, "weight_decay": 0.0}, {"params": [model.weight]}],
                               lr=0.1, fused=True)  # fmt: skip
     assert [_rest(group) for group in made.groups] == [_rest(group) for group in plain.param_groups]
     assert made.defaults == plain.defaults
-    assert [p.group for p in made.specs(None)] == [1, 0]
+    assert [p.group for p in specs(made.parameters, made.groups, None)] == [1, 0]
     sent = optimizer_spec("AdamW", made.groups)
     assert sent.groups[0]["lr"] == 0.5
     assert sent.groups[1]["betas"] == (0.9, 0.999)
@@ -76,15 +100,15 @@ def test_no_state_is_allocated_to_find_the_defaults() -> None:
     ],
 )
 def test_init_by_glob_first_match_wins(init: Any, expected: list[str]) -> None:
-    made = plan(nn.Sequential(nn.Linear(2, 3)), torch.optim.SGD, None, SGD)
-    assert [p.init.kind for p in made.specs(init)] == expected
+    made = plan(nn.Sequential(nn.Linear(2, 3)), torch.optim.SGD, None, (), SGD)
+    assert [p.init.kind for p in specs(made.parameters, made.groups, init)] == expected
 
 
 def test_a_meta_parameter_needs_an_init() -> None:
-    made = plan(nn.Linear(2, 3, device="meta"), torch.optim.SGD, None, SGD)
-    assert [p.init.kind for p in made.specs(headwater.init.zeros())] == ["zeros", "zeros"]
+    made = plan(nn.Linear(2, 3, device="meta"), torch.optim.SGD, None, (), SGD)
+    assert [p.init.kind for p in specs(made.parameters, made.groups, headwater.init.zeros())] == ["zeros", "zeros"]
     with pytest.raises(UsageError, match="'bias' is on the meta device"):
-        made.specs({"weight": headwater.init.zeros()})
+        specs(made.parameters, made.groups, {"weight": headwater.init.zeros()})
 
 
 def test_materialise_keeps_identity_and_shares_memory() -> None:
@@ -113,20 +137,25 @@ def _complex() -> nn.Module:
     return model
 
 
+def _float8() -> nn.Module:
+    model = nn.Module()
+    model.c = nn.Parameter(torch.zeros(2).to(torch.float8_e4m3fn), requires_grad=False)
+    return model
+
+
 def test_neighbours_in_one_memory_do_not_overlap() -> None:
     model, shared = nn.Module(), torch.zeros(4, 5)
     model.a, model.b = nn.Parameter(shared[:2]), nn.Parameter(shared[2:].t())
-    assert list(plan(model, torch.optim.SGD, None, SGD).parameters) == ["a", "b"]
+    assert list(trainable(plan(model, torch.optim.SGD, None, (), SGD).parameters)) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
     ("model", "params", "says"),
     [
-        ([nn.Parameter(torch.zeros(1))], None, "takes the model first, not list"),
-        (nn.Linear(1, 1), [torch.zeros(4)], r"shape \(4,\), which is not a parameter of the model"),
-        (nn.Linear(1, 1), ["weight"], "'weight', which is not a parameter"),
+        (nn.Linear(1, 1), ["weight"], "'weight', which is no tensor"),
         (nn.Linear(1, 1), "weight", "must be a list"),
         (nn.Linear(1, 1), [{"lr": 1.0}], "a parameter group is"),
+        (nn.Linear(1, 1), [torch.zeros(2, requires_grad=True) * 2], "it is no leaf"),
         (nn.ReLU(), None, "no trainable parameter"),
         (nn.LazyLinear(3), None, "no shape yet"),
         (_overlapping(), None, "'a' and 'b' share memory"),
@@ -135,26 +164,24 @@ def test_neighbours_in_one_memory_do_not_overlap() -> None:
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 def test_what_cannot_be_held_is_refused(model: Any, params: Any, says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        plan(model, torch.optim.SGD, params, SGD)
+        trainable(plan(model, torch.optim.SGD, params, (), SGD).parameters)
 
 
 def test_a_parameter_given_twice_is_refused() -> None:
     model = nn.Linear(1, 1)
     with pytest.raises(UsageError, match="names a parameter twice"):
-        plan(model, torch.optim.SGD, [{"params": [model.bias]}, {"params": model.parameters()}], SGD)
+        plan(model, torch.optim.SGD, [{"params": [model.bias]}, {"params": model.parameters()}], (), SGD)
 
 
 def test_a_dtype_that_no_table_holds_is_named() -> None:
-    with pytest.raises(ShapeMismatch, match=r"parameter 'c': a table cannot hold torch\.complex64"):
-        plan(_complex(), torch.optim.SGD, None, SGD).specs(None)
+    made = plan(_float8(), torch.optim.SGD, None, (), SGD)
+    with pytest.raises(ShapeMismatch, match=r"parameter 'c': a table cannot hold torch\.float8_e4m3fn"):
+        specs(made.parameters, made.groups, None)
 
 
 @pytest.mark.parametrize(
     ("optimizer", "hyper", "says"),
     [
-        (type("Homemade", (torch.optim.SGD,), {}), SGD, "no optimizer 'Homemade'"),
-        (type("SGD", (torch.optim.SGD,), {}), SGD, r"is not torch\.optim\.SGD"),
-        (torch.optim.LBFGS, SGD, "no optimizer 'LBFGS'"),
         (torch.optim.SGD, {"lr": -1.0}, r"torch\.optim\.SGD refuses its arguments: Invalid learning rate"),
         (torch.optim.SGD, {"learning_rate": 1.0}, "refuses its arguments"),
         (torch.optim.AdamW, {"lr": 0.1, "capturable": True}, "cannot run on a server"),
@@ -163,4 +190,15 @@ def test_a_dtype_that_no_table_holds_is_named() -> None:
 )
 def test_optimizers_come_from_the_closed_list(optimizer: Any, hyper: dict[str, Any], says: str) -> None:
     with pytest.raises(UnknownOptimizer, match=says):
-        plan(nn.Linear(2, 2), optimizer, None, hyper)
+        plan(nn.Linear(2, 2), optimizer, None, (), hyper)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [type("Homemade", (torch.optim.SGD,), {}), type("SGD", (torch.optim.SGD,), {}), torch.optim.LBFGS]
+)
+def test_other_optimizers_run_at_the_worker(optimizer: Any) -> None:
+    model = nn.Linear(2, 2)
+    made = plan(model, optimizer, None, (), SGD)
+    assert type(made.inner) is optimizer
+    assert made.groups is made.inner.param_groups
+    assert plan(model, torch.optim.SGD, None, (), SGD).inner is None

@@ -24,6 +24,7 @@ from pathlib import Path
 from torch import nn
 from safetensors.torch import save_file
 from tests.integrations.support import digest
+from tests.patience import PATIENCE
 torch.set_num_threads(1)
 rank, folder = int(os.environ["HEADWATER_RANK"]), Path(sys.argv[1])
 def say(*words): print(*words, flush=True)

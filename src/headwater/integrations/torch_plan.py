@@ -99,6 +99,9 @@ def plan(
     named: dict[str, torch.Tensor] = dict(named_parameters(model))
     groups = [_listed(group) for group in _as_groups(model, params)]
     given = {id(p): p for group in groups for p in group["params"]}
+    for name, p in named.items():
+        if id(p) in given and isinstance(p, torch.nn.parameter.UninitializedParameter):
+            raise UsageError(f"parameter {name!r} has no shape yet: run one forward through the lazy module first")
     if len(given) != sum(len(group["params"]) for group in groups):
         raise UsageError("params names a parameter twice; each belongs to one group")
     own = {id(p) for p in named.values()}
@@ -232,8 +235,6 @@ def _listed(group: dict[str, Any]) -> dict[str, Any]:
 def _check_kind(name: str, parameter: torch.Tensor) -> None:
     if not parameter.is_leaf:
         raise UsageError(f"parameter {name!r} was computed from others (it is no leaf), so it cannot be trained itself")
-    if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
-        raise UsageError(f"parameter {name!r} has no shape yet: run one forward through the lazy module first")
     if parameter.device.type == "cpu" and parameter.is_shared():  # type: ignore[no-untyped-call]
         raise UsageError(
             f"parameter {name!r} is in memory that processes share (share_memory()); Headwater's workers share "
