@@ -417,7 +417,7 @@ def test_each_sample_is_trained_on_whoever_dies(
 
 def test_the_example_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(headwater.__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "print(" in code]
     exec(compile(example, "docs/data.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["epoch 0", "epoch 1", "epoch 2"]
