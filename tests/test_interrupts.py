@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,7 @@ from torch import nn
 
 import headwater
 from headwater import interrupts
+from headwater.client import connecting
 from headwater.launch import Launcher
 from tests.patience import PATIENCE
 
@@ -24,6 +26,12 @@ OURS = str(Path(headwater.__file__).parent) + os.sep
 CHOSEN = signal.SIGUSR1
 OTHER = signal.SIGUSR2
 ALARM = signal.SIGALRM
+
+
+@pytest.fixture(autouse=True)
+def _nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that other tests have left open in this process are none of these optimizers' business."""
+    monkeypatch.setattr(connecting, "_clients", weakref.WeakSet())
 
 
 class Stop(BaseException):
