@@ -229,9 +229,9 @@ class Held:
 
     def _stay(self, leaf: Leaf) -> None:
         """``p.data = …`` of memory that others have too: the parameter stays there, and is copied from now on."""
-        begin, end = _span(leaf.parameter)
+        begin, end = span(leaf.parameter)
         for other in self.leaves:
-            start, stop = _span(other.parameter)
+            start, stop = span(other.parameter)
             if other is not leaf and start < end and begin < stop:
                 raise ParameterModified(
                     f"parameters {leaf.name!r} and {other.name!r} share memory on rank {self.rank} and are not the "
@@ -259,7 +259,7 @@ class Held:
         self.arrived([leaf for leaf in here if leaf.stamp == leaf.parameter._version])
 
 
-def _span(parameter: torch.Tensor) -> tuple[int, int]:
+def span(parameter: torch.Tensor) -> tuple[int, int]:
     """The addresses between which its elements lie."""
     if not parameter.numel():
         return 0, 0

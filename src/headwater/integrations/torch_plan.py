@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from headwater.errors import ShapeMismatch, UnknownOptimizer, UsageError
+from headwater.integrations.torch_leaves import span
 from headwater.integrations.torch_wrapped import named_parameters
 from headwater.types import Init, OptimizerSpec, ParameterSpec
 from headwater.wire import optimizers
@@ -253,8 +254,7 @@ def _check_overlap(parameters: Mapping[str, torch.Tensor]) -> None:
     spans = []
     for name, p in parameters.items():
         if not p.is_meta and p.numel():
-            last = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
-            spans.append((str(p.device), p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size(), name))
+            spans.append((str(p.device), *span(p), name))
     spans.sort()
     for (device, _, stop, name), (other_device, start, _, other) in pairwise(spans):
         if device == other_device and start < stop:
