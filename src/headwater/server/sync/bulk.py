@@ -32,7 +32,7 @@ class Part:
 
     def anew(self) -> None:
         """Forget what was contributed; the worker goes on with something else."""
-        self.ranges, self.gradients = [], None
+        self.ranges, self.gradients, self.past = [], None, False
 
 
 class Gathering:
