@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 import headwater
 from tests.cases.support import Make, both_ways, or_says, values
 from tests.integrations.support import workers
+from tests.patience import PATIENCE
 
 Values = dict[str, torch.Tensor]
 WIDTH = 512  # wide enough that a step takes a while
@@ -149,6 +150,54 @@ def test_what_a_script_writes_becomes_the_state(write: str, when: str) -> None:
         return values(model)
 
     both_ways(life)
+
+
+def test_what_a_script_keeps_of_memory_that_its_parameter_has_left() -> None:
+    """``old = p.data; p.data = other``: steps go to the other one, and what was kept can be put back."""
+
+    def life(make: Make) -> Values:
+        model = _net()
+        opt = make(model, torch.optim.SGD, lr=0.1, momentum=0.9)
+        found: Values = {}
+
+        def step(name: str) -> None:
+            model(torch.randn(8, 4)).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+            found.update({f"{name} {key}": value for key, value in values(model).items()})
+
+        step("before")
+        kept = [p.data for p in model.parameters()]
+        row, twin = model[0].weight.detach()[1], nn.Parameter(model[2].weight.data)
+        for p in model.parameters():
+            p.data = torch.full_like(p, 0.1)
+        step("other")
+        found |= {f"kept {i}": p.clone() for i, p in enumerate(kept)} | {"row": row.clone(), "twin": twin.detach()}
+        kept[0].mul_(0.5)
+        found |= {"row after": row.clone()}  # the same memory as before
+        for p, old in zip(model.parameters(), kept, strict=True):
+            p.data = old
+        step("back")
+        step("and on")
+        return found
+
+    both_ways(life)
+
+
+def test_an_array_of_memory_that_a_parameter_has_left_is_refused() -> None:
+    with headwater.connect("inproc://cases-array-kept", timeout=PATIENCE) as ps:
+        model = nn.Linear(4, 1)
+        opt = headwater.Optimizer(model, torch.optim.SGD, lr=0.1, client=ps)
+        array = model.weight.data.numpy()
+        before = array.copy()
+        model.weight.data = torch.ones(1, 4)
+        model(torch.ones(1, 4)).sum().backward()
+        with pytest.raises(headwater.ParameterModified, match="no tensor"):
+            opt.step()
+        assert (array == before).all()
+        del array
+        opt.step()
+        assert model.weight.tolist() == [[pytest.approx(0.9)] * 4]
 
 
 @pytest.mark.parametrize("ranks", [(0,), (0, 1), (1,)])

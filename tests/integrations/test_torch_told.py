@@ -168,6 +168,31 @@ def test_asynchronous_pushes_are_taken_each_with_its_own(sync: Any) -> None:
 # ---- skips ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("case", ["alike", "other factors", "one of them only"])
+def test_who_changes_the_mean_in_other_ways_than_the_lowest_rank_is_told_once(
+    said: dict[str, list[str]], case: str
+) -> None:
+    def life(client: Client) -> tuple[float, list[str]]:
+        threading.current_thread().name = f"rank {client.rank}"
+        model = linear()
+        opt = headwater.Optimizer(model, torch.optim.SGD, lr=0.1, client=client)
+        for number in range(3):
+            model(torch.tensor([[1.0 + number + client.rank]])).sum().backward()
+            if case != "one of them only" or client.rank == 0:
+                model.weight.grad.mul_(0.5 if case == "alike" else 0.5 + client.rank)  # type: ignore[union-attr]
+            else:
+                assert model.weight.grad.item() == 1.5 + number  # type: ignore[union-attr]
+            opt.step()
+            opt.zero_grad()
+        opt.close()
+        return model.weight.item(), said.get(f"rank {client.rank}", [])
+
+    found = workers(2, life, servers=2)
+    assert found[0][0] == found[1][0]
+    assert [len(texts) for _, texts in found] == ([0, 0] if case == "alike" else [1, 1])
+    assert all("in different ways" in text for _, texts in found for text in texts)
+
+
 def test_a_skip_names_the_rank_on_every_rank(caplog: pytest.LogCaptureFixture) -> None:
     def life(client: Client) -> list[tuple[bool, tuple[int, ...]]]:
         model = linear()

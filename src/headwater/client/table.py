@@ -385,8 +385,9 @@ class Table:
         self._client.observed(stale, lag)
         first = self._parts[0].note
         apart = any(part.note.apart for part in self._parts)
+        differ = any(part.note.differ for part in self._parts)
         result = StepResult(
-            self.clock, applied, first.norm, stale, lsn, first.skipped_by, first.groups, self._alike(), apart
+            self.clock, applied, first.norm, stale, lsn, first.skipped_by, first.groups, self._alike(), apart, differ
         )
         if self._ticket is not None:
             self._ticket.resolve(result)

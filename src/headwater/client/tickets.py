@@ -31,6 +31,7 @@ class StepResult:
     groups: tuple[dict[str, Hyper], ...] | None = None
     alike: Alike | None = None
     apart: bool = False
+    differ: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -219,6 +220,7 @@ class Held:
                     f"{self.rank}; Headwater's workers share parameters through the servers: run them with `headwater "
                     "run --workers N`. The step was not taken"
                 )
+            self._part(leaf)
             if users(leaf.parameter) > 1:
                 self._stay(leaf)
             else:
@@ -226,6 +228,30 @@ class Held:
                 leaf.parameter.data = leaf.values
         self._shared = [leaf for leaf in self._shared if not leaf.copies]
         self._addresses = [leaf.values.data_ptr() for leaf in self._shared]
+
+    def _part(self, leaf: Leaf) -> None:
+        """What the script kept of the memory that the parameter has left stays as it is, in memory of its own."""
+        ours = {id(leaf.values), id(self.table.values[leaf.name])}
+        if users(leaf.values) == len(ours):
+            return
+        place: Any = leaf.values.untyped_storage()
+        copy = place.clone()
+        with torch._C.DisableTorchFunctionSubclass():  # nothing is looked at but where it lies
+            for other in gc.get_objects():
+                if not issubclass(type(other), torch.Tensor) or id(other) in ours:
+                    continue
+                if other.layout is not torch.strided or other.device.type != "cpu":
+                    continue
+                if other.untyped_storage()._cdata == place._cdata:
+                    moved = torch.empty(0, dtype=other.dtype, device="cpu")
+                    other.data = moved.set_(copy, other.storage_offset(), other.shape, other.stride())
+        if users(leaf.values) > len(ours):
+            raise ParameterModified(
+                f"p.data = … moved parameter {leaf.name!r} to other memory on rank {self.rank}, and something that is "
+                "no tensor (an array, a graph that waits for its backward) still has its memory of before, which the "
+                "next values will take; the step was not taken. Copy what you keep (.numpy().copy()), or write in "
+                "place: p.data.copy_(…)"
+            )
 
     def _stay(self, leaf: Leaf) -> None:
         """``p.data = …`` of memory that others have too: the parameter stays there, and is copied from now on."""

@@ -28,12 +28,20 @@ class Told:
         self._client = client
         self._model = model
         self._differ: set[tuple[int, str]] = set()
+        self._changed = False
         self._same = SameSamples(client.rank)
 
     def hear(self, result: StepResult, groups: Sequence[Mapping[str, Hyper]] | None) -> None:
         """A step's outcome; ``groups``: the hyperparameters that this worker said last. Warns, and logs skips."""
         if not result.applied:
             self._skipped(result)
+        if result.differ and not self._changed:
+            self._changed = True
+            warn(
+                f"workers changed the gradients of step {result.clock} of {self._model!r} in different ways (or some did "
+                "and some did not): the change of the lowest rank counted, for all. What a script does to gradients "
+                "between backward() and step() must be the same on every worker (noise: from the same seed). Said once"
+            )
         if result.groups is not None and groups is not None:
             self._compare(result.clock, groups, result.groups)
         text = self._same.hear(result.alike, result.clock)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from headwater.server import records as r
-from headwater.server.sync.alike import Marks
+from headwater.server.sync.alike import Marks, differ
 from headwater.server.sync.bulk import Part
 from headwater.server.table import Table
 from headwater.wire.messages import AckBody
@@ -23,7 +23,17 @@ def notes(table: Table, parts: Mapping[int, Part], skip: bool) -> dict[int, AckB
         marks = look(table)
     for rank, (mark, others) in marks.items():
         found[rank] = msgspec.structs.replace(found.get(rank, AckBody()), alike=others, mark=mark)
+    if not skip and _changed_differently(list(parts.values())):
+        found = {rank: msgspec.structs.replace(found.get(rank, AckBody()), differ=True) for rank in parts}
     return found
+
+
+def _changed_differently(parts: Sequence[Part]) -> bool:
+    """Whether somebody changed the mean that all have seen, and not everybody in the same way."""
+    merged = [part for part in parts if part.merged]
+    if not merged:
+        return False
+    return len(merged) < len(parts) or differ([(part.gradients, r.union(part.ranges)) for part in merged])
 
 
 def look(table: Table) -> Marks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import xxhash
@@ -41,6 +41,11 @@ class Alike:
             rank: (mark, tuple(other for other, its in marks.items() if its == mark and other != rank))
             for rank, mark in marks.items()
         }
+
+
+def differ(given: Sequence[tuple[torch.Tensor | None, Ranges]]) -> bool:
+    """Whether contributions that should be the same are not, as far as a sample shows."""
+    return len({_mark(gradient, ranges) for gradient, ranges in given}) > 1
 
 
 def _mark(gradient: torch.Tensor | None, ranges: Ranges) -> int:
