@@ -15,7 +15,7 @@ from headwater.client.control import BRIEF, Control
 from headwater.client.flat import Mapped
 from headwater.client.part import Part
 from headwater.client.session import Session
-from headwater.cluster.placement import layout
+from headwater.layout.dense import layout
 from headwater.errors import (
     ClusterError,
     DeadlineExceeded,

@@ -12,7 +12,7 @@ import torch
 
 import headwater
 from headwater.client import Client, Dense, Table
-from headwater.cluster.placement import BLOCK
+from headwater.layout.dense import BLOCK
 from headwater.errors import LinkBroken, ProtocolError
 from headwater.launch import Launcher
 from headwater.transports import receiver

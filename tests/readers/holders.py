@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from headwater.cluster.placement import layout
-from headwater.cluster.spans import spans
+from headwater.layout.dense import layout
+from headwater.layout.words import spans
 from headwater.errors import (
     DeadlineExceeded,
     HeadwaterError,

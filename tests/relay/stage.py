@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import xxhash
 
-from headwater.cluster.placement import layout
+from headwater.layout.dense import layout
 from headwater.errors import HeadwaterError
 from headwater.readers.fetch import Got
 from headwater.relay.core import Relay

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from headwater.cluster.placement import layout
+from headwater.layout.dense import layout
 from headwater.server import COORDINATOR
 from headwater.server.node import Node, Setting
 from headwater.server.server import Server

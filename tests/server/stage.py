@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from headwater.cluster.placement import layout
+from headwater.layout.dense import layout
 from headwater.cluster.tables import decide
 from headwater.server import events as e
 from headwater.server.records import Ranges

@@ -8,8 +8,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from headwater.cluster.placement import layout
-from headwater.cluster.spans import spans
+from headwater.layout.dense import layout
+from headwater.layout.words import spans
 from headwater.errors import ProtocolError
 from headwater.server.versions.fills import Fills
 from headwater.server.versions.shelf import Key, Shelf

@@ -25,7 +25,7 @@ from headwater.client.publication import Publication, publish
 from headwater.client.runtime import Runtime, Threads
 from headwater.client.session import Session
 from headwater.client.table import Table
-from headwater.cluster.placement import check_table, layout
+from headwater.layout.dense import check_table, layout
 from headwater.errors import (
     ClusterError,
     DeadlineExceeded,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from headwater import interrupts
-from headwater.cluster.placement import BLOCK, PAGE, Layout
+from headwater.layout.dense import BLOCK, PAGE, Layout
 from headwater.errors import DeadlineExceeded, ShapeMismatch
 from headwater.transports import forks, memory
 from headwater.types import ParameterSpec, TableSpec

@@ -11,7 +11,7 @@ import torch
 
 from headwater.client.flat import Mapped
 from headwater.client.session import Session
-from headwater.cluster.placement import Block
+from headwater.layout.dense import Block
 from headwater.errors import HeadwaterError, ProtocolError, WorkerLost
 from headwater.types import Segment
 from headwater.wire import messages as m

@@ -17,7 +17,7 @@ from headwater.client.part import Part, Span
 from headwater.client.patience import Patience
 from headwater.client.session import TURN
 from headwater.client.tickets import Alike, StepResult, Ticket
-from headwater.cluster.placement import Layout
+from headwater.layout.dense import Layout
 from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken, LinkError, UsageError
 from headwater.transports import memory
 from headwater.types import Async, Bulk, Hyper, Segment, Stale

@@ -9,7 +9,7 @@ import msgspec
 
 from headwater.cluster import claims
 from headwater.cluster.membership import Member, Membership
-from headwater.cluster.placement import check_table, layout
+from headwater.layout.dense import check_table, layout
 from headwater.cluster.snapshots import Asker, Kept
 from headwater.errors import ClusterError, HeadwaterError, TableConflict, UnknownTable
 from headwater.types import Claim, TableSpec

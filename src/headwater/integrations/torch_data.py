@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from headwater.cluster.dataplan import check
-from headwater.cluster.order import order
+from headwater.layout.order import order
 from headwater.errors import DeadlineExceeded, InternalError, UsageError
 from headwater.types import Bulk
 from headwater.wire.plans import PlanChunk, PlanNext

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from headwater.cluster.placement import Layout, layout
+from headwater.layout.dense import Layout, layout
 from headwater.transports import memory
 from headwater.transports.rooms import Room
 from headwater.types import ParameterSpec, TableSpec, VersionInfo

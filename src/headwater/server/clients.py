@@ -8,7 +8,7 @@ from typing import NamedTuple
 import msgspec
 import torch
 
-from headwater.cluster.placement import Block
+from headwater.layout.dense import Block
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError
 from headwater.server import events as e
 from headwater.server.shard import Shard

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from headwater.cluster.placement import Block
+from headwater.layout.dense import Block
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, StateCorrupt, StateInUse, UsageError
 from headwater.server import records as r
 from headwater.server import state as s

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from headwater.cluster.placement import Block
+from headwater.layout.dense import Block
 from headwater.errors import ProtocolError
 from headwater.server import records as r
 from headwater.server import state as s

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from headwater.cluster.placement import BLOCK, PAGE, Block, check_table, layout
+from headwater.layout.dense import BLOCK, PAGE, Block, check_table, layout
 from headwater.errors import ClusterError, HeadwaterError, NotEnoughMemory, ProtocolError, StaleEpoch
 from headwater.server import COORDINATOR
 from headwater.server import events as e

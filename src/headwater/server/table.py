@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from headwater.cluster.placement import BLOCK
+from headwater.layout.dense import BLOCK
 from headwater.errors import ProtocolError
 from headwater.server import events as e
 from headwater.server.records import Contributor, Groups, Prepare, Ranges

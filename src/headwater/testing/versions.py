@@ -15,7 +15,7 @@ import numpy as np
 
 from headwater.client.client import Client
 from headwater.client.table import Table
-from headwater.cluster.spans import spans
+from headwater.layout.words import spans
 from headwater.errors import HeadwaterError, LinkError
 from headwater.readers.reading import Reader
 from headwater.server.table import Table as Shelved
@@ -28,7 +28,7 @@ from headwater.types import Bulk, VersionInfo
 
 if TYPE_CHECKING:
     from headwater.client.publication import Publication
-    from headwater.cluster.placement import Layout
+    from headwater.layout.dense import Layout
     from headwater.cluster.versions import Versions
     from headwater.readers.weights import Weights
 

@@ -13,7 +13,7 @@ from headwater.cli.bench import races
 from headwater.cli.bench.options import Options
 from headwater.cli.bench.races import course, tally, values
 from headwater.cli.bench.targets import TARGETS
-from headwater.cluster.placement import layout
+from headwater.layout.dense import layout
 
 
 def tensors(steps: dict[str, int], step: int, model: str = values.MODEL) -> dict[str, torch.Tensor]:

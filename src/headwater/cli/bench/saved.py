@@ -10,7 +10,7 @@ import torch
 
 import headwater
 from headwater.cli.bench.kernel import OPTIMIZERS
-from headwater.cluster.placement import layout
+from headwater.layout.dense import layout
 from headwater.server.snapshots.restore import Snapshot, load
 from headwater.server.tables.dense import DenseShard
 

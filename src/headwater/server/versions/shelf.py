@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from headwater.cluster.placement import BLOCK, layout
-from headwater.cluster.spans import spans
+from headwater.layout.dense import BLOCK, layout
+from headwater.layout.words import spans
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, VersionExpired
 from headwater.server.table import Table
 from headwater.server.versions.cut import PartCut

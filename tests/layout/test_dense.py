@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwater.cluster.placement import ALIGN, BLOCK, CHUNK, PAGE, Layout, check_table, layout
+from headwater.layout.dense import ALIGN, BLOCK, CHUNK, PAGE, Layout, check_table, layout
 from headwater.errors import NotEnoughMemory, UnknownOptimizer, UsageError
 from headwater.types import ITEMSIZE, Bulk, Init, OptimizerSpec, ParameterSpec, Stale, TableSpec
 
