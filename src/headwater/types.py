@@ -152,21 +152,6 @@ class Segment(msgspec.Struct, frozen=True):
         return self.offset + self.nbytes
 
 
-class PushId(msgspec.Struct, frozen=True):
-    """The identity of a push: applied once, however often it is sent."""
-
-    session: int
-    shard: int
-    seq: int
-
-
-class Version(msgspec.Struct, frozen=True, order=True):
-    """A point in a shard's history: reads of one session never go back."""
-
-    epoch: int
-    lsn: int
-
-
 class VersionInfo(msgspec.Struct, frozen=True):
     """A published version: an immutable, named state of a table set.
 

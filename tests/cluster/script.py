@@ -12,7 +12,8 @@ from headwater.errors import HeadwaterError
 from headwater.testing import FakeClock
 from headwater.types import Bulk, Init, OptimizerSpec, ParameterSpec, TableSpec
 from headwater.wire import messages as m
-from headwater.wire.frames import Dial, Frame, Instruction, Kind
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Dial, Instruction
 
 T = TypeVar("T", bound=msgspec.Struct)
 Heard = m.Reply | m.Notice | m.Request | HeadwaterError

@@ -19,7 +19,8 @@ from headwater.types import OptimizerSpec, ParameterSpec, TableSpec, VersionInfo
 from headwater.wire import messages as m
 from headwater.wire import sums
 from headwater.wire import versions as v
-from headwater.wire.frames import Frame, Instruction, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Instruction, Outgoing
 
 ME = v.Holder("tcp://127.0.0.1:1", "local://relay", "here")
 FAR = v.Holder("tcp://127.0.0.1:2", "", "there")

@@ -17,7 +17,8 @@ from headwater.server.server import Server
 from headwater.server.state import view
 from headwater.types import Async, OptimizerSpec, ParameterSpec, Sync, TableSpec
 from headwater.wire import messages as m
-from headwater.wire.frames import Dial, Flag, Frame, Instruction, Kind
+from headwater.wire.frames import Flag, Frame, Kind
+from headwater.wire.outgoing import Dial, Instruction
 
 MEMBERS = 1  # the membership epoch
 

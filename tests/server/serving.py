@@ -22,7 +22,8 @@ from headwater.transports.receiver import Receiver, descriptors
 from headwater.types import TableSpec
 from headwater.wire import auth
 from headwater.wire import messages as m
-from headwater.wire.frames import Frame, Instruction, Kind, Outgoing, encode
+from headwater.wire.frames import Frame, Kind, encode
+from headwater.wire.outgoing import Instruction, Outgoing
 from tests.patience import PATIENCE
 
 TOKEN = b"a token for tests"

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import headwater
-from headwater.errors import StateInUse
+from headwater.errors import Halt, StateInUse
 from headwater.server import disk
 from headwater.server.disk import Folder, Identity, frames_of
 from headwater.server.node import Setting
@@ -195,7 +195,7 @@ def test_a_full_disk_ends_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(disk.os, "fdatasync", full)
-    with pytest.raises(disk.Halt, match="No space left"):
+    with pytest.raises(Halt, match="No space left"):
         worker.push(1)
     assert worker.acks() == []
 

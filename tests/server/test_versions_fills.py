@@ -17,7 +17,8 @@ from headwater.types import OptimizerSpec, ParameterSpec, TableSpec
 from headwater.wire import messages as m
 from headwater.wire import sums
 from headwater.wire import versions as v
-from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Dial, Instruction, Outgoing
 
 SPECS = (
     (1, TableSpec("w", (ParameterSpec("w", (700, 1000)),), OptimizerSpec("SGD", ({"lr": 0.1},)))),

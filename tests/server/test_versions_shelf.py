@@ -26,7 +26,8 @@ from headwater.types import Bulk, OptimizerSpec, ParameterSpec, TableSpec
 from headwater.wire import delta
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from headwater.wire.frames import Flag, Frame, Instruction, Kind, Outgoing
+from headwater.wire.frames import Flag, Frame, Kind
+from headwater.wire.outgoing import Instruction, Outgoing
 from headwater.wire.sums import checksums, digest, unpack
 from tests.patience import PATIENCE
 from tests.server.serving import NodeHost, Wire, serve

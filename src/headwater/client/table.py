@@ -24,7 +24,7 @@ from headwater.types import Async, Bulk, Hyper, Segment, Stale
 from headwater.wire import messages as m
 from headwater.wire.exact import clip_factor
 from headwater.wire.frames import Flag
-from headwater.wire.plans import ANY
+from headwater.wire.data_plan import ANY
 
 if TYPE_CHECKING:
     from headwater.client.client import Client

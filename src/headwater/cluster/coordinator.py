@@ -22,12 +22,13 @@ from headwater.cluster.publications import Publications
 from headwater.cluster.rules import Rules as Rules
 from headwater.cluster.rules import check, shape
 from headwater.cluster.snapshot_desk import SnapshotDesk
-from headwater.cluster.snapshots import Asker, Discard, Outcome, Publish, Published, Restored, Snapshots, Start, Started
+from headwater.cluster.snapshots import Discard, Outcome, Publish, Published, Restored, Snapshots, Start, Started
 from headwater.cluster.tables import Tables
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, UsageError
 from headwater.types import Bulk
 from headwater.wire import messages as m
-from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Asker, Dial, Instruction, Outgoing
 from headwater.wire.versions import VersionNotice, VersionRequest
 
 PAUSE = 0.5  # seconds between two ticks, which come ten times as often, that mean that this process was stopped

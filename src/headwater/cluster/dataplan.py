@@ -17,7 +17,7 @@ from itertools import pairwise
 import msgspec
 
 from headwater.errors import ClusterError, SessionExpired, StateCorrupt, UsageError
-from headwater.wire.plans import PlanChunk, PlanNext
+from headwater.wire.data_plan import PlanChunk, PlanNext
 
 MOST_SAMPLES = 1 << 48
 MOST_PLANS = 1000

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from headwater.cluster.fleet import in_sync
-from headwater.cluster.snapshots import Asker
 from headwater.cluster.versions import Known, Versions
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError
 from headwater.types import Bulk
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from headwater.wire.frames import Frame, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Asker, Outgoing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -21,13 +21,6 @@ PATIENCE = 600.0  # seconds for all parts of one snapshot
 CALM = 1.0  # seconds after a failed one before the next that nobody asked for
 
 
-class Asker(NamedTuple):
-    """Who waits for an answer."""
-
-    peer: int
-    seq: int
-
-
 class Start(NamedTuple):
     """To the host: make a folder; then ``started`` or ``failed``."""
 

@@ -17,7 +17,6 @@ import msgspec
 from headwater.cluster.entries import ASKERS, LATEST, Entry
 from headwater.cluster.membership import HEARTBEAT, Membership, given_up
 from headwater.layout.dense import layout
-from headwater.cluster.snapshots import Asker
 from headwater.layout.words import spans
 from headwater.cluster.versions import Known, Versions
 from headwater.errors import ClusterError, DeadlineExceeded, HeadwaterError, LinkError, ProtocolError, UnknownVersion
@@ -26,7 +25,8 @@ from headwater.server.versions.shelf import Key, Shelf
 from headwater.types import TableSpec, VersionInfo
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from headwater.wire.frames import Frame, Instruction, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Asker, Instruction, Outgoing
 
 KEEP = 3  # versions of a model
 AGAIN = 0.5  # seconds until a version that did not come is asked for again; twice as long each time

@@ -16,7 +16,8 @@ from headwater.server.state import view
 from headwater.transports import memory
 from headwater.types import TableSpec
 from headwater.wire import messages as m
-from headwater.wire.frames import MAX_BODY, Flag, Frame, Kind, Outgoing, seal
+from headwater.wire.frames import MAX_BODY, Flag, Frame, Kind, seal
+from headwater.wire.outgoing import Outgoing
 from headwater.wire.tensors import to_bytes
 
 ROOM = 4096  # bytes that a record of slots is larger than the request

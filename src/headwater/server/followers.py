@@ -20,7 +20,8 @@ from headwater.server.lending import Buffer, Lending
 from headwater.server.records import Record
 from headwater.server.shard import Shard
 from headwater.wire import messages as m
-from headwater.wire.frames import Flag, Frame, Kind, Outgoing, seal
+from headwater.wire.frames import Flag, Frame, Kind, seal
+from headwater.wire.outgoing import Outgoing
 from headwater.wire.tensors import dtype_name
 
 CREDITS = 4  # blocks of state under way to one newcomer

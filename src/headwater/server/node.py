@@ -35,7 +35,8 @@ from headwater.transports import memory
 from headwater.types import TableSpec
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Dial, Instruction, Outgoing
 
 log = logging.getLogger("headwater")
 

@@ -20,7 +20,6 @@ from headwater.server.records import Record
 from headwater.server.replica import Memory, Replica
 from headwater.server.sync.bulk import Part
 from headwater.server.table import Session, Table
-from headwater.types import Version
 from headwater.wire.frames import Flag
 from headwater.wire.messages import Commit, Follow, Members, StepBody
 
@@ -46,10 +45,6 @@ class Shard(Replica):
         self._left: list[Record] = []  # proposed and not applied when this server stepped down
         self._told = 0  # the membership epoch of the last record about it
         self._applying = False
-
-    @property
-    def version(self) -> Version:
-        return Version(self.epoch, self.lsn)
 
     # ---- views -----------------------------------------------------------------------------------
 

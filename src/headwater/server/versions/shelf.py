@@ -25,7 +25,8 @@ from headwater.types import TableSpec
 from headwater.wire import delta
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from headwater.wire.frames import Flag, Frame, Instruction, Kind, Outgoing, seal
+from headwater.wire.frames import Flag, Frame, Kind, seal
+from headwater.wire.outgoing import Instruction, Outgoing
 from headwater.wire.sums import Sums, digest, pack
 
 log = logging.getLogger("headwater")
