@@ -39,7 +39,7 @@ from headwater.errors import (
 )
 from headwater.transports import forks
 from headwater.transports.address import host_identity
-from headwater.types import Async, Bulk, Claim, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
+from headwater.types import Async, Claim, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
 from headwater.wire import messages as m
 from headwater.wire.tensors import dtype_name
 from headwater.wire.versions import Retire, VersionStatus
@@ -435,7 +435,7 @@ class Client:
         for table in self.tables.values():
             table.wait()
         with self._aside(self.runtime.now() + self.timeout):
-            if not any(isinstance(table.spec.sync, Bulk) for table in self.tables.values()):
+            if not any(table.spec.sync.collective for table in self.tables.values()):
                 yield
                 return
             self._rest(True)

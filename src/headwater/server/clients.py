@@ -210,7 +210,7 @@ class Clients:
         if not 1 <= request.base < 1 << 62:
             raise ProtocolError(f"pushes from {request.base} on are out of range")
         out = self._run(e.Attached(session, request.table, shared, request.base))
-        clock = table.gathering.clock if table.bulk else min(table.clocks.clock.values(), default=0)
+        clock = table.gathering.clock if table.collective else min(table.clocks.clock.values(), default=0)
         done = self.shard.session(session).done.get(request.table, 0)
         reply = m.Attached(self.shard.lsn, clock, kept.values.numel(), done, self.shard.members.epoch)
         return [*out, Outgoing(peer, Frame(Kind.REPLY, seq=frame.seq, body=m.pack(reply)), give)]
@@ -303,8 +303,8 @@ class Clients:
         """Values that a client maps are fresh without a byte moved; they count as pulled, as a doorbell as pushed."""
         peer = self._peers.get(a.session)
         table = self.shard.tables.get(a.table)
-        if a.step and table is not None and table.bulk and peer is not None and a.table in self._links[peer].shared:
-            self.pulled_bytes += table.size
+        if a.step and table is not None and peer is not None and a.table in self._links[peer].shared:
+            self.pulled_bytes += 0 if table.spec.sync.reads_own_memory else table.size
 
     def fail(self, f: e.Fail) -> list[Outgoing]:
         body = m.pack(m.ErrorBody(f.code, f.message))

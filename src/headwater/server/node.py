@@ -428,7 +428,7 @@ class Node:
         for cut in list(self.cuts) if self.leads else ():
             # A table on this shard alone takes its steps by itself; those of others came before the coordinator's word.
             alone = [(self.shard.tables.get(number), clock) for number, clock in cut.clocks]
-            if all(t is None or not t.alone or not t.bulk or t.gathering.clock >= clock for t, clock in alone):
+            if all(t is None or not t.alone or not t.collective or t.gathering.clock >= clock for t, clock in alone):
                 self.cuts.remove(cut)
                 out += self.run(e.Publish(cut.number, cut.tables))
         return out

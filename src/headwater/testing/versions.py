@@ -24,7 +24,7 @@ from headwater.server.versions.shelf import Held, Key, Shelf
 from headwater.testing.links import SimRuntime
 from headwater.testing.oracles import Oracles, Violation
 from headwater.testing.scenario import Scenario
-from headwater.types import Bulk, VersionInfo
+from headwater.types import VersionInfo
 
 if TYPE_CHECKING:
     from headwater.client.publication import Publication
@@ -119,7 +119,7 @@ class VersionOracle:
                     raise Violation(
                         "versions", f"version {info.number}, shard {shard}: not what the log says at LSN {lsn}"
                     )  # fmt: skip
-        if isinstance(fold.spec.sync, Bulk) and clocks != {info.step}:
+        if fold.spec.sync.collective and clocks != {info.step}:
             raise Violation("versions", f"version {info.number} is labelled step {info.step}; shards cut at {clocks}")
 
 

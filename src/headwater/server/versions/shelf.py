@@ -459,7 +459,7 @@ def _bytes_of(deltas: Mapping[int, Encoded | None]) -> int:
 
 
 def _clock(table: Table) -> int:
-    return table.gathering.clock if table.bulk else max(table.clocks.clock.values(), default=0)
+    return table.gathering.clock if table.collective else max(table.clocks.clock.values(), default=0)
 
 
 def _refuse(asked: Asked, error: ClusterError) -> Outgoing:
