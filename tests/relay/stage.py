@@ -8,8 +8,8 @@ import msgspec
 import numpy as np
 import xxhash
 
-from headwater.layout.dense import layout
 from headwater.errors import HeadwaterError
+from headwater.layout.dense import layout
 from headwater.readers.fetch import Got
 from headwater.relay.core import Relay
 from headwater.relay.words import Event, Failed, Fetched, Job, Listed, News, Silent

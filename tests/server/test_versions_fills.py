@@ -8,9 +8,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from headwater.errors import ProtocolError
 from headwater.layout.dense import layout
 from headwater.layout.words import spans
-from headwater.errors import ProtocolError
 from headwater.server.versions.fills import Fills
 from headwater.server.versions.shelf import Key, Shelf
 from headwater.types import OptimizerSpec, ParameterSpec, TableSpec

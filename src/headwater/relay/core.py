@@ -16,10 +16,10 @@ import msgspec
 
 from headwater.cluster.entries import ASKERS, LATEST, Entry
 from headwater.cluster.membership import HEARTBEAT, Membership, given_up
-from headwater.layout.dense import layout
-from headwater.layout.words import spans
 from headwater.cluster.versions import Known, Versions
 from headwater.errors import ClusterError, DeadlineExceeded, HeadwaterError, LinkError, ProtocolError, UnknownVersion
+from headwater.layout.dense import layout
+from headwater.layout.words import spans
 from headwater.relay.words import Back, Base, Event, Failed, Fetched, Job, Listed, News, Silent, Taken, Trouble, same
 from headwater.server.versions.shelf import Key, Shelf
 from headwater.types import TableSpec, VersionInfo

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from headwater.layout.dense import BLOCK, PAGE, Block, check_table, layout
 from headwater.errors import ClusterError, HeadwaterError, NotEnoughMemory, ProtocolError, StaleEpoch
+from headwater.layout.dense import BLOCK, PAGE, Block, check_table, layout
 from headwater.server import COORDINATOR
 from headwater.server import events as e
 from headwater.server import records as r

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from headwater.layout.dense import BLOCK
 from headwater.errors import ProtocolError
+from headwater.layout.dense import BLOCK
 from headwater.server import events as e
 from headwater.server.records import Contributor, Groups, Prepare, Ranges
 from headwater.server.sync import Alike, Clocks, Gathering, Words

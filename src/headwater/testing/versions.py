@@ -15,8 +15,8 @@ import numpy as np
 
 from headwater.client.client import Client
 from headwater.client.table import Table
-from headwater.layout.words import spans
 from headwater.errors import HeadwaterError, LinkError
+from headwater.layout.words import spans
 from headwater.readers.reading import Reader
 from headwater.server.table import Table as Shelved
 from headwater.server.versions.cut import PartCut
@@ -28,8 +28,8 @@ from headwater.types import VersionInfo
 
 if TYPE_CHECKING:
     from headwater.client.publication import Publication
-    from headwater.layout.dense import Layout
     from headwater.cluster.versions import Versions
+    from headwater.layout.dense import Layout
     from headwater.readers.weights import Weights
 
 SHARE = 0.15  # of a worker's steps that are published

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from headwater.errors import ClusterError, HeadwaterError, ProtocolError, VersionExpired
 from headwater.layout.dense import BLOCK, layout
 from headwater.layout.words import spans
-from headwater.errors import ClusterError, HeadwaterError, ProtocolError, VersionExpired
 from headwater.server.table import Table
 from headwater.server.versions.cut import PartCut
 from headwater.transports.rooms import Room, Rooms
