@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from headwater.client.client import Client, ClientStatistics
     from headwater.client.connecting import connect, current, release, shared
     from headwater.client.dense.handle import Dense
-    from headwater.client.publication import Publication
     from headwater.client.dense.table import Table
+    from headwater.client.publication import Publication
     from headwater.client.tickets import StepResult, Ticket
 
 __all__ = [
