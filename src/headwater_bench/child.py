@@ -20,11 +20,11 @@ from typing import Any, Self
 import msgspec
 
 ROLES = {
-    "kernel": "headwater_bench.kernel:Kernel",
+    "kernel": "headwater_bench.kernel:KernelAlone",
     "gloo": "headwater_bench.gloo:GlooRank",
     "echo": "headwater_bench.sockets:Echo",
-    "trainer": "headwater_bench.trainer:Trainer",
-    "pusher": "headwater_bench.memory:Pusher",
+    "trainer": "headwater_bench.trainer:StepTrainer",
+    "pusher": "headwater_bench.memory:MemoryWorker",
     "steady": "headwater_bench.saved:Steady",
     "generator": "headwater_bench.serve:Generator",
     "loader": "headwater_bench.saved:Loader",

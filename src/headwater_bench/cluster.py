@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import headwater
-from headwater_bench.options import Transport
 from headwater.cli.environment import exported as exported
 from headwater.launch import Launcher, cores
+from headwater_bench.options import Transport
 
 
 def server_threads(servers: int) -> int:

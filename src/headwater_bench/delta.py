@@ -22,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from headwater.wire import delta
+from headwater.wire.delta import Span
 from headwater_bench.options import MEBIBYTE, Options
 from headwater_bench.report import Figure, figure
 from headwater_bench.statistics import interleave, median_ratio
-from headwater.wire import delta
-from headwater.wire.delta import Span
 
 Array = npt.NDArray[Any]
 
@@ -57,7 +57,7 @@ print(time.process_time() - start)
 """
 
 
-class Versions(NamedTuple):
+class VersionPair(NamedTuple):
     """Two versions of a part, uint8, of words of ``word`` bytes."""
 
     old: Array
@@ -90,7 +90,7 @@ def _compiling(options: Options) -> list[Figure]:
 # --- what changes -----------------------------------------------------------------------------------------------
 
 
-def stepped(kind: Any, rate: float, dtype: torch.dtype, master: torch.dtype, count: int) -> Versions:
+def stepped(kind: Any, rate: float, dtype: torch.dtype, master: torch.dtype, count: int) -> VersionPair:
     """``count`` normal weights before and after an optimizer's step in ``master``, both rounded to ``dtype``."""
     dice = torch.Generator().manual_seed(0)
     weights = torch.nn.Parameter((torch.randn(count, generator=dice) * SPREAD).to(master))
@@ -100,13 +100,13 @@ def stepped(kind: Any, rate: float, dtype: torch.dtype, master: torch.dtype, cou
         weights.grad = (torch.randn(count, generator=dice) * GRADIENT).to(master)
         optimizer.step()
     new = weights.detach().to(dtype, copy=True)
-    return Versions(_bytes(old), _bytes(new), dtype.itemsize)
+    return VersionPair(_bytes(old), _bytes(new), dtype.itemsize)
 
 
-def changing(share: float, master: torch.dtype) -> Callable[[], Versions]:
+def changing(share: float, master: torch.dtype) -> Callable[[], VersionPair]:
     """AdamW on bfloat16 weights, at the rate that changes about this share of them in a step."""
 
-    def make() -> Versions:
+    def make() -> VersionPair:
         low, high = 1e-9, 1.0
         for _ in range(20):
             rate = (low * high) ** 0.5
@@ -117,18 +117,18 @@ def changing(share: float, master: torch.dtype) -> Callable[[], Versions]:
     return make
 
 
-def replaced(share: float) -> Versions:
+def replaced(share: float) -> VersionPair:
     """bfloat16 words, a share of them replaced by any other: the worst case."""
     dice = np.random.default_rng(0)
     old = dice.integers(0, 2**16, PIECE // 2, dtype=np.uint16)
     new = old.copy()
     struck = dice.random(old.size) < share
     new[struck] += dice.integers(1, 2**16, int(struck.sum()), dtype=np.uint16)
-    return Versions(old.view(np.uint8), new.view(np.uint8), 2)
+    return VersionPair(old.view(np.uint8), new.view(np.uint8), 2)
 
 
 FP32, BF16 = torch.float32, torch.bfloat16
-KINDS: dict[str, Callable[[], Versions]] = {
+KINDS: dict[str, Callable[[], VersionPair]] = {
     "bf16 AdamW 1 %": changing(0.01, BF16),
     "bf16 of fp32 AdamW 1 %": changing(0.01, FP32),
     "bf16 random 1 %": lambda: replaced(0.01),
@@ -139,7 +139,7 @@ KINDS: dict[str, Callable[[], Versions]] = {
 }
 
 
-def changed(versions: Versions) -> Array:
+def changed(versions: VersionPair) -> Array:
     """Which words differ."""
     old, new = _words(versions)
     different: Array = old != new
@@ -150,16 +150,16 @@ def _bytes(tensor: torch.Tensor) -> Array:
     return tensor.view(torch.uint8).numpy()
 
 
-def _words(versions: Versions) -> tuple[Array, Array]:
+def _words(versions: VersionPair) -> tuple[Array, Array]:
     kind = np.uint16 if versions.word == 2 else np.uint32
     return versions.old.view(kind), versions.new.view(kind)
 
 
-def _repeated(piece: Versions, size: int) -> Versions:
-    return Versions(np.resize(piece.old, size), np.resize(piece.new, size), piece.word)
+def _repeated(piece: VersionPair, size: int) -> VersionPair:
+    return VersionPair(np.resize(piece.old, size), np.resize(piece.new, size), piece.word)
 
 
-def floor(versions: Versions) -> float:
+def floor(versions: VersionPair) -> float:
     """Bytes per changed word that the entropy of places and moves allows."""
     different = changed(versions)
     old, new = _words(versions)
@@ -172,7 +172,7 @@ def floor(versions: Versions) -> float:
 # --- what it costs ----------------------------------------------------------------------------------------------
 
 
-def _figures(name: str, versions: Versions, rounds: int) -> list[Figure]:
+def _figures(name: str, versions: VersionPair, rounds: int) -> list[Figure]:
     old, new, word = versions
     spans = [Span(0, old.size, word)]
     made = delta.encode(old, new, spans, most=LARGE)
@@ -188,7 +188,7 @@ def _figures(name: str, versions: Versions, rounds: int) -> list[Figure]:
         rounds,
         warmup=1,
     )
-    piece = Versions(old[:PIECE], new[:PIECE], word)
+    piece = VersionPair(old[:PIECE], new[:PIECE], word)
     count = int(changed(versions).sum())
     bound = median_ratio(seconds["copy"], seconds["compare"])
     return [
@@ -226,15 +226,15 @@ def _wrong(old: Array, new: Array, made: bytes, word: int) -> int:
     """Words that differ from the newer version after the delta was applied, and applied again."""
     target = old.copy()
     delta.apply(target, made)
-    wrong = int(changed(Versions(target, new, word)).sum())
+    wrong = int(changed(VersionPair(target, new, word)).sum())
     delta.apply(target, made)
-    return wrong + int(changed(Versions(target, new, word)).sum())
+    return wrong + int(changed(VersionPair(target, new, word)).sum())
 
 
 # --- delta or whole ---------------------------------------------------------------------------------------------
 
 
-class Race(NamedTuple):
+class CodecTimes(NamedTuple):
     """The changed words' share, the delta's share of the bytes; seconds of a processor to encode and to apply."""
 
     changed: float
@@ -253,7 +253,7 @@ def _race(rounds: int) -> list[Figure]:
     runs = []
     for share in SHARES:
         new = old + np.where(order < share, moves, np.uint16(0))
-        runs.append(_raced(Versions(old.view(np.uint8), new.view(np.uint8), 2), share, rounds))
+        runs.append(_raced(VersionPair(old.view(np.uint8), new.view(np.uint8), 2), share, rounds))
     whole = RACE / LINK
     single = crossing([(run.encode + run.size * whole + run.apply, run) for run in runs], whole)
     kept = crossing([(run.size * whole + run.apply, run) for run in runs], whole)
@@ -266,7 +266,7 @@ def _race(rounds: int) -> list[Figure]:
     return found
 
 
-def _raced(versions: Versions, share: float, rounds: int) -> Race:
+def _raced(versions: VersionPair, share: float, rounds: int) -> CodecTimes:
     old, new, word = versions
     spans = [Span(0, old.size, word)]
     made = delta.encode(old, new, spans, most=LARGE)
@@ -277,13 +277,13 @@ def _raced(versions: Versions, share: float, rounds: int) -> Race:
     encode = _timed(lambda: delta.encode(old, new, spans, most=LARGE), busy)
     seconds = interleave({"encode": encode, "apply": lambda: _timed_apply(target, old, made, busy)}, rounds, warmup=1)
     middle = {side: statistics.median(found) for side, found in seconds.items()}
-    return Race(share, len(made) / old.size, middle["encode"], middle["apply"])
+    return CodecTimes(share, len(made) / old.size, middle["encode"], middle["apply"])
 
 
-def crossing(runs: list[tuple[float, Race]], whole: float) -> Race:
+def crossing(runs: list[tuple[float, CodecTimes]], whole: float) -> CodecTimes:
     """Where the seconds of the runs reach ``whole``, between two of them by a straight line; else the nearest end."""
     for (before, low), (after, high) in itertools.pairwise(runs):
         if before < whole <= after:
             part = (whole - before) / (after - before)
-            return Race(*(a + part * (b - a) for a, b in zip(low, high, strict=True)))
+            return CodecTimes(*(a + part * (b - a) for a, b in zip(low, high, strict=True)))
     return runs[0][1] if runs[0][0] >= whole else runs[-1][1]

@@ -41,7 +41,7 @@ def measure(options: Options) -> list[Figure]:
 # ---- Headwater's side ----------------------------------------------------------------------------
 
 
-class Worker:
+class DenseWorker:
     """Dense tables under each optimizer, and what a round trip of one costs the worker.
 
     One with the default check for NaN and Inf, one that checks nothing, as the kernel alone does not either.
@@ -102,9 +102,9 @@ def _declare(client: headwater.Client, optimizer: str, size: int, nonfinite: str
 
 
 @contextlib.contextmanager
-def _worker(transport: Transport, options: Options) -> Iterator[Worker]:
+def _worker(transport: Transport, options: Options) -> Iterator[DenseWorker]:
     with connected(transport, options.servers) as client:
-        worker = Worker(client, options.size * MEBIBYTE)
+        worker = DenseWorker(client, options.size * MEBIBYTE)
         yield worker
         worker.check()
 

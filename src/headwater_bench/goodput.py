@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from headwater_bench.cluster import launcher
-from headwater_bench.options import Options
-from headwater_bench.report import Figure, figure
-from headwater_bench.tiny import Acks
-from headwater_bench.rig.monitor import Monitor
 from headwater.errors import DeadlineExceeded
 from headwater.launch import Launcher, Process
 from headwater.transports.address import parse
+from headwater_bench.cluster import launcher
+from headwater_bench.options import Options
+from headwater_bench.report import Figure, figure
+from headwater_bench.rig.monitor import Monitor
+from headwater_bench.tiny import Acks
 
 WORKERS = 8
 SERVERS = 3
@@ -38,7 +38,7 @@ PATIENCE = 90.0
 OLD = 3.0  # seconds that a process has lived before it may be killed: a young one counts as one that cannot start
 
 
-class Window(NamedTuple):
+class Span(NamedTuple):
     begin: float
     end: float
 
@@ -57,11 +57,11 @@ class Life(NamedTuple):
     end: float
 
 
-class Course(NamedTuple):
+class Observed(NamedTuple):
     """Quiet and loud windows in pairs; every acknowledged step (when, which) of every worker; their lives."""
 
-    quiet: list[Window]
-    loud: list[Window]
+    quiet: list[Span]
+    loud: list[Span]
     acks: list[tuple[float, int]]
     lives: list[Life]
 
@@ -74,7 +74,7 @@ def measure(options: Options) -> list[Figure]:
         tempfile.TemporaryDirectory() as scratch,
         launcher(SERVERS, replicas=2, elastic=True, restart_workers=1000, on_note=_quiet) as cluster,
     ):
-        course = Storm(cluster, Path(scratch)).run(faults)
+        course = GoodputRun(cluster, Path(scratch)).run(faults)
     return goodput_figures(course)
 
 
@@ -82,7 +82,7 @@ def _quiet(text: str) -> None:
     """What the launcher says of each death is known here."""
 
 
-class Storm:
+class GoodputRun:
     """A run with faults."""
 
     def __init__(self, cluster: Launcher, folder: Path) -> None:
@@ -93,9 +93,9 @@ class Storm:
         command = [sys.executable, "-P", "-c", _START, str(folder), str(STEP)]
         cluster.start_workers(command, WORKERS, env={"OMP_NUM_THREADS": "1"})
 
-    def run(self, faults: int) -> Course:
-        quiet: list[Window] = []
-        loud: list[Window] = []
+    def run(self, faults: int) -> Observed:
+        quiet: list[Span] = []
+        loud: list[Span] = []
         with self._monitor() as monitor:
             self._back(monitor, time.monotonic())
             for number in range(faults):
@@ -105,11 +105,11 @@ class Storm:
                 os.kill(victim.pid, signal.SIGKILL)
                 self._window()
                 self._back(monitor, begin)
-                loud.append(Window(begin, time.monotonic()))
+                loud.append(Span(begin, time.monotonic()))
         acks = [ack for worker in self._acks for ack in worker.found]
         now = time.monotonic()
         alive = [Life(process.started, now) for process in self._seen.values()]
-        return Course(quiet, loud, acks, self._lives + alive)
+        return Observed(quiet, loud, acks, self._lives + alive)
 
     @contextlib.contextmanager
     def _monitor(self) -> Iterator[Monitor]:
@@ -118,10 +118,10 @@ class Storm:
         with contextlib.closing(Monitor(parse(self._cluster.address), token)) as monitor:
             yield monitor
 
-    def _window(self) -> Window:
+    def _window(self) -> Span:
         begin = time.monotonic()
         self._until(lambda: time.monotonic() >= begin + WINDOW, "a window has passed")
-        return Window(begin, time.monotonic())
+        return Span(begin, time.monotonic())
 
     def _victim(self, number: int) -> Process:
         """A server, then a worker, and so on."""
@@ -170,7 +170,7 @@ _START = (
 # ---- what came of it ---------------------------------------------------------------------------------
 
 
-def goodput_figures(course: Course) -> list[Figure]:
+def goodput_figures(course: Observed) -> list[Figure]:
     """Contributions (a worker's acknowledged steps) are what counts: a step with 7 of 8 workers is worth 7."""
     pairs = list(zip(course.quiet, course.loud, strict=True))
     costs = [b.seconds * (1 - _rate(course.acks, b) / _rate(course.acks, a)) for a, b in pairs]
@@ -194,11 +194,11 @@ def scaled(cost: float, an_hour: int = AN_HOUR) -> float:
     return 1 - cost * an_hour / 3600
 
 
-def _rate(acks: Sequence[tuple[float, int]], window: Window) -> float:
+def _rate(acks: Sequence[tuple[float, int]], window: Span) -> float:
     return sum(window.holds(when) for when, _ in acks) / window.seconds
 
 
-def contributing(acks: Sequence[tuple[float, int]], lives: Sequence[Life], windows: Sequence[Window]) -> float:
+def contributing(acks: Sequence[tuple[float, int]], lives: Sequence[Life], windows: Sequence[Span]) -> float:
     """The mean over steps in the windows: contributors / processes of workers, those that still start included."""
     contributors = Counter(clock for _, clock in acks)
     first: dict[int, float] = {}

@@ -15,7 +15,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
 """What the benches run: the class and its hyperparameters, the same on either side of a pair."""
 
 
-class Kernel:
+class KernelAlone:
     """Parameters of the given element counts, float32, and one fused torch.optim optimizer per name.
 
     The number of threads is the process's ``OMP_NUM_THREADS``.

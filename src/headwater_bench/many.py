@@ -31,7 +31,7 @@ def measure(options: Options) -> list[Figure]:
         for transport in options.transports():
             options.note(f"many {transport}")
             with connected(transport, options.servers) as client:
-                worker = Worker(client)
+                worker = ManyWorker(client)
                 measures: dict[str, Measure] = {
                     "ours": median_of(worker.at_once, INNER),
                     "kernel": steps(kernel),
@@ -47,7 +47,7 @@ def steps(kernel: Child) -> Measure:
     return lambda: statistics.median(kernel.ask("step", optimizer=OPTIMIZER, times=INNER))
 
 
-class Worker:
+class ManyWorker:
     """A table of many small tensors."""
 
     def __init__(self, client: headwater.Client) -> None:

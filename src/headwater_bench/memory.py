@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 
 import headwater
+from headwater.launch import Launcher
 from headwater_bench.child import Child
 from headwater_bench.cluster import server_threads, worker_environment
 from headwater_bench.kernel import OPTIMIZERS
 from headwater_bench.options import MEBIBYTE, Options
 from headwater_bench.report import Figure, figure
 from headwater_bench.statistics import slope
-from headwater.launch import Launcher
 
 STEPS = 1000
 SAMPLES = 20
@@ -52,7 +52,7 @@ def resident(pid: int | str) -> int:
     raise ProcessLookupError(f"process {pid} has ended")
 
 
-class Pusher:
+class MemoryWorker:
     """The child's side: one worker that pushes and pulls a dense table of ``size`` bytes."""
 
     def __init__(self, size: int) -> None:

@@ -47,7 +47,7 @@ def measure(options: Options) -> list[Figure]:
         found = []
         for dtype in DTYPES:
             with _cluster(options) as client:
-                publisher = Publisher(client, "model", options.version * MEBIBYTE, dtype)
+                publisher = PublishedTable(client, "model", options.version * MEBIBYTE, dtype)
                 found += _publishing(options, publisher)
                 if dtype == DTYPES[0]:
                     found += _reading(options, publisher)
@@ -69,7 +69,7 @@ def _cluster(options: Options) -> Iterator[headwater.Client]:
 # ---- the trainer ---------------------------------------------------------------------------------------
 
 
-class Published(NamedTuple):
+class PublishTimes(NamedTuple):
     """A version: seconds until the call returned, until it was ready, and the longest that a shard paused for it."""
 
     info: headwater.VersionInfo
@@ -78,7 +78,7 @@ class Published(NamedTuple):
     pause: float
 
 
-class Publisher:
+class PublishedTable:
     """The worker: a table whose every element changes with each step."""
 
     def __init__(self, client: headwater.Client, model: str, nbytes: int, dtype: str) -> None:
@@ -102,13 +102,13 @@ class Publisher:
         """Publish, without waiting for the outcome."""
         return self.client.publish([self._table], f"v{next(self._names)}", keep=1)
 
-    def publish(self) -> Published:
+    def publish(self) -> PublishTimes:
         """Publish, and wait until it can be leased. The servers have nothing else to do."""
         start = time.perf_counter()
         begun = self.begin()
         called = time.perf_counter() - start
         info = begun.wait()
-        return Published(info, called, time.perf_counter() - start, begun.pause)
+        return PublishTimes(info, called, time.perf_counter() - start, begun.pause)
 
     def next(self) -> headwater.VersionInfo:
         """A version that differs from the last one in every element."""
@@ -135,7 +135,7 @@ class Computation:
 class Pauses:
     """A training step with and without a publication in it; ``compute`` comes between the publication and the push."""
 
-    def __init__(self, publisher: Publisher, compute: Computation | None) -> None:
+    def __init__(self, publisher: PublishedTable, compute: Computation | None) -> None:
         self._publisher, self._compute = publisher, compute
         self.servers: list[float] = []
 
@@ -159,7 +159,7 @@ class Pauses:
         self._publisher.step()
 
 
-def _publishing(options: Options, publisher: Publisher) -> list[Figure]:
+def _publishing(options: Options, publisher: PublishedTable) -> list[Figure]:
     name, rounds = SHORT[publisher.dtype], options.rounds_or(ROUNDS)
     calls: list[float] = []
 
@@ -210,10 +210,10 @@ def pause_figures(name: str, computes: bool, steps: Samples, servers: list[float
 # ---- readers -------------------------------------------------------------------------------------------
 
 
-def _reading(options: Options, publisher: Publisher) -> list[Figure]:
+def _reading(options: Options, publisher: PublishedTable) -> list[Figure]:
     found = []
     for size in SMALL:
-        small = Publisher(publisher.client, f"model-{size}", size * MEBIBYTE, publisher.dtype)
+        small = PublishedTable(publisher.client, f"model-{size}", size * MEBIBYTE, publisher.dtype)
         with _reader(small) as reader:
             found += _leases(options, small, reader)
     with _reader(publisher) as reader:
@@ -228,7 +228,7 @@ def _reading(options: Options, publisher: Publisher) -> list[Figure]:
 
 
 @contextlib.contextmanager
-def _reader(publisher: Publisher, tcp: bool = False) -> Iterator[Child]:
+def _reader(publisher: PublishedTable, tcp: bool = False) -> Iterator[Child]:
     publisher.next()
     forced = {"HEADWATER_TRANSPORT": "tcp"} if tcp else {}
     model, nbytes, dtype = publisher.model, publisher.nbytes, publisher.dtype
@@ -236,7 +236,7 @@ def _reader(publisher: Publisher, tcp: bool = False) -> Iterator[Child]:
         yield reader
 
 
-def _leases(options: Options, publisher: Publisher, reader: Child) -> list[Figure]:
+def _leases(options: Options, publisher: PublishedTable, reader: Child) -> list[Figure]:
     size = f"{publisher.nbytes // MEBIBYTE} MB"
     options.note(f"publish: leases of {size}")
     first = reader.ask("first")
@@ -255,7 +255,7 @@ def lease_figures(size: str, seconds: list[float], connect: float, first: float)
     ]
 
 
-def _copied(options: Options, publisher: Publisher, reader: Child) -> list[Figure]:
+def _copied(options: Options, publisher: PublishedTable, reader: Child) -> list[Figure]:
     all_of_them: list[float] = []
     alone: list[float] = []
 
@@ -303,7 +303,7 @@ def copy_figures(nbytes: int, seconds: Samples) -> list[Figure]:
     ]
 
 
-def _fetched(options: Options, publisher: Publisher, reader: Child) -> list[Figure]:
+def _fetched(options: Options, publisher: PublishedTable, reader: Child) -> list[Figure]:
     measures = {
         "fetch": lambda: float(reader.ask("lease", name=publisher.next().name)),
         "both": lambda: float(reader.ask("fetch_and_copy", name=publisher.next().name)),
@@ -322,7 +322,7 @@ def fetch_figures(nbytes: int, seconds: Samples) -> list[Figure]:
     ]
 
 
-def _swaps(options: Options, publisher: Publisher, reader: Child, name: str) -> list[Figure]:
+def _swaps(options: Options, publisher: PublishedTable, reader: Child, name: str) -> list[Figure]:
     reader.ask("follow")
     found = [reader.ask("swap", number=publisher.next().number) for _ in range(options.rounds_or(ROUNDS) + 1)][1:]
     reader.ask("unfollow")

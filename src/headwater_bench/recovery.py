@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
 
+from headwater.errors import DeadlineExceeded
 from headwater_bench import goodput
+from headwater_bench.chaos.ledger import Ledger, Tail
+from headwater_bench.chaos.processes import add_workers
+from headwater_bench.chaos.schedule import WORKERS
+from headwater_bench.chaos.workload import Workload
 from headwater_bench.options import Options
 from headwater_bench.report import Figure, figure
-from headwater_bench.statistics import percentile
 from headwater_bench.rig.cluster import Cluster
-from headwater_bench.chaos.ledger import Ledger, Tail
 from headwater_bench.rig.monitor import Monitor
-from headwater_bench.chaos.schedule import WORKERS
-from headwater.errors import DeadlineExceeded
+from headwater_bench.rig.supervisor import Supervisor
+from headwater_bench.statistics import percentile
 
 EVENTS = 20
 SEED = 1
@@ -35,18 +39,19 @@ def measure(options: Options) -> list[Figure]:
     """All figures; ``rounds`` is the number of events of each kind."""
     events = options.rounds_or(EVENTS)
     options.note("recovery: starting 3 servers and 3 workers")
-    with Cluster("bulk", SEED, local=True) as cluster, _monitor(cluster) as monitor:
-        course = Course(cluster, monitor)
-        course.begin()
+    with Cluster(SEED, local=True) as cluster, _monitor(cluster) as monitor:
+        add_workers(cluster, Workload("bulk", WORKERS))
+        run = RecoveryRun(cluster, monitor)
+        run.begin()
         found: dict[str, list[float]] = {}
         for name, strike in (
-            ("primary killed", course.kill_server),
-            ("primary stopped", course.stop_server),
-            ("worker killed", course.kill_worker),
+            ("primary killed", run.kill_server),
+            ("primary stopped", run.stop_server),
+            ("worker killed", run.kill_worker),
         ):
             options.note(f"recovery: {name}, {events} times")
             found[name] = [strike() for _ in range(events)]
-        lost = course.lost()
+        lost = run.lost()
     return recovery_figures(found, lost) + goodput.measure(options)
 
 
@@ -70,14 +75,17 @@ def _monitor(cluster: Cluster) -> Iterator[Monitor]:
         yield monitor
 
 
-class Course:
+class RecoveryRun:
     """One event at a time. Every strike returns its seconds when everybody is back."""
 
     def __init__(self, cluster: Cluster, monitor: Monitor) -> None:
         self._cluster, self._monitor = cluster, monitor
+        self._supervisor = Supervisor(
+            cluster, monitor, lambda member, code: None, period=TURN, again=math.inf, each_turn=self._read
+        )
         self._random = Random(SEED)
         self._names = [f"w{rank}" for rank in range(WORKERS)]
-        self._tails = {name: Tail(cluster.folder / "ledgers" / name, i) for i, name in enumerate(self._names)}
+        self._tails = {name: Tail(cluster.file(name), i) for i, name in enumerate(self._names)}
 
     def begin(self) -> None:
         """Start the workers; until all push."""
@@ -124,14 +132,13 @@ class Course:
     # ---- waiting ---------------------------------------------------------------------------------
 
     def _until(self, done: Callable[[], bool], what: str) -> None:
-        until = time.monotonic() + PATIENCE
-        while not done():
-            if time.monotonic() > until:
-                raise DeadlineExceeded(f"the benchmark waited {PATIENCE:g} s until {what}")
-            self._cluster.reap()
-            for tail in self._tails.values():
-                tail.read()
-            time.sleep(TURN)
+        if not self._supervisor.wait(done, PATIENCE):
+            raise DeadlineExceeded(f"the benchmark waited {PATIENCE:g} s until {what}")
+
+    def _read(self, now: float) -> None:
+        del now
+        for tail in self._tails.values():
+            tail.read()
 
     def _acknowledged_again(self, moment: float) -> float:
         """Seconds until a push that left after ``moment`` was acknowledged, by every shard."""
@@ -140,8 +147,7 @@ class Course:
 
     def _all_back(self, since: float) -> None:
         def back() -> bool:
-            pids = {m.pid for m in self._cluster.of("server") if m.running}
-            return self._monitor.redundant_since(since, pids) and all(self._after(n, since) for n in self._names)
+            return self._supervisor.redundant_since(since) and all(self._after(n, since) for n in self._names)
 
         self._until(back, "all copies and workers are back")
         until = time.monotonic() + self._random.uniform(0.2, 0.4)

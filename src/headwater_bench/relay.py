@@ -46,7 +46,7 @@ def measure(options: Options) -> list[Figure]:
         torch.set_num_threads(before)
 
 
-class Publisher:
+class RelayedTable:
     """The worker: a table of ``size`` MB of bf16, of which a hundredth changes with each version."""
 
     def __init__(self, client: headwater.Client, size: int) -> None:
@@ -82,7 +82,7 @@ class Publisher:
 class Scene(NamedTuple):
     """A cluster's publisher, a relay behind it, and a process for readers behind that."""
 
-    publisher: Publisher
+    publisher: RelayedTable
     relay: Child
     readers: Child
     address: str
@@ -105,7 +105,7 @@ def _scene(options: Options, size: int) -> Iterator[Scene]:
         Child("readers", environment={"HEADWATER_TRANSPORT": "tcp"}) as readers,
     ):
         assert cluster.address is not None
-        scene = Scene(Publisher(client, size), relay, readers, relay.ask("begin", upstream=cluster.address))
+        scene = Scene(RelayedTable(client, size), relay, readers, relay.ask("begin", upstream=cluster.address))
         scene.next()
         scene.next()  # and what makes deltas is loaded everywhere
         yield scene
@@ -115,7 +115,7 @@ def _scene(options: Options, size: int) -> Iterator[Scene]:
 # ---- one that joins late -------------------------------------------------------------------------------
 
 
-class Joined(NamedTuple):
+class JoinTimes(NamedTuple):
     """Seconds of a dense fetch; of an anchor, and of the delta after it; and of a join while a version is published."""
 
     dense: float
@@ -135,7 +135,7 @@ def _late(options: Options) -> list[Figure]:
         return _late_figures(rounds[1:], scene.publisher.elements * 2)
 
 
-def _join(scene: Scene, *, first: bool) -> Joined:
+def _join(scene: Scene, *, first: bool) -> JoinTimes:
     """Each way once; ``first``: the dense fetch before the others."""
     dense = _dense(scene) if first else None
     anchor = scene.readers.ask("join", address=scene.address)
@@ -152,7 +152,7 @@ def _join(scene: Scene, *, first: bool) -> Joined:
     scene.readers.ask("leave")
     scene.next()
     dense = dense or _dense(scene)
-    return Joined(dense[0], anchor, delta, racing, dense[1], chain_bytes)
+    return JoinTimes(dense[0], anchor, delta, racing, dense[1], chain_bytes)
 
 
 def _dense(scene: Scene) -> tuple[float, int]:
@@ -160,7 +160,7 @@ def _dense(scene: Scene) -> tuple[float, int]:
     return seconds, scene.readers.ask("leave")[0]
 
 
-def _late_figures(rounds: list[Joined], size: int) -> list[Figure]:
+def _late_figures(rounds: list[JoinTimes], size: int) -> list[Figure]:
     dense, chain = [each.dense for each in rounds], [each.anchor + each.delta for each in rounds]
     racing = [each.racing for each in rounds]
     spread = (max(dense) - min(dense)) / statistics.median(dense)

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 import headwater
-from headwater_bench.kernel import OPTIMIZERS
 from headwater.cluster.placement import layout
 from headwater.server.snapshots.restore import Snapshot, load
 from headwater.server.tables.dense import DenseShard
+from headwater_bench.kernel import OPTIMIZERS
 
 TABLE = "bench-snapshot"
 

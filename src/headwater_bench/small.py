@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 
 import headwater
+from headwater.launch import cores
 from headwater_bench.cluster import connected
 from headwater_bench.options import Options, Transport
 from headwater_bench.report import Figure, figure
 from headwater_bench.sockets import RawSocket
 from headwater_bench.statistics import percentile
-from headwater.launch import cores
 
 ROUNDS = 20
 BYTES = 1024

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import headwater
+from headwater.server.snapshots.opened import newest
+from headwater.wire import messages as m
 from headwater_bench.child import Child
 from headwater_bench.cluster import exported, launcher, worker_environment
 from headwater_bench.options import MEBIBYTE, Options
 from headwater_bench.report import Figure, figure
 from headwater_bench.saved import declare
 from headwater_bench.statistics import Measure, interleave, median_ratio
-from headwater.server.snapshots.opened import newest
-from headwater.wire import messages as m
 
 SIZE = 500
 """MB of 2**20 bytes: values and AdamW's two slots."""
@@ -36,7 +36,7 @@ CALM = 2.0
 CHUNK = 4 * MEBIBYTE
 
 
-class Taken(NamedTuple):
+class SnapshotRun(NamedTuple):
     """One snapshot, in seconds: ``steps`` are the moments at which the worker's steps ended."""
 
     begin: float
@@ -64,7 +64,7 @@ def measure(options: Options, size: int = SIZE, calm: float = CALM) -> list[Figu
 # ---- writing -----------------------------------------------------------------------------------------
 
 
-def _write(options: Options, root: Path, elements: int, rounds: int, calm: float) -> list[Taken]:
+def _write(options: Options, root: Path, elements: int, rounds: int, calm: float) -> list[SnapshotRun]:
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(launcher(options.servers, snapshots=root))
         worker = stack.enter_context(Child("steady", environment=worker_environment(cluster, 0, 1), elements=elements))
@@ -73,7 +73,7 @@ def _write(options: Options, root: Path, elements: int, rounds: int, calm: float
         return [_take(worker, reader, root, calm) for _ in range(rounds + 1)][1:]  # the first warms up
 
 
-def _take(worker: Child, reader: headwater.Client, root: Path, calm: float) -> Taken:
+def _take(worker: Child, reader: headwater.Client, root: Path, calm: float) -> SnapshotRun:
     worker.ask("begin")
     time.sleep(calm)
     begin = time.monotonic()
@@ -82,7 +82,7 @@ def _take(worker: Child, reader: headwater.Client, root: Path, calm: float) -> T
     time.sleep(calm / 2)
     steps = worker.ask("end")
     assert isinstance(taken, m.SnapshotTaken)
-    return Taken(begin, end, taken.pause, taken.nbytes, steps, plain_write(root.parent / "plain", taken.nbytes))
+    return SnapshotRun(begin, end, taken.pause, taken.nbytes, steps, plain_write(root.parent / "plain", taken.nbytes))
 
 
 def plain_write(path: Path, nbytes: int) -> float:
@@ -99,7 +99,7 @@ def plain_write(path: Path, nbytes: int) -> float:
     return seconds
 
 
-def write_figures(found: Sequence[Taken]) -> list[Figure]:
+def write_figures(found: Sequence[SnapshotRun]) -> list[Figure]:
     """What a snapshot takes, and what training loses by it."""
     seconds = [taken.end - taken.begin for taken in found]
     plain = statistics.median(taken.plain for taken in found)
@@ -117,19 +117,19 @@ def write_figures(found: Sequence[Taken]) -> list[Figure]:
     ]
 
 
-def longest(taken: Taken) -> float:
+def longest(taken: SnapshotRun) -> float:
     """By how much the longest step of those that met the snapshot exceeds the longest one before it."""
     calm, meanwhile = _steps(taken)
     return max(0.0, max(meanwhile) - max(calm))
 
 
-def slowed(taken: Taken) -> float:
+def slowed(taken: SnapshotRun) -> float:
     """The mean step of those that met the snapshot over the median of the others."""
     calm, meanwhile = _steps(taken)
     return statistics.fmean(meanwhile) / statistics.median(calm)
 
 
-def _steps(taken: Taken) -> tuple[list[float], list[float]]:
+def _steps(taken: SnapshotRun) -> tuple[list[float], list[float]]:
     """Seconds of each step that was over before the snapshot began, and of those that met it."""
     pairs = list(itertools.pairwise(taken.steps))
     calm = [b - a for a, b in pairs if b <= taken.begin]

@@ -10,13 +10,13 @@ import contextlib
 import statistics
 import tempfile
 
+from headwater.launch import Launcher
 from headwater_bench.child import Child
 from headwater_bench.cluster import worker_environment
 from headwater_bench.options import Options
 from headwater_bench.report import Figure, figure
 from headwater_bench.statistics import Measure, interleave, median_ratio
 from headwater_bench.trainer import KINDS
-from headwater.launch import Launcher
 
 ROUNDS = 10
 PHASE = 10

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import headwater
-from headwater_bench.chaos.ledger import Writer
+from headwater_bench.chaos.ledger import LedgerWriter
 
 ELEMENTS = 4096
 STOPPING: list[int] = []
@@ -22,7 +22,7 @@ STOPPING: list[int] = []
 def main(path: Path, seconds: float) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda number, _: STOPPING.append(number))
-    writer = Writer(path)
+    writer = LedgerWriter(path)
     with headwater.connect() as client:
         table = client.dense("tiny", (ELEMENTS,), optimizer=torch.optim.SGD, sync=headwater.Bulk(), lr=0.1)
         table.gradient.fill_(1e-3)

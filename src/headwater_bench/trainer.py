@@ -23,7 +23,7 @@ KINDS = ("none", "headwater", "overlap", "clip", "ddp")
 HYPER: dict[str, Any] = {"lr": 3e-4, "weight_decay": 0.1}
 
 
-class Trainer:
+class StepTrainer:
     """The child's side. ``model`` is ``module:function`` of something that makes a ``transformers`` configuration."""
 
     def __init__(self, rank: int, world: int, store: str, model: str, size: str, kinds: Sequence[str] = KINDS) -> None:

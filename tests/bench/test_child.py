@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from headwater_bench.child import Child, ChildFailed
-from headwater_bench.kernel import Kernel
+from headwater_bench.kernel import KernelAlone
 from headwater_bench.sockets import RawSocket
 
 
@@ -25,6 +25,6 @@ def test_a_childs_failure_is_an_error(capfd: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_kernel_steps_each_optimizer() -> None:
-    kernel = Kernel([64, 64], ["SGD", "AdamW"])
+    kernel = KernelAlone([64, 64], ["SGD", "AdamW"])
     assert len(kernel.step("SGD", times=2)) == 2
     assert all(seconds > 0 for seconds in kernel.step("AdamW", times=2))

@@ -36,7 +36,7 @@ def test_the_floor_is_the_entropy() -> None:
     old = np.zeros(4096, np.uint16)
     new = old.copy()
     new[::4], new[2::4] = 1, 2
-    assert delta.floor(delta.Versions(old.view(np.uint8), new.view(np.uint8), 2)) == pytest.approx(3 / 8)
+    assert delta.floor(delta.VersionPair(old.view(np.uint8), new.view(np.uint8), 2)) == pytest.approx(3 / 8)
 
 
 def test_versions_of_an_optimizer() -> None:
@@ -46,7 +46,7 @@ def test_versions_of_an_optimizer() -> None:
 
 
 def test_where_two_lines_cross() -> None:
-    low, high = delta.Race(0.1, 0.01, 1, 1), delta.Race(0.3, 0.03, 1, 1)
-    assert delta.crossing([(1.0, low), (3.0, high)], 2.0) == pytest.approx(delta.Race(0.2, 0.02, 1, 1))
+    low, high = delta.CodecTimes(0.1, 0.01, 1, 1), delta.CodecTimes(0.3, 0.03, 1, 1)
+    assert delta.crossing([(1.0, low), (3.0, high)], 2.0) == pytest.approx(delta.CodecTimes(0.2, 0.02, 1, 1))
     assert delta.crossing([(1.0, low), (3.0, high)], 0.5) == low
     assert delta.crossing([(1.0, low), (3.0, high)], 9.0) == high

@@ -6,7 +6,7 @@ import pytest
 
 from headwater_bench.commands import BENCHES
 from headwater_bench.dense import same_host_figures, tcp_figures
-from headwater_bench.goodput import Course, Life, Window, contributing, goodput_figures, scaled
+from headwater_bench.goodput import Life, Observed, Span, contributing, goodput_figures, scaled
 from headwater_bench.many import TENSORS, many_figures
 from headwater_bench.memory import memory_figures
 from headwater_bench.recovery import longest_gap, recovery_figures
@@ -15,7 +15,7 @@ from headwater_bench.replicas import step_figures as replica_figures
 from headwater_bench.report import Figure
 from headwater_bench.serve import DTYPES, TOKENS, serve_figures
 from headwater_bench.small import small_figures
-from headwater_bench.snapshot import Taken, longest, read_figures, slowed, start_figures, write_figures
+from headwater_bench.snapshot import SnapshotRun, longest, read_figures, slowed, start_figures, write_figures
 from headwater_bench.step import step_figures
 from headwater_bench.targets import TARGETS
 from headwater_bench.trainer import KINDS
@@ -100,7 +100,7 @@ def test_memory_takes_the_bare_interpreter_off() -> None:
 COPIES = {"1": [0.10, 0.20], "2": [0.11, 0.22], "extra": [0.01, 0.01]}
 EVENTS = {"primary killed": [0.1, 0.3, 0.2], "primary stopped": [1.1, 1.2, 1.3], "worker killed": [0.4, 0.6, 0.5]}
 # A step takes 1 s, except the one that is under way when the snapshot begins.
-SAVED = Taken(10.0, 14.0, 0.1, 500 * MB, [7.0, 8.0, 9.0, 10.0, 11.5, 12.5, 13.5, 14.5, 15.5], 3.0)
+SAVED = SnapshotRun(10.0, 14.0, 0.1, 500 * MB, [7.0, 8.0, 9.0, 10.0, 11.5, 12.5, 13.5, 14.5, 15.5], 3.0)
 READ = {
     "read": [1.0, 2.0],
     "check": [0.5, 1.0],
@@ -123,12 +123,12 @@ SWAPPED = {"pauses": [1e-3, 3e-3], "seconds": 2.0, "tokens": 100, "requests": 9,
 ASKED = {"http": [8.0, 10.0], "engine": [6.0, 9.0], "first": [0.4, 0.6]}
 
 
-def _storm() -> Course:
+def _storm() -> Observed:
     """Two workers that step ten times a second; in the second half one of them is away for 2 of 4 seconds."""
     first = [(i / 10, i) for i in range(80)]
     second = [(when, clock) for when, clock in first if not 4.0 <= when < 6.0]
-    return Course(
-        [Window(0.0, 4.0)], [Window(4.0, 8.0)], first + second, [Life(-1.0, 9.0), Life(-1.0, 4.0), Life(5.0, 9.0)]
+    return Observed(
+        [Span(0.0, 4.0)], [Span(4.0, 8.0)], first + second, [Life(-1.0, 9.0), Life(-1.0, 4.0), Life(5.0, 9.0)]
     )
 
 

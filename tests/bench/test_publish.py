@@ -68,7 +68,7 @@ def test_the_table_has_the_size_that_was_asked_for(dtype: str, count: int) -> No
 
 def test_every_version_is_another_in_every_element() -> None:
     with headwater.connect("inproc://bench-publish", rank=0, world=1, servers=2) as client:
-        publisher = publish.Publisher(client, "m", MEBIBYTE, "bfloat16")
+        publisher = publish.PublishedTable(client, "m", MEBIBYTE, "bfloat16")
         names = [publisher.next().name for _ in range(2)]
         with headwater.reader("m", "inproc://bench-publish") as reader, reader.lease(names[1]) as weights:
             new = torch.cat([tensor.flatten() for tensor in weights.values()])

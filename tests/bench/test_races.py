@@ -9,11 +9,11 @@ from random import Random
 import pytest
 import torch
 
+from headwater.cluster.placement import layout
 from headwater_bench import races
 from headwater_bench.options import Options
 from headwater_bench.races import counters, runner, values
 from headwater_bench.targets import TARGETS
-from headwater.cluster.placement import layout
 
 
 def tensors(steps: dict[str, int], step: int, model: str = values.MODEL) -> dict[str, torch.Tensor]:
@@ -28,7 +28,7 @@ def tensors(steps: dict[str, int], step: int, model: str = values.MODEL) -> dict
 
 @pytest.mark.parametrize("step", [0, 1, 63, 64, 250, 251, 30_000])
 def test_a_whole_read(step: int) -> None:
-    assert values.check(tensors({}, step), step) == values.Found("whole")
+    assert values.check(tensors({}, step), step) == values.ReadCheck("whole")
 
 
 @pytest.mark.parametrize("name", sorted(values.NAMES[values.MODEL]))
@@ -77,11 +77,11 @@ def test_all_tables_lie_on_every_shard() -> None:
 
 def test_counts_outlive_their_process(tmp_path: Path) -> None:
     path = tmp_path / "r0-0"
-    with counters.Tally(path) as counts:
+    with counters.Counters(path) as counts:
         counts.add("reads", 3)
         counts.failed("VersionExpired", "gone")
         counts.failed("NotEnoughMemory", "none\nleft")
-    with counters.Tally(path) as counts:  # another start adds to it
+    with counters.Counters(path) as counts:  # another start adds to it
         counts.add("reads")
     found = counters.read(path)
     assert (found["reads"], found["VersionExpired"], found["other"]) == (4, 1, 1)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 import headwater
-from headwater_bench.relay import CROWDS, Joined, Publisher, _late_figures
+from headwater_bench.relay import CROWDS, JoinTimes, RelayedTable, _late_figures
 from headwater_bench.relayed import Readers, RelayProcess
 
 
 def test_the_late_joiner_is_the_anchor_and_the_delta_beside_a_dense_fetch() -> None:
     rounds = [
-        Joined(1.0, 1.0, 0.1, 2.0, 500, 505),
-        Joined(2.0, 1.8, 0.2, 2.0, 500, 505),
-        Joined(1.0, 1.2, 0.3, 1.5, 500, 505),
+        JoinTimes(1.0, 1.0, 0.1, 2.0, 500, 505),
+        JoinTimes(2.0, 1.8, 0.2, 2.0, 500, 505),
+        JoinTimes(1.0, 1.2, 0.3, 1.5, 500, 505),
     ]
     found = {figure.name: figure for figure in _late_figures(rounds, 500 * 2**20)}
     ratio = found["late joiner: anchor + chain / dense fetch"]
@@ -28,7 +28,7 @@ def test_the_late_joiner_is_the_anchor_and_the_delta_beside_a_dense_fetch() -> N
 def test_readers_behind_a_relay_do_what_the_bench_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADWATER_TRANSPORT", "tcp")
     with headwater.connect("inproc://bench-relay", servers=2, rank=0, world=1) as client:
-        publisher = Publisher(client, 1)
+        publisher = RelayedTable(client, 1)
         relay, readers = RelayProcess(), Readers()
         try:
             address = relay.begin("inproc://bench-relay")

@@ -185,8 +185,15 @@ def test_h_is_help_everywhere(headwater_command: Command, line: str) -> None:
 
 @pytest.mark.parametrize(
     ("line", "completed"),
-    [("stat", "status"), ("train l", "lm"), ("serve --mod", "--model --module"), ("versions ro", "rollback"),
-     ("bench st", "step"), ("cha", "chaos"), ("chaos --trans", "--transport")],
+    [
+        ("stat", "status"),
+        ("train l", "lm"),
+        ("serve --mod", "--model --module"),
+        ("versions ro", "rollback"),
+        ("bench st", "step"),
+        ("cha", "chaos"),
+        ("chaos --trans", "--transport"),
+    ],
 )
 def test_a_shell_is_told_how_a_word_goes_on(
     headwater_command: Command, monkeypatch: pytest.MonkeyPatch, line: str, completed: str

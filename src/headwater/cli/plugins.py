@@ -1,9 +1,9 @@
 """Commands that are loaded only when they are wanted: what costs a long import, and what other packages add.
 
 A package's command is found by an entry point of the group ``headwater.commands``. Its name is where the command hangs:
-``generate`` is ``headwater generate``, ``train.lm`` is ``headwater train lm``. Its value is the command's function, with
-typer's annotations, or a ``typer.Typer`` with commands of its own, as that of ``bench``. So the command line knows no
-recipe by name, and anyone's package can add one.
+``generate`` is ``headwater generate``, ``train.lm`` is ``headwater train lm``. Its value is the command's function,
+with typer's annotations, or a ``typer.Typer`` with commands of its own, as that of ``bench``. So the command line knows
+no recipe by name, and anyone's package can add one.
 """
 
 from __future__ import annotations

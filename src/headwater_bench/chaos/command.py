@@ -15,8 +15,8 @@ from headwater.cli.console import err, out
 from headwater.cli.environment import exported
 
 if TYPE_CHECKING:
-    from headwater_bench.chaos.runner import Course
-    from headwater_bench.chaos.report import Report
+    from headwater_bench.chaos.report import ChaosReport
+    from headwater_bench.chaos.runner import Timeline
 
 QUIET_SHARE, QUIET_LEAST = 0.1, 1.5  # of the run, and seconds, without faults first
 
@@ -68,7 +68,7 @@ def chaos(
     def say(line: str) -> None:
         console.print(Text(line, "red" if "FAILED" in line else "dim"), soft_wrap=True)
 
-    report, course = perform(
+    report, timeline = perform(
         mode.value,
         seconds,
         seed,
@@ -88,7 +88,7 @@ def chaos(
     else:
         from headwater_bench.chaos.report import draw
 
-        out().print(draw(report, course))
+        out().print(draw(report, timeline))
     if not report.ok:
         sys.exit(1)
 
@@ -106,37 +106,41 @@ def perform(
     every: float = 0.0,
     faultless: bool = False,
     keep: bool = False,
-) -> tuple[Report, Course]:
+) -> tuple[ChaosReport, Timeline]:
     """One run. Nothing of it is left behind, unless ``keep``."""
     from headwater_bench.chaos import reference, report, schedule
-    from headwater_bench.rig.cluster import Cluster
-    from headwater_bench.chaos.runner import Drill
-    from headwater_bench.chaos.verdict import examine
-    from headwater_bench.rig.monitor import Monitor
+    from headwater_bench.chaos.processes import add_workers
     from headwater_bench.chaos.replay import Recorder
+    from headwater_bench.chaos.runner import ChaosRun
+    from headwater_bench.chaos.verdict import examine
+    from headwater_bench.chaos.workload import Workload
+    from headwater_bench.rig.cluster import Cluster
+    from headwater_bench.rig.monitor import Monitor
 
     faults = schedule.draw(seed, int(seconds * 4), workers=0 if only_servers else workers, only=only)
     recorder = Recorder()
-    with Cluster(mode, seed, recorder.tap, local=local, workers=workers) as cluster:
+    workload = Workload(mode, workers)
+    with Cluster(seed, recorder.tap, local=local) as cluster:
         cluster.kept = keep
+        add_workers(cluster, workload)
         if keep:
             say(f"logs and ledgers: {cluster.folder}")
         with contextlib.closing(Monitor(cluster.direct["coordinator"], cluster.token.encode())) as monitor:
-            drill = Drill(cluster, monitor, recorder, seed, say)
-            drill.warm_up()
-            if not drill.course.failures:
+            run = ChaosRun(cluster, monitor, recorder, seed, say)
+            run.warm_up()
+            if not run.timeline.failures:
                 quiet = seconds if faultless else max(QUIET_LEAST, QUIET_SHARE * seconds)
-                drill.calm(quiet)
+                run.calm(quiet)
                 if not faultless:
-                    drill.storm(faults, seconds - quiet, every)
-            drill.heal()
-            drill.end_workers()
+                    run.storm(faults, seconds - quiet, every)
+            run.heal()
+            run.end_workers()
             with _as_client(cluster.token, str(cluster.direct["coordinator"])):
-                verdict = examine(drill, cluster, monitor)
-        drill.note("comparing")
-        ledgers = [tail.ledger for tail in drill.tails.values()]
+                verdict = examine(run, cluster, workload)
+        run.note("comparing")
+        ledgers = [tail.ledger for tail in run.tails.values()]
         same = reference.compare([x for x in ledgers if x.rank >= 0]) if mode == "bulk" else reference.Comparison(0, 0)
-        return report.make(mode, seed, seconds, drill.course, ledgers, verdict, same), drill.course
+        return report.make(mode, seed, seconds, run.timeline, ledgers, verdict, same), run.timeline
 
 
 def _as_client(token: str, address: str) -> contextlib.AbstractContextManager[None]:

@@ -24,7 +24,7 @@ REFUSED = frozenset({"WorkerLost", "StaleEpoch", "NonFiniteGradient", "ShapeMism
 """Errors that promise that nothing was applied."""
 
 
-class Writer:
+class LedgerWriter:
     """A worker's ledger. ``kind`` of a line: P pushed, A acknowledged, X an error, H a hash, V a broken promise,
     B begun, E ended."""
 
@@ -40,7 +40,7 @@ class Writer:
 
 
 @dataclass(slots=True)
-class Push:
+class PushEntry:
     """One push: when it left, and when and as which step it was acknowledged."""
 
     sent: float
@@ -54,14 +54,14 @@ class Ledger:
     """All that the processes of one rank have written."""
 
     rank: int
-    pushes: dict[str, dict[int, Push]] = field(default_factory=dict)
+    pushes: dict[str, dict[int, PushEntry]] = field(default_factory=dict)
     hashes: dict[int, str] = field(default_factory=dict)
     violations: list[str] = field(default_factory=list)
     errors: list[tuple[float, str]] = field(default_factory=list)
     begun: int = 0
     ended: bool = False
 
-    def of(self, table: str) -> dict[int, Push]:
+    def of(self, table: str) -> dict[int, PushEntry]:
         return self.pushes.setdefault(table, {})
 
     def last(self, table: str) -> int:
@@ -80,7 +80,7 @@ class Ledger:
         k, at, text = int(number), float(when), rest[0] if rest else ""
         match kind:
             case "P":
-                self.of(table)[k] = Push(at)
+                self.of(table)[k] = PushEntry(at)
             case "A":
                 push = self.of(table)[k]
                 push.acked, push.clock = at, int(clock)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import signal
 import sys
 import time
@@ -17,47 +16,12 @@ from typing import NamedTuple
 import torch
 
 import headwater
-from headwater_bench.chaos.ledger import WIDTHS, Tail, Writer, in_bounds
 from headwater.client import Client, Table, Ticket
 from headwater.errors import HeadwaterError, RankTaken
-from headwater.types import Async, Bulk, OptimizerSpec, ParameterSpec, Stale, Sync, TableSpec
+from headwater_bench.chaos.ledger import WIDTHS, LedgerWriter, Tail, in_bounds
+from headwater_bench.chaos.workload import POLICIES, Workload, digest, gradient
 
-MODEL = 6  # tensors of 64 KiB: two shards' worth of frames that are cut on the way
-WIDE = 16384 // 4
 EVERY = 16  # steps between two pushes of the ballast, and between two looks at the sums
-
-POLICIES: dict[str, Sync] = {"bulk": Bulk("sum"), "stale": Stale(1), "async": Async()}
-
-
-def ledger_table(mode: str, ranks: int) -> TableSpec:
-    """The table whose sums are the proof: a row per worker in each page."""
-    pages = tuple(ParameterSpec(f"page{i}", (ranks, width), "float64") for i, width in enumerate(WIDTHS))
-    return TableSpec("ledger", pages, OptimizerSpec("SGD", ({"lr": 1.0},)), POLICIES[mode])
-
-
-def model_table() -> TableSpec:
-    """Under Bulk: a model that is trained with AdamW; one process must come to the same bits."""
-    tensors = tuple(ParameterSpec(f"w{i}", (WIDE,), "float32") for i in range(MODEL))
-    return TableSpec("model", tensors, OptimizerSpec("AdamW", ({"lr": 0.01},)), Bulk("mean"))
-
-
-def ballast_table(mode: str) -> TableSpec:
-    """Other policies: large pushes, which are under way when somebody dies. Every element counts them."""
-    tensors = tuple(ParameterSpec(f"b{i}", (WIDE * 8,), "float64") for i in range(MODEL // 2))
-    return TableSpec("ballast", tensors, OptimizerSpec("SGD", ({"lr": 1.0},)), POLICIES[mode])
-
-
-def gradient(rank: int, number: int) -> torch.Tensor:
-    """What a worker contributes to the model by its push ``number``: a row per tensor."""
-    generator = torch.Generator().manual_seed(rank * 1_000_003 + number)
-    return torch.randn(MODEL, WIDE, generator=generator)
-
-
-def digest(tensors: list[torch.Tensor]) -> str:
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(memoryview(tensor.contiguous().numpy()).cast("B"))  # type: ignore[arg-type]
-    return found.hexdigest()[:32]
 
 
 class Sent(NamedTuple):
@@ -72,16 +36,16 @@ class Sent(NamedTuple):
 class Pusher:
     """One process's work: steps until it is told to stop."""
 
-    def __init__(self, client: Client, rank: int, ranks: int, mode: str, path: Path, pace: float) -> None:
-        self.client, self.rank, self.mode, self.pace = client, rank, mode, pace
+    def __init__(self, client: Client, rank: int, workload: Workload, path: Path, pace: float) -> None:
+        self.client, self.rank, self.mode, self.pace = client, rank, workload.mode, pace
         self.stopping = False
         self._tail = Tail(path, rank)
         self._tail.read()
         self._ledger = self._tail.ledger
-        self._writer = Writer(path)
+        self._writer = LedgerWriter(path)
         self._writer.write("B", text=f"session {client.session:016x}")
-        self._main = client.table(ledger_table(mode, ranks))
-        self._other = client.table(model_table() if mode == "bulk" else ballast_table(mode))
+        self._main = client.table(workload.ledger_table())
+        self._other = client.table(workload.large_table())
         self._pages = [f"page{i}" for i in range(len(WIDTHS))]
         self._others = [p.name for p in self._other.spec.parameters]
 
@@ -160,15 +124,15 @@ class Pusher:
                 self._writer.write("V", text=f"{name}: {wrong}")
 
 
-class Reader:
+class ChaosReader:
     """Pulls for ever; what it sees never goes back."""
 
-    def __init__(self, client: Client, ranks: int, mode: str, path: Path, pace: float) -> None:
+    def __init__(self, client: Client, workload: Workload, path: Path, pace: float) -> None:
         self.stopping = False
         self.pace = pace
-        self._writer = Writer(path)
+        self._writer = LedgerWriter(path)
         self._writer.write("B", text=f"session {client.session:016x}")
-        self._table = client.table(ledger_table(mode, ranks))
+        self._table = client.table(workload.ledger_table())
         self._seen = {name: value.clone().zero_() for name, value in self._table.values.items()}
 
     def run(self) -> None:
@@ -213,14 +177,15 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(1)
     told: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
-    writer = Writer(args.ledger)
+    writer = LedgerWriter(args.ledger)
     try:
         with _connect(args.rank, 20.0) as client:
-            worker: Pusher | Reader
+            worker: Pusher | ChaosReader
+            workload = Workload(args.mode, args.ranks)
             if args.rank < 0:
-                worker = Reader(client, args.ranks, args.mode, args.ledger, 10 * args.pace)
+                worker = ChaosReader(client, workload, args.ledger, 10 * args.pace)
             else:
-                worker = Pusher(client, args.rank, args.ranks, args.mode, args.ledger, args.pace)
+                worker = Pusher(client, args.rank, workload, args.ledger, args.pace)
             signal.signal(signal.SIGTERM, lambda *_: setattr(worker, "stopping", True))
             worker.stopping = bool(told)
             worker.run()

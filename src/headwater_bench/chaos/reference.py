@@ -14,7 +14,7 @@ from itertools import combinations
 import torch
 
 from headwater_bench.chaos.ledger import Ledger
-from headwater_bench.chaos.pusher import MODEL, WIDE, digest, gradient
+from headwater_bench.chaos.workload import MODEL, WIDE, digest, gradient
 
 MOST = 64  # states that are kept for as long as nobody knows better
 

@@ -12,12 +12,12 @@ from collections import deque
 from collections.abc import Mapping
 
 from headwater.errors import HeadwaterError
-from headwater_bench.rig.proxy import Tap
 from headwater.transports.address import Address
 from headwater.transports.receiver import Receiver
 from headwater.transports.stream import connect
 from headwater.wire import messages as m
 from headwater.wire.frames import HEADER, Frame, Kind, decode_header, encode
+from headwater_bench.rig.proxy import Tap
 
 KEPT = 8  # pushes that are remembered per connection
 WAIT = 0.5  # seconds for answers
@@ -64,7 +64,7 @@ class Recorder:
         self._recordings: dict[str, deque[Recording]] = {}
 
     def tap(self, source: str, target: str) -> Tap | None:
-        """For ``Network``: record what workers send to servers."""
+        """For ``ProxyNetwork``: record what workers send to servers."""
         if source[:1] != "w" or target[:1] != "s":
             return None
         recording = Recording()

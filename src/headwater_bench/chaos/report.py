@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from headwater_bench.chaos.runner import Course, Struck
 from headwater_bench.chaos.ledger import Ledger, Verdict
 from headwater_bench.chaos.reference import Comparison
+from headwater_bench.chaos.runner import Struck, Timeline
 
 
 class Times(msgspec.Struct, frozen=True):
@@ -41,7 +41,7 @@ class Throughput(msgspec.Struct, frozen=True):
     ratio: float
 
 
-class Report(msgspec.Struct, frozen=True):
+class ChaosReport(msgspec.Struct, frozen=True):
     """What ``--json`` prints. ``lost`` and ``doubled`` count pushes per shard. ``failures`` are other broken promises:
     a read that went back, a hash that differs, a wait that did not end. ``surprises`` are processes that ended by
     themselves."""
@@ -69,30 +69,36 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def make(
-    mode: str, seed: int, seconds: float, course: Course, ledgers: Sequence[Ledger], verdict: Verdict, same: Comparison
-) -> Report:
+    mode: str,
+    seed: int,
+    seconds: float,
+    timeline: Timeline,
+    ledgers: Sequence[Ledger],
+    verdict: Verdict,
+    same: Comparison,
+) -> ChaosReport:
     """Everything that was measured, in one value."""
-    failures = [*course.failures, *verdict.words, *(v for ledger in ledgers for v in ledger.violations[:5])]
+    failures = [*timeline.failures, *verdict.words, *(v for ledger in ledgers for v in ledger.violations[:5])]
     if same.equal < same.steps:
         failures.append(f"{same.equal} of {same.steps} steps equal one process: {same.words}")
     workers = [ledger for ledger in ledgers if ledger.rank >= 0]
-    return Report(
+    return ChaosReport(
         mode,
         seed,
         seconds,
-        dict(Counter(struck.fault.name for struck in course.struck)),
-        dict(course.skipped),
+        dict(Counter(struck.fault.name for struck in timeline.struck)),
+        dict(timeline.skipped),
         sum(len(ledger.acknowledged(table)) for ledger in workers for table in ledger.pushes),
         sum(len(ledger.unknown(table)) for ledger in workers for table in ledger.pushes),
         verdict.lost,
         verdict.doubled,
-        recovery(course.struck, workers),
-        _throughput(course, workers),
+        recovery(timeline.struck, workers),
+        _throughput(timeline, workers),
         same.steps,
         same.equal,
-        contributing(course.struck, workers) if mode == "bulk" else 0.0,
+        contributing(timeline.struck, workers) if mode == "bulk" else 0.0,
         failures,
-        course.surprises[:20],
+        timeline.surprises[:20],
     )
 
 
@@ -148,25 +154,25 @@ def _times(found: list[float]) -> Times:
     return Times(len(found), *(round(found[round(last * share)], 4) for share in (0.5, 0.99, 1.0)))
 
 
-def _throughput(course: Course, ledgers: Sequence[Ledger]) -> Throughput:
+def _throughput(timeline: Timeline, ledgers: Sequence[Ledger]) -> Throughput:
     acked = [p.acked for ledger in ledgers for p in ledger.of("ledger").values() if p.acked is not None]
 
     def rate(window: tuple[float, float]) -> float:
         begin, end = window
         return sum(begin <= moment < end for moment in acked) / (end - begin) if end > begin else 0.0
 
-    quiet, loud = rate(course.quiet), rate(course.loud)
+    quiet, loud = rate(timeline.quiet), rate(timeline.loud)
     return Throughput(round(quiet, 1), round(loud, 1), round(loud / quiet, 4) if quiet else 0.0)
 
 
-def to_json(report: Report) -> str:
+def to_json(report: ChaosReport) -> str:
     return msgspec.json.encode(report).decode()
 
 
-def draw(report: Report, course: Course) -> RenderableType:
+def draw(report: ChaosReport, timeline: Timeline) -> RenderableType:
     """The timeline, and the table below it."""
     lines = Text()
-    for at, line in course.lines:
+    for at, line in timeline.lines:
         style = "red" if line.startswith("FAILED") else "yellow" if "ended by itself" in line else ""
         lines.append(f"{at:8.2f} s  ", "dim").append(line + "\n", style)
     table = Table(title=f"chaos: {report.mode}, seed {report.seed}, {report.seconds:g} s", title_justify="left")
@@ -181,7 +187,7 @@ def draw(report: Report, course: Course) -> RenderableType:
     return Group(lines, table, _sums(report), *(Text(f"failed: {line}", "red") for line in report.failures))
 
 
-def _sums(report: Report) -> Table:
+def _sums(report: ChaosReport) -> Table:
     table = Table(show_header=False)
     t = report.throughput
     rows = [

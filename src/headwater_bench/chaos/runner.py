@@ -1,7 +1,4 @@
-"""Strikes, heals, starts again, and waits until the cluster is whole: the run itself.
-
-One thread, one loop; what blocks (asking the coordinator) has a thread elsewhere.
-"""
+"""Strikes, heals, starts again, and waits until the cluster is whole: the run itself."""
 
 from __future__ import annotations
 
@@ -12,18 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from headwater_bench.rig.cluster import Cluster, Member
+from headwater.errors import HeadwaterError
 from headwater_bench.chaos.ledger import Ledger, Tail
-from headwater_bench.rig.monitor import Monitor
 from headwater_bench.chaos.replay import Recorder
 from headwater_bench.chaos.schedule import Fault, Kind
-from headwater.errors import HeadwaterError
+from headwater_bench.rig.cluster import Cluster, RigProcess
+from headwater_bench.rig.monitor import Monitor
 from headwater_bench.rig.proxy import Rule, Way
+from headwater_bench.rig.supervisor import QUIET, WHOLE, Supervisor
 
 TURN = 0.01  # seconds between two looks
 HEALING = 10.0  # seconds after healing in which every worker must be acknowledged again
-WHOLE = 30.0  # seconds after a fault in which every shard must have all its copies again
-QUIET = 0.5  # seconds after a fault until the next one may cost a server its place: the first may have later effects
 HOPELESS = 60  # processes that ended by themselves: the cluster is beyond help
 AGAIN = 0.3  # seconds until a process that ended by itself is started again
 
@@ -50,7 +46,7 @@ class Struck:
 
 
 @dataclass(slots=True)
-class Course:
+class Timeline:
     """What happened, for the report."""
 
     lines: list[tuple[float, str]] = field(default_factory=list)
@@ -62,12 +58,16 @@ class Course:
     loud: tuple[float, float] = (0.0, 0.0)  # the one with
 
 
-class Drill:
+class ChaosRun:
     """``faults`` strike a running cluster. ``say`` takes the lines of the timeline as they come."""
 
     def __init__(self, cluster: Cluster, monitor: Monitor, recorder: Recorder, seed: int, say: Callable[[str], None]):
-        self.course = Course()
+        self.timeline = Timeline()
         self._cluster, self._monitor, self._recorder = cluster, monitor, recorder
+        self._supervisor = Supervisor(
+            cluster, monitor, self._ended, period=TURN, again=AGAIN, each_turn=self._undo_and_read
+        )
+        self._wait = self._supervisor.wait
         self._random = Random(seed)
         self._say = say
         self._begun = time.monotonic()
@@ -75,7 +75,7 @@ class Drill:
         self._risky = 0.0  # when the last fault that could cost a server its place was over
         ranks = {member.name: int(member.name[1:]) for member in cluster.of("worker") if member.name != "reader"}
         ranks["reader"] = -1
-        self.tails = {name: Tail(cluster.folder / "ledgers" / name, rank) for name, rank in ranks.items()}
+        self.tails = {name: Tail(cluster.file(name), rank) for name, rank in ranks.items()}
 
     @property
     def ledgers(self) -> dict[str, Ledger]:
@@ -83,11 +83,11 @@ class Drill:
 
     def note(self, text: str) -> None:
         at = time.monotonic() - self._begun
-        self.course.lines.append((at, text))
+        self.timeline.lines.append((at, text))
         self._say(f"{at:8.2f} s  {text}")
 
     def fail(self, text: str) -> None:
-        self.course.failures.append(text)
+        self.timeline.failures.append(text)
         self.note(f"FAILED: {text}")
 
     # ---- phases ----------------------------------------------------------------------------------
@@ -104,18 +104,18 @@ class Drill:
         """A window without faults, for the throughput."""
         begun = time.monotonic()
         self._wait(lambda: False, seconds)
-        self.course.quiet = (begun, time.monotonic())
+        self.timeline.quiet = (begun, time.monotonic())
         self.note(f"faults begin; {self._rate(begun):.0f} pushes a second without")
 
     def storm(self, faults: list[Fault], seconds: float, every: float) -> None:
         """The faults, one after the other, ``every`` so many seconds or later, for ``seconds`` at most."""
         begun = self._risky = time.monotonic()
         until = begun + seconds
-        self.course.loud = (begun, until)
+        self.timeline.loud = (begun, until)
         last = begun
         for fault in faults:
-            if len(self.course.surprises) > HOPELESS:
-                self.fail(f"{len(self.course.surprises)} processes ended by themselves; the rest is left out")
+            if len(self.timeline.surprises) > HOPELESS:
+                self.fail(f"{len(self.timeline.surprises)} processes ended by themselves; the rest is left out")
                 return
             moment = last + fault.after if fault.early else max(self._over(last), last + every) + fault.after
             self._wait(lambda moment=moment: time.monotonic() >= moment, max(0.0, until - time.monotonic()))  # type: ignore[misc]
@@ -153,37 +153,17 @@ class Drill:
             self.fail(f"{', '.join(late)} did not end within 40 s")
             for name in late:
                 self._cluster.kill(name)
-        self._turn()
+        self._supervisor.turn()
 
     # ---- waiting ---------------------------------------------------------------------------------
 
-    def _wait(self, done: Callable[[], bool], seconds: float) -> bool:
-        until = time.monotonic() + seconds
-        while not done():
-            if time.monotonic() >= until:
-                return False
-            self._turn()
-            time.sleep(TURN)
-        return True
-
-    def _turn(self) -> None:
-        """Everything that is due."""
-        now = time.monotonic()
-        self._cluster.reap()
-        exits, self._cluster.exits = self._cluster.exits, []
-        for member, code in exits:
-            self._ended(member, code, now)
+    def _undo_and_read(self, now: float) -> None:
         for struck in [s for s in self._active if s.until <= now]:
             self._undo(struck)
-        for member in self._cluster.members.values():
-            if member.due is not None and member.due <= now and not member.running:
-                self._cluster.start(member.name, wait=False)
         for tail in self.tails.values():
             tail.read()
 
-    def _ended(self, member: Member, code: int, now: float) -> None:
-        if member.leaving or member.killed:
-            return
+    def _ended(self, member: RigProcess, code: int) -> None:
         full = any(s.fault.kind == "disk-full" for s in self._active) and member.role == "coordinator"
         words = f"{member.name} ended by itself (code {code}): {self._cluster.last_words(member.name)}"
         ledger = self.tails.get(member.name)
@@ -191,12 +171,11 @@ class Drill:
             ledger.read()
             words = f"{member.name} ended by itself (code {code}): {ledger.ledger.errors[-1:]}"
         if not full:
-            self.course.surprises.append(words)
+            self.timeline.surprises.append(words)
         if "DeadlineExceeded" in words:  # something that should have ended the wait did not
             self.fail(f"a wait that only its deadline ended: {words}")
         else:
             self.note(words)
-        member.due = now + AGAIN
 
     def _over(self, last: float) -> float:
         """When the last fault is over, so far as we know."""
@@ -215,16 +194,12 @@ class Drill:
         return False
 
     def _whole(self, since: float) -> bool:
-        servers = all(member.running and not member.stopped for member in self._cluster.of("server"))
         quiet = not any(struck.fault.risky for struck in self._active) and time.monotonic() > since
-        return servers and quiet and self._redundant_since(since)
-
-    def _redundant_since(self, since: float) -> bool:
-        return self._monitor.redundant_since(since, {m.pid for m in self._cluster.of("server") if m.running})
+        return self._supervisor.all_servers_run() and quiet and self._supervisor.redundant_since(since)
 
     def wait_whole(self, since: float, seconds: float) -> bool:
         """Until the coordinator, asked after ``since``, says that every shard has all its copies."""
-        return self._wait(lambda: self._redundant_since(since), seconds)
+        return self._wait(lambda: self._supervisor.redundant_since(since), seconds)
 
     def _all_acknowledged(self, since: float, times: int) -> bool:
         for ledger in self.ledgers.values():
@@ -270,16 +245,16 @@ class Drill:
         struck = Struck(fault, now, until=now + fault.seconds)
         if fault.kind in ("kill", "stop") and not member.running:
             if not self._wait(lambda: member.running, 2.0):
-                self.course.skipped[fault.name] += 1
+                self.timeline.skipped[fault.name] += 1
                 return
             struck.at = time.monotonic()
             struck.until = struck.at + fault.seconds
         if fault.kind == "disk-full" and not self._cluster.tmpfs:
-            self.course.skipped[fault.name] += 1
+            self.timeline.skipped[fault.name] += 1
             return
         self.note(str(fault))
         self._act(fault, struck)
-        self.course.struck.append(struck)
+        self.timeline.struck.append(struck)
         if fault.risky:
             self._risky = struck.until
         if struck.undo is not None:
@@ -320,7 +295,7 @@ class Drill:
     def _second(self) -> None:
         coordinator = self._cluster.members["coordinator"]
         if not coordinator.running:
-            self.course.skipped["second-coordinator coordinator"] += 1
+            self.timeline.skipped["second-coordinator coordinator"] += 1
             return
         code, words = self._cluster.second_coordinator()
         if code in (None, 0):

@@ -1,4 +1,4 @@
-"""What goes wrong in a run, drawn from its seed. A plan is data; `drill.py` carries it out.
+"""What goes wrong in a run, drawn from its seed. A plan is data; `runner.py` carries it out.
 
 A fault that could cost a server its data waits until every shard has all its copies again: the promise is for one
 fault per shard at a time. Faults that strike during a recovery (``early``) cannot: they hit the same server again, the
@@ -13,13 +13,14 @@ from random import Random
 from typing import Literal
 
 from headwater.errors import UsageError
+from headwater_bench.rig.cluster import SERVERS
 
 Kind = Literal[
     "kill", "stop", "isolate", "cut-in", "cut-out", "half-open", "reset", "delay", "flip", "truncate",
     "disk-full", "second-coordinator", "replay",
 ]  # fmt: skip
 
-SERVERS, WORKERS = 3, 3
+WORKERS = 3
 
 # Kind, whom it strikes, how often (relative), and from how many to how many seconds it lasts.
 _WEIGHTS: tuple[tuple[Kind, str, int, float, float], ...] = (

@@ -7,38 +7,36 @@ import time
 import torch
 
 import headwater
-from headwater_bench.rig.cluster import Cluster
-from headwater_bench.chaos.runner import WHOLE, Drill
-from headwater_bench.chaos.ledger import WIDTHS, Verdict, judge
-from headwater_bench.rig.monitor import Monitor
-from headwater_bench.chaos.pusher import ballast_table, ledger_table, model_table
 from headwater.client import Table
 from headwater.errors import HeadwaterError
+from headwater_bench.chaos.ledger import WIDTHS, Verdict, judge
+from headwater_bench.chaos.runner import ChaosRun
+from headwater_bench.chaos.workload import Workload
+from headwater_bench.rig.cluster import Cluster
+from headwater_bench.rig.supervisor import WHOLE
 
 PATIENCE = 30.0
 
 
-def examine(drill: Drill, cluster: Cluster, monitor: Monitor) -> Verdict:
+def examine(run: ChaosRun, cluster: Cluster, workload: Workload) -> Verdict:
     """Compare the sums with the ledgers, and the copies with one another."""
     try:
         with headwater.connect(role="reader", timeout=PATIENCE) as client:
-            table = client.table(ledger_table(cluster.mode, cluster.workers))
+            table = client.table(workload.ledger_table())
             pages, shard_of = _read(table)
-            verdict = judge(drill.ledgers.values(), pages, shard_of)
-            other = client.table(model_table() if cluster.mode == "bulk" else ballast_table(cluster.mode))
+            verdict = judge(run.ledgers.values(), pages, shard_of)
+            other = client.table(workload.large_table())
             other.pull().wait()
             other.wait()
             rest = {name: value.clone() for name, value in other.values.items()}
-        if cluster.mode != "bulk":
-            _weigh(drill, rest)
+        if workload.mode != "bulk":
+            _weigh(run, rest)
         for i in range(len(cluster.of("server"))):
-            _compare_copies(
-                drill, cluster, monitor, f"s{i}", pages | {1000 + k: v for k, v in enumerate(rest.values())}
-            )
+            _compare_copies(run, cluster, workload, f"s{i}", pages | {1000 + k: v for k, v in enumerate(rest.values())})
     except HeadwaterError as error:
-        drill.fail(f"the sums cannot be read: {error.code}: {error}")
+        run.fail(f"the sums cannot be read: {error.code}: {error}")
         return Verdict(0, 0, ())
-    drill.note(f"lost: {verdict.lost}, doubled: {verdict.doubled}")
+    run.note(f"lost: {verdict.lost}, doubled: {verdict.doubled}")
     return verdict
 
 
@@ -54,31 +52,31 @@ def _read(table: Table) -> tuple[dict[int, torch.Tensor], dict[int, int]]:
     return pages, shard_of
 
 
-def _weigh(drill: Drill, ballast: dict[str, torch.Tensor]) -> None:
+def _weigh(run: ChaosRun, ballast: dict[str, torch.Tensor]) -> None:
     """Each element of the ballast counts the pushes of all workers."""
-    sure = sum(len(ledger.acknowledged("ballast")) for ledger in drill.ledgers.values())
-    most = sure + sum(len(ledger.unknown("ballast")) for ledger in drill.ledgers.values())
+    sure = sum(len(ledger.acknowledged("ballast")) for ledger in run.ledgers.values())
+    most = sure + sum(len(ledger.unknown("ballast")) for ledger in run.ledgers.values())
     for name, value in ballast.items():
         low, high = float(value.min()), float(value.max())
         if low < sure or high > most:
-            drill.fail(f"ballast {name}: between {low:.0f} and {high:.0f} everywhere, of {sure} to {most} pushes")
+            run.fail(f"ballast {name}: between {low:.0f} and {high:.0f} everywhere, of {sure} to {most} pushes")
 
 
 def _compare_copies(
-    drill: Drill, cluster: Cluster, monitor: Monitor, server: str, before: dict[int, torch.Tensor]
+    run: ChaosRun, cluster: Cluster, workload: Workload, server: str, before: dict[int, torch.Tensor]
 ) -> None:
     """Kill a server: what its backups serve must be the same to the last bit."""
     begun = time.monotonic()
     cluster.kill(server)
     with headwater.connect(role="reader", timeout=PATIENCE) as client:
-        pages, _ = _read(client.table(ledger_table(cluster.mode, cluster.workers)))
-        other = client.table(model_table() if cluster.mode == "bulk" else ballast_table(cluster.mode))
+        pages, _ = _read(client.table(workload.ledger_table()))
+        other = client.table(workload.large_table())
         other.pull().wait()
         other.wait()
         after = pages | {1000 + k: v.clone() for k, v in enumerate(other.values.values())}
     different = [k for k, value in before.items() if not torch.equal(value, after[k])]
     if different:
-        drill.fail(f"without {server}, the copies of tensors {different} differ from what the primaries had")
+        run.fail(f"without {server}, the copies of tensors {different} differ from what the primaries had")
     cluster.start(server)
-    if not drill.wait_whole(begun, WHOLE):
-        drill.fail(f"not all copies {WHOLE:g} s after {server} was killed at the end: {drill.shards()}")
+    if not run.wait_whole(begun, WHOLE):
+        run.fail(f"not all copies {WHOLE:g} s after {server} was killed at the end: {run.shards()}")

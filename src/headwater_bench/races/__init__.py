@@ -15,45 +15,47 @@ from headwater_bench.options import Options
 from headwater_bench.report import Figure, figure
 
 if TYPE_CHECKING:
-    from headwater_bench.races.runner import Course
+    from headwater_bench.races.runner import RaceResult
 
 READS, SECONDS, EVERY = 100_000, 120.0, 1.0
 
 
 def measure(options: Options) -> list[Figure]:
     """All counts; until so many reads, or so many seconds are over."""
-    course = race(options, options.reads or READS, options.seconds or SECONDS)
-    for line in course.words[:20]:
+    result = race(options, options.reads or READS, options.seconds or SECONDS)
+    for line in result.words[:20]:
         options.note(f"races: {line}")
-    return figures(course)
+    return figures(result)
 
 
 def race(
     options: Options, reads: int, seconds: float, *, every: float = EVERY, server: str = "headwater.server"
-) -> Course:
+) -> RaceResult:
     """One race. ``server``: the module that servers run."""
-    from headwater_bench.races.runner import Race
-    from headwater_bench.races.processes import Town
+    from headwater_bench.races.processes import add_processes
+    from headwater_bench.races.runner import RaceRun
+    from headwater_bench.rig.cluster import Cluster
     from headwater_bench.rig.monitor import Monitor
 
     with (
-        Town(options.seed, server=server) as town,
-        contextlib.closing(Monitor(town.direct["coordinator"], town.token.encode())) as monitor,
+        Cluster(options.seed, local=True, proxied=False, server=server) as cluster,  # proxies would be its slowest part
+        contextlib.closing(Monitor(cluster.direct["coordinator"], cluster.token.encode())) as monitor,
     ):
-        return Race(town, monitor, options.seed, every, options.note).run(reads, seconds)
+        add_processes(cluster, options.seed)
+        return RaceRun(cluster, monitor, options.seed, every, options.note).run(reads, seconds)
 
 
-def figures(course: Course) -> list[Figure]:
+def figures(result: RaceResult) -> list[Figure]:
     """Counts first of what must not be, then of what was done and struck."""
     from headwater_bench.races.counters import ERRORS
 
-    c = course.counts
+    c = result.counts
     found = [figure("races", "torn or mixed reads", c["torn"] + c["mixed"], "reads", 0.0)]
     found.append(figure("races", "reads with another version's label", c["mislabelled"], "reads", 0.0))
     found.append(figure("races", "versions that changed while they were held", c["changed"], "looks", 0.0))
-    found.append(figure("races", "silent after the last fault", len(course.silent), "processes", 0.0))
+    found.append(figure("races", "silent after the last fault", len(result.silent), "processes", 0.0))
     found.append(figure("races", "reads", c["reads"], "reads"))
-    found += [figure("races", f"of them by {kind}", n["reads"], "reads") for kind, n in course.kinds.items()]
+    found += [figure("races", f"of them by {kind}", n["reads"], "reads") for kind, n in result.kinds.items()]
     for name, text in (
         ("fetched", "of them the first of a version in that process"),
         ("rechecks", "looks at versions that were held"),
@@ -67,8 +69,8 @@ def figures(course: Course) -> list[Figure]:
     ):
         found.append(figure("races", text, c[name], ""))
     found += [figure("races", f"refused or failed: {code}", c[code], "") for code in ERRORS if c[code]]
-    found += [figure("races", name, count, "") for name, count in sorted(course.struck.items())]
-    found.append(figure("races", "ended by themselves", len(course.surprises), "processes"))
-    found.append(figure("races", "time", course.seconds, "s"))
-    found.append(figure("races", "reads a second", c["reads"] / course.seconds if course.seconds else 0.0, "1/s"))
+    found += [figure("races", name, count, "") for name, count in sorted(result.struck.items())]
+    found.append(figure("races", "ended by themselves", len(result.surprises), "processes"))
+    found.append(figure("races", "time", result.seconds, "s"))
+    found.append(figure("races", "reads a second", c["reads"] / result.seconds if result.seconds else 0.0, "1/s"))
     return found

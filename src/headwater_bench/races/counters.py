@@ -19,7 +19,7 @@ ERRORS = NAMES[NAMES.index("UnknownVersion") :]
 _WIDTH = 8
 
 
-class Tally:
+class Counters:
     """Counters in a file. ``words`` gets a line per thing that must not happen, and the last error of each kind."""
 
     def __init__(self, path: Path) -> None:

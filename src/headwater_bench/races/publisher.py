@@ -1,6 +1,6 @@
 """The trainer of the race: steps and publishes without a rest, and moves a tag. Told to stop by SIGTERM.
 
-``python -m headwater_bench.races.publisher --tally FILE --pace SECONDS``
+``python -m headwater_bench.races.publisher --counters FILE --pace SECONDS``
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from random import Random
 import torch
 
 import headwater
-from headwater_bench.races import values
-from headwater_bench.races.counters import Tally
 from headwater.client import Client, Publication, Table
 from headwater.errors import HeadwaterError, RankTaken, VersionExists
 from headwater.wire.versions import SetTag
+from headwater_bench.races import values
+from headwater_bench.races.counters import Counters
 
 EVERY = 2  # steps between two publications
 LARGE = 10  # steps between two of the large table
@@ -29,12 +29,12 @@ TAG = "stable"
 PATIENCE = 20.0  # seconds until the rank of the process before this one is free
 
 
-class Publisher:
+class RacePublisher:
     """One process's work. ``pace``: seconds of rest after each step."""
 
-    def __init__(self, client: Client, tally: Tally, pace: float) -> None:
+    def __init__(self, client: Client, counters: Counters, pace: float) -> None:
         self.stopping = False
-        self._client, self._tally, self._pace = client, tally, pace
+        self._client, self._counters, self._pace = client, counters, pace
         self._tables = [client.table(spec) for spec in values.specs(values.MODEL)]
         (self._large,) = [client.table(spec) for spec in values.specs(values.LARGE)]
         for name, gradient in self._large.gradients.items():  # the same at every step
@@ -57,7 +57,7 @@ class Publisher:
             if step % LARGE == 0:  # the next step leaves while the servers still copy this one
                 self._publish(values.LARGE, [self._large], self._large.clock)
                 self._large.push_step(list(self._large.gradients), want=False).wait()
-            self._tally.add("steps")
+            self._counters.add("steps")
             time.sleep(self._pace)
 
     def _step(self, tables: list[Table]) -> None:
@@ -79,7 +79,7 @@ class Publisher:
         except VersionExists:  # by the process before this one
             return
         except HeadwaterError as error:
-            self._tally.failed(error.code, str(error))
+            self._counters.failed(error.code, str(error))
             return
         while len(self._under_way) > ON_THE_WAY:
             self._finish(*self._under_way.popleft())
@@ -87,13 +87,13 @@ class Publisher:
     def _finish(self, model: str, name: str, publication: Publication) -> None:
         try:
             publication.wait()
-            self._tally.add("published")
+            self._counters.add("published")
             if model == values.MODEL:
                 self._ready.append(name)
             if self._ready and self._random.random() < 0.1:
                 self._client.ask(SetTag(values.MODEL, TAG, self._random.choice(self._ready)))
         except HeadwaterError as error:
-            self._tally.failed(error.code, str(error))
+            self._counters.failed(error.code, str(error))
 
 
 def _connect() -> Client:
@@ -108,21 +108,21 @@ def _connect() -> Client:
 
 
 def main(argv: list[str]) -> int:
-    """Exit code 3 if Headwater raised: the tally says what."""
+    """Exit code 3 if Headwater raised: the counters say what."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tally", type=Path, required=True)
+    parser.add_argument("--counters", type=Path, required=True)
     parser.add_argument("--pace", type=float, required=True)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    with Tally(args.tally) as tally:
+    with Counters(args.counters) as counters:
         try:
             with _connect() as client:
-                publisher = Publisher(client, tally, args.pace)
+                publisher = RacePublisher(client, counters, args.pace)
                 signal.signal(signal.SIGTERM, lambda *_: setattr(publisher, "stopping", True))
                 publisher.run()
         except HeadwaterError as error:
-            tally.failed(error.code, str(error))
-            tally.say(f"ended by {error.code}: {error}")
+            counters.failed(error.code, str(error))
+            counters.say(f"ended by {error.code}: {error}")
             return 3
     return 0
 

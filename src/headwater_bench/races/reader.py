@@ -1,6 +1,6 @@
 """A reader of the race: lease, check every element of every tensor, release. Told to stop by SIGTERM.
 
-``python -m headwater_bench.races.reader --tally FILE --seed N [--steady] [--model NAME]``
+``python -m headwater_bench.races.reader --counters FILE --seed N [--steady] [--model NAME]``
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from random import Random
 import torch
 
 import headwater
-from headwater_bench.races import values
-from headwater_bench.races.publisher import TAG
-from headwater_bench.races.counters import Tally
 from headwater.errors import HeadwaterError, LinkError, UnknownVersion
 from headwater.readers import Reader, Weights
+from headwater_bench.races import values
+from headwater_bench.races.counters import Counters
+from headwater_bench.races.publisher import TAG
 
 PATIENCE = 10.0  # seconds that a lease may take
 HELD = 3  # versions that a reader keeps beside the newest
@@ -32,7 +32,7 @@ RETRY = 0.02  # seconds of rest after an error
 
 
 @dataclass(slots=True, eq=False)
-class Kept:
+class HeldVersion:
     """A version that is looked at again. ``weights``: None when its lease has ended and only tensors are left."""
 
     step: int
@@ -41,16 +41,16 @@ class Kept:
     until: float
 
 
-class Looker:
+class RaceReader:
     """One process's work."""
 
-    def __init__(self, reader: Reader, tally: Tally, seed: int, *, steady: bool) -> None:
+    def __init__(self, reader: Reader, counters: Counters, seed: int, *, steady: bool) -> None:
         self.stopping = False
         self._steady = steady
         self._newest: Weights | None = None  # a steady reader's: held until there is a newer one
-        self._reader, self._tally = reader, tally
+        self._reader, self._counters = reader, counters
         self._random = Random(seed)
-        self._kept: list[Kept] = []
+        self._kept: list[HeldVersion] = []
         self._last = 0  # number of the version that was read last
 
     def run(self) -> None:
@@ -59,7 +59,7 @@ class Looker:
             try:
                 self._read()
             except HeadwaterError as error:
-                self._tally.failed(error.code, str(error))
+                self._counters.failed(error.code, str(error))
                 time.sleep(RETRY)
                 if isinstance(error, LinkError) and not self._reader.statistics().connected:
                     raise
@@ -103,20 +103,20 @@ class Looker:
             self._wrong("mislabelled", f"the label of version {info.number} names steps {sorted(said)}")
         return int(info.metadata["step"])
 
-    def _count(self, weights: Weights, found: values.Found) -> None:
-        self._tally.add("reads")
+    def _count(self, weights: Weights, found: values.ReadCheck) -> None:
+        self._counters.add("reads")
         if weights.version.number != self._last:
             self._last = weights.version.number
-            self._tally.add("fetched")
+            self._counters.add("fetched")
             counts = self._reader.statistics().parts
             for name, value in zip(("shared", "whole", "deltas", "damaged"), counts, strict=True):
-                self._tally.put(name, value)
+                self._counters.put(name, value)
         if found.verdict != "whole":
             self._wrong(found.verdict, f"version {weights.version.number}: {found.words}")
 
     def _wrong(self, what: str, words: str) -> None:
-        self._tally.add(what)
-        self._tally.say(f"{what}: {words}")
+        self._counters.add(what)
+        self._counters.say(f"{what}: {words}")
 
     # ---- versions that are kept ------------------------------------------------------------------
 
@@ -127,12 +127,12 @@ class Looker:
         if self._random.random() < 0.5:
             weights.release()
             held = None
-        self._kept.append(Kept(step, tensors, held, until))
+        self._kept.append(HeldVersion(step, tensors, held, until))
 
-    def _look_again(self, kept: Kept) -> None:
-        self._tally.add("rechecks")
+    def _look_again(self, kept: HeldVersion) -> None:
+        self._counters.add("rechecks")
         if kept.weights is None:
-            self._tally.add("afterwards")
+            self._counters.add("afterwards")
         found = values.check(kept.tensors, kept.step, self._reader.model)
         if found.verdict != "whole":
             lease = "ended" if kept.weights is None else "open"
@@ -158,22 +158,22 @@ def _connect(model: str) -> Reader:
 def main(argv: list[str]) -> int:
     """Exit code 3 if the cluster could not be reached any more: another process goes on."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tally", type=Path, required=True)
+    parser.add_argument("--counters", type=Path, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--steady", action="store_true")
     parser.add_argument("--model", choices=tuple(values.MODELS), default=values.MODEL)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     os.nice(5)  # there are more readers than cores: what they race against must get its turn
-    with Tally(args.tally) as tally:
+    with Counters(args.counters) as counters:
         try:
             with _connect(args.model) as reader:
-                looker = Looker(reader, tally, args.seed, steady=args.steady)
-                signal.signal(signal.SIGTERM, lambda *_: setattr(looker, "stopping", True))
-                looker.run()
+                work = RaceReader(reader, counters, args.seed, steady=args.steady)
+                signal.signal(signal.SIGTERM, lambda *_: setattr(work, "stopping", True))
+                work.run()
         except HeadwaterError as error:
-            tally.failed(error.code, str(error))
-            tally.say(f"ended by {error.code}: {error}")
+            counters.failed(error.code, str(error))
+            counters.say(f"ended by {error.code}: {error}")
             return 3
     return 0
 

@@ -36,7 +36,7 @@ Array = np.ndarray[Any, Any]
 Verdict = Literal["whole", "torn", "mixed", "mislabelled"]
 
 
-class Found(NamedTuple):
+class ReadCheck(NamedTuple):
     """What a read was; ``words`` say what was wrong with it."""
 
     verdict: Verdict
@@ -101,12 +101,12 @@ COUNT = {name: count for sizes in SIZES.values() for name, count in sizes.items(
 NAMES = {model: {name for table in tables for name in SIZES[table]} for model, tables in MODELS.items()}
 
 
-def check(tensors: Mapping[str, torch.Tensor], step: int, model: str = MODEL) -> Found:
+def check(tensors: Mapping[str, torch.Tensor], step: int, model: str = MODEL) -> ReadCheck:
     """Every element of every tensor against the step that the read's label names."""
     if tensors.keys() != NAMES[model]:
-        return Found("mislabelled", f"tensors {sorted(tensors)}")
+        return ReadCheck("mislabelled", f"tensors {sorted(tensors)}")
     wrong = [name for name, tensor in tensors.items() if not _equal(name, tensor, step)]
-    return Found("whole") if not wrong else _diagnose(tensors, wrong, step)
+    return ReadCheck("whole") if not wrong else _diagnose(tensors, wrong, step)
 
 
 def _equal(name: str, tensor: torch.Tensor, step: int) -> bool:
@@ -114,13 +114,13 @@ def _equal(name: str, tensor: torch.Tensor, step: int) -> bool:
     return bool((words(name, tensor) == expected(name, COUNT[name], step)).all())
 
 
-def _diagnose(tensors: Mapping[str, torch.Tensor], wrong: list[str], step: int) -> Found:
+def _diagnose(tensors: Mapping[str, torch.Tensor], wrong: list[str], step: int) -> ReadCheck:
     """Torn: a tensor of no single step. Mixed: tensors of several. Mislabelled: all of one that is not the label's."""
     steps = {name: step if name not in wrong else _step_of(name, tensors[name].clone(), step) for name in tensors}
     said = f"label says step {step}; found {steps}"
     if None in steps.values():
-        return Found("torn", f"{said} (None: of no single step)")
-    return Found("mixed" if len(set(steps.values())) > 1 else "mislabelled", said)
+        return ReadCheck("torn", f"{said} (None: of no single step)")
+    return ReadCheck("mixed" if len(set(steps.values())) > 1 else "mislabelled", said)
 
 
 def _step_of(name: str, tensor: torch.Tensor, near: int) -> int | None:

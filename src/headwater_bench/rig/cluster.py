@@ -1,4 +1,4 @@
-"""The processes of a chaos run: started, killed, stopped, started again, and never left behind."""
+"""A cluster of real processes that can be killed, stopped and started again, and of which none is left behind."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from headwater_bench.chaos.schedule import SERVERS, WORKERS
-from headwater_bench.rig.forkserver import Order, Zygote, environment
 from headwater.errors import DeadlineExceeded
-from headwater_bench.rig.proxy import Network, Owners, Tap
 from headwater.transports.address import Address
+from headwater_bench.rig.forkserver import ForkRequest, ForkServer, environment
+from headwater_bench.rig.proxy import Owners, ProxyNetwork, Tap
 
+SERVERS = 3
 READY = 20.0  # seconds until a process accepts connections
 TMPFS = 32 << 20  # bytes: small, so that it can be filled
 LOOPBACK = "127.0.0.1"
 
 
 @dataclass(slots=True)
-class Member:
+class RigProcess:
     """One name, and the process that has it now."""
 
     name: str
@@ -37,10 +37,12 @@ class Member:
     arguments: list[str]
     environment: dict[str, str]
     ready: bool  # it says when it accepts connections
+    own_file: str = ""  # the option that names a file of each start's own: what the start before wrote stays
     pid: int = 0
     running: bool = False
     stopped: bool = False
     starts: int = 0
+    since: float = 0.0  # when it was started or continued last
     due: float | None = None  # when it is to be started again
     leaving: bool = False  # its end is expected and final
     killed: bool = False  # its end is our doing
@@ -53,34 +55,36 @@ def free_port() -> int:
 
 
 class Cluster:
-    """Coordinator, servers, workers and a reader.
+    """A coordinator with its state on disk and ``SERVERS`` servers with two copies of every shard; clients by ``add``.
 
-    ``local``: they share memory wherever they can; then only what goes to the coordinator passes through proxies.
+    ``local``: servers share memory with whom they can, else they talk TCP. ``proxied``: a proxy stands before each of
+    them, which can break what passes and shows it to ``tap``. ``server``: the module that servers run.
 
     As a context manager: everything ends with it, also what is stopped, and the folder goes unless it is ``kept``.
     """
 
     def __init__(
         self,
-        mode: str,
         seed: int,
         tap: Callable[[str, str], Tap | None] | None = None,
         *,
         local: bool = False,
-        workers: int = WORKERS,
+        proxied: bool = True,
+        server: str = "headwater.server",
     ) -> None:
-        self.mode = mode
-        self.local, self.workers = local, workers
+        self.local = local
         self.token = secrets.token_hex(16)
         self.folder = Path(tempfile.mkdtemp(prefix="headwater-chaos-"))
         self.kept = False
         self.tmpfs = False
         self.owners = Owners()
-        self.network = Network(seed, self.owners.find, tap)
-        self.members: dict[str, Member] = {}
-        self.exits: list[tuple[Member, int]] = []
+        self.network = ProxyNetwork(seed, self.owners.find, tap)
+        self.members: dict[str, RigProcess] = {}
+        self.exits: list[tuple[RigProcess, int]] = []
         self.direct: dict[str, Address] = {}
-        self._zygote: Zygote | None = None
+        self.address = ""  # the coordinator's, as servers and clients reach it
+        self._proxied, self._server = proxied, server
+        self._forks: ForkServer | None = None
 
     # ---- life ------------------------------------------------------------------------------------
 
@@ -89,8 +93,8 @@ class Cluster:
             for name in ("state", "logs", "ledgers", "ready", "data"):
                 (self.folder / name).mkdir()
             self._mount()
-            self._zygote = Zygote(self.folder / "logs" / "zygote.log")
-            self._plan()
+            self._forks = ForkServer(self.folder / "logs" / "forkserver.log")
+            self._add_servers()
             self.start("coordinator")
             for i in range(SERVERS):
                 self.start(f"s{i}")
@@ -106,8 +110,8 @@ class Cluster:
         for member in self.members.values():
             if member.running:
                 self._signal(member, signal.SIGKILL)
-        if self._zygote is not None:
-            self._zygote.close()
+        if self._forks is not None:
+            self._forks.close()
         self.network.close()
         if self.tmpfs:
             subprocess.run(["umount", "--lazy", str(self.folder / "state")], check=False, capture_output=True)
@@ -122,72 +126,77 @@ class Cluster:
 
     # ---- who there is ----------------------------------------------------------------------------
 
-    def _plan(self) -> None:
-        coordinator = self._place("coordinator")
-        direct = self.direct["coordinator"]
-        self._add("coordinator", "coordinator", self.coordinator_arguments(str(direct)), {}, ready=True)
+    def _add_servers(self) -> None:
+        self.address = str(self.place("coordinator"))
+        arguments = self._coordinator_arguments(str(self.direct["coordinator"]))
+        self.add("coordinator", "coordinator", "headwater.server", arguments, ready=True)
+        # to each other, so through the proxies
+        forced = {} if self.local else {"HEADWATER_TRANSPORT": "tcp"}
         for i in range(SERVERS):
-            outside = self._place(f"s{i}")
-            arguments = ["--role", "server", "--listen", str(self.direct[f"s{i}"]), "--coordinator", str(coordinator)]
-            self._add(f"s{i}", "server", [*arguments, "--advertise", str(outside)], {}, ready=True)
-        for rank in (*range(self.workers), -1):
-            name = f"w{rank}" if rank >= 0 else "reader"
-            ledger = self.folder / "ledgers" / name
-            # the first worker shares memory with the servers; the others go over TCP, through the proxies
-            forced = {} if rank == 0 or self.local else {"HEADWATER_TRANSPORT": "tcp"}
-            arguments = [
-                "--rank",
-                str(rank),
-                "--ranks",
-                str(self.workers),
-                "--mode",
-                self.mode,
-                "--ledger",
-                str(ledger),
-            ]
-            here = {"HEADWATER_ADDRESS": str(coordinator), "HEADWATER_TIMEOUT": "30"} | forced
-            self._add(name, "worker", arguments, here, module="headwater_bench.chaos.pusher")
+            outside = self.place(f"s{i}")
+            arguments = ["--role", "server", "--listen", str(self.direct[f"s{i}"]), "--coordinator", self.address]
+            arguments += ["--advertise", str(outside)] if self._proxied else []
+            self.add(f"s{i}", "server", self._server, arguments, forced, ready=True)
 
-    def coordinator_arguments(self, listen: str) -> list[str]:
+    def _coordinator_arguments(self, listen: str) -> list[str]:
         """Of the coordinator, and of a second one that must refuse to start."""
         return [
             "--role", "coordinator", "--listen", listen, "--servers", str(SERVERS), "--replicas", "2",
             "--state", str(self.folder / "state"),
         ]  # fmt: skip
 
-    def _place(self, name: str) -> Address:
-        """A port to listen on, and a proxy before it; returns the proxy's address."""
+    def place(self, name: str) -> Address:
+        """A port for a process to listen on, which is in ``direct``; returns the address that others reach it at."""
         self.direct[name] = Address("tcp", LOOPBACK, free_port())
+        if not self._proxied:
+            return self.direct[name]
         return Address("tcp", LOOPBACK, self.network.open(name, (LOOPBACK, self.direct[name].port)))
 
-    def _add(
+    def add(
         self,
         name: str,
         role: str,
-        arguments: list[str],
-        extra: dict[str, str],
-        module: str = "headwater.server",
+        module: str,
+        arguments: Sequence[str],
+        extra: Mapping[str, str] = {},
+        *,
         ready: bool = False,
+        own_file: str = "",
     ) -> None:
-        common = {"HEADWATER_TOKEN": self.token, "HEADWATER_CHECKSUM": "1"}
-        if role == "server" and not self.local:
-            common["HEADWATER_TRANSPORT"] = "tcp"  # to each other, so through the proxies
-        self.members[name] = Member(name, role, module, arguments, environment(common | extra), ready)
+        """A process for ``start``: ``python -m module arguments`` with ``extra`` in its environment."""
+        given = environment({"HEADWATER_TOKEN": self.token, "HEADWATER_CHECKSUM": "1", **extra})
+        self.members[name] = RigProcess(name, role, module, list(arguments), given, ready, own_file)
 
-    def of(self, role: str) -> list[Member]:
+    def client(self) -> dict[str, str]:
+        """What a client of the cluster finds in its environment."""
+        return {"HEADWATER_ADDRESS": self.address, "HEADWATER_TIMEOUT": "30"}
+
+    def of(self, role: str) -> list[RigProcess]:
         return [member for member in self.members.values() if member.role == role]
+
+    def file(self, name: str, start: int | None = None) -> Path:
+        """What a process writes; with ``start`` that of one start, from 0."""
+        return self.folder / "ledgers" / (name if start is None else f"{name}-{start}")
+
+    def files(self, name: str) -> list[Path]:
+        """Of all starts of a process that has ``own_file``."""
+        return [self.file(name, start) for start in range(self.members[name].starts)]
 
     # ---- starting and ending ---------------------------------------------------------------------
 
     def start(self, name: str, wait: bool = True) -> None:
         """Start a process under this name. Raises ``DeadlineExceeded`` if it never accepts connections."""
         member = self.members[name]
-        assert self._zygote is not None
+        assert self._forks is not None
         ready = self.folder / "ready" / f"{name}-{member.starts}" if member.ready else None
         log = self.folder / "logs" / f"{name}.log"
-        order = Order(member.module, member.arguments, member.environment, str(log), str(ready or ""))
-        member.pid = self._zygote.start(order)
+        own = [member.own_file, str(self.file(name, member.starts))] if member.own_file else []
+        arguments = [*member.arguments, *own]
+        member.pid = self._forks.start(
+            ForkRequest(member.module, arguments, member.environment, str(log), str(ready or ""))
+        )
         member.running, member.stopped, member.killed, member.due = True, False, False, None
+        member.since = time.monotonic()
         member.starts += 1
         self.owners.register(name, member.pid)
         if ready is not None and wait:
@@ -222,35 +231,33 @@ class Cluster:
         if member.stopped:
             member.stopped = False
             self._signal(member, signal.SIGCONT)
+            member.since = time.monotonic()
 
     def ask_to_end(self, name: str) -> None:
         self.members[name].leaving = True
         self._signal(self.members[name], signal.SIGTERM)
 
     @staticmethod
-    def _signal(member: Member, number: signal.Signals) -> None:
+    def _signal(member: RigProcess, number: signal.Signals) -> None:
         if member.running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(member.pid, number)
 
     def reap(self) -> None:
         """Notice who has ended: ``exits`` gets them with their exit code (negative: the signal)."""
-        assert self._zygote is not None
-        for word in self._zygote.ended():
+        assert self._forks is not None
+        for ended in self._forks.ended():
             for member in self.members.values():
-                if member.pid == word.pid and member.running and word.code is not None:
+                if member.pid == ended.pid and member.running and ended.code is not None:
                     member.running = False
-                    self.exits.append((member, word.code))
+                    self.exits.append((member, ended.code))
 
     def second_coordinator(self) -> tuple[int | None, str]:
         """Start another coordinator on the same state; returns its exit code (None: it runs) and what it said."""
-        assert self._zygote is not None
-        log = self.folder / "logs" / "second.log"
-        log.unlink(missing_ok=True)
-        given = environment({"HEADWATER_TOKEN": self.token})
-        arguments = self.coordinator_arguments(f"tcp://{LOOPBACK}:0")
-        member = Member("second", "second", "headwater.server", arguments, given, ready=False)
-        self.members["second"] = member
+        (self.folder / "logs" / "second.log").unlink(missing_ok=True)
+        arguments = self._coordinator_arguments(f"tcp://{LOOPBACK}:0")
+        self.add("second", "second", "headwater.server", arguments)
+        member = self.members["second"]
         self.start("second")
         until = time.monotonic() + 10.0
         while member.running and time.monotonic() < until:

@@ -38,7 +38,7 @@ PRELOADED = (
 PATIENCE = 60.0  # seconds that it may take to import everything
 
 
-class Order(msgspec.Struct, frozen=True):
+class ForkRequest(msgspec.Struct, frozen=True):
     """Run a module. ``log`` takes its output; ``ready`` is a file that ``--ready-fd`` is opened on."""
 
     module: str
@@ -48,14 +48,14 @@ class Order(msgspec.Struct, frozen=True):
     ready: str = ""
 
 
-class Word(msgspec.Struct, frozen=True):
+class ForkReply(msgspec.Struct, frozen=True):
     """Started (``code`` is None) or ended, by ``code`` or, if negative, by a signal."""
 
     pid: int
     code: int | None = None
 
 
-class Zygote:
+class ForkServer:
     """The harness's end. Start it from the thread that lives longest: it dies with that."""
 
     def __init__(self, log: Path) -> None:
@@ -68,19 +68,19 @@ class Zygote:
                 env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
             )
         self._started: queue.Queue[int] = queue.Queue()
-        self._ended: queue.Queue[Word] = queue.Queue()
-        threading.Thread(target=self._read, name="headwater-zygote", daemon=True).start()
+        self._ended: queue.Queue[ForkReply] = queue.Queue()
+        threading.Thread(target=self._read, name="headwater-forkserver", daemon=True).start()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            word = msgspec.json.decode(line, type=Word)
+            word = msgspec.json.decode(line, type=ForkReply)
             if word.code is None:
                 self._started.put(word.pid)
             else:
                 self._ended.put(word)
 
-    def start(self, order: Order) -> int:
+    def start(self, order: ForkRequest) -> int:
         """Returns the process id."""
         assert self._process.stdin is not None
         try:
@@ -88,9 +88,9 @@ class Zygote:
             self._process.stdin.flush()
             return self._started.get(timeout=PATIENCE)
         except (BrokenPipeError, queue.Empty):
-            raise DeadlineExceeded("the process that starts the others did not answer; see zygote.log") from None
+            raise DeadlineExceeded("the process that starts the others did not answer; see forkserver.log") from None
 
-    def ended(self) -> list[Word]:
+    def ended(self) -> list[ForkReply]:
         """Processes that have ended since the last call."""
         found = []
         while not self._ended.empty():
@@ -120,24 +120,24 @@ def main(parent: int) -> None:
                 return
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
-                _say(Word(_fork(msgspec.json.decode(line, type=Order))))
+                _say(ForkReply(_fork(msgspec.json.decode(line, type=ForkRequest))))
         while (word := _reap()) is not None:
             _say(word)
 
 
-def _say(word: Word) -> None:
+def _say(word: ForkReply) -> None:
     os.write(1, msgspec.json.encode(word) + b"\n")
 
 
-def _reap() -> Word | None:
+def _reap() -> ForkReply | None:
     try:
         pid, status = os.waitpid(-1, os.WNOHANG)
     except ChildProcessError:
         return None
-    return Word(pid, os.waitstatus_to_exitcode(status)) if pid else None
+    return ForkReply(pid, os.waitstatus_to_exitcode(status)) if pid else None
 
 
-def _fork(order: Order) -> int:
+def _fork(order: ForkRequest) -> int:
     parent = os.getpid()
     pid = os.fork()
     if pid:
@@ -146,7 +146,7 @@ def _fork(order: Order) -> int:
     try:
         die_with(parent)
         code = _run(order)
-    except BaseException:  # noqa: BLE001 - nothing may return into the zygote's loop
+    except BaseException:  # noqa: BLE001 - nothing may return into the forkserver's loop
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -154,7 +154,7 @@ def _fork(order: Order) -> int:
         os._exit(code)
 
 
-def _run(order: Order) -> int:
+def _run(order: ForkRequest) -> int:
     os.setsid()
     signal.set_wakeup_fd(-1)
     log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

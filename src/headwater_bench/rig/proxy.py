@@ -1,7 +1,8 @@
 """A TCP proxy that breaks what passes through it: for tests of real processes, on one machine.
 
-A ``Network`` is a set of proxies, one in front of each process that listens. It knows both ends of every connection by
-name (``Owners`` finds out who connected), so a fault can strike a process, or one pair, in one direction or both.
+A ``ProxyNetwork`` is a set of proxies, one in front of each process that listens. It knows both ends of every
+connection by name (``Owners`` finds out who connected), so a fault can strike a process, or one pair, in one direction
+or both.
 Faults of one stream are those that TCP allows: bytes are delayed, held back, lost with the connection, or damaged;
 never reordered or doubled.
 """
@@ -97,7 +98,7 @@ def _holds(pid: int, inode: str) -> bool:
 
 
 @dataclass(eq=False, slots=True)
-class _Link:
+class _Passage:
     """One connection through a proxy."""
 
     source: str
@@ -118,7 +119,7 @@ class _Link:
             writer.transport.abort()
 
 
-class Network:
+class ProxyNetwork:
     """Proxies and their faults. All methods may be called from any thread; the bytes move in one of its own.
 
     ``identify`` gives the name of who connected from a port to a port. ``tap`` may give, for (source, target), a
@@ -137,7 +138,7 @@ class Network:
         self._rules: dict[int, Rule] = {}
         self._left: dict[int, int] = {}  # of rules that strike a number of chunks
         self._numbers = 0
-        self._links: set[_Link] = set()
+        self._links: set[_Passage] = set()
         self._servers: list[asyncio.Server] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._struck: Counter[str] = Counter()
@@ -245,7 +246,7 @@ class Network:
         self, name: str, target: tuple[str, int], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         port, here = writer.get_extra_info("peername")[1], writer.get_extra_info("sockname")[1]
-        link = _Link(self._identify(port, here), name, [writer])
+        link = _Passage(self._identify(port, here), name, [writer])
         self._links.add(link)
         try:
             await self._released(link.source, name)
@@ -262,7 +263,7 @@ class Network:
                 each.close()
 
     async def _pump(
-        self, link: _Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, source: str, target: str
+        self, link: _Passage, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, source: str, target: str
     ) -> None:
         """One direction: what is read waits its delay in a bounded queue, then meets the other rules."""
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(QUEUE)
@@ -314,7 +315,7 @@ class Network:
         while self._of("hold", source, target):
             await self._changed.wait()
 
-    def _damage(self, link: _Link, data: bytes, source: str, target: str) -> tuple[bytes, bool]:
+    def _damage(self, link: _Passage, data: bytes, source: str, target: str) -> tuple[bytes, bool]:
         """What is left of the bytes, and whether the connection ends with them."""
         if link.tainted or self._of("swallow", source, target):
             link.tainted = True

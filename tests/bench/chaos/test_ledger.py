@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from headwater_bench.chaos.ledger import WIDTHS, Ledger, Push, Tail, Writer, cells, in_bounds, judge
+from headwater_bench.chaos.ledger import WIDTHS, Ledger, LedgerWriter, PushEntry, Tail, cells, in_bounds, judge
 
 SHARDS = {i: i // 2 for i in range(len(WIDTHS))}
 
@@ -15,11 +15,11 @@ def _ledger(rank: int, acknowledged: int, unknown: int = 0, refused: int = 0) ->
     ledger = Ledger(rank)
     own = ledger.of("ledger")
     for k in range(1, acknowledged + 1):
-        own[k] = Push(float(k), k + 0.5, k)
+        own[k] = PushEntry(float(k), k + 0.5, k)
     for k in range(acknowledged + 1, acknowledged + unknown + 1):
-        own[k] = Push(float(k))
+        own[k] = PushEntry(float(k))
     for k in range(acknowledged + unknown + 1, acknowledged + unknown + refused + 1):
-        own[k] = Push(float(k), refused=True)
+        own[k] = PushEntry(float(k), refused=True)
     return ledger
 
 
@@ -71,7 +71,7 @@ def test_a_push_of_one_worker_is_not_anothers() -> None:
 
 
 def test_a_ledger_is_read_while_it_grows(tmp_path: Path) -> None:
-    writer, tail = Writer(tmp_path / "w0"), Tail(tmp_path / "w0", 0)
+    writer, tail = LedgerWriter(tmp_path / "w0"), Tail(tmp_path / "w0", 0)
     assert Tail(tmp_path / "none", 0).read() == []
     writer.write("B", text="session 1")
     writer.write("P", "ledger", 1)

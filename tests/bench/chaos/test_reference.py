@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headwater_bench.chaos.ledger import Ledger, Push
+from headwater_bench.chaos.ledger import Ledger, PushEntry
 from headwater_bench.chaos.reference import OneProcess, compare
 
 
@@ -14,7 +14,9 @@ def _run(steps: list[list[tuple[int, int]]], unknown: frozenset[tuple[int, int]]
         model.step(parts)
         for rank, number in parts:
             sure = (rank, number) not in unknown
-            ledgers[rank].of("model")[number] = Push(float(clock), clock + 0.5 if sure else None, clock if sure else 0)
+            ledgers[rank].of("model")[number] = PushEntry(
+                float(clock), clock + 0.5 if sure else None, clock if sure else 0
+            )
             if sure:
                 ledgers[rank].hashes[clock] = model.digest()
     return ledgers
@@ -28,13 +30,13 @@ def test_equal_runs_are_equal() -> None:
 
 def test_a_push_that_was_never_acknowledged_may_be_part_of_a_step() -> None:
     ledgers = _run([[(0, 1), (1, 1)], [(0, 2), (1, 2)], [(0, 3)]], frozenset({(1, 2)}))
-    ledgers[1].of("model")[3] = Push(9.0)  # and one that is part of none
+    ledgers[1].of("model")[3] = PushEntry(9.0)  # and one that is part of none
     assert compare(ledgers.values()).equal == 3
 
 
 def test_a_contribution_that_is_missing_is_found() -> None:
     ledgers = _run([[(0, 1), (1, 1)], [(0, 2), (1, 2)]])
-    ledgers[2].of("model")[1] = Push(2.0, 2.5, 2)  # acknowledged as part of step 2, and not in it
+    ledgers[2].of("model")[1] = PushEntry(2.0, 2.5, 2)  # acknowledged as part of step 2, and not in it
     found = compare(ledgers.values())
     assert found.equal == 1
     assert found.words.startswith("step 2 of")

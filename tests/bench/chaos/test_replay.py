@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from headwater_bench.chaos.replay import KEPT, Recorder, Recording
 from headwater.wire import messages as m
 from headwater.wire.frames import Frame, Kind, encode
+from headwater_bench.chaos.replay import KEPT, Recorder, Recording
 
 OPEN = m.Open(session=5, rank=1, shard=0)
 

@@ -6,10 +6,10 @@ import json
 
 from rich.console import Console
 
-from headwater_bench.chaos.runner import Course, Struck
-from headwater_bench.chaos.ledger import Ledger, Push, Verdict
+from headwater_bench.chaos.ledger import Ledger, PushEntry, Verdict
 from headwater_bench.chaos.reference import Comparison
 from headwater_bench.chaos.report import contributing, draw, make, recovery, to_json
+from headwater_bench.chaos.runner import Struck, Timeline
 from headwater_bench.chaos.schedule import Fault
 
 KILL = Fault("kill", "s0", 0.0, 0.3)
@@ -18,7 +18,7 @@ KILL = Fault("kill", "s0", 0.0, 0.3)
 def _ledger(rank: int, pushes: list[tuple[float, float | None]]) -> Ledger:
     ledger = Ledger(rank)
     for k, (sent, acked) in enumerate(pushes, start=1):
-        ledger.of("ledger")[k] = Push(sent, acked, k)
+        ledger.of("ledger")[k] = PushEntry(sent, acked, k)
     return ledger
 
 
@@ -40,9 +40,9 @@ def test_without_an_acknowledgement_there_is_no_time() -> None:
 
 
 def test_the_object_has_the_keys_that_are_promised() -> None:
-    course = Course(lines=[(0.5, "kill s0")], struck=[Struck(KILL, 10.0)], quiet=(0.0, 10.0), loud=(10.0, 20.0))
+    timeline = Timeline(lines=[(0.5, "kill s0")], struck=[Struck(KILL, 10.0)], quiet=(0.0, 10.0), loud=(10.0, 20.0))
     ledger = _ledger(0, [(float(i), i + 0.5) for i in range(20)])
-    report = make("async", 1, 20.0, course, [ledger], Verdict(0, 0, ()), Comparison(0, 0))
+    report = make("async", 1, 20.0, timeline, [ledger], Verdict(0, 0, ()), Comparison(0, 0))
     found = json.loads(to_json(report))
     assert found["faults"] == {"kill server": 1}
     assert found["acknowledged"] == 20
@@ -53,20 +53,20 @@ def test_the_object_has_the_keys_that_are_promised() -> None:
 
 
 def test_a_broken_promise_is_not_ok() -> None:
-    course = Course()
-    assert not make("async", 1, 1.0, course, [], Verdict(1, 0, ()), Comparison(0, 0)).ok
-    assert not make("async", 1, 1.0, course, [], Verdict(0, 1, ()), Comparison(0, 0)).ok
-    assert not make("bulk", 1, 1.0, course, [], Verdict(0, 0, ()), Comparison(5, 4, "step 5")).ok
-    assert not make("async", 1, 1.0, Course(failures=["stuck"]), [], Verdict(0, 0, ()), Comparison(0, 0)).ok
+    timeline = Timeline()
+    assert not make("async", 1, 1.0, timeline, [], Verdict(1, 0, ()), Comparison(0, 0)).ok
+    assert not make("async", 1, 1.0, timeline, [], Verdict(0, 1, ()), Comparison(0, 0)).ok
+    assert not make("bulk", 1, 1.0, timeline, [], Verdict(0, 0, ()), Comparison(5, 4, "step 5")).ok
+    assert not make("async", 1, 1.0, Timeline(failures=["stuck"]), [], Verdict(0, 0, ()), Comparison(0, 0)).ok
     ledger = Ledger(0, violations=["rank 0: went back"])
-    assert not make("async", 1, 1.0, course, [ledger], Verdict(0, 0, ()), Comparison(0, 0)).ok
+    assert not make("async", 1, 1.0, timeline, [ledger], Verdict(0, 0, ()), Comparison(0, 0)).ok
 
 
 def test_the_table_shows_every_fault() -> None:
-    course = Course(lines=[(0.5, "kill s0"), (0.6, "FAILED: x")], struck=[Struck(KILL, 10.0)], failures=["x"])
-    report = make("bulk", 1, 20.0, course, [_ledger(0, [(10.1, 10.2)])], Verdict(0, 0, ()), Comparison(3, 3))
+    timeline = Timeline(lines=[(0.5, "kill s0"), (0.6, "FAILED: x")], struck=[Struck(KILL, 10.0)], failures=["x"])
+    report = make("bulk", 1, 20.0, timeline, [_ledger(0, [(10.1, 10.2)])], Verdict(0, 0, ()), Comparison(3, 3))
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    console.print(draw(report, course))
+    console.print(draw(report, timeline))
     text = console.export_text()
     console.file.close()
     for word in ("kill server", "kill s0", "lost", "doubled", "3 of 3", "failed: x"):

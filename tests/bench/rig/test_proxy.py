@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from headwater_bench.rig.proxy import Network, Owners, Rule
+from headwater_bench.rig.proxy import Owners, ProxyNetwork, Rule
 from tests.patience import PATIENCE
 
 
@@ -53,12 +53,12 @@ def echo() -> Iterator[Echo]:
 
 
 @pytest.fixture
-def network() -> Iterator[Network]:
-    with Network(seed=1, identify=lambda port, towards: "me") as network:
+def network() -> Iterator[ProxyNetwork]:
+    with ProxyNetwork(seed=1, identify=lambda port, towards: "me") as network:
         yield network
 
 
-def _dial(network: Network, echo: Echo) -> socket.socket:
+def _dial(network: ProxyNetwork, echo: Echo) -> socket.socket:
     return socket.create_connection(("127.0.0.1", network.open("echo", echo.address)), timeout=PATIENCE)
 
 
@@ -72,7 +72,7 @@ def _exactly(sock: socket.socket, count: int) -> bytes:
     return data
 
 
-def test_without_a_rule_bytes_pass(network: Network, echo: Echo) -> None:
+def test_without_a_rule_bytes_pass(network: ProxyNetwork, echo: Echo) -> None:
     with _dial(network, echo) as sock:
         sent = os.urandom(1 << 20)
         threading.Thread(target=sock.sendall, args=(sent,), daemon=True).start()
@@ -80,7 +80,7 @@ def test_without_a_rule_bytes_pass(network: Network, echo: Echo) -> None:
         assert network.links() == [("me", "echo")]
 
 
-def test_held_bytes_arrive_when_the_rule_is_lifted(network: Network, echo: Echo) -> None:
+def test_held_bytes_arrive_when_the_rule_is_lifted(network: ProxyNetwork, echo: Echo) -> None:
     with _dial(network, echo) as sock:
         sock.sendall(b"a")
         assert _exactly(sock, 1) == b"a"
@@ -95,7 +95,7 @@ def test_held_bytes_arrive_when_the_rule_is_lifted(network: Network, echo: Echo)
 
 
 @pytest.mark.parametrize(("way", "arrives"), [("to", False), ("from", True)])
-def test_one_way(network: Network, echo: Echo, way: str, arrives: bool) -> None:
+def test_one_way(network: ProxyNetwork, echo: Echo, way: str, arrives: bool) -> None:
     """With the answers held, the other side still gets what is sent."""
     seen = threading.Event()
     network._tap = lambda source, target: (lambda data: seen.set()) if target == "echo" else None
@@ -108,7 +108,7 @@ def test_one_way(network: Network, echo: Echo, way: str, arrives: bool) -> None:
             sock.recv(1)
 
 
-def test_a_connection_that_lost_bytes_breaks_when_the_rule_is_lifted(network: Network, echo: Echo) -> None:
+def test_a_connection_that_lost_bytes_breaks_when_the_rule_is_lifted(network: ProxyNetwork, echo: Echo) -> None:
     with _dial(network, echo) as sock:
         rule = network.apply(Rule("swallow", "me", way="from"))
         sock.sendall(b"lost")
@@ -125,7 +125,7 @@ def test_a_connection_that_lost_bytes_breaks_when_the_rule_is_lifted(network: Ne
             sock.recv(1)
 
 
-def test_reset(network: Network, echo: Echo) -> None:
+def test_reset(network: ProxyNetwork, echo: Echo) -> None:
     with _dial(network, echo) as sock:
         sock.sendall(b"x")
         assert _exactly(sock, 1) == b"x"
@@ -135,7 +135,7 @@ def test_reset(network: Network, echo: Echo) -> None:
             sock.recv(1)
 
 
-def test_a_flip_turns_one_bit(network: Network, echo: Echo) -> None:
+def test_a_flip_turns_one_bit(network: ProxyNetwork, echo: Echo) -> None:
     with _dial(network, echo) as sock:
         network.apply(Rule("flip", "echo", way="to", count=1))
         sent = bytes(1000)
@@ -146,7 +146,7 @@ def test_a_flip_turns_one_bit(network: Network, echo: Echo) -> None:
         assert _exactly(sock, 1000) == sent
 
 
-def test_truncation_closes_the_connection(network: Network, echo: Echo) -> None:
+def test_truncation_closes_the_connection(network: ProxyNetwork, echo: Echo) -> None:
     with _dial(network, echo) as sock:
         network.apply(Rule("truncate", "echo", way="to"))
         sock.sendall(bytes(1000))
@@ -157,7 +157,7 @@ def test_truncation_closes_the_connection(network: Network, echo: Echo) -> None:
         assert len(got) < 1000
 
 
-def test_delayed_bytes_keep_their_order(network: Network, echo: Echo) -> None:
+def test_delayed_bytes_keep_their_order(network: ProxyNetwork, echo: Echo) -> None:
     with _dial(network, echo) as sock:
         network.apply(Rule("delay", "echo", seconds=0.02))
         for i in range(20):
@@ -166,7 +166,7 @@ def test_delayed_bytes_keep_their_order(network: Network, echo: Echo) -> None:
         assert network.struck()["delay"] >= 1
 
 
-def test_nobody_behind_the_proxy_is_a_broken_connection(network: Network) -> None:
+def test_nobody_behind_the_proxy_is_a_broken_connection(network: ProxyNetwork) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         address = closed.getsockname()
     port = network.open("gone", address)
@@ -177,7 +177,7 @@ def test_nobody_behind_the_proxy_is_a_broken_connection(network: Network) -> Non
         assert sock.recv(1) == b""
 
 
-def test_an_end_is_passed_on(network: Network, echo: Echo) -> None:
+def test_an_end_is_passed_on(network: ProxyNetwork, echo: Echo) -> None:
     with _dial(network, echo) as sock:
         sock.sendall(b"last")
         sock.shutdown(socket.SHUT_WR)
@@ -188,7 +188,7 @@ def test_an_end_is_passed_on(network: Network, echo: Echo) -> None:
 def test_owners_find_who_connected(echo: Echo) -> None:
     owners = Owners()
     owners.register("this test", os.getpid())
-    with Network(identify=owners.find) as network, _dial(network, echo) as sock:
+    with ProxyNetwork(identify=owners.find) as network, _dial(network, echo) as sock:
         sock.sendall(b"x")
         assert _exactly(sock, 1) == b"x"
         assert network.links() == [("this test", "echo")]

@@ -31,7 +31,7 @@ Answer = TypeVar("Answer")
 A, B = 1, 2  # readers' connections
 
 
-class Stage:
+class FakeUpstream:
     """``now``: the clock. ``theirs``: what the other side has, by number."""
 
     def __init__(self, *models: str, keep: int = 3) -> None:

@@ -1,4 +1,4 @@
-"""A world for `Versions`: a desk, a clock, and what is said."""
+"""What `Versions` has around it, faked: a desk, a clock, and a list of what is said."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from headwater.errors import (
 )
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from tests.cluster.script import spec
+from tests.cluster.fake_peers import spec
 
 W, READER = 1, 9  # peers
 SIZE = 4096
 
 
-class World:
+class FakeCoordinator:
     """A ``Versions`` of two shards with table 1 (bulk, on both) and 2 (asynchronous, on shard 1); its desk is here.
 
     Server n leads shard n. What each peer hears, what is saved, ordered and dropped is kept.
@@ -141,9 +141,9 @@ class World:
             self.now = min(until, self.now + 1)
             self.versions.tick(self.now)
 
-    def restart(self) -> World:
+    def restart(self) -> FakeCoordinator:
         """Another coordinator with the same state."""
-        return World(self.state)
+        return FakeCoordinator(self.state)
 
 
 def again(act: Callable[[int], object], times: int = 2 * entries.ASKERS) -> None:

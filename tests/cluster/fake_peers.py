@@ -27,7 +27,7 @@ def spec(name: str = "t", init: str = "zeros", **changes: object) -> TableSpec:
     return msgspec.structs.replace(made, **changes)
 
 
-class Script:
+class FakePeers:
     """``servers`` of them have joined as peers 100, 101, …; worker r is peer 200 + r, reader r is peer 300 + r.
 
     A server's heartbeats come over a connection of their own: peer 400, 401, ….

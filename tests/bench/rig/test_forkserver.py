@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from headwater_bench.rig.monitor import Sight
-from headwater_bench.rig.forkserver import Order, Word, Zygote, check, environment
 from headwater.errors import InternalError
 from headwater.wire import messages as m
+from headwater_bench.rig.forkserver import ForkReply, ForkRequest, ForkServer, check, environment
+from headwater_bench.rig.monitor import Sight
 from tests.patience import PATIENCE
 
 
-def _until(found: Callable[[], list[Word]]) -> Word:
+def _until(found: Callable[[], list[ForkReply]]) -> ForkReply:
     """The first end that is reported, within a deadline."""
     pause = threading.Event()
     deadline = time.monotonic() + PATIENCE
@@ -31,20 +31,20 @@ def _until(found: Callable[[], list[Word]]) -> Word:
 
 
 def test_a_forked_module_runs_as_from_a_shell(tmp_path: Path) -> None:
-    zygote = Zygote(tmp_path / "zygote.log")
+    forkserver = ForkServer(tmp_path / "forkserver.log")
     try:
         log, given = tmp_path / "child.log", environment({"GIVEN": "this"})
         code = "import os; print(os.environ['GIVEN'])"
-        pid = zygote.start(Order("timeit", ["-n", "1", "-r", "1", code], given, str(log)))
-        assert _until(zygote.ended) == Word(pid, 0)
+        pid = forkserver.start(ForkRequest("timeit", ["-n", "1", "-r", "1", code], given, str(log)))
+        assert _until(forkserver.ended) == ForkReply(pid, 0)
         assert log.read_text().startswith("this")
-        pid = zygote.start(Order("json.tool", [], given, str(log)))  # nothing comes on its standard input
-        assert _until(zygote.ended) == Word(pid, 1)
-        pid = zygote.start(Order("http.server", ["0", "--bind", "127.0.0.1"], given, str(log)))
+        pid = forkserver.start(ForkRequest("json.tool", [], given, str(log)))  # nothing comes on its standard input
+        assert _until(forkserver.ended) == ForkReply(pid, 1)
+        pid = forkserver.start(ForkRequest("http.server", ["0", "--bind", "127.0.0.1"], given, str(log)))
         os.kill(pid, signal.SIGKILL)
-        assert _until(zygote.ended) == Word(pid, -signal.SIGKILL)
+        assert _until(forkserver.ended) == ForkReply(pid, -signal.SIGKILL)
     finally:
-        zygote.close()
+        forkserver.close()
 
 
 def test_its_environment_is_not_that_of_another_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,9 +55,9 @@ def test_its_environment_is_not_that_of_another_cluster(monkeypatch: pytest.Monk
 
 
 def test_the_parent_must_be_named() -> None:
-    assert check(["zygote", "12"]) == 12
+    assert check(["forkserver", "12"]) == 12
     with pytest.raises(InternalError):
-        check(["zygote"])
+        check(["forkserver"])
 
 
 def _sight(servers: list[m.ServerStatus], shards: list[m.ShardStatus]) -> Sight:
