@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, VersionExpired
-from headwater.layout.dense import BLOCK, layout
+from headwater.layout import kinds
+from headwater.layout.dense import BLOCK
 from headwater.layout.words import spans
 from headwater.server.table import Table
 from headwater.server.versions.cut import PartCut
@@ -235,8 +236,7 @@ class Shelf:
             return
         known = dict(specs)
         for key, room, sums in got:
-            plan = layout(known[key.table], self._shards)
-            self.put(key, room, sums, spans(known[key.table], plan.segments[shard], room.size))
+            self.put(key, room, sums, kinds.spans(known[key.table], self._shards, shard, room.size))
         self._making[number, shard] = _Making([key for key, _, _ in got], ())
         self.say(number, shard)
 
