@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from headwater.client.flat import Mapped
+from headwater.client.dense.memory import Mapped
 from headwater.client.session import Session
 from headwater.cluster.placement import Block
 from headwater.errors import HeadwaterError, ProtocolError, WorkerLost
