@@ -9,7 +9,7 @@ import torch
 from headwater.cluster.tables import decide
 from headwater.layout.dense import layout
 from headwater.server import events as e
-from headwater.server.records import Ranges
+from headwater.server.replication.records import Ranges
 from headwater.server.shard import Shard
 from headwater.server.table import Table
 from headwater.types import Bulk, DenseSpec, Hyper, OptimizerSpec, ParameterSpec, Sync

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import torch
 
-from headwater.server.records import Groups
+from headwater.server.replication.records import Groups
 from headwater.server.table import Table
 from headwater.types import TableSpec, read_spec
 from headwater.wire.messages import Commit, Members, decoded
