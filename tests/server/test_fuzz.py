@@ -412,7 +412,7 @@ class Served:
         self.value = self.pull()
 
     def pull(self) -> float:
-        self.wire.send(Frame(Kind.PULL, 0, 0, MINE_PLAIN, seq=1, length=SIZE))
+        self.wire.send(Frame(Kind.PULL, 0, 0, MINE_PLAIN, seq=1, stop=SIZE))
         data = self.wire.read()
         assert data.kind == Kind.DATA
         assert data.payload is not None
@@ -425,7 +425,7 @@ class Served:
         payload = torch.ones(SIZE // 4).numpy().tobytes()
         epoch = 1
         self.wire.send(
-            Frame(Kind.PUSH, Flag.END, 0, MINE_PLAIN, epoch=epoch, seq=self.seq, clock=self.seq, length=SIZE), payload
+            Frame(Kind.PUSH, Flag.END, 0, MINE_PLAIN, epoch=epoch, seq=self.seq, clock=self.seq, stop=SIZE), payload
         )
         assert self.wire.read().kind == Kind.ACK
         self.value -= 1

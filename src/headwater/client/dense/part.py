@@ -136,9 +136,7 @@ class Part:
 
     def _frame(self, span: Span, clock: int, members: int) -> Frame:
         start, stop = span
-        frame = Frame(
-            Kind.PUSH, table=self.table, lsn=self.lsn, clock=clock, start=start, length=stop - start, members=members
-        )
+        frame = Frame(Kind.PUSH, table=self.table, lsn=self.lsn, clock=clock, start=start, stop=stop, members=members)
         if self.mapped is not None:
             frame.flags = Flag.SHARED
         elif stop > start:
@@ -159,7 +157,7 @@ class Part:
 
     def _ask(self, clock: int) -> None:
         self._clock = clock
-        self.session.send(Frame(Kind.PULL, table=self.table, lsn=self.lsn, clock=clock, length=self.size))
+        self.session.send(Frame(Kind.PULL, table=self.table, lsn=self.lsn, clock=clock, stop=self.size))
 
     def assign(self, pieces: list[tuple[Segment, memoryview]], clock: int = 0, members: int = 0) -> None:
         """Overwrite segments; ``assigned`` turns true when the shard has all of them.
@@ -169,7 +167,7 @@ class Part:
         frames = [
             Frame(
                 Kind.ASSIGN, Flag.WROTE if clock else Flag.NONE, table=self.table, clock=clock, start=segment.offset,
-                length=len(data), members=members, payload=data,
+                stop=segment.offset + len(data), members=members, payload=data,
             ) for segment, data in pieces
         ]  # fmt: skip
         if not clock:
@@ -215,7 +213,11 @@ class Part:
         awaited, self.awaiting, self.fresh = bool(self.awaiting), 0, self.size
         again = [self._again(frame, done) for frame in self._unacked]
         self._unacked = deque(frame for frames in again for frame in frames)
-        if any((frame.payload is not None) == (self.mapped is not None) for frame in self._unacked if frame.length):
+        if any(
+            (frame.payload is not None) == (self.mapped is not None)
+            for frame in self._unacked
+            if frame.stop > frame.start
+        ):
             self._reframe(done)
         ends = [frame for frame in self._unacked if frame.flags & Flag.END and frame.seq > done]
         if awaited and ends and ends[-1].kind == Kind.PUSH:
@@ -235,8 +237,8 @@ class Part:
         if not frame.flags & Flag.END:
             return []
         if frame.kind == Kind.ASSIGN:
-            return [replace(frame, length=0, payload=None)]
-        bare = replace(frame, length=0, payload=None, body=b"")
+            return [replace(frame, start=0, stop=0, payload_length=0, payload=None)]
+        bare = replace(frame, start=0, stop=0, payload_length=0, payload=None, body=b"")
         bare.flags &= ~Flag.WANT
         return [bare]
 
@@ -248,7 +250,7 @@ class Part:
             if frame.seq <= done or frame.kind == Kind.ASSIGN or not frame.length:
                 pieces = [frame]
             else:
-                spans = self._cut([(frame.start, frame.start + frame.length)])
+                spans = self._cut([(frame.start, frame.stop)])
                 pieces = [self._frame(span, frame.clock, frame.members) for span in spans]
                 pieces[0].body = frame.body
                 pieces[-1].flags |= frame.flags & ~Flag.SHARED
@@ -277,7 +279,8 @@ class Part:
     # ---- in ------------------------------------------------------------------------------------
 
     def landing(self, frame: Frame) -> memoryview:
-        if frame.start + frame.length > self.size:
+        frame.must_be_plain()
+        if frame.stop > self.size:
             raise ProtocolError(f"{self.session.name} sent bytes past the end of table {self.table}")
         at = self._flat(frame.start) if frame.length else 0
         if frame.flags & Flag.MEAN:
@@ -293,7 +296,7 @@ class Part:
             return
         self.lag = frame.members
         self.lsn = max(self.lsn, frame.lsn)
-        self.fresh = frame.start + frame.length
+        self.fresh = frame.stop
         if frame.flags & Flag.END and self.fresh == self.size:
             self.awaiting = max(0, self.awaiting - 1)
             if self.awaiting:

@@ -89,9 +89,10 @@ class Fills:
     def landing(self, peer: int, frame: Frame) -> memoryview:
         """Where the bytes go. Raises ``ProtocolError``."""
         room = self._by_peer[peer].room
-        if frame.kind != Kind.PIECE or room is None or frame.start + frame.length > room.size:
+        if frame.kind != Kind.PIECE or room is None or frame.stop > room.size:
             raise ProtocolError(f"{frame.kind.name} of bytes of a version that nobody asked for")
-        return room.array.data[frame.start : frame.start + frame.length]
+        frame.must_be_plain()
+        return room.array.data[frame.start : frame.stop]
 
     def receive(self, peer: int, frame: Frame) -> list[Instruction]:
         """A frame of the holder. Raises ``ProtocolError``."""
