@@ -1,4 +1,4 @@
-"""The I/O of a coordinator or server process: sockets, handshakes, time. The only file here that does any.
+"""The I/O of a coordinator or server process: sockets, handshakes, time.
 
 One thread, one epoll. A host (coordinator or server) is a state machine that takes frames and gives frames.
 """

@@ -243,6 +243,7 @@ class Shard(Replica):
             session.gradients[event.table] = event.gradients
         # Pushes before the base are done with, or the client has given them up.
         session.seq[event.table] = max(session.seq.get(event.table, 0), event.base - 1)
+        self._out.append(e.Joined(event.session, event.request, event.table, event.shared))
 
     def session(self, number: int) -> Session:
         """Raises ``SessionExpired``."""

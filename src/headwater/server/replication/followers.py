@@ -97,7 +97,7 @@ class Followers:
 
     # ---- records ---------------------------------------------------------------------------------
 
-    def send(self, record: Record) -> list[Outgoing]:
+    def replicate(self, record: Record) -> list[Outgoing]:
         """A record to everyone who follows."""
         out: list[Outgoing] = []
         for peer in self.by_peer:
@@ -143,11 +143,8 @@ class Followers:
         frame.start, frame.body = buffer.index, r.pack(record.body)
         return [*out, Outgoing(follower.peer, frame)]
 
-    def accepted(self, peer: int, frame: Frame) -> tuple[Follower | None, list[Outgoing]]:
+    def accepted(self, follower: Follower, frame: Frame) -> list[Outgoing]:
         """An ACCEPT: how far the follower is; more of the state, if it needs more."""
-        follower = self.by_peer.get(peer)
-        if follower is None:
-            return None, []
         if frame.lsn > self.shard.log.last or frame.seq > follower.sent:
             raise ProtocolError(
                 f"server {follower.server} has accepted record {frame.lsn} and {frame.seq} blocks, but was sent "
@@ -161,7 +158,7 @@ class Followers:
         if frame.flags & Flag.END and not follower.synced:
             follower.synced = True
             out.append(self.synced(follower))
-        return follower, out
+        return out
 
     def synced(self, follower: Follower) -> Outgoing:
         """For the coordinator: this learner has everything."""

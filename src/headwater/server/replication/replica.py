@@ -33,7 +33,7 @@ class Memory(Protocol):
     def load(self, table: Table, folder: str) -> None: ...
     def lend(self, table: int, size: int, lsn: int, accepted: int) -> torch.Tensor | None: ...
     def before_write(self, table: int, ranges: r.Ranges) -> None: ...
-    def publish(self, body: r.Publish) -> None: ...
+    def publish(self, version: int, tables: list[Table]) -> None: ...
 
 
 _BYTES = torch.uint8
@@ -122,11 +122,16 @@ class Replica:
             case r.Aside():
                 self._aside(body)
             case r.Publish():
-                self._memory.publish(body)
+                self._publish(body)
         if self.observer is not None:
             self.observer(self, record)
         if self.applied is not None:
             self.applied()
+
+    def _publish(self, body: r.Publish) -> None:
+        """A version's moment; the same on every replica that is whole."""
+        if not self.partial:
+            self._memory.publish(body.version, [self.tables[n] for n in body.tables if n in self.tables])
 
     def _begin(self, body: r.Begin) -> None:
         if body.table in self.tables:  # the coordinator asked again before the first was applied
