@@ -44,22 +44,22 @@ def cut_a_step_late(patch: pytest.MonkeyPatch) -> None:
     apply = Replica.apply
     waiting: dict[int, tuple[Replica, list[r.Publish]]] = {}
 
-    def late(self: Any, record: Any) -> None:
+    def late(self: Any, record: Any) -> Any:
         if self.number == 0 and isinstance(record.body, r.Publish):
             waiting.setdefault(id(self), (self, []))[1].append(record.body)
             clocks = tuple((table, self.tables[table].gathering.clock) for table in record.body.tables)
             setting = self._memory._setting
             setting.shelf.said.append(v.PartDone(record.body.version, 0, setting.server, clocks=clocks))
             self.lsn = record.lsn
-            self.observer(self, record)
-            return
-        apply(self, record)
+            return []
+        happened = apply(self, record)
         if isinstance(record.body, Commit) and id(self) in waiting:
             true = shelf._clock
             patch.setattr(shelf, "_clock", lambda table: true(table) - 1)
             for body in waiting.pop(id(self))[1]:
-                self._memory.publish(body)
+                self._publish(body)
             patch.setattr(shelf, "_clock", true)
+        return happened
 
     patch.setattr(Replica, "apply", late)
 

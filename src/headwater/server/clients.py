@@ -42,6 +42,7 @@ class Clients:
         self.shard = shard
         self.pushed_bytes = self.pulled_bytes = 0
         self.links: dict[int, ClientLink] = {}
+        self._replica = shard.replica
         self._kept = kept
         self._effects = effects
         self._checked = checked
@@ -241,7 +242,7 @@ class Clients:
         """The session is in the log: say so."""
         link = self._of_session.get(event.session)
         if link is not None:
-            reply = m.Opened(self.shard.epoch, self.shard.lsn)
+            reply = m.Opened(self.shard.epoch, self._replica.lsn)
             self._effects.tell(link.peer, Frame(Kind.REPLY, seq=link.asked, body=m.pack(reply)))
 
     def joined(self, x: e.Joined) -> None:
@@ -249,7 +250,7 @@ class Clients:
         table, kept = self.shard.table(x.table), self._kept[x.table]
         clock = table.gathering.clock if table.bulk else min(table.clocks.clock.values(), default=0)
         done = self.shard.session(x.session).done.get(x.table, 0)
-        reply = m.Attached(self.shard.lsn, clock, kept.values.numel(), done, self.shard.members.epoch)
+        reply = m.Attached(self._replica.lsn, clock, kept.values.numel(), done, self._replica.members.epoch)
         frame = Frame(Kind.REPLY, seq=x.request, body=m.pack(reply))
         self._say(x.session, frame, kept.fds if x.shared else ())
 
@@ -269,7 +270,7 @@ class Clients:
             a.session,
             Frame(
                 Kind.ACK, flags, self.shard.number, a.table, a.session, self.shard.epoch, a.seq, a.lsn, a.clock,
-                start=a.staleness, members=self.shard.members.epoch, body=body,
+                start=a.staleness, members=self._replica.members.epoch, body=body,
             ),
         )  # fmt: skip
 
@@ -283,8 +284,8 @@ class Clients:
     def refuse(self, f: e.Fail) -> None:
         body = m.pack(m.ErrorBody(f.code, f.message))
         frame = Frame(
-            Kind.ERROR, 0, self.shard.number, f.table, f.session, self.shard.epoch, f.seq, self.shard.lsn, f.clock,
-            members=self.shard.members.epoch, body=body,
+            Kind.ERROR, 0, self.shard.number, f.table, f.session, self.shard.epoch, f.seq, self._replica.lsn, f.clock,
+            members=self._replica.members.epoch, body=body,
         )  # fmt: skip
         self._say(f.session, frame, close=f.code == "ProtocolError")
 
@@ -318,7 +319,7 @@ class Clients:
         raw, body = view(s.mean), m.pack(m.MeanBody(s.ranges))
         frames = [
             Frame(
-                Kind.DATA, Flag.MEAN, self.shard.number, s.table, s.session, self.shard.epoch, s.seq, self.shard.lsn,
+                Kind.DATA, Flag.MEAN, self.shard.number, s.table, s.session, self.shard.epoch, s.seq, self._replica.lsn,
                 s.clock, block.local, block.size, payload=raw[block.local : block.local + block.size],
             ) for block in kept.blocks
         ] or [Frame(Kind.DATA, Flag.MEAN, table=s.table, seq=s.seq, clock=s.clock)]  # fmt: skip
@@ -331,7 +332,7 @@ class Clients:
 
     def _data(self, s: e.Send, flags: int, start: int, length: int) -> Frame:
         return Frame(
-            Kind.DATA, flags, self.shard.number, s.table, s.session, self.shard.epoch, s.request, self.shard.lsn,
+            Kind.DATA, flags, self.shard.number, s.table, s.session, self.shard.epoch, s.request, self._replica.lsn,
             s.clock, start, length, members=s.staleness,
         )  # fmt: skip
 

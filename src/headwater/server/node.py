@@ -88,7 +88,7 @@ class Node:
         )  # fmt: skip
         self.disk = None if setting.data is None else DiskLog(setting.data, self.shard, self.memory.blocks)
         self.part = Part(self.shard, threads=setting.threads)
-        self.shard.applied = self.part.due
+        self.shard.applied.append(self.part.due)
         self.memory.copiers += [self.part.before_write, partial(setting.shelf.before_write, number),
                                 partial(setting.detach, number)]  # fmt: skip
         self.memory.after_block = self.clients.consumed
@@ -103,7 +103,7 @@ class Node:
     @property
     def leads(self) -> bool:
         named = self.view.primary is not None and self.view.primary.server == self._setting.server
-        return named and not self.shard.partial  # half a state is no state
+        return named and not self.shard.replica.partial  # half a state is no state
 
     @property
     def role(self) -> str:
@@ -126,7 +126,7 @@ class Node:
         self.part.drop()
         self.cuts.clear()
         self._dismiss(new)
-        if self.shard.partial and new.primary is not None and new.primary.server == self._setting.server:
+        if self.shard.replica.partial and new.primary is not None and new.primary.server == self._setting.server:
             log.error("shard %d: this server was made the primary and has only half of its state", new.shard)
             self._suspect(self._setting.server, "it has only half of the state")
         if old.primary != new.primary:
@@ -394,7 +394,7 @@ class Node:
             return
         for table in self.shard.tables.values():
             if table.prepared is not None:
-                self._notify(self.shard.ready(table))
+                self._notify(self.shard.replica.ready(table))
         self.followers.suspected.clear()
         self.effects.instructions += self.followers.synced_again(self.view)
 

@@ -174,7 +174,7 @@ class Followers:
             s.SessionState(x.number, x.rank, x.members, tuple(x.done.items()))
             for x in shard.sessions.values() if x.rank >= 0
         )  # fmt: skip
-        out = [self._tell(follower.peer, s.ShardState(shard.members, sessions))]
+        out = [self._tell(follower.peer, s.ShardState(shard.replica.members, sessions))]
         for table in shard.tables.values():
             out.append(self._tell(follower.peer, s.table_state(table)))
             for start, data in table.writes:
