@@ -15,7 +15,6 @@ from headwater.client.control import BRIEF, Control
 from headwater.client.flat import Mapped
 from headwater.client.part import Part
 from headwater.client.session import Session
-from headwater.layout.dense import layout
 from headwater.errors import (
     ClusterError,
     DeadlineExceeded,
@@ -27,6 +26,7 @@ from headwater.errors import (
     Unreachable,
     WorkerLost,
 )
+from headwater.layout.dense import layout
 from headwater.testing import FakeClock
 from headwater.transports.stream import Handler, Link
 from headwater.types import Bulk, OptimizerSpec, ParameterSpec, TableSpec

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwater.layout.dense import ALIGN, BLOCK, CHUNK, PAGE, Layout, check_table, layout
 from headwater.errors import NotEnoughMemory, UnknownOptimizer, UsageError
+from headwater.layout.dense import ALIGN, BLOCK, CHUNK, PAGE, Layout, check_table, layout
 from headwater.types import ITEMSIZE, Bulk, Init, OptimizerSpec, ParameterSpec, Stale, TableSpec
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.relay.stage import A, Stage
+from tests.relay.fake_peers import A, Stage
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ from headwater.client.publication import Publication, publish
 from headwater.client.runtime import Runtime, Threads
 from headwater.client.session import Session
 from headwater.client.table import Table
-from headwater.layout.dense import check_table, layout
 from headwater.errors import (
     ClusterError,
     DeadlineExceeded,
@@ -37,6 +36,7 @@ from headwater.errors import (
     UnknownTable,
     UsageError,
 )
+from headwater.layout.dense import check_table, layout
 from headwater.transports import forks
 from headwater.transports.address import host_identity
 from headwater.types import Async, Claim, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from headwater import interrupts
-from headwater.layout.dense import BLOCK, PAGE, Layout
 from headwater.errors import DeadlineExceeded, ShapeMismatch
+from headwater.layout.dense import BLOCK, PAGE, Layout
 from headwater.transports import forks, memory
 from headwater.types import ParameterSpec, TableSpec
 from headwater.wire.tensors import DTYPES

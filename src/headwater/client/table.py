@@ -17,14 +17,14 @@ from headwater.client.part import Part, Span
 from headwater.client.patience import Patience
 from headwater.client.session import TURN
 from headwater.client.tickets import Alike, StepResult, Ticket
-from headwater.layout.dense import Layout
 from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken, LinkError, UsageError
+from headwater.layout.dense import Layout
 from headwater.transports import memory
 from headwater.types import Hyper, Segment
 from headwater.wire import messages as m
+from headwater.wire.data_plan import ANY
 from headwater.wire.exact import clip_factor
 from headwater.wire.frames import Flag
-from headwater.wire.data_plan import ANY
 
 if TYPE_CHECKING:
     from headwater.client.client import Client

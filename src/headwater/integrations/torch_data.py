@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 
 from headwater.cluster.dataplan import check
-from headwater.layout.order import order
 from headwater.errors import DeadlineExceeded, InternalError, UsageError
+from headwater.layout.order import order
 from headwater.wire.data_plan import PlanChunk, PlanNext
 
 _PAUSE, _LONGEST_PAUSE = 0.01, 0.2  # seconds between questions while others hold what is left

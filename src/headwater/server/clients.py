@@ -8,8 +8,8 @@ from typing import NamedTuple
 import msgspec
 import torch
 
-from headwater.layout.dense import Block
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError
+from headwater.layout.dense import Block
 from headwater.server import events as e
 from headwater.server.shard import Shard
 from headwater.server.state import view

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import msgspec
 
-from headwater.layout.dense import Block
 from headwater.errors import ClusterError, Halt, HeadwaterError, ProtocolError, StateCorrupt, StateInUse, UsageError
+from headwater.layout.dense import Block
 from headwater.server import records as r
 from headwater.server import state as s
 from headwater.server.followers import Follower, Followers

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from headwater.layout.dense import Block
 from headwater.errors import ProtocolError
+from headwater.layout.dense import Block
 from headwater.server import records as r
 from headwater.server import state as s
 from headwater.server.lending import Buffer, Lending

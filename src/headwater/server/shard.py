@@ -286,7 +286,9 @@ class Shard(Replica):
     def _again(self, session: Session, table: Table, event: e.Push) -> None:
         """A duplicate: acknowledged again if it is applied, else the answer is still to come."""
         if event.seq > session.done.get(table.number, 0):
-            if table.collective and event.members < table.gathering.lost:  # undone, and the word of it was lost on the way
+            if (
+                table.collective and event.members < table.gathering.lost
+            ):  # undone, and the word of it was lost on the way
                 raise WorkerLost(self.why_lost(event.clock))
             part = table.gathering.parts.get(session.rank)
             if part is not None and part.seq == event.seq and event.flags & Flag.WANT:
@@ -486,7 +488,9 @@ class Shard(Replica):
             table.waiting.append(event)
             return
         clocks = table.clocks
-        staleness = 0 if table.collective else max(clocks.clock.values(), default=0) - min(clocks.clock.values(), default=0)
+        staleness = (
+            0 if table.collective else max(clocks.clock.values(), default=0) - min(clocks.clock.values(), default=0)
+        )
         clocks.was_read(session.rank)
         start, length = event.start, event.length
         self._out.append(
