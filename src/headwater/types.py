@@ -63,12 +63,12 @@ class Policy(msgspec.Struct, frozen=True):
     """
 
     collective: ClassVar[bool] = False
-    """All workers take a step together (Valiant 1990): it is applied when each has contributed, on all shards or on none,
-    and the table has one clock. Otherwise each worker's step is applied by itself, and each worker has its clock."""
+    """All workers take a step together (Valiant 1990): it is applied when each has contributed, on all shards or on
+    none, and the table has one clock. Otherwise each worker's step is applied by itself, and each has its clock."""
 
     reads_own_memory: ClassVar[bool] = True
-    """A worker computes on values of its own, which a pull refreshes. Otherwise the servers' memory does not change while
-    a worker computes, so that on one host its parameters *are* that memory."""
+    """A worker computes on values of its own, which a pull refreshes. Otherwise the servers' memory does not change
+    while a worker computes, so that on one host its parameters *are* that memory."""
 
     @property
     def combined(self) -> Reduce:

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from headwater.errors import ClusterError, DeadlineExceeded, HeadwaterError, UsageError
 from headwater.types import TableSpec
 from headwater.wire import messages as m
+from headwater.wire.outgoing import Asker
 
 TRIES = 6
 AGAIN = 0.1  # seconds until the second attempt, doubled for each further one

@@ -11,8 +11,8 @@ ANY = 1 << 62
 class PlanNext(msgspec.Struct, frozen=True, tag="plan_next"):
     """Worker to coordinator: my next chunk of the plan ``name``, please; and these I have finished.
 
-    All workers must give the same ``n``, ``epochs``, ``seed``, ``chunk`` and ``overlap``; the first to ask makes the plan.
-    ``turn``: the number of this question among the session's, from 1; a repeated number gets the same chunk again.
+    All workers must give the same ``n``, ``epochs``, ``seed``, ``chunk`` and ``overlap``; the first to ask makes the
+    plan. ``turn``: the number of this question among the session's, from 1; a repeated one gets the same chunk again.
     ``finished``: (chunk, clock) pairs; the clock is that of the bulk step in which the chunk's last sample was used,
     0 if it was not a bulk step. ``want``: false if the worker only reports what it has finished.
     """
