@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from headwater.client.client import Client
-from headwater.client.table import Table
+from headwater.client.dense.table import Table
 from headwater.errors import HeadwaterError, LinkError
 from headwater.readers.reading import Reader
 from headwater.testing.links import SimRuntime

@@ -15,7 +15,7 @@ _REQUEST = 4 << 20  # bytes of optimizer state per request
 Slots = Mapping[str, Mapping[str, torch.Tensor]]
 
 
-def join(spec: TableSpec, pieces: Iterable[m.Slot]) -> dict[str, dict[str, torch.Tensor]]:
+def join_slots(spec: TableSpec, pieces: Iterable[m.Slot]) -> dict[str, dict[str, torch.Tensor]]:
     """By parameter and slot name, in the shapes of ``torch.optim``."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     for slot in pieces:
@@ -38,7 +38,7 @@ def _place(spec: TableSpec, found: dict[str, dict[str, torch.Tensor]], slot: m.S
     whole[slot.start : slot.start + piece.numel()] = piece
 
 
-def requests(table: int, spec: TableSpec, segments: Sequence[Segment], slots: Slots) -> Iterator[m.SlotPart]:
+def slot_requests(table: int, spec: TableSpec, segments: Sequence[Segment], slots: Slots) -> Iterator[m.SlotPart]:
     """What makes ``slots`` the whole state of one shard, which holds ``segments``: a few megabytes each."""
     batch: list[m.Slot] = []
     size, first = 0, True

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from headwater.client.flat import Mapped
+from headwater.client.dense.memory import Mapped
 from headwater.client.session import Session
 from headwater.errors import HeadwaterError, ProtocolError, WorkerLost
 from headwater.layout.dense import Block

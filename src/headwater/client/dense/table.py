@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 from headwater import interrupts
-from headwater.client import state
-from headwater.client.flat import Gradients, Mapped, Values, as_bytes, check_tensor, plain, views
-from headwater.client.part import Part, Span
+from headwater.client.dense.memory import Gradients, Mapped, Values, as_bytes, check_tensor, plain, views
+from headwater.client.dense.part import Part, Span
+from headwater.client.dense.slots import Slots, join_slots, slot_requests
 from headwater.client.patience import Patience
 from headwater.client.session import TURN
 from headwater.client.tickets import Alike, StepResult, Ticket
@@ -567,7 +567,7 @@ class Table:
     def slots(self) -> dict[str, dict[str, torch.Tensor]]:
         """The optimizer state: by parameter and slot name, in the shapes of ``torch.optim``."""
         self.wait()
-        return state.join(self.spec, self._slots())
+        return join_slots(self.spec, self._slots())
 
     def _slots(self) -> Iterator[m.Slot]:
         for part in self._parts:
@@ -576,11 +576,11 @@ class Table:
                 yield from reply.slots
 
     @interrupts.deferred
-    def assign_slots(self, slots: state.Slots) -> None:
+    def assign_slots(self, slots: Slots) -> None:
         """Replace the optimizer state of the whole table; the inverse of ``slots``."""
         self.wait()
         for part in self._parts:
-            for request in state.requests(self.number, self.spec, part.segments, slots):
+            for request in slot_requests(self.number, self.spec, part.segments, slots):
                 self._client.request(part.session, request)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from headwater import interrupts
-from headwater.client.flat import check_tensor
-from headwater.client.table import Table
+from headwater.client.dense.memory import check_tensor
+from headwater.client.dense.table import Table
 from headwater.client.tickets import Ticket
 from headwater.errors import NonFiniteGradient
 from headwater.wire.tensors import finite
