@@ -19,7 +19,7 @@ from headwater.versions.lifecycle import Known, Lifecycle
 from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.outgoing import Asker
-from tests.cluster.script import spec
+from tests.cluster.fake_peers import spec
 
 W, READER = 1, 9  # peers
 SIZE = 4096
