@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import msgspec
 
@@ -20,6 +20,8 @@ ITEMSIZE: dict[str, int] = {
     "bool": 1,
 }
 """Bytes per element of every dtype a dense table may hold."""
+
+Reduce = Literal["mean", "sum", "lowest"]
 
 Hyper = bool | int | float | str | None | tuple[float, ...]
 """One hyperparameter of an optimizer group, as it travels (``betas`` is a tuple of floats)."""
@@ -54,7 +56,47 @@ class Init(msgspec.Struct, frozen=True):
     b: float = 0.0
 
 
-class Bulk(msgspec.Struct, frozen=True, tag="bulk"):
+class Policy(msgspec.Struct, frozen=True):
+    """How the workers of a table keep in step: what every synchronisation policy answers.
+
+    Nobody else asks *which* policy it is. A further one is a subclass with its traits, in ``Sync`` below.
+    """
+
+    collective: ClassVar[bool] = False
+    """All workers take a step together (Valiant 1990): it is applied when each has contributed, on all shards or on
+    none, and the table has one clock. Otherwise each worker's step is applied by itself, and each has its clock."""
+
+    reads_own_memory: ClassVar[bool] = True
+    """A worker computes on values of its own, which a pull refreshes. Otherwise the servers' memory does not change
+    while a worker computes, so that on one host its parameters *are* that memory."""
+
+    @property
+    def combined(self) -> Reduce:
+        """What the contributions to a collective step become."""
+        return "sum"
+
+    @property
+    def read_bound(self) -> int | None:
+        """A worker at clock c reads only once every other has reached c minus this (Ho et al. 2013); None: at once."""
+        return None
+
+    @property
+    def staleness_cap(self) -> int | None:
+        """How many steps of others may be applied between a worker's read and its push; None: any number."""
+        return None
+
+    @property
+    def immediate(self) -> bool:
+        """A push is applied when it arrives, whatever other workers do."""
+        return not self.collective and self.staleness_cap is None
+
+    @property
+    def paced(self) -> bool:
+        """Workers take their own steps, but one's read or step may have to wait for another's next step."""
+        return self.read_bound is not None or self.staleness_cap is not None
+
+
+class Bulk(Policy, frozen=True, tag="bulk"):
     """Bulk-synchronous (Valiant 1990): a step is applied when every worker has contributed to it.
 
     ``reduce`` says what the contributions become, summed in rank order first: ``"mean"`` divides the
@@ -62,10 +104,17 @@ class Bulk(msgspec.Struct, frozen=True, tag="bulk"):
     lowest rank is all that counts.
     """
 
-    reduce: Literal["mean", "sum", "lowest"] = "mean"
+    collective: ClassVar[bool] = True
+    reads_own_memory: ClassVar[bool] = False
+
+    reduce: Reduce = "mean"
+
+    @property
+    def combined(self) -> Reduce:
+        return self.reduce
 
 
-class Stale(msgspec.Struct, frozen=True, tag="stale"):
+class Stale(Policy, frozen=True, tag="stale"):
     """Stale-synchronous (Ho et al. 2013): a worker at clock c reads only once every worker has reached c - bound."""
 
     bound: int = 1
@@ -74,8 +123,12 @@ class Stale(msgspec.Struct, frozen=True, tag="stale"):
         if self.bound < 0:
             raise ValueError(f"Stale(bound={self.bound}): the bound is a number of steps, 0 or more")
 
+    @property
+    def read_bound(self) -> int:
+        return self.bound
 
-class Async(msgspec.Struct, frozen=True, tag="async"):
+
+class Async(Policy, frozen=True, tag="async"):
     """Asynchronous: a push is applied on arrival.
 
     ``max_staleness`` caps how many steps of others may be applied between a worker's read and its push:
@@ -89,9 +142,13 @@ class Async(msgspec.Struct, frozen=True, tag="async"):
         if self.max_staleness is not None and self.max_staleness < 0:
             raise ValueError(f"Async(max_staleness={self.max_staleness}): the cap is a number of steps, 0 or more")
 
+    @property
+    def staleness_cap(self) -> int | None:
+        return self.max_staleness
+
 
 Sync = Bulk | Stale | Async
-"""The synchronisation policies. Local steps (DiLoCo) will be a fourth member."""
+"""The synchronisation policies, as they travel."""
 
 
 class ParameterSpec(msgspec.Struct, frozen=True):
@@ -150,21 +207,6 @@ class Segment(msgspec.Struct, frozen=True):
     @property
     def end(self) -> int:
         return self.offset + self.nbytes
-
-
-class PushId(msgspec.Struct, frozen=True):
-    """The identity of a push: applied once, however often it is sent."""
-
-    session: int
-    shard: int
-    seq: int
-
-
-class Version(msgspec.Struct, frozen=True, order=True):
-    """A point in a shard's history: reads of one session never go back."""
-
-    epoch: int
-    lsn: int
 
 
 class VersionInfo(msgspec.Struct, frozen=True):

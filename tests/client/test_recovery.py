@@ -12,10 +12,9 @@ import pytest
 
 from headwater.client.client import UNSERVED, Client
 from headwater.client.control import BRIEF, Control
-from headwater.client.flat import Mapped
-from headwater.client.part import Part
+from headwater.client.dense.memory import Mapped
+from headwater.client.dense.part import Part
 from headwater.client.session import Session
-from headwater.cluster.placement import layout
 from headwater.errors import (
     ClusterError,
     DeadlineExceeded,
@@ -27,6 +26,7 @@ from headwater.errors import (
     Unreachable,
     WorkerLost,
 )
+from headwater.layout.dense import layout
 from headwater.testing import FakeClock
 from headwater.transports.stream import Handler, Link
 from headwater.types import Bulk, OptimizerSpec, ParameterSpec, TableSpec

@@ -12,9 +12,9 @@ import torch
 
 import headwater
 from headwater.client import Client, Dense, Table
-from headwater.cluster.placement import BLOCK
 from headwater.errors import LinkBroken, ProtocolError
 from headwater.launch import Launcher
+from headwater.layout.dense import BLOCK
 from headwater.transports import receiver
 from headwater.transports.stream import StreamLink
 from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Stale, Sync, TableSpec

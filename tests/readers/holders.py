@@ -12,14 +12,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from headwater.cluster.placement import layout
-from headwater.cluster.spans import spans
 from headwater.errors import (
     DeadlineExceeded,
     HeadwaterError,
     LinkBroken,
     ProtocolError,
 )
+from headwater.layout.dense import layout
+from headwater.layout.words import spans
 from headwater.readers.fetch import Fetcher
 from headwater.readers.stored import Base, Stored
 from headwater.readers.weights import Weights

@@ -69,7 +69,7 @@ def test_memory_is_given_back_when_nothing_looks_at_it(holders: Holders) -> None
 
 
 def addresses(stored: Stored | Base) -> dict[tuple[int, int], int]:
-    return {key: room.array.ctypes.data for key, room in stored.rooms.items()}
+    return {key: buffer.array.ctypes.data for key, buffer in stored.buffers.items()}
 
 
 def only_base(holders: Holders, number: int = 1) -> Base:
@@ -88,7 +88,7 @@ def test_a_base_that_nobody_looks_at_becomes_the_next_version(holders: Holders, 
     stored = holders.store(2, base)
     assert right(stored, 2)
     assert addresses(stored) == before
-    assert base.rooms == {}
+    assert base.buffers == {}
     assert holders.fetcher.counts.deltas == (0 if whole else 2)
 
 
@@ -242,14 +242,14 @@ MAD_MEMORY: dict[str, Callable[[list[Said]], list[Said]]] = {
 @pytest.mark.parametrize("way", MAD)
 def test_mad_answers_are_refused(holders: Holders, way: str) -> None:
     base = holders.store(1)
-    taken = len(holders.fetcher.rooms._fresh)
+    taken = len(holders.fetcher.pool._fresh)
     holders.answer = lambda frame, fetch, said: MAD[way](list(said)) if fetch.shard == 0 else said
     if way == "bytes after the end":  # it is known too late for this one, and ends the connection
         assert right(holders.store(2), 2)
     else:
         with pytest.raises(LinkError):
             holders.store(2)
-    assert len(holders.fetcher.rooms._fresh) == taken
+    assert len(holders.fetcher.pool._fresh) == taken
     holders.answer = lambda frame, fetch, said: said
     for _ in range(2):  # the first may find out that a connection is broken
         try:

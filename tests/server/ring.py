@@ -10,14 +10,15 @@ from typing import NamedTuple
 
 import torch
 
-from headwater.cluster.placement import layout
+from headwater.layout.dense import layout
 from headwater.server import COORDINATOR
 from headwater.server.node import Node, Setting
 from headwater.server.replication.state import view
 from headwater.server.server import Server
 from headwater.types import Async, OptimizerSpec, ParameterSpec, Sync, TableSpec
 from headwater.wire import messages as m
-from headwater.wire.frames import Dial, Flag, Frame, Instruction, Kind
+from headwater.wire.frames import Flag, Frame, Kind
+from headwater.wire.outgoing import Dial, Instruction
 
 MEMBERS = 1  # the membership epoch
 

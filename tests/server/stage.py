@@ -6,8 +6,8 @@ from typing import TypeVar
 
 import torch
 
-from headwater.cluster.placement import layout
 from headwater.cluster.tables import decide
+from headwater.layout.dense import layout
 from headwater.server import events as e
 from headwater.server.replication.records import Ranges
 from headwater.server.shard import Shard

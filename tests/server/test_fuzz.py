@@ -29,8 +29,9 @@ from headwater.transports.address import Address
 from headwater.transports.receiver import descriptors as ancillary
 from headwater.types import Init, OptimizerSpec, ParameterSpec, TableSpec
 from headwater.wire import messages as m
-from headwater.wire.frames import Dial, Flag, Frame, Kind, encode
+from headwater.wire.frames import Flag, Frame, Kind, encode
 from headwater.wire.messages import Slot
+from headwater.wire.outgoing import Dial
 from tests.server.mutations import Mutator, Piece, read
 from tests.server.serving import Wire, serve
 from tests.server.town import (

@@ -16,13 +16,14 @@ from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.errors import HeadwaterError
 from headwater.server import COORDINATOR
 from headwater.server.hosts import CoordinatorHost
-from headwater.server.loop import Host
 from headwater.server.node import Setting
 from headwater.server.server import Server
+from headwater.transports.loop import Host
 from headwater.transports.receiver import Receiver
 from headwater.types import Async, Bulk, OptimizerSpec, ParameterSpec, Stale, Sync, TableSpec
 from headwater.wire import messages as m
-from headwater.wire.frames import Dial, Flag, Frame, Instruction, Kind, Outgoing, encode
+from headwater.wire.frames import Flag, Frame, Kind, encode
+from headwater.wire.outgoing import Dial, Instruction, Outgoing
 
 SHARDS = 4
 SIZE = 4096  # bytes of each table on each shard

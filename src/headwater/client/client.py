@@ -17,15 +17,14 @@ import torch
 from headwater import interrupts
 from headwater.client import publication
 from headwater.client.control import Control, Dial
-from headwater.client.dense import Dense
-from headwater.client.flat import check_tensor
+from headwater.client.dense.handle import Dense
+from headwater.client.dense.memory import check_tensor
+from headwater.client.dense.table import Table
 from headwater.client.naming import Names
 from headwater.client.patience import Patience
 from headwater.client.publication import Publication, publish
 from headwater.client.runtime import Runtime, Threads
 from headwater.client.session import Session
-from headwater.client.table import Table
-from headwater.cluster.placement import check_table, layout
 from headwater.errors import (
     ClusterError,
     DeadlineExceeded,
@@ -37,9 +36,10 @@ from headwater.errors import (
     UnknownTable,
     UsageError,
 )
+from headwater.layout.dense import check_table, layout
 from headwater.transports import forks
 from headwater.transports.address import host_identity
-from headwater.types import Async, Bulk, Claim, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
+from headwater.types import Async, Claim, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
 from headwater.wire import messages as m
 from headwater.wire.tensors import dtype_name
 from headwater.wire.versions import Retire, VersionStatus
@@ -435,7 +435,7 @@ class Client:
         for table in self.tables.values():
             table.wait()
         with self._aside(self.runtime.now() + self.timeout):
-            if not any(isinstance(table.spec.sync, Bulk) for table in self.tables.values()):
+            if not any(table.spec.sync.collective for table in self.tables.values()):
                 yield
                 return
             self._rest(True)

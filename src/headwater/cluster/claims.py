@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from headwater.errors import TableConflict, UnknownTable
-from headwater.types import Bulk, Claim, Init, TableSpec
+from headwater.types import Claim, Init, TableSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,7 +54,7 @@ def owed(tables: Iterable[Table], membership: Membership) -> set[int]:
 
     It was in an earlier round, and is late for this one: without it the others would take its steps alone.
     """
-    together = [t for t in tables if t.own and t.run == membership.run and t.users and isinstance(t.spec.sync, Bulk)]
+    together = [t for t in tables if t.own and t.run == membership.run and t.users and t.spec.sync.collective]
     return {rank for rank in membership.left if any(rank not in table.finished for table in together)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from headwater.cluster.placement import layout
+from headwater.layout.dense import layout
 from headwater.wire import messages as m
 
 if TYPE_CHECKING:

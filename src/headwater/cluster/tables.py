@@ -9,12 +9,13 @@ import msgspec
 
 from headwater.cluster import claims
 from headwater.cluster.membership import Member, Membership
-from headwater.cluster.placement import check_table, layout
-from headwater.cluster.snapshots import Asker, Kept
+from headwater.cluster.snapshots import Kept
 from headwater.errors import ClusterError, HeadwaterError, TableConflict, UnknownTable
+from headwater.layout.dense import check_table, layout
 from headwater.types import Claim, TableSpec
 from headwater.wire import messages as m
 from headwater.wire.exact import clip_factor, merge
+from headwater.wire.outgoing import Asker
 
 
 class Desk(Protocol):

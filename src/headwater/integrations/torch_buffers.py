@@ -44,13 +44,13 @@ class Buffers:
         self._places = {} if mode == "local" else found.places
         self._kept = {} if mode == "local" else {place.path: Kept(place) for place in found.kept}
         self._owners = {id(place.module) for place in self._places.values()}
-        self._sends = mode == "mean" or isinstance(sync, Bulk) or client.rank == 0
-        self._blind = not isinstance(sync, Bulk) and client.world not in (None, 1)  # no step that all take together
+        self._sends = mode == "mean" or sync.collective or client.rank == 0
+        self._blind = not sync.collective and client.world not in (None, 1)  # no step that all take together
         self._pending = False
         self._table: Table | None = None
         if not self._places:
             return
-        if isinstance(sync, Bulk):
+        if sync.collective:
             sync = Bulk("mean" if mode == "mean" else "lowest")  # rank 0 may leave, and another be the lowest
         values = self.values()
         parameters = tuple(

@@ -24,7 +24,7 @@ from headwater.readers.checks import WORTH, Check
 from headwater.readers.line import Answer, Dial, Line
 from headwater.readers.stored import Base, Key, Mapped, Mine, Place, Plan, Stored, Table, Theirs, plan
 from headwater.transports import memory
-from headwater.transports.rooms import Room, Rooms
+from headwater.transports.buffers import Buffer, BufferPool
 from headwater.types import TableSpec
 from headwater.wire import delta, sums
 from headwater.wire import versions as v
@@ -43,13 +43,16 @@ class Counts(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """A part on its way into ``room`` (or shared), over ``line``. ``ahead``: before it was known to be there, then."""
+    """A part on its way over ``line``: into ``buffer``, or as shared memory.
+
+    ``ahead``: when it was asked for, if nobody knew then whether it is there.
+    """
 
     at: v.PartAt
     key: Key
     line: Line
     answer: Answer
-    room: list[Room]
+    buffer: list[Buffer]
     check: list[Check]  # of one that comes whole, and is large
     base: Base | None = None  # whose memory it may have
     ahead: float | None = None
@@ -66,7 +69,7 @@ class Got(NamedTuple):
     """A part in memory of this process. ``delta``: what came instead of the whole part, if it did."""
 
     at: v.PartAt
-    room: Room
+    buffer: Buffer
     sums: sums.Sums
     delta: memoryview | None
 
@@ -74,15 +77,20 @@ class Got(NamedTuple):
 class Fetcher:
     """The connections of one reader, and the memory that it fetches into.
 
-    ``share``: map holders' memory where possible. ``rooms``: memory that others use too. ``now``: the clock, in
+    ``share``: map holders' memory where possible. ``pool``: memory that others use too. ``now``: the clock, in
     seconds, that deadlines are of. One thread at a time fetches;
     what goes wrong is a ``LinkError``, ``VersionExpired``, ``NotEnoughMemory`` or ``DeadlineExceeded``.
     """
 
     def __init__(
-        self, dial: Dial, *, share: bool = True, rooms: Rooms | None = None, now: Callable[[], float] = time.monotonic
+        self,
+        dial: Dial,
+        *,
+        share: bool = True,
+        pool: BufferPool | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.rooms = rooms or Rooms(share=True)
+        self.pool = pool or BufferPool(share=True)
         self._now = now
         self.counts = Counts()
         self._dial = dial
@@ -133,9 +141,9 @@ class Fetcher:
             with self._reception():
                 places = self._places(leased, base, deadline)
         tables: list[Table] = []
-        rooms = {key: place.room for key, place in places.items() if isinstance(place, Mine)}
-        for room in rooms.values():  # when its loans are over
-            self.rooms.give(room)
+        buffers = {key: place.buffer for key, place in places.items() if isinstance(place, Mine)}
+        for buffer in buffers.values():  # when its loans are over
+            self.pool.give(buffer)
         try:
             for number, found in plans.items():
                 mine = {shard: places[shard, number] for shard in found.layout.participants}
@@ -145,13 +153,13 @@ class Fetcher:
             for place in places.values():
                 self._give_up(place)
             raise
-        return Stored(leased.info, tables, rooms)
+        return Stored(leased.info, tables, buffers)
 
     def _places(self, leased: v.Leased, base: Stored | Base | None, deadline: float) -> dict[tuple[int, int], Place]:
         """All parts are asked for at once, then waited for one by one; a base that is this version has them."""
-        have = base.rooms if base is not None else {}
+        have = base.buffers if base is not None else {}
         if base is not None and base.info == leased.info and len(have) == len(leased.parts):
-            return {key: Mine(room, room.lend()) for key, room in have.items()}
+            return {key: Mine(buffer, buffer.lend()) for key, buffer in have.items()}
         mine = base if isinstance(base, Base) else None
 
         def wait(asked: _Asked) -> v.Part:
@@ -162,8 +170,8 @@ class Fetcher:
         places: dict[tuple[int, int], Place] = {}
         try:
             for at in leased.parts:
-                room = have.get((at.shard, at.table))
-                usable = number if room is not None and room.size == at.size else 0
+                buffer = have.get((at.shard, at.table))
+                usable = number if buffer is not None and buffer.size == at.size else 0
                 asked.append(self._ask(leased.info.number, at, usable, mine))
             for each in asked:
                 places[each.at.shard, each.at.table] = self._wait(each, have, wait).place
@@ -183,7 +191,7 @@ class Fetcher:
 
     def _give_up(self, place: Place) -> None:
         if isinstance(place, Mine):  # its loan ends with it
-            self.rooms.give(place.room)
+            self.pool.give(place.buffer)
         else:
             memory.close_all((place.fd,))
             place.unmapped()
@@ -256,7 +264,7 @@ class Fetcher:
         number: int,
         wanted: Sequence[v.PartAt],
         base: int,
-        have: Mapping[tuple[int, int], Room],
+        have: Mapping[tuple[int, int], Buffer],
         stall: float,
         got: Callable[[Got], None],
     ) -> None:
@@ -270,15 +278,15 @@ class Fetcher:
             landed = 0
             try:
                 for at in wanted:
-                    room = have.get((at.shard, at.table))
-                    asked.append(self._ask(number, at, base if room is not None and room.size == at.size else 0))
+                    buffer = have.get((at.shard, at.table))
+                    asked.append(self._ask(number, at, base if buffer is not None and buffer.size == at.size else 0))
                 for each in asked:
                     place, last = self._wait(each, have, lambda each: self._patient(each, stall))
                     landed += 1
                     assert isinstance(place, Mine)
                     assert last.answer.part is not None
                     delta = last.answer.target if last.answer.part.encoding == "delta" else None
-                    got(Got(each.at, place.room, sums.unpack(last.answer.part.sums), delta))
+                    got(Got(each.at, place.buffer, sums.unpack(last.answer.part.sums), delta))
             except BaseException:
                 self._abandon(asked[landed:])
                 raise
@@ -300,7 +308,7 @@ class Fetcher:
         if asked is not None:
             return asked._replace(at=at)
         line = self._line(at)
-        room: list[Room] = []
+        buffer: list[Buffer] = []
         check: list[Check] = []
         fetch = v.Fetch(number, at.shard, at.table, base, self._share and line.shared, line.rate)
 
@@ -314,22 +322,22 @@ class Fetcher:
                 if part.nbytes != at.size:
                     raise ProtocolError(f"{part.nbytes} bytes of a part of {at.size}")
                 old = mine.yielded((at.shard, at.table)) if mine is not None and base else None
-                room.append(old or self.rooms.take(at.size))
+                buffer.append(old or self.pool.take(at.size))
                 if at.size >= WORTH:
-                    check.append(Check(room[0].array, sums.unpack(part.sums)))
-                return room[0].array.data
+                    check.append(Check(buffer[0].array, sums.unpack(part.sums)))
+                return buffer[0].array.data
             return memoryview(b"")
 
         def arrived(start: int, stop: int) -> None:
             for each in check:
                 each.arrived(start, stop)
 
-        return _Asked(at, (number, at.shard, at.table), line, line.ask(fetch, land, arrived), room, check, mine)
+        return _Asked(at, (number, at.shard, at.table), line, line.ask(fetch, land, arrived), buffer, check, mine)
 
     def _wait(
         self,
         asked: _Asked,
-        have: Mapping[tuple[int, int], Room],
+        have: Mapping[tuple[int, int], Buffer],
         wait: Callable[[_Asked], v.Part],
         *,
         again: bool = True,
@@ -345,8 +353,8 @@ class Fetcher:
                 self._count(whole_parts=1)
                 self._warm()
             self._verify(asked, part)
-            self.rooms.written(asked.room[0])
-            return _Landed(Mine(asked.room[0], asked.room[0].lend()), asked)
+            self.pool.written(asked.buffer[0])
+            return _Landed(Mine(asked.buffer[0], asked.buffer[0].lend()), asked)
         except DeltaCorrupt:
             self._recycle(asked)
             self._count(damaged=1)
@@ -362,7 +370,7 @@ class Fetcher:
     def _once_more(
         self,
         asked: _Asked,
-        have: Mapping[tuple[int, int], Room],
+        have: Mapping[tuple[int, int], Buffer],
         wait: Callable[[_Asked], v.Part],
         *,
         again: bool,
@@ -382,10 +390,10 @@ class Fetcher:
             self._unmapped.put((asked.line, asked.key))
         for check in asked.check:
             check.end()
-        while asked.room:
-            room = asked.room.pop()
-            room.spoilt = not asked.answer.done  # bytes may still be on their way into it
-            self.rooms.give(room)
+        while asked.buffer:
+            buffer = asked.buffer.pop()
+            buffer.tainted = not asked.answer.done  # bytes may still be on their way into it
+            self.pool.give(buffer)
 
     def _shared(self, asked: _Asked) -> Theirs:
         if len(asked.answer.fds) != 1:
@@ -408,20 +416,20 @@ class Fetcher:
                 with contextlib.suppress(HeadwaterError):
                     line.unmap(key)
 
-    def _apply(self, asked: _Asked, old: Room) -> None:
+    def _apply(self, asked: _Asked, old: Buffer) -> None:
         """The version before, copied if somebody may look at it, and what changed since."""
         mine = asked.base.yielded((asked.at.shard, asked.at.table)) if asked.base is not None else None
-        asked.room.append(mine or self.rooms.take(asked.at.size))
+        asked.buffer.append(mine or self.pool.take(asked.at.size))
         if mine is None:
-            np.copyto(asked.room[0].array, old.array)
-        delta.apply(asked.room[0].array, asked.answer.target)
+            np.copyto(asked.buffer[0].array, old.array)
+        delta.apply(asked.buffer[0].array, asked.answer.target)
         self._count(deltas=1)
 
     def _verify(self, asked: _Asked, part: v.Part) -> None:
         if asked.check:
             bad = asked.check[0].damaged()
         else:
-            bad = sums.damaged(asked.room[0].array, sums.unpack(part.sums), range(sums.blocks(asked.at.size)))
+            bad = sums.damaged(asked.buffer[0].array, sums.unpack(part.sums), range(sums.blocks(asked.at.size)))
         if bad:
             raise DeltaCorrupt(
                 f"{len(bad)} blocks of version number {asked.key[0]} (shard {asked.at.shard}) came damaged from "
@@ -482,7 +490,7 @@ class Fetcher:
             for asked in (*self._ahead.values(), *self._late):
                 self._recycle(asked)
             self._ahead, self._late = {}, []
-            self.rooms.close()
+            self.pool.close()
 
 
 def _check_part(part: v.Part, at: v.PartAt, number: int, holder: v.Holder) -> None:

@@ -202,7 +202,7 @@ class Reader:
         if stored is None or stored.info != leased.info:
             stored = self._fetcher.store(leased, self._specs, self._base, deadline)
             self._stored[number] = stored
-            if stored.rooms:  # shared memory needs no deltas
+            if stored.buffers:  # shared memory needs no deltas
                 self._base = Base(stored)
         return stored
 

@@ -16,7 +16,8 @@ from headwater.server.replication.state import view
 from headwater.server.shard import Shard
 from headwater.transports import memory
 from headwater.wire import messages as m
-from headwater.wire.frames import MAX_BODY, Flag, Frame, Kind, Outgoing, seal
+from headwater.wire.frames import MAX_BODY, Flag, Frame, Kind, seal
+from headwater.wire.outgoing import Outgoing
 from headwater.wire.tensors import to_bytes
 
 ROOM = 4096  # bytes that a record of slots is larger than the request
@@ -248,7 +249,7 @@ class Clients:
     def joined(self, x: e.Joined) -> None:
         """A session may use a table: where it stands, and its values' descriptors."""
         table, kept = self.shard.table(x.table), self._kept[x.table]
-        clock = table.gathering.clock if table.bulk else min(table.clocks.clock.values(), default=0)
+        clock = table.gathering.clock if table.collective else min(table.clocks.clock.values(), default=0)
         done = self.shard.session(x.session).done.get(x.table, 0)
         reply = m.Attached(self._replica.lsn, clock, kept.values.numel(), done, self._replica.members.epoch)
         frame = Frame(Kind.REPLY, seq=x.request, body=m.pack(reply))
@@ -278,8 +279,8 @@ class Clients:
         """Values that a client maps are fresh without a byte moved; they count as pulled, as a doorbell as pushed."""
         link = self._of_session.get(a.session)
         table = self.shard.tables.get(a.table)
-        if a.step and table is not None and table.bulk and link is not None and a.table in link.shared:
-            self.pulled_bytes += table.size
+        if a.step and table is not None and link is not None and a.table in link.shared:
+            self.pulled_bytes += 0 if table.spec.sync.reads_own_memory else table.size
 
     def refuse(self, f: e.Fail) -> None:
         body = m.pack(m.ErrorBody(f.code, f.message))

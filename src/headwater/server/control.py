@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from headwater.errors import HeadwaterError, LinkBroken, ProtocolError
 from headwater.server import COORDINATOR
 from headwater.wire import messages as m
-from headwater.wire.frames import Dial, Frame, Kind, encode
+from headwater.wire.frames import Frame, Kind, encode
+from headwater.wire.outgoing import Dial
 
 if TYPE_CHECKING:
     from headwater.server.peers import Peer

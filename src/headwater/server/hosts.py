@@ -8,19 +8,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from headwater.cluster.coordinator import Coordinator
-from headwater.errors import HeadwaterError, ProtocolError
+from headwater.errors import Halt, HeadwaterError, ProtocolError
 from headwater.transports.memory import close_all
-from headwater.wire.frames import Frame, Instruction, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Instruction, Outgoing
 
 if TYPE_CHECKING:  # a coordinator holds no tensors and does not load torch
     from headwater.cluster.store import Store
     from headwater.server.snapshots.keeper import Keeper
 
 log = logging.getLogger("headwater")
-
-
-class Halt(Exception):
-    """This process cannot go on; the cause says why. No ``HeadwaterError``: no peer is at fault, none may catch it."""
 
 
 class CoordinatorHost:

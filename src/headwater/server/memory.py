@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from headwater.cluster.placement import BLOCK, PAGE, Block, Layout, check_table, layout
 from headwater.errors import NotEnoughMemory
+from headwater.layout.dense import BLOCK, PAGE, Block, Layout, check_table, layout
 from headwater.server.replication import records as r
 from headwater.server.replication.lending import Lending
 from headwater.server.replication.state import view
@@ -103,7 +103,7 @@ class TableMemory:
 
     def publish(self, version: int, tables: list[Table]) -> None:
         if not self.past:
-            self._setting.shelf.begin(version, self._shard, tables)
+            self._setting.part_store.begin(version, self._shard, [table.source() for table in tables])
 
     def close(self) -> None:
         """Give all of it back."""

@@ -27,10 +27,11 @@ from headwater.server.replication.upstream import Upstream
 from headwater.server.shard import Shard
 from headwater.server.snapshots.part import Part
 from headwater.server.snapshots.restore import Snapshot
-from headwater.server.versions.shelf import Shelf
+from headwater.versions.part_store import PartStore
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from headwater.wire.frames import Dial, Frame, Kind
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Dial
 
 log = logging.getLogger("headwater")
 
@@ -49,8 +50,8 @@ class Setting:
     ``share``: keep values in memfds so that clients of this host can map them. ``available`` tells the bytes
     of memory that may still be taken. ``detach(shard, table, ranges)`` is called before values are overwritten.
     ``data``: the folder for logs, where an acknowledgement waits for the disk. ``threads``: snapshots are copied and
-    written by threads of their own. ``wake``, which any thread may call, makes the loop look for what
-    threads have finished; without it versions are copied at once. ``shelf``: the parts of versions that are held here.
+    written by threads of their own. ``wake``, which any thread may call, makes the loop look for what threads have
+    finished; without it versions are copied at once. ``part_store``: the parts of versions that are held here.
     """
 
     server: int = 0
@@ -66,10 +67,10 @@ class Setting:
     threads: bool = True
     data: Path | None = None
     wake: Callable[[], None] | None = None
-    shelf: Shelf = field(init=False)
+    part_store: PartStore = field(init=False)
 
     def __post_init__(self) -> None:
-        self.shelf = Shelf(self.server, self.shards, share=self.share, wake=self.wake, checked=self.checked)
+        self.part_store = PartStore(self.server, self.shards, share=self.share, wake=self.wake, checked=self.checked)
 
 
 class Node:
@@ -89,7 +90,7 @@ class Node:
         self.disk = None if setting.data is None else DiskLog(setting.data, self.shard, self.memory.blocks)
         self.part = Part(self.shard, threads=setting.threads)
         self.shard.applied.append(self.part.due)
-        self.memory.copiers += [self.part.before_write, partial(setting.shelf.before_write, number),
+        self.memory.copiers += [self.part.before_write, partial(setting.part_store.before_write, number),
                                 partial(setting.detach, number)]  # fmt: skip
         self.memory.after_block = self.clients.consumed
         self.cuts: list[v.CutVersion] = []  # versions whose moment is still to come
@@ -359,13 +360,13 @@ class Node:
 
     def _cut_version(self, message: v.CutVersion) -> None:
         """The coordinator wants this shard's part of a version, perhaps not for the first time."""
-        shelf, number = self._setting.shelf, self.shard.number
+        part_store, number = self._setting.part_store, self.shard.number
         coming = any(isinstance(x.body, r.Publish) and x.body.version == message.number for x in self.shard.log.pending)
-        if shelf.knows(message.number, number):
-            shelf.say(message.number, number)
+        if part_store.has_begun(message.number, number):
+            part_store.report(message.number, number)
         elif message.late and not coming:
             why = f"the primary of shard {number} died before its part of the version was on another server"
-            shelf.said.append(v.PartDone(message.number, number, self._setting.server, error=why))
+            part_store.outbox.append(v.PartDone(message.number, number, self._setting.server, error=why))
         elif not coming and message not in self.cuts:
             self.cuts.append(message)
 
@@ -374,7 +375,7 @@ class Node:
         for cut in list(self.cuts) if self.leads else ():
             # A table on this shard alone takes its steps by itself; those of others came before the coordinator's word.
             alone = [(self.shard.tables.get(number), clock) for number, clock in cut.clocks]
-            if all(t is None or not t.alone or not t.bulk or t.gathering.clock >= clock for t, clock in alone):
+            if all(t is None or not t.alone or not t.collective or t.gathering.clock >= clock for t, clock in alone):
                 self.cuts.remove(cut)
                 self.carry_out(self.shard.handle(e.Publish(cut.number, cut.tables)))
 

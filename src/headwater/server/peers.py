@@ -13,8 +13,8 @@ from headwater.wire.frames import Frame
 
 if TYPE_CHECKING:
     from headwater.server.effects import Effects
-    from headwater.server.versions.fills import Fills
-    from headwater.server.versions.shelf import Shelf
+    from headwater.versions.backfill import Backfills
+    from headwater.versions.part_store import PartStore
 
 
 class Peer(Protocol):
@@ -36,50 +36,50 @@ class Peer(Protocol):
 class ReaderPeer:
     """A reader, a relay or another server that fetches parts of versions."""
 
-    def __init__(self, number: int, shelf: Shelf, effects: Effects) -> None:
+    def __init__(self, number: int, part_store: PartStore, effects: Effects) -> None:
         self._number = number
-        self._shelf = shelf
+        self._part_store = part_store
         self._effects = effects
 
     def landing(self, frame: Frame) -> memoryview:
         raise ProtocolError(f"{frame.kind.name} with a payload from a reader of versions")
 
     def receive(self, frame: Frame, fds: tuple[int, ...]) -> None:
-        self._effects.instructions += self._shelf.receive(self._number, frame)
+        self._effects.instructions += self._part_store.receive(self._number, frame)
 
     def closed(self) -> None:
-        self._shelf.closed(self._number)
+        self._part_store.closed(self._number)
 
 
 class HolderPeer:
     """Another server, from which this one fetches a part of a version."""
 
-    def __init__(self, number: int, fills: Fills, effects: Effects) -> None:
+    def __init__(self, number: int, backfills: Backfills, effects: Effects) -> None:
         self._number = number
-        self._fills = fills
+        self._backfills = backfills
         self._effects = effects
 
     def landing(self, frame: Frame) -> memoryview:
-        if self._number not in self._fills:  # given up, and about to be closed
+        if self._number not in self._backfills:  # given up, and about to be closed
             raise ProtocolError(f"{frame.kind.name} of bytes of a version that nobody asked for")
-        return self._fills.landing(self._number, frame)
+        return self._backfills.landing(self._number, frame)
 
     def receive(self, frame: Frame, fds: tuple[int, ...]) -> None:
-        if self._number in self._fills:
-            self._effects.instructions += self._fills.receive(self._number, frame)
+        if self._number in self._backfills:
+            self._effects.instructions += self._backfills.receive(self._number, frame)
 
     def closed(self) -> None:
-        if self._number in self._fills:
-            self._fills.closed(self._number)
+        if self._number in self._backfills:
+            self._backfills.closed(self._number)
 
 
-class Filling:
-    """Asks for the connections of ``Fills``."""
+class Backfilling:
+    """Asks for the connections of ``Backfills``."""
 
-    def __init__(self, fills: Fills, effects: Effects) -> None:
-        self._fills = fills
+    def __init__(self, backfills: Backfills, effects: Effects) -> None:
+        self._backfills = backfills
         self._effects = effects
 
     def dialed(self, key: int, peer: int | None) -> Peer | None:
-        self._effects.instructions += self._fills.dialed(key, peer)
-        return None if peer is None else HolderPeer(peer, self._fills, self._effects)
+        self._effects.instructions += self._backfills.dialed(key, peer)
+        return None if peer is None else HolderPeer(peer, self._backfills, self._effects)

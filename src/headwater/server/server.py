@@ -11,12 +11,13 @@ from headwater.server import COORDINATOR
 from headwater.server.control import Orders
 from headwater.server.effects import Effects
 from headwater.server.node import ClientPeer, Node, Setting
-from headwater.server.peers import Filling, Peer, ReaderPeer
-from headwater.server.versions.fills import Fills
+from headwater.server.peers import Backfilling, Peer, ReaderPeer
 from headwater.transports.memory import close_all
+from headwater.versions.backfill import Backfills
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from headwater.wire.frames import Frame, Instruction, Kind
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Instruction
 
 log = logging.getLogger("headwater")
 
@@ -31,8 +32,8 @@ class Server:
         self._peers: dict[int, Peer] = {}
         self._control = Orders(self)
         self._keys = count(1)
-        self._fills = Fills(setting.shelf, self._keys, setting.wake)
-        self._filling = Filling(self._fills, self.effects)
+        self._backfills = Backfills(setting.part_store, self._keys, setting.wake)
+        self._backfilling = Backfilling(self._backfills, self.effects)
         self._now = 0.0
         self._retired = (0, 0)  # bytes pushed and pulled at shards that have moved on
         self.answer_to(self._control)
@@ -70,7 +71,7 @@ class Server:
             return None
         request = m.unpack_request(frame.body) if frame.kind == Kind.REQUEST else None
         if isinstance(request, v.Fetch):
-            self._peers[peer] = ReaderPeer(peer, self.setting.shelf, self.effects)
+            self._peers[peer] = ReaderPeer(peer, self.setting.part_store, self.effects)
             return self._peers[peer]
         if not isinstance(request, m.Open | m.Follow):
             self._refuse(peer, frame, ProtocolError(f"{frame.kind.name} before a session was opened"))
@@ -125,8 +126,8 @@ class Server:
         return self._said()
 
     def _woken(self) -> None:
-        self.effects.instructions += self.setting.shelf.woken()
-        self.effects.add(self._fills.woken(), self._filling)
+        self.effects.instructions += self.setting.part_store.woken()
+        self.effects.add(self._backfills.woken(), self._backfilling)
 
     def work(self) -> list[Instruction]:
         """What may come after the answers: followers apply what they have accepted."""
@@ -150,9 +151,9 @@ class Server:
 
     def _said(self) -> list[Instruction]:
         """What is to be sent, and behind it what there is to say of versions."""
-        shelf = self.setting.shelf
-        if shelf.said:
-            told, shelf.said = shelf.said, []
+        part_store = self.setting.part_store
+        if part_store.outbox:
+            told, part_store.outbox = part_store.outbox, []
             for done in told:
                 self.effects.tell(COORDINATOR, Frame(Kind.NOTICE, shard=done.shard, body=m.pack(done)))
         return self.effects.drain()
@@ -170,10 +171,10 @@ class Server:
         elif isinstance(message, v.DropVersion):
             for holder in self.nodes.values():
                 holder.forget_cuts(message.numbers)
-            self.effects.add(self._fills.drop(message.numbers), self._filling)
-            self.effects.instructions += self.setting.shelf.drop(message.numbers)
+            self.effects.add(self._backfills.drop(message.numbers), self._backfilling)
+            self.effects.instructions += self.setting.part_store.drop(message.numbers)
         elif isinstance(message, v.Hold):
-            self.effects.add(self._fills.begin(message), self._filling)
+            self.effects.add(self._backfills.begin(message), self._backfilling)
         else:
             node = self.nodes.get(frame.shard)
             if node is not None:
@@ -221,7 +222,7 @@ class Server:
 
     def ready_again(self) -> None:
         """For a coordinator that has forgotten: steps that wait for its verdict."""
-        self.setting.shelf.say_all()
+        self.setting.part_store.report_all()
         for node in self.nodes.values():
             node.ready_again()
 
@@ -235,7 +236,7 @@ class Server:
 
     def heartbeat(self) -> m.Heartbeat:
         """For ``headwater status``."""
-        nodes = list(self.nodes.values())
+        nodes, parts = list(self.nodes.values()), self.setting.part_store
         leading = [node for node in nodes if node.leads]
         clocks: dict[int, int] = {}
         for node in leading:
@@ -245,8 +246,8 @@ class Server:
         shards = tuple((n.shard.number, n.shard.lsn, max(n.shard.log.behind().values(), default=0)) for n in leading)
         return m.Heartbeat(
             pushed_bytes=self._retired[0] + sum(n.clients.pushed_bytes for n in nodes),
-            pulled_bytes=self._retired[1] + sum(n.clients.pulled_bytes for n in nodes) + self.setting.shelf.sent_bytes,
-            nbytes=self.setting.shelf.nbytes + sum(t.dense.nbytes for n in nodes for t in n.shard.tables.values()),
+            pulled_bytes=self._retired[1] + sum(n.clients.pulled_bytes for n in nodes) + parts.sent_bytes,
+            nbytes=parts.nbytes + sum(t.dense.nbytes for n in nodes for t in n.shard.tables.values()),
             sessions=sum(len(n.clients) for n in leading),
             tables=tuple(clocks.items()), shards=shards, server=self.setting.server, session=self.setting.session,
         )  # fmt: skip

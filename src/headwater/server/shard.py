@@ -324,7 +324,7 @@ class Shard:
         if event.length:
             table.check_range(event.start, event.start + event.length)
         session.seq[table.number] = event.seq
-        if table.bulk:
+        if table.collective:
             self._contribute(session, table, event)
         else:
             self._apply_now(session, table, event)
@@ -338,7 +338,7 @@ class Shard:
     def _again(self, session: Session, table: Table, event: e.Push) -> None:
         """A duplicate: acknowledged again if it is applied, else the answer is still to come."""
         if event.seq > session.done.get(table.number, 0):
-            if table.bulk and event.members < table.gathering.lost:  # undone, and the word of it was lost on the way
+            if table.collective and event.members < table.gathering.lost:  # undone, and the word of it was lost
                 raise WorkerLost(self.replica.why_lost(event.clock))
             part = table.gathering.parts.get(session.rank)
             if part is not None and part.seq == event.seq and event.flags & Flag.WANT:
@@ -405,7 +405,7 @@ class Shard:
 
     def _ask_mean(self, event: e.AskMean) -> None:
         session, table = self.session(event.session), self.table(event.table)
-        if not table.bulk:
+        if not table.collective:
             raise ProtocolError(f"table {table.spec.name!r} has no step of all workers whose mean could be asked for")
         _refuse_reader(session, "ask for gradients")
         part = self._part(session, table, event.clock, event.members)
@@ -534,11 +534,13 @@ class Shard:
 
     def _answer(self, event: e.Pull) -> None:
         session, table = self.session(event.session), self.table(event.table)
-        if not table.bulk and not table.clocks.may_read(session.rank, event.clock):
+        if not table.collective and not table.clocks.may_read(session.rank, event.clock):
             table.waiting.append(event)
             return
         clocks = table.clocks
-        staleness = 0 if table.bulk else max(clocks.clock.values(), default=0) - min(clocks.clock.values(), default=0)
+        staleness = (
+            0 if table.collective else max(clocks.clock.values(), default=0) - min(clocks.clock.values(), default=0)
+        )
         clocks.was_read(session.rank)
         start, length = event.start, event.length
         self._out.append(
@@ -550,7 +552,7 @@ class Shard:
 
     def _progress(self, table: Table) -> None:
         """Something was applied or someone left: what waited may go on now, first come first served."""
-        if table.bulk:
+        if table.collective:
             self._check_complete(table)
             self._check_mean(table)
         i = 0
@@ -615,7 +617,7 @@ class Shard:
             g = table.gathering
             assert all(p.gradients is not None for p in g.parts.values() if p.ranges), f"nothing to add up: {g.parts}"
             assert table.versions is None or all(v % 2 == 0 for v in table.versions), "a block was left half written"
-            assert not (table.bulk and (table.held or table.waiting)), "bulk steps neither hold nor delay"
+            assert not (table.collective and (table.held or table.waiting)), "bulk steps neither hold nor delay"
         lsns = [record.lsn for record in self.log.pending]
         assert lsns == list(range(self.replica.lsn + 1, self.replica.lsn + 1 + len(lsns))), (
             f"records after {self.replica.lsn}: {lsns}"

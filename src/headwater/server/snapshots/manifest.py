@@ -19,7 +19,7 @@ import xxhash
 from headwater.errors import SnapshotCorrupt
 from headwater.server.snapshots.disk import DISK, Disk, held, replace
 from headwater.server.snapshots.format import Mark, SessionMark, ShardFile, ShardMark, Written
-from headwater.types import Bulk, TableSpec
+from headwater.types import TableSpec
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -151,7 +151,7 @@ def merge(folder: Path, table: int, spec: TableSpec, marks: Sequence[ShardMark])
     if not found:
         return Mark(table)
     clocks = {mark.clock for mark in found}
-    if isinstance(spec.sync, Bulk) and len(clocks) > 1:
+    if spec.sync.collective and len(clocks) > 1:
         raise SnapshotCorrupt(f"{folder}: table {spec.name!r} was cut at clocks {sorted(clocks)}, not at one")
     ranks: dict[int, int] = {}
     for rank, clock in itertools.chain.from_iterable(mark.clocks for mark in found):
