@@ -83,7 +83,7 @@ class Holder:
 
     def write(self, start: int = 0, count: int = ELEMENTS, seed: int = 1) -> None:
         """As a step does: the elements change, and the part store is told before."""
-        self.server.nodes[0].before_write(1, ((4 * start, 4 * (start + count)),))
+        self.server.nodes[0].memory.before_write(1, ((4 * start, 4 * (start + count)),))
         floats = self.values.view(torch.float32)
         floats[start : start + count] += torch.from_numpy(np.random.default_rng(seed).normal(size=count)).float()
 
