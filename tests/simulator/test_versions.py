@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from headwater.server import records as r
-from headwater.server.replica import Replica
+from headwater.server.replication import records as r
+from headwater.server.replication.replica import Replica
 from headwater.server.table import Table
 from headwater.testing import battery
 from headwater.testing.faults import Plan

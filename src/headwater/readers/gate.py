@@ -1,8 +1,8 @@
 """Runs each call of a module inside a context manager, by giving the module a subclass of its own class.
 
 Why not torch's hooks: a KeyboardInterrupt skips even those with ``always_call``, and a forward that a user
-interrupts in a notebook would count as under way for ever. Why not around ``forward``: the module's own hooks run before it
-(``weight_norm`` computes a parameter there) and would see another version than ``forward`` does.
+interrupts in a notebook would count as under way for ever. Why not around ``forward``: the module's own hooks run
+before it (``weight_norm`` computes a parameter there) and would see another version than ``forward`` does.
 """
 
 from __future__ import annotations

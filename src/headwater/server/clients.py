@@ -11,10 +11,10 @@ import torch
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError
 from headwater.layout.dense import Block
 from headwater.server import events as e
+from headwater.server.replication.state import view
 from headwater.server.shard import Shard
-from headwater.server.state import view
 from headwater.transports import memory
-from headwater.types import TableSpec
+from headwater.types import DenseSpec
 from headwater.wire import messages as m
 from headwater.wire.frames import MAX_BODY, Flag, Frame, Kind, seal
 from headwater.wire.outgoing import Outgoing
@@ -27,7 +27,7 @@ SLOT_PART = 4 << 20  # bytes of optimizer state per reply
 class Kept(NamedTuple):
     """The values of one table here, and the descriptors to share them."""
 
-    spec: TableSpec
+    spec: DenseSpec
     blocks: tuple[Block, ...]
     values: torch.Tensor
     view: memoryview

@@ -11,12 +11,12 @@ from headwater.errors import ProtocolError
 from headwater.layout.dense import BLOCK
 from headwater.layout.words import spans
 from headwater.server import events as e
-from headwater.server.records import Contributor, Groups, Prepare, Ranges
+from headwater.server.replication.records import Contributor, Groups, Prepare, Ranges
 from headwater.server.sync import Alike, Clocks, Gathering, Words
 from headwater.server.sync.alike import Marks
 from headwater.server.tables.dense import DenseShard
 from headwater.server.tables.plan import Contribution
-from headwater.types import Segment, TableSpec
+from headwater.types import DenseSpec, Segment
 from headwater.versions.part_store import Source
 from headwater.wire.messages import AckBody, Commit
 
@@ -62,7 +62,7 @@ class Table:
     def __init__(
         self,
         number: int,
-        spec: TableSpec,
+        spec: DenseSpec,
         segments: tuple[Segment, ...],
         values: torch.Tensor,
         *,

@@ -14,7 +14,7 @@ from headwater.client import publication
 from headwater.client.dense.table import Table
 from headwater.cluster.coordinator import Rules
 from headwater.errors import HeadwaterError
-from headwater.server.replica import Replica
+from headwater.server.replication.replica import Replica
 from headwater.testing.faults import LETHAL, Fault
 from headwater.testing.hosts import SimCoordinator, SimServer, SimStore
 from headwater.testing.links import SimRuntime

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, VersionExpired
-from headwater.layout.dense import BLOCK, layout
-from headwater.layout.words import spans
+from headwater.layout import kinds
+from headwater.layout.dense import BLOCK
 from headwater.transports.buffers import Buffer, BufferPool
 from headwater.types import TableSpec
 from headwater.versions.part_cut import PartCut
@@ -247,8 +247,7 @@ class PartStore:
             return
         known = dict(specs)
         for key, buffer, sums in got:
-            plan = layout(known[key.table], self._shards)
-            self.put(key, buffer, sums, spans(known[key.table], plan.segments[shard], buffer.size))
+            self.put(key, buffer, sums, kinds.spans(known[key.table], self._shards, shard, buffer.size))
         self._making[number, shard] = _Making([key for key, _, _ in got], ())
         self.report(number, shard)
 

@@ -16,9 +16,9 @@ import torch
 
 import headwater
 from headwater.errors import Halt, StateInUse
-from headwater.server import disk
-from headwater.server.disk import Folder, Identity, frames_of
 from headwater.server.node import Setting
+from headwater.server.replication import disk
+from headwater.server.replication.disk import Folder, Identity, frames_of
 from headwater.server.server import Server
 from headwater.types import Async, Bulk, Stale, Sync
 from headwater.wire import messages as m

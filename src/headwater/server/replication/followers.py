@@ -14,10 +14,10 @@ import torch
 
 from headwater.errors import ProtocolError
 from headwater.layout.dense import Block
-from headwater.server import records as r
-from headwater.server import state as s
-from headwater.server.lending import Buffer, Lending
-from headwater.server.records import Record
+from headwater.server.replication import records as r
+from headwater.server.replication import state as s
+from headwater.server.replication.lending import Buffer, Lending
+from headwater.server.replication.records import Record
 from headwater.server.shard import Shard
 from headwater.wire import messages as m
 from headwater.wire.frames import Flag, Frame, Kind, seal
