@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import msgspec
 
@@ -22,6 +22,7 @@ ITEMSIZE: dict[str, int] = {
 """Bytes per element of every dtype a dense table may hold."""
 
 Reduce = Literal["mean", "sum", "lowest"]
+NonFinite = Literal["error", "skip", "allow"]
 
 Hyper = bool | int | float | str | None | tuple[float, ...]
 """One hyperparameter of an optimizer group, as it travels (``betas`` is a tuple of floats)."""
@@ -180,16 +181,118 @@ Claim = Literal["any", "new", "resume"]
 """Which table a client means by a name: whatever there is, one that its run makes, one that is there already."""
 
 
-class TableSpec(msgspec.Struct, frozen=True):
-    """A dense table: what every party must agree on before the first push."""
+class TableSpec:
+    """What every party must agree on before the first push to a table, whatever its kind.
+
+    A kind of table is a frozen msgspec struct below this class, with ``kind`` as its tag field, under ``@table_kind``.
+    A message that holds a spec says ``TableSpec``; its decoder has ``read_spec`` as its hook.
+    """
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def optimizer(self) -> OptimizerSpec:
+        raise NotImplementedError
+
+    @property
+    def sync(self) -> Sync:
+        raise NotImplementedError
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        raise NotImplementedError
+
+    @property
+    def nonfinite(self) -> NonFinite:
+        raise NotImplementedError
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """What a client has to assign before the table has values; empty if the servers fill all of it."""
+        return ()
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """How many parameters, elements and bytes of values it begins with."""
+        return 0, 0, 0
+
+    def resumed(self) -> TableSpec:
+        """This without what may differ where a table is gone on with: how it was filled, and hyperparameters."""
+        raise NotImplementedError
+
+    def difference(self, other: TableSpec) -> str:
+        """What ``other`` has in its stead, in words; empty if the two agree."""
+        if type(self) is not type(other):
+            return f"{type(self).__name__} instead of {type(other).__name__}"
+        for name in self.__struct_fields__:  # type: ignore[attr-defined]  # of the kind, which is a struct
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{name} {mine!r} instead of {theirs!r}"
+        return ""
+
+
+K = TypeVar("K", bound=TableSpec)
+KINDS: dict[str, type[TableSpec]] = {}
+"""The kinds of table, by what the wire calls them."""
+
+
+def table_kind(kind: type[K]) -> type[K]:
+    """A class decorator: from here on messages and stored state may hold specs of this kind."""
+    KINDS[kind.__struct_config__.tag] = kind  # type: ignore[attr-defined]
+    return kind
+
+
+def read_spec(wanted: type, found: object) -> object:
+    """The ``dec_hook`` of every msgspec decoder of something that holds a ``TableSpec``.
+
+    A union of all kinds would do, if msgspec did not fix what a union means at a message's first use.
+    """
+    if wanted is not TableSpec:
+        raise NotImplementedError(f"nothing reads {wanted.__name__}")
+    name = found.get("kind") if isinstance(found, dict) else None
+    if not isinstance(name, str) or name not in KINDS:
+        raise ValueError(f"a table of kind {name!r}; this Headwater knows {', '.join(map(repr, KINDS))}")
+    return msgspec.convert(found, KINDS[name])
+
+
+@table_kind
+class DenseSpec(TableSpec, msgspec.Struct, frozen=True, tag_field="kind", tag="dense"):
+    """A dense table: parameters that are tensors, every element of which has a place from the beginning."""
 
     name: str
     parameters: tuple[ParameterSpec, ...]
     optimizer: OptimizerSpec
     sync: Sync = Async()
     max_grad_norm: float | None = None
-    nonfinite: Literal["error", "skip", "allow"] = "error"
+    nonfinite: NonFinite = "error"
     seed: int = 0
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        return tuple(p.name for p in self.parameters if p.init.kind == "values")
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        return len(self.parameters), sum(p.numel for p in self.parameters), sum(p.nbytes for p in self.parameters)
+
+    def resumed(self) -> DenseSpec:
+        parameters = tuple(msgspec.structs.replace(p, init=Init("zeros")) for p in self.parameters)
+        optimizer = msgspec.structs.replace(self.optimizer, groups=tuple({} for _ in self.optimizer.groups))
+        return msgspec.structs.replace(self, parameters=parameters, optimizer=optimizer, seed=0)
+
+    def difference(self, other: TableSpec) -> str:
+        if not isinstance(other, DenseSpec):
+            return super().difference(other)
+        if len(self.parameters) != len(other.parameters):
+            return f"{len(self.parameters)} parameters instead of {len(other.parameters)}"
+        for a, b in zip(self.parameters, other.parameters, strict=True):
+            if a != b:
+                return f"parameter {msgspec.to_builtins(a)} instead of {msgspec.to_builtins(b)}"
+        return super().difference(other)
 
 
 class Segment(msgspec.Struct, frozen=True):

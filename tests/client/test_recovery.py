@@ -29,7 +29,7 @@ from headwater.errors import (
 from headwater.layout.dense import layout
 from headwater.testing import FakeClock
 from headwater.transports.stream import Handler, Link
-from headwater.types import Bulk, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import Bulk, DenseSpec, OptimizerSpec, ParameterSpec
 from headwater.wire import messages as m
 from headwater.wire.frames import Flag, Frame, Kind
 
@@ -99,7 +99,7 @@ class Line:
 
 # ---- parts -------------------------------------------------------------------------------------------
 
-SPEC = TableSpec("t", (ParameterSpec("w", (1_200_000,)),), OptimizerSpec("SGD", ({"lr": 1.0},)), Bulk())
+SPEC = DenseSpec("t", (ParameterSpec("w", (1_200_000,)),), OptimizerSpec("SGD", ({"lr": 1.0},)), Bulk())
 PLAN = layout(SPEC, 1)
 
 

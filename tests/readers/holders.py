@@ -25,14 +25,14 @@ from headwater.readers.stored import Base, Stored
 from headwater.readers.weights import Weights
 from headwater.transports import memory
 from headwater.transports.stream import Handler
-from headwater.types import OptimizerSpec, ParameterSpec, TableSpec, VersionInfo
+from headwater.types import DenseSpec, OptimizerSpec, ParameterSpec, VersionInfo
 from headwater.wire import delta
 from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.frames import Flag, Frame, Kind
 from headwater.wire.sums import checksums, digest, pack
 
-SPEC = TableSpec("t", (ParameterSpec("w", (400_000,)),), OptimizerSpec("SGD", ({"lr": 1.0},)))
+SPEC = DenseSpec("t", (ParameterSpec("w", (400_000,)),), OptimizerSpec("SGD", ({"lr": 1.0},)))
 SHARDS = 2
 PLAN = layout(SPEC, SHARDS)
 Said = tuple[Frame, bytes, tuple[int, ...]]

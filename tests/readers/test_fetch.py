@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,7 @@ from headwater.errors import (
     VersionExpired,
 )
 from headwater.readers import fetch as fetch_module
+from headwater.readers.line import Line
 from headwater.readers.stored import Base, Stored
 from headwater.readers.weights import Weights
 from headwater.transports import memory
@@ -34,6 +36,7 @@ from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.frames import Frame, Kind
 from headwater.wire.sums import checksums, pack
+from tests.patience import PATIENCE
 from tests.readers.holders import SPEC, Holders, Link, Said, leased, part_of, right, state
 
 # ---- honest ones -----------------------------------------------------------------------------------------
@@ -382,3 +385,17 @@ def test_what_a_holder_refuses_is_raised(holders: Holders) -> None:
     holders.answer = lambda frame, fetch, said: [(Frame(Kind.ERROR, seq=frame.seq, body=GONE), b"", ())]
     with pytest.raises(VersionExpired, match="it was retired"):
         holders.store(1)
+
+
+def test_threads_that_give_back_at_once_do_not_wait_for_each_other(holders: Holders) -> None:
+    holders.shared = True
+    notes = holders.fetcher._unmapped
+    for number in range(200):
+        notes.put((Line(holders._dial, v.Holder("inproc://0", "", "")), (number, 0, 1)))
+    threads = [threading.Thread(target=holders.fetcher.settle, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert not any(thread.is_alive() for thread in threads)
+    assert sorted(word.number for word in holders.unmapped) == list(range(200))

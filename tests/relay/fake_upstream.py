@@ -14,7 +14,7 @@ from headwater.readers.fetch import Got
 from headwater.relay.core import Relay, RelayEffects
 from headwater.relay.events import Event, Failed, Fetched, Job, Listed, News, Silent
 from headwater.transports.buffers import BufferPool
-from headwater.types import OptimizerSpec, ParameterSpec, TableSpec, VersionInfo
+from headwater.types import DenseSpec, OptimizerSpec, ParameterSpec, VersionInfo
 from headwater.versions.part_store import PartStore
 from headwater.wire import messages as m
 from headwater.wire import sums
@@ -25,7 +25,7 @@ from headwater.wire.outgoing import Instruction, Outgoing
 ME = v.Holder("tcp://127.0.0.1:1", "local://relay", "here")
 FAR = v.Holder("tcp://127.0.0.1:2", "", "there")
 UPSTREAM = "tcp://127.0.0.1:3"
-SPEC = TableSpec("lm", (ParameterSpec("w", (32768,)),), OptimizerSpec("SGD", ({"lr": 0.1},)))
+SPEC = DenseSpec("lm", (ParameterSpec("w", (32768,)),), OptimizerSpec("SGD", ({"lr": 0.1},)))
 SHARDS = 2
 
 Answer = TypeVar("Answer")

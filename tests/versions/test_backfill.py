@@ -11,7 +11,7 @@ import pytest
 from headwater.errors import ProtocolError
 from headwater.layout.dense import layout
 from headwater.layout.words import spans
-from headwater.types import OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import DenseSpec, OptimizerSpec, ParameterSpec
 from headwater.versions.backfill import Backfills
 from headwater.versions.part_store import Key, PartStore
 from headwater.wire import messages as m
@@ -21,8 +21,8 @@ from headwater.wire.frames import Frame, Kind
 from headwater.wire.outgoing import Dial, Instruction, Outgoing
 
 SPECS = (
-    (1, TableSpec("w", (ParameterSpec("w", (700, 1000)),), OptimizerSpec("SGD", ({"lr": 0.1},)))),
-    (2, TableSpec("b", (ParameterSpec("b", (33,), "bfloat16"),), OptimizerSpec("SGD", ({"lr": 0.1},)))),
+    (1, DenseSpec("w", (ParameterSpec("w", (700, 1000)),), OptimizerSpec("SGD", ({"lr": 0.1},)))),
+    (2, DenseSpec("b", (ParameterSpec("b", (33,), "bfloat16"),), OptimizerSpec("SGD", ({"lr": 0.1},)))),
 )
 HOLDER = v.Holder("tcp://127.0.0.1:1", "", "")
 

@@ -19,7 +19,7 @@ from headwater.server import COORDINATOR
 from headwater.server.node import Setting
 from headwater.server.server import Server
 from headwater.transports import memory
-from headwater.types import Bulk, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import Bulk, DenseSpec, OptimizerSpec, ParameterSpec
 from headwater.versions import part_store as store_module
 from headwater.versions.part_cut import PartCut
 from headwater.versions.part_store import Key, PartStore
@@ -53,7 +53,7 @@ class Holder:
         self._take(self.server.adopt(m.View(0, 1, m.Endpoint(0, "", "", ""))))
         self.tell(m.Members(1, (0,), 0))
         for number in range(1, tables + 1):
-            spec = TableSpec(
+            spec = DenseSpec(
                 f"t{number}", (ParameterSpec("w", (ELEMENTS,)),), OptimizerSpec("SGD", ({"lr": 1.0},)), Bulk()
             )
             self.tell(m.Create(number, spec))
@@ -538,7 +538,7 @@ def test_checksums_of_odd_length_are_none() -> None:
 def test_no_descriptors_left_ends_one_connection_and_not_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that asks for memory and does not take it; the others go on."""
     host = NodeHost()
-    spec = TableSpec("t", (ParameterSpec("w", (ELEMENTS,)),), OptimizerSpec("SGD", ({"lr": 1.0},)), Bulk())
+    spec = DenseSpec("t", (ParameterSpec("w", (ELEMENTS,)),), OptimizerSpec("SGD", ({"lr": 1.0},)), Bulk())
     host.create(1, spec)
     host.server.receive(COORDINATOR, Frame(Kind.NOTICE, body=m.pack(v.CutVersion(1, 0, (1,)))))
     with serve(host, unix=f"headwater-parts-{os.getpid()}") as address, Wire(address) as greedy, Wire(address) as other:

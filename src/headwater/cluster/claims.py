@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from headwater.errors import TableConflict, UnknownTable
-from headwater.types import Claim, Init, TableSpec
+from headwater.types import Claim, TableSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -72,8 +70,4 @@ def comparable(spec: TableSpec, claim: Claim) -> TableSpec:
 
     How its first values were made is no matter then.
     """
-    if claim != "resume":
-        return spec
-    parameters = tuple(msgspec.structs.replace(p, init=Init("zeros")) for p in spec.parameters)
-    optimizer = msgspec.structs.replace(spec.optimizer, groups=tuple({} for _ in spec.optimizer.groups))
-    return msgspec.structs.replace(spec, parameters=parameters, optimizer=optimizer, seed=0)
+    return spec.resumed() if claim == "resume" else spec

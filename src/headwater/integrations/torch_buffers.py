@@ -10,7 +10,7 @@ import torch
 from headwater.errors import UsageError
 from headwater.integrations.torch_buffer_kinds import Kept, digest, same_bits, sort, write
 from headwater.integrations.torch_told import warn
-from headwater.types import Bulk, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
+from headwater.types import Bulk, DenseSpec, Init, OptimizerSpec, ParameterSpec, Sync
 from headwater.wire.tensors import dtype_name
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Buffers:
             ParameterSpec(path, tuple(buffer.shape), dtype_name(buffer.dtype), init=Init("values"))
             for path, buffer in values.items()
         )
-        spec = TableSpec(f"{name}.buffers", parameters, OptimizerSpec("Assign", ({},)), sync, nonfinite="allow")
+        spec = DenseSpec(f"{name}.buffers", parameters, OptimizerSpec("Assign", ({},)), sync, nonfinite="allow")
         self._shapes = {p.name: torch.Size(p.shape) for p in parameters}
         self._table = client.table(spec, values={path: _dense(b, b.dtype) for path, b in values.items()})
         self._pending = True

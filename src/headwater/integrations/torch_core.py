@@ -23,7 +23,7 @@ from headwater.integrations.torch_leaves import Held, Leaf, as_kept, shared_with
 from headwater.integrations.torch_plan import Inits, check_forwards, materialise, optimizer_spec, specs, trainable
 from headwater.integrations.torch_told import Told
 from headwater.integrations.torch_wrapped import named_parameters
-from headwater.types import Claim, OptimizerSpec, Sync, TableSpec
+from headwater.types import Claim, DenseSpec, OptimizerSpec, Sync
 from headwater.wire import optimizers
 
 if TYPE_CHECKING:
@@ -96,15 +96,15 @@ class Core:
         self.buffers = Buffers(self.model, self.client, spec.name, self.manner.sync, self.manner.buffers)
         self._hold(held, stay)
 
-    def _spec(self, name: str, held: Mapping[str, torch.Tensor], inits: Inits) -> TableSpec:
+    def _spec(self, name: str, held: Mapping[str, torch.Tensor], inits: Inits) -> DenseSpec:
         m, groups = self.manner, self._groups()
         if m.kind:
             how = optimizer_spec(m.kind, groups)
-            return TableSpec(name, specs(held, groups, inits), how, m.sync, m.max_grad_norm, m.nonfinite, m.seed)
+            return DenseSpec(name, specs(held, groups, inits), how, m.sync, m.max_grad_norm, m.nonfinite, m.seed)
         # The worker's optimizer makes values: they are assigned under ``Bulk``, else what they moved by is subtracted.
         how = OptimizerSpec("Assign", ({},)) if self._collective else OptimizerSpec("SGD", ({"lr": 1.0},))
         plain = tuple(msgspec.structs.replace(p, group=0) for p in specs(held, groups, inits))
-        return TableSpec(name, plain, how, m.sync, None, "allow", m.seed)
+        return DenseSpec(name, plain, how, m.sync, None, "allow", m.seed)
 
     def _hold(self, held: Mapping[str, torch.Tensor], stay: Collection[int]) -> None:
         self.table.wait()

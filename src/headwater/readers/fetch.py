@@ -7,7 +7,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,10 +43,7 @@ class Counts(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """A part on its way over ``line``: into ``buffer``, or as shared memory.
-
-    ``ahead``: when it was asked for, if nobody knew then whether it is there.
-    """
+    """A part on its way over ``line``: into ``buffer``, or as shared memory."""
 
     at: v.PartAt
     key: Key
@@ -55,7 +52,6 @@ class _Asked(NamedTuple):
     buffer: list[Buffer]
     check: list[Check]  # of one that comes whole, and is large
     base: Base | None = None  # whose memory it may have
-    ahead: float | None = None
 
 
 class _Landed(NamedTuple):
@@ -97,10 +93,6 @@ class Fetcher:
         self._share = share
         self._lines: dict[str, Line] = {}
         self._unmapped: queue.SimpleQueue[tuple[Line, Key]] = queue.SimpleQueue()
-        self._ahead: dict[Key, _Asked] = {}
-        self._late: list[_Asked] = []  # asked ahead, not wanted, and not answered yet
-        self._forgone = False  # all that is in ``_ahead`` is not wanted either
-        self._receiving = False  # whose turn it is receives
         self._plans: dict[int, Plan] = {}
         self._warmed = False
         self._gone_bytes = 0  # that came over connections which have ended
@@ -138,8 +130,7 @@ class Fetcher:
         with self._turn:
             plans = self._planned(leased, specs)
             self.settle()
-            with self._reception():
-                places = self._places(leased, base, deadline)
+            places = self._places(leased, base, deadline)
         tables: list[Table] = []
         buffers = {key: place.buffer for key, place in places.items() if isinstance(place, Mine)}
         for buffer in buffers.values():  # when its loans are over
@@ -196,67 +187,6 @@ class Fetcher:
             memory.close_all((place.fd,))
             place.unmapped()
 
-    # ---- versions that may be there --------------------------------------------------------------
-
-    def ahead(self, number: int, parts: Sequence[v.PartAt]) -> None:
-        """Ask for a version before it is leased: the answers are on their way while the coordinator is asked.
-
-        ``parts``: of the one before; only who shares memory is asked. ``store`` takes them, ``forgo`` gives them back.
-        """
-        if not self._share or not self._turn.acquire(blocking=False):  # else another thread fetches
-            return
-        try:
-            for at in parts:
-                key = (number, at.shard, at.table)
-                line = next(filter(None, (self._lines.get(holder.address) for holder in at.holders)), None)
-                if line is None or line.broken or not line.shared or key in self._ahead:
-                    continue
-                with contextlib.suppress(HeadwaterError):
-                    answer = line.ask(v.Fetch(*key, 0, True, line.rate), _only_shared)
-                    self._ahead[key] = _Asked(at, key, line, answer, [], [], ahead=self._now())
-        finally:
-            self._turn.release()
-
-    def forgo(self) -> None:
-        """What was asked for ahead and is not wanted is given back when it comes; nobody waits for it."""
-        self._forgone = bool(self._ahead)
-        self.settle()
-
-    def _gather(self) -> None:
-        """Take in answers that came too late to be wanted. Not while this thread receives: the garbage collector may
-        have called."""
-        if not (self._late or self._forgone) or not self._turn.acquire(blocking=False):
-            return
-        try:
-            if not self._receiving:
-                if self._forgone:
-                    self._forgone, ahead, self._ahead = False, self._ahead, {}
-                    self._late += ahead.values()
-                with self._reception():
-                    self._late = [asked for asked in self._late if not self._over(asked)]
-        finally:
-            self._turn.release()
-
-    def _over(self, asked: _Asked) -> bool:
-        """Whether nothing comes any more in answer to this; what came is given back."""
-        with contextlib.suppress(HeadwaterError):
-            asked.line.wait(asked.answer, self._now())
-        if not asked.answer.done and not asked.line.broken:
-            if self._now() - (asked.ahead or 0.0) < SILENT:
-                return False
-            self._drop(asked.line)  # its answer could come at any time, with memory that nobody gives back
-        self._recycle(asked)
-        return True
-
-    @contextlib.contextmanager
-    def _reception(self) -> Iterator[None]:
-        """The calling thread, whose turn it is, receives."""
-        before, self._receiving = self._receiving, True
-        try:
-            yield
-        finally:
-            self._receiving = before
-
     # ---- parts -----------------------------------------------------------------------------------
 
     def parts(
@@ -273,7 +203,7 @@ class Fetcher:
         ``have``: those of version ``base`` that are here, by (shard, table). ``stall``: seconds in which something must
         come. Raises as ``store``.
         """
-        with self._turn, self._reception():
+        with self._turn:
             asked: list[_Asked] = []
             landed = 0
             try:
@@ -304,9 +234,6 @@ class Fetcher:
                     raise LinkBroken(f"{asked.line.holder.address} has sent nothing for {stall:.0f} s") from None
 
     def _ask(self, number: int, at: v.PartAt, base: int, mine: Base | None = None) -> _Asked:
-        asked = self._ahead.pop((number, at.shard, at.table), None)
-        if asked is not None:
-            return asked._replace(at=at)
         line = self._line(at)
         buffer: list[Buffer] = []
         check: list[Check] = []
@@ -359,12 +286,10 @@ class Fetcher:
             self._recycle(asked)
             self._count(damaged=1)
             if again:
-                return self._once_more(asked, have, wait, again=False)
+                return self._once_more(asked, have, wait)
             raise
         except HeadwaterError:
             self._recycle(asked)
-            if asked.ahead is not None and (asked.answer.done or asked.line.broken):  # not there yet, or another one
-                return self._once_more(asked, have, wait, again=True)
             raise
 
     def _once_more(
@@ -372,12 +297,10 @@ class Fetcher:
         asked: _Asked,
         have: Mapping[tuple[int, int], Buffer],
         wait: Callable[[_Asked], v.Part],
-        *,
-        again: bool,
     ) -> _Landed:
         second = self._ask(asked.key[0], asked.at, 0)
         try:
-            return self._wait(second, have, wait, again=again)
+            return self._wait(second, have, wait, again=False)
         except BaseException:
             if not second.answer.done:  # it could still come, to nobody
                 self._drop(second.line)
@@ -398,8 +321,6 @@ class Fetcher:
     def _shared(self, asked: _Asked) -> Theirs:
         if len(asked.answer.fds) != 1:
             raise ProtocolError(f"{asked.line.holder.address} shares a part without a descriptor")
-        if asked.ahead is not None and asked.answer.part is not None:
-            _check_part(asked.answer.part, asked.at, asked.key[0], asked.line.holder)
         memory.verify(asked.answer.fds[0], asked.at.size)
         self._count(shared_parts=1)
         # Whoever lets go of memory may be the garbage collector, in any thread: it only makes a note (``settle``).
@@ -409,7 +330,6 @@ class Fetcher:
 
     def settle(self) -> None:
         """Tell the holders what is not mapped here any more, so that they use its memory again."""
-        self._gather()
         with contextlib.suppress(queue.Empty):  # not after ``empty()``: several threads come here
             while True:
                 line, key = self._unmapped.get_nowait()
@@ -487,9 +407,6 @@ class Fetcher:
             self.settle()
             for line in list(self._lines.values()):
                 self._drop(line)
-            for asked in (*self._ahead.values(), *self._late):
-                self._recycle(asked)
-            self._ahead, self._late = {}, []
             self.pool.close()
 
 
@@ -499,10 +416,3 @@ def _check_part(part: v.Part, at: v.PartAt, number: int, holder: v.Holder) -> No
         raise ProtocolError(f"{holder.address} sent a part of {part.size} bytes instead of {at.size}")
     if sums.digest(sums.unpack(part.sums)) != at.digest:
         raise ProtocolError(f"{holder.address} holds another version than number {number}")
-
-
-def _only_shared(part: v.Part) -> memoryview:
-    """Nothing else is wanted ahead."""
-    if part.encoding != "shared":
-        raise VersionExpired("the memory of this part is not shared")
-    return memoryview(b"")

@@ -47,9 +47,9 @@ class Feeder:
         self._post = post
         self._closed = threading.Event()
         self._jobs: queue.SimpleQueue[Job | v.Release | None] = queue.SimpleQueue()
-        self._turn = 0  # leases that were asked for; whether the last one's answer is awaited; and those that stand
-        self._asking = False
-        self._open: dict[int, int] = {}  # turn: number of the version
+        self._turn = 0  # how many leases this relay has asked for; a turn is the number of one of them
+        self._asking = False  # whether the last one's answer has not come
+        self._open: dict[int, int] = {}  # turns of the leases that stand, and the numbers of their versions
         self._guard = threading.Lock()
         self._begun: tuple[VersionInfo | None, dict[PartKey, Got]] = (None, {})  # of a version that did not come whole
         self._threads = [

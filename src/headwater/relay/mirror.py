@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headwater.errors import ClusterError, UnknownVersion
-from headwater.layout.dense import layout
-from headwater.layout.words import spans
+from headwater.layout.kinds import spans
 from headwater.relay.events import Back, Base, Failed, Fetched, Job, News, Taken, Trouble, same
 from headwater.relay.orphans import Orphans
 from headwater.types import TableSpec, VersionInfo
@@ -243,8 +242,7 @@ class Mirror:
         specs = dict(done.leased.specs)
         self.specs |= specs
         for (shard, table), got in done.parts.items():
-            plan = layout(specs[table], done.leased.shards)
-            words = spans(specs[table], plan.segments[shard], got.at.size)
+            words = spans(specs[table], done.leased.shards, shard, got.at.size)
             deltas = {} if got.delta is None else {done.base: got.delta}
             self._part_store.put(Key(done.leased.info.number, shard, table), got.buffer, got.sums, words, deltas)
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from headwater.errors import NotEnoughMemory
-from headwater.layout.dense import BLOCK, PAGE, Block, Layout, check_table, layout
+from headwater.layout import kinds
+from headwater.layout.dense import BLOCK, PAGE, Block, layout, only
 from headwater.server.replication import records as r
 from headwater.server.replication.lending import Lending
 from headwater.server.replication.state import view
@@ -18,7 +19,7 @@ from headwater.server.snapshots.restore import Snapshot
 from headwater.server.table import Table
 from headwater.server.tables.dense import state_bytes
 from headwater.transports import memory
-from headwater.types import TableSpec
+from headwater.types import DenseSpec, TableSpec
 
 if TYPE_CHECKING:
     from headwater.server.node import Setting
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 class Kept(NamedTuple):
     """The values of one table here, and the descriptors to share them."""
 
-    spec: TableSpec
+    spec: DenseSpec
     blocks: tuple[Block, ...]
     values: torch.Tensor
     view: memoryview
@@ -59,8 +60,10 @@ class TableMemory:
 
     def check_room(self, spec: TableSpec) -> None:
         """Raises ``NotEnoughMemory``, or what ``check_table`` does."""
-        check_table(spec)
-        needed, free = state_bytes(spec, self._layout(spec).segments[self._shard]), self._setting.available()
+        dense = only(spec)
+        kinds.check_table(spec)
+        needed = state_bytes(dense, layout(dense, self._setting.shards).segments[self._shard])
+        free = self._setting.available()
         if needed > free:
             raise NotEnoughMemory(
                 f"table {spec.name!r} takes {needed / 2**20:.0f} MiB on shard {self._shard} "
@@ -68,16 +71,17 @@ class TableMemory:
             )
 
     def size(self, spec: TableSpec) -> int:
-        check_table(spec)
-        return self._layout(spec).sizes[self._shard]
+        kinds.check_table(spec)
+        return kinds.place(spec, self._setting.shards).sizes[self._shard]
 
     def create(self, number: int, spec: TableSpec) -> Table:
         self.check_room(spec)
-        plan = self._layout(spec)
+        dense = only(spec)
+        plan = layout(dense, self._setting.shards)
         segments, size = plan.segments[self._shard], plan.sizes[self._shard]
-        kept = self.kept[number] = self._allocate(spec, plan.blocks_of(self._shard), size)
+        kept = self.kept[number] = self._allocate(dense, plan.blocks_of(self._shard), size)
         alone = len(plan.participants) == 1
-        table = Table(number, spec, segments, kept.values, alone=alone, versions=kept.versions)
+        table = Table(number, dense, segments, kept.values, alone=alone, versions=kept.versions)
         after_block = self.after_block
         if after_block is not None:
             table.dense.after_block = lambda start, stop: after_block(number, start, stop)
@@ -111,10 +115,7 @@ class TableMemory:
             self.discard(number)
         self.lending.drop()
 
-    def _layout(self, spec: TableSpec) -> Layout:
-        return layout(spec, self._setting.shards)
-
-    def _allocate(self, spec: TableSpec, blocks: tuple[Block, ...], size: int) -> Kept:
+    def _allocate(self, spec: DenseSpec, blocks: tuple[Block, ...], size: int) -> Kept:
         limit = max((block.size for block in blocks), default=0)
         if not self._setting.share:
             values = torch.zeros(size, dtype=torch.uint8, device="cpu")

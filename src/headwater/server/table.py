@@ -16,7 +16,7 @@ from headwater.server.sync import Alike, Clocks, Gathering, Words
 from headwater.server.sync.alike import Marks
 from headwater.server.tables.dense import DenseShard
 from headwater.server.tables.plan import Contribution
-from headwater.types import Segment, TableSpec
+from headwater.types import DenseSpec, Segment
 from headwater.versions.part_store import Source
 from headwater.wire.messages import AckBody, Commit
 
@@ -62,7 +62,7 @@ class Table:
     def __init__(
         self,
         number: int,
-        spec: TableSpec,
+        spec: DenseSpec,
         segments: tuple[Segment, ...],
         values: torch.Tensor,
         *,

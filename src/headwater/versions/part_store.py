@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, VersionExpired
-from headwater.layout.dense import BLOCK, layout
-from headwater.layout.words import spans
+from headwater.layout import kinds
+from headwater.layout.dense import BLOCK
 from headwater.transports.buffers import Buffer, BufferPool
 from headwater.types import TableSpec
 from headwater.versions.part_cut import PartCut
@@ -91,9 +91,10 @@ class _Making:
 
 @dataclass(slots=True)
 class _Given:
-    """A part as memory, given to one reader ``count`` times more than the reader has said that it unmapped it.
+    """A part whose memory one reader may map.
 
-    A reader may map a part twice; its word does not say which mapping is gone, so only the last one counts.
+    ``count``: how often the reader was given it, less how often it has said that it unmapped it. It says so without
+    naming the mapping, so the buffers are the reader's until ``count`` is 0.
     """
 
     buffers: set[Buffer] = field(default_factory=set)
@@ -156,7 +157,7 @@ class PartStore:
 
     def begin(self, number: int, shard: int, sources: Sequence[Source]) -> None:
         """Now: what these tables hold at this moment is this shard's part of version ``number``."""
-        if self.has_begun(number, shard):  # that record never was: another primary's counts
+        if self.has_begun(number, shard):  # begun by a record that was rolled back with its primary
             self._let_go(number, shard)
         clocks = tuple((source.table, source.clock) for source in sources)
         making = self._making[number, shard] = _Making([], clocks)
@@ -198,7 +199,8 @@ class PartStore:
     def has_begun(self, number: int, shard: int, parts: Sequence[v.PartDigest] = ()) -> bool:
         """Whether this shard's moment in version ``number`` has been.
 
-        ``parts``: as they must be. Others are let go of: their record was one that its shard never had.
+        ``parts``: what the part must be. If another is held here, it was begun by a record that was rolled back with
+        its primary, and is let go of.
         """
         known = (number, shard) in self._making
         if known and parts and (mine := self._standing(number, shard).parts) and set(mine) != set(parts):
@@ -245,8 +247,7 @@ class PartStore:
             return
         known = dict(specs)
         for key, buffer, sums in got:
-            plan = layout(known[key.table], self._shards)
-            self.put(key, buffer, sums, spans(known[key.table], plan.segments[shard], buffer.size))
+            self.put(key, buffer, sums, kinds.spans(known[key.table], self._shards, shard, buffer.size))
         self._making[number, shard] = _Making([key for key, _, _ in got], ())
         self.report(number, shard)
 

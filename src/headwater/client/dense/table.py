@@ -18,7 +18,7 @@ from headwater.client.patience import Patience
 from headwater.client.session import TURN
 from headwater.client.tickets import Alike, StepResult, Ticket
 from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken, LinkError, UsageError
-from headwater.layout.dense import Layout
+from headwater.layout.dense import Layout, only
 from headwater.transports import memory
 from headwater.types import Hyper, Segment
 from headwater.wire import messages as m
@@ -43,7 +43,7 @@ class Table:
     """
 
     def __init__(self, client: Client, declared: m.Declared, layout: Layout) -> None:
-        self.spec = declared.spec
+        self.spec = only(declared.spec)
         self.number = declared.table
         self.layout = layout
         self.clock = 0
