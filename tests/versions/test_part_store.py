@@ -517,7 +517,7 @@ def test_a_reader_says_nothing_else(holder: Holder, kind: Kind) -> None:
         holder.server.receive(READER, Frame(kind))
     with pytest.raises(ProtocolError, match="from a reader of versions"):
         holder.server.receive(READER, Frame(Kind.REQUEST, body=m.pack(m.Slots(1))))
-    with pytest.raises(ProtocolError, match="before a session was opened"):
+    with pytest.raises(ProtocolError, match="from a reader of versions"):
         holder.server.landing(READER, Frame(Kind.PIECE, length=10))
 
 
