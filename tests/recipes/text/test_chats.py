@@ -62,13 +62,13 @@ def test_one_chat_is_too_few(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 50, 500])
 def test_what_is_held_out_hangs_on_the_chats_and_not_on_their_order(count: int) -> None:
-    chats = [_chat(i) for i in range(count)]
-    training, held = chats.split(chats)
+    made = [_chat(i) for i in range(count)]
+    training, held = chats.split(made)
     assert training
     assert held
     assert len(training) + len(held) == count
-    random.Random(1).shuffle(chats)
-    assert set(chats.split(chats)[1]) == set(held)
+    random.Random(1).shuffle(made)
+    assert set(chats.split(made)[1]) == set(held)
 
 
 def test_plain_text_is_documents(tmp_path: Path) -> None:
