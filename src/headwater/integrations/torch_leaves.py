@@ -248,9 +248,8 @@ class Held:
         if users(leaf.values) > len(ours):
             raise ParameterModified(
                 f"p.data = … moved parameter {leaf.name!r} to other memory on rank {self.rank}, and something that is "
-                "no tensor (an array, a graph that waits for its backward) still has its memory of before, which the "
-                "next values will take; the step was not taken. Copy what you keep (.numpy().copy()), or write in "
-                "place: p.data.copy_(…)"
+                "no tensor (a graph that waits for its backward) still has its memory of before, which the next values "
+                "will take; the step was not taken. Drop the graph, or write in place: p.data.copy_(…)"
             )
 
     def _stay(self, leaf: Leaf) -> None:
