@@ -13,8 +13,8 @@ import torch
 from headwater.cluster.placement import layout
 from headwater.server import COORDINATOR
 from headwater.server.node import Node, Setting
+from headwater.server.replication.state import view
 from headwater.server.server import Server
-from headwater.server.state import view
 from headwater.types import Async, OptimizerSpec, ParameterSpec, Sync, TableSpec
 from headwater.wire import messages as m
 from headwater.wire.frames import Dial, Flag, Frame, Instruction, Kind

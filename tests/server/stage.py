@@ -9,7 +9,7 @@ import torch
 from headwater.cluster.placement import layout
 from headwater.cluster.tables import decide
 from headwater.server import events as e
-from headwater.server.records import Ranges
+from headwater.server.replication.records import Ranges
 from headwater.server.shard import Shard
 from headwater.server.table import Table
 from headwater.types import Bulk, Hyper, OptimizerSpec, ParameterSpec, Sync, TableSpec

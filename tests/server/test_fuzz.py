@@ -21,8 +21,8 @@ import torch
 
 from headwater.errors import ProtocolError
 from headwater.server import COORDINATOR
-from headwater.server import records as r
 from headwater.server.node import Setting
+from headwater.server.replication import records as r
 from headwater.server.server import Server
 from headwater.transports import memory
 from headwater.transports.address import Address

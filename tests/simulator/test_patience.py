@@ -9,9 +9,9 @@ from unittest.mock import patch
 import pytest
 
 from headwater.client.client import Client
-from headwater.client.table import Table
+from headwater.client.dense.table import Table
 from headwater.errors import DeadlineExceeded, HeadwaterError
-from headwater.server.replica import Replica
+from headwater.server.replication.replica import Replica
 from headwater.testing.cluster import Eye, SimCluster
 from headwater.testing.scenario import Scenario
 from headwater.testing.workload import Worker

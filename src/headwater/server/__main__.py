@@ -46,7 +46,7 @@ from headwater.wire.auth import token_from_environment
 from headwater.wire.frames import Dial, Frame, Kind, encode
 
 if TYPE_CHECKING:  # a coordinator holds no tensors and does not load torch
-    from headwater.server.disk import Folder
+    from headwater.server.replication.disk import Folder
     from headwater.server.server import Server
 
 log = logging.getLogger("headwater")
@@ -150,9 +150,9 @@ def _begin_with(folder: str | None, state: Mapping[str, bytes]) -> Restored | No
 
 
 def run_server(args: argparse.Namespace, token: bytes | None, outliving: Outliving | None = None) -> None:
-    from headwater.server.disk import Folder
     from headwater.server.hosts import Heart, ServerHost
     from headwater.server.node import Setting
+    from headwater.server.replication.disk import Folder
     from headwater.server.server import Server
     from headwater.server.tables import dense
 
@@ -212,7 +212,7 @@ def _enter(
     folder: Folder | None, join: m.Join, make: Callable[[m.Welcome, int], Server], enter: Callable[[m.Join], _Entered]
 ) -> tuple[Server, m.Join, _Entered]:
     """Join the cluster: as the server whose log is in the folder, if the cluster still knows it, else as a new one."""
-    from headwater.server.disk import Identity
+    from headwater.server.replication.disk import Identity
 
     known = folder.identity() if folder is not None else None
     if folder is not None and known is not None:

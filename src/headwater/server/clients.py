@@ -11,8 +11,8 @@ import torch
 from headwater.cluster.placement import Block
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError
 from headwater.server import events as e
+from headwater.server.replication.state import view
 from headwater.server.shard import Shard
-from headwater.server.state import view
 from headwater.transports import memory
 from headwater.types import TableSpec
 from headwater.wire import messages as m

@@ -11,8 +11,8 @@ import torch
 
 from headwater.cluster.tables import decide
 from headwater.server import events as e
-from headwater.server import records as r
 from headwater.server.notes import look, notes
+from headwater.server.replication import records as r
 from headwater.server.sync.bulk import Part
 from headwater.server.table import Table
 from headwater.server.tables.plan import Contribution

@@ -18,18 +18,18 @@ from headwater.cluster.placement import BLOCK, PAGE, Block, check_table, layout
 from headwater.errors import ClusterError, HeadwaterError, NotEnoughMemory, ProtocolError, StaleEpoch
 from headwater.server import COORDINATOR
 from headwater.server import events as e
-from headwater.server import records as r
 from headwater.server.clients import Clients, Kept
-from headwater.server.disk import DISK, DiskLog
-from headwater.server.followers import PATIENCE, Followers
-from headwater.server.lending import Lending
+from headwater.server.replication import records as r
+from headwater.server.replication.disk import DISK, DiskLog
+from headwater.server.replication.followers import PATIENCE, Followers
+from headwater.server.replication.lending import Lending
+from headwater.server.replication.state import view
+from headwater.server.replication.upstream import Upstream
 from headwater.server.shard import Shard
 from headwater.server.snapshots.part import Part, fill
 from headwater.server.snapshots.restore import Snapshot
-from headwater.server.state import view
 from headwater.server.table import Table
 from headwater.server.tables.dense import state_bytes
-from headwater.server.upstream import Upstream
 from headwater.server.versions.shelf import Shelf
 from headwater.transports import memory
 from headwater.types import TableSpec

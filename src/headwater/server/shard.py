@@ -14,10 +14,10 @@ import torch
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, SessionExpired, StaleEpoch, WorkerLost
 from headwater.server import events as e
 from headwater.server import meeting
-from headwater.server import records as r
-from headwater.server.log import Log
-from headwater.server.records import Record
-from headwater.server.replica import Memory, Replica
+from headwater.server.replication import records as r
+from headwater.server.replication.log import Log
+from headwater.server.replication.records import Record
+from headwater.server.replication.replica import Memory, Replica
 from headwater.server.sync.bulk import Part
 from headwater.server.table import Session, Table
 from headwater.types import Version

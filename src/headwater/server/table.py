@@ -10,7 +10,7 @@ import torch
 from headwater.cluster.placement import BLOCK
 from headwater.errors import ProtocolError
 from headwater.server import events as e
-from headwater.server.records import Contributor, Groups, Prepare, Ranges
+from headwater.server.replication.records import Contributor, Groups, Prepare, Ranges
 from headwater.server.sync import Alike, Clocks, Gathering, Words
 from headwater.server.sync.alike import Marks
 from headwater.server.tables.dense import DenseShard

@@ -11,11 +11,11 @@ from typing import Any
 from unittest.mock import patch
 
 from headwater.client import publication
-from headwater.client.table import Table
+from headwater.client.dense.table import Table
 from headwater.cluster import versions as core
 from headwater.cluster.coordinator import Rules
 from headwater.errors import HeadwaterError
-from headwater.server.replica import Replica
+from headwater.server.replication.replica import Replica
 from headwater.testing.faults import LETHAL, Fault
 from headwater.testing.hosts import SimCoordinator, SimServer, SimStore
 from headwater.testing.links import SimRuntime

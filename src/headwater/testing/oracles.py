@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headwater.server import records as r
-from headwater.server.records import Record
-from headwater.server.replica import Replica
+from headwater.server.replication import records as r
+from headwater.server.replication.records import Record
+from headwater.server.replication.replica import Replica
 from headwater.types import TableSpec
 from headwater.wire.messages import Commit, Members
 
