@@ -27,7 +27,7 @@ Found = tuple[Counts, list[tuple[str, float]]]
 def bulk_step(profile: Profile) -> Found:
     """Two workers push, both shards take the step, both workers wait for it: direct calls, no sockets."""
     address = "inproc://guard"
-    spec = headwater.TableSpec(
+    spec = headwater.DenseSpec(
         "bulk",
         (headwater.ParameterSpec("w", (LARGE,)),),
         headwater.OptimizerSpec("SGD", ({"lr": 0.1},)),
