@@ -17,7 +17,10 @@ SOURCE = Path(headwater.__file__).parent.parent
 ROWS = [
     {"errors", "interrupts", "types"},
     {"init", "pretrained", "wire"},
-    {"cluster", "transports"},
+    {"layout"},
+    {"transports"},
+    {"versions"},
+    {"cluster"},
     {"client", "server"},
     {"readers"},
     {"integrations", "gateway", "dashboard", "launch", "relay", "testing"},

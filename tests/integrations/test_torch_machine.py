@@ -53,7 +53,8 @@ def test_one_worker_trains_as_plain_torch(words: list[Word], optimizer: tuple[An
     try:
         found = machine.run_alone(words, lambda model: headwater.Optimizer(model, kind, **hyper))
     except headwater.ParameterModified as error:  # the graph of a "forward" over what a "swap" has left
-        assert "waits for its backward" in str(error), repr(words)
+        if "waits for its backward" not in str(error):
+            raise
         assume(False)
     assert same(found, expected), repr(words)
 

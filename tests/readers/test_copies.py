@@ -16,7 +16,7 @@ from headwater.readers import weights as weights_module
 from headwater.readers.copying import Move, copy_all
 from headwater.readers.windows import KEPT, Windows
 from headwater.transports.memory import Sealed
-from headwater.types import Init, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import DenseSpec, Init, OptimizerSpec, ParameterSpec
 from tests.readers.conftest import Connect, Read
 
 SHAPE = (1200, 500)  # 2.4 MB: on both servers
@@ -47,7 +47,7 @@ def test_targets_of_every_kind(connect: Connect, read: Read, name: str) -> None:
         ParameterSpec(key, tuple(value.shape), str(value.dtype).removeprefix("torch."), init=Init("values"))
         for key, value in values.items()
     )
-    ps.publish([ps.table(TableSpec(name, parameters, OptimizerSpec("Assign", ({},))), values)], "v1").wait()
+    ps.publish([ps.table(DenseSpec(name, parameters, OptimizerSpec("Assign", ({},))), values)], "v1").wait()
     with reader.lease() as weights:
         for into in (
             {key: torch.zeros_like(value) for key, value in values.items()},
@@ -107,20 +107,20 @@ def test_a_copy_is_on_the_cpu_whatever_the_default_device_is(connect: Connect, r
 
 
 def test_windows_are_few_and_each_shows_its_memory() -> None:
-    windows, rooms = Windows(), [Sealed("version", 4096) for _ in range(KEPT + 2)]
+    windows, buffers = Windows(), [Sealed("version", 4096) for _ in range(KEPT + 2)]
     for turn in range(2):
-        for number, room in enumerate(rooms):
-            room.region.view[0] = 10 * turn + number
-            fd = os.dup(room.fd)
+        for number, buffer in enumerate(buffers):
+            buffer.region.view[0] = 10 * turn + number
+            fd = os.dup(buffer.fd)
             seen = windows.look((0, 1), fd, 4096)
             os.close(fd)
             assert seen[0] == 10 * turn + number
-    again = windows.look((0, 1), rooms[-1].fd, 4096)
-    assert again is windows.look((0, 1), rooms[-1].fd, 4096)
+    again = windows.look((0, 1), buffers[-1].fd, 4096)
+    assert again is windows.look((0, 1), buffers[-1].fd, 4096)
     assert len(windows._found[0, 1]) == KEPT
     windows.close()
     assert again[0] == 10 + KEPT + 1
-    assert again is not windows.look((0, 1), rooms[-1].fd, 4096)
+    assert again is not windows.look((0, 1), buffers[-1].fd, 4096)
 
 
 def resident(tensor: torch.Tensor) -> int:

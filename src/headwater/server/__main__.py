@@ -27,6 +27,7 @@ from headwater.cluster.snapshots import Restored
 from headwater.errors import (
     AuthenticationFailed,
     ClusterError,
+    Halt,
     HeadwaterError,
     LinkBroken,
     LinkError,
@@ -34,16 +35,16 @@ from headwater.errors import (
     UsageError,
 )
 from headwater.server import COORDINATOR
-from headwater.server.hosts import Halt
-from headwater.server.loop import Loop, listen
 from headwater.server.outliving import Outliving
 from headwater.transports import address as addresses
 from headwater.transports import memory
+from headwater.transports.loop import Loop, listen
 from headwater.transports.receiver import Arrived, Receiver
 from headwater.transports.stream import connect
 from headwater.wire import messages as m
 from headwater.wire.auth import token_from_environment
-from headwater.wire.frames import Dial, Frame, Kind, encode
+from headwater.wire.frames import Frame, Kind, encode
+from headwater.wire.outgoing import Dial
 
 if TYPE_CHECKING:  # a coordinator holds no tensors and does not load torch
     from headwater.server.replication.disk import Folder

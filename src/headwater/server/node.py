@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from headwater.cluster.placement import BLOCK, PAGE, Block, check_table, layout
 from headwater.errors import ClusterError, HeadwaterError, NotEnoughMemory, ProtocolError, StaleEpoch
+from headwater.layout import kinds
+from headwater.layout.dense import BLOCK, PAGE, Block, layout, only
 from headwater.server import COORDINATOR
 from headwater.server import events as e
 from headwater.server.clients import Clients, Kept
@@ -30,12 +31,13 @@ from headwater.server.snapshots.part import Part, fill
 from headwater.server.snapshots.restore import Snapshot
 from headwater.server.table import Table
 from headwater.server.tables.dense import state_bytes
-from headwater.server.versions.shelf import Shelf
 from headwater.transports import memory
-from headwater.types import TableSpec
+from headwater.types import DenseSpec, TableSpec
+from headwater.versions.part_store import PartStore
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Dial, Instruction, Outgoing
 
 log = logging.getLogger("headwater")
 
@@ -59,7 +61,7 @@ class Setting:
     of memory that may still be taken. ``detach(table, ranges)`` is called before values are overwritten.
     ``data``: the folder for logs, where an acknowledgement waits for the disk. ``threads``: snapshots are copied and
     written by threads of their own, else by ``work``. ``wake``, which any thread may call, makes the loop look for what
-    threads have finished; without it versions are copied at once. ``shelf``: the parts of versions that are held here.
+    threads have finished; without it versions are copied at once. ``part_store``: parts of versions that are held here.
     """
 
     server: int = 0
@@ -75,10 +77,10 @@ class Setting:
     threads: bool = True
     data: Path | None = None
     wake: Callable[[], None] | None = None
-    shelf: Shelf = field(init=False)
+    part_store: PartStore = field(init=False)
 
     def __post_init__(self) -> None:
-        self.shelf = Shelf(self.server, self.shards, share=self.share, wake=self.wake, checked=self.checked)
+        self.part_store = PartStore(self.server, self.shards, share=self.share, wake=self.wake, checked=self.checked)
 
 
 class Node:
@@ -390,9 +392,10 @@ class Node:
         return Outgoing(COORDINATOR, Frame(Kind.ERROR, shard=self.shard.number, seq=table, body=body))
 
     def _check_room(self, spec: TableSpec) -> None:
-        check_table(spec)
-        segments = layout(spec, self._setting.shards).segments[self.shard.number]
-        needed, free = state_bytes(spec, segments), self._setting.available()
+        dense = only(spec)
+        kinds.check_table(spec)
+        segments = layout(dense, self._setting.shards).segments[self.shard.number]
+        needed, free = state_bytes(dense, segments), self._setting.available()
         if needed > free:
             raise NotEnoughMemory(
                 f"table {spec.name!r} takes {needed / 2**20:.0f} MiB on shard {self.shard.number} "
@@ -411,13 +414,13 @@ class Node:
 
     def _cut_version(self, message: v.CutVersion) -> None:
         """The coordinator wants this shard's part of a version, perhaps not for the first time."""
-        shelf, number = self._setting.shelf, self.shard.number
+        part_store, number = self._setting.part_store, self.shard.number
         coming = any(isinstance(x.body, r.Publish) and x.body.version == message.number for x in self.shard.log.pending)
-        if shelf.knows(message.number, number):
-            shelf.say(message.number, number)
+        if part_store.has_begun(message.number, number):
+            part_store.report(message.number, number)
         elif message.late and not coming:
             why = f"the primary of shard {number} died before its part of the version was on another server"
-            shelf.said.append(v.PartDone(message.number, number, self._setting.server, error=why))
+            part_store.outbox.append(v.PartDone(message.number, number, self._setting.server, error=why))
         elif not coming and message not in self.cuts:
             self.cuts.append(message)
 
@@ -427,7 +430,7 @@ class Node:
         for cut in list(self.cuts) if self.leads else ():
             # A table on this shard alone takes its steps by itself; those of others came before the coordinator's word.
             alone = [(self.shard.tables.get(number), clock) for number, clock in cut.clocks]
-            if all(t is None or not t.alone or not t.bulk or t.gathering.clock >= clock for t, clock in alone):
+            if all(t is None or not t.alone or not t.collective or t.gathering.clock >= clock for t, clock in alone):
                 self.cuts.remove(cut)
                 out += self.run(e.Publish(cut.number, cut.tables))
         return out
@@ -436,7 +439,7 @@ class Node:
         """A version's moment; the same on every replica. In a log that is read back it is past: they live in memory."""
         if not self.shard.partial and self.view.epoch:
             tables = [self.shard.tables[number] for number in body.tables if number in self.shard.tables]
-            self._setting.shelf.begin(body.version, self.shard.number, tables)
+            self._setting.part_store.begin(body.version, self.shard.number, [table.source() for table in tables])
 
     def hosted(self) -> m.Hosted:
         """What the coordinator must know of this replica when it has forgotten."""
@@ -455,17 +458,18 @@ class Node:
     # ---- memory of the tables ----------------------------------------------------------------------
 
     def size(self, spec: TableSpec) -> int:
-        check_table(spec)
-        return layout(spec, self._setting.shards).sizes[self.shard.number]
+        kinds.check_table(spec)
+        return kinds.place(spec, self._setting.shards).sizes[self.shard.number]
 
     def create(self, number: int, spec: TableSpec) -> Table:
         """Memory for a table. Raises ``NotEnoughMemory``."""
         self._check_room(spec)
-        plan = layout(spec, self._setting.shards)
+        dense = only(spec)
+        plan = layout(dense, self._setting.shards)
         segments, size = plan.segments[self.shard.number], plan.sizes[self.shard.number]
-        kept = self._kept[number] = self._allocate(spec, plan.blocks_of(self.shard.number), size)
+        kept = self._kept[number] = self._allocate(dense, plan.blocks_of(self.shard.number), size)
         alone = len(plan.participants) == 1
-        table = Table(number, spec, segments, kept.values, alone=alone, versions=kept.versions)
+        table = Table(number, dense, segments, kept.values, alone=alone, versions=kept.versions)
         table.dense.after_block = lambda start, stop: self.clients.drop(number, start, stop)
         return table
 
@@ -488,10 +492,10 @@ class Node:
 
     def before_write(self, table: int, ranges: tuple[tuple[int, int], ...]) -> None:
         self.part.before_write(table, ranges)
-        self._setting.shelf.before_write(self.shard.number, table, ranges)
+        self._setting.part_store.before_write(self.shard.number, table, ranges)
         self._setting.detach(self.shard.number, table, ranges)
 
-    def _allocate(self, spec: TableSpec, blocks: tuple[Block, ...], size: int) -> Kept:
+    def _allocate(self, spec: DenseSpec, blocks: tuple[Block, ...], size: int) -> Kept:
         limit = max((block.size for block in blocks), default=0)
         if not self._setting.share:
             values = torch.zeros(size, dtype=torch.uint8, device="cpu")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import headwater
-from headwater.errors import StateInUse
+from headwater.errors import Halt, StateInUse
 from headwater.server.node import Setting
 from headwater.server.replication import disk
 from headwater.server.replication.disk import Folder, Identity, frames_of
@@ -98,11 +98,11 @@ def test_versions_are_not_made_again_when_a_log_is_read_back(tmp_path: Path) -> 
         worker.push(number)
         ring.tell(0, v.CutVersion(number, 0, (1,)))
         ring.run()
-    assert len(ring.servers[0].setting.shelf.parts) == 5
+    assert len(ring.servers[0].setting.part_store.parts) == 5
     again = back(tmp_path)
     assert again.nodes[0].shard.digest() == ring.node(0).shard.digest()
-    assert not again.setting.shelf.parts
-    assert not again.setting.shelf.said
+    assert not again.setting.part_store.parts
+    assert not again.setting.part_store.outbox
 
 
 def test_one_sync_serves_all_records_of_a_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_a_full_disk_ends_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(disk.os, "fdatasync", full)
-    with pytest.raises(disk.Halt, match="No space left"):
+    with pytest.raises(Halt, match="No space left"):
         worker.push(1)
     assert worker.acks() == []
 

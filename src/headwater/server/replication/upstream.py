@@ -15,7 +15,8 @@ from headwater.server.shard import Shard
 from headwater.server.table import Prepared
 from headwater.transports import memory
 from headwater.wire import messages as m
-from headwater.wire.frames import Flag, Frame, Kind, Outgoing
+from headwater.wire.frames import Flag, Frame, Kind
+from headwater.wire.outgoing import Outgoing
 from headwater.wire.tensors import DTYPES
 
 if TYPE_CHECKING:
