@@ -189,7 +189,8 @@ def other_format(where: object, found: object, reads: object) -> str:
     """What to do with stored state that another release wrote, for the message of an error."""
     return (
         f"{where} has format {found}, this Headwater reads format {reads}; it was left as it is. Go on with the "
-        "release that wrote it, or export its newest snapshot with that release (headwater export) and begin in an empty folder"
+        "release that wrote it, or export its newest snapshot with that release (headwater export) and begin in an "
+        "empty folder"
     )
 
 

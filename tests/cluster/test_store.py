@@ -235,9 +235,7 @@ def test_another_format_is_refused_with_what_to_do(tmp_path: Path, found: int) -
     db.execute(f"PRAGMA user_version={found}")
     db.close()
     before = path.read_bytes()
-    with pytest.raises(
-        StateCorrupt, match=f"has format {found}, this Headwater reads format 2; it was left"
-    ):
+    with pytest.raises(StateCorrupt, match=f"has format {found}, this Headwater reads format 2; it was left"):
         SqliteStore(tmp_path)
     assert path.read_bytes() == before
 

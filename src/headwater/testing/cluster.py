@@ -12,10 +12,9 @@ from unittest.mock import patch
 
 from headwater.client import publication
 from headwater.client.dense.table import Table
-from headwater.cluster import versions as core
 from headwater.cluster.coordinator import Rules
 from headwater.errors import HeadwaterError
-from headwater.server.replication.replica import Replica
+from headwater.server.shard import Shard
 from headwater.testing.faults import LETHAL, Fault
 from headwater.testing.hosts import SimCoordinator, SimServer, SimStore
 from headwater.testing.links import SimRuntime
@@ -35,6 +34,7 @@ from headwater.testing.versions import (
     unrest,
 )
 from headwater.testing.workload import Auditor, Reader, Worker
+from headwater.versions import leases, lifecycle
 from headwater.wire import messages as m
 from headwater.wire.frames import Flag, Frame, Kind
 
@@ -117,8 +117,9 @@ class SimCluster:
     def run(self) -> Outcome:
         """Everything, from the first process to the audit. A violation is in the outcome, not raised."""
         with (
-            patch.object(Replica, "observer", Eye(self.oracles.observe)),
-            patch.multiple(core, LEASE=LEASE, HEAL=HEAL),
+            patch.object(Shard, "observer", Eye(self.oracles.observe)),
+            patch.object(leases, "LEASE", LEASE),
+            patch.object(lifecycle, "HEAL", HEAL),
             patch.object(publication, "time", _Date(self.scheduler)),
         ):
             try:
@@ -456,11 +457,11 @@ class SimCluster:
         name = "version auditor"
         self._audited(VersionAuditor(self.scenario, self._runtime(self._process(name)), self.versions), name)
         assert self.coordinator is not None
-        versions = self.coordinator.coordinator.publications.versions
+        catalogue = self.coordinator.coordinator.publications.catalogue
 
         def amiss() -> str:
             hosts = [host for host in self.servers.values() if host.process.alive and host.server is not None]
-            return unrest(versions, ((host.number, host.server.setting.shelf) for host in hosts if host.server))
+            return unrest(catalogue, ((host.number, host.server.setting.part_store) for host in hosts if host.server))
 
         try:
             self._until(lambda: not amiss(), HEALED, "")
@@ -487,7 +488,7 @@ class SimCluster:
                 if shard.primary:
                     self.oracles.leads(shard, shard.lsn)
                 self.oracles.replica(shard, f"server {x.server}")
-                digest = shard.digest()
+                digest = shard.replica.digest()
                 before = digests.setdefault(shard.lsn, (digest, x.server))
                 if before[0] != digest:
                     raise Violation(
@@ -551,7 +552,7 @@ class Eye:
     def __init__(self, act: Callable[..., None]) -> None:
         self._act = act
 
-    def __call__(self, replica: Replica, record: Any) -> None:
+    def __call__(self, replica: Shard, record: Any) -> None:
         self._act(replica, record)
 
 

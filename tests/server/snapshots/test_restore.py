@@ -238,9 +238,7 @@ def test_snapshots_of_another_format_are_refused_with_what_to_do(tmp_path: Path)
         for each in said["tables"]:
             del each["spec"]["kind"]
         path.write_text(json.dumps(said))
-    with pytest.raises(
-        SnapshotCorrupt, match=r"00000002.*has format 1, .* reads format 2.*headwater export"
-    ):
+    with pytest.raises(SnapshotCorrupt, match=r"00000002.*has format 1, .* reads format 2.*headwater export"):
         restore.newest(tmp_path)
     assert len(list(tmp_path.glob("*/*.safetensors"))) == 4, "they were left as they are"
 
