@@ -165,7 +165,7 @@ def client_talk(trial: Trial, chance: random.Random, shard: int) -> list[Piece]:
     table = chance.choice((BULK, PLAIN, STALE))
     known = replica.sessions.get(session)
     seq = 1 + (known.seq.get(table, 0) if known is not None else 0)
-    clock, epoch, members = replica.tables[table].gathering.clock + 1, replica.epoch, replica.members.epoch
+    clock, epoch, members = replica.tables[table].gathering.clock + 1, replica.epoch, replica.replica.members.epoch
 
     def ask(request: m.Request) -> Piece:
         return Frame(Kind.REQUEST, 0, shard, seq=chance.getrandbits(40), body=m.pack(request)), b""
