@@ -1,4 +1,7 @@
-"""One version as ``versions.py`` keeps it, what must be true of a wish for one, and whom its keeper speaks through."""
+"""One published version (``Entry``), the checks of a request to publish one, and what ``Versions`` needs of its host.
+
+The state machine itself is in ``versions.py``.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class Known(NamedTuple):
 
 
 class Desk(Protocol):
-    """Whom a ``Versions`` speaks through."""
+    """What ``Versions`` needs of its host: the coordinator, or a relay."""
 
     def reply(self, asker: Asker, message: m.Reply) -> None: ...
     def fail(self, asker: Asker, error: HeadwaterError) -> None: ...
@@ -48,9 +51,9 @@ class Desk(Protocol):
 class Entry:
     """One version. ``parts``: by (shard, table); ``holders``: servers by shard; ``leases``: how many by session.
 
-    ``early``: by (shard, server), what backups say that their primary has not said yet. ``missed``: (shard, server) of
+    ``early``: by (shard, server), reports of backups whose primary has not reported yet. ``missed``: (shard, server) of
     holders that are dead, as far as is known.
-    ``origin``: of one that was made elsewhere, how it was leased there.
+    ``origin``: for a version that was made in another cluster, the lease that it was fetched with.
     """
 
     info: VersionInfo

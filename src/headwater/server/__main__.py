@@ -109,7 +109,7 @@ def _stop_on_signals(loop: Loop, outliving: Outliving | None) -> None:
 
 
 def run_coordinator(args: argparse.Namespace, token: bytes | None, outliving: Outliving | None = None) -> None:
-    from headwater.cluster.store import SqliteStore
+    from headwater.cluster.store.sqlite import SqliteStore
     from headwater.server.hosts import CoordinatorHost
     from headwater.server.snapshots.keeper import Keeper
 

@@ -18,7 +18,7 @@ from headwater.wire import messages as m
 from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing, encode
 
 if TYPE_CHECKING:  # a coordinator holds no tensors and does not load torch
-    from headwater.cluster.store import Store
+    from headwater.cluster.store.base import Store
     from headwater.server.server import Server
     from headwater.server.snapshots.keeper import Keeper
 
