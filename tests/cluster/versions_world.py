@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from headwater.cluster import entries
-from headwater.cluster.snapshots import Asker
+from headwater.cluster.outbox import Asker
 from headwater.cluster.versions import Known, Versions
 from headwater.errors import (
     HeadwaterError,

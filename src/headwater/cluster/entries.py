@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from headwater.cluster.snapshots import Asker
+from headwater.cluster.outbox import Asker
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, UsageError
 from headwater.types import TableSpec, VersionInfo
 from headwater.wire import messages as m

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
-from headwater.cluster.fleet import in_sync
-from headwater.cluster.snapshots import Asker
+from headwater.cluster.fleet import Fleet, in_sync
+from headwater.cluster.membership import Membership
+from headwater.cluster.outbox import Asker, Outbox
+from headwater.cluster.tables import Tables
 from headwater.cluster.versions import Known, Versions
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError
 from headwater.types import Bulk
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from headwater.wire.frames import Frame, Kind, Outgoing
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from headwater.cluster.coordinator import Coordinator
 
 
 class Publications:
-    """The coordinator's desk for versions."""
+    """The coordinator's side of ``Versions``: who may ask, and what it needs of the other machines."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
-        self.versions = Versions(self, coordinator.shards, lambda: coordinator.now)
+    def __init__(
+        self, outbox: Outbox, fleet: Fleet, membership: Membership, tables: Tables, clock: Callable[[], float]
+    ) -> None:
+        self._outbox = outbox
+        self._fleet = fleet
+        self._membership = membership
+        self._tables = tables
+        self.versions = Versions(self, fleet.shards, clock)
 
     # ---- in --------------------------------------------------------------------------------------
 
@@ -56,14 +57,14 @@ class Publications:
         """What a reader or a server says."""
         match message:
             case v.Release() | v.Holding():
-                member = self._coordinator.membership.of(peer)
+                member = self._membership.of(peer)
                 if member is not None and isinstance(message, v.Release):
                     self.versions.release(member.join.session, message.number, message.turn)
                 elif member is not None and isinstance(message, v.Holding):
                     self.versions.holding(member.join.session, message)
             case v.PartDone():
-                self._coordinator.check_sender(peer, message.server)
-                self.versions.part(message, leads=self._coordinator.leads(peer, message.shard))
+                self._fleet.check_sender(peer, message.server)
+                self.versions.part(message, leads=self._fleet.leads(peer, message.shard))
             case _:
                 raise ProtocolError(f"{type(message).__name__} does not go to the coordinator")
 
@@ -72,49 +73,48 @@ class Publications:
         self.versions.restore(state)
 
     def _session(self, peer: int) -> int:
-        member = self._coordinator.membership.of(peer)
+        member = self._membership.of(peer)
         if member is None:
             raise ClusterError("join first: only a member can publish or lease")
         return member.join.session
 
-    # ---- out: what Versions asks of its desk ---------------------------------------------------------
+    # ---- out: what Versions says, and what it asks of the other machines -----------------------------
 
     def reply(self, asker: Asker, message: m.Reply) -> None:
-        self._coordinator.reply(asker, message)
+        self._outbox.reply(asker, message)
 
     def fail(self, asker: Asker, error: HeadwaterError) -> None:
-        self._coordinator.fail(asker, error)
+        self._outbox.fail(asker, error)
 
     def save(self, key: str, value: bytes | None) -> None:
-        self._coordinator.save(key, value)
+        self._outbox.save(key, value)
 
     def tell(self, shard: int, message: v.CutVersion) -> None:
-        self._coordinator.tell(shard, message)
+        self._outbox.tell(shard, message)
 
     def drop(self, numbers: tuple[int, ...]) -> None:
-        body = m.pack(v.DropVersion(numbers))
-        for server in self._coordinator.fleet.servers.values():
+        for server in self._fleet.servers.values():
             if server.peer is not None:
-                self._coordinator.say(Outgoing(server.peer, Frame(Kind.NOTICE, body=body)))
+                self._outbox.notify(server.peer, v.DropVersion(numbers))
 
     def table(self, number: int) -> Known:
-        table = self._coordinator.tables.get(number)
+        table = self._tables.get(number)
         if table.state != "ready":
             raise ClusterError(f"table {table.spec.name!r} has no values yet; nothing was published")
         known = isinstance(table.spec.sync, Bulk) and len(table.participants) > 1
         return Known(table.spec, table.participants, table.clock if known else None)
 
     def copies(self, shard: int) -> tuple[int, ...]:
-        view = self._coordinator.fleet.views.get(shard)
+        view = self._fleet.views.get(shard)
         return () if view is None else tuple(sorted(each.server for each in in_sync(view)))
 
     def order(self, server: int, message: v.Hold) -> None:
-        member = self._coordinator.fleet.servers.get(server)
+        member = self._fleet.servers.get(server)
         if member is not None and member.peer is not None:
-            self._coordinator.say(Outgoing(member.peer, Frame(Kind.NOTICE, shard=message.shard, body=m.pack(message))))
+            self._outbox.notify(member.peer, message, message.shard)
 
     def holder(self, server: int) -> v.Holder | None:
-        member = self._coordinator.fleet.servers.get(server)
+        member = self._fleet.servers.get(server)
         if member is None or not member.alive:
             return None
         return v.Holder(member.join.address, member.join.local, member.join.host)

@@ -29,7 +29,7 @@ from headwater.cluster.entries import (
     wait,
 )
 from headwater.cluster.entries import Known as Known
-from headwater.cluster.snapshots import Asker
+from headwater.cluster.outbox import Asker
 from headwater.errors import (
     ClusterError,
     HeadwaterError,

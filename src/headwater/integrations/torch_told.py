@@ -38,9 +38,10 @@ class Told:
         if result.differ and not self._changed:
             self._changed = True
             warn(
-                f"workers changed the gradients of step {result.clock} of {self._model!r} in different ways (or some did "
-                "and some did not): the change of the lowest rank counted, for all. What a script does to gradients "
-                "between backward() and step() must be the same on every worker (noise: from the same seed). Said once"
+                f"workers changed the gradients of step {result.clock} of {self._model!r} in different ways (or "
+                "some did and some did not): the change of the lowest rank counted, for all. What a script does to "
+                "gradients between backward() and step() must be the same on every worker (noise: from the same "
+                "seed). Said once"
             )
         if result.groups is not None and groups is not None:
             self._compare(result.clock, groups, result.groups)

@@ -16,8 +16,8 @@ import msgspec
 
 from headwater.cluster.entries import ASKERS, LATEST, Entry
 from headwater.cluster.membership import HEARTBEAT, Membership, given_up
+from headwater.cluster.outbox import Asker
 from headwater.cluster.placement import layout
-from headwater.cluster.snapshots import Asker
 from headwater.cluster.spans import spans
 from headwater.cluster.versions import Known, Versions
 from headwater.errors import ClusterError, DeadlineExceeded, HeadwaterError, LinkError, ProtocolError, UnknownVersion

@@ -23,7 +23,7 @@ import msgspec
 
 from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.cluster.membership import HEARTBEAT
-from headwater.cluster.snapshots import Restored
+from headwater.cluster.recovery import Restored
 from headwater.errors import (
     AuthenticationFailed,
     ClusterError,

@@ -459,8 +459,8 @@ class AckBody(msgspec.Struct, frozen=True, omit_defaults=True):
     ``norm``: of the gradient, if the table clips. ``groups``: the hyperparameters that the step was taken with, where
     this worker said others. ``skipped_by``: the ranks for whose sake it was skipped. ``alike``: the other ranks that
     contributed the same bits on this shard, and ``mark``, a hash of them, while the shard looks (the first steps).
-    ``apart``: the workers' digests differ. ``differ``: they changed the mean of their gradients in different ways, and the
-    lowest rank's way counted.
+    ``apart``: the workers' digests differ. ``differ``: they changed the mean of their gradients in different ways, and
+    the lowest rank's way counted.
     """
 
     norm: float | None = None
