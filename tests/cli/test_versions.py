@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 import headwater
 from headwater.cli.versions import draw, now_listed
-from headwater.client.dense import Dense
+from headwater.client.dense.handle import Dense
 from headwater.types import VersionInfo
 from headwater.wire.statuses import RelayStatus
 from headwater.wire.versions import VersionStatus

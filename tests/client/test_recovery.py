@@ -12,8 +12,8 @@ import pytest
 
 from headwater.client.client import UNSERVED, Client
 from headwater.client.control import BRIEF, Control
-from headwater.client.flat import Mapped
-from headwater.client.part import Part
+from headwater.client.dense.memory import Mapped
+from headwater.client.dense.part import Part
 from headwater.client.session import Session
 from headwater.cluster.placement import layout
 from headwater.errors import (

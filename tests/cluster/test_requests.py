@@ -11,7 +11,7 @@ from headwater.cluster.coordinator import Coordinator
 from headwater.cluster.outbox import Asker
 from headwater.errors import ProtocolError
 from headwater.wire import messages as m
-from tests.cluster.script import WORKER, Script
+from tests.cluster.fake_peers import WORKER, FakePeers
 
 TO_A_SERVER = {m.Create, m.Open, m.Attach, m.Slots, m.SlotPart, m.Follow, m.Lend, m.Aside}
 
@@ -26,22 +26,22 @@ def test_a_new_kind_of_request_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
         c.membership.require(asker.peer)
         c.outbox.reply(asker, m.Done())
 
-    script = Script(1)
-    script.join(0)
-    script.take(WORKER)
-    script.ask(WORKER, m.Lend(1, 0, 64))
-    assert isinstance(error := script.error(WORKER), ProtocolError)
+    peers = FakePeers(1)
+    peers.join(0)
+    peers.take(WORKER)
+    peers.ask(WORKER, m.Lend(1, 0, 64))
+    assert isinstance(error := peers.error(WORKER), ProtocolError)
     assert "Lend does not go to the coordinator" in str(error)
     monkeypatch.setitem(requests.REQUESTS, m.Lend, lend)
-    script.ask(WORKER, m.Lend(1, 0, 64))
-    assert script.take(WORKER) == [m.Done()]
-    script.ask(WORKER + 1, m.Lend(1, 0, 64))
-    assert "join first" in str(script.error(WORKER + 1))
+    peers.ask(WORKER, m.Lend(1, 0, 64))
+    assert peers.take(WORKER) == [m.Done()]
+    peers.ask(WORKER + 1, m.Lend(1, 0, 64))
+    assert "join first" in str(peers.error(WORKER + 1))
 
 
 def test_a_notice_that_is_not_for_the_coordinator_is_refused() -> None:
-    script = Script(1)
-    script.join(0)
-    script.take(WORKER)
-    script.tell(WORKER, m.Drop(1))
-    assert "Drop does not go to the coordinator" in str(script.error(WORKER))
+    peers = FakePeers(1)
+    peers.join(0)
+    peers.take(WORKER)
+    peers.tell(WORKER, m.Drop(1))
+    assert "Drop does not go to the coordinator" in str(peers.error(WORKER))

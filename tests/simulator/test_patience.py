@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 
 from headwater.client.client import Client
-from headwater.client.table import Table
+from headwater.client.dense.table import Table
 from headwater.errors import DeadlineExceeded, HeadwaterError
 from headwater.server.replica import Replica
 from headwater.testing.cluster import Eye, SimCluster

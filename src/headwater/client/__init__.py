@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from headwater.client.client import Client, ClientStatistics
     from headwater.client.connecting import connect, current, release, shared
-    from headwater.client.dense import Dense
+    from headwater.client.dense.handle import Dense
+    from headwater.client.dense.table import Table
     from headwater.client.publication import Publication
-    from headwater.client.table import Table
     from headwater.client.tickets import StepResult, Ticket
 
 __all__ = [
@@ -30,10 +30,10 @@ __all__ = [
 _FROM = {
     "Client": "client",
     "ClientStatistics": "client",
-    "Dense": "dense",
+    "Dense": "dense.handle",
     "Publication": "publication",
     "StepResult": "tickets",
-    "Table": "table",
+    "Table": "dense.table",
     "Ticket": "tickets",
     "connect": "connecting",
     "current": "connecting",

@@ -17,14 +17,14 @@ import torch
 from headwater import interrupts
 from headwater.client import publication
 from headwater.client.control import Control, Dial
-from headwater.client.dense import Dense
-from headwater.client.flat import check_tensor
+from headwater.client.dense.handle import Dense
+from headwater.client.dense.memory import check_tensor
+from headwater.client.dense.table import Table
 from headwater.client.naming import Names
 from headwater.client.patience import Patience
 from headwater.client.publication import Publication, publish
 from headwater.client.runtime import Runtime, Threads
 from headwater.client.session import Session
-from headwater.client.table import Table
 from headwater.cluster.placement import check_table, layout
 from headwater.errors import (
     ClusterError,

@@ -13,7 +13,7 @@ from headwater.wire import versions as v
 
 if TYPE_CHECKING:
     from headwater.client.client import Client
-    from headwater.client.table import Table
+    from headwater.client.dense.table import Table
 
 
 class Publication:

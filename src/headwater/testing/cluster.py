@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from headwater.client import publication
-from headwater.client.table import Table
+from headwater.client.dense.table import Table
 from headwater.cluster import versions as core
 from headwater.cluster.coordinator import Rules
 from headwater.errors import HeadwaterError

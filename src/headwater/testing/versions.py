@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from headwater.client.client import Client
-from headwater.client.table import Table
+from headwater.client.dense.table import Table
 from headwater.cluster.spans import spans
 from headwater.errors import HeadwaterError, LinkError
 from headwater.readers.reading import Reader

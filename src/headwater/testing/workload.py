@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from headwater.client.client import Client
-from headwater.client.table import Table
+from headwater.client.dense.table import Table
 from headwater.errors import HeadwaterError
 from headwater.testing.links import SimRuntime
 from headwater.testing.oracles import Ledger, Oracles
