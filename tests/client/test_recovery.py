@@ -15,7 +15,6 @@ from headwater.client.control import BRIEF, Control
 from headwater.client.dense.memory import Mapped
 from headwater.client.dense.part import Part
 from headwater.client.session import Session
-from headwater.cluster.placement import layout
 from headwater.errors import (
     ClusterError,
     DeadlineExceeded,
@@ -27,9 +26,10 @@ from headwater.errors import (
     Unreachable,
     WorkerLost,
 )
+from headwater.layout.dense import layout
 from headwater.testing import FakeClock
 from headwater.transports.stream import Handler, Link
-from headwater.types import Bulk, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import Bulk, DenseSpec, OptimizerSpec, ParameterSpec
 from headwater.wire import messages as m
 from headwater.wire.frames import Flag, Frame, Kind
 
@@ -99,7 +99,7 @@ class Line:
 
 # ---- parts -------------------------------------------------------------------------------------------
 
-SPEC = TableSpec("t", (ParameterSpec("w", (1_200_000,)),), OptimizerSpec("SGD", ({"lr": 1.0},)), Bulk())
+SPEC = DenseSpec("t", (ParameterSpec("w", (1_200_000,)),), OptimizerSpec("SGD", ({"lr": 1.0},)), Bulk())
 PLAN = layout(SPEC, 1)
 
 

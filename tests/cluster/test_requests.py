@@ -8,9 +8,9 @@ import pytest
 
 from headwater.cluster import requests
 from headwater.cluster.coordinator import Coordinator
-from headwater.cluster.outbox import Asker
 from headwater.errors import ProtocolError
 from headwater.wire import messages as m
+from headwater.wire.outgoing import Asker
 from tests.cluster.fake_peers import WORKER, FakePeers
 
 TO_A_SERVER = {m.Create, m.Open, m.Attach, m.Slots, m.SlotPart, m.Follow, m.Lend, m.Aside}

@@ -8,15 +8,16 @@ from headwater.cluster.dataplan import DataPlans
 from headwater.cluster.effects import DeleteFolder, FolderMade, Job, MakeFolder, ManifestWritten, WriteManifest
 from headwater.cluster.fleet import Fleet
 from headwater.cluster.membership import Membership
-from headwater.cluster.outbox import Asker, Outbox
+from headwater.cluster.outbox import Outbox
 from headwater.cluster.snapshots import PATIENCE, TRIES, Snapshots
 from headwater.cluster.tables import Table, Tables
 from headwater.errors import ClusterError, DeadlineExceeded, HeadwaterError, UsageError
-from headwater.types import Bulk, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import Bulk, DenseSpec, OptimizerSpec, ParameterSpec
 from headwater.wire import messages as m
-from headwater.wire.frames import Kind, Outgoing
+from headwater.wire.frames import Kind
+from headwater.wire.outgoing import Asker, Outgoing
 
-SPEC = TableSpec("t", (ParameterSpec("w", (4,)),), OptimizerSpec("SGD", ({},)), Bulk())
+SPEC = DenseSpec("t", (ParameterSpec("w", (4,)),), OptimizerSpec("SGD", ({},)), Bulk())
 ANN, BOB = Asker(7, 1), Asker(8, 2)
 
 Answer = tuple[Asker, m.Reply | HeadwaterError]

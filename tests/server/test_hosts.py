@@ -13,7 +13,8 @@ from headwater.errors import ClusterError
 from headwater.server.hosts import CoordinatorHost, Halt
 from headwater.testing import FakeClock
 from headwater.wire import messages as m
-from headwater.wire.frames import Frame, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Outgoing
 
 
 class Recording(Coordinator):

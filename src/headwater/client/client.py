@@ -25,7 +25,6 @@ from headwater.client.patience import Patience
 from headwater.client.publication import Publication, publish
 from headwater.client.runtime import Runtime, Threads
 from headwater.client.session import Session
-from headwater.cluster.placement import check_table, layout
 from headwater.errors import (
     ClusterError,
     DeadlineExceeded,
@@ -37,9 +36,10 @@ from headwater.errors import (
     UnknownTable,
     UsageError,
 )
+from headwater.layout.dense import check_table, layout, only
 from headwater.transports import forks
 from headwater.transports.address import host_identity
-from headwater.types import Async, Bulk, Claim, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
+from headwater.types import Async, Claim, DenseSpec, Init, OptimizerSpec, ParameterSpec, Sync
 from headwater.wire import messages as m
 from headwater.wire.tensors import dtype_name
 from headwater.wire.versions import Retire, VersionStatus
@@ -243,7 +243,7 @@ class Client:
         Raises ``TableConflict`` if it exists otherwise, ``UnknownOptimizer``, ``NotEnoughMemory``.
         """
         kind = optimizer if isinstance(optimizer, str) else optimizer.__name__
-        spec = TableSpec(
+        spec = DenseSpec(
             name,
             (ParameterSpec(name, tuple(shape), dtype_name(dtype), 0, init),),
             OptimizerSpec(kind, (dict(hyper),)),  # type: ignore[arg-type]
@@ -256,7 +256,7 @@ class Client:
 
     @interrupts.deferred
     @torch.inference_mode(False)  # memory that is written later, outside of it
-    def table(self, spec: TableSpec, values: Mapping[str, torch.Tensor] | None = None, claim: Claim = "any") -> Table:
+    def table(self, spec: DenseSpec, values: Mapping[str, torch.Tensor] | None = None, claim: Claim = "any") -> Table:
         """A table of many parameters.
 
         ``values`` fill the parameters whose init is ``values``: the lowest rank assigns its own, the others wait
@@ -284,7 +284,7 @@ class Client:
         assert isinstance(declared, m.Declared)
         if known is not None and known.number == declared.table:
             return known
-        table = Table(self, declared, layout(declared.spec, len(self.servers)))
+        table = Table(self, declared, layout(only(declared.spec), len(self.servers)))
         if declared.assign:
             table.assign({name: (values or {})[name] for name in needed})
             self.ask(m.Initialised(table.number))
@@ -435,7 +435,7 @@ class Client:
         for table in self.tables.values():
             table.wait()
         with self._aside(self.runtime.now() + self.timeout):
-            if not any(isinstance(table.spec.sync, Bulk) for table in self.tables.values()):
+            if not any(table.spec.sync.collective for table in self.tables.values()):
                 yield
                 return
             self._rest(True)

@@ -10,7 +10,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from headwater.errors import DeadlineExceeded, HeadwaterError, UsageError
-from headwater.wire.plans import ANY, Late, WhoIsLate
+from headwater.wire.data_plan import ANY, Late, WhoIsLate
 
 if TYPE_CHECKING:
     from headwater.client.client import Client

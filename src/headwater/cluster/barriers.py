@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import msgspec
 
 from headwater.cluster.membership import Member, Membership
-from headwater.cluster.outbox import Asker, Outbox
+from headwater.cluster.outbox import Outbox
 from headwater.errors import HeadwaterError, UsageError, WorkerLost
 from headwater.wire import messages as m
+from headwater.wire.outgoing import Asker
 
 
 class Barriers:

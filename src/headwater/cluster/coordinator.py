@@ -26,7 +26,7 @@ from headwater.cluster.effects import Effects, Outcome
 from headwater.cluster.fleet import Fleet
 from headwater.cluster.joining import Joining
 from headwater.cluster.membership import Membership
-from headwater.cluster.outbox import Asker, Outbox
+from headwater.cluster.outbox import Outbox
 from headwater.cluster.publications import Publications
 from headwater.cluster.recovery import Recovery, Restored
 from headwater.cluster.roster import Roster
@@ -37,7 +37,8 @@ from headwater.cluster.tables import Tables
 from headwater.cluster.views import Views
 from headwater.errors import HeadwaterError, ProtocolError
 from headwater.wire import messages as m
-from headwater.wire.frames import Dial, Frame, Kind
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Asker, Dial
 
 PAUSE = 0.5  # seconds between two ticks, which come ten times as often, that mean that this process was stopped
 

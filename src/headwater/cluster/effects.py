@@ -13,7 +13,7 @@ from typing import NamedTuple
 from headwater.errors import HeadwaterError
 from headwater.types import TableSpec
 from headwater.wire import messages as m
-from headwater.wire.frames import Instruction
+from headwater.wire.outgoing import Instruction
 
 
 class MakeFolder(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from headwater.cluster.fleet import Fleet
 from headwater.cluster.membership import DIED, Member, Membership
-from headwater.cluster.outbox import Asker, Outbox
+from headwater.cluster.outbox import Outbox
 from headwater.cluster.publications import Publications
 from headwater.cluster.recovery import Recovery
 from headwater.cluster.roster import Roster
@@ -13,6 +13,7 @@ from headwater.cluster.tables import Tables
 from headwater.cluster.views import Views
 from headwater.errors import ClusterError, HeadwaterError, UsageError
 from headwater.wire import messages as m
+from headwater.wire.outgoing import Asker
 
 
 class Joining:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from headwater.cluster.effects import Effects, Job
 from headwater.cluster.fleet import Fleet
 from headwater.errors import HeadwaterError
 from headwater.wire import messages as m
-from headwater.wire.frames import Frame, Instruction, Kind, Outgoing
-
-
-class Asker(NamedTuple):
-    """Who waits for an answer."""
-
-    peer: int
-    seq: int
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Asker, Instruction, Outgoing
 
 
 class Outbox:

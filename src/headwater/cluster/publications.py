@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 
 from headwater.cluster.fleet import Fleet, in_sync
 from headwater.cluster.membership import Membership
-from headwater.cluster.outbox import Asker, Outbox
+from headwater.cluster.outbox import Outbox
 from headwater.cluster.tables import Tables
 from headwater.cluster.versions import Known, Versions
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError
-from headwater.types import Bulk
 from headwater.wire import messages as m
 from headwater.wire import versions as v
+from headwater.wire.outgoing import Asker
 
 
 class Publications:
@@ -101,7 +101,7 @@ class Publications:
         table = self._tables.get(number)
         if table.state != "ready":
             raise ClusterError(f"table {table.spec.name!r} has no values yet; nothing was published")
-        known = isinstance(table.spec.sync, Bulk) and len(table.participants) > 1
+        known = table.spec.sync.collective and len(table.participants) > 1
         return Known(table.spec, table.participants, table.clock if known else None)
 
     def copies(self, shard: int) -> tuple[int, ...]:

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from headwater.cluster import lateness
-from headwater.cluster.outbox import Asker
 from headwater.errors import ClusterError, ProtocolError
 from headwater.wire import messages as m
 from headwater.wire import versions as v
+from headwater.wire.outgoing import Asker
 
 if TYPE_CHECKING:
     from headwater.cluster.coordinator import Coordinator

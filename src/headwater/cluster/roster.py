@@ -7,11 +7,12 @@ from headwater.cluster.barriers import Barriers
 from headwater.cluster.dataplan import ALL, DataPlans
 from headwater.cluster.fleet import Fleet
 from headwater.cluster.membership import DIED, Member, Membership, given_up
-from headwater.cluster.outbox import Asker, Outbox
+from headwater.cluster.outbox import Outbox
 from headwater.cluster.publications import Publications
 from headwater.cluster.tables import Tables
 from headwater.wire import messages as m
-from headwater.wire.frames import Frame, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Asker, Outgoing
 
 
 class Roster:

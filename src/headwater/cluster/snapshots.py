@@ -13,11 +13,12 @@ from typing import Literal
 
 from headwater.cluster.dataplan import DataPlans
 from headwater.cluster.effects import DeleteFolder, FolderMade, MakeFolder, ManifestWritten, Outcome, WriteManifest
-from headwater.cluster.outbox import Asker, Outbox
+from headwater.cluster.outbox import Outbox
 from headwater.cluster.tables import Tables
 from headwater.errors import ClusterError, DeadlineExceeded, HeadwaterError, UsageError
-from headwater.types import Bulk, TableSpec
+from headwater.types import TableSpec
 from headwater.wire import messages as m
+from headwater.wire.outgoing import Asker
 
 TRIES = 6
 AGAIN = 0.1  # seconds until the second attempt, doubled for each further one
@@ -127,11 +128,9 @@ class Snapshots:
     def _cut(self) -> None:
         """Now: what has been decided until here is in the snapshot, what will be decided is not."""
         ready = {t.number: t for t in self._tables.by_number.values() if t.state == "ready"}
-        clocks = [
-            (t.number, t.clock) for t in ready.values() if isinstance(t.spec.sync, Bulk) and len(t.participants) > 1
-        ]
-        bulk = all(isinstance(t.spec.sync, Bulk) for t in ready.values())
-        self._clock, self._plan = self._tables.committed(), None if bulk else self._plans.snapshot()
+        clocks = [(t.number, t.clock) for t in ready.values() if t.spec.sync.collective and len(t.participants) > 1]
+        together = all(t.spec.sync.collective for t in ready.values())
+        self._clock, self._plan = self._tables.committed(), None if together else self._plans.snapshot()
         self.step, self._parts = "cutting", {}
         self._specs = {number: table.spec for number, table in ready.items()}
         self._ask_shards(tuple(sorted(clocks)))

@@ -10,12 +10,13 @@ import msgspec
 from headwater.cluster import claims
 from headwater.cluster.fleet import Fleet
 from headwater.cluster.membership import Member, Membership
-from headwater.cluster.outbox import Asker, Outbox
-from headwater.cluster.placement import check_table, layout
+from headwater.cluster.outbox import Outbox
 from headwater.errors import ClusterError, HeadwaterError, TableConflict, UnknownTable
-from headwater.types import Bulk, Claim, TableSpec
+from headwater.layout.kinds import check_table, place
+from headwater.types import Claim, TableSpec, read_spec
 from headwater.wire import messages as m
 from headwater.wire.exact import clip_factor, merge
+from headwater.wire.outgoing import Asker
 
 
 @dataclass(slots=True)
@@ -97,7 +98,7 @@ class Tables:
             check_table(spec)
             return self._create(spec, worker, claim)
         claims.check(table, claim, worker, self._membership)
-        difference = _difference(claims.comparable(table.spec, claim), claims.comparable(spec, claim))
+        difference = claims.comparable(table.spec, claim).difference(claims.comparable(spec, claim))
         if difference:
             raise TableConflict(
                 f"table {spec.name!r} exists with {difference}; nothing was changed. "
@@ -110,7 +111,7 @@ class Tables:
 
     def _create(self, spec: TableSpec, worker: Member | None, claim: Claim) -> Table:
         number = max(self.by_number, default=0) + 1
-        parts = layout(spec, self.shards).participants
+        parts = place(spec, self.shards).participants
         table = Table(number, spec, parts, set(parts), run=self._membership.run)
         if worker is not None:
             claims.taken(table, claim, worker, self._membership)
@@ -134,7 +135,7 @@ class Tables:
 
     def revive(self, number: int, spec: TableSpec, clock: int, folder: str) -> None:
         """A table of the snapshot that the cluster begins with; primaries hear of it with their views (``brief``)."""
-        parts = layout(spec, self.shards).participants
+        parts = place(spec, self.shards).participants
         table = Table(number, spec, parts, set(parts), restore=folder, base=clock)
         self.by_number[number] = table
         self._names[spec.name] = number
@@ -163,7 +164,7 @@ class Tables:
         table.creating.discard(shard)
         if table.creating or table.state != "creating":
             return
-        if not table.restore and any(parameter.init.kind == "values" for parameter in table.spec.parameters):
+        if not table.restore and table.spec.given:
             self._pass_on(table)
         else:
             self._release(table)
@@ -265,7 +266,7 @@ class Tables:
 
     def committed(self) -> int:
         """The last bulk step that is decided, over all tables; a table on one shard tells by heartbeats."""
-        bulk = {t.number for t in self.by_number.values() if isinstance(t.spec.sync, Bulk)}
+        bulk = {t.number for t in self.by_number.values() if t.spec.sync.collective}
         decided = [t.decided.clock for t in self.by_number.values() if t.decided is not None]
         told = [clock for s in self._fleet.servers.values() for number, clock in s.report.tables if number in bulk]
         return max([*decided, *told], default=0)
@@ -290,8 +291,8 @@ class Tables:
     def restore(self, state: Mapping[str, bytes]) -> None:
         """The tables from before a restart."""
         for key in sorted(key for key in state if key.startswith("table/")):
-            saved = msgspec.msgpack.decode(state[key], type=_Saved)
-            parts = layout(saved.spec, self.shards).participants
+            saved = msgspec.msgpack.decode(state[key], type=_Saved, dec_hook=read_spec)
+            parts = place(saved.spec, self.shards).participants
             creating = set(parts) if saved.state == "creating" else set()
             self.by_number[saved.number] = Table(
                 saved.number, saved.spec, parts, creating, saved.state, restore=saved.restore, base=saved.base,
@@ -310,16 +311,3 @@ def decide(spec: TableSpec, answers: list[m.Ready]) -> m.Commit:
         return m.Commit(first.table, first.clock, first.members, skip=False)
     norm, scale = clip_factor(spec.max_grad_norm, merge([answer.squares for answer in answers]))
     return m.Commit(first.table, first.clock, first.members, skip=False, norm=norm, scale=scale)
-
-
-def _difference(old: TableSpec, new: TableSpec) -> str:
-    """What differs, in words; empty if the two agree."""
-    if len(old.parameters) != len(new.parameters):
-        return f"{len(old.parameters)} parameters instead of {len(new.parameters)}"
-    for a, b in zip(old.parameters, new.parameters, strict=True):
-        if a != b:
-            return f"parameter {msgspec.to_builtins(a)} instead of {msgspec.to_builtins(b)}"
-    for field_name in ("optimizer", "sync", "max_grad_norm", "nonfinite", "seed"):
-        if getattr(old, field_name) != getattr(new, field_name):
-            return f"{field_name} {getattr(old, field_name)!r} instead of {getattr(new, field_name)!r}"
-    return ""

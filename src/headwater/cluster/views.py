@@ -9,14 +9,15 @@ import msgspec
 from headwater.cluster.fleet import Fleet, in_sync, members_of
 from headwater.cluster.fleet import Member as Server
 from headwater.cluster.membership import Membership
-from headwater.cluster.outbox import Asker, Outbox
+from headwater.cluster.outbox import Outbox
 from headwater.cluster.publications import Publications
 from headwater.cluster.rules import Rules
 from headwater.cluster.snapshots import Snapshots
 from headwater.cluster.tables import Tables
 from headwater.errors import ClusterError
 from headwater.wire import messages as m
-from headwater.wire.frames import Frame, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Asker, Outgoing
 
 
 class Views:

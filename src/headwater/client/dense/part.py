@@ -11,8 +11,8 @@ import torch
 
 from headwater.client.dense.memory import Mapped
 from headwater.client.session import Session
-from headwater.cluster.placement import Block
 from headwater.errors import HeadwaterError, ProtocolError, WorkerLost
+from headwater.layout.dense import Block
 from headwater.types import Segment
 from headwater.wire import messages as m
 from headwater.wire.frames import Flag, Frame, Kind

@@ -17,14 +17,14 @@ from headwater.client.dense.slots import Slots, join_slots, slot_requests
 from headwater.client.patience import Patience
 from headwater.client.session import TURN
 from headwater.client.tickets import Alike, StepResult, Ticket
-from headwater.cluster.placement import Layout
 from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken, LinkError, UsageError
+from headwater.layout.dense import Layout, only
 from headwater.transports import memory
-from headwater.types import Async, Bulk, Hyper, Segment, Stale
+from headwater.types import Hyper, Segment
 from headwater.wire import messages as m
+from headwater.wire.data_plan import ANY
 from headwater.wire.exact import clip_factor
 from headwater.wire.frames import Flag
-from headwater.wire.plans import ANY
 
 if TYPE_CHECKING:
     from headwater.client.client import Client
@@ -43,7 +43,7 @@ class Table:
     """
 
     def __init__(self, client: Client, declared: m.Declared, layout: Layout) -> None:
-        self.spec = declared.spec
+        self.spec = only(declared.spec)
         self.number = declared.table
         self.layout = layout
         self.clock = 0
@@ -74,7 +74,7 @@ class Table:
         sharing = [part.session.link is not None and part.session.link.shared for part in self._parts]
         self._gradients = Gradients(self.spec, self.layout, any(sharing))
         self._memory: Values | None = None
-        live = all(sharing) and isinstance(self.spec.sync, Bulk)
+        live = all(sharing) and not self.spec.sync.reads_own_memory
         deadline = self._client.runtime.now() + self._client.timeout
         for part in self._parts:
             part.live = live
@@ -93,7 +93,7 @@ class Table:
                 self._attach_part(part, deadline)
             except LinkError as error:
                 self._client.recover(part.session, deadline, error)
-            if part.known >= members or not isinstance(self.spec.sync, Bulk) or self._client.rank < 0:
+            if part.known >= members or not self.spec.sync.collective or self._client.rank < 0:
                 return
             if self._client.runtime.now() > deadline:
                 raise DeadlineExceeded(f"{part.session.name} did not hear of this worker in time; nothing was pushed")
@@ -126,7 +126,7 @@ class Table:
     def rejoin(self, members: int) -> None:
         """After a rest: others' steps were applied meanwhile. A shard counts from when it knows ``members``."""
         self._members = members
-        if not isinstance(self.spec.sync, Bulk):
+        if not self.spec.sync.collective:
             return
         deadline = self._client.runtime.now() + self._client.timeout
         for part in self._parts:
@@ -183,8 +183,7 @@ class Table:
     @property
     def paced(self) -> bool:
         """Whether others' reads or steps may have to wait for what this worker does next, other than under ``Bulk``."""
-        sync = self.spec.sync
-        return isinstance(sync, Stale) or (isinstance(sync, Async) and sync.max_staleness is not None)
+        return self.spec.sync.paced
 
     @property
     def by_bytes(self) -> bool:
@@ -310,7 +309,7 @@ class Table:
     @interrupts.deferred
     def push_pull(self) -> Ticket:
         """Push everything and get everything back, block by block as it is applied where the policy lets it."""
-        streams = isinstance(self.spec.sync, Async) and self.spec.sync.max_staleness is None
+        streams = self.spec.sync.immediate and not self.spec.sync.paced
         names = [p.name for p in self.spec.parameters]
         if not streams or self.spec.max_grad_norm is not None or any(p.mapped for p in self._parts):
             return self.push_step(names, want=True)
@@ -327,7 +326,7 @@ class Table:
 
     def _end(self, spans: list[list[Span]], groups: Groups | None, skip: bool, want: int, based: int = 0) -> Ticket:
         scale = norm = None
-        if self.spec.max_grad_norm is not None and not isinstance(self.spec.sync, Bulk) and not skip:
+        if self.spec.max_grad_norm is not None and not self.spec.sync.collective and not skip:
             norm, scale = clip_factor(self.spec.max_grad_norm, self._square_norm())
         body = b""
         digest = None if self._said == (self.digest, self.failures) else self.digest
@@ -404,7 +403,7 @@ class Table:
     def _failed(self, error: HeadwaterError) -> NoReturn:
         for part in self._parts:
             part.give_up()
-        if isinstance(self.spec.sync, Bulk):
+        if self.spec.sync.collective:
             self.clock -= 1
         self._uncopied = False
         self.failures += 1
@@ -432,10 +431,10 @@ class Table:
     def _patience(self, what: str, timeout: float | None) -> Patience:
         """For others: under ``Bulk`` until they have come to this step too, else until they are not too far behind."""
         sync, clock = self.spec.sync, self.clock + (what == "met")
-        if isinstance(sync, Stale):
-            clock -= sync.bound
-        elif isinstance(sync, Async):
-            clock = 0 if sync.max_staleness is None else ANY
+        if sync.read_bound is not None:
+            clock -= sync.read_bound
+        elif not sync.collective:
+            clock = ANY if sync.paced else 0
         return Patience(self._client, timeout, m.WhoIsLate(self.spec.name, clock))
 
     @property
@@ -512,7 +511,7 @@ class Table:
     @interrupts.deferred
     def pull(self) -> Ticket:
         """Ask for the newest values; ``wait`` (of the ticket or the table) makes ``values`` fresh."""
-        if isinstance(self.spec.sync, Bulk):
+        if self.spec.sync.collective:
             self.settle()  # else the answer could be from before the commit; other policies answer in order
         self.refresh()
         if self.live:

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import headwater
-from headwater.errors import StateInUse
-from headwater.server import disk
-from headwater.server.disk import Folder, Identity, frames_of
+from headwater.errors import Halt, StateInUse
 from headwater.server.node import Setting
+from headwater.server.replication import disk
+from headwater.server.replication.disk import Folder, Identity, frames_of
 from headwater.server.server import Server
 from headwater.types import Async, Bulk, Stale, Sync
 from headwater.wire import messages as m
@@ -195,7 +195,7 @@ def test_a_full_disk_ends_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(disk.os, "fdatasync", full)
-    with pytest.raises(disk.Halt, match="No space left"):
+    with pytest.raises(Halt, match="No space left"):
         worker.push(1)
     assert worker.acks() == []
 

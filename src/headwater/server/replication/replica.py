@@ -14,9 +14,9 @@ import torch
 
 from headwater.errors import ClusterError, HeadwaterError, NotEnoughMemory, ShapeMismatch, UnknownTable
 from headwater.server import events as e
-from headwater.server import records as r
-from headwater.server.records import Record
-from headwater.server.state import SessionState, TableState, restore
+from headwater.server.replication import records as r
+from headwater.server.replication.records import Record
+from headwater.server.replication.state import SessionState, TableState, restore
 from headwater.server.table import Prepared, Session, Table
 from headwater.server.tables.plan import Contribution
 from headwater.types import TableSpec

@@ -14,7 +14,7 @@ from functools import lru_cache
 import msgspec
 
 from headwater.errors import NotEnoughMemory, UsageError
-from headwater.types import ITEMSIZE, ParameterSpec, Segment, TableSpec
+from headwater.types import ITEMSIZE, DenseSpec, ParameterSpec, Segment, TableSpec
 from headwater.wire.optimizers import KNOWN, check
 
 PAGE = 4096
@@ -109,7 +109,7 @@ def _merge(placed: list[tuple[int, _Atom]], shift: int) -> list[Segment]:
 
 @lru_cache(maxsize=64)
 def _layout(key: bytes, shards: int) -> Layout:
-    spec = msgspec.msgpack.decode(key, type=TableSpec)
+    spec = msgspec.msgpack.decode(key, type=DenseSpec)
     whole = KNOWN[spec.optimizer.name].whole_tensor
     order = sorted(range(len(spec.parameters)), key=lambda i: (spec.parameters[i].group, spec.parameters[i].dtype, i))
     atoms = [atom for i in order for atom in _atoms(i, spec.parameters[i], whole)]
@@ -133,7 +133,7 @@ def _layout(key: bytes, shards: int) -> Layout:
     return Layout(size, tuple(offsets), tuple(blocks), tuple(sizes), tuple(tuple(s) for s in segments))
 
 
-def check_table(spec: TableSpec) -> None:
+def check_table(spec: DenseSpec) -> None:
     """Whether a table of this spec can exist at all; whether a server has room for it is not known here.
 
     Raises ``UsageError``, ``UnknownOptimizer`` or ``NotEnoughMemory``, naming the parameter.
@@ -163,7 +163,14 @@ def check_table(spec: TableSpec) -> None:
     check(spec)
 
 
-def layout(spec: TableSpec, shards: int) -> Layout:
+def only(spec: TableSpec) -> DenseSpec:
+    """``spec``, where no other kind of table than a dense one is known. Raises ``UsageError``."""
+    if not isinstance(spec, DenseSpec):
+        raise UsageError(f"table {spec.name!r} is no dense table, which is what this can be done with")
+    return spec
+
+
+def layout(spec: DenseSpec, shards: int) -> Layout:
     """Cut ``spec`` into blocks for ``shards`` shards.
 
     Raises ``ValueError`` for fewer than one shard; what cannot exist must have been refused before
@@ -171,5 +178,5 @@ def layout(spec: TableSpec, shards: int) -> Layout:
     """
     if shards < 1:
         raise ValueError(f"a table needs at least one shard, not {shards}")
-    shape_only = msgspec.structs.replace(spec, sync=TableSpec.__struct_defaults__[0])
+    shape_only = msgspec.structs.replace(spec, sync=DenseSpec.__struct_defaults__[0])
     return _layout(msgspec.msgpack.encode(shape_only), shards)

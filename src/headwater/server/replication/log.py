@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from headwater.server.records import Record
+from headwater.server.replication.records import Record
 
 
 class Log:

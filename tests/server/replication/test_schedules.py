@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from headwater.cluster.fleet import Fleet
 from headwater.errors import HeadwaterError
-from headwater.server.log import Log
 from headwater.server.node import Setting
+from headwater.server.replication.log import Log
 from headwater.server.server import Server
 from headwater.types import Async, Bulk, Sync
 from headwater.wire import messages as m

@@ -17,18 +17,18 @@ from pathlib import Path
 
 import msgspec
 
-from headwater.cluster.placement import Block
-from headwater.errors import ClusterError, HeadwaterError, ProtocolError, StateCorrupt, StateInUse, UsageError
-from headwater.server import records as r
-from headwater.server import state as s
-from headwater.server.followers import Follower, Followers
-from headwater.server.hosts import Halt
-from headwater.server.lending import Lending
-from headwater.server.records import Record
+from headwater.errors import ClusterError, Halt, HeadwaterError, ProtocolError, StateCorrupt, StateInUse, UsageError
+from headwater.layout.dense import Block
+from headwater.server.replication import records as r
+from headwater.server.replication import state as s
+from headwater.server.replication.followers import Follower, Followers
+from headwater.server.replication.lending import Lending
+from headwater.server.replication.records import Record
+from headwater.server.replication.upstream import Upstream
 from headwater.server.shard import Shard
-from headwater.server.upstream import Upstream
 from headwater.wire import messages as m
-from headwater.wire.frames import Flag, Frame, Kind, Outgoing, check_payload, encode, parse
+from headwater.wire.frames import Flag, Frame, Kind, check_payload, encode, parse
+from headwater.wire.outgoing import Outgoing
 
 DISK = -1  # the server number under which a primary waits for its own disk
 LEAST = 64 << 20  # bytes of log from which it is written anew, if it is also

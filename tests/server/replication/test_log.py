@@ -7,8 +7,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwater.server.log import Log
-from headwater.server.records import Drop, Record
+from headwater.server.replication.log import Log
+from headwater.server.replication.records import Drop, Record
 
 SEEDS = st.integers(0, 2**32).map(random.Random)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from headwater.types import ITEMSIZE, Segment, TableSpec
+from headwater.layout.dense import layout
+from headwater.types import ITEMSIZE, DenseSpec, Segment
 from headwater.wire.delta import Span
 
 
-def spans(spec: TableSpec, segments: Sequence[Segment], size: int) -> tuple[Span, ...]:
+def spans(spec: DenseSpec, segments: Sequence[Segment], size: int) -> tuple[Span, ...]:
     """The whole part of ``size`` bytes as stretches of 2-byte and of 4-byte words.
 
     Padding belongs to the stretch before it: it is zero in every version, so it costs nothing.
@@ -23,3 +24,8 @@ def spans(spec: TableSpec, segments: Sequence[Segment], size: int) -> tuple[Span
             found[-1] = found[-1]._replace(stop=start)
         found.append(Span(start, size, word))
     return tuple(found)
+
+
+def dense_spans(spec: DenseSpec, shards: int, shard: int, size: int) -> tuple[Span, ...]:
+    """``spans`` of one shard's part of a table over so many."""
+    return spans(spec, layout(spec, shards).segments[shard], size)

@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from headwater.server.tables.plan import Contribution
-from headwater.types import Hyper, TableSpec
+from headwater.types import Hyper, TableSpec, read_spec
 from headwater.wire.messages import Commit, Members, Slot, decoded
 
 Ranges = tuple[tuple[int, int], ...]
@@ -131,7 +131,7 @@ class Publish(msgspec.Struct, frozen=True, tag="publish"):
 Body = Begin | Drop | Seat | Members | Prepare | Commit | Update | Values | SetSlots | Aside | Publish
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[Body] = msgspec.msgpack.Decoder(Body)
+_decoder: msgspec.msgpack.Decoder[Body] = msgspec.msgpack.Decoder(Body, dec_hook=read_spec)
 
 
 @dataclass(slots=True)

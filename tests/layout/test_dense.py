@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwater.cluster.placement import ALIGN, BLOCK, CHUNK, PAGE, Layout, check_table, layout
 from headwater.errors import NotEnoughMemory, UnknownOptimizer, UsageError
-from headwater.types import ITEMSIZE, Bulk, Init, OptimizerSpec, ParameterSpec, Stale, TableSpec
+from headwater.layout.dense import ALIGN, BLOCK, CHUNK, PAGE, Layout, check_table, layout
+from headwater.types import ITEMSIZE, Bulk, DenseSpec, Init, OptimizerSpec, ParameterSpec, Stale
 
 
-def table(*shapes: tuple[int, ...], optimizer: str = "SGD", name: str = "t", dtype: str = "float32") -> TableSpec:
+def table(*shapes: tuple[int, ...], optimizer: str = "SGD", name: str = "t", dtype: str = "float32") -> DenseSpec:
     parameters = tuple(ParameterSpec(f"p{i}", shape, dtype) for i, shape in enumerate(shapes))
-    return TableSpec(name, parameters, OptimizerSpec(optimizer, ({},)))
+    return DenseSpec(name, parameters, OptimizerSpec(optimizer, ({},)))
 
 
 SHAPES = st.lists(st.integers(0, 700), max_size=3).map(tuple).filter(lambda shape: math.prod(shape) < 3_000_000)
@@ -29,12 +29,12 @@ PARAMETERS = st.lists(
 )
 
 
-def build(rows: Sequence[tuple[tuple[int, ...], str, int]], optimizer: str, name: str) -> TableSpec:
+def build(rows: Sequence[tuple[tuple[int, ...], str, int]], optimizer: str, name: str) -> DenseSpec:
     parameters = tuple(ParameterSpec(f"p{i}", s, d, g) for i, (s, d, g) in enumerate(rows))
-    return TableSpec(name, parameters, OptimizerSpec(optimizer, ({},) * 3))
+    return DenseSpec(name, parameters, OptimizerSpec(optimizer, ({},) * 3))
 
 
-def check_layout(spec: TableSpec, plan: Layout, whole: bool) -> None:
+def check_layout(spec: DenseSpec, plan: Layout, whole: bool) -> None:
     covered: dict[int, list[tuple[int, int]]] = {i: [] for i in range(len(spec.parameters))}
     for shard, segments in enumerate(plan.segments):
         ends = 0
@@ -135,7 +135,7 @@ def test_the_layout_depends_on_shapes_and_not_on_policies() -> None:
         msgspec.structs.replace(spec, parameters=tuple(
             msgspec.structs.replace(p, init=Init("values")) for p in spec.parameters
         )),
-        msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=TableSpec),
+        msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=DenseSpec),
     ):  # fmt: skip
         assert layout(other, 3) == layout(spec, 3)
 
@@ -175,7 +175,7 @@ def test_a_huge_table_is_placed_in_a_moment() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_table_that_cannot_be_is_refused_by_name(spec: TableSpec, error: type[Exception], says: str) -> None:
+def test_a_table_that_cannot_be_is_refused_by_name(spec: DenseSpec, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         check_table(spec)
 

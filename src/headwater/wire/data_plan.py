@@ -5,15 +5,16 @@ from __future__ import annotations
 import msgspec
 
 ANY = 1 << 62
+"""A ``WhoIsLate.clock`` that no worker reaches: it asks about every other worker."""
 
 
 class PlanNext(msgspec.Struct, frozen=True, tag="plan_next"):
     """Worker to coordinator: my next chunk of the plan ``name``, please; and these I have finished.
 
-    The five that follow the name are what every worker must say alike; the first to ask makes the plan. ``turn`` counts
-    the chunks that this session has been given, from 1, so that asking again is harmless. ``finished``: pairs of a
-    chunk's number and the clock of the bulk step that used the last of it (0: not a bulk step). Without ``want`` this
-    only reports.
+    All workers must give the same ``n``, ``epochs``, ``seed``, ``chunk`` and ``overlap``; the first to ask makes the
+    plan. ``turn``: the number of this question among the session's, from 1; a repeated one gets the same chunk again.
+    ``finished``: (chunk, clock) pairs; the clock is that of the bulk step in which the chunk's last sample was used,
+    0 if it was not a bulk step. ``want``: false if the worker only reports what it has finished.
     """
 
     name: str

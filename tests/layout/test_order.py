@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwater.cluster.order import order
+from headwater.layout.order import order
 
 
 @settings(max_examples=60, deadline=None)

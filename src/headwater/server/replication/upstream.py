@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from headwater.errors import HeadwaterError, ProtocolError
-from headwater.server import records as r
-from headwater.server import state as s
-from headwater.server.records import Record
+from headwater.server.replication import records as r
+from headwater.server.replication import state as s
+from headwater.server.replication.records import Record
 from headwater.server.shard import Shard
 from headwater.server.table import Prepared
 from headwater.transports import memory
 from headwater.wire import messages as m
-from headwater.wire.frames import Flag, Frame, Kind, Outgoing
+from headwater.wire.frames import Flag, Frame, Kind
+from headwater.wire.outgoing import Outgoing
 from headwater.wire.tensors import DTYPES
 
 if TYPE_CHECKING:
-    from headwater.server.disk import DiskLog
+    from headwater.server.replication.disk import DiskLog
 
 SPARE = 2  # buffers per table that are kept for the next records
 AHEAD = 1 << 16  # records: how far the primary may be ahead of what is applied here

@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import torch
 
-from headwater.server.records import Groups
+from headwater.server.replication.records import Groups
 from headwater.server.table import Table
-from headwater.types import TableSpec
+from headwater.types import TableSpec, read_spec
 from headwater.wire.messages import Commit, Members, decoded
 
 
@@ -68,7 +68,7 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
 State = ShardState | TableState | BlockState | Finished
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[State] = msgspec.msgpack.Decoder(State)
+_decoder: msgspec.msgpack.Decoder[State] = msgspec.msgpack.Decoder(State, dec_hook=read_spec)
 
 
 def pack(body: State) -> bytes:

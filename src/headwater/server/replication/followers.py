@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from headwater.cluster.placement import Block
 from headwater.errors import ProtocolError
-from headwater.server import records as r
-from headwater.server import state as s
-from headwater.server.lending import Buffer, Lending
-from headwater.server.records import Record
+from headwater.layout.dense import Block
+from headwater.server.replication import records as r
+from headwater.server.replication import state as s
+from headwater.server.replication.lending import Buffer, Lending
+from headwater.server.replication.records import Record
 from headwater.server.shard import Shard
 from headwater.wire import messages as m
-from headwater.wire.frames import Flag, Frame, Kind, Outgoing, seal
+from headwater.wire.frames import Flag, Frame, Kind, seal
+from headwater.wire.outgoing import Outgoing
 from headwater.wire.tensors import dtype_name
 
 CREDITS = 4  # blocks of state under way to one newcomer
