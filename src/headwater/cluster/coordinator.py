@@ -82,7 +82,7 @@ class Coordinator:
         self.tables.restore(state)
         self.barriers.restore(state)
         self.membership.restore(state, self.now)
-        self.publications.restore(state)
+        self.publications.lifecycle.restore(state)
 
     @property
     def shards(self) -> int:
@@ -129,7 +129,7 @@ class Coordinator:
         self.joining.disconnected(peer)
         self.views.disconnected(peer)
         self.snapshots.disconnected(peer)
-        self.publications.versions.gone(peer)
+        self.publications.disconnected(peer)
         server = self.fleet.disconnected(peer)
         if server is not None:  # is its process gone, or only the way there?
             self.outbox.put(Dial(server.number + 1, server.join.address, server.join.local, server.join.host))
@@ -153,12 +153,12 @@ class Coordinator:
         for server in self.fleet.tick(now):
             self.views.bury(server)
         if self.recovery.settle(now):
-            self.publications.versions.advance()  # what waited for a step that was committed before the restart
+            self.publications.lifecycle.advance()  # what waited for a step that was committed before the restart
             self.joining.let_in(now)
         if not self.recovery.settling:
             self.roster.tick(now)
         self.snapshots.tick(now, self.served)
-        self.publications.versions.tick(now)
+        self.publications.tick(now)
         return self._effects()
 
     def finished(self, outcome: Outcome, now: float) -> Effects:
@@ -187,4 +187,4 @@ class Coordinator:
     def status(self) -> m.ClusterStatus:
         """What is there now, from the last heartbeats."""
         found = status.of(self.rules, self.fleet, self.membership, self.tables, self.now, self._since)
-        return msgspec.structs.replace(found, models=self.publications.versions.models())
+        return msgspec.structs.replace(found, models=self.publications.models())

@@ -117,7 +117,7 @@ class Joining:
         if holder is not None and holder.gone is not None:  # it may not come back: another has its rank now
             self._roster.depart(holder, now, clean=False, why=DIED)
         member = self._membership.admit(peer, join, now)
-        self._publications.versions.joined(join.session)
+        self._publications.leases.joined(join.session)
         if member.rank >= 0:
             self._roster.announce()
         return member

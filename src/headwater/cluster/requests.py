@@ -142,7 +142,7 @@ def _heartbeat(c: Coordinator, peer: int, beat: m.Heartbeat) -> None:
 def _ready(c: Coordinator, peer: int, ready: m.Ready) -> None:
     if c.fleet.leads(peer, ready.shard):
         c.tables.ready(ready.shard, ready)
-        c.publications.versions.advance()
+        c.publications.lifecycle.advance()
 
 
 def _synced(c: Coordinator, peer: int, synced: m.Synced) -> None:

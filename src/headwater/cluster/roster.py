@@ -66,7 +66,7 @@ class Roster:
         """A worker or reader is gone for good; ``clean`` says that it had finished its steps."""
         self._membership.depart(member, clean=clean, why=why)
         if not self._membership.has(member.join.session):  # a reader may be back before its old connection ends
-            self._publications.versions.left(member.join.session, now, clean=clean)
+            self._publications.leases.left(member.join.session, now, clean=clean)
         if member.rank < 0:
             return
         self._tables.left(member.join.session, clean)

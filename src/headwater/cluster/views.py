@@ -102,7 +102,7 @@ class Views:
         self._tables.brief(view.shard)
         if self._membership.epoch:
             self._outbox.tell(view.shard, self._membership.announcement())
-        self._publications.versions.moved(view.shard)
+        self._publications.lifecycle.moved(view.shard)
 
     def catch_up(self, server: Server, hosted: Collection[int], *, brief: bool) -> None:
         """A server that comes back is told its views, and (``brief``) what it may have missed as a primary."""
@@ -119,7 +119,7 @@ class Views:
     def bury(self, server: Server) -> None:
         """A server is dead. Where nobody can take over, nobody waits for what it cannot create any more."""
         self._forget_if_gone(server.number)
-        self._publications.versions.buried(server.number)
+        self._publications.lifecycle.buried(server.number)
         alone = {
             v.shard for v in self._fleet.views.values()
             if v.primary is not None and v.primary.server == server.number and not v.backups
@@ -150,7 +150,7 @@ class Views:
 
     def _drained(self, number: int) -> bool:
         """Whether nothing is lost with a server."""
-        return self._fleet.empty(number) and not self._publications.versions.only(number)
+        return self._fleet.empty(number) and not self._publications.lifecycle.only(number)
 
     def disconnected(self, peer: int) -> None:
         """Nobody waits at this connection any more."""
