@@ -10,10 +10,11 @@ from headwater.cluster import requests
 from headwater.cluster.coordinator import Coordinator
 from headwater.errors import ProtocolError
 from headwater.wire import messages as m
+from headwater.wire import versions as v
 from headwater.wire.outgoing import Asker
 from tests.cluster.fake_peers import WORKER, FakePeers
 
-TO_A_SERVER = {m.Create, m.Open, m.Attach, m.Slots, m.SlotPart, m.Follow, m.Lend, m.Aside}
+TO_A_SERVER = {m.Create, m.Open, m.Attach, m.Slots, m.SlotPart, m.Follow, m.Lend, m.Aside, v.Fetch}
 
 
 def test_every_request_is_for_the_coordinator_or_for_a_server() -> None:

@@ -67,7 +67,7 @@ class Coordinator:
         self.plans = plans = DataPlans(state)
         self.barriers = Barriers(outbox, membership)
         self.snapshots = Snapshots(outbox, tables, plans, r.snapshots, r.snapshot_every, now)
-        self.publications = publications = Publications(outbox, fleet, membership, tables, lambda: self.now)
+        self.publications = publications = Publications(outbox, fleet, tables, lambda: self.now)
         self.views = views = Views(r, outbox, fleet, membership, tables, self.snapshots, publications)
         self.roster = Roster(outbox, fleet, membership, tables, self.barriers, plans, publications)
         self.recovery = Recovery(r, outbox, fleet, tables, plans, views, begin)

@@ -159,7 +159,7 @@ class Membership:
         """The worker or reader on this connection. Raises ``ClusterError`` for a stranger."""
         member = self.of(peer)
         if member is None:
-            raise ClusterError("join first: only a member can use tables")
+            raise ClusterError("join first: only a member can use tables and versions")
         return member
 
     def require_worker(self, peer: int) -> Member:

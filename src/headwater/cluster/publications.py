@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from headwater.cluster.fleet import Fleet, in_sync
-from headwater.cluster.membership import Membership
 from headwater.cluster.outbox import Outbox
 from headwater.cluster.tables import Tables
-from headwater.errors import ClusterError, HeadwaterError, ProtocolError
+from headwater.errors import ClusterError, HeadwaterError
 from headwater.types import TableSpec
 from headwater.versions import listing
 from headwater.versions.catalogue import Catalogue
@@ -21,59 +20,15 @@ from headwater.wire.outgoing import Asker
 
 
 class Publications:
-    """The coordinator's side of versions: who may ask, and what they need of the other machines."""
+    """The coordinator's side of versions: what they need of the other machines."""
 
-    def __init__(
-        self, outbox: Outbox, fleet: Fleet, membership: Membership, tables: Tables, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, outbox: Outbox, fleet: Fleet, tables: Tables, clock: Callable[[], float]) -> None:
         self._outbox = outbox
         self._fleet = fleet
-        self._membership = membership
         self._tables = tables
         self.catalogue = Catalogue()
         self.leases = Leases(self, self.catalogue, fleet.shards, clock)
         self.lifecycle = Lifecycle(self, self.catalogue, self.leases, clock)
-
-    # ---- in --------------------------------------------------------------------------------------
-
-    def request(self, asker: Asker, message: v.VersionRequest) -> None:
-        """A client's question. Raises what it is refused with."""
-        match message:
-            case v.Publish():
-                self._session(asker.peer)
-                self.lifecycle.publish(asker, message)
-            case v.Await():
-                self.lifecycle.await_ready(asker, message.number)
-            case v.Watch():
-                self._session(asker.peer)
-                self.leases.watch(asker, message)
-            case v.Lease():
-                self.leases.lease(asker, self._session(asker.peer), message)
-            case v.ListVersions():
-                self.leases.show(asker, message)
-            case v.SetTag():
-                self._session(asker.peer)
-                self.lifecycle.set_tag(asker, message)
-            case v.Retire():
-                self._session(asker.peer)
-                self.lifecycle.retire(asker, message)
-            case v.Fetch():
-                raise ProtocolError("the coordinator holds no parts of versions; ask a server")
-
-    def notice(self, peer: int, message: v.VersionNotice) -> None:
-        """What a reader or a server says."""
-        match message:
-            case v.Release() | v.Holding():
-                member = self._membership.of(peer)
-                if member is not None and isinstance(message, v.Release):
-                    self.leases.release(member.join.session, message.number, message.turn)
-                elif member is not None and isinstance(message, v.Holding):
-                    self.leases.holding(member.join.session, message)
-            case v.PartDone():
-                self._fleet.check_sender(peer, message.server)
-                self.lifecycle.part(message, leads=self._fleet.leads(peer, message.shard))
-            case _:
-                raise ProtocolError(f"{type(message).__name__} does not go to the coordinator")
 
     def disconnected(self, peer: int) -> None:
         """Whoever asked over this connection is not there any more."""
@@ -88,12 +43,6 @@ class Publications:
     def models(self) -> tuple[m.ModelStatus, ...]:
         """For ``headwater status``."""
         return listing.models(self.catalogue)
-
-    def _session(self, peer: int) -> int:
-        member = self._membership.of(peer)
-        if member is None:
-            raise ClusterError("join first: only a member can publish or lease")
-        return member.join.session
 
     # ---- what leases and the lifecycle say and ask -----------------------------------------------
 

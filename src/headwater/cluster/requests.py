@@ -101,8 +101,37 @@ def _status(c: Coordinator, asker: Asker, _: m.Status) -> None:
     c.outbox.reply(asker, c.status())
 
 
-def _of_versions(c: Coordinator, asker: Asker, ask: v.VersionRequest) -> None:
-    c.publications.request(asker, ask)
+def _publish(c: Coordinator, asker: Asker, ask: v.Publish) -> None:
+    c.membership.require(asker.peer)
+    c.publications.lifecycle.publish(asker, ask)
+
+
+def _await(c: Coordinator, asker: Asker, ask: v.Await) -> None:
+    c.publications.lifecycle.await_ready(asker, ask.number)
+
+
+def _watch(c: Coordinator, asker: Asker, ask: v.Watch) -> None:
+    c.membership.require(asker.peer)
+    c.publications.leases.watch(asker, ask)
+
+
+def _lease(c: Coordinator, asker: Asker, ask: v.Lease) -> None:
+    member = c.membership.require(asker.peer)
+    c.publications.leases.lease(asker, member.join.session, ask)
+
+
+def _list_versions(c: Coordinator, asker: Asker, ask: v.ListVersions) -> None:
+    c.publications.leases.show(asker, ask)
+
+
+def _set_tag(c: Coordinator, asker: Asker, ask: v.SetTag) -> None:
+    c.membership.require(asker.peer)
+    c.publications.lifecycle.set_tag(asker, ask)
+
+
+def _retire(c: Coordinator, asker: Asker, ask: v.Retire) -> None:
+    c.membership.require(asker.peer)
+    c.publications.lifecycle.retire(asker, ask)
 
 
 REQUESTS: dict[type, Callable[[Coordinator, Asker, Any], None]] = {
@@ -118,14 +147,13 @@ REQUESTS: dict[type, Callable[[Coordinator, Asker, Any], None]] = {
     m.Rest: _rest,
     m.WhoIsLate: _who_is_late,
     m.Status: _status,
-    v.Publish: _of_versions,
-    v.Await: _of_versions,
-    v.Watch: _of_versions,
-    v.Lease: _of_versions,
-    v.ListVersions: _of_versions,
-    v.SetTag: _of_versions,
-    v.Retire: _of_versions,
-    v.Fetch: _of_versions,
+    v.Publish: _publish,
+    v.Await: _await,
+    v.Watch: _watch,
+    v.Lease: _lease,
+    v.ListVersions: _list_versions,
+    v.SetTag: _set_tag,
+    v.Retire: _retire,
 }
 
 
@@ -158,8 +186,21 @@ def _cut_done(c: Coordinator, peer: int, done: m.CutDone) -> None:
         c.snapshots.part(done, c.now)
 
 
-def _versions_notice(c: Coordinator, peer: int, notice: v.VersionNotice) -> None:
-    c.publications.notice(peer, notice)
+def _release(c: Coordinator, peer: int, release: v.Release) -> None:
+    member = c.membership.of(peer)
+    if member is not None:
+        c.publications.leases.release(member.join.session, release.number, release.turn)
+
+
+def _holding(c: Coordinator, peer: int, holding: v.Holding) -> None:
+    member = c.membership.of(peer)
+    if member is not None:
+        c.publications.leases.holding(member.join.session, holding)
+
+
+def _part_done(c: Coordinator, peer: int, done: v.PartDone) -> None:
+    c.fleet.check_sender(peer, done.server)
+    c.publications.lifecycle.part(done, leads=c.fleet.leads(peer, done.shard))
 
 
 NOTICES: dict[type, Callable[[Coordinator, int, Any], None]] = {
@@ -168,7 +209,7 @@ NOTICES: dict[type, Callable[[Coordinator, int, Any], None]] = {
     m.Synced: _synced,
     m.Suspect: _suspect,
     m.CutDone: _cut_done,
-    v.Release: _versions_notice,
-    v.Holding: _versions_notice,
-    v.PartDone: _versions_notice,
+    v.Release: _release,
+    v.Holding: _holding,
+    v.PartDone: _part_done,
 }
