@@ -12,7 +12,7 @@ from headwater.cli.chaos.drill import WHOLE, Drill
 from headwater.cli.chaos.ledger import WIDTHS, Verdict, judge
 from headwater.cli.chaos.monitor import Monitor
 from headwater.cli.chaos.pusher import ballast_table, ledger_table, model_table
-from headwater.client import Table
+from headwater.client import DenseTable
 from headwater.errors import HeadwaterError
 
 PATIENCE = 30.0
@@ -42,7 +42,7 @@ def examine(drill: Drill, cluster: Cluster, monitor: Monitor) -> Verdict:
     return verdict
 
 
-def _read(table: Table) -> tuple[dict[int, torch.Tensor], dict[int, int]]:
+def _read(table: DenseTable) -> tuple[dict[int, torch.Tensor], dict[int, int]]:
     """The pages' values, and the shard that each lies on."""
     table.pull().wait()
     table.wait()

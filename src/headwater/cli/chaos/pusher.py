@@ -18,7 +18,7 @@ import torch
 
 import headwater
 from headwater.cli.chaos.ledger import WIDTHS, Tail, Writer, in_bounds
-from headwater.client import Client, Table, Ticket
+from headwater.client import Client, DenseTable, Ticket
 from headwater.errors import HeadwaterError, RankTaken
 from headwater.types import Async, Bulk, OptimizerSpec, ParameterSpec, Stale, Sync, TableSpec
 
@@ -65,7 +65,7 @@ class Sent(NamedTuple):
 
     name: str
     number: int
-    table: Table
+    table: DenseTable
     ticket: Ticket
 
 
@@ -109,7 +109,7 @@ class Pusher:
         self._writer.write("E")
         self._writer.close()
 
-    def _send(self, name: str, number: int, table: Table, fill: Callable[[int], None]) -> Sent:
+    def _send(self, name: str, number: int, table: DenseTable, fill: Callable[[int], None]) -> Sent:
         fill(number)
         self._writer.write("P", name, number)
         names = self._pages if table is self._main else self._others
