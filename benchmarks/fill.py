@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from headwater.cli.bench.report import Report, to_markdown
+from headwater_bench.report import Report, to_markdown
 
 HERE = Path(__file__).parent
 BENCHES = (

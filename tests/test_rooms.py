@@ -24,9 +24,12 @@ ROWS = [
     {"data"},
     {"public names"},
     {"cli"},
-    {"recipes"},
+    {"bench", "recipes"},
 ]
 ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
+
+BESIDE = {"headwater_bench": "bench", "headwater_recipes": "recipes"}
+"""Packages beside ``headwater``, each one room."""
 
 PUBLIC_MODULES = {
     f"headwater{room}" for room in ("", ".data", ".errors", ".init", ".launch", ".pretrained")
@@ -54,7 +57,7 @@ def _imports(path: Path) -> list[Import]:
     found = []
     for node in ast.walk(ast.parse(text)):
         for module, names in _reached(node):
-            if module.split(".")[0] in ("headwater", "headwater_recipes"):
+            if module.split(".")[0] in ("headwater", *BESIDE):
                 line = getattr(node, "lineno", 1)
                 found.append(Import(path, line, lines[line - 1].strip(), module, names))
     return found
@@ -73,15 +76,15 @@ def _reached(node: ast.AST) -> list[tuple[str, tuple[str, ...]]]:
 
 def _room_of(path: Path) -> str:
     package, *rest = path.relative_to(SOURCE).with_suffix("").parts
-    if package == "headwater_recipes":
-        return "recipes"
+    if package in BESIDE:
+        return BESIDE[package]
     return {"__init__": "public names", "__main__": "cli"}.get(rest[0], rest[0])
 
 
 def _rooms_reached(found: Import) -> set[str]:
     package, *rest = found.module.split(".")
-    if package == "headwater_recipes":
-        return {"recipes"}
+    if package in BESIDE:
+        return {BESIDE[package]}
     if rest:
         return {rest[0]}
     return {name if name in ROW else "public names" for name in found.names or ("",)}
@@ -111,7 +114,7 @@ def test_every_room_is_on_the_map() -> None:
 
 
 def test_a_room_imports_only_from_rows_below() -> None:
-    bad = offences(_files("headwater") + _files("headwater_recipes"))
+    bad = offences([path for package in ("headwater", *BESIDE) for path in _files(package)])
     assert not bad, "\n" + "\n".join(bad)
 
 
@@ -140,6 +143,7 @@ def test_recipes_import_public_names_only() -> None:
         "def late():\n    import headwater.cli",
         "if TYPE_CHECKING:\n    from headwater.client import Client",
         'importlib.import_module("headwater_recipes.lm")',
+        "from headwater_bench.rig.proxy import Network",
     ],
 )
 def test_the_rule_catches_an_offence(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

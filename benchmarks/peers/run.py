@@ -19,8 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from headwater.cli.bench.report import Machine, machine, number
-from headwater.cli.bench.statistics import percentile
+from headwater_bench.report import Machine, machine, number
+from headwater_bench.statistics import percentile
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "peers.md"

@@ -54,7 +54,7 @@ from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Sta
 
 if TYPE_CHECKING:
     from headwater import data, init, launch, pretrained
-    from headwater.client import Client, Dense, Publication, Table, Ticket, connect
+    from headwater.client import Client, Dense, DenseTable, Publication, Table, Ticket, connect
     from headwater.data import shard
     from headwater.integrations.torch import Optimizer, wrap
     from headwater.readers import Follower, Reader, Weights, reader
@@ -73,6 +73,7 @@ __all__ = [
     "DeadlineExceeded",
     "DeltaCorrupt",
     "Dense",
+    "DenseTable",
     "DiskFull",
     "Follower",
     "GradientModified",
@@ -129,6 +130,7 @@ __all__ = [
 _LATE = {
     "Client": "headwater.client",
     "Dense": "headwater.client",
+    "DenseTable": "headwater.client",
     "Table": "headwater.client",
     "Ticket": "headwater.client",
     "connect": "headwater.client",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from headwater.cli import app as app_module
 from headwater.cli import plugins
 
 Command = Callable[..., Any]
+ROOT = Path(__file__).parents[2]
 
 
 def test_version(headwater_command: Command) -> None:
@@ -110,6 +113,36 @@ def test_a_recipe_that_cannot_be_imported_spoils_only_itself(
         app_module.main(["train", "toy"])
 
 
+def test_a_package_may_add_a_group(headwater_command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = typer.Typer(help="Toys.")
+    group.command("one")(_a_recipe)
+    group.command("two")(_a_recipe)
+    points = [EntryPoint("toys", "nowhere_at_all:app", plugins.GROUP)]
+    monkeypatch.setattr(EntryPoint, "load", lambda _: group)
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points if group == plugins.GROUP else [])
+    assert headwater_command("toys", "two", "--name", "it").out == "trained it\n"
+    assert " toys " in headwater_command("--help").out
+    assert "Did you mean 'one'?" in headwater_command("toys", "onn").err
+
+
+def test_the_commands_of_headwater_bench_have_entry_points() -> None:
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][plugins.GROUP]
+    assert {name for name, value in points.items() if value.startswith("headwater_bench.")} == set(plugins.BESIDE)
+
+
+@pytest.mark.parametrize("line", ["bench", "bench small --rounds 3", "chaos --help"])
+def test_an_installation_that_is_older_than_the_files_is_told_so(
+    headwater_command: Command, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [])
+    answer = headwater_command(*line.split())
+    assert (answer.code, answer.out) == (1, "")
+    assert f"the command '{line.split()[0]}' is not registered" in answer.err
+    assert "pip install -e ." in answer.err
+    assert "install Headwater again" in headwater_command("--help").out
+    assert headwater_command("status", "--help").code == 0
+
+
 @pytest.mark.parametrize(
     ("line", "meant"),
     [
@@ -121,6 +154,9 @@ def test_a_recipe_that_cannot_be_imported_spoils_only_itself(
         ("train ml", "There is: lm."),
         ("versions rolback m production", "Did you mean 'rollback'?"),
         ("bench stp", "Did you mean 'step'?"),
+        ("benhc", "Did you mean 'bench'?"),
+        ("chaso", "Did you mean 'chaos'?"),
+        ("chaos --second 3", "Did you mean '--seconds'?"),
         ("run --worker 2", "Did you mean '--workers'?"),
         ("train lm --step 3", "Did you mean '--steps'?"),
         ("status --whatch", "Did you mean '--watch'?"),
@@ -149,7 +185,15 @@ def test_h_is_help_everywhere(headwater_command: Command, line: str) -> None:
 
 @pytest.mark.parametrize(
     ("line", "completed"),
-    [("stat", "status"), ("train l", "lm"), ("serve --mod", "--model --module"), ("versions ro", "rollback")],
+    [
+        ("stat", "status"),
+        ("train l", "lm"),
+        ("serve --mod", "--model --module"),
+        ("versions ro", "rollback"),
+        ("bench st", "step"),
+        ("cha", "chaos"),
+        ("chaos --trans", "--transport"),
+    ],
 )
 def test_a_shell_is_told_how_a_word_goes_on(
     headwater_command: Command, monkeypatch: pytest.MonkeyPatch, line: str, completed: str

@@ -9,25 +9,25 @@ from headwater.cluster.snapshots import Restored
 from headwater.errors import HeadwaterError, TableConflict, UnknownTable
 from headwater.types import Async, Bulk, Claim, OptimizerSpec
 from headwater.wire import messages as m
-from tests.cluster.script import READER, SERVER, WORKER, Script, spec
+from tests.cluster.fake_peers import READER, SERVER, WORKER, FakePeers, spec
 from tests.cluster.test_restart import Kept
 
 
-def join(script: Script, rank: int, run: str = "", world: int | None = 2, life: int = 0) -> None:
+def join(script: FakePeers, rank: int, run: str = "", world: int | None = 2, life: int = 0) -> None:
     """Worker ``rank``'s process number ``life`` comes, over the connection that all of them have here."""
     script.ask(WORKER + rank, m.Join("worker", 100 * life + rank, "host", 4000 + rank, rank, world, run=run))
     joined = script.take(WORKER + rank)
     assert any(isinstance(x, m.Joined) for x in joined), joined
 
 
-def leave(script: Script, *ranks: int) -> None:
+def leave(script: FakePeers, *ranks: int) -> None:
     for rank in ranks:
         script.ask(WORKER + rank, m.Leave())
         script.hang_up(WORKER + rank)
 
 
 def declare(
-    script: Script, rank: int, claim: Claim = "new", name: str = "t", **changes: object
+    script: FakePeers, rank: int, claim: Claim = "new", name: str = "t", **changes: object
 ) -> int | HeadwaterError:
     """The table's number, or what it is refused with."""
     script.take(WORKER + rank)
@@ -51,7 +51,7 @@ def conflict(found: int | HeadwaterError, says: str) -> None:
 
 
 def test_all_workers_of_a_run_find_its_table_also_late_ones() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     join(script, 0)
     assert declare(script, 0) == 1
     join(script, 1)
@@ -59,7 +59,7 @@ def test_all_workers_of_a_run_find_its_table_also_late_ones() -> None:
 
 
 def test_a_later_run_goes_on_with_a_table_only_where_that_is_said() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     join(script, 0, "monday")
     assert declare(script, 0) == 1
     leave(script, 0)
@@ -74,7 +74,7 @@ def test_a_later_run_goes_on_with_a_table_only_where_that_is_said() -> None:
 
 
 def test_without_a_name_for_the_run_it_begins_with_the_first_worker_who_finds_no_other() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     join(script, 0)
     assert declare(script, 0) == 1
     script.hang_up(WORKER)
@@ -84,7 +84,7 @@ def test_without_a_name_for_the_run_it_begins_with_the_first_worker_who_finds_no
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_worker_that_was_started_again_finds_its_run(alone: bool) -> None:
-    script = Script(2, grace=1.0)
+    script = FakePeers(2, grace=1.0)
     join(script, 0, "run")
     join(script, 1, "run")
     assert [declare(script, rank) for rank in (0, 1)] == [1, 1]
@@ -98,7 +98,7 @@ def test_a_worker_that_was_started_again_finds_its_run(alone: bool) -> None:
 
 def test_one_that_finished_is_not_started_again_but_another_script_of_the_same_command() -> None:
     """``sh -c "python a.py && python b.py"`` under one launcher: b's first model is not a's."""
-    script = Script(2)
+    script = FakePeers(2)
     for rank in (0, 1):
         join(script, rank, "run")
         assert declare(script, rank) == 1
@@ -113,7 +113,7 @@ def test_one_that_finished_is_not_started_again_but_another_script_of_the_same_c
 
 
 def test_launchers_of_several_machines_are_one_run() -> None:
-    script = Script(2, grace=1.0)
+    script = FakePeers(2, grace=1.0)
     join(script, 0, "here")
     join(script, 1, "there")
     assert [declare(script, rank) for rank in (0, 1)] == [1, 1]
@@ -125,7 +125,7 @@ def test_launchers_of_several_machines_are_one_run() -> None:
 
 
 def test_there_must_be_something_to_resume() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     join(script, 0)
     assert declare(script, 0, name="other") == 1
     found = declare(script, 0, "resume")
@@ -135,7 +135,7 @@ def test_there_must_be_something_to_resume() -> None:
 
 
 def test_who_resumes_may_have_other_hyperparameters_and_first_values_but_no_other_policy() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     join(script, 0)
     assert declare(script, 0) == 1
     other = OptimizerSpec("SGD", ({"lr": 0.5},))
@@ -147,7 +147,7 @@ def test_who_resumes_may_have_other_hyperparameters_and_first_values_but_no_othe
 
 
 def test_values_that_nobody_has_given_are_nobodys() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     join(script, 0)
     assert declare(script, 0, init="values") == 1
     leave(script, 0)
@@ -156,7 +156,7 @@ def test_values_that_nobody_has_given_are_nobodys() -> None:
 
 
 def test_a_snapshots_tables_are_for_the_first_run() -> None:
-    script = Script(2, joined=False)
+    script = FakePeers(2, joined=False)
     begin = Restored("folder", (KeptTable(1, spec(), 7),), b"")
     script.coordinator = type(script.coordinator)(script.coordinator.rules, script.clock(), begin=begin)
     for number in (0, 1):
@@ -170,7 +170,7 @@ def test_a_snapshots_tables_are_for_the_first_run() -> None:
 
 
 def test_a_reader_means_what_there_is() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     join(script, 0)
     assert declare(script, 0) == 1
     leave(script, 0)
@@ -198,16 +198,16 @@ def test_a_coordinator_that_was_restarted_knows_the_runs(left: bool) -> None:
 # ---- who is expected again ---------------------------------------------------------------------------
 
 
-def needed(script: Script) -> tuple[int, ...]:
+def needed(script: FakePeers) -> tuple[int, ...]:
     """What the shards have heard last, and the coordinator believes."""
     told = [x for x in script.take(SERVER) if isinstance(x, m.Members)]
     assert not told or told[-1].ranks == script.coordinator.membership.needed()
     return script.coordinator.membership.needed()
 
 
-def two_rounds(*leavers: int, sync: Bulk | Async | None = None) -> Script:
+def two_rounds(*leavers: int, sync: Bulk | Async | None = None) -> FakePeers:
     """All three have trained the first table; those that left are back for the second, or not yet."""
-    script = Script(2)
+    script = FakePeers(2)
     for rank in range(3):
         join(script, rank, world=3)
         assert declare(script, rank, name="one") == 1
@@ -230,7 +230,7 @@ def test_who_left_before_others_began_a_second_table_is_expected_for_it() -> Non
 
 
 def test_who_has_finished_with_all_tables_is_not_waited_for() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     for rank in range(3):
         join(script, rank, world=3)
         assert declare(script, rank, name="one") == 1
@@ -239,7 +239,7 @@ def test_who_has_finished_with_all_tables_is_not_waited_for() -> None:
 
 
 def test_one_that_died_is_not_expected() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     for rank in range(3):
         join(script, rank, world=3)
         assert declare(script, rank, name="one") == 1

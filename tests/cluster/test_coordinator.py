@@ -18,13 +18,13 @@ from headwater.errors import (
 from headwater.types import Async, OptimizerSpec, ParameterSpec, TableSpec
 from headwater.wire import messages as m
 from headwater.wire.frames import Frame, Kind
-from tests.cluster.script import HEART, READER, SERVER, WORKER, Script, spec
+from tests.cluster.fake_peers import HEART, READER, SERVER, WORKER, FakePeers, spec
 
 # ---- joining -------------------------------------------------------------------------------------
 
 
 def test_servers_get_numbers_and_shards_in_the_order_they_join() -> None:
-    script = Script(3)
+    script = FakePeers(3)
     for number in range(3):
         welcome, view = script.take(SERVER + number)
         assert isinstance(welcome, m.Welcome)
@@ -35,7 +35,7 @@ def test_servers_get_numbers_and_shards_in_the_order_they_join() -> None:
 
 
 def test_workers_wait_for_the_servers_and_a_server_more_is_a_spare() -> None:
-    script = Script(2, joined=False)
+    script = FakePeers(2, joined=False)
     script.join(0, world=1)
     script.ask(SERVER, m.Join("server", 1))
     assert script.take(WORKER) == []
@@ -47,7 +47,7 @@ def test_workers_wait_for_the_servers_and_a_server_more_is_a_spare() -> None:
 
 
 def test_a_worker_that_gave_up_waiting_is_not_let_in() -> None:
-    script = Script(1, joined=False)
+    script = FakePeers(1, joined=False)
     script.join(0)
     script.hang_up(WORKER)
     script.ask(SERVER, m.Join("server", 1))
@@ -55,7 +55,7 @@ def test_a_worker_that_gave_up_waiting_is_not_let_in() -> None:
 
 
 def test_ranks_are_given_in_order_and_taken_once() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     for peer in (1, 2):
         script.ask(peer, m.Join("worker", peer, pid=70 + peer))
     assert [script.last(peer, m.Joined).rank for peer in (1, 2)] == [0, 1]
@@ -79,7 +79,7 @@ def test_ranks_are_given_in_order_and_taken_once() -> None:
     ],
 )
 def test_a_join_that_does_not_fit_is_refused(join: m.Join, says: str) -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, world=2)
     script.ask(9, join)
     error = script.error(9)
@@ -89,7 +89,7 @@ def test_a_join_that_does_not_fit_is_refused(join: m.Join, says: str) -> None:
 
 
 def test_one_connection_joins_once() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0)
     script.take(WORKER)
     for join in (m.Join("worker", 1), m.Join("reader", 1), m.Join("server", 1)):
@@ -99,7 +99,7 @@ def test_one_connection_joins_once() -> None:
 
 
 def test_a_dead_server_lets_nobody_in() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     script.hang_up(SERVER + 1)
     script.join(0)
     assert "server 1 is dead" in str(script.error(WORKER))
@@ -110,7 +110,7 @@ def test_a_dead_server_lets_nobody_in() -> None:
 
 
 def test_every_change_is_announced_with_a_new_epoch() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1, world=2)
     first = script.last(SERVER, m.Members)
     assert (first.ranks, first.lost) == ((0, 1), 0)
@@ -123,7 +123,7 @@ def test_every_change_is_announced_with_a_new_epoch() -> None:
 
 
 def test_a_death_begins_an_epoch_that_says_who_and_why() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     script.join(0, 1, 2, world=3)
     script.hang_up(WORKER + 1)
     for server in (SERVER, SERVER + 1):
@@ -134,13 +134,13 @@ def test_a_death_begins_an_epoch_that_says_who_and_why() -> None:
 
 
 def test_all_ranks_of_the_world_are_waited_for_before_they_have_joined() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(1, world=3)
     assert script.last(SERVER, m.Members).ranks == (0, 1, 2)
 
 
 def test_the_first_worker_after_the_last_may_state_another_world() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1, world=2)
     script.ask(WORKER, m.Leave())
     script.ask(WORKER + 1, m.Leave())
@@ -149,7 +149,7 @@ def test_the_first_worker_after_the_last_may_state_another_world() -> None:
 
 
 def test_a_rank_may_come_back() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1, world=2)
     script.hang_up(WORKER + 1)
     assert script.last(SERVER, m.Members).ranks == (0,)
@@ -158,7 +158,7 @@ def test_a_rank_may_come_back() -> None:
 
 
 def test_a_silent_worker_is_taken_out_and_one_that_beats_is_not() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1, world=2)
     script.take(SERVER)
     script.pass_time(9, alive=(SERVER, WORKER))
@@ -170,13 +170,13 @@ def test_a_silent_worker_is_taken_out_and_one_that_beats_is_not() -> None:
 
 
 def test_a_silent_server_counts_as_dead() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     script.pass_time(25, alive=(SERVER,))
     assert [s.state for s in script.coordinator.status().servers] == ["alive", "dead"]
 
 
 def test_readers_are_neither_waited_for_nor_announced() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, world=1)
     script.take(SERVER)
     script.ask(READER, m.Join("reader", 7))
@@ -187,7 +187,7 @@ def test_readers_are_neither_waited_for_nor_announced() -> None:
 
 def test_a_silent_reader_is_told_and_may_join_again() -> None:
     """Else it would ask for ever over a connection at which nobody knows it."""
-    script = Script(1)
+    script = FakePeers(1)
     script.ask(READER, m.Join("reader", 7))
     script.take(READER)
     script.pass_time(11, alive=(SERVER,))
@@ -202,7 +202,7 @@ def test_a_silent_reader_is_told_and_may_join_again() -> None:
 
 
 def test_a_barrier_opens_when_all_have_come() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1, world=2)
     script.take(WORKER)
     script.ask(WORKER, m.Barrier("a", 1))
@@ -215,7 +215,7 @@ def test_a_barrier_opens_when_all_have_come() -> None:
 
 
 def test_a_barrier_opens_when_the_last_one_missing_leaves() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1, world=2)
     script.ask(WORKER, m.Barrier("", 1))
     script.ask(WORKER + 1, m.Leave())
@@ -223,7 +223,7 @@ def test_a_barrier_opens_when_the_last_one_missing_leaves() -> None:
 
 
 def test_at_a_barrier_each_hears_what_all_have_to_say() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1, 2, world=3)
     script.ask(WORKER + 2, m.Barrier("a", 1, b"two"))
     script.ask(WORKER, m.Barrier("a", 1, b"zero"))
@@ -238,7 +238,7 @@ def test_at_a_barrier_each_hears_what_all_have_to_say() -> None:
 
 
 def test_a_barrier_is_given_up_when_somebody_dies() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1, 2, world=3)
     script.ask(WORKER, m.Barrier("", 1))
     script.hang_up(WORKER + 2)
@@ -252,7 +252,7 @@ def test_a_barrier_is_given_up_when_somebody_dies() -> None:
 
 
 def test_a_reader_has_no_place_in_a_barrier() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.ask(READER, m.Join("reader", 7))
     script.ask(READER, m.Barrier("", 1))
     assert "only a worker" in str(script.error(READER))
@@ -262,7 +262,7 @@ def test_a_reader_has_no_place_in_a_barrier() -> None:
 
 
 def test_a_table_is_declared_to_all_once_every_shard_has_it() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     script.join(0, 1, world=2)
     for rank in (0, 1):
         script.take(WORKER + rank)
@@ -277,7 +277,7 @@ def test_a_table_is_declared_to_all_once_every_shard_has_it() -> None:
 
 
 def test_the_lowest_rank_assigns_the_values_whoever_comes_first() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1, 2, world=3)
     for rank in (2, 1):
         script.ask(WORKER + rank, m.Declare(spec(init="values")))
@@ -294,7 +294,7 @@ def test_the_lowest_rank_assigns_the_values_whoever_comes_first() -> None:
 
 
 def test_the_lowest_rank_leaves_before_it_asked() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1, world=2)
     script.ask(WORKER + 1, m.Declare(spec(init="values")))
     script.create()
@@ -304,7 +304,7 @@ def test_the_lowest_rank_leaves_before_it_asked() -> None:
 
 
 def test_when_the_initialiser_dies_the_next_one_takes_over() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1, world=2)
     for rank in (0, 1):
         script.ask(WORKER + rank, m.Declare(spec(init="values")))
@@ -315,7 +315,7 @@ def test_when_the_initialiser_dies_the_next_one_takes_over() -> None:
 
 
 def test_also_if_the_next_one_comes_only_later() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1, world=2)
     script.ask(WORKER, m.Declare(spec(init="values")))
     script.create()
@@ -326,7 +326,7 @@ def test_also_if_the_next_one_comes_only_later() -> None:
 
 
 def test_the_initialiser_may_ask_again() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0)
     for _ in range(2):
         script.ask(WORKER, m.Declare(spec(init="values")))
@@ -335,7 +335,7 @@ def test_the_initialiser_may_ask_again() -> None:
 
 
 def test_a_reader_never_assigns_but_gets_the_values_of_a_worker() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.ask(READER, m.Join("reader", 7))
     script.take(READER)
     script.ask(READER, m.Declare(spec(init="values")))
@@ -362,7 +362,7 @@ def test_a_reader_never_assigns_but_gets_the_values_of_a_worker() -> None:
     ],
 )
 def test_a_table_declared_otherwise_is_a_conflict_that_names_the_difference(other: TableSpec, says: str) -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1, world=2)
     script.ask(WORKER, m.Declare(spec()))
     script.create()
@@ -374,7 +374,7 @@ def test_a_table_declared_otherwise_is_a_conflict_that_names_the_difference(othe
 
 
 def test_a_table_that_a_server_refuses_is_dropped_everywhere_and_its_name_is_free() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     script.join(0, 1, world=2)
     for rank in (0, 1):
         script.ask(WORKER + rank, m.Declare(spec()))
@@ -392,7 +392,7 @@ def test_a_table_that_a_server_refuses_is_dropped_everywhere_and_its_name_is_fre
 
 
 def test_a_server_that_dies_while_it_creates_does_not_leave_the_asker_waiting() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     script.join(0)
     script.ask(WORKER, m.Declare(spec()))
     script.answer(SERVER, 1, m.Created(1, 10))
@@ -403,7 +403,7 @@ def test_a_server_that_dies_while_it_creates_does_not_leave_the_asker_waiting() 
 
 
 def test_a_worker_cannot_answer_for_a_server() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0)
     script.take(WORKER)
     script.ask(WORKER, m.Declare(spec()))
@@ -426,7 +426,7 @@ def test_a_worker_cannot_answer_for_a_server() -> None:
     ],
 )
 def test_a_table_that_cannot_be_is_refused_here_too(bad: TableSpec, error: type[Exception]) -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0)
     script.ask(WORKER, m.Declare(bad))
     assert isinstance(script.error(WORKER), error)
@@ -434,13 +434,13 @@ def test_a_table_that_cannot_be_is_refused_here_too(bad: TableSpec, error: type[
 
 
 def test_strangers_cannot_declare_even_before_the_servers_are_there() -> None:
-    script = Script(1, joined=False)
+    script = FakePeers(1, joined=False)
     script.ask(9, m.Declare(spec()))
     assert isinstance(script.error(9), ClusterError)
 
 
 def test_an_unknown_table_cannot_be_initialised() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0)
     script.ask(WORKER, m.Initialised(77))
     assert isinstance(script.error(WORKER), UnknownTable)
@@ -449,7 +449,7 @@ def test_an_unknown_table_cannot_be_initialised() -> None:
 # ---- commits -------------------------------------------------------------------------------------
 
 
-def ready(script: Script, shard: int, clock: int = 1, **changes: object) -> None:
+def ready(script: FakePeers, shard: int, clock: int = 1, **changes: object) -> None:
     members = changes.pop("members", script.coordinator.membership.epoch)
     squares = changes.pop("squares", ())
     skip = changes.pop("skip", False)
@@ -459,14 +459,14 @@ def ready(script: Script, shard: int, clock: int = 1, **changes: object) -> None
     script.tell(peer, message)  # type: ignore[arg-type]
 
 
-def committed(script: Script) -> list[m.Commit]:
+def committed(script: FakePeers) -> list[m.Commit]:
     return [heard for heard in script.take(SERVER) if isinstance(heard, m.Commit)]
 
 
 @pytest.fixture
-def training() -> Script:
+def training() -> FakePeers:
     """Two servers, two workers, a table with a bound on the norm."""
-    script = Script(2)
+    script = FakePeers(2)
     script.join(0, 1, world=2)
     script.ask(WORKER, m.Declare(spec(max_grad_norm=1.0)))
     script.create()
@@ -474,7 +474,7 @@ def training() -> Script:
     return script
 
 
-def test_a_step_is_committed_when_all_shards_are_ready_and_not_before(training: Script) -> None:
+def test_a_step_is_committed_when_all_shards_are_ready_and_not_before(training: FakePeers) -> None:
     ready(training, 0, squares=(9.0,))
     assert committed(training) == []
     ready(training, 1, squares=(16.0,))
@@ -488,7 +488,7 @@ def test_a_step_is_committed_when_all_shards_are_ready_and_not_before(training: 
     assert (commit.clock, commit.norm, commit.scale) == (2, 0.1, None)
 
 
-def test_one_shard_that_says_skip_skips_the_step_on_all(training: Script) -> None:
+def test_one_shard_that_says_skip_skips_the_step_on_all(training: FakePeers) -> None:
     ready(training, 0, squares=(9.0,))
     ready(training, 1, skip=True)
     (commit,) = committed(training)
@@ -496,7 +496,7 @@ def test_one_shard_that_says_skip_skips_the_step_on_all(training: Script) -> Non
     assert commit.scale is None
 
 
-def test_ready_of_an_old_membership_is_ignored(training: Script) -> None:
+def test_ready_of_an_old_membership_is_ignored(training: FakePeers) -> None:
     old = training.coordinator.membership.epoch
     ready(training, 0)
     training.hang_up(WORKER + 1)
@@ -508,7 +508,7 @@ def test_ready_of_an_old_membership_is_ignored(training: Script) -> None:
     assert len(committed(training)) == 1
 
 
-def test_ready_of_anyone_but_the_shards_own_server_is_refused(training: Script) -> None:
+def test_ready_of_anyone_but_the_shards_own_server_is_refused(training: FakePeers) -> None:
     for forged in (
         {"shard": 1, "peer": WORKER},
         {"shard": 1, "peer": SERVER},
@@ -520,7 +520,7 @@ def test_ready_of_anyone_but_the_shards_own_server_is_refused(training: Script) 
     assert isinstance(training.error(WORKER), ProtocolError)
 
 
-def test_saying_ready_twice_does_not_count_for_two(training: Script) -> None:
+def test_saying_ready_twice_does_not_count_for_two(training: FakePeers) -> None:
     ready(training, 0)
     ready(training, 0)
     assert committed(training) == []
@@ -531,13 +531,13 @@ def test_saying_ready_twice_does_not_count_for_two(training: Script) -> None:
 
 @pytest.mark.parametrize("kind", [Kind.PUSH, Kind.PULL, Kind.DATA, Kind.ASSIGN, Kind.HELLO, Kind.ACK])
 def test_data_does_not_go_to_the_coordinator(kind: Kind) -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script._send(9, Frame(kind))
     assert isinstance(script.error(9), ProtocolError)
 
 
 def test_the_status_tells_what_the_heartbeats_said() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     script.join(0, world=1)
     script.ask(WORKER, m.Declare(spec("emb", sync=Async())))
     script.create()

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from headwater.errors import ClusterError
 from headwater.wire import messages as m
-from tests.cluster.script import SERVER, WORKER, Script, spec
+from tests.cluster.fake_peers import SERVER, WORKER, FakePeers, spec
 
 
-def late(script: Script, asker: int, **question: object) -> m.Late:
+def late(script: FakePeers, asker: int, **question: object) -> m.Late:
     script.take(WORKER + asker)
     script.ask(WORKER + asker, m.WhoIsLate(**question))  # type: ignore[arg-type]
     return script.last(WORKER + asker, m.Late)
 
 
-def reach(script: Script, rank: int, *clocks: int) -> None:
+def reach(script: FakePeers, rank: int, *clocks: int) -> None:
     """What the heartbeat of ``rank`` says of tables 1, 2, …"""
     script.tell(WORKER + rank, m.Heartbeat(tables=tuple(enumerate(clocks, 1))))
 
 
 def test_at_a_step_those_are_late_that_have_not_come_to_it_in_this_table() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1, 2, world=4)
     for number, name in enumerate(("a", "b"), 1):
         script.ask(WORKER, m.Declare(spec(name)))
@@ -33,7 +33,7 @@ def test_at_a_step_those_are_late_that_have_not_come_to_it_in_this_table() -> No
 
 
 def test_a_worker_that_left_is_not_late() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1, world=2)
     script.ask(WORKER, m.Declare(spec()))
     script.create()
@@ -42,7 +42,7 @@ def test_a_worker_that_left_is_not_late() -> None:
 
 
 def test_while_a_table_gets_its_first_values_the_one_that_gives_them_is_late() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     script.join(0, 1, world=2)
     script.ask(WORKER + 1, m.Declare(spec(init="values")))
     assert late(script, 1, table="t") == m.Late(shards=(0, 1))
@@ -57,7 +57,7 @@ def test_while_a_table_gets_its_first_values_the_one_that_gives_them_is_late() -
 
 def test_who_asks_for_a_table_again_gives_the_values_when_its_time_has_come() -> None:
     """The first answer may be to a question that nobody waits for any more."""
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1, world=2)
     for _ in range(2):
         script.ask(WORKER, m.Declare(spec(init="values")))
@@ -68,7 +68,7 @@ def test_who_asks_for_a_table_again_gives_the_values_when_its_time_has_come() ->
 
 
 def test_at_a_barrier_those_are_late_that_are_not_there() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1, world=3)
     script.ask(WORKER, m.Barrier("x", 1))
     assert late(script, 0, barrier="x") == m.Late(alive=(1,), absent=(2,))
@@ -77,7 +77,7 @@ def test_at_a_barrier_those_are_late_that_are_not_there() -> None:
 
 
 def test_a_dead_server_is_nobodys_lateness() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     script.join(0, 1, world=2)
     script.ask(WORKER, m.Declare(spec()))
     script.create()

@@ -6,19 +6,19 @@ from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.cluster.membership import Membership
 from headwater.errors import ClusterError, UsageError
 from headwater.wire import messages as m
-from tests.cluster.script import READER, SERVER, WORKER, Script
+from tests.cluster.fake_peers import READER, SERVER, WORKER, FakePeers
 
 
 def question(turn: int, *finished: tuple[int, int], n: int = 10) -> m.PlanNext:
     return m.PlanNext("data", n, 1, 0, 4, True, turn, finished)
 
 
-def members(script: Script) -> m.Members:
+def members(script: FakePeers) -> m.Members:
     return script.last(SERVER, m.Members)
 
 
 def test_workers_share_a_plan_and_a_dead_ones_chunk_goes_on() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1)
     for rank in (0, 1):
         script.ask(WORKER + rank, question(1))
@@ -31,7 +31,7 @@ def test_workers_share_a_plan_and_a_dead_ones_chunk_goes_on() -> None:
 
 
 def test_a_worker_that_leaves_has_finished_what_it_said() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1)
     for rank in (0, 1):
         script.ask(WORKER + rank, question(1))
@@ -42,7 +42,7 @@ def test_a_worker_that_leaves_has_finished_what_it_said() -> None:
 
 
 def test_readers_and_strangers_have_no_share() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0)
     script.ask(READER, m.Join("reader", READER))
     for peer in (READER, 999):
@@ -51,7 +51,7 @@ def test_readers_and_strangers_have_no_share() -> None:
 
 
 def test_a_refusal_goes_to_the_worker_that_asked() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1)
     script.ask(WORKER, question(1))
     script.ask(WORKER + 1, question(1, n=11))
@@ -61,7 +61,7 @@ def test_a_refusal_goes_to_the_worker_that_asked() -> None:
 
 
 def test_an_answer_is_durable_before_it_is_sent_and_survives_a_restart() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0)
     state = {key: value for key, value in script.coordinator.changes().items() if value is not None}
     script.ask(WORKER, question(1))
@@ -75,7 +75,7 @@ def test_an_answer_is_durable_before_it_is_sent_and_survives_a_restart() -> None
 
 
 def test_steps_do_without_a_worker_that_rests() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1)
     epoch = members(script).epoch
     script.ask(WORKER + 1, m.Rest(away=True))
@@ -90,7 +90,7 @@ def test_steps_do_without_a_worker_that_rests() -> None:
 
 
 def test_a_barrier_waits_for_a_worker_that_rests() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1)
     script.ask(WORKER + 1, m.Rest(away=True))
     script.take(WORKER)

@@ -12,14 +12,14 @@ from headwater.errors import ClusterError, ProtocolError
 from headwater.types import Async
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from tests.cluster.script import READER, SERVER, WORKER, Script, spec
+from tests.cluster.fake_peers import READER, SERVER, WORKER, FakePeers, spec
 
 SIZE = 1 << 20
 
 
-def cluster(**rules: Any) -> Script:
+def cluster(**rules: Any) -> FakePeers:
     """Two servers, one worker, table 1 (bulk) on both."""
-    s = Script(**rules)
+    s = FakePeers(**rules)
     s.join(0, world=1)
     s.ask(WORKER, m.Declare(spec()))
     s.create()
@@ -27,21 +27,21 @@ def cluster(**rules: Any) -> Script:
     return s
 
 
-def step(s: Script, clock: int) -> None:
+def step(s: FakePeers, clock: int) -> None:
     """A bulk step is ready on both shards, and so committed."""
     members = s.coordinator.membership.epoch
     for shard in range(2):
         s.tell(SERVER + shard, m.Ready(1, shard, clock, members, (), skip=False))
 
 
-def held(s: Script, number: int, *, server: int, shard: int | None = None) -> None:
+def held(s: FakePeers, number: int, *, server: int, shard: int | None = None) -> None:
     """A server has its part."""
     shard = server if shard is None else shard
     parts = (v.PartDigest(1, SIZE, 7 + shard),)
     s.tell(SERVER + server, v.PartDone(number, shard, server, parts, ((1, s.coordinator.tables.get(1).clock),)))
 
 
-def publish(s: Script, name: str, **changes: object) -> int:
+def publish(s: FakePeers, name: str, **changes: object) -> int:
     """A version that is ready."""
     s.ask(WORKER, msgspec.structs.replace(v.Publish("m", name, (1,)), **changes))
     number = max(s.coordinator.publications.versions.entries)
@@ -50,7 +50,7 @@ def publish(s: Script, name: str, **changes: object) -> int:
     return number
 
 
-def enter(s: Script, reader: int, session: int) -> int:
+def enter(s: FakePeers, reader: int, session: int) -> int:
     s.ask(READER + reader, m.Join("reader", session))
     s.last(READER + reader, m.Joined)
     return READER + reader
@@ -144,7 +144,7 @@ def test_another_primary_goes_on_with_what_the_one_before_was_told() -> None:
 
 
 def test_after_a_restart_versions_tags_and_numbers_are_those_of_before() -> None:
-    s = Script(durable=True, worker_silence=1e9)
+    s = FakePeers(durable=True, worker_silence=1e9)
     state: dict[str, bytes] = {}
 
     def durable() -> None:

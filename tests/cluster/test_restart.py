@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from headwater.errors import ClusterError, WorkerLost
 from headwater.wire import messages as m
-from tests.cluster.script import HEART, SERVER, WORKER, Script, spec
+from tests.cluster.fake_peers import HEART, SERVER, WORKER, FakePeers, spec
 
 
-class Kept(Script):
+class Kept(FakePeers):
     """A script whose coordinator's state is kept as a store keeps it."""
 
     def __init__(self, servers: int = 2, **rules: object) -> None:
@@ -45,14 +45,14 @@ class Kept(Script):
 # ---- finding a shard ---------------------------------------------------------------------------------
 
 
-def find(script: Script, shard: int = 0) -> m.ShardView:
+def find(script: FakePeers, shard: int = 0) -> m.ShardView:
     script.take(WORKER)
     script.ask(WORKER, m.Find(shard))
     return script.last(WORKER, m.ShardView)
 
 
 def test_who_asks_for_a_shard_is_told_its_primary_and_epoch() -> None:
-    script = Script(2, replicas=2)
+    script = FakePeers(2, replicas=2)
     script.join(0)
     before = find(script)
     assert (before.epoch, before.address) == (1, "tcp://127.0.0.1:0")
@@ -63,7 +63,7 @@ def test_who_asks_for_a_shard_is_told_its_primary_and_epoch() -> None:
 
 
 def test_a_server_whose_connection_alone_broke_goes_on() -> None:
-    script = Script(2, replicas=2)
+    script = FakePeers(2, replicas=2)
     script.join(0)
     script.hang_up(SERVER, listens=True)
     assert find(script).epoch == 1
@@ -72,7 +72,7 @@ def test_a_server_whose_connection_alone_broke_goes_on() -> None:
 
 
 def test_a_shard_without_a_server_is_named() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     script.join(0)
     script.hang_up(SERVER + 1)
     script.take(WORKER)
@@ -82,7 +82,7 @@ def test_a_shard_without_a_server_is_named() -> None:
 
 
 def test_a_drain_is_answered_when_nothing_is_left() -> None:
-    script = Script(2)
+    script = FakePeers(2)
     script.start(2)
     script.join(0)
     script.take(WORKER)
@@ -97,7 +97,7 @@ def test_a_drain_is_answered_when_nothing_is_left() -> None:
 
 
 def test_a_new_primary_hears_what_the_old_one_may_have_missed() -> None:
-    script = Script(2, replicas=2)
+    script = FakePeers(2, replicas=2)
     script.join(0)
     script.ask(WORKER, m.Declare(spec()))
     script.take(SERVER + 1)
@@ -111,7 +111,7 @@ def test_a_new_primary_hears_what_the_old_one_may_have_missed() -> None:
 
 
 def test_with_grace_a_worker_may_come_back_over_another_connection() -> None:
-    script = Script(1, grace=2.0)
+    script = FakePeers(1, grace=2.0)
     script.join(0, 1, world=2)
     script.take(SERVER)
     script.hang_up(WORKER + 1)
@@ -124,7 +124,7 @@ def test_with_grace_a_worker_may_come_back_over_another_connection() -> None:
 
 
 def test_after_the_grace_it_is_given_up_and_told_so_when_it_comes() -> None:
-    script = Script(1, grace=2.0)
+    script = FakePeers(1, grace=2.0)
     script.join(0, 1, world=2)
     script.hang_up(WORKER + 1)
     script.take(SERVER)
@@ -139,7 +139,7 @@ def test_after_the_grace_it_is_given_up_and_told_so_when_it_comes() -> None:
 
 
 def test_a_barrier_that_is_over_is_over_for_who_asks_again() -> None:
-    script = Script(1)
+    script = FakePeers(1)
     script.join(0, 1, world=2)
     for rank in (0, 1):
         script.ask(WORKER + rank, m.Barrier("b", 1))

@@ -10,14 +10,14 @@ from headwater.cluster.snapshots import Kept, Publish, Published, Restored, Star
 from headwater.errors import ClusterError, SnapshotCorrupt
 from headwater.types import Async
 from headwater.wire import messages as m
-from tests.cluster.script import SERVER, WORKER, Script, spec
+from tests.cluster.fake_peers import SERVER, WORKER, FakePeers, spec
 
 BEGIN = Restored("/s/7", (Kept(3, spec("a", init="values"), 12),), DataPlans().snapshot())
 
 
-def restored(state: dict[str, bytes] | None = None, **rules: object) -> Script:
+def restored(state: dict[str, bytes] | None = None, **rules: object) -> FakePeers:
     """Two servers are to begin with a table of a snapshot; none has joined yet."""
-    script = Script(2, joined=False)
+    script = FakePeers(2, joined=False)
     made = Rules(2, **rules)  # type: ignore[arg-type]
     script.coordinator = Coordinator(made, script.clock(), state, BEGIN)
     return script
@@ -115,7 +115,7 @@ def test_who_may_not_have_one() -> None:
     script.join(0)
     script.ask(WORKER, m.TakeSnapshot())
     assert "--snapshots DIR" in str(script.error(WORKER))
-    empty = Script(1, snapshots=True)
+    empty = FakePeers(1, snapshots=True)
     empty.join(0)
     empty.ask(WORKER, m.TakeSnapshot())
     assert isinstance(error := empty.error(WORKER), ClusterError)

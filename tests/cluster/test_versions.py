@@ -17,18 +17,18 @@ from headwater.errors import (
     VersionExists,
 )
 from headwater.wire import versions as v
-from tests.cluster.versions_world import SIZE, W, World, again
+from tests.cluster.fake_coordinator import SIZE, FakeCoordinator, W, again
 
 
 @pytest.fixture
-def world() -> World:
-    return World()
+def world() -> FakeCoordinator:
+    return FakeCoordinator()
 
 
 # ---- publishing --------------------------------------------------------------------------------------
 
 
-def test_a_version_is_begun_by_all_then_held_by_all_then_ready(world: World) -> None:
+def test_a_version_is_begun_by_all_then_held_by_all_then_ready(world: FakeCoordinator) -> None:
     world.publish("v1", metadata={"loss": "2.5"}, time=7.0)
     assert [(c.number, c.shard, c.tables, c.late) for c in world.cuts] == [(1, 0, (1,), False), (1, 1, (1,), False)]
     world.said(1, 0)
@@ -47,7 +47,7 @@ def test_a_version_is_begun_by_all_then_held_by_all_then_ready(world: World) -> 
     assert len(info.digest) == 16
 
 
-def test_it_waits_for_its_step_and_is_cut_before_the_next(world: World) -> None:
+def test_it_waits_for_its_step_and_is_cut_before_the_next(world: FakeCoordinator) -> None:
     world.publish("v1", clocks=((1, 3),))
     world.publish("v2", clocks=((1, 4),))
     assert not world.cuts
@@ -59,17 +59,17 @@ def test_it_waits_for_its_step_and_is_cut_before_the_next(world: World) -> None:
     assert [c.number for c in world.cuts] == [1, 1, 2, 2]
 
 
-def test_a_table_on_one_shard_waits_there(world: World) -> None:
+def test_a_table_on_one_shard_waits_there(world: FakeCoordinator) -> None:
     world.publish("v1", tables=(2,), clocks=((2, 7),))
     assert [(c.shard, c.clocks) for c in world.cuts] == [(1, ((2, 7),))]
 
 
-def test_the_step_of_a_version_is_the_state_that_was_cut(world: World) -> None:
+def test_the_step_of_a_version_is_the_state_that_was_cut(world: FakeCoordinator) -> None:
     world.clock = 8
     assert world.versions.entries[world.make("v1", clocks=((1, 8),))].info.step == 8
 
 
-def test_shards_that_begin_at_different_steps_make_no_version(world: World) -> None:
+def test_shards_that_begin_at_different_steps_make_no_version(world: FakeCoordinator) -> None:
     world.publish("v1")
     world.said(1, 0, clocks=((1, 4),))
     world.said(1, 1, clocks=((1, 5),))
@@ -82,7 +82,7 @@ def test_shards_that_begin_at_different_steps_make_no_version(world: World) -> N
         world.versions.await_ready(world.asker(), 1)
 
 
-def test_parents_and_numbers_are_of_the_cluster_and_names_of_the_model(world: World) -> None:
+def test_parents_and_numbers_are_of_the_cluster_and_names_of_the_model(world: FakeCoordinator) -> None:
     world.make("a")
     world.make("a", model="other")
     third = world.make("b")
@@ -91,7 +91,7 @@ def test_parents_and_numbers_are_of_the_cluster_and_names_of_the_model(world: Wo
     assert world.versions.resolve("other", "latest").number == 2
 
 
-def test_asked_again_it_is_the_same_version(world: World) -> None:
+def test_asked_again_it_is_the_same_version(world: FakeCoordinator) -> None:
     """Over a new connection, or by another worker at the same step; under no bulk table too."""
     ask = world.publish("v1", tables=(2,), time=5.0)
     world.versions.publish(world.asker(2), ask)
@@ -110,7 +110,7 @@ def test_asked_again_it_is_the_same_version(world: World) -> None:
 @pytest.mark.parametrize(
     "again", [{}, {"tables": (2,)}, {"clocks": ((1, 0),)}, {"tables": (1, 2), "clocks": ((1, 5),)}, {"time": 1.0}]
 )
-def test_another_version_of_the_same_name_is_refused(world: World, again: dict[str, Any]) -> None:
+def test_another_version_of_the_same_name_is_refused(world: FakeCoordinator, again: dict[str, Any]) -> None:
     world.clock = 5
     world.publish("v1", clocks=((1, 5),))
     with pytest.raises(VersionExists, match=r"has a version 'v1' already \(number 1\); nothing was published"):
@@ -147,7 +147,9 @@ def test_another_version_of_the_same_name_is_refused(world: World, again: dict[s
         ({"tags": tuple(f"t{i}" for i in range(65))}, UsageError),
     ],
 )
-def test_a_wish_that_cannot_be_is_refused_and_leaves_nothing(world: World, wrong: Any, error: type[Exception]) -> None:
+def test_a_wish_that_cannot_be_is_refused_and_leaves_nothing(
+    world: FakeCoordinator, wrong: Any, error: type[Exception]
+) -> None:
     world.make("old")
     before = dict(world.state)
     with pytest.raises(error):
@@ -158,21 +160,21 @@ def test_a_wish_that_cannot_be_is_refused_and_leaves_nothing(world: World, wrong
 
 
 @pytest.mark.parametrize("name", ["", " a", "a ", "a\n", "\x00", "a" * 201, "latest", "prod", "soon"])
-def test_names_that_a_version_cannot_have(world: World, name: str) -> None:
+def test_names_that_a_version_cannot_have(world: FakeCoordinator, name: str) -> None:
     world.make("v1", tags=("prod",))
     world.publish("v2", tags=("soon",))  # on its way
     with pytest.raises(UsageError):
         world.publish(name)
 
 
-def test_versions_on_their_way_are_bounded(world: World) -> None:
+def test_versions_on_their_way_are_bounded(world: FakeCoordinator) -> None:
     for i in range(UNFINISHED):
         world.publish(f"v{i}")
     with pytest.raises(ClusterError, match="16 versions are on their way already; nothing was published"):
         world.publish("more")
 
 
-def test_what_nobody_waits_for_any_more_is_given_up(world: World) -> None:
+def test_what_nobody_waits_for_any_more_is_given_up(world: FakeCoordinator) -> None:
     """Else sixteen wishes of a client that is gone for steps that never come would end all publication."""
     for i in range(UNFINISHED):
         world.publish(f"v{i}", clocks=((1, 1 << 40),))
@@ -184,7 +186,7 @@ def test_what_nobody_waits_for_any_more_is_given_up(world: World) -> None:
     world.make("v")
 
 
-def test_a_version_whose_publisher_does_not_wait_may_take_its_time(world: World) -> None:
+def test_a_version_whose_publisher_does_not_wait_may_take_its_time(world: FakeCoordinator) -> None:
     world.publish("v1")
     for shard in (0, 1):
         world.said(1, shard, begun=True)
@@ -195,7 +197,7 @@ def test_a_version_whose_publisher_does_not_wait_may_take_its_time(world: World)
     assert world.means("latest") == 1
 
 
-def test_those_who_wait_for_one_version_are_bounded(world: World) -> None:
+def test_those_who_wait_for_one_version_are_bounded(world: FakeCoordinator) -> None:
     ask = world.publish("v1", time=1.0)
     with pytest.raises(ClusterError, match="wait for this version already"):
         again(lambda i: world.versions.await_ready(world.asker(2), 1))
@@ -222,7 +224,7 @@ def test_those_who_wait_for_one_version_are_bounded(world: World) -> None:
         {"pause": -1.0},
     ],
 )
-def test_what_a_server_cannot_mean_changes_nothing(world: World, wrong: dict[str, Any]) -> None:
+def test_what_a_server_cannot_mean_changes_nothing(world: FakeCoordinator, wrong: dict[str, Any]) -> None:
     world.publish("v1", tables=(1, 2))
     with pytest.raises(ProtocolError, match="says of version number 1 what cannot be"):
         world.said(1, 1, **wrong)
@@ -231,7 +233,7 @@ def test_what_a_server_cannot_mean_changes_nothing(world: World, wrong: dict[str
     assert world.means("latest") == 1
 
 
-def test_a_word_about_a_version_that_is_not_there_ends_it_there(world: World) -> None:
+def test_a_word_about_a_version_that_is_not_there_ends_it_there(world: FakeCoordinator) -> None:
     world.versions.part(v.PartDone(77, 0, 0))
     world.make("v1")
     world.versions.part(v.PartDone(1, 9, 0))  # of a shard that has no part in it
@@ -239,13 +241,13 @@ def test_a_word_about_a_version_that_is_not_there_ends_it_there(world: World) ->
     assert world.means("v1") == 1
 
 
-def test_nobody_begins_before_it_is_told_to(world: World) -> None:
+def test_nobody_begins_before_it_is_told_to(world: FakeCoordinator) -> None:
     world.publish("v1", clocks=((1, 5),))
     with pytest.raises(ProtocolError, match="before it was told to"):
         world.said(1, 0)
 
 
-def test_a_primary_that_cannot_ends_it_and_a_backup_that_cannot_does_not(world: World) -> None:
+def test_a_primary_that_cannot_ends_it_and_a_backup_that_cannot_does_not(world: FakeCoordinator) -> None:
     world.publish("v1")
     world.versions.part(v.PartDone(1, 0, 3, error="no memory"), leads=False)
     assert world.names == ["v1"]
@@ -255,7 +257,7 @@ def test_a_primary_that_cannot_ends_it_and_a_backup_that_cannot_does_not(world: 
     assert not world.names
 
 
-def test_a_primary_that_fails_late_does_not_end_what_another_holds(world: World) -> None:
+def test_a_primary_that_fails_late_does_not_end_what_another_holds(world: FakeCoordinator) -> None:
     world.publish("v1")
     world.said(1, 3, shard=0)
     world.versions.part(v.PartDone(1, 0, 0, error="no memory"))
@@ -263,7 +265,7 @@ def test_a_primary_that_fails_late_does_not_end_what_another_holds(world: World)
     assert world.means("v1") == 1
 
 
-def test_replicas_that_differ_make_no_version(world: World) -> None:
+def test_replicas_that_differ_make_no_version(world: FakeCoordinator) -> None:
     world.publish("v1")
     world.said(1, 0)
     world.said(1, 3, shard=0, parts=(v.PartDigest(1, SIZE, 666),))
@@ -271,7 +273,7 @@ def test_replicas_that_differ_make_no_version(world: World) -> None:
     assert "two replicas of shard 0 differ" in str(error)
 
 
-def test_a_replica_that_comes_with_other_bytes_does_not_end_a_version_that_is_read(world: World) -> None:
+def test_a_replica_that_comes_with_other_bytes_does_not_end_a_version_that_is_read(world: FakeCoordinator) -> None:
     world.make("v1")
     world.lease("v1")
     with pytest.raises(ProtocolError, match="readers are not sent to it"):
@@ -279,7 +281,7 @@ def test_a_replica_that_comes_with_other_bytes_does_not_end_a_version_that_is_re
     assert [len(part.holders) for part in world.lease("v1").parts] == [1, 1]
 
 
-def test_a_backup_that_ran_ahead_of_its_primary_counts_when_the_primary_says_the_same(world: World) -> None:
+def test_a_backup_that_ran_ahead_of_its_primary_counts_when_the_primary_says_the_same(world: FakeCoordinator) -> None:
     """Its record may be one that is lost with the primary: then another one's cut is the version."""
     world.publish("v1")
     world.said(1, 1)
@@ -293,7 +295,7 @@ def test_a_backup_that_ran_ahead_of_its_primary_counts_when_the_primary_says_the
     assert [len(part.holders) for part in world.lease("v1").parts] == [2, 1]
 
 
-def test_a_backup_that_ran_into_what_never_was_is_no_holder(world: World) -> None:
+def test_a_backup_that_ran_into_what_never_was_is_no_holder(world: FakeCoordinator) -> None:
     world.publish("v1")
     world.said(1, 1)
     world.said(1, 3, shard=0, leads=False, parts=(v.PartDigest(1, SIZE, 666),))
@@ -302,7 +304,7 @@ def test_a_backup_that_ran_into_what_never_was_is_no_holder(world: World) -> Non
     assert world.versions.entries[1].holders[0] == {0}
 
 
-def test_another_primary_is_told_what_the_one_before_may_not_have_heard(world: World) -> None:
+def test_another_primary_is_told_what_the_one_before_may_not_have_heard(world: FakeCoordinator) -> None:
     world.publish("v1")
     world.said(1, 1)
     world.cuts.clear()

@@ -10,7 +10,7 @@ import pytest
 from headwater.cluster.versions import LEASE, Versions
 from headwater.errors import ClusterError, HeadwaterError, UnknownVersion, UsageError, VersionExists, VersionExpired
 from headwater.wire import versions as v
-from tests.cluster.versions_world import READER, W, World
+from tests.cluster.fake_coordinator import READER, FakeCoordinator, W
 
 SESSIONS = (50, 51, 52)
 NAMES = ("v0", "v1", "made-0", "made-1", "made-2", "prod", "stage", "latest", "latest")
@@ -22,7 +22,7 @@ class Machine:
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
-        self.world = World()
+        self.world = FakeCoordinator()
         self.leases: dict[tuple[int, int], int] = {}
         self.away: dict[int, float] = {}
         self.ready: dict[int, str] = {}  # every version that was ever ready

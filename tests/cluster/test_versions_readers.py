@@ -15,18 +15,18 @@ from headwater.errors import (
 )
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from tests.cluster.versions_world import READER, SIZE, W, World, again
+from tests.cluster.fake_coordinator import READER, SIZE, FakeCoordinator, W, again
 
 
 @pytest.fixture
-def world() -> World:
-    return World()
+def world() -> FakeCoordinator:
+    return FakeCoordinator()
 
 
 # ---- names, tags -----------------------------------------------------------------------------------------
 
 
-def test_latest_is_the_newest_ready_one_and_cannot_be_moved(world: World) -> None:
+def test_latest_is_the_newest_ready_one_and_cannot_be_moved(world: FakeCoordinator) -> None:
     world.make("v1")
     world.publish("v2")
     assert world.means("latest") == 1
@@ -36,7 +36,7 @@ def test_latest_is_the_newest_ready_one_and_cannot_be_moved(world: World) -> Non
         world.tag("latest", "")
 
 
-def test_a_tag_moves_back_and_goes(world: World) -> None:
+def test_a_tag_moves_back_and_goes(world: FakeCoordinator) -> None:
     for name in ("v1", "v2"):
         world.make(name)
     world.tag("prod", "v2")
@@ -51,7 +51,7 @@ def test_a_tag_moves_back_and_goes(world: World) -> None:
     assert world.take(W)[-1] == m.Done()
 
 
-def test_a_tag_and_a_version_have_not_one_name(world: World) -> None:
+def test_a_tag_and_a_version_have_not_one_name(world: FakeCoordinator) -> None:
     world.make("v1")
     with pytest.raises(UsageError, match="'v1' is a version of 'm'"):
         world.tag("v1", "v1")
@@ -60,7 +60,7 @@ def test_a_tag_and_a_version_have_not_one_name(world: World) -> None:
     assert not world.versions.tags
 
 
-def test_tags_of_a_model_are_bounded(world: World) -> None:
+def test_tags_of_a_model_are_bounded(world: FakeCoordinator) -> None:
     world.make("v1")
     with pytest.raises(UsageError, match="has 64 tags"):
         again(lambda i: world.tag(f"t{i}", "v1"))
@@ -69,7 +69,7 @@ def test_tags_of_a_model_are_bounded(world: World) -> None:
         world.publish("v2", tags=("another",))
 
 
-def test_a_tag_that_came_with_versions_means_the_later_one_whichever_is_ready_first(world: World) -> None:
+def test_a_tag_that_came_with_versions_means_the_later_one_whichever_is_ready_first(world: FakeCoordinator) -> None:
     world.publish("v1", tags=("prod",))
     world.publish("v2", tags=("prod",))
     for number in (2, 1):
@@ -78,7 +78,7 @@ def test_a_tag_that_came_with_versions_means_the_later_one_whichever_is_ready_fi
     assert world.means("prod") == 2
 
 
-def test_errors_say_what_there_is(world: World) -> None:
+def test_errors_say_what_there_is(world: FakeCoordinator) -> None:
     with pytest.raises(UnknownVersion, match="no version of 'm' is published; nothing is published yet"):
         world.means("v1")
     for i in range(40):
@@ -98,7 +98,7 @@ def test_errors_say_what_there_is(world: World) -> None:
 # ---- retention -------------------------------------------------------------------------------------------
 
 
-def test_the_newest_are_kept_and_what_tags_and_leases_hold(world: World) -> None:
+def test_the_newest_are_kept_and_what_tags_and_leases_hold(world: FakeCoordinator) -> None:
     world.make("v1", keep=2)
     world.tag("prod", "v1")
     world.make("v2", keep=2)
@@ -113,20 +113,20 @@ def test_the_newest_are_kept_and_what_tags_and_leases_hold(world: World) -> None
     assert set(world.state) == {"versions", "tags/m", "version/5", "version/6"}
 
 
-def test_the_newest_ones_wish_counts(world: World) -> None:
+def test_the_newest_ones_wish_counts(world: FakeCoordinator) -> None:
     for i in range(5):
         world.make(f"v{i}", keep=5)
     world.make("v5", keep=1)
     assert world.names == ["v5"]
 
 
-def test_models_do_not_count_for_each_other(world: World) -> None:
+def test_models_do_not_count_for_each_other(world: FakeCoordinator) -> None:
     for model in ("a", "b", "c"):
         world.make("v", model=model, keep=1)
     assert len(world.names) == 3
 
 
-def test_old_ones_go_but_never_the_newest(world: World) -> None:
+def test_old_ones_go_but_never_the_newest(world: FakeCoordinator) -> None:
     world.make("v1", age=60.0)
     world.pass_time(40)
     world.make("v2", age=60.0)
@@ -138,7 +138,7 @@ def test_old_ones_go_but_never_the_newest(world: World) -> None:
     assert world.names == ["v2"]
 
 
-def test_retiring_is_refused_while_somebody_holds_it(world: World) -> None:
+def test_retiring_is_refused_while_somebody_holds_it(world: FakeCoordinator) -> None:
     for name in ("v1", "v2"):
         world.make(name)
     world.tag("prod", "v1")
@@ -160,7 +160,7 @@ def test_retiring_is_refused_while_somebody_holds_it(world: World) -> None:
 # ---- leases ----------------------------------------------------------------------------------------------
 
 
-def test_a_lease_says_where_the_bytes_are_and_only_the_specs_that_are_not_known(world: World) -> None:
+def test_a_lease_says_where_the_bytes_are_and_only_the_specs_that_are_not_known(world: FakeCoordinator) -> None:
     world.make("v1", tables=(1, 2))
     leased = world.lease("latest")
     assert (leased.shards, leased.tables, [t for t, _ in leased.specs]) == (2, (1, 2), [1, 2])
@@ -173,7 +173,7 @@ def test_a_lease_says_where_the_bytes_are_and_only_the_specs_that_are_not_known(
     assert [t for t, _ in world.lease("latest", known=((1, 5), known[1])).specs] == [1]  # of another cluster
 
 
-def test_leases_are_counted_and_one_too_few_is_no_fault(world: World) -> None:
+def test_leases_are_counted_and_one_too_few_is_no_fault(world: FakeCoordinator) -> None:
     world.make("v1", keep=1)
     for _ in range(2):
         world.lease("v1")
@@ -188,7 +188,7 @@ def test_leases_are_counted_and_one_too_few_is_no_fault(world: World) -> None:
 
 
 @pytest.mark.parametrize("back", [True, False])
-def test_a_reader_that_dies_keeps_its_leases_for_ten_seconds(world: World, back: bool) -> None:
+def test_a_reader_that_dies_keeps_its_leases_for_ten_seconds(world: FakeCoordinator, back: bool) -> None:
     world.make("v1", keep=1)
     world.lease("v1")
     world.make("v2", keep=1)
@@ -201,7 +201,7 @@ def test_a_reader_that_dies_keeps_its_leases_for_ten_seconds(world: World, back:
     assert world.names == (["v1", "v2"] if back else ["v2"])
 
 
-def test_a_reader_that_leaves_ends_its_leases_at_once(world: World) -> None:
+def test_a_reader_that_leaves_ends_its_leases_at_once(world: FakeCoordinator) -> None:
     world.make("v1", keep=1)
     world.lease("v1")
     world.lease("v1", session=51)
@@ -212,7 +212,7 @@ def test_a_reader_that_leaves_ends_its_leases_at_once(world: World) -> None:
     assert world.names == ["v2"]
 
 
-def test_a_lease_that_is_asked_for_twice_is_one(world: World) -> None:
+def test_a_lease_that_is_asked_for_twice_is_one(world: FakeCoordinator) -> None:
     """The answer was lost, and the question came again over another connection."""
     world.make("v1", keep=1)
     world.lease("v1", turn=1)
@@ -226,7 +226,7 @@ def test_a_lease_that_is_asked_for_twice_is_one(world: World) -> None:
     assert not world.versions.entries[2].leases
 
 
-def test_what_a_reader_says_that_it_holds_is_what_it_leases(world: World) -> None:
+def test_what_a_reader_says_that_it_holds_is_what_it_leases(world: FakeCoordinator) -> None:
     world.make("v1", keep=1)
     for turn in (1, 2, 3):
         world.lease("v1", turn=turn)
@@ -241,7 +241,7 @@ def test_what_a_reader_says_that_it_holds_is_what_it_leases(world: World) -> Non
     assert world.versions.entries[2].leases == {50: 1}
 
 
-def test_leases_of_a_reader_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leases_of_a_reader_are_bounded(world: FakeCoordinator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "LEASES", 5)
     world.make("v1")
     with pytest.raises(ClusterError, match="5 leases, no more"):
@@ -255,7 +255,7 @@ def test_leases_of_a_reader_are_bounded(world: World, monkeypatch: pytest.Monkey
 # ---- news ------------------------------------------------------------------------------------------------
 
 
-def test_watching_a_name_or_tag_now_and_later(world: World) -> None:
+def test_watching_a_name_or_tag_now_and_later(world: FakeCoordinator) -> None:
     world.make("v1")
     world.watch("latest")
     assert [f.info.number for f in world.take(READER)] == [1]
@@ -273,7 +273,7 @@ def test_watching_a_name_or_tag_now_and_later(world: World) -> None:
     assert world.take(READER) == []  # each was answered once
 
 
-def test_who_knows_another_version_of_that_number_is_answered_at_once(world: World) -> None:
+def test_who_knows_another_version_of_that_number_is_answered_at_once(world: FakeCoordinator) -> None:
     world.make("v1")
     digest = world.versions.entries[1].info.digest
     assert digest
@@ -284,7 +284,7 @@ def test_who_knows_another_version_of_that_number_is_answered_at_once(world: Wor
     assert [f.info.name for f in world.take(READER)] == ["v2", "v2"]
 
 
-def test_threads_of_one_reader_wait_for_the_same_and_those_that_gave_up_do_not_pile_up(world: World) -> None:
+def test_threads_of_one_reader_wait_for_the_same_and_those_that_gave_up_do_not_pile_up(world: FakeCoordinator) -> None:
     for _ in range(50):
         world.watch("latest")
     for _ in range(2):
@@ -297,7 +297,7 @@ def test_threads_of_one_reader_wait_for_the_same_and_those_that_gave_up_do_not_p
     assert world.take(READER) == world.take(8) == []
 
 
-def test_who_is_gone_is_not_told_and_leaves_nothing(world: World) -> None:
+def test_who_is_gone_is_not_told_and_leaves_nothing(world: FakeCoordinator) -> None:
     world.watch("latest")
     world.versions.show(world.asker(READER), v.ListVersions("", 1))
     world.publish("v1", peer=READER)
@@ -310,7 +310,7 @@ def test_who_is_gone_is_not_told_and_leaves_nothing(world: World) -> None:
     assert not world.versions._listing
 
 
-def test_what_one_connection_watches_is_bounded(world: World) -> None:
+def test_what_one_connection_watches_is_bounded(world: FakeCoordinator) -> None:
     for i in range(3 * entries.ASKERS):
         world.watch("latest", after=i + 1000)
         world.watch(f"tag-{i}")
@@ -322,7 +322,7 @@ def test_what_one_connection_watches_is_bounded(world: World) -> None:
         world.versions.watch(world.asker(READER), v.Watch("m" * 1000, "latest"))
 
 
-def test_a_list_is_told_when_there_is_another(world: World) -> None:
+def test_a_list_is_told_when_there_is_another(world: FakeCoordinator) -> None:
     world.versions.show(world.asker(READER), v.ListVersions("m"))
     known = world.take(READER)[-1].revision
     world.versions.show(world.asker(READER), v.ListVersions("m", known))
@@ -337,7 +337,7 @@ def test_a_list_is_told_when_there_is_another(world: World) -> None:
 # ---- deaths ----------------------------------------------------------------------------------------------
 
 
-def test_a_version_is_lost_with_its_last_holder_and_found_with_it(world: World) -> None:
+def test_a_version_is_lost_with_its_last_holder_and_found_with_it(world: FakeCoordinator) -> None:
     world.make("v1")
     world.make("v2")
     world.said(2, 3, shard=0)  # a second copy
@@ -361,7 +361,7 @@ def test_a_version_is_lost_with_its_last_holder_and_found_with_it(world: World) 
     world.lease("v1")
 
 
-def test_a_version_is_back_with_a_holder_that_was_only_slow(world: World) -> None:
+def test_a_version_is_back_with_a_holder_that_was_only_slow(world: FakeCoordinator) -> None:
     world.make("v1")
     world.up.discard(0)
     world.versions.buried(0)
@@ -374,7 +374,7 @@ def test_a_version_is_back_with_a_holder_that_was_only_slow(world: World) -> Non
     world.lease("v1")
 
 
-def test_servers_that_became_copies_are_told_to_hold_it(world: World) -> None:
+def test_servers_that_became_copies_are_told_to_hold_it(world: FakeCoordinator) -> None:
     world.make("v1")
     world.views[0] = (0, 2)
     world.versions.moved(0)
@@ -390,7 +390,7 @@ def test_servers_that_became_copies_are_told_to_hold_it(world: World) -> None:
     assert len(world.holds) == asked
 
 
-def test_a_coordinator_that_comes_back_knows_what_was_ready(world: World) -> None:
+def test_a_coordinator_that_comes_back_knows_what_was_ready(world: FakeCoordinator) -> None:
     world.make("v1", metadata={"a": "b"}, tags=("prod",))
     world.make("v2", keep=1)
     world.publish("v3")  # on its way: given up
@@ -408,7 +408,7 @@ def test_a_coordinator_that_comes_back_knows_what_was_ready(world: World) -> Non
     assert back.names == ["v1", "v2", "v4"]
 
 
-def test_numbers_are_never_used_again(world: World) -> None:
+def test_numbers_are_never_used_again(world: FakeCoordinator) -> None:
     """Whatever became of their versions: servers may hold parts under them."""
     used: set[int] = set()
     for life in range(4):
@@ -421,7 +421,7 @@ def test_numbers_are_never_used_again(world: World) -> None:
         world = world.restart()
 
 
-def test_a_state_of_odd_bytes_is_not_taken(world: World) -> None:
+def test_a_state_of_odd_bytes_is_not_taken(world: FakeCoordinator) -> None:
     world.make("v1")
     with pytest.raises(msgspec.MsgspecError):
-        World(world.state | {"version/1": b"\xc0"})
+        FakeCoordinator(world.state | {"version/1": b"\xc0"})

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tests.relay.stage import A, Stage
+from tests.relay.fake_upstream import A, FakeUpstream
 
 
 @pytest.fixture
-def stage() -> Stage:
+def stage() -> FakeUpstream:
     """A relay that has version 1, and a reader."""
-    stage = Stage()
+    stage = FakeUpstream()
     stage.has(1)
     stage.lists()
     stage.fetch()

@@ -19,10 +19,10 @@ from headwater.types import VersionInfo
 from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.frames import Frame, Kind, Outgoing
-from tests.relay.stage import ME, SPEC, UPSTREAM, A, B, Stage
+from tests.relay.fake_upstream import ME, SPEC, UPSTREAM, A, B, FakeUpstream
 
 
-def test_the_newest_version_is_fetched_and_leased_with_the_relay_as_its_holder(stage: Stage) -> None:
+def test_the_newest_version_is_fetched_and_leased_with_the_relay_as_its_holder(stage: FakeUpstream) -> None:
     leased = stage.lease(A)
     assert leased.info == stage.theirs[1].info
     assert leased.shards == 2
@@ -32,12 +32,12 @@ def test_the_newest_version_is_fetched_and_leased_with_the_relay_as_its_holder(s
     assert stage.news == [Taken(leased.info, 123, "whole", 0.5)]
 
 
-def test_a_reader_that_knows_the_layout_is_not_told_again(stage: Stage) -> None:
+def test_a_reader_that_knows_the_layout_is_not_told_again(stage: FakeUpstream) -> None:
     known = ((7, v.fingerprint(SPEC)),)
     assert stage.ask(A, v.Lease("lm", "latest", known), v.Leased).specs == ()
 
 
-def test_a_watch_hears_of_the_next_version_when_it_is_here(stage: Stage) -> None:
+def test_a_watch_hears_of_the_next_version_when_it_is_here(stage: FakeUpstream) -> None:
     seq = stage.send(A, v.Watch("lm", "latest", 1))
     stage.has(2)
     stage.lists()
@@ -46,7 +46,7 @@ def test_a_watch_hears_of_the_next_version_when_it_is_here(stage: Stage) -> None
     assert stage.answer(seq) == v.Found(stage.theirs[2].info)
 
 
-def test_a_delta_goes_on_as_it_came(stage: Stage) -> None:
+def test_a_delta_goes_on_as_it_came(stage: FakeUpstream) -> None:
     stage.has(2)
     stage.lists()
     assert [base.number for base in stage.job().bases] == [1]
@@ -60,7 +60,7 @@ def test_a_delta_goes_on_as_it_came(stage: Stage) -> None:
 # ---- tags --------------------------------------------------------------------------------------------
 
 
-def test_a_tag_moves_here_when_its_version_is_here(stage: Stage) -> None:
+def test_a_tag_moves_here_when_its_version_is_here(stage: FakeUpstream) -> None:
     stage.has(1, "v1", "production")
     stage.lists()
     stage.has(2)
@@ -73,7 +73,7 @@ def test_a_tag_moves_here_when_its_version_is_here(stage: Stage) -> None:
     assert stage.names() == {"v1": (), "v3": ("latest", "production")}
 
 
-def test_a_tag_comes_in_one_list_with_its_version(stage: Stage) -> None:
+def test_a_tag_comes_in_one_list_with_its_version(stage: FakeUpstream) -> None:
     """Whoever hears from this relay that a version is here can have it by its tag: another relay, for example."""
     stage.has(2, "v2", "production")
     stage.lists()
@@ -84,7 +84,7 @@ def test_a_tag_comes_in_one_list_with_its_version(stage: Stage) -> None:
     assert {each.info.name: each.tags for each in heard.versions}["v2"] == ("latest", "production")
 
 
-def test_a_version_that_comes_from_a_cluster_that_has_none_any_more_takes_no_tag_away(stage: Stage) -> None:
+def test_a_version_that_comes_from_a_cluster_that_has_none_any_more_takes_no_tag_away(stage: FakeUpstream) -> None:
     stage.has(2, "v2", "production")
     stage.lists()
     stage.fetch()
@@ -97,7 +97,7 @@ def test_a_version_that_comes_from_a_cluster_that_has_none_any_more_takes_no_tag
 
 
 def test_a_relay_that_begins_takes_the_newest_first_and_later_what_is_tagged() -> None:
-    stage = Stage()
+    stage = FakeUpstream()
     stage.has(1, "v1", "production")
     stage.has(2)
     stage.lists()
@@ -109,7 +109,7 @@ def test_a_relay_that_begins_takes_the_newest_first_and_later_what_is_tagged() -
 
 
 def test_a_rollback_is_a_version_that_is_fetched_if_it_has_to_be() -> None:
-    stage = Stage(keep=1)
+    stage = FakeUpstream(keep=1)
     stage.has(1)
     stage.has(2, "v2", "production")
     stage.lists()
@@ -124,7 +124,7 @@ def test_a_rollback_is_a_version_that_is_fetched_if_it_has_to_be() -> None:
     assert stage.lease(A).info.number == 2
 
 
-def test_a_tag_that_is_taken_away_is_no_tag_here(stage: Stage) -> None:
+def test_a_tag_that_is_taken_away_is_no_tag_here(stage: FakeUpstream) -> None:
     stage.has(1, "v1", "production")
     stage.lists()
     stage.has(1)
@@ -136,7 +136,7 @@ def test_a_tag_that_is_taken_away_is_no_tag_here(stage: Stage) -> None:
 # ---- what readers ask for by name ----------------------------------------------------------------------
 
 
-def test_a_version_that_only_the_other_side_has_is_fetched_for_a_patient_reader(stage: Stage) -> None:
+def test_a_version_that_only_the_other_side_has_is_fetched_for_a_patient_reader(stage: FakeUpstream) -> None:
     stage.has(2)
     stage.has(3)
     stage.lists()
@@ -152,7 +152,7 @@ def test_a_version_that_only_the_other_side_has_is_fetched_for_a_patient_reader(
 
 
 def test_a_version_that_was_asked_for_stays_for_whoever_only_watched() -> None:
-    stage = Stage(keep=1)
+    stage = FakeUpstream(keep=1)
     for number in (1, 2, 3):
         stage.has(number)
     stage.lists()
@@ -170,7 +170,7 @@ def test_a_version_that_was_asked_for_stays_for_whoever_only_watched() -> None:
 
 
 def test_no_more_versions_than_keep_are_fetched_for_those_who_ask() -> None:
-    stage = Stage(keep=2)
+    stage = FakeUpstream(keep=2)
     for number in range(1, 6):
         stage.has(number)
     stage.lists()
@@ -185,7 +185,7 @@ def test_no_more_versions_than_keep_are_fetched_for_those_who_ask() -> None:
 
 
 def test_a_reader_that_waits_for_what_is_not_there_yet_gets_it_or_is_gone() -> None:
-    stage = Stage()
+    stage = FakeUpstream()
     stage.join(A)
     stage.join(B)
     early = stage.send(A, v.Lease("lm", "latest", patience=1.0))  # before the other side has said anything
@@ -205,7 +205,7 @@ def test_a_reader_that_waits_for_what_is_not_there_yet_gets_it_or_is_gone() -> N
 
 
 def test_a_reader_that_asks_and_asks_does_not_fill_the_relay() -> None:
-    stage = Stage()
+    stage = FakeUpstream()
     stage.join(A)
     seqs = [stage.send(A, v.Lease("lm", "latest", patience=float("inf"))) for _ in range(ASKERS + 5)]
     stage.has(1)
@@ -218,7 +218,7 @@ def test_a_reader_that_asks_and_asks_does_not_fill_the_relay() -> None:
 # ---- leases on the other side ---------------------------------------------------------------------------
 
 
-def test_the_base_of_the_next_delta_stays_leased_on_the_other_side(stage: Stage) -> None:
+def test_the_base_of_the_next_delta_stays_leased_on_the_other_side(stage: FakeUpstream) -> None:
     assert stage.released() == []
     stage.has(2)
     stage.lists()
@@ -231,7 +231,7 @@ def test_the_base_of_the_next_delta_stays_leased_on_the_other_side(stage: Stage)
     assert stage.released() == [1, 2]
 
 
-def test_what_is_fetched_for_a_tag_is_released_at_once(stage: Stage) -> None:
+def test_what_is_fetched_for_a_tag_is_released_at_once(stage: FakeUpstream) -> None:
     stage.has(3)
     stage.lists()
     stage.fetch()
@@ -245,7 +245,7 @@ def test_what_is_fetched_for_a_tag_is_released_at_once(stage: Stage) -> None:
 
 
 def test_as_many_versions_as_wanted_are_kept_and_those_with_leases_and_tags() -> None:
-    stage = Stage(keep=2)
+    stage = FakeUpstream(keep=2)
     stage.join(A)
     for number in range(1, 6):
         stage.has(number, f"v{number}", *(("production",) if number == 2 else ()))
@@ -260,7 +260,7 @@ def test_as_many_versions_as_wanted_are_kept_and_those_with_leases_and_tags() ->
     assert {key.number for key in stage.shelf.parts} == {2, 4, 5}
 
 
-def test_what_is_retired_there_goes_here_and_a_reader_that_has_it_may_finish(stage: Stage) -> None:
+def test_what_is_retired_there_goes_here_and_a_reader_that_has_it_may_finish(stage: FakeUpstream) -> None:
     leased = stage.lease(A, "v1")
     stage.has(2)
     del stage.theirs[1]
@@ -277,7 +277,7 @@ def test_what_is_retired_there_goes_here_and_a_reader_that_has_it_may_finish(sta
 
 
 @pytest.mark.parametrize("how", ["gone", "holding"])
-def test_a_retired_version_does_not_outlive_its_last_reader(stage: Stage, how: str) -> None:
+def test_a_retired_version_does_not_outlive_its_last_reader(stage: FakeUpstream, how: str) -> None:
     leased = stage.lease(A, "v1", turn=1)
     stage.has(2)
     del stage.theirs[1]
@@ -292,7 +292,7 @@ def test_a_retired_version_does_not_outlive_its_last_reader(stage: Stage, how: s
     assert {key.number for key in stage.shelf.parts} == {2}
 
 
-def test_a_reader_that_is_silent_loses_its_lease_and_one_that_comes_back_does_not(stage: Stage) -> None:
+def test_a_reader_that_is_silent_loses_its_lease_and_one_that_comes_back_does_not(stage: FakeUpstream) -> None:
     stage.join(B)
     stage.lease(A)
     stage.lease(B)
@@ -308,7 +308,7 @@ def test_a_reader_that_is_silent_loses_its_lease_and_one_that_comes_back_does_no
     assert dict(stage.relay.versions.entries[1].leases) == {B: 1}
 
 
-def test_a_reader_that_is_given_up_hears_of_it_and_can_come_back(stage: Stage) -> None:
+def test_a_reader_that_is_given_up_hears_of_it_and_can_come_back(stage: FakeUpstream) -> None:
     """Else it stays connected to who does not know it, and every lease is refused."""
     for _ in range(12):
         stage.tick(1.0)
@@ -321,7 +321,7 @@ def test_a_reader_that_is_given_up_hears_of_it_and_can_come_back(stage: Stage) -
     assert stage.lease(5).info.number == 1
 
 
-def test_a_relay_that_stood_still_gives_nobody_up(stage: Stage) -> None:
+def test_a_relay_that_stood_still_gives_nobody_up(stage: FakeUpstream) -> None:
     stage.lease(A)
     stage.now += 60.0
     stage.tick()
@@ -334,7 +334,7 @@ def test_a_relay_that_stood_still_gives_nobody_up(stage: Stage) -> None:
 # ---- failures -------------------------------------------------------------------------------------------------
 
 
-def test_while_the_other_side_is_silent_what_is_here_is_served_and_the_list_says_so(stage: Stage) -> None:
+def test_while_the_other_side_is_silent_what_is_here_is_served_and_the_list_says_so(stage: FakeUpstream) -> None:
     assert (stage.listed().silent, stage.listed().why) == (0.0, "")
     stage.silent("nobody answers at tcp://…")
     stage.tick(3.0)
@@ -353,7 +353,7 @@ def test_while_the_other_side_is_silent_what_is_here_is_served_and_the_list_says
     assert stage.fetch().name == "v2"
 
 
-def test_a_relay_of_a_silent_relay_says_how_long_it_has_been(stage: Stage) -> None:
+def test_a_relay_of_a_silent_relay_says_how_long_it_has_been(stage: FakeUpstream) -> None:
     stage.lists(silent=5.0, why="the cluster is gone")
     stage.tick(1.0)
     assert stage.listed().silent == pytest.approx(6.0)
@@ -364,7 +364,7 @@ def test_a_relay_of_a_silent_relay_says_how_long_it_has_been(stage: Stage) -> No
 
 
 @pytest.mark.parametrize("error", [LinkBroken("its server died"), DeltaCorrupt("2 blocks came damaged")])
-def test_a_version_that_did_not_come_is_tried_again_ever_more_seldom(stage: Stage, error: Exception) -> None:
+def test_a_version_that_did_not_come_is_tried_again_ever_more_seldom(stage: FakeUpstream, error: Exception) -> None:
     stage.has(2)
     stage.lists()
     waits = []
@@ -382,7 +382,7 @@ def test_a_version_that_did_not_come_is_tried_again_ever_more_seldom(stage: Stag
     ]
 
 
-def test_a_version_that_does_not_come_does_not_keep_the_next_one_away(stage: Stage) -> None:
+def test_a_version_that_does_not_come_does_not_keep_the_next_one_away(stage: FakeUpstream) -> None:
     stage.has(2, "v2", "production")
     stage.lists()
     stage.fail(DeltaCorrupt("damaged"))
@@ -391,7 +391,7 @@ def test_a_version_that_does_not_come_does_not_keep_the_next_one_away(stage: Sta
     assert stage.fetch().name == "v3"
 
 
-def test_whoever_waits_hears_that_there_is_no_memory(stage: Stage) -> None:
+def test_whoever_waits_hears_that_there_is_no_memory(stage: FakeUpstream) -> None:
     stage.has(2)
     stage.has(3)
     stage.lists()
@@ -402,7 +402,7 @@ def test_whoever_waits_hears_that_there_is_no_memory(stage: Stage) -> None:
     assert stage.names() == {"v1": (), "v3": ("latest",)}
 
 
-def test_whoever_waits_goes_on_waiting_when_a_server_died(stage: Stage) -> None:
+def test_whoever_waits_goes_on_waiting_when_a_server_died(stage: FakeUpstream) -> None:
     stage.has(2)
     stage.has(3)
     stage.lists()
@@ -415,7 +415,7 @@ def test_whoever_waits_goes_on_waiting_when_a_server_died(stage: Stage) -> None:
     assert isinstance(stage.answer(seq), v.Leased)
 
 
-def test_a_version_that_is_retired_while_it_is_fetched_is_not_wanted_any_more(stage: Stage) -> None:
+def test_a_version_that_is_retired_while_it_is_fetched_is_not_wanted_any_more(stage: FakeUpstream) -> None:
     stage.has(2)
     stage.lists()
     del stage.theirs[2]
@@ -428,7 +428,7 @@ def test_a_version_that_is_retired_while_it_is_fetched_is_not_wanted_any_more(st
     assert stage.fetch().name == "again"
 
 
-def test_a_version_that_came_although_it_was_retired_meanwhile_is_let_go(stage: Stage) -> None:
+def test_a_version_that_came_although_it_was_retired_meanwhile_is_let_go(stage: FakeUpstream) -> None:
     stage.has(2)
     stage.lists()
     job = stage.job()
@@ -458,19 +458,19 @@ def test_a_version_that_came_although_it_was_retired_meanwhile_is_let_go(stage: 
         m.Find(0),
     ],
 )
-def test_what_only_a_cluster_can_do_is_refused_with_the_place_to_ask(stage: Stage, message: m.Request) -> None:
+def test_what_only_a_cluster_can_do_is_refused_with_the_place_to_ask(stage: FakeUpstream, message: m.Request) -> None:
     with pytest.raises(ClusterError, match=f"does not go to a relay.*nothing was changed.*{UPSTREAM}"):
         stage.ask(A, message, m.Done)
     assert stage.lease(A, "v1")
 
 
 @pytest.mark.parametrize("role", ["worker", "server", "coordinator"])
-def test_only_readers_join(stage: Stage, role: str) -> None:
+def test_only_readers_join(stage: FakeUpstream, role: str) -> None:
     with pytest.raises(ClusterError, match=f"this is a relay.*{UPSTREAM}"):
         stage.ask(B, m.Join(role, 5), m.Joined)
 
 
-def test_who_has_not_joined_leases_nothing_and_nobody_joins_twice(stage: Stage) -> None:
+def test_who_has_not_joined_leases_nothing_and_nobody_joins_twice(stage: FakeUpstream) -> None:
     with pytest.raises(ClusterError, match="join first"):
         stage.lease(B)
     with pytest.raises(ClusterError, match="joined already"):
@@ -478,7 +478,7 @@ def test_who_has_not_joined_leases_nothing_and_nobody_joins_twice(stage: Stage) 
 
 
 @pytest.mark.parametrize("message", [v.Lease("other", "latest", patience=9.0), v.Watch("other", "latest")])
-def test_a_model_that_is_not_followed_is_named_at_once(stage: Stage, message: m.Request) -> None:
+def test_a_model_that_is_not_followed_is_named_at_once(stage: FakeUpstream, message: m.Request) -> None:
     with pytest.raises(UnknownVersion, match="follows 'lm', and not 'other'"):
         stage.ask(A, message, m.Done)
 
@@ -487,7 +487,7 @@ def test_a_model_that_is_not_followed_is_named_at_once(stage: Stage, message: m.
     "frame",
     [Frame(Kind.PUSH), Frame(Kind.REQUEST, body=b"\xc1"), Frame(Kind.NOTICE, body=m.pack(v.DropVersion((1,))))],
 )
-def test_what_nobody_says_to_a_relay_ends_the_connection(stage: Stage, frame: Frame) -> None:
+def test_what_nobody_says_to_a_relay_ends_the_connection(stage: FakeUpstream, frame: Frame) -> None:
     with pytest.raises(ProtocolError):
         stage.relay.receive(A, frame, stage.now)
 
@@ -496,7 +496,7 @@ def test_what_nobody_says_to_a_relay_ends_the_connection(stage: Stage, frame: Fr
 
 
 def test_models_take_turns() -> None:
-    stage = Stage("a", "b")
+    stage = FakeUpstream("a", "b")
     numbers = iter(range(1, 20))
     for model in ("a", "b"):
         stage.has(next(numbers), model=model)
@@ -512,7 +512,7 @@ def test_models_take_turns() -> None:
     assert models[2:] == models[:2]
 
 
-def test_a_list_that_is_known_is_answered_when_there_is_another(stage: Stage) -> None:
+def test_a_list_that_is_known_is_answered_when_there_is_another(stage: FakeUpstream) -> None:
     known = stage.listed().revision
     seq = stage.send(A, v.ListVersions(after=known))
     stage.lists()
@@ -525,7 +525,7 @@ def test_a_list_that_is_known_is_answered_when_there_is_another(stage: Stage) ->
     assert answer.revision != known
 
 
-def test_the_status_is_that_of_a_relay(stage: Stage) -> None:
+def test_the_status_is_that_of_a_relay(stage: FakeUpstream) -> None:
     stage.silent("nobody answers")
     stage.tick(2.0)
     status = stage.ask(B, m.Status(), m.ClusterStatus)

@@ -9,10 +9,10 @@ from headwater.errors import (
     UnknownVersion,
 )
 from headwater.wire import versions as v
-from tests.relay.stage import A, Stage
+from tests.relay.fake_upstream import A, FakeUpstream
 
 
-def test_a_new_cluster_that_counts_from_one_again_is_not_mixed_with_the_old(stage: Stage) -> None:
+def test_a_new_cluster_that_counts_from_one_again_is_not_mixed_with_the_old(stage: FakeUpstream) -> None:
     for number in (2, 3):
         stage.has(number, f"v{number}", "production")
         stage.lists()
@@ -37,7 +37,9 @@ def test_a_new_cluster_that_counts_from_one_again_is_not_mixed_with_the_old(stag
 
 
 @pytest.mark.parametrize("tagged", [True, False])
-def test_a_tag_of_the_new_cluster_never_means_the_old_ones_version_of_that_number(stage: Stage, tagged: bool) -> None:
+def test_a_tag_of_the_new_cluster_never_means_the_old_ones_version_of_that_number(
+    stage: FakeUpstream, tagged: bool
+) -> None:
     """The old one's number 2 is on its way when the new one lists its own, with a tag."""
     if tagged:
         stage.has(1, "v1", "production")
@@ -59,7 +61,7 @@ def test_a_tag_of_the_new_cluster_never_means_the_old_ones_version_of_that_numbe
     assert found.info.name == stage.lease(A, "production").info.name == "new-2"
 
 
-def test_a_watch_tells_versions_of_one_number_apart(stage: Stage) -> None:
+def test_a_watch_tells_versions_of_one_number_apart(stage: FakeUpstream) -> None:
     old = stage.lease(A).info
     seq = stage.send(A, v.Watch("lm", "latest", 1, old.digest))
     assert stage.answer(seq) is None
@@ -73,7 +75,9 @@ def test_a_watch_tells_versions_of_one_number_apart(stage: Stage) -> None:
     assert stage.answer(seq) == found  # at once, to whoever did not hear
 
 
-def test_the_newest_of_a_new_cluster_is_the_newest_here_also_while_a_tag_of_it_does_not_come(stage: Stage) -> None:
+def test_the_newest_of_a_new_cluster_is_the_newest_here_also_while_a_tag_of_it_does_not_come(
+    stage: FakeUpstream,
+) -> None:
     for number in (2, 3):
         stage.has(number, f"v{number}", "production")
         stage.lists()
@@ -95,13 +99,13 @@ def test_the_newest_of_a_new_cluster_is_the_newest_here_also_while_a_tag_of_it_d
     assert stage.names() == {"new-1": ("production",), "new-2": ("latest",)}
 
 
-def test_a_cluster_that_lists_nothing_of_a_model_takes_nothing_away(stage: Stage) -> None:
+def test_a_cluster_that_lists_nothing_of_a_model_takes_nothing_away(stage: FakeUpstream) -> None:
     stage.theirs.clear()
     stage.lists()
     assert stage.lease(A).info.number == 1
 
 
-def test_a_version_that_is_lost_there_is_still_here(stage: Stage) -> None:
+def test_a_version_that_is_lost_there_is_still_here(stage: FakeUpstream) -> None:
     status = stage.theirs[1]
     stage.theirs[1] = v.VersionStatus(status.info, "lost", (), 0, 0)
     stage.has(2)

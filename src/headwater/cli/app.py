@@ -1,7 +1,7 @@
 """The tree of commands, and what becomes of an error.
 
-``bench``, ``chaos``, ``export`` and the recipes' commands cost an import of torch or more, so they are loaded when they
-are called.
+``export``, ``serve``, ``relay`` and what other packages add (recipes, ``bench``, ``chaos``) cost an import of torch or
+more, so they are loaded when they are called.
 """
 
 from __future__ import annotations

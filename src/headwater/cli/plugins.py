@@ -1,8 +1,9 @@
-"""Commands that are loaded only when they are wanted: what costs a long import, and what recipes add.
+"""Commands that are loaded only when they are wanted: what costs a long import, and what other packages add.
 
-A recipe is found by an entry point of the group ``headwater.commands``. Its name is where the command hangs:
+A package's command is found by an entry point of the group ``headwater.commands``. Its name is where the command hangs:
 ``generate`` is ``headwater generate``, ``train.lm`` is ``headwater train lm``. Its value is the command's function,
-with typer's annotations. So the command line knows no recipe by name, and anyone's package can add one.
+with typer's annotations, or a ``typer.Typer`` with commands of its own, as that of ``bench``. So the command line knows
+no recipe by name, and anyone's package can add one.
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ from typing import TYPE_CHECKING
 import typer
 
 from headwater.cli.mistakes import Group
+from headwater.errors import UsageError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 GROUP = "headwater.commands"
-_BENCH_HELP = "What Headwater costs here, beside the ceiling of the same machine in the same minute."
 _LATE = {
-    "chaos": "Run a cluster under kills, stops and network faults; check that nothing acknowledged is lost.",
     "serve": "Answer over HTTP with the newest weights: OpenAI-compatible for language models.",
     "relay": "Keep a copy of published versions here, for many readers.",
     "export": "Write a snapshot as files that load without Headwater: model.safetensors, optimizer state.",
@@ -30,29 +30,37 @@ _LATE = {
 
 _HELP = {"train": "Train a recipe's model on a cluster of this machine."}
 
+BESIDE = ("bench", "chaos")
+"""Commands of ``headwater_bench``. It is installed with this package, so they are missing only where the files are
+newer than the installation, whose entry points an editable install wrote once."""
+
 
 def names() -> set[str]:
     """The first words of all commands that this module adds."""
-    found = (point.name.partition(".")[0] for point in metadata.entry_points(group=GROUP))
-    return {"bench", *_LATE, *found}
+    return {*_LATE, *BESIDE, *(_first(point) for point in metadata.entry_points(group=GROUP))}
+
+
+def _first(point: EntryPoint) -> str:
+    return point.name.partition(".")[0]
 
 
 def add(app: typer.Typer, called: str | None) -> None:
-    """Add the commands that ``called``, the first word of the command line, may need; all of them for the help."""
-    if called == "bench":
-        app.add_typer(import_module("headwater.cli.bench").app, name="bench", cls=Group)
-    elif called is None:
-        app.command("bench", help=_BENCH_HELP)(_nothing)
+    """Add the commands that ``called``, the first word of the command line, may need; all of them for the help.
+
+    Raises ``UsageError`` if ``called`` is one of ``BESIDE`` and has no entry point.
+    """
     for name, line in _LATE.items():
         if called == name:
             app.command(name)(getattr(import_module(f"headwater.cli.{name}"), name))
         elif called is None:
             app.command(name, help=line)(_nothing)
     groups: dict[str, typer.Typer] = {}
-    for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name):
+    points = sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name)
+    for name in set(BESIDE) - {_first(point) for point in points}:
+        _miss(app, name, called)
+    for point in points:
         *path, name = point.name.split(".")
-        first = path[0] if path else name
-        if called not in (None, first):
+        if called not in (None, _first(point)):
             continue
         if path and path[0] not in groups:
             groups[path[0]] = typer.Typer(cls=Group, no_args_is_help=True, help=_HELP.get(path[0]))
@@ -68,7 +76,19 @@ def _load(parent: typer.Typer, name: str, point: EntryPoint, called: str | None)
             raise
         parent.command(name, help=f"(not available: {point.value} cannot be imported)")(_nothing)
         return
-    parent.command(name)(command)
+    if isinstance(command, typer.Typer):
+        parent.add_typer(command, name=name, cls=Group)
+    else:
+        parent.command(name)(command)
+
+
+def _miss(app: typer.Typer, name: str, called: str | None) -> None:
+    """A command of ``BESIDE`` without its entry point."""
+    remedy = "install Headwater again: pip install -e . (or make install)"
+    if called == name:
+        raise UsageError(f"the command {name!r} is not registered: the files are newer than the installation; {remedy}")
+    if called is None:
+        app.command(name, help=f"(not available: {remedy})")(_nothing)
 
 
 def _nothing() -> None:
