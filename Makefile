@@ -46,7 +46,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/headwater train lm
 
 # These start few processes or none: they run beside one another, the others after them and alone.
-ALONGSIDE := $(addprefix tests/,wire cluster server simulator gateway transports)
+ALONGSIDE := $(addprefix tests/,wire layout cluster server simulator gateway transports)
 # All three always run, so that one call shows everything that fails.
 test: $(VENV)/.installed-test
 	@failed=; \

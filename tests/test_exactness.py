@@ -16,7 +16,7 @@ import torch
 
 import headwater
 from headwater.launch import Launcher
-from headwater.types import Hyper, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import DenseSpec, Hyper, OptimizerSpec, ParameterSpec
 from headwater.wire.exact import clip_factor
 from tests.patience import PATIENCE
 
@@ -78,13 +78,13 @@ def one_process(start: dict[str, torch.Tensor], kind: str, workers: int, max_nor
     return digests
 
 
-def spec(kind: str, name: str, max_norm: float | None) -> TableSpec:
+def spec(kind: str, name: str, max_norm: float | None) -> DenseSpec:
     cls, hyper, _ = OPTIMIZERS[kind]
     parameters = tuple(ParameterSpec(key, shape, init=headwater.init.normal(1.0)) for key, shape in SHAPES.items())
-    return TableSpec(name, parameters, OptimizerSpec(cls.__name__, (hyper,)), headwater.Bulk(), max_norm, seed=7)
+    return DenseSpec(name, parameters, OptimizerSpec(cls.__name__, (hyper,)), headwater.Bulk(), max_norm, seed=7)
 
 
-def worker(address: str, servers: int, rank: int, world: int, table_spec: TableSpec) -> tuple[bytes, list[str]]:
+def worker(address: str, servers: int, rank: int, world: int, table_spec: DenseSpec) -> tuple[bytes, list[str]]:
     """One worker's life: what it started from, and the digest after every step."""
     with headwater.connect(address, rank=rank, world=world, timeout=PATIENCE, servers=servers) as client:
         table = client.table(table_spec)

@@ -10,7 +10,7 @@ import torch
 from headwater import init
 from headwater.errors import UsageError
 from headwater.server.tables import initialise
-from headwater.types import Init, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import DenseSpec, Init, OptimizerSpec, ParameterSpec
 from tests.server.tables.tools import Sharded
 
 SHAPE = (400, 500)
@@ -67,7 +67,7 @@ def test_shards_do_not_matter(kind: str, dtype: str) -> None:
         ParameterSpec(f"p{i}", shape, dtype, init=Init(kind, -0.5, 0.5))  # type: ignore[arg-type]
         for i, shape in enumerate([(3,), (200_000,), (65536,), (100, 70)])
     )
-    spec = TableSpec("t", parameters, OptimizerSpec("SGD", ({},)), seed=3)
+    spec = DenseSpec("t", parameters, OptimizerSpec("SGD", ({},)), seed=3)
     found = []
     for shards in (1, 2, 3):
         table = Sharded(spec, shards, seed=shards)
@@ -105,7 +105,7 @@ def test_what_cannot_be_drawn_is_refused(how: Init, shape: tuple[int, ...], dtyp
     with pytest.raises(UsageError, match="parameter 'w'"):
         _fill(how, shape, dtype)
     with pytest.raises(UsageError, match="parameter 'w'"):
-        Sharded(TableSpec("t", (ParameterSpec("w", shape, dtype, init=how),), OptimizerSpec("Assign", ({},))), 1)
+        Sharded(DenseSpec("t", (ParameterSpec("w", shape, dtype, init=how),), OptimizerSpec("Assign", ({},))), 1)
 
 
 def test_bad_arguments_are_refused() -> None:

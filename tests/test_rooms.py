@@ -17,6 +17,7 @@ SOURCE = Path(headwater.__file__).parent.parent
 ROWS = [
     {"errors", "interrupts", "types"},
     {"init", "pretrained", "wire"},
+    {"layout"},
     {"cluster", "transports"},
     {"client", "server"},
     {"readers"},

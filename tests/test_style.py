@@ -22,7 +22,7 @@ def _files(*folders: str) -> list[Path]:
 SOURCE = _files("src", "benchmarks", "examples")
 TESTS = _files("tests")
 
-FILE = 600
+FILE = 700
 FUNCTION = 60
 USUAL = 40
 

@@ -50,7 +50,7 @@ from headwater.errors import (
     VersionExpired,
     WorkerLost,
 )
-from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Stale, TableSpec, VersionInfo
+from headwater.types import Async, Bulk, DenseSpec, Init, OptimizerSpec, ParameterSpec, Stale, VersionInfo
 
 if TYPE_CHECKING:
     from headwater import data, init, launch, pretrained
@@ -73,6 +73,7 @@ __all__ = [
     "DeadlineExceeded",
     "DeltaCorrupt",
     "Dense",
+    "DenseSpec",
     "DenseTable",
     "DiskFull",
     "Follower",
@@ -102,7 +103,6 @@ __all__ = [
     "StateInUse",
     "Table",
     "TableConflict",
-    "TableSpec",
     "Ticket",
     "UnknownOptimizer",
     "UnknownTable",

@@ -33,6 +33,8 @@ HeadwaterError
 ├── DeadlineExceeded (also a TimeoutError)
 ├── DiskFull                            no room for a file: a full disk, a quota, a limit; nothing was left behind
 └── InternalError                       a bug in Headwater; the message tells what led to it
+
+``Halt`` stands outside the tree: it ends the process that raises it and never crosses the wire.
 """
 
 from __future__ import annotations
@@ -172,6 +174,10 @@ class DiskFull(HeadwaterError):
 
 class InternalError(HeadwaterError):
     """A bug in Headwater; the message tells what led to it."""
+
+
+class Halt(Exception):
+    """This process cannot go on; the cause says why. No ``HeadwaterError``: no peer is at fault, none may catch it."""
 
 
 def _tree(root: type[HeadwaterError]) -> dict[str, type[HeadwaterError]]:

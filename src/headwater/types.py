@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal, TypeVar
 
 import msgspec
 
@@ -20,6 +20,9 @@ ITEMSIZE: dict[str, int] = {
     "bool": 1,
 }
 """Bytes per element of every dtype a dense table may hold."""
+
+Reduce = Literal["mean", "sum", "lowest"]
+NonFinite = Literal["error", "skip", "allow"]
 
 Hyper = bool | int | float | str | None | tuple[float, ...]
 """One hyperparameter of an optimizer group, as it travels (``betas`` is a tuple of floats)."""
@@ -54,7 +57,47 @@ class Init(msgspec.Struct, frozen=True):
     b: float = 0.0
 
 
-class Bulk(msgspec.Struct, frozen=True, tag="bulk"):
+class Policy(msgspec.Struct, frozen=True):
+    """How the workers of a table keep in step: what every synchronisation policy answers.
+
+    Nobody else asks *which* policy it is. A further one is a subclass with its traits, in ``Sync`` below.
+    """
+
+    collective: ClassVar[bool] = False
+    """All workers take a step together (Valiant 1990): it is applied when each has contributed, on all shards or on
+    none, and the table has one clock. Otherwise each worker's step is applied by itself, and each has its clock."""
+
+    reads_own_memory: ClassVar[bool] = True
+    """A worker computes on values of its own, which a pull refreshes. Otherwise the servers' memory does not change
+    while a worker computes, so that on one host its parameters *are* that memory."""
+
+    @property
+    def combined(self) -> Reduce:
+        """What the contributions to a collective step become."""
+        return "sum"
+
+    @property
+    def read_bound(self) -> int | None:
+        """A worker at clock c reads only once every other has reached c minus this (Ho et al. 2013); None: at once."""
+        return None
+
+    @property
+    def staleness_cap(self) -> int | None:
+        """How many steps of others may be applied between a worker's read and its push; None: any number."""
+        return None
+
+    @property
+    def immediate(self) -> bool:
+        """A push is applied when it arrives, whatever other workers do."""
+        return not self.collective and self.staleness_cap is None
+
+    @property
+    def paced(self) -> bool:
+        """Workers take their own steps, but one's read or step may have to wait for another's next step."""
+        return self.read_bound is not None or self.staleness_cap is not None
+
+
+class Bulk(Policy, frozen=True, tag="bulk"):
     """Bulk-synchronous (Valiant 1990): a step is applied when every worker has contributed to it.
 
     ``reduce`` says what the contributions become, summed in rank order first: ``"mean"`` divides the
@@ -62,10 +105,17 @@ class Bulk(msgspec.Struct, frozen=True, tag="bulk"):
     lowest rank is all that counts.
     """
 
-    reduce: Literal["mean", "sum", "lowest"] = "mean"
+    collective: ClassVar[bool] = True
+    reads_own_memory: ClassVar[bool] = False
+
+    reduce: Reduce = "mean"
+
+    @property
+    def combined(self) -> Reduce:
+        return self.reduce
 
 
-class Stale(msgspec.Struct, frozen=True, tag="stale"):
+class Stale(Policy, frozen=True, tag="stale"):
     """Stale-synchronous (Ho et al. 2013): a worker at clock c reads only once every worker has reached c - bound."""
 
     bound: int = 1
@@ -74,8 +124,12 @@ class Stale(msgspec.Struct, frozen=True, tag="stale"):
         if self.bound < 0:
             raise ValueError(f"Stale(bound={self.bound}): the bound is a number of steps, 0 or more")
 
+    @property
+    def read_bound(self) -> int:
+        return self.bound
 
-class Async(msgspec.Struct, frozen=True, tag="async"):
+
+class Async(Policy, frozen=True, tag="async"):
     """Asynchronous: a push is applied on arrival.
 
     ``max_staleness`` caps how many steps of others may be applied between a worker's read and its push:
@@ -89,9 +143,13 @@ class Async(msgspec.Struct, frozen=True, tag="async"):
         if self.max_staleness is not None and self.max_staleness < 0:
             raise ValueError(f"Async(max_staleness={self.max_staleness}): the cap is a number of steps, 0 or more")
 
+    @property
+    def staleness_cap(self) -> int | None:
+        return self.max_staleness
+
 
 Sync = Bulk | Stale | Async
-"""The synchronisation policies. Local steps (DiLoCo) will be a fourth member."""
+"""The synchronisation policies, as they travel."""
 
 
 class ParameterSpec(msgspec.Struct, frozen=True):
@@ -123,16 +181,118 @@ Claim = Literal["any", "new", "resume"]
 """Which table a client means by a name: whatever there is, one that its run makes, one that is there already."""
 
 
-class TableSpec(msgspec.Struct, frozen=True):
-    """A dense table: what every party must agree on before the first push."""
+class TableSpec:
+    """What every party must agree on before the first push to a table, whatever its kind.
+
+    A kind of table is a frozen msgspec struct below this class, with ``kind`` as its tag field, under ``@table_kind``.
+    A message that holds a spec says ``TableSpec``; its decoder has ``read_spec`` as its hook.
+    """
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def optimizer(self) -> OptimizerSpec:
+        raise NotImplementedError
+
+    @property
+    def sync(self) -> Sync:
+        raise NotImplementedError
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        raise NotImplementedError
+
+    @property
+    def nonfinite(self) -> NonFinite:
+        raise NotImplementedError
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """What a client has to assign before the table has values; empty if the servers fill all of it."""
+        return ()
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """How many parameters, elements and bytes of values it begins with."""
+        return 0, 0, 0
+
+    def resumed(self) -> TableSpec:
+        """This without what may differ where a table is gone on with: how it was filled, and hyperparameters."""
+        raise NotImplementedError
+
+    def difference(self, other: TableSpec) -> str:
+        """What ``other`` has in its stead, in words; empty if the two agree."""
+        if type(self) is not type(other):
+            return f"{type(self).__name__} instead of {type(other).__name__}"
+        for name in self.__struct_fields__:  # type: ignore[attr-defined]  # of the kind, which is a struct
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{name} {mine!r} instead of {theirs!r}"
+        return ""
+
+
+K = TypeVar("K", bound=TableSpec)
+KINDS: dict[str, type[TableSpec]] = {}
+"""The kinds of table, by what the wire calls them."""
+
+
+def table_kind(kind: type[K]) -> type[K]:
+    """A class decorator: from here on messages and stored state may hold specs of this kind."""
+    KINDS[kind.__struct_config__.tag] = kind  # type: ignore[attr-defined]
+    return kind
+
+
+def read_spec(wanted: type, found: object) -> object:
+    """The ``dec_hook`` of every msgspec decoder of something that holds a ``TableSpec``.
+
+    A union of all kinds would do, if msgspec did not fix what a union means at a message's first use.
+    """
+    if wanted is not TableSpec:
+        raise NotImplementedError(f"nothing reads {wanted.__name__}")
+    name = found.get("kind") if isinstance(found, dict) else None
+    if not isinstance(name, str) or name not in KINDS:
+        raise ValueError(f"a table of kind {name!r}; this Headwater knows {', '.join(map(repr, KINDS))}")
+    return msgspec.convert(found, KINDS[name])
+
+
+@table_kind
+class DenseSpec(TableSpec, msgspec.Struct, frozen=True, tag_field="kind", tag="dense"):
+    """A dense table: parameters that are tensors, every element of which has a place from the beginning."""
 
     name: str
     parameters: tuple[ParameterSpec, ...]
     optimizer: OptimizerSpec
     sync: Sync = Async()
     max_grad_norm: float | None = None
-    nonfinite: Literal["error", "skip", "allow"] = "error"
+    nonfinite: NonFinite = "error"
     seed: int = 0
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        return tuple(p.name for p in self.parameters if p.init.kind == "values")
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        return len(self.parameters), sum(p.numel for p in self.parameters), sum(p.nbytes for p in self.parameters)
+
+    def resumed(self) -> DenseSpec:
+        parameters = tuple(msgspec.structs.replace(p, init=Init("zeros")) for p in self.parameters)
+        optimizer = msgspec.structs.replace(self.optimizer, groups=tuple({} for _ in self.optimizer.groups))
+        return msgspec.structs.replace(self, parameters=parameters, optimizer=optimizer, seed=0)
+
+    def difference(self, other: TableSpec) -> str:
+        if not isinstance(other, DenseSpec):
+            return super().difference(other)
+        if len(self.parameters) != len(other.parameters):
+            return f"{len(self.parameters)} parameters instead of {len(other.parameters)}"
+        for a, b in zip(self.parameters, other.parameters, strict=True):
+            if a != b:
+                return f"parameter {msgspec.to_builtins(a)} instead of {msgspec.to_builtins(b)}"
+        return super().difference(other)
 
 
 class Segment(msgspec.Struct, frozen=True):
@@ -150,21 +310,6 @@ class Segment(msgspec.Struct, frozen=True):
     @property
     def end(self) -> int:
         return self.offset + self.nbytes
-
-
-class PushId(msgspec.Struct, frozen=True):
-    """The identity of a push: applied once, however often it is sent."""
-
-    session: int
-    shard: int
-    seq: int
-
-
-class Version(msgspec.Struct, frozen=True, order=True):
-    """A point in a shard's history: reads of one session never go back."""
-
-    epoch: int
-    lsn: int
 
 
 class VersionInfo(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ import torch
 import headwater.server.__main__  # noqa: F401  (what a server imports)
 from headwater.server.tables.dense import DenseShard
 from headwater.server.tables.plan import Contribution
-from headwater.types import OptimizerSpec, ParameterSpec, Segment, TableSpec
+from headwater.types import DenseSpec, OptimizerSpec, ParameterSpec, Segment
 
 ELEMENTS = 1024
 
@@ -21,7 +21,7 @@ ELEMENTS = 1024
 def run_one_kernel() -> None:
     """One AdamW step on a shard of ``ELEMENTS`` float32 elements."""
     size = 4 * ELEMENTS
-    spec = TableSpec("bare", (ParameterSpec("p", (ELEMENTS,)),), OptimizerSpec("AdamW", ({"lr": 1e-3},)))
+    spec = DenseSpec("bare", (ParameterSpec("p", (ELEMENTS,)),), OptimizerSpec("AdamW", ({"lr": 1e-3},)))
     memory = torch.zeros(size + 64, dtype=torch.uint8)
     start = -memory.data_ptr() % 64
     shard = DenseShard(spec, [Segment(0, 0, ELEMENTS, 0, size)], size, memory[start : start + size])

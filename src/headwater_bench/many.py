@@ -74,8 +74,8 @@ class ManyWorker:
         return time.perf_counter() - start
 
 
-def _spec(names: list[str]) -> headwater.TableSpec:
-    return headwater.TableSpec(
+def _spec(names: list[str]) -> headwater.DenseSpec:
+    return headwater.DenseSpec(
         name="bench-many",
         parameters=tuple(headwater.ParameterSpec(name, (ELEMENTS,)) for name in names),
         optimizer=headwater.OptimizerSpec(OPTIMIZER, ({**OPTIMIZERS[OPTIMIZER][1]},)),

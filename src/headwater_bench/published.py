@@ -16,12 +16,12 @@ TENSOR = 2 << 20
 """Bytes of one tensor: what a layer of a small language model has."""
 
 
-def spec(model: str, nbytes: int, dtype: str) -> headwater.TableSpec:
+def spec(model: str, nbytes: int, dtype: str) -> headwater.DenseSpec:
     """A table of about ``nbytes``, in tensors of ``TENSOR`` bytes or one smaller one; under SGD, so without slots."""
     count, each = max(1, nbytes // TENSOR), min(nbytes, TENSOR)
     shape = (each // headwater.ParameterSpec("", (1,), dtype).nbytes // 256, 256)
     parameters = tuple(headwater.ParameterSpec(f"p{i:03}", shape, dtype) for i in range(count))
-    return headwater.TableSpec(
+    return headwater.DenseSpec(
         model, parameters, headwater.OptimizerSpec("SGD", ({"lr": 1.0},)), headwater.Bulk(), nonfinite="allow"
     )
 
@@ -29,7 +29,7 @@ def spec(model: str, nbytes: int, dtype: str) -> headwater.TableSpec:
 class Module(torch.nn.Module):
     """A module whose parameters are those of a table; its forward costs next to nothing."""
 
-    def __init__(self, table: headwater.TableSpec) -> None:
+    def __init__(self, table: headwater.DenseSpec) -> None:
         super().__init__()
         for p in table.parameters:
             empty = torch.empty(p.shape, dtype=getattr(torch, p.dtype))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import headwater
-from headwater.cluster.placement import layout
+from headwater.layout.dense import layout
 from headwater.server.snapshots.restore import Snapshot, load
 from headwater.server.tables.dense import DenseShard
 from headwater_bench.kernel import OPTIMIZERS
@@ -66,7 +66,7 @@ class Loader:
     def load(self, folder: str) -> int:
         """Memory made, values and optimizer state read and checked; returns the bytes of the values."""
         with Snapshot(Path(folder)) as snapshot:
-            spec = snapshot.table(TABLE).spec
+            spec = snapshot.table(TABLE).dense
             found = layout(spec, self._shards)
             size = found.sizes[self._shard]
             memory = torch.zeros(size + 64, dtype=torch.uint8)

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 import torch
 
-from headwater.cluster.placement import layout
+from headwater.layout.dense import layout
 from headwater_bench import races
 from headwater_bench.options import Options
 from headwater_bench.races import counters, runner, values

@@ -10,7 +10,7 @@ import pytest
 from headwater.client.patience import Patience
 from headwater.errors import ClusterError, DeadlineExceeded, HeadwaterError, LinkBroken
 from headwater.testing import FakeClock
-from headwater.wire.plans import ANY, Late, WhoIsLate
+from headwater.wire.data_plan import ANY, Late, WhoIsLate
 
 STEP = WhoIsLate("model", 7)
 

@@ -20,7 +20,7 @@ from headwater.errors import (
     UnknownOptimizer,
     UsageError,
 )
-from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Stale, TableSpec
+from headwater.types import Async, Bulk, DenseSpec, Init, OptimizerSpec, ParameterSpec, Stale
 from tests.client.conftest import Connect
 
 VALUES = Init("values")
@@ -184,7 +184,7 @@ def test_a_reader_reads_and_nothing_else(client: Client, connect: Connect, name:
 
 
 def test_values_that_do_not_fit_are_refused_before_the_table_is_declared(client: Client, name: str) -> None:
-    spec = TableSpec(name, (ParameterSpec("a", (3,), init=VALUES),), OptimizerSpec("SGD", ({},)))
+    spec = DenseSpec(name, (ParameterSpec("a", (3,), init=VALUES),), OptimizerSpec("SGD", ({},)))
     with pytest.raises(UsageError, match="no values were given for 'a'"):
         client.table(spec)
     with pytest.raises(ShapeMismatch, match="'a' is float32"):

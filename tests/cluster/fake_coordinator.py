@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from headwater.cluster import entries
-from headwater.cluster.snapshots import Asker
 from headwater.cluster.versions import Known, Versions
 from headwater.errors import (
     HeadwaterError,
@@ -15,6 +14,7 @@ from headwater.errors import (
 )
 from headwater.wire import messages as m
 from headwater.wire import versions as v
+from headwater.wire.outgoing import Asker
 from tests.cluster.fake_peers import spec
 
 W, READER = 1, 9  # peers

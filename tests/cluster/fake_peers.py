@@ -10,9 +10,10 @@ import msgspec
 from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.errors import HeadwaterError
 from headwater.testing import FakeClock
-from headwater.types import Bulk, Init, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import Bulk, DenseSpec, Init, OptimizerSpec, ParameterSpec
 from headwater.wire import messages as m
-from headwater.wire.frames import Dial, Frame, Instruction, Kind
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Dial, Instruction
 
 T = TypeVar("T", bound=msgspec.Struct)
 Heard = m.Reply | m.Notice | m.Request | HeadwaterError
@@ -20,10 +21,10 @@ Heard = m.Reply | m.Notice | m.Request | HeadwaterError
 SERVER, WORKER, READER, HEART = 100, 200, 300, 400
 
 
-def spec(name: str = "t", init: str = "zeros", **changes: object) -> TableSpec:
+def spec(name: str = "t", init: str = "zeros", **changes: object) -> DenseSpec:
     """Large enough to lie on several shards."""
     parameter = ParameterSpec("w", (200_000,), init=Init(init))  # type: ignore[arg-type]
-    made = TableSpec(name, (parameter,), OptimizerSpec("SGD", ({"lr": 0.1},)), Bulk())
+    made = DenseSpec(name, (parameter,), OptimizerSpec("SGD", ({"lr": 0.1},)), Bulk())
     return msgspec.structs.replace(made, **changes)
 
 

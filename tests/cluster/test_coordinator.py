@@ -15,7 +15,7 @@ from headwater.errors import (
     UsageError,
     WorkerLost,
 )
-from headwater.types import Async, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import Async, DenseSpec, OptimizerSpec, ParameterSpec
 from headwater.wire import messages as m
 from headwater.wire.frames import Frame, Kind
 from tests.cluster.fake_peers import HEART, READER, SERVER, WORKER, FakePeers, spec
@@ -361,7 +361,7 @@ def test_a_reader_never_assigns_but_gets_the_values_of_a_worker() -> None:
         (spec(seed=9), "seed 0 instead of 9"),
     ],
 )
-def test_a_table_declared_otherwise_is_a_conflict_that_names_the_difference(other: TableSpec, says: str) -> None:
+def test_a_table_declared_otherwise_is_a_conflict_that_names_the_difference(other: DenseSpec, says: str) -> None:
     script = FakePeers(1)
     script.join(0, 1, world=2)
     script.ask(WORKER, m.Declare(spec()))
@@ -425,7 +425,7 @@ def test_a_worker_cannot_answer_for_a_server() -> None:
         (spec(optimizer=OptimizerSpec("Nope", ({},))), UnknownOptimizer),
     ],
 )
-def test_a_table_that_cannot_be_is_refused_here_too(bad: TableSpec, error: type[Exception]) -> None:
+def test_a_table_that_cannot_be_is_refused_here_too(bad: DenseSpec, error: type[Exception]) -> None:
     script = FakePeers(1)
     script.join(0)
     script.ask(WORKER, m.Declare(bad))

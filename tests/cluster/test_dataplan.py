@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from headwater.cluster.dataplan import ALL, DataPlan, DataPlans, Ranges
 from headwater.errors import ClusterError, SessionExpired, StateCorrupt, UsageError
-from headwater.wire.plans import PlanChunk, PlanNext
+from headwater.wire.data_plan import PlanChunk, PlanNext
 
 SPEC = PlanNext("data", n=10, epochs=2, seed=0, chunk=4, overlap=False, turn=0)
 

@@ -8,7 +8,6 @@ from headwater.cluster.snapshots import (
     PATIENCE,
     TRIES,
     Answer,
-    Asker,
     Moment,
     Publish,
     Published,
@@ -18,10 +17,11 @@ from headwater.cluster.snapshots import (
     Started,
 )
 from headwater.errors import ClusterError, DeadlineExceeded, UsageError
-from headwater.types import OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import DenseSpec, OptimizerSpec, ParameterSpec
 from headwater.wire import messages as m
+from headwater.wire.outgoing import Asker
 
-SPEC = TableSpec("t", (ParameterSpec("w", (4,)),), OptimizerSpec("SGD", ({},)))
+SPEC = DenseSpec("t", (ParameterSpec("w", (4,)),), OptimizerSpec("SGD", ({},)))
 ANN, BOB = Asker(7, 1), Asker(8, 2)
 
 

@@ -13,7 +13,7 @@ import torch
 from headwater.client import StepResult, Ticket
 from headwater.client.naming import Names
 from headwater.errors import HeadwaterError
-from headwater.types import TableSpec
+from headwater.types import DenseSpec
 from headwater.wire.tensors import DTYPES
 
 Call = tuple[str, tuple[str, ...]]
@@ -24,7 +24,7 @@ class FakeTable:
 
     live = False
 
-    def __init__(self, spec: TableSpec, values: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, spec: DenseSpec, values: Mapping[str, torch.Tensor]) -> None:
         self.spec = spec
         self.calls: list[Call] = []
         self.groups: list[object] = []
@@ -128,7 +128,7 @@ class FakeClient:
         self.closed = False
         self.names = Names()
 
-    def table(self, spec: TableSpec, values: Mapping[str, torch.Tensor] | None = None, claim: str = "any") -> FakeTable:
+    def table(self, spec: DenseSpec, values: Mapping[str, torch.Tensor] | None = None, claim: str = "any") -> FakeTable:
         self.tables[spec.name] = FakeTable(spec, values or {})
         return self.tables[spec.name]
 
@@ -136,6 +136,6 @@ class FakeClient:
         self.closed = True
 
 
-def _flat(spec: TableSpec) -> dict[str, torch.Tensor]:
+def _flat(spec: DenseSpec) -> dict[str, torch.Tensor]:
     """Each with memory of its own."""
     return {p.name: torch.zeros(p.shape, dtype=DTYPES[p.dtype]) for p in spec.parameters}

@@ -23,7 +23,7 @@ from headwater.cluster.dataplan import ALL, DataPlans
 from headwater.errors import DeadlineExceeded, UsageError
 from headwater.integrations.torch_data import ShardSampler
 from headwater.types import Async, Bulk
-from headwater.wire.plans import PlanChunk, PlanNext
+from headwater.wire.data_plan import PlanChunk, PlanNext
 
 
 class Cluster:

@@ -20,7 +20,7 @@ from headwater.launch import Launcher
 from headwater.server.snapshots import manifest
 from headwater.server.snapshots.restore import newest
 from headwater.wire import messages as m
-from headwater.wire.plans import PlanChunk, PlanNext
+from headwater.wire.data_plan import PlanChunk, PlanNext
 from tests.patience import PATIENCE
 
 SIZE = 30_000

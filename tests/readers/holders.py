@@ -12,27 +12,27 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from headwater.cluster.placement import layout
-from headwater.cluster.spans import spans
 from headwater.errors import (
     DeadlineExceeded,
     HeadwaterError,
     LinkBroken,
     ProtocolError,
 )
+from headwater.layout.dense import layout
+from headwater.layout.words import spans
 from headwater.readers.fetch import Fetcher
 from headwater.readers.stored import Base, Stored
 from headwater.readers.weights import Weights
 from headwater.transports import memory
 from headwater.transports.stream import Handler
-from headwater.types import OptimizerSpec, ParameterSpec, TableSpec, VersionInfo
+from headwater.types import DenseSpec, OptimizerSpec, ParameterSpec, VersionInfo
 from headwater.wire import delta
 from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.frames import Flag, Frame, Kind
 from headwater.wire.sums import checksums, digest, pack
 
-SPEC = TableSpec("t", (ParameterSpec("w", (400_000,)),), OptimizerSpec("SGD", ({"lr": 1.0},)))
+SPEC = DenseSpec("t", (ParameterSpec("w", (400_000,)),), OptimizerSpec("SGD", ({"lr": 1.0},)))
 SHARDS = 2
 PLAN = layout(SPEC, SHARDS)
 Said = tuple[Frame, bytes, tuple[int, ...]]

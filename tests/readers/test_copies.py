@@ -16,7 +16,7 @@ from headwater.readers import weights as weights_module
 from headwater.readers.copying import Move, copy_all
 from headwater.readers.windows import KEPT, Windows
 from headwater.transports.memory import Sealed
-from headwater.types import Init, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import DenseSpec, Init, OptimizerSpec, ParameterSpec
 from tests.readers.conftest import Connect, Read
 
 SHAPE = (1200, 500)  # 2.4 MB: on both servers
@@ -47,7 +47,7 @@ def test_targets_of_every_kind(connect: Connect, read: Read, name: str) -> None:
         ParameterSpec(key, tuple(value.shape), str(value.dtype).removeprefix("torch."), init=Init("values"))
         for key, value in values.items()
     )
-    ps.publish([ps.table(TableSpec(name, parameters, OptimizerSpec("Assign", ({},))), values)], "v1").wait()
+    ps.publish([ps.table(DenseSpec(name, parameters, OptimizerSpec("Assign", ({},))), values)], "v1").wait()
     with reader.lease() as weights:
         for into in (
             {key: torch.zeros_like(value) for key, value in values.items()},

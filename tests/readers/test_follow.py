@@ -16,7 +16,7 @@ from headwater.client import Client, Dense
 from headwater.errors import DeadlineExceeded, LinkBroken, ShapeMismatch, UsageError
 from headwater.readers import Follower, Reader
 from headwater.readers import follow as follow_module
-from headwater.types import Init, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import DenseSpec, Init, OptimizerSpec, ParameterSpec
 from tests.patience import PATIENCE
 
 
@@ -49,7 +49,7 @@ class Trainer:
         net = Net(width)
         shapes = {k: tuple(torch.as_tensor(p).shape) for k, p in [*net.named_parameters(), ("mean", net.mean)]}
         parameters = tuple(ParameterSpec(k, shape, init=Init("zeros")) for k, shape in shapes.items())
-        self.table = self.ps.table(TableSpec("net", parameters, OptimizerSpec("SGD", ({"lr": 1.0},))))
+        self.table = self.ps.table(DenseSpec("net", parameters, OptimizerSpec("SGD", ({"lr": 1.0},))))
         self.shapes = shapes
         self.number = 0
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from headwater_recipes.lm import job
-from headwater_recipes.lm.settings import Settings
+from headwater_recipes.common import job
+from headwater_recipes.lm.settings import RECIPE, LmSettings
 
 TINY: dict[str, Any] = {
     "preset": "tiny",
@@ -45,8 +45,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder that is ready to train in; copy it before you do."""
     place = tmp_path_factory.mktemp("recipe")
     corpus = write_corpus(place / "corpus")
-    settings = Settings(data=(str(corpus),), **TINY)
-    return job.prepare(settings, place / "run", Console(quiet=True))
+    settings = LmSettings(data=(str(corpus),), **TINY)
+    return job.prepare(RECIPE, settings, place / "run", Console(quiet=True))
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headwater_recipes.lm import model
-from headwater_recipes.lm.corpus import Corpus, Document
-from headwater_recipes.lm.tokenizer import END, train
+from headwater_recipes.text.corpus import Corpus, Document
+from headwater_recipes.text.tokenizer import END, train
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -8,23 +8,24 @@ import msgspec
 import numpy as np
 import xxhash
 
-from headwater.cluster.placement import layout
 from headwater.errors import HeadwaterError
+from headwater.layout.dense import layout
 from headwater.readers.fetch import Got
 from headwater.relay.core import Relay
 from headwater.relay.words import Event, Failed, Fetched, Job, Listed, News, Silent
 from headwater.server.versions.shelf import Shelf
 from headwater.transports.rooms import Rooms
-from headwater.types import OptimizerSpec, ParameterSpec, TableSpec, VersionInfo
+from headwater.types import DenseSpec, OptimizerSpec, ParameterSpec, VersionInfo
 from headwater.wire import messages as m
 from headwater.wire import sums
 from headwater.wire import versions as v
-from headwater.wire.frames import Frame, Instruction, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Instruction, Outgoing
 
 ME = v.Holder("tcp://127.0.0.1:1", "local://relay", "here")
 FAR = v.Holder("tcp://127.0.0.1:2", "", "there")
 UPSTREAM = "tcp://127.0.0.1:3"
-SPEC = TableSpec("lm", (ParameterSpec("w", (32768,)),), OptimizerSpec("SGD", ({"lr": 0.1},)))
+SPEC = DenseSpec("lm", (ParameterSpec("w", (32768,)),), OptimizerSpec("SGD", ({"lr": 0.1},)))
 SHARDS = 2
 
 Answer = TypeVar("Answer")

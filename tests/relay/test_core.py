@@ -18,7 +18,8 @@ from headwater.relay.words import Back, Taken, Trouble
 from headwater.types import VersionInfo
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from headwater.wire.frames import Frame, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Outgoing
 from tests.relay.fake_upstream import ME, SPEC, UPSTREAM, A, B, FakeUpstream
 
 

@@ -10,22 +10,23 @@ from typing import NamedTuple
 
 import torch
 
-from headwater.cluster.placement import layout
+from headwater.layout.dense import layout
 from headwater.server import COORDINATOR
 from headwater.server.node import Node, Setting
+from headwater.server.replication.state import view
 from headwater.server.server import Server
-from headwater.server.state import view
-from headwater.types import Async, OptimizerSpec, ParameterSpec, Sync, TableSpec
+from headwater.types import Async, DenseSpec, OptimizerSpec, ParameterSpec, Sync
 from headwater.wire import messages as m
-from headwater.wire.frames import Dial, Flag, Frame, Instruction, Kind
+from headwater.wire.frames import Flag, Frame, Kind
+from headwater.wire.outgoing import Dial, Instruction
 
 MEMBERS = 1  # the membership epoch
 
 
-def spec(sync: Sync | None = None, optimizer: str = "SGD", *shapes: tuple[int, ...], **changes: object) -> TableSpec:
+def spec(sync: Sync | None = None, optimizer: str = "SGD", *shapes: tuple[int, ...], **changes: object) -> DenseSpec:
     """Parameters of these shapes."""
     parameters = tuple(ParameterSpec(f"p{i}", shape) for i, shape in enumerate(shapes or ((20_000,), (30, 40))))
-    return TableSpec(
+    return DenseSpec(
         "t", parameters, OptimizerSpec(optimizer, ({"lr": 0.5},)), sync if sync is not None else Async(), **changes
     )  # type: ignore[arg-type]
 
@@ -79,7 +80,7 @@ class Ring:
         frame = Frame(kind, seq=getattr(message, "table", 0), body=m.pack(message))
         self._do(server, self.servers[server].receive(COORDINATOR, frame))
 
-    def begin(self, table: TableSpec, ranks: tuple[int, ...] = (0,), server: int = 0) -> None:
+    def begin(self, table: DenseSpec, ranks: tuple[int, ...] = (0,), server: int = 0) -> None:
         """Table 1, and the workers who may use it."""
         self.tell(server, m.Members(MEMBERS, ranks, 0, "", tuple(70 + rank for rank in ranks)))
         self.tell(server, m.Create(1, table))

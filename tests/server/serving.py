@@ -19,10 +19,11 @@ from headwater.server.server import Server
 from headwater.transports.address import Address
 from headwater.transports.memory import close_all
 from headwater.transports.receiver import Receiver, descriptors
-from headwater.types import TableSpec
+from headwater.types import DenseSpec
 from headwater.wire import auth
 from headwater.wire import messages as m
-from headwater.wire.frames import Frame, Instruction, Kind, Outgoing, encode
+from headwater.wire.frames import Frame, Kind, encode
+from headwater.wire.outgoing import Instruction, Outgoing
 from tests.patience import PATIENCE
 
 TOKEN = b"a token for tests"
@@ -75,7 +76,7 @@ class NodeHost:
     def dialed(self, key: int, peer: int | None) -> list[Instruction]:
         return self._keep(self.server.dialed(key, peer))
 
-    def create(self, number: int, spec: TableSpec) -> m.Created:
+    def create(self, number: int, spec: DenseSpec) -> m.Created:
         """A table."""
         self._told(Frame(Kind.REQUEST, seq=number, body=m.pack(m.Create(number, spec))))
         created = m.unpack_reply(self.said.pop().body)

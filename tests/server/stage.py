@@ -6,13 +6,13 @@ from typing import TypeVar
 
 import torch
 
-from headwater.cluster.placement import layout
 from headwater.cluster.tables import decide
+from headwater.layout.dense import layout
 from headwater.server import events as e
-from headwater.server.records import Ranges
+from headwater.server.replication.records import Ranges
 from headwater.server.shard import Shard
 from headwater.server.table import Table
-from headwater.types import Bulk, Hyper, OptimizerSpec, ParameterSpec, Sync, TableSpec
+from headwater.types import Bulk, DenseSpec, Hyper, OptimizerSpec, ParameterSpec, Sync
 from headwater.wire.frames import Flag
 from headwater.wire.messages import Commit, Members, Ready, StepBody
 
@@ -20,9 +20,9 @@ TABLE = 1
 I = TypeVar("I", e.Ack, e.Send, e.SendMean, e.Fail, e.Done, Ready)  # noqa: E741
 
 
-def spec(sync: Sync | None = None, numel: int = 40_000, max_grad_norm: float | None = None) -> TableSpec:
+def spec(sync: Sync | None = None, numel: int = 40_000, max_grad_norm: float | None = None) -> DenseSpec:
     """One parameter, SGD with learning rate 1: the values are minus the sum of what was applied."""
-    return TableSpec(
+    return DenseSpec(
         "t",
         (ParameterSpec("w", (numel,)),),
         OptimizerSpec("SGD", ({"lr": 1.0},)),
@@ -38,10 +38,10 @@ class Memory:
         self.shard, self.shards, self.alone = shard, shards, alone
         self.values: dict[int, torch.Tensor] = {}
 
-    def size(self, spec: TableSpec) -> int:
+    def size(self, spec: DenseSpec) -> int:
         return layout(spec, self.shards).sizes[self.shard]
 
-    def create(self, number: int, spec: TableSpec) -> Table:
+    def create(self, number: int, spec: DenseSpec) -> Table:
         values = self.values[number] = torch.zeros(self.size(spec), dtype=torch.uint8)
         return Table(number, spec, layout(spec, self.shards).segments[self.shard], values, alone=self.alone)
 
@@ -62,7 +62,7 @@ class Stage:
     """
 
     def __init__(
-        self, table: TableSpec | None = None, shards: int = 1, ranks: tuple[int, ...] = (0, 1), *, alone: bool = False
+        self, table: DenseSpec | None = None, shards: int = 1, ranks: tuple[int, ...] = (0, 1), *, alone: bool = False
     ) -> None:
         self.spec = table or spec()
         parts = layout(self.spec, shards).participants

@@ -21,16 +21,17 @@ import torch
 
 from headwater.errors import ProtocolError
 from headwater.server import COORDINATOR
-from headwater.server import records as r
 from headwater.server.node import Setting
+from headwater.server.replication import records as r
 from headwater.server.server import Server
 from headwater.transports import memory
 from headwater.transports.address import Address
 from headwater.transports.receiver import descriptors as ancillary
-from headwater.types import Init, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import DenseSpec, Init, OptimizerSpec, ParameterSpec
 from headwater.wire import messages as m
-from headwater.wire.frames import Dial, Flag, Frame, Kind, encode
+from headwater.wire.frames import Flag, Frame, Kind, encode
 from headwater.wire.messages import Slot
+from headwater.wire.outgoing import Dial
 from tests.server.mutations import Mutator, Piece, read
 from tests.server.serving import Wire, serve
 from tests.server.town import (
@@ -242,7 +243,7 @@ def member_talk(trial: Trial, chance: random.Random) -> list[Piece]:
     join = m.Join(role, chance.getrandbits(62), "host", 7, address="nowhere", local="nowhere")
     shard = chance.randrange(SHARDS)
     values = (ParameterSpec("v", (64,), init=Init("values")),)
-    own = TableSpec(f"t{chance.randrange(20)}", values, OptimizerSpec("SGD", ({"lr": 1.0},)))
+    own = DenseSpec(f"t{chance.randrange(20)}", values, OptimizerSpec("SGD", ({"lr": 1.0},)))
     said: list[m.Request | m.Notice] = [
         m.Declare(TABLES[BULK]),
         m.Declare(own),

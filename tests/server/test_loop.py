@@ -30,7 +30,7 @@ from headwater.server.loop import listen
 from headwater.transports import memory
 from headwater.transports.address import Address, parse
 from headwater.transports.stream import connect
-from headwater.types import Async, Bulk, OptimizerSpec, ParameterSpec, Sync, TableSpec
+from headwater.types import Async, Bulk, DenseSpec, OptimizerSpec, ParameterSpec, Sync
 from headwater.wire import auth
 from headwater.wire import messages as m
 from headwater.wire.frames import MAX_BODY, Flag, Frame, Kind, encode
@@ -39,8 +39,8 @@ from tests.server.serving import TOKEN, NodeHost, Wire, coordinator, serve
 NUMEL = 20_000
 
 
-def spec(sync: Sync) -> TableSpec:
-    return TableSpec("t", (ParameterSpec("w", (NUMEL,)),), OptimizerSpec("SGD", ({"lr": 1.0},)), sync)
+def spec(sync: Sync) -> DenseSpec:
+    return DenseSpec("t", (ParameterSpec("w", (NUMEL,)),), OptimizerSpec("SGD", ({"lr": 1.0},)), sync)
 
 
 @pytest.fixture
@@ -511,7 +511,7 @@ def test_a_client_that_pulls_and_does_not_read_is_sent_what_was_there_when_it_as
 
 def test_a_body_of_megabytes_is_read(control: Address) -> None:
     parameters = tuple(ParameterSpec(f"a rather long name of a parameter {i}", (3,)) for i in range(50_000))
-    large = TableSpec("large", parameters, OptimizerSpec("SGD", ({},)))
+    large = DenseSpec("large", parameters, OptimizerSpec("SGD", ({},)))
     with Wire(control) as wire:
         wire.greet()
         body = m.pack(m.Declare(large))

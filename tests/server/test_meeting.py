@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headwater.server import events as e
-from headwater.server import records as r
+from headwater.server.replication import records as r
 from headwater.types import Bulk
 from headwater.wire.frames import Flag
 from headwater.wire.messages import Commit

@@ -8,20 +8,21 @@ import msgspec
 import numpy as np
 import pytest
 
-from headwater.cluster.placement import layout
-from headwater.cluster.spans import spans
 from headwater.errors import ProtocolError
+from headwater.layout.dense import layout
+from headwater.layout.words import spans
 from headwater.server.versions.fills import Fills
 from headwater.server.versions.shelf import Key, Shelf
-from headwater.types import OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import DenseSpec, OptimizerSpec, ParameterSpec
 from headwater.wire import messages as m
 from headwater.wire import sums
 from headwater.wire import versions as v
-from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Dial, Instruction, Outgoing
 
 SPECS = (
-    (1, TableSpec("w", (ParameterSpec("w", (700, 1000)),), OptimizerSpec("SGD", ({"lr": 0.1},)))),
-    (2, TableSpec("b", (ParameterSpec("b", (33,), "bfloat16"),), OptimizerSpec("SGD", ({"lr": 0.1},)))),
+    (1, DenseSpec("w", (ParameterSpec("w", (700, 1000)),), OptimizerSpec("SGD", ({"lr": 0.1},)))),
+    (2, DenseSpec("b", (ParameterSpec("b", (33,), "bfloat16"),), OptimizerSpec("SGD", ({"lr": 0.1},)))),
 )
 HOLDER = v.Holder("tcp://127.0.0.1:1", "", "")
 

@@ -22,11 +22,12 @@ from headwater.server.versions import shelf as shelf_module
 from headwater.server.versions.cut import PartCut
 from headwater.server.versions.shelf import Key, Shelf
 from headwater.transports import memory
-from headwater.types import Bulk, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import Bulk, DenseSpec, OptimizerSpec, ParameterSpec
 from headwater.wire import delta
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from headwater.wire.frames import Flag, Frame, Instruction, Kind, Outgoing
+from headwater.wire.frames import Flag, Frame, Kind
+from headwater.wire.outgoing import Instruction, Outgoing
 from headwater.wire.sums import checksums, digest, unpack
 from tests.patience import PATIENCE
 from tests.server.serving import NodeHost, Wire, serve
@@ -52,7 +53,7 @@ class Holder:
         self._take(self.server.adopt(m.View(0, 1, m.Endpoint(0, "", "", ""))))
         self.tell(m.Members(1, (0,), 0))
         for number in range(1, tables + 1):
-            spec = TableSpec(
+            spec = DenseSpec(
                 f"t{number}", (ParameterSpec("w", (ELEMENTS,)),), OptimizerSpec("SGD", ({"lr": 1.0},)), Bulk()
             )
             self.tell(m.Create(number, spec))
@@ -537,7 +538,7 @@ def test_checksums_of_odd_length_are_none() -> None:
 def test_no_descriptors_left_ends_one_connection_and_not_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that asks for memory and does not take it; the others go on."""
     host = NodeHost()
-    spec = TableSpec("t", (ParameterSpec("w", (ELEMENTS,)),), OptimizerSpec("SGD", ({"lr": 1.0},)), Bulk())
+    spec = DenseSpec("t", (ParameterSpec("w", (ELEMENTS,)),), OptimizerSpec("SGD", ({"lr": 1.0},)), Bulk())
     host.create(1, spec)
     host.server.receive(COORDINATOR, Frame(Kind.NOTICE, body=m.pack(v.CutVersion(1, 0, (1,)))))
     with serve(host, unix=f"headwater-shelf-{os.getpid()}") as address, Wire(address) as greedy, Wire(address) as other:

@@ -20,9 +20,10 @@ from headwater.server.loop import Host
 from headwater.server.node import Setting
 from headwater.server.server import Server
 from headwater.transports.receiver import Receiver
-from headwater.types import Async, Bulk, OptimizerSpec, ParameterSpec, Stale, Sync, TableSpec
+from headwater.types import Async, Bulk, DenseSpec, OptimizerSpec, ParameterSpec, Stale, Sync
 from headwater.wire import messages as m
-from headwater.wire.frames import Dial, Flag, Frame, Instruction, Kind, Outgoing, encode
+from headwater.wire.frames import Flag, Frame, Kind, encode
+from headwater.wire.outgoing import Dial, Instruction, Outgoing
 
 SHARDS = 4
 SIZE = 4096  # bytes of each table on each shard
@@ -32,10 +33,10 @@ GOOD = 0x5EED_0000_1234_5678  # the good client's session
 ROOM = 1 << 20  # bytes that each server may take for one more table
 
 
-def spec(name: str, sync: Sync, optimizer: str = "SGD") -> TableSpec:
+def spec(name: str, sync: Sync, optimizer: str = "SGD") -> DenseSpec:
     """A table with 4 KiB on each shard."""
     parameters = tuple(ParameterSpec(f"w{i}", (SIZE // 4,)) for i in range(SHARDS))
-    return TableSpec(name, parameters, OptimizerSpec(optimizer, ({"lr": 1.0},)), sync)
+    return DenseSpec(name, parameters, OptimizerSpec(optimizer, ({"lr": 1.0},)), sync)
 
 
 TABLES = {

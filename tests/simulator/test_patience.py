@@ -11,7 +11,7 @@ import pytest
 from headwater.client.client import Client
 from headwater.client.dense.table import DenseTable
 from headwater.errors import DeadlineExceeded, HeadwaterError
-from headwater.server.replica import Replica
+from headwater.server.replication.replica import Replica
 from headwater.testing.cluster import Eye, SimCluster
 from headwater.testing.scenario import Scenario
 from headwater.testing.workload import Worker

@@ -12,10 +12,10 @@ import msgspec
 import pytest
 
 from headwater.cluster.fleet import Fleet
-from headwater.server.log import Log
 from headwater.server.node import Node
-from headwater.server.records import Record
-from headwater.server.replica import Replica
+from headwater.server.replication.log import Log
+from headwater.server.replication.records import Record
+from headwater.server.replication.replica import Replica
 from headwater.server.shard import Shard
 from headwater.server.snapshots import manifest
 from headwater.testing import battery

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from headwater.cluster.versions import Versions
-from headwater.server import records as r
-from headwater.server.replica import Replica
+from headwater.server.replication import records as r
+from headwater.server.replication.replica import Replica
 from headwater.server.versions import shelf
 from headwater.server.versions.shelf import Shelf
 from headwater.testing import battery

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 import headwater
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, ShapeMismatch, WorkerLost, from_code
-from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Stale, TableSpec
+from headwater.types import Async, Bulk, DenseSpec, Init, OptimizerSpec, ParameterSpec, Stale
 from headwater.wire import messages as m
 
-SPEC = TableSpec(
+SPEC = DenseSpec(
     "t",
     (ParameterSpec("w", (3, 4), init=Init("normal", 0.0, 0.02)), ParameterSpec("b", (4,), "bfloat16", 1)),
     OptimizerSpec("AdamW", ({"lr": 0.1, "betas": (0.9, 0.99), "fused": None}, {"amsgrad": True})),

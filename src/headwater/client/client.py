@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Any, overload
+from typing import overload
 
 import torch
 
@@ -25,9 +25,10 @@ from headwater.client.runtime import Runtime, Threads
 from headwater.client.shards import Shards
 from headwater.client.statistics import ClientStatistics
 from headwater.client.table import Table
-from headwater.errors import HeadwaterError, UnknownTable
+from headwater.errors import HeadwaterError, UnknownTable, UsageError
+from headwater.layout.kinds import check_table
 from headwater.transports.address import host_identity
-from headwater.types import Async, Claim, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
+from headwater.types import Async, Claim, DenseSpec, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
 from headwater.wire import messages as m
 from headwater.wire.tensors import dtype_name
 from headwater.wire.versions import Retire, VersionStatus
@@ -111,7 +112,7 @@ class Client:
         Raises ``TableConflict`` if it exists otherwise, ``UnknownOptimizer``, ``NotEnoughMemory``.
         """
         kind = optimizer if isinstance(optimizer, str) else optimizer.__name__
-        spec = TableSpec(
+        spec = DenseSpec(
             name,
             (ParameterSpec(name, tuple(shape), dtype_name(dtype), 0, init),),
             OptimizerSpec(kind, (dict(hyper),)),  # type: ignore[arg-type]
@@ -124,15 +125,17 @@ class Client:
 
     @overload
     def table(
-        self, spec: TableSpec, values: Mapping[str, torch.Tensor] | None = None, claim: Claim = "any"
+        self, spec: DenseSpec, values: Mapping[str, torch.Tensor] | None = None, claim: Claim = "any"
     ) -> DenseTable: ...
 
     @overload  # of another kind: see ``headwater.client.kinds``
-    def table(self, spec: object, values: Mapping[str, torch.Tensor] | None = None, claim: Claim = "any") -> Table: ...
+    def table(
+        self, spec: TableSpec, values: Mapping[str, torch.Tensor] | None = None, claim: Claim = "any"
+    ) -> Table: ...
 
     @interrupts.deferred
     @torch.inference_mode(False)  # memory that is written later, outside of it
-    def table(self, spec: Any, values: Mapping[str, torch.Tensor] | None = None, claim: Claim = "any") -> Table:
+    def table(self, spec: TableSpec, values: Mapping[str, torch.Tensor] | None = None, claim: Claim = "any") -> Table:
         """A table of many parameters.
 
         ``values`` fill the parameters whose init is ``values``: the lowest rank assigns its own, the others wait
@@ -149,6 +152,10 @@ class Client:
         if known is not None and known.spec == spec and claim == "any":
             return known
         given, kind = values or {}, kind_of(spec)
+        check_table(spec)
+        missing = [name for name in spec.given if name not in given]
+        if missing:
+            raise UsageError(f"table {spec.name!r}: no values were given for {missing[0]!r}; nothing was declared")
         kind.check(spec, given)
         patience = self.shards.patience(None, m.WhoIsLate(spec.name))
         declared = self.shards.ask_for_others(m.Declare(spec, claim), patience)

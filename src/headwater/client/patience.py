@@ -11,7 +11,7 @@ from typing import Protocol
 
 from headwater.client.runtime import Runtime
 from headwater.errors import DeadlineExceeded, HeadwaterError, UsageError
-from headwater.wire.plans import ANY, Late, WhoIsLate
+from headwater.wire.data_plan import ANY, Late, WhoIsLate
 
 _BRIEF = 2.0  # seconds in which the coordinator says who is late
 _LOOKS = 4  # how often in HEADWATER_TIMEOUT one asks

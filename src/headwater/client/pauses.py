@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from headwater import interrupts
 from headwater.client.shards import Shards
 from headwater.client.table import Table
-from headwater.types import Bulk
 from headwater.wire import messages as m
 
 _BRIEF = 2.0  # seconds to say that one is back, however late it is
@@ -65,7 +64,7 @@ class Pauses:
         for table in self._tables.values():
             table.wait()
         with self.paced_do_without(self._shards.deadline()):
-            if not any(isinstance(table.spec.sync, Bulk) for table in self._tables.values()):
+            if not any(table.spec.sync.collective for table in self._tables.values()):
                 yield
                 return
             self._rest(True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from headwater.errors import InternalError, UnknownVersion, UsageError, VersionExpired
-from headwater.types import Bulk, VersionInfo
+from headwater.types import VersionInfo
 from headwater.wire import messages as m
 from headwater.wire import versions as v
 
@@ -76,7 +76,7 @@ def publish(
     mine = [table for table in chosen if not isinstance(table, m.TableStatus)]
     for table in mine:  # another server may have to take over for that
         table.settle()
-    clocks = tuple((table.number, table.clock) for table in mine if isinstance(table.spec.sync, Bulk))
+    clocks = tuple((table.number, table.clock) for table in mine if table.spec.sync.collective)
     first = chosen[0]
     numbers = tuple(table.table if isinstance(table, m.TableStatus) else table.number for table in chosen)
     begun = ask(

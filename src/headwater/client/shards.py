@@ -24,7 +24,7 @@ from headwater.errors import (
 )
 from headwater.transports import forks
 from headwater.wire import messages as m
-from headwater.wire.plans import WhoIsLate
+from headwater.wire.data_plan import WhoIsLate
 
 OPEN = 5.0  # seconds in which a server must answer the first request of a connection
 AGAIN = 0.02  # seconds between two attempts to reach a shard

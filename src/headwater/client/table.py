@@ -17,9 +17,9 @@ from headwater.client.session import Answers, Session
 from headwater.client.shards import Shards
 from headwater.client.tickets import Alike, StepResult, Ticket
 from headwater.errors import DeadlineExceeded, HeadwaterError, LinkError
-from headwater.types import Async, Bulk, Stale
+from headwater.types import TableSpec
 from headwater.wire import messages as m
-from headwater.wire.plans import ANY
+from headwater.wire.data_plan import ANY
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,7 @@ class Table(ABC):
     ``_attached``), how values get there first (``load``), and what ``wait`` and ``pull`` are.
     """
 
+    spec: TableSpec
     _parts: Sequence[Part]  # of the subclass's own kind
 
     def __init__(self, shards: Shards, declared: m.Declared) -> None:
@@ -53,10 +54,10 @@ class Table(ABC):
 
     @classmethod
     @abstractmethod
-    def check(cls, spec: Any, values: Mapping[str, torch.Tensor]) -> None:
-        """Before it is declared: whether there can be such a table, and ``values`` are all that it begins with.
+    def check(cls, spec: TableSpec, values: Mapping[str, torch.Tensor]) -> None:
+        """Before it is declared: whether ``values``, which has all that are ``given``, can be what it begins with.
 
-        Raises ``UsageError``, ``ShapeMismatch``, ``UnknownOptimizer``, ``NotEnoughMemory``; nothing was declared then.
+        Raises ``ShapeMismatch`` or ``UsageError``.
         """
 
     @abstractmethod
@@ -103,7 +104,7 @@ class Table(ABC):
                 self.attach(part.session, deadline)
             except LinkError as error:
                 self._shards.recover(part.session, deadline, error)
-            if part.known >= members or not isinstance(self.spec.sync, Bulk) or self._shards.rank < 0:
+            if part.known >= members or not self.spec.sync.collective or self._shards.rank < 0:
                 return
             if self._shards.runtime.now() > deadline:
                 raise DeadlineExceeded(f"{part.session.name} did not hear of this worker in time; nothing was pushed")
@@ -138,8 +139,7 @@ class Table(ABC):
     @property
     def paced(self) -> bool:
         """Whether others' reads or steps may have to wait for what this worker does next, other than under ``Bulk``."""
-        sync = self.spec.sync
-        return isinstance(sync, Stale) or (isinstance(sync, Async) and sync.max_staleness is not None)
+        return self.spec.sync.paced
 
     @interrupts.deferred
     def aside(self, away: bool, deadline: float) -> None:
@@ -155,7 +155,7 @@ class Table(ABC):
     def rejoin(self, members: int) -> None:
         """After a pause: others' steps were applied meanwhile. A shard counts from when it knows ``members``."""
         self._members = members
-        if not isinstance(self.spec.sync, Bulk):
+        if not self.spec.sync.collective:
             return
         self._join(members)
         self._renew()
@@ -227,7 +227,7 @@ class Table(ABC):
     def _failed(self, error: HeadwaterError) -> NoReturn:
         for part in self._parts:
             part.give_up()
-        if isinstance(self.spec.sync, Bulk):
+        if self.spec.sync.collective:
             self.clock -= 1
         self.failures += 1
         if self._ticket is not None:
@@ -260,10 +260,10 @@ class Table(ABC):
     def _patience(self, timeout: float | None, *, ahead: bool = False) -> Patience:
         """For others: under ``Bulk`` until they have come to this step too, else until they are not too far behind."""
         sync, clock = self.spec.sync, self.clock + ahead
-        if isinstance(sync, Stale):
-            clock -= sync.bound
-        elif isinstance(sync, Async):
-            clock = 0 if sync.max_staleness is None else ANY
+        if sync.read_bound is not None:
+            clock -= sync.read_bound
+        elif not sync.collective:
+            clock = ANY if sync.paced else 0
         return self._shards.patience(timeout, m.WhoIsLate(self.spec.name, clock))
 
     @property

@@ -5,10 +5,10 @@ from __future__ import annotations
 import msgspec
 
 from headwater.cluster.membership import Member, Membership
-from headwater.cluster.snapshots import Asker
 from headwater.cluster.tables import Desk
 from headwater.errors import HeadwaterError, UsageError, WorkerLost
 from headwater.wire import messages as m
+from headwater.wire.outgoing import Asker
 
 
 class Barriers:

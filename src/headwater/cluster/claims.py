@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from headwater.errors import TableConflict, UnknownTable
-from headwater.types import Bulk, Claim, Init, TableSpec
+from headwater.types import Claim, TableSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,7 +52,7 @@ def owed(tables: Iterable[Table], membership: Membership) -> set[int]:
 
     It was in an earlier round, and is late for this one: without it the others would take its steps alone.
     """
-    together = [t for t in tables if t.own and t.run == membership.run and t.users and isinstance(t.spec.sync, Bulk)]
+    together = [t for t in tables if t.own and t.run == membership.run and t.users and t.spec.sync.collective]
     return {rank for rank in membership.left if any(rank not in table.finished for table in together)}
 
 
@@ -72,8 +70,4 @@ def comparable(spec: TableSpec, claim: Claim) -> TableSpec:
 
     How its first values were made is no matter then.
     """
-    if claim != "resume":
-        return spec
-    parameters = tuple(msgspec.structs.replace(p, init=Init("zeros")) for p in spec.parameters)
-    optimizer = msgspec.structs.replace(spec.optimizer, groups=tuple({} for _ in spec.optimizer.groups))
-    return msgspec.structs.replace(spec, parameters=parameters, optimizer=optimizer, seed=0)
+    return spec.resumed() if claim == "resume" else spec

@@ -22,12 +22,12 @@ from headwater.cluster.publications import Publications
 from headwater.cluster.rules import Rules as Rules
 from headwater.cluster.rules import check, shape
 from headwater.cluster.snapshot_desk import SnapshotDesk
-from headwater.cluster.snapshots import Asker, Discard, Outcome, Publish, Published, Restored, Snapshots, Start, Started
+from headwater.cluster.snapshots import Discard, Outcome, Publish, Published, Restored, Snapshots, Start, Started
 from headwater.cluster.tables import Tables
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, UsageError
-from headwater.types import Bulk
 from headwater.wire import messages as m
-from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Asker, Dial, Instruction, Outgoing
 from headwater.wire.versions import VersionNotice, VersionRequest
 
 PAUSE = 0.5  # seconds between two ticks, which come ten times as often, that mean that this process was stopped
@@ -351,7 +351,7 @@ class Coordinator:
 
     def committed(self) -> int:
         """The last bulk step that is decided, over all tables; a table on one shard tells by heartbeats."""
-        bulk = {t.number for t in self.tables.by_number.values() if isinstance(t.spec.sync, Bulk)}
+        bulk = {t.number for t in self.tables.by_number.values() if t.spec.sync.collective}
         decided = [t.decided.clock for t in self.tables.by_number.values() if t.decided is not None]
         told = [clock for s in self.fleet.servers.values() for number, clock in s.report.tables if number in bulk]
         return max([*decided, *told], default=0)

@@ -1,6 +1,6 @@
 """Which worker trains on which samples: each sample once per epoch, across deaths and rejoins. Pure.
 
-A plan cuts the order of an epoch (order.py) into *chunks*; a worker asks for one at a time and says which it has
+A plan cuts the order of an epoch (layout/order.py) into *chunks*; a worker asks for one at a time and says which it has
 finished. What a worker held when it was lost goes to whoever asks next. A chunk carries the clock of the bulk step
 that used the last of it, for two reasons: a step that dies with its worker takes its chunks back, and a snapshot at
 clock c counts a chunk as done only if its clock is at most c.
@@ -17,7 +17,7 @@ from itertools import pairwise
 import msgspec
 
 from headwater.errors import ClusterError, SessionExpired, StateCorrupt, UsageError
-from headwater.wire.plans import PlanChunk, PlanNext
+from headwater.wire.data_plan import PlanChunk, PlanNext
 
 MOST_SAMPLES = 1 << 48
 MOST_PLANS = 1000

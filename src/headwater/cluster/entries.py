@@ -9,11 +9,11 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from headwater.cluster.snapshots import Asker
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, UsageError
 from headwater.types import TableSpec, VersionInfo
 from headwater.wire import messages as m
 from headwater.wire import versions as v
+from headwater.wire.outgoing import Asker
 
 LATEST = "latest"
 METADATA = 64 << 10  # bytes of a version's metadata

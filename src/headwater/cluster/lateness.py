@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from headwater.wire.plans import Late, WhoIsLate
+from headwater.wire.data_plan import Late, WhoIsLate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from headwater.cluster.fleet import in_sync
-from headwater.cluster.snapshots import Asker
 from headwater.cluster.versions import Known, Versions
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError
-from headwater.types import Bulk
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from headwater.wire.frames import Frame, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Asker, Outgoing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -101,7 +100,7 @@ class Publications:
         table = self._coordinator.tables.get(number)
         if table.state != "ready":
             raise ClusterError(f"table {table.spec.name!r} has no values yet; nothing was published")
-        known = isinstance(table.spec.sync, Bulk) and len(table.participants) > 1
+        known = table.spec.sync.collective and len(table.participants) > 1
         return Known(table.spec, table.participants, table.clock if known else None)
 
     def copies(self, shard: int) -> tuple[int, ...]:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from headwater.cluster.snapshots import Action, Answer, Discard, Moment, Publish, Send, Start
 from headwater.errors import HeadwaterError
-from headwater.types import Bulk
 from headwater.wire import messages as m
 
 if TYPE_CHECKING:
@@ -58,9 +57,7 @@ class SnapshotDesk:
         """Now: what has been decided until here is in the snapshot, what will be decided is not."""
         c = self._coordinator
         ready = {t.number: t for t in c.tables.by_number.values() if t.state == "ready"}
-        clocks = [
-            (t.number, t.clock) for t in ready.values() if isinstance(t.spec.sync, Bulk) and len(t.participants) > 1
-        ]
-        bulk = all(isinstance(t.spec.sync, Bulk) for t in ready.values())
-        self._clock, self._plan = c.committed(), None if bulk else c.plans.snapshot()
+        clocks = [(t.number, t.clock) for t in ready.values() if t.spec.sync.collective and len(t.participants) > 1]
+        together = all(t.spec.sync.collective for t in ready.values())
+        self._clock, self._plan = c.committed(), None if together else c.plans.snapshot()
         self.do(c.snapshots.cut(clocks, {t.number: t.spec for t in ready.values()}))

@@ -14,18 +14,12 @@ from typing import Literal, NamedTuple
 from headwater.errors import ClusterError, DeadlineExceeded, HeadwaterError, UsageError
 from headwater.types import TableSpec
 from headwater.wire import messages as m
+from headwater.wire.outgoing import Asker
 
 TRIES = 6
 AGAIN = 0.1  # seconds until the second attempt, doubled for each further one
 PATIENCE = 600.0  # seconds for all parts of one snapshot
 CALM = 1.0  # seconds after a failed one before the next that nobody asked for
-
-
-class Asker(NamedTuple):
-    """Who waits for an answer."""
-
-    peer: int
-    seq: int
 
 
 class Start(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from headwater.cluster.placement import layout
+from headwater.layout.kinds import place
 from headwater.wire import messages as m
 
 if TYPE_CHECKING:
@@ -67,10 +67,9 @@ def _worker(member: Worker, heartbeat: float, now: float) -> m.WorkerStatus:
 
 
 def _table(fleet: Fleet, t: Table, shards: int) -> m.TableStatus:
-    elements = sum(p.numel for p in t.spec.parameters)
-    nbytes = sum(p.nbytes for p in t.spec.parameters)
+    parameters, elements, nbytes = t.spec.parts
     clocks = [clock for s in fleet.servers.values() for number, clock in s.report.tables if number == t.number]
     return m.TableStatus(
-        t.spec.name, t.number, len(t.spec.parameters), elements, nbytes, t.spec.optimizer.name,
-        repr(t.spec.sync), max(clocks, default=0), layout(t.spec, shards).sizes,
+        t.spec.name, t.number, parameters, elements, nbytes, t.spec.optimizer.name,
+        repr(t.spec.sync), max(clocks, default=0), place(t.spec, shards).sizes,
     )  # fmt: skip

@@ -9,12 +9,13 @@ import msgspec
 
 from headwater.cluster import claims
 from headwater.cluster.membership import Member, Membership
-from headwater.cluster.placement import check_table, layout
-from headwater.cluster.snapshots import Asker, Kept
+from headwater.cluster.snapshots import Kept
 from headwater.errors import ClusterError, HeadwaterError, TableConflict, UnknownTable
-from headwater.types import Claim, TableSpec
+from headwater.layout.kinds import check_table, place
+from headwater.types import Claim, TableSpec, read_spec
 from headwater.wire import messages as m
 from headwater.wire.exact import clip_factor, merge
+from headwater.wire.outgoing import Asker
 
 
 class Desk(Protocol):
@@ -106,7 +107,7 @@ class Tables:
             return
         table = self.by_number[number]
         claims.check(table, claim, worker, self._desk.membership)
-        difference = _difference(claims.comparable(table.spec, claim), claims.comparable(spec, claim))
+        difference = claims.comparable(table.spec, claim).difference(claims.comparable(spec, claim))
         if difference:
             raise TableConflict(
                 f"table {spec.name!r} exists with {difference}; nothing was changed. "
@@ -127,7 +128,7 @@ class Tables:
 
     def _create(self, asker: Asker, spec: TableSpec, worker: Member | None, claim: Claim) -> None:
         number = max(self.by_number, default=0) + 1
-        parts = layout(spec, self._shards).participants
+        parts = place(spec, self._shards).participants
         table = Table(number, spec, parts, set(parts), waiting=[asker], run=self._desk.membership.run)
         if worker is not None:
             claims.taken(table, claim, worker, self._desk.membership)
@@ -140,7 +141,7 @@ class Tables:
 
     def revive(self, kept: Kept, folder: str) -> None:
         """A table of the snapshot that the cluster begins with; primaries hear of it with their views (``brief``)."""
-        parts = layout(kept.spec, self._shards).participants
+        parts = place(kept.spec, self._shards).participants
         table = Table(kept.number, kept.spec, parts, set(parts), restore=folder, base=kept.clock)
         self.by_number[kept.number] = table
         self._names[kept.spec.name] = kept.number
@@ -159,7 +160,7 @@ class Tables:
         table.creating.discard(shard)
         if table.creating or table.state != "creating":
             return
-        if not table.restore and any(parameter.init.kind == "values" for parameter in table.spec.parameters):
+        if not table.restore and table.spec.given:
             self._pass_on(table)
         else:
             self._release(table)
@@ -278,8 +279,8 @@ class Tables:
 
     def restore(self, data: bytes) -> None:
         """A table from before a restart."""
-        saved = msgspec.msgpack.decode(data, type=_Saved)
-        parts = layout(saved.spec, self._shards).participants
+        saved = msgspec.msgpack.decode(data, type=_Saved, dec_hook=read_spec)
+        parts = place(saved.spec, self._shards).participants
         creating = set(parts) if saved.state == "creating" else set()
         self.by_number[saved.number] = Table(
             saved.number, saved.spec, parts, creating, saved.state, restore=saved.restore, base=saved.base,
@@ -298,16 +299,3 @@ def decide(spec: TableSpec, answers: list[m.Ready]) -> m.Commit:
         return m.Commit(first.table, first.clock, first.members, skip=False)
     norm, scale = clip_factor(spec.max_grad_norm, merge([answer.squares for answer in answers]))
     return m.Commit(first.table, first.clock, first.members, skip=False, norm=norm, scale=scale)
-
-
-def _difference(old: TableSpec, new: TableSpec) -> str:
-    """What differs, in words; empty if the two agree."""
-    if len(old.parameters) != len(new.parameters):
-        return f"{len(old.parameters)} parameters instead of {len(new.parameters)}"
-    for a, b in zip(old.parameters, new.parameters, strict=True):
-        if a != b:
-            return f"parameter {msgspec.to_builtins(a)} instead of {msgspec.to_builtins(b)}"
-    for field_name in ("optimizer", "sync", "max_grad_norm", "nonfinite", "seed"):
-        if getattr(old, field_name) != getattr(new, field_name):
-            return f"{field_name} {getattr(old, field_name)!r} instead of {getattr(new, field_name)!r}"
-    return ""

@@ -29,7 +29,6 @@ from headwater.cluster.entries import (
     wait,
 )
 from headwater.cluster.entries import Known as Known
-from headwater.cluster.snapshots import Asker
 from headwater.errors import (
     ClusterError,
     HeadwaterError,
@@ -42,6 +41,7 @@ from headwater.errors import (
 from headwater.types import VersionInfo
 from headwater.wire import messages as m
 from headwater.wire import versions as v
+from headwater.wire.outgoing import Asker
 
 LEASE = 10.0  # seconds in which a reader whose connection broke may come back to its leases
 LEASES = 4096  # of one reader

@@ -10,7 +10,7 @@ import torch
 from headwater.errors import UsageError
 from headwater.integrations.torch_buffer_kinds import Kept, digest, same_bits, sort, write
 from headwater.integrations.torch_told import warn
-from headwater.types import Bulk, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
+from headwater.types import Bulk, DenseSpec, Init, OptimizerSpec, ParameterSpec, Sync
 from headwater.wire.tensors import dtype_name
 
 if TYPE_CHECKING:
@@ -44,20 +44,20 @@ class Buffers:
         self._places = {} if mode == "local" else found.places
         self._kept = {} if mode == "local" else {place.path: Kept(place) for place in found.kept}
         self._owners = {id(place.module) for place in self._places.values()}
-        self._sends = mode == "mean" or isinstance(sync, Bulk) or client.rank == 0
-        self._blind = not isinstance(sync, Bulk) and client.world not in (None, 1)  # no step that all take together
+        self._sends = mode == "mean" or sync.collective or client.rank == 0
+        self._blind = not sync.collective and client.world not in (None, 1)  # no step that all take together
         self._pending = False
         self._table: DenseTable | None = None
         if not self._places:
             return
-        if isinstance(sync, Bulk):
+        if sync.collective:
             sync = Bulk("mean" if mode == "mean" else "lowest")  # rank 0 may leave, and another be the lowest
         values = self.values()
         parameters = tuple(
             ParameterSpec(path, tuple(buffer.shape), dtype_name(buffer.dtype), init=Init("values"))
             for path, buffer in values.items()
         )
-        spec = TableSpec(f"{name}.buffers", parameters, OptimizerSpec("Assign", ({},)), sync, nonfinite="allow")
+        spec = DenseSpec(f"{name}.buffers", parameters, OptimizerSpec("Assign", ({},)), sync, nonfinite="allow")
         self._shapes = {p.name: torch.Size(p.shape) for p in parameters}
         self._table = client.table(spec, values={path: _dense(b, b.dtype) for path, b in values.items()})
         self._pending = True

@@ -23,7 +23,7 @@ from headwater.integrations.torch_leaves import Held, Leaf, as_kept, shared_with
 from headwater.integrations.torch_plan import Inits, check_forwards, materialise, optimizer_spec, specs, trainable
 from headwater.integrations.torch_told import Told
 from headwater.integrations.torch_wrapped import named_parameters
-from headwater.types import Bulk, Claim, OptimizerSpec, Sync, TableSpec
+from headwater.types import Claim, DenseSpec, OptimizerSpec, Sync
 from headwater.wire import optimizers
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Core:
         self.closed = False
         self.last: StepResult | None = None
         self._groups = groups
-        self._bulk = isinstance(manner.sync, Bulk)
+        self._collective = manner.sync.collective
         self._grown = 0
         self._aside: dict[int, dict[str, torch.Tensor]] = {}  # the state of parameters that are frozen
         self._steps = 0  # of the tables before this one
@@ -96,15 +96,15 @@ class Core:
         self.buffers = Buffers(self.model, self.client, spec.name, self.manner.sync, self.manner.buffers)
         self._hold(held, stay)
 
-    def _spec(self, name: str, held: Mapping[str, torch.Tensor], inits: Inits) -> TableSpec:
+    def _spec(self, name: str, held: Mapping[str, torch.Tensor], inits: Inits) -> DenseSpec:
         m, groups = self.manner, self._groups()
         if m.kind:
             how = optimizer_spec(m.kind, groups)
-            return TableSpec(name, specs(held, groups, inits), how, m.sync, m.max_grad_norm, m.nonfinite, m.seed)
+            return DenseSpec(name, specs(held, groups, inits), how, m.sync, m.max_grad_norm, m.nonfinite, m.seed)
         # The worker's optimizer makes values: they are assigned under ``Bulk``, else what they moved by is subtracted.
-        how = OptimizerSpec("Assign", ({},)) if self._bulk else OptimizerSpec("SGD", ({"lr": 1.0},))
+        how = OptimizerSpec("Assign", ({},)) if self._collective else OptimizerSpec("SGD", ({"lr": 1.0},))
         plain = tuple(msgspec.structs.replace(p, group=0) for p in specs(held, groups, inits))
-        return TableSpec(name, plain, how, m.sync, None, "allow", m.seed)
+        return DenseSpec(name, plain, how, m.sync, None, "allow", m.seed)
 
     def _hold(self, held: Mapping[str, torch.Tensor], stay: Collection[int]) -> None:
         self.table.wait()
@@ -126,8 +126,8 @@ class Core:
         here = not m.kind
         self.departures = Departures(
             self.held, m.bucket_bytes, m.nonfinite, self._new_groups,
-            early=(self._bulk or m.overlap) and not (here and not self.several()),
-            final=not self._bulk and m.overlap,
+            early=(self._collective or m.overlap) and not (here and not self.several()),
+            final=not self._collective and m.overlap,
             several=self.several,
             takes_sparse=here or m.kind in ("SGD", "Adagrad"),
             looks=here,
@@ -137,7 +137,7 @@ class Core:
 
     def several(self) -> bool:
         """Whether a step is that of several workers, or may be."""
-        return self._bulk and not (self.client.alone and self.client.members == self._members)
+        return self._collective and not (self.client.alone and self.client.members == self._members)
 
     def follow_groups(self) -> None:
         """What the groups hold now is what is trained: what came, went, moved or was unfrozen makes a new table.
@@ -147,7 +147,7 @@ class Core:
         now = self._grouping()
         if now == self._grouped and not any(map(_trains, self._frozen)):
             return
-        if not self._bulk and self.departures.have_left():
+        if not self._collective and self.departures.have_left():
             raise UsageError(
                 "parameters were added or unfrozen when gradients of the step had left already (overlap=True), which "
                 "this policy applies as they arrive. Do that between step() and zero_grad()"
@@ -182,7 +182,7 @@ class Core:
         self.attach(f"{base}~{self._grown}", None, "new")
         if slots:
             self.table.assign_slots(slots)  # every worker has the same, and pushes after it
-        if not self._bulk:
+        if not self._collective:
             self.client.barrier(f"grown {self.table.spec.name}")
 
     def let_go(self) -> None:
@@ -212,7 +212,7 @@ class Core:
 
     def _write_first(self, writes: Mapping[str, torch.Tensor]) -> None:
         """Without steps of all workers what was written must be there before the gradient is applied to it."""
-        if not writes or self._bulk:
+        if not writes or self._collective:
             return
         if self.departures.have_left():
             raise ParameterModified(
@@ -225,7 +225,7 @@ class Core:
         """Give this step up, on all workers."""
         self.arrive()
         writes = self.held.written()
-        if writes and not self._bulk:
+        if writes and not self._collective:
             self.table.write(writes)
         self.end(writes, skip=True)
 
@@ -240,7 +240,7 @@ class Core:
         self.buffers.settle()
         groups = self._new_groups()
         self.table.digest = self.buffers.digest()
-        with_it = writes if self._bulk else None
+        with_it = writes if self._collective else None
         based = self.departures.based
         self._ticket = self.table.step(groups=groups, skip=skip, merged=merged, based=based, writes=with_it)
         self._ended_with = self._sent

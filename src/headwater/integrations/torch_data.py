@@ -15,10 +15,9 @@ from typing import Any, Protocol
 import torch
 
 from headwater.cluster.dataplan import check
-from headwater.cluster.order import order
 from headwater.errors import DeadlineExceeded, InternalError, UsageError
-from headwater.types import Bulk
-from headwater.wire.plans import PlanChunk, PlanNext
+from headwater.layout.order import order
+from headwater.wire.data_plan import PlanChunk, PlanNext
 
 _PAUSE, _LONGEST_PAUSE = 0.01, 0.2  # seconds between questions while others hold what is left
 
@@ -204,7 +203,7 @@ class ShardSampler(torch.utils.data.Sampler[int]):
         cursor, client = self._at(), self._connected()
         request = cursor.request(want)
         for table in client.tables.values() if request.finished else ():
-            if not isinstance(table.spec.sync, Bulk):  # a bulk step's clock says whether it was committed
+            if not table.spec.sync.collective:  # a bulk step's clock says whether it was committed
                 table.settle()
         answer = client.ask(request)
         if not isinstance(answer, PlanChunk):
@@ -229,7 +228,7 @@ class ShardSampler(torch.utils.data.Sampler[int]):
     def _clock(self) -> int:
         """Of the last bulk step that was begun here; 0 without one."""
         tables = self._connected().tables.values()
-        return max((int(table.clock) for table in tables if isinstance(table.spec.sync, Bulk)), default=0)
+        return max((int(table.clock) for table in tables if table.spec.sync.collective), default=0)
 
 
 @dataclass(slots=True)

@@ -39,7 +39,7 @@ class Here:
         else:
             given: Any = self._evaluation(closure)
             loss = interrupts.interruptible(self.inner.step, given)
-        if isinstance(core.manner.sync, Bulk):
+        if core.manner.sync.collective:
             writes = core.held.written()
             core.table.push([], anew=True)  # the gradients have been used here
             try:

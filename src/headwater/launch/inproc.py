@@ -23,7 +23,8 @@ from headwater.server.server import Server
 from headwater.transports import forks, inproc
 from headwater.transports.stream import Handler, Link
 from headwater.wire import messages as m
-from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Dial, Instruction, Outgoing
 
 _TO_COORDINATOR = -1
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from headwater.cluster.placement import BLOCK
 from headwater.errors import HeadwaterError, LinkBroken, ProtocolError
+from headwater.layout.dense import BLOCK
 from headwater.readers.windows import Windows
 from headwater.transports.memory import close_all
 from headwater.transports.stream import Handler, Link

@@ -7,10 +7,10 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from headwater.cluster.placement import Layout, layout
+from headwater.layout.dense import Layout, layout, only
 from headwater.transports import memory
 from headwater.transports.rooms import Room
-from headwater.types import ParameterSpec, TableSpec, VersionInfo
+from headwater.types import DenseSpec, ParameterSpec, TableSpec, VersionInfo
 
 Key = tuple[int, int, int]
 """(number, shard, table)"""
@@ -122,17 +122,18 @@ def _overlapping(layout: Layout, start: int, stop: int) -> range:
 class Plan(NamedTuple):
     """Where a table's tensors are: what all of its versions share. ``tensors``: offset and kind by name."""
 
-    spec: TableSpec
+    spec: DenseSpec
     shards: int
     layout: Layout
     tensors: Mapping[str, tuple[int, ParameterSpec]]
 
 
 def plan(spec: TableSpec, shards: int) -> Plan:
-    """The plan of a table over so many shards."""
-    found = layout(spec, shards)
-    places = zip(found.offsets, spec.parameters, strict=True)
-    return Plan(spec, shards, found, {parameter.name: (at, parameter) for at, parameter in places})
+    """The plan of a table over so many shards. Raises ``UsageError`` for one whose tensors are not dense."""
+    dense = only(spec)
+    found = layout(dense, shards)
+    places = zip(found.offsets, dense.parameters, strict=True)
+    return Plan(dense, shards, found, {parameter.name: (at, parameter) for at, parameter in places})
 
 
 class Table(NamedTuple):

@@ -16,17 +16,16 @@ import msgspec
 
 from headwater.cluster.entries import ASKERS, LATEST, Entry
 from headwater.cluster.membership import HEARTBEAT, Membership, given_up
-from headwater.cluster.placement import layout
-from headwater.cluster.snapshots import Asker
-from headwater.cluster.spans import spans
 from headwater.cluster.versions import Known, Versions
 from headwater.errors import ClusterError, DeadlineExceeded, HeadwaterError, LinkError, ProtocolError, UnknownVersion
+from headwater.layout.kinds import spans
 from headwater.relay.words import Back, Base, Event, Failed, Fetched, Job, Listed, News, Silent, Taken, Trouble, same
 from headwater.server.versions.shelf import Key, Shelf
 from headwater.types import TableSpec, VersionInfo
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from headwater.wire.frames import Frame, Instruction, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Asker, Instruction, Outgoing
 
 KEEP = 3  # versions of a model
 AGAIN = 0.5  # seconds until a version that did not come is asked for again; twice as long each time
@@ -422,8 +421,7 @@ class Relay:
         specs = dict(done.leased.specs)
         self._specs |= specs
         for (shard, table), got in done.parts.items():
-            plan = layout(specs[table], done.leased.shards)
-            words = spans(specs[table], plan.segments[shard], got.at.size)
+            words = spans(specs[table], done.leased.shards, shard, got.at.size)
             deltas = {} if got.delta is None else {done.base: got.delta}
             self.shelf.put(Key(done.leased.info.number, shard, table), got.room, got.sums, words, deltas)
 

@@ -19,7 +19,8 @@ from headwater.transports import address as addresses
 from headwater.transports.memory import close_all
 from headwater.wire import versions as v
 from headwater.wire.auth import token_from_environment
-from headwater.wire.frames import Frame, Instruction
+from headwater.wire.frames import Frame
+from headwater.wire.outgoing import Instruction
 
 _ANY = ("0.0.0.0", "::", "")
 

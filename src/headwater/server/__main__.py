@@ -27,6 +27,7 @@ from headwater.cluster.snapshots import Restored
 from headwater.errors import (
     AuthenticationFailed,
     ClusterError,
+    Halt,
     HeadwaterError,
     LinkBroken,
     LinkError,
@@ -34,7 +35,6 @@ from headwater.errors import (
     UsageError,
 )
 from headwater.server import COORDINATOR
-from headwater.server.hosts import Halt
 from headwater.server.loop import Loop, listen
 from headwater.server.outliving import Outliving
 from headwater.transports import address as addresses
@@ -43,10 +43,11 @@ from headwater.transports.receiver import Arrived, Receiver
 from headwater.transports.stream import connect
 from headwater.wire import messages as m
 from headwater.wire.auth import token_from_environment
-from headwater.wire.frames import Dial, Frame, Kind, encode
+from headwater.wire.frames import Frame, Kind, encode
+from headwater.wire.outgoing import Dial
 
 if TYPE_CHECKING:  # a coordinator holds no tensors and does not load torch
-    from headwater.server.disk import Folder
+    from headwater.server.replication.disk import Folder
     from headwater.server.server import Server
 
 log = logging.getLogger("headwater")
@@ -150,9 +151,9 @@ def _begin_with(folder: str | None, state: Mapping[str, bytes]) -> Restored | No
 
 
 def run_server(args: argparse.Namespace, token: bytes | None, outliving: Outliving | None = None) -> None:
-    from headwater.server.disk import Folder
     from headwater.server.hosts import Heart, ServerHost
     from headwater.server.node import Setting
+    from headwater.server.replication.disk import Folder
     from headwater.server.server import Server
     from headwater.server.tables import dense
 
@@ -212,7 +213,7 @@ def _enter(
     folder: Folder | None, join: m.Join, make: Callable[[m.Welcome, int], Server], enter: Callable[[m.Join], _Entered]
 ) -> tuple[Server, m.Join, _Entered]:
     """Join the cluster: as the server whose log is in the folder, if the cluster still knows it, else as a new one."""
-    from headwater.server.disk import Identity
+    from headwater.server.replication.disk import Identity
 
     known = folder.identity() if folder is not None else None
     if folder is not None and known is not None:

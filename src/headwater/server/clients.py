@@ -8,15 +8,16 @@ from typing import NamedTuple
 import msgspec
 import torch
 
-from headwater.cluster.placement import Block
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError
+from headwater.layout.dense import Block
 from headwater.server import events as e
+from headwater.server.replication.state import view
 from headwater.server.shard import Shard
-from headwater.server.state import view
 from headwater.transports import memory
-from headwater.types import TableSpec
+from headwater.types import DenseSpec
 from headwater.wire import messages as m
-from headwater.wire.frames import MAX_BODY, Flag, Frame, Kind, Outgoing, seal
+from headwater.wire.frames import MAX_BODY, Flag, Frame, Kind, seal
+from headwater.wire.outgoing import Outgoing
 from headwater.wire.tensors import to_bytes
 
 ROOM = 4096  # bytes that a record of slots is larger than the request
@@ -26,7 +27,7 @@ SLOT_PART = 4 << 20  # bytes of optimizer state per reply
 class Kept(NamedTuple):
     """The values of one table here, and the descriptors to share them."""
 
-    spec: TableSpec
+    spec: DenseSpec
     blocks: tuple[Block, ...]
     values: torch.Tensor
     view: memoryview
@@ -209,7 +210,7 @@ class Clients:
         if not 1 <= request.base < 1 << 62:
             raise ProtocolError(f"pushes from {request.base} on are out of range")
         out = self._run(e.Attached(session, request.table, shared, request.base))
-        clock = table.gathering.clock if table.bulk else min(table.clocks.clock.values(), default=0)
+        clock = table.gathering.clock if table.collective else min(table.clocks.clock.values(), default=0)
         done = self.shard.session(session).done.get(request.table, 0)
         reply = m.Attached(self.shard.lsn, clock, kept.values.numel(), done, self.shard.members.epoch)
         return [*out, Outgoing(peer, Frame(Kind.REPLY, seq=frame.seq, body=m.pack(reply)), give)]
@@ -302,8 +303,8 @@ class Clients:
         """Values that a client maps are fresh without a byte moved; they count as pulled, as a doorbell as pushed."""
         peer = self._peers.get(a.session)
         table = self.shard.tables.get(a.table)
-        if a.step and table is not None and table.bulk and peer is not None and a.table in self._links[peer].shared:
-            self.pulled_bytes += table.size
+        if a.step and table is not None and peer is not None and a.table in self._links[peer].shared:
+            self.pulled_bytes += 0 if table.spec.sync.reads_own_memory else table.size
 
     def fail(self, f: e.Fail) -> list[Outgoing]:
         body = m.pack(m.ErrorBody(f.code, f.message))

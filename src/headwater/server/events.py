@@ -12,7 +12,7 @@ from headwater.types import TableSpec
 from headwater.wire.messages import AckBody, Commit, Members, Ready, Slot, StepBody
 
 if TYPE_CHECKING:
-    from headwater.server.records import Record
+    from headwater.server.replication.records import Record
 
 # ---- events --------------------------------------------------------------------------------------
 

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from headwater.cluster.coordinator import Coordinator
-from headwater.errors import HeadwaterError, LinkBroken, ProtocolError
+from headwater.errors import Halt, HeadwaterError, LinkBroken, ProtocolError
 from headwater.server import COORDINATOR
 from headwater.transports.memory import close_all
 from headwater.wire import messages as m
-from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing, encode
+from headwater.wire.frames import Frame, Kind, encode
+from headwater.wire.outgoing import Dial, Instruction, Outgoing
 
 if TYPE_CHECKING:  # a coordinator holds no tensors and does not load torch
     from headwater.cluster.store import Store
@@ -28,10 +29,6 @@ PATIENCE = 300.0  # seconds that a server waits for a coordinator that is to com
 AGAIN = 0.2  # seconds between two attempts
 ANSWER = 5.0  # seconds that a coordinator has to answer a server that comes back
 STUCK = 60.0  # seconds in which the loop must turn once, or its server counts as dead
-
-
-class Halt(Exception):
-    """This process cannot go on; the cause says why. No ``HeadwaterError``: no peer is at fault, none may catch it."""
 
 
 class CoordinatorHost:

@@ -27,7 +27,8 @@ from headwater.transports.memory import close_all
 from headwater.transports.receiver import Receiver, descriptors
 from headwater.wire import auth
 from headwater.wire import messages as m
-from headwater.wire.frames import MAX_BODY, Dial, Frame, Instruction, Kind, encode
+from headwater.wire.frames import MAX_BODY, Frame, Kind, encode
+from headwater.wire.outgoing import Dial, Instruction
 
 log = logging.getLogger("headwater")
 

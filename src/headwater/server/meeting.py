@@ -11,12 +11,11 @@ import torch
 
 from headwater.cluster.tables import decide
 from headwater.server import events as e
-from headwater.server import records as r
 from headwater.server.notes import look, notes
+from headwater.server.replication import records as r
 from headwater.server.sync.bulk import Part
 from headwater.server.table import Table
 from headwater.server.tables.plan import Contribution
-from headwater.types import Bulk
 from headwater.wire.messages import Ready
 
 
@@ -27,12 +26,12 @@ def contributions(table: Table) -> list[Contribution]:
     found = [
         Contribution(part.gradients, r.union(part.ranges)) for part in merged[:1] or parts if part.gradients is not None
     ]
-    return found[:1] if table.spec.sync == Bulk("lowest") else found
+    return found[:1] if table.spec.sync.combined == "lowest" else found
 
 
 def divisor(table: Table) -> int:
     """What their sum is divided by."""
-    mean = isinstance(table.spec.sync, Bulk) and table.spec.sync.reduce == "mean"
+    mean = table.spec.sync.combined == "mean"
     merged = any(part.merged for part in table.gathering.seated())
     return len(table.gathering.ranks) if mean and not merged else 1
 

@@ -14,28 +14,30 @@ from pathlib import Path
 
 import torch
 
-from headwater.cluster.placement import BLOCK, PAGE, Block, check_table, layout
 from headwater.errors import ClusterError, HeadwaterError, NotEnoughMemory, ProtocolError, StaleEpoch
+from headwater.layout import kinds
+from headwater.layout.dense import BLOCK, PAGE, Block, layout, only
 from headwater.server import COORDINATOR
 from headwater.server import events as e
-from headwater.server import records as r
 from headwater.server.clients import Clients, Kept
-from headwater.server.disk import DISK, DiskLog
-from headwater.server.followers import PATIENCE, Followers
-from headwater.server.lending import Lending
+from headwater.server.replication import records as r
+from headwater.server.replication.disk import DISK, DiskLog
+from headwater.server.replication.followers import PATIENCE, Followers
+from headwater.server.replication.lending import Lending
+from headwater.server.replication.state import view
+from headwater.server.replication.upstream import Upstream
 from headwater.server.shard import Shard
 from headwater.server.snapshots.part import Part, fill
 from headwater.server.snapshots.restore import Snapshot
-from headwater.server.state import view
 from headwater.server.table import Table
 from headwater.server.tables.dense import state_bytes
-from headwater.server.upstream import Upstream
 from headwater.server.versions.shelf import Shelf
 from headwater.transports import memory
-from headwater.types import TableSpec
+from headwater.types import DenseSpec, TableSpec
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Dial, Instruction, Outgoing
 
 log = logging.getLogger("headwater")
 
@@ -390,9 +392,10 @@ class Node:
         return Outgoing(COORDINATOR, Frame(Kind.ERROR, shard=self.shard.number, seq=table, body=body))
 
     def _check_room(self, spec: TableSpec) -> None:
-        check_table(spec)
-        segments = layout(spec, self._setting.shards).segments[self.shard.number]
-        needed, free = state_bytes(spec, segments), self._setting.available()
+        dense = only(spec)
+        kinds.check_table(spec)
+        segments = layout(dense, self._setting.shards).segments[self.shard.number]
+        needed, free = state_bytes(dense, segments), self._setting.available()
         if needed > free:
             raise NotEnoughMemory(
                 f"table {spec.name!r} takes {needed / 2**20:.0f} MiB on shard {self.shard.number} "
@@ -427,7 +430,7 @@ class Node:
         for cut in list(self.cuts) if self.leads else ():
             # A table on this shard alone takes its steps by itself; those of others came before the coordinator's word.
             alone = [(self.shard.tables.get(number), clock) for number, clock in cut.clocks]
-            if all(t is None or not t.alone or not t.bulk or t.gathering.clock >= clock for t, clock in alone):
+            if all(t is None or not t.alone or not t.collective or t.gathering.clock >= clock for t, clock in alone):
                 self.cuts.remove(cut)
                 out += self.run(e.Publish(cut.number, cut.tables))
         return out
@@ -455,17 +458,18 @@ class Node:
     # ---- memory of the tables ----------------------------------------------------------------------
 
     def size(self, spec: TableSpec) -> int:
-        check_table(spec)
-        return layout(spec, self._setting.shards).sizes[self.shard.number]
+        kinds.check_table(spec)
+        return kinds.place(spec, self._setting.shards).sizes[self.shard.number]
 
     def create(self, number: int, spec: TableSpec) -> Table:
         """Memory for a table. Raises ``NotEnoughMemory``."""
         self._check_room(spec)
-        plan = layout(spec, self._setting.shards)
+        dense = only(spec)
+        plan = layout(dense, self._setting.shards)
         segments, size = plan.segments[self.shard.number], plan.sizes[self.shard.number]
-        kept = self._kept[number] = self._allocate(spec, plan.blocks_of(self.shard.number), size)
+        kept = self._kept[number] = self._allocate(dense, plan.blocks_of(self.shard.number), size)
         alone = len(plan.participants) == 1
-        table = Table(number, spec, segments, kept.values, alone=alone, versions=kept.versions)
+        table = Table(number, dense, segments, kept.values, alone=alone, versions=kept.versions)
         table.dense.after_block = lambda start, stop: self.clients.drop(number, start, stop)
         return table
 
@@ -491,7 +495,7 @@ class Node:
         self._setting.shelf.before_write(self.shard.number, table, ranges)
         self._setting.detach(self.shard.number, table, ranges)
 
-    def _allocate(self, spec: TableSpec, blocks: tuple[Block, ...], size: int) -> Kept:
+    def _allocate(self, spec: DenseSpec, blocks: tuple[Block, ...], size: int) -> Kept:
         limit = max((block.size for block in blocks), default=0)
         if not self._setting.share:
             values = torch.zeros(size, dtype=torch.uint8, device="cpu")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from headwater.server import records as r
+from headwater.server.replication import records as r
 from headwater.server.sync.alike import Marks, differ
 from headwater.server.sync.bulk import Part
 from headwater.server.table import Table

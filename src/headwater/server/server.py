@@ -13,7 +13,8 @@ from headwater.server.versions.fills import Fills
 from headwater.transports.memory import close_all
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from headwater.wire.frames import Frame, Instruction, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Instruction, Outgoing
 
 log = logging.getLogger("headwater")
 

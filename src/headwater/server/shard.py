@@ -14,13 +14,12 @@ import torch
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, SessionExpired, StaleEpoch, WorkerLost
 from headwater.server import events as e
 from headwater.server import meeting
-from headwater.server import records as r
-from headwater.server.log import Log
-from headwater.server.records import Record
-from headwater.server.replica import Memory, Replica
+from headwater.server.replication import records as r
+from headwater.server.replication.log import Log
+from headwater.server.replication.records import Record
+from headwater.server.replication.replica import Memory, Replica
 from headwater.server.sync.bulk import Part
 from headwater.server.table import Session, Table
-from headwater.types import Version
 from headwater.wire.frames import Flag
 from headwater.wire.messages import Commit, Follow, Members, StepBody
 
@@ -46,10 +45,6 @@ class Shard(Replica):
         self._left: list[Record] = []  # proposed and not applied when this server stepped down
         self._told = 0  # the membership epoch of the last record about it
         self._applying = False
-
-    @property
-    def version(self) -> Version:
-        return Version(self.epoch, self.lsn)
 
     # ---- views -----------------------------------------------------------------------------------
 
@@ -277,7 +272,7 @@ class Shard(Replica):
         if event.length:
             table.check_range(event.start, event.start + event.length)
         session.seq[table.number] = event.seq
-        if table.bulk:
+        if table.collective:
             self._contribute(session, table, event)
         else:
             self._apply_now(session, table, event)
@@ -291,7 +286,9 @@ class Shard(Replica):
     def _again(self, session: Session, table: Table, event: e.Push) -> None:
         """A duplicate: acknowledged again if it is applied, else the answer is still to come."""
         if event.seq > session.done.get(table.number, 0):
-            if table.bulk and event.members < table.gathering.lost:  # undone, and the word of it was lost on the way
+            if (
+                table.collective and event.members < table.gathering.lost
+            ):  # undone, and the word of it was lost on the way
                 raise WorkerLost(self.why_lost(event.clock))
             part = table.gathering.parts.get(session.rank)
             if part is not None and part.seq == event.seq and event.flags & Flag.WANT:
@@ -358,7 +355,7 @@ class Shard(Replica):
 
     def _ask_mean(self, event: e.AskMean) -> None:
         session, table = self.session(event.session), self.table(event.table)
-        if not table.bulk:
+        if not table.collective:
             raise ProtocolError(f"table {table.spec.name!r} has no step of all workers whose mean could be asked for")
         self.refuse_reader(session, "ask for gradients")
         part = self._part(session, table, event.clock, event.members)
@@ -487,11 +484,13 @@ class Shard(Replica):
 
     def answer(self, event: e.Pull) -> None:
         session, table = self.session(event.session), self.table(event.table)
-        if not table.bulk and not table.clocks.may_read(session.rank, event.clock):
+        if not table.collective and not table.clocks.may_read(session.rank, event.clock):
             table.waiting.append(event)
             return
         clocks = table.clocks
-        staleness = 0 if table.bulk else max(clocks.clock.values(), default=0) - min(clocks.clock.values(), default=0)
+        staleness = (
+            0 if table.collective else max(clocks.clock.values(), default=0) - min(clocks.clock.values(), default=0)
+        )
         clocks.was_read(session.rank)
         start, length = event.start, event.length
         self._out.append(
@@ -505,7 +504,7 @@ class Shard(Replica):
         """Something was applied or someone left: what waited may go on now, first come first served."""
         if not self.primary:
             return
-        if table.bulk:
+        if table.collective:
             self._check_complete(table)
             self._check_mean(table)
         i = 0
@@ -570,7 +569,7 @@ class Shard(Replica):
             g = table.gathering
             assert all(p.gradients is not None for p in g.parts.values() if p.ranges), f"nothing to add up: {g.parts}"
             assert table.versions is None or all(v % 2 == 0 for v in table.versions), "a block was left half written"
-            assert not (table.bulk and (table.held or table.waiting)), "bulk steps neither hold nor delay"
+            assert not (table.collective and (table.held or table.waiting)), "bulk steps neither hold nor delay"
         lsns = [record.lsn for record in self.log.pending]
         assert lsns == list(range(self.lsn + 1, self.lsn + 1 + len(lsns))), f"records after {self.lsn}: {lsns}"
         for session in self.sessions.values():

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from headwater.cluster.placement import BLOCK
 from headwater.errors import ProtocolError
+from headwater.layout.dense import BLOCK
 from headwater.server import events as e
-from headwater.server.records import Contributor, Groups, Prepare, Ranges
+from headwater.server.replication.records import Contributor, Groups, Prepare, Ranges
 from headwater.server.sync import Alike, Clocks, Gathering, Words
 from headwater.server.sync.alike import Marks
 from headwater.server.tables.dense import DenseShard
 from headwater.server.tables.plan import Contribution
-from headwater.types import Bulk, Segment, TableSpec
+from headwater.types import DenseSpec, Segment
 from headwater.wire.messages import AckBody, Commit
 
 
@@ -60,7 +60,7 @@ class Table:
     def __init__(
         self,
         number: int,
-        spec: TableSpec,
+        spec: DenseSpec,
         segments: tuple[Segment, ...],
         values: torch.Tensor,
         *,
@@ -74,7 +74,7 @@ class Table:
         self.size = values.numel()
         self.alone = alone
         self.versions = versions
-        self.bulk = isinstance(spec.sync, Bulk)
+        self.collective = spec.sync.collective
         self.gathering = Gathering()
         self.clocks = Clocks(spec.sync)
         self.prepared: Prepared | None = None
@@ -94,8 +94,8 @@ class Table:
         self._starts = [s.offset for s in segments]
         self._ends = [s.end for s in segments]
         self._sound: set[tuple[int, int]] = {(0, 0), (0, self.size)}
-        self.capped = getattr(spec.sync, "max_staleness", None) is not None
-        self.eager = not self.bulk and not self.capped and spec.max_grad_norm is None
+        self.capped = spec.sync.staleness_cap is not None
+        self.eager = spec.sync.immediate and spec.max_grad_norm is None
 
     def check_range(self, start: int, stop: int) -> None:
         """A range must begin and end on segments (padding included). Raises ``ProtocolError``."""

@@ -15,7 +15,7 @@ from headwater.client.dense.table import DenseTable
 from headwater.cluster import versions as core
 from headwater.cluster.coordinator import Rules
 from headwater.errors import HeadwaterError
-from headwater.server.replica import Replica
+from headwater.server.replication.replica import Replica
 from headwater.testing.faults import LETHAL, Fault
 from headwater.testing.hosts import SimCoordinator, SimServer, SimStore
 from headwater.testing.links import SimRuntime

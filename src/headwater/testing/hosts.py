@@ -18,7 +18,8 @@ from headwater.testing.processes import Process
 from headwater.testing.times import Meter
 from headwater.testing.versions import SimShelf
 from headwater.wire import messages as m
-from headwater.wire.frames import Dial, Frame, Instruction, Kind, Outgoing
+from headwater.wire.frames import Frame, Kind
+from headwater.wire.outgoing import Dial, Instruction, Outgoing
 
 TICK = 0.1  # seconds between ticks of a loop, as the real one
 COPY = 0.02  # seconds that the copy of a part of a version takes, at most

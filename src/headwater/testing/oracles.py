@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headwater.server import records as r
-from headwater.server.records import Record
-from headwater.server.replica import Replica
-from headwater.types import TableSpec
+from headwater.layout.dense import only
+from headwater.server.replication import records as r
+from headwater.server.replication.records import Record
+from headwater.server.replication.replica import Replica
+from headwater.types import DenseSpec
 from headwater.wire.messages import Commit, Members
 
 Floats = npt.NDArray[np.float64]
@@ -43,7 +44,7 @@ class _Prepared:
 class Fold:
     """One table of one shard, computed from the log alone. ``at`` gives its bytes after any LSN."""
 
-    def __init__(self, spec: TableSpec, nbytes: int, lsn: int) -> None:
+    def __init__(self, spec: DenseSpec, nbytes: int, lsn: int) -> None:
         self.spec = spec
         self.values: Floats = np.zeros(nbytes // 8)
         self.clock = 0
@@ -203,7 +204,7 @@ class Oracles:
         body = record.body
         match body:
             case r.Begin():
-                log.folds[body.table] = Fold(body.spec, replica.tables[body.table].size, record.lsn)
+                log.folds[body.table] = Fold(only(body.spec), replica.tables[body.table].size, record.lsn)
             case r.Drop():
                 log.folds.pop(body.table, None)
             case r.Update():

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 from headwater.errors import UsageError
-from headwater.server.records import Prepare, Record, Update, spans
-from headwater.server.replica import Replica
+from headwater.server.replication.records import Prepare, Record, Update, spans
+from headwater.server.replication.replica import Replica
 from headwater.testing.cluster import Eye, SimCluster
 from headwater.testing.scenario import Scenario
 from headwater.testing.scheduler import Stuck

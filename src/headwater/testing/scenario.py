@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from headwater.testing.faults import Plan, draw, kills, watched
-from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Stale, Sync, TableSpec
+from headwater.types import Async, Bulk, DenseSpec, Init, OptimizerSpec, ParameterSpec, Stale, Sync
 
 MODES = ("bulk", "stale", "async")
 MARKS = 448  # elements of each parameter that pushes mark
@@ -44,11 +44,11 @@ class Scenario:
                 return Async(self.cap)
 
     @property
-    def table(self) -> TableSpec:
+    def table(self) -> DenseSpec:
         """One page per parameter and one parameter per shard: the smallest table that lies on every shard."""
         parameters = tuple(ParameterSpec(f"p{i}", (512,), "float64", 0, Init("zeros")) for i in range(self.shards))
         optimizer = OptimizerSpec("SGD", ({"lr": 1.0, "maximize": True},))
-        return TableSpec("t", parameters, optimizer, self.sync, 1.5 if self.clip else None)
+        return DenseSpec("t", parameters, optimizer, self.sync, 1.5 if self.clip else None)
 
     def __str__(self) -> str:
         text = (

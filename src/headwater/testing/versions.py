@@ -15,8 +15,8 @@ import numpy as np
 
 from headwater.client.client import Client
 from headwater.client.dense.table import DenseTable
-from headwater.cluster.spans import spans
 from headwater.errors import HeadwaterError, LinkError
+from headwater.layout.words import spans
 from headwater.readers.reading import Reader
 from headwater.server.table import Table as Shelved
 from headwater.server.versions.cut import PartCut
@@ -24,12 +24,12 @@ from headwater.server.versions.shelf import Held, Key, Shelf
 from headwater.testing.links import SimRuntime
 from headwater.testing.oracles import Oracles, Violation
 from headwater.testing.scenario import Scenario
-from headwater.types import Bulk, VersionInfo
+from headwater.types import VersionInfo
 
 if TYPE_CHECKING:
     from headwater.client.publication import Publication
-    from headwater.cluster.placement import Layout
     from headwater.cluster.versions import Versions
+    from headwater.layout.dense import Layout
     from headwater.readers.weights import Weights
 
 SHARE = 0.15  # of a worker's steps that are published
@@ -119,7 +119,7 @@ class VersionOracle:
                     raise Violation(
                         "versions", f"version {info.number}, shard {shard}: not what the log says at LSN {lsn}"
                     )  # fmt: skip
-        if isinstance(fold.spec.sync, Bulk) and clocks != {info.step}:
+        if fold.spec.sync.collective and clocks != {info.step}:
             raise Violation("versions", f"version {info.number} is labelled step {info.step}; shards cut at {clocks}")
 
 

@@ -9,7 +9,6 @@ import struct
 import zlib
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
 
 import xxhash
 from typing_extensions import Buffer
@@ -95,26 +94,6 @@ class Frame:
             return 0
         return self.length
 
-
-class Outgoing(NamedTuple):
-    """An instruction of a state machine: send ``frame``, and descriptors beside it, to ``peer``; then maybe close."""
-
-    peer: int
-    frame: Frame
-    fds: tuple[int, ...] = ()
-    close: bool = False
-
-
-class Dial(NamedTuple):
-    """An instruction of a state machine: connect to another server, and say what became of it under ``key``."""
-
-    key: int
-    address: str
-    local: str
-    host: str
-
-
-Instruction = Outgoing | Dial
 
 _CARRIERS = frozenset({Kind.PUSH, Kind.DATA, Kind.ASSIGN, Kind.RECORD, Kind.STATE, Kind.PIECE})
 

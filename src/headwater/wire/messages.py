@@ -10,14 +10,14 @@ from typing import TypeVar
 import msgspec
 
 from headwater.errors import HeadwaterError, ProtocolError, from_code
-from headwater.types import Claim, Hyper, TableSpec
-from headwater.wire.plans import Aside as Aside
-from headwater.wire.plans import Late as Late
-from headwater.wire.plans import PlanChunk as PlanChunk
-from headwater.wire.plans import PlanNext as PlanNext
-from headwater.wire.plans import Rest as Rest
-from headwater.wire.plans import Rested as Rested
-from headwater.wire.plans import WhoIsLate as WhoIsLate
+from headwater.types import Claim, Hyper, TableSpec, read_spec
+from headwater.wire.data_plan import Aside as Aside
+from headwater.wire.data_plan import Late as Late
+from headwater.wire.data_plan import PlanChunk as PlanChunk
+from headwater.wire.data_plan import PlanNext as PlanNext
+from headwater.wire.data_plan import Rest as Rest
+from headwater.wire.data_plan import Rested as Rested
+from headwater.wire.data_plan import WhoIsLate as WhoIsLate
 from headwater.wire.statuses import ClusterStatus as ClusterStatus
 from headwater.wire.statuses import ModelStatus as ModelStatus
 from headwater.wire.statuses import RelayStatus as RelayStatus
@@ -528,9 +528,9 @@ Reply = (
 Notice = Members | Ready | Commit | Heartbeat | Drop | View | Synced | Suspect | Cut | CutDone | VersionNotice
 
 _encoder = msgspec.msgpack.Encoder()
-_request = msgspec.msgpack.Decoder(Request)
-_reply = msgspec.msgpack.Decoder(Reply)
-_notice = msgspec.msgpack.Decoder(Notice)
+_request = msgspec.msgpack.Decoder(Request, dec_hook=read_spec)
+_reply = msgspec.msgpack.Decoder(Reply, dec_hook=read_spec)
+_notice = msgspec.msgpack.Decoder(Notice, dec_hook=read_spec)
 
 
 def pack(message: msgspec.Struct) -> bytes:
@@ -543,7 +543,7 @@ T = TypeVar("T")
 
 def unpack(data: bytes, kind: type[T]) -> T:
     """A message of one known type. Raises ``ProtocolError`` for anything else."""
-    return decoded(msgspec.msgpack.Decoder(kind), data, kind.__name__)
+    return decoded(msgspec.msgpack.Decoder(kind, dec_hook=read_spec), data, kind.__name__)
 
 
 def unpack_request(data: bytes) -> Request:

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from headwater.errors import UnknownOptimizer
-from headwater.types import Hyper, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import DenseSpec, Hyper, OptimizerSpec, ParameterSpec
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 """The dtypes that an optimizer can step; ``Assign`` takes every dtype of ``types.ITEMSIZE``."""
@@ -185,7 +185,7 @@ def checked(name: str, hyper: Mapping[str, Any]) -> dict[str, Hyper]:
     return clean
 
 
-def check(spec: TableSpec) -> OptimizerSpec:
+def check(spec: DenseSpec) -> OptimizerSpec:
     """The table's optimizer with every group complete, if the servers can run it on all of its parameters.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from headwater.types import Async, Bulk, OptimizerSpec, ParameterSpec, Stale, Sync, TableSpec
+from headwater.types import Async, Bulk, DenseSpec, OptimizerSpec, ParameterSpec, Stale, Sync
 from headwater_bench.chaos.ledger import WIDTHS
 
 MODEL = 6  # tensors of 64 KiB: two shards' worth of frames that are cut on the way
@@ -16,16 +16,16 @@ WIDE = 16384 // 4
 POLICIES: dict[str, Sync] = {"bulk": Bulk("sum"), "stale": Stale(1), "async": Async()}
 
 
-def model_table() -> TableSpec:
+def model_table() -> DenseSpec:
     """Under Bulk: a model that is trained with AdamW; one process must come to the same bits."""
     tensors = tuple(ParameterSpec(f"w{i}", (WIDE,), "float32") for i in range(MODEL))
-    return TableSpec("model", tensors, OptimizerSpec("AdamW", ({"lr": 0.01},)), Bulk("mean"))
+    return DenseSpec("model", tensors, OptimizerSpec("AdamW", ({"lr": 0.01},)), Bulk("mean"))
 
 
-def ballast_table(mode: str) -> TableSpec:
+def ballast_table(mode: str) -> DenseSpec:
     """Other policies: large pushes, which are under way when somebody dies. Every element counts them."""
     tensors = tuple(ParameterSpec(f"b{i}", (WIDE * 8,), "float64") for i in range(MODEL // 2))
-    return TableSpec("ballast", tensors, OptimizerSpec("SGD", ({"lr": 1.0},)), POLICIES[mode])
+    return DenseSpec("ballast", tensors, OptimizerSpec("SGD", ({"lr": 1.0},)), POLICIES[mode])
 
 
 def gradient(rank: int, number: int) -> torch.Tensor:
@@ -47,10 +47,10 @@ class Workload(NamedTuple):
     mode: str
     workers: int
 
-    def ledger_table(self) -> TableSpec:
+    def ledger_table(self) -> DenseSpec:
         """The table whose sums are the proof: a row per worker in each page."""
         pages = tuple(ParameterSpec(f"page{i}", (self.workers, width), "float64") for i, width in enumerate(WIDTHS))
-        return TableSpec("ledger", pages, OptimizerSpec("SGD", ({"lr": 1.0},)), POLICIES[self.mode])
+        return DenseSpec("ledger", pages, OptimizerSpec("SGD", ({"lr": 1.0},)), POLICIES[self.mode])
 
-    def large_table(self) -> TableSpec:
+    def large_table(self) -> DenseSpec:
         return model_table() if self.mode == "bulk" else ballast_table(self.mode)

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from headwater.types import Bulk, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import Bulk, DenseSpec, OptimizerSpec, ParameterSpec
 
 MODEL, LARGE = "races", "large"
 MODELS: dict[str, tuple[str, ...]] = {MODEL: ("dense", "sparse"), LARGE: ("large",)}
@@ -43,10 +43,10 @@ class ReadCheck(NamedTuple):
     words: str = ""
 
 
-def specs(model: str) -> tuple[TableSpec, ...]:
+def specs(model: str) -> tuple[DenseSpec, ...]:
     """The tables of a model as the publisher declares them."""
     return tuple(
-        TableSpec(
+        DenseSpec(
             table,
             tuple(
                 ParameterSpec(name, (count,), "bfloat16" if name[0] == "h" else "float32")

@@ -1,7 +1,8 @@
-"""What recipes that train share: the loop, the processes, the run folder, the display.
+"""What all recipes share, whatever they train: the loop, the processes, the run folder, the display, the command.
 
-``trainer`` is the loop of a worker process; ``job`` starts and watches the processes; ``reports`` is what they say,
-``board`` merges it and ``display`` shows it; ``checkpoint`` is the run folder and ``metrics`` what is known of the run;
-``plan`` the schedule; ``settings`` and ``options`` what a user may choose. A recipe adds its data, its model and its
-report, and describes itself by a ``recipe.Recipe``.
+A recipe describes itself by a ``recipe.Recipe`` and what is trained by a ``task.Task``; see ``README.md`` beside this
+package. ``options`` and ``settings`` say what a user may choose, and ``command`` makes the command of it. ``job``
+starts and watches the processes, ``trainer`` is the loop of one (``worker``) and ``schedule`` its learning rate;
+``reports`` are what they say, ``board`` merges them and ``display`` shows them; ``checkpoint`` is the run folder and
+``metrics`` what is known of the run.
 """

@@ -18,7 +18,7 @@ from headwater_recipes.common.reports import (
     Stepped,
     Validated,
 )
-from headwater_recipes.common.score import Score, total
+from headwater_recipes.common.task import Sums, Task, add
 
 
 class Board:
@@ -26,12 +26,12 @@ class Board:
 
     Attributes: ``latest`` the last figures of each rank; ``doing`` what the rank that spoke last does beside training
     ("" if it trains); ``rows`` the metrics so far, oldest first; ``saved`` the
-    step of the last checkpoint; ``published`` the last version's name; ``finished`` by rank; ``final`` the score of all
+    step of the last checkpoint; ``published`` the last version's name; ``finished`` by rank; ``final`` the sums of all
     held-out data.
     """
 
-    def __init__(self, world: int, rows: list[dict[str, Any]] | None = None) -> None:
-        self._world = world
+    def __init__(self, task: type[Task[Any]], world: int, rows: list[dict[str, Any]] | None = None) -> None:
+        self._task, self._world = task, world
         self._steps: dict[int, dict[int, Stepped]] = {}
         self._validations: dict[tuple[int, bool], dict[int, Validated]] = {}
         self.started: dict[int, Started] = {}
@@ -40,7 +40,7 @@ class Board:
         self.finished: dict[int, Finished] = {}
         self.saved: int | None = None
         self.published: str | None = None
-        self.final: Score | None = None
+        self.final: Sums | None = None
         self.rows: list[dict[str, Any]] = list(rows or [])
 
     def hear(self, report: Report) -> dict[str, Any] | None:
@@ -77,7 +77,7 @@ class Board:
         if len(parts) < self._world:
             return None
         parts = self._steps.pop(report.step)
-        return _row([parts[rank] for rank in sorted(parts)])
+        return self._row([parts[rank] for rank in sorted(parts)])
 
     def _validation(self, report: Validated) -> dict[str, Any] | None:
         key = (report.step, report.final)
@@ -85,14 +85,13 @@ class Board:
         parts[report.rank] = report
         if len(parts) < self._world:
             return None
-        score = total([Score(each.nats, each.tokens, each.nbytes) for each in self._validations.pop(key).values()])
+        sums = add(each.sums for each in self._validations.pop(key).values())
         if report.final:
-            self.final = score
+            self.final = sums
         return {
             "kind": "final" if report.final else "validation",
             "step": report.step,
-            "loss": score.loss,
-            "bits_per_byte": score.bits_per_byte,
+            **self._task.metrics(sums),
             "elapsed": report.elapsed,
         }
 
@@ -108,7 +107,7 @@ class Board:
         if len(self.latest) < self._world:
             return row
         said = [self.latest[rank] for rank in sorted(self.latest)]
-        return row if row is not None and row["step"] >= said[0].step else _row(said)
+        return row if row is not None and row["step"] >= said[0].step else self._row(said)
 
     @property
     def validated(self) -> dict[str, Any] | None:
@@ -123,19 +122,18 @@ class Board:
             return None
         return float(row["elapsed"] / row["progress"] * (1 - row["progress"]))
 
-
-def _row(said: Sequence[Figures]) -> dict[str, Any]:
-    """The row of a training step, of what each rank said."""
-    return {
-        "kind": "step",
-        "step": said[0].step,
-        "loss": fmean(each.loss for each in said),
-        "lr": said[0].lr,
-        "tokens_per_second": sum(each.tokens_per_second for each in said),
-        "pushed_bytes_per_second": sum(each.pushed_per_second for each in said),
-        "pulled_bytes_per_second": sum(each.pulled_per_second for each in said),
-        "staleness": max(each.staleness for each in said),
-        "grad_norm": said[0].grad_norm,
-        "elapsed": said[0].elapsed,
-        "progress": said[0].progress,
-    }
+    def _row(self, said: Sequence[Figures]) -> dict[str, Any]:
+        """The row of a training step, of what each rank said."""
+        return {
+            "kind": "step",
+            "step": said[0].step,
+            "loss": fmean(each.loss for each in said),
+            "lr": said[0].lr,
+            f"{self._task.recipe.wording.unit}_per_second": sum(each.units_per_second for each in said),
+            "pushed_bytes_per_second": sum(each.pushed_per_second for each in said),
+            "pulled_bytes_per_second": sum(each.pulled_per_second for each in said),
+            "staleness": max(each.staleness for each in said),
+            "grad_norm": said[0].grad_norm,
+            "elapsed": said[0].elapsed,
+            "progress": said[0].progress,
+        }

@@ -1,10 +1,10 @@
 """The run folder: what training leaves, what a run goes on from.
 
-    config.json, model.safetensors, tokenizer.json, …    what ``transformers`` loads: the newest checkpoint's model
-    checkpoints/00000400/                                model, optimizer state and trainer.json of one step
-    headwater.json                                       which table set readers of the run follow
-    tokens/*.npy                                         the data as token ids
-    metrics.jsonl, loss.png, report.json, …              what is known of it
+    model.safetensors, config.json, …    what the ecosystem loads: the newest checkpoint's model
+    checkpoints/00000400/                model, optimizer state and trainer.json of one step
+    headwater.json                       which table set readers of the run follow
+    …                                    the data as the recipe prepared it
+    metrics.jsonl, loss.png, report.json what is known of it
 
 A checkpoint appears by the rename of a whole folder, so it is there entirely or not at all.
 """
@@ -129,7 +129,7 @@ def find_folder(recipe: Recipe[Any], asked: Path | None, *, begun: bool = False)
     if asked is None:
         found = sorted(path for path in Path("runs").glob(f"{recipe.name}-*") if good(path))
         if not found:
-            raise DataError(f"runs/ holds no run of a model; train one ({recipe.command}) or give --run DIR")
+            raise DataError(f"runs/ holds no run of a model; train one ({recipe.typed}) or give --run DIR")
         return found[-1]
     if not good(asked):
         raise DataError(f"--run {asked}: no checkpoint of a trained model there; check the path")
@@ -214,8 +214,13 @@ def _remove(path: Path) -> None:
 
 
 def write_model(model: Any, folder: Path) -> None:
-    """Write a transformers model."""
-    model.save_pretrained(folder)
+    """Write a model: its library's way if that has one (``save_pretrained``), else ``model.safetensors``."""
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+        return
+    # Copies: parameters may be views of one memory, which safetensors takes for tensors that are tied.
+    values = {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
+    save_file(values, folder / "model.safetensors")
 
 
 def save(
@@ -229,7 +234,7 @@ def save(
 
     Args:
         folder: the run's.
-        model: a transformers model.
+        model: a torch module.
         optimizer: a torch optimizer's ``state_dict()``.
         state: what ``trainer.json`` says.
         write: writes the model's part into a folder.

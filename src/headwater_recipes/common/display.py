@@ -14,7 +14,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from headwater_recipes.common.board import Board
-from headwater_recipes.common.stages import redraws, waiting
+from headwater_recipes.common.recipe import Wording
+from headwater_recipes.common.stages import clock, redraws, waiting
 
 _BARS = "▁▂▃▄▅▆▇█"
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -36,9 +37,9 @@ class Display(Protocol):
         """The run is over."""
 
 
-def make(console: Console) -> Display:
+def make(console: Console, wording: Wording) -> Display:
     """The display that suits the console."""
-    return Picture(console) if redraws(console) else Lines(console)
+    return Picture(console, wording) if redraws(console) else Lines(console, wording)
 
 
 def _pause(board: Board) -> str:
@@ -51,8 +52,8 @@ def _pause(board: Board) -> str:
 class Lines:
     """One line each few seconds."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, wording: Wording) -> None:
+        self._console, self._wording = console, wording
         self._shown = -1
         self._last = float("-inf")
         self._validation: dict[str, Any] | None = None
@@ -63,9 +64,8 @@ class Lines:
         held = board.validated
         if held is not None and held is not self._validation:
             self._validation = held
-            self.note(
-                f"step {held['step']:>6}  validation loss {held['loss']:.3f}  {held['bits_per_byte']:.3f} bits/byte"
-            )
+            beside = _GAP + self._wording.headline.format(**held) if self._wording.headline else ""
+            self.note(f"step {held['step']:>6}  validation loss {held['loss']:.3f}{beside}")
         pause = _pause(board)
         if pause and pause != self._pause:
             self.note(f"{pause} …")
@@ -75,7 +75,7 @@ class Lines:
         self._shown, self._last = row["step"], now
         beside = "" if cluster is None else f"  {_alive(cluster)}"
         beside += f"  published {board.published}" if board.published else ""
-        self.note(_GAP.join(figures(row)) + f"  ETA {clock(board.seconds_left)}" + beside)
+        self.note(_GAP.join(figures(row, self._wording.unit)) + f"  ETA {clock(board.seconds_left)}" + beside)
 
     def note(self, line: str, *, whole: bool = True) -> None:
         del whole  # in a file there is no edge
@@ -96,12 +96,12 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def figures(row: dict[str, Any]) -> list[str]:
+def figures(row: dict[str, Any], unit: str) -> list[str]:
     """The figures of a row of metrics, as words."""
     return [
         f"step {row['step']:>6}",
         f"loss {row['loss']:.3f}",
-        f"{row['tokens_per_second']:,.0f} tokens/s",
+        f"{row[f'{unit}_per_second']:,.0f} {unit}/s",
         f"pushed {size(row['pushed_bytes_per_second'])}/s",
         f"pulled {size(row['pulled_bytes_per_second'])}/s",
         f"staleness {row['staleness']}",
@@ -111,7 +111,8 @@ def figures(row: dict[str, Any]) -> list[str]:
 class Picture:
     """Redrawn in place."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, wording: Wording) -> None:
+        self._wording = wording
         self._live = Live(console=console, auto_refresh=False, transient=False)
         self._live.start()
         self._before: dict[int, tuple[float, int, int]] = {}
@@ -133,10 +134,10 @@ class Picture:
         paused = waiting(pause, time.monotonic() - self._since) if pause else None
         if row is None:
             return paused or Text()
-        tables = [_worker_table(board)]
+        tables = [_worker_table(board, self._wording.unit)]
         if cluster is not None:
             tables.append(self._server_table(cluster))
-        parts: list[RenderableType] = [_bar(board, row, width, paused), *_headline(board, row, width)]
+        parts: list[RenderableType] = [_bar(board, row, width, paused), *_headline(board, row, self._wording, width)]
         parts += [_curve(board, width), *(part for table in tables for part in (Text(), _fit(table, width)))]
         if cluster is not None and cluster.replicas > 1:
             parts.append(_copies(cluster))
@@ -187,11 +188,11 @@ def _bar(board: Board, row: dict[str, Any], width: int, paused: Text | None) -> 
     return line
 
 
-def _headline(board: Board, row: dict[str, Any], width: int) -> list[Text]:
+def _headline(board: Board, row: dict[str, Any], wording: Wording, width: int) -> list[Text]:
     """The figures in lines that are broken between two of them."""
     held = board.validated
-    words = figures(row)
-    words += [f"validation {held['bits_per_byte']:.3f} bits/byte"] if held else []
+    words = figures(row, wording.unit)
+    words += ["validation " + (wording.headline or "loss {loss:.3f}").format(**held)] if held else []
     words += [f"published {board.published}"] if board.published else []
     lines = [words[0]]
     for word in words[1:]:
@@ -230,14 +231,14 @@ def _fit(table: Table, width: int) -> Table:
     return table
 
 
-def _worker_table(board: Board) -> Table:
-    table = _table("worker", "step", "loss", "tokens/s", "pushed", "pulled", "staleness")
+def _worker_table(board: Board, unit: str) -> Table:
+    table = _table("worker", "step", "loss", f"{unit}/s", "pushed", "pulled", "staleness")
     for rank, said in sorted(board.latest.items()):
         table.add_row(
             f"w{rank}",
             str(said.step),
             f"{said.loss:.3f}",
-            f"{said.tokens_per_second:,.0f}",
+            f"{said.units_per_second:,.0f}",
             f"{size(said.pushed_per_second)}/s",
             f"{size(said.pulled_per_second)}/s",
             str(said.staleness),
@@ -259,11 +260,3 @@ def size(count: float) -> str:
         count /= 1000
         power += 1
     return f"{count:.{0 if power == 0 or count >= 99.95 else 1}f} {_UNITS[power]}"
-
-
-def clock(seconds: float | None) -> str:
-    """``1:05``; a dash while it is not known."""
-    if seconds is None:
-        return "–"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"

@@ -8,24 +8,40 @@ import os
 import signal
 import sys
 import time
-from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import IO, Any, Generic, cast
 
 import msgspec
 from rich.console import Console
-from rich.text import Text
 
 import headwater
 from headwater import launch
 from headwater.errors import DataError, DiskFull, HeadwaterError
-from headwater_recipes.common import checkpoint, claim, display, metrics, plan, reports, settings
+from headwater_recipes.common import checkpoint, claim, display, metrics, reports, schedule, settings
 from headwater_recipes.common.board import Board
+from headwater_recipes.common.options import fields
 from headwater_recipes.common.recipe import Recipe
 from headwater_recipes.common.settings import AnySettings, State
-from headwater_recipes.common.stages import stage
+from headwater_recipes.common.stages import say, stage
+from headwater_recipes.common.task import Ended
 
 _STATUS_EVERY = 1.0
+
+
+def prepare(recipe: Recipe[AnySettings], wanted: AnySettings, run: Path | None, console: Console) -> Path:
+    """Make the folder of a new run, with all that its workers need.
+
+    Raises:
+        DataError: the data cannot be used, or the folder holds something. UsageError: a setting that cannot work.
+    """
+    wanted.check()
+    if not checkpoint.free(run):
+        checkpoint.new_folder(recipe.name, run)  # raises: says what is wrong, before any work is done
+    fill = recipe.load().prepare(wanted, console)
+    with checkpoint.making(recipe.name, run) as folder:
+        fill(folder)
+        checkpoint.begin(folder, wanted)
+    return folder
 
 
 def resume(recipe: Recipe[AnySettings], run: Path | None, changes: dict[str, Any]) -> Path:
@@ -51,10 +67,11 @@ def resume(recipe: Recipe[AnySettings], run: Path | None, changes: dict[str, Any
 
 def _go_on(recipe: Recipe[AnySettings], folder: Path, changes: dict[str, Any]) -> None:
     state = checkpoint.read_state(checkpoint.newest(folder) or folder, recipe.settings)
-    for name in recipe.fixed:
-        if name in changes and changes[name] != getattr(state.settings, name):
+    for field in fields(recipe.settings):
+        began = getattr(state.settings, field.name)
+        if field.option.fixed and changes.get(field.name, began) != began:
             raise DataError(
-                f"{folder} was begun with {name}={getattr(state.settings, name)!r}, which cannot change on the way. "
+                f"{folder} was begun with {field.name}={began!r}, which cannot change on the way. "
                 f"Nothing was changed; leave the option out, or start a new run."
             )
     if "steps" in changes:
@@ -62,7 +79,7 @@ def _go_on(recipe: Recipe[AnySettings], folder: Path, changes: dict[str, Any]) -
     elif "minutes" in changes:
         changes = {"steps": None, **changes}
     wanted = msgspec.structs.replace(state.settings, **changes)
-    recipe.check(wanted)
+    wanted.check()
     if _over(state, wanted):
         raise DataError(
             f"{folder} has reached its end (step {state.step}, {state.elapsed / 60:.1f} minutes). Nothing was changed; "
@@ -78,7 +95,7 @@ def _over(state: State[AnySettings], wanted: AnySettings) -> bool:
     return wanted.budget is not None and state.elapsed >= wanted.budget
 
 
-class Job(ABC, Generic[AnySettings]):
+class Job(Generic[AnySettings]):
     """One launch of a run whose folder is ready.
 
     ``restore``: a snapshot of the cluster to begin with. ``only_rank0``: of what other workers write nothing is shown.
@@ -99,11 +116,12 @@ class Job(ABC, Generic[AnySettings]):
         claim.claim(folder)
         checkpoint.sweep(folder)
         self.settings = checkpoint.read_state(folder, recipe.settings).settings
-        self.board = Board(self.settings.workers, metrics.read_rows(folder))
+        self.task = recipe.load()
+        self.board = Board(self.task, self.settings.workers, metrics.read_rows(folder))
         self.display: display.Display | None = None
         self._incomplete: set[str] = set()
         console.file = cast("IO[str]", launch.Sturdy(console.file, self._deaf))
-        for name in ("plan.json", plan.ASKED):  # an earlier launch's, with its stop
+        for name in (schedule.NAME, schedule.ASKED):  # an earlier launch's, with its stop
             (folder / name).unlink(missing_ok=True)
 
     def run(self) -> int:
@@ -129,8 +147,8 @@ class Job(ABC, Generic[AnySettings]):
             with launcher.signals(), contextlib.ExitStack() as cluster:
                 with stage(self.console, f"starting {s.servers} server{'' if s.servers == 1 else 's'}"):
                     cluster.enter_context(launcher)
-                self.display = display.make(self.console)
-                command = [sys.executable, "-m", self.recipe.worker, str(self.folder)]
+                self.display = display.make(self.console, self.recipe.wording)
+                command = [sys.executable, "-m", "headwater_recipes.common.worker", self.recipe.task, str(self.folder)]
                 launcher.start_workers(command, s.workers)
                 self._watch(launcher)
                 outcome = launcher.outcome
@@ -228,9 +246,18 @@ class Job(ABC, Generic[AnySettings]):
 
     # ---- the end -----------------------------------------------------------------------------------
 
-    @abstractmethod
     def _report(self) -> None:
         """The run came to its end: say what came of it."""
+        done, sums = self.board.finished[0], self.board.final
+        assert sums is not None
+        rows = self.board.rows
+        ended = Ended(done.step, round(done.elapsed, 1), sums, self.task.metrics(sums), rows, done.difference)
+        task = self.task(self.settings, self.folder)
+        figures = {"step": ended.step, "training_seconds": ended.seconds, **task.figures(ended)}
+        checkpoint.write_json(self.folder / "report.json", figures)
+        metrics.plot(self.folder, rows, self.recipe.wording, task.baseline(figures))
+        say(self.console, "")
+        task.tell(ended, figures, self.console)
 
     def _explain(self, outcome: launch.Outcome) -> int:
         """A run that did not come to its end."""
@@ -238,22 +265,18 @@ class Job(ABC, Generic[AnySettings]):
         rows = self.board.rows
         if rows:
             with contextlib.suppress(OSError):  # a picture; what went wrong is said below
-                metrics.plot(self.folder, rows)
+                metrics.plot(self.folder, rows, self.recipe.wording)
         if outcome.code == 0 or outcome.interrupted:
-            self._say("stopped" if outcome.interrupted else "the workers ended before the run did")
+            say(self.console, "stopped" if outcome.interrupted else "the workers ended before the run did")
         else:
             if not outcome.shown:
-                self._say(f"--- the last words of {outcome.failed}:\n{outcome.last_words}", whole=True)
-            self._say(f"the run failed: {outcome.message}")
+                say(self.console, f"--- the last words of {outcome.failed}:\n{outcome.last_words}", whole=True)
+            say(self.console, f"the run failed: {outcome.message}")
         if outcome.interrupted and self.board.started and len(self.board.finished) < self.settings.workers:
-            self._say("the workers were ended before they had saved their last steps")
+            say(self.console, "the workers were ended before they had saved their last steps")
         if found is not None:
-            self._say(f"step {int(found.name)} is saved in {self.folder}")
+            say(self.console, f"step {int(found.name)} is saved in {self.folder}")
         else:
-            self._say(f"no step is saved yet; {self.folder} holds the data as tokens")
-        self._say(f"go on: {self.recipe.command} --run {self.folder} --resume", whole=True)
+            say(self.console, f"no step is saved yet; {self.folder} holds {self.recipe.wording.prepared}")
+        say(self.console, f"go on: {self.recipe.typed} --run {self.folder} --resume", whole=True)
         return outcome.code or 1
-
-    def _say(self, line: str, *, whole: bool = False) -> None:
-        """A paragraph; on a terminal it is broken between words, unless it is to be copied ``whole``."""
-        self.console.print(Text(line), soft_wrap=whole or not self.console.is_terminal)

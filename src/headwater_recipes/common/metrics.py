@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from headwater_recipes.common import checkpoint
+from headwater_recipes.common.recipe import Wording
 
 
 def read_rows(folder: Path, upto: int | None = None) -> list[dict[str, Any]]:
@@ -28,8 +29,8 @@ def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     checkpoint.replace(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def plot(folder: Path, rows: list[dict[str, Any]], unigram: float | None = None) -> None:
-    """``loss.png``: training and validation loss by step, in nats per token."""
+def plot(folder: Path, rows: list[dict[str, Any]], wording: Wording, baseline: tuple[str, float] | None = None) -> None:
+    """``loss.png``: training and validation loss by step, beside the name and value of a ``baseline``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -47,7 +48,7 @@ def plot(folder: Path, rows: list[dict[str, Any]], unigram: float | None = None)
             "o-",
             color="#c8553d",
             ms=4,
-            label="part of the held-out text",
+            label=f"part of the held-out {wording.data}",
         )
     if final:
         axes.plot(
@@ -56,11 +57,13 @@ def plot(folder: Path, rows: list[dict[str, Any]], unigram: float | None = None)
             "*",
             color="#c8553d",
             ms=11,
-            label="all held-out text",
+            label=f"all held-out {wording.data}",
         )
-    if unigram is not None:
-        axes.axhline(unigram, color="#888888", ls="--", lw=1, label="unigram baseline")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"Headwater: {folder.name}")
+    if baseline is not None:
+        axes.axhline(baseline[1], color="#888888", ls="--", lw=1, label=baseline[0])
+    axes.set(
+        xlabel="step", ylabel=f"loss ({wording.loss})" if wording.loss else "loss", title=f"Headwater: {folder.name}"
+    )
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(folder / "loss.png", dpi=120)

@@ -1,44 +1,110 @@
-"""Command-line options that all recipes have, with their words of help."""
+"""A field of the settings is an option of the command line: its default, help and bounds are written there, once."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from types import NoneType
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-import typer
+import msgspec
 
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with --run, or the newest run.")]
-Workers = Annotated[int | None, typer.Option("--workers", "-w", help="Worker processes.")]
-Servers = Annotated[int | None, typer.Option("--servers", "-s", help="Servers. Default: 2.")]
-Replicas = Annotated[
-    int | None,
-    typer.Option("--replicas", "-r", help="Copies of every shard; with 2 a server may die. Default: 1."),
-]
-Shards = Annotated[int | None, typer.Option(help="Slices of the model. Default: as many as servers.")]
-MinCopies = Annotated[int | None, typer.Option(help="Block rather than go on with fewer copies.")]
-Ack = Annotated[str | None, typer.Option(help="memory, or disk: acknowledge what is in logs. Default: memory.")]
-StateFolder = Annotated[
-    Path | None, typer.Option(help="Folder of what the coordinator remembers (and logs). Default: a private one.")
-]
-Snapshots = Annotated[Path | None, typer.Option(help="Folder that the cluster's snapshots go to.")]
-SnapshotEvery = Annotated[float | None, typer.Option(help="Seconds between two snapshots.")]
-Restore = Annotated[Path | None, typer.Option(help="Begin with the values of this snapshot.")]
-Sync = Annotated[str | None, typer.Option(help="bulk, stale:N, async or async:N. Default: bulk.")]
-Steps = Annotated[int | None, typer.Option(help="Train for so many steps in all.")]
-Seed = Annotated[int | None, typer.Option(help="Of everything that is drawn.")]
-Precision = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16: of the workers' matrix products.")]
-SaveEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints.")]
-ValidateEvery = Annotated[int | None, typer.Option(help="Steps between validations.")]
-OnlyRank0 = Annotated[
-    bool, typer.Option("--only-rank0", help="Of what the workers write show rank 0's alone, and why another fails.")
-]
-LogEvery = Annotated[int | None, typer.Option(help="Steps between rows of metrics.jsonl.")]
+from headwater.errors import UsageError
 
 
-def let_threads_sleep() -> None:
-    """Threads of a matrix product that wait for each other sleep, here and in the workers: to be called before torch
-    is imported. On a machine with other things to do, say answering from what is trained, spinning costs most of the
-    time; on an idle one it gains little.
+@dataclass(frozen=True)
+class Option:
+    """Stands in a field's annotation: ``workers: Annotated[int, Option("Worker processes.", least=1)] = 2``.
+
+    Attributes:
+        help: ``{default}`` stands for the field's default, ``{settings.X}`` for what the class says, ``{recipe}`` for
+            the recipe's name.
+        short: a second name, ``-w``.
+        least, most, above: bounds of a number; ``above`` is not itself allowed, ``most`` goes with ``least``.
+        path: the text is a path; it is made absolute, as workers may run elsewhere.
+        fixed: a run that goes on cannot change it, as prepared data hang on it.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+    help: str
+    short: str = ""
+    least: int | None = None
+    most: int | None = None
+    above: float | None = None
+    path: bool = False
+    fixed: bool = False
+
+
+class Field(NamedTuple):
+    """``kind`` is the field's type without ``None``."""
+
+    name: str
+    kind: Any
+    default: Any
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        """``--publish-every``."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that the field takes; none if it takes any."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+
+def fields(struct: type[msgspec.Struct]) -> Iterator[Field]:
+    """The fields that are options. One that a class defines again without an ``Option`` keeps that of its base."""
+    options: dict[str, Option] = {}
+    for each in reversed(struct.__mro__):
+        for name, hint in get_type_hints(each, include_extras=True).items():
+            for mark in hint.__metadata__ if get_origin(hint) is Annotated else ():
+                if isinstance(mark, Option):
+                    options[name] = mark
+    kinds = get_type_hints(struct)
+    for found in msgspec.structs.fields(struct):
+        if found.name in options:
+            yield Field(found.name, _without_none(kinds[found.name]), found.default, options[found.name])
+
+
+def _without_none(kind: Any) -> Any:
+    rest = [each for each in get_args(kind) if each is not NoneType]
+    return rest[0] if NoneType in get_args(kind) else kind
+
+
+def make_changes(struct: type[msgspec.Struct], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given on the command line, by the names of the settings; options left out are None.
+
+    Raises:
+        UsageError: a word that is none of a field's choices.
+    """
+    changes = {}
+    for field in fields(struct):
+        value = given.get(field.name)
+        if value is None:
+            continue
+        if field.choices and value not in field.choices:
+            raise UsageError(f"{field.flag} {value}: must be one of {', '.join(field.choices)}")
+        changes[field.name] = _plain(value)
+    return changes
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    return str(value.resolve()) if isinstance(value, Path) else value
+
+
+def check_bounds(settings: msgspec.Struct) -> None:
+    """Raises ``UsageError`` for a number that is out of its field's bounds."""
+    for field in fields(type(settings)):
+        value, option = getattr(settings, field.name), field.option
+        if value is None:
+            continue
+        if option.above is not None and value <= option.above:
+            raise UsageError(f"{field.flag} {value}: must be above {option.above:g}; nothing was started")
+        low, high = option.least, option.most
+        if (low is not None and value < low) or (high is not None and value > high):
+            bounds = f"{low} or more" if high is None else f"from {low} to {high}"
+            raise UsageError(f"{field.name}={value}: must be {bounds}; nothing was started")

@@ -1,26 +1,64 @@
-"""What a recipe says of itself to the code that all recipes share."""
+"""What a recipe says of itself: its command, its settings, its words, and where its task is found."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pkgutil
 from dataclasses import dataclass
-from typing import Generic
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, cast
 
 from headwater_recipes.common.settings import AnySettings
+
+if TYPE_CHECKING:
+    from headwater_recipes.common.task import Task
+
+
+class Wording(NamedTuple):
+    """How the figures of a run are called.
+
+    Attributes:
+        unit: what goes through the model (words, images, seconds), for rates and in ``metrics.jsonl``.
+        loss: its unit; "" if it has none.
+        headline: a format string of the validation's metrics, shown while it trains; "" for the loss alone.
+        data: what is held out: text, images.
+        prepared: what the folder of a run that has not begun holds.
+    """
+
+    unit: str = "samples"
+    loss: str = ""
+    headline: str = ""
+    data: str = "data"
+    prepared: str = "the prepared data"
+
+
+_PLAIN = Wording()
 
 
 @dataclass(frozen=True)
 class Recipe(Generic[AnySettings]):
-    """``name`` begins its run folders' names; ``command`` is what the user types; ``worker`` the module that a worker
-    process runs with the run folder as argument; ``settings`` their type, ``check`` raises for those that cannot work
-    and ``fixed`` names those that a run that goes on cannot change. ``patience``: seconds that the workers get after
-    Ctrl-C, SIGTERM or SIGHUP to end their step and save.
+    """Light: nothing that it names is loaded before it is wanted.
+
+    Attributes:
+        name: begins the names of its runs' folders.
+        help: what ``--help`` says; lines that begin with "Example:" are typed as they stand.
+        task: ``module:Class``, a ``Task`` whose ``recipe`` this is.
+        settings: their type.
+        command: what the user types; ``headwater train NAME`` if it is "".
+        patience: seconds that the workers get after Ctrl-C, SIGTERM or SIGHUP to end their step and save.
     """
 
     name: str
-    command: str
-    worker: str
+    help: str
+    task: str
     settings: type[AnySettings]
-    check: Callable[[AnySettings], None]
-    fixed: tuple[str, ...]
+    command: str = ""
+    wording: Wording = _PLAIN
     patience: float = 60.0
+
+    @property
+    def typed(self) -> str:
+        """The command."""
+        return self.command or f"headwater train {self.name}"
+
+    def load(self) -> type[Task[Any]]:
+        """The task's class; loads torch."""
+        return cast("type[Task[Any]]", pkgutil.resolve_name(self.task))

@@ -24,13 +24,13 @@ class Doing(msgspec.Struct, frozen=True, tag="doing"):
 
 
 class Figures(msgspec.Struct, frozen=True):
-    """The steps since the last row: mean ``loss`` in nats per token, rates per second; ``elapsed`` in seconds."""
+    """The steps since the last row: mean ``loss``, rates per second, ``elapsed`` in seconds; units are the recipe's."""
 
     rank: int
     step: int
     loss: float
     lr: float
-    tokens_per_second: float
+    units_per_second: float
     pushed_per_second: float
     pulled_per_second: float
     staleness: int
@@ -48,14 +48,12 @@ class Glanced(Figures, frozen=True, tag="glance"):
 
 
 class Validated(msgspec.Struct, frozen=True, tag="validation"):
-    """One rank's share of the validation text; see ``score.Score``."""
+    """What one rank's share of the held-out data adds to the sums of the validation; see ``task.Task.measure``."""
 
     rank: int
     step: int
     elapsed: float
-    nats: float
-    tokens: int
-    nbytes: int
+    sums: dict[str, int | float]
     final: bool
 
 
@@ -71,7 +69,7 @@ class Published(msgspec.Struct, frozen=True, tag="published"):
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
-    """``difference``: between the logits in training and those of the saved model, the largest (rank 0 only)."""
+    """``difference``: the largest between the outputs of the trained model and of the saved one (rank 0 only)."""
 
     rank: int
     step: int

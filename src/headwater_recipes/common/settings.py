@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import msgspec
+from rich.console import Console
 
 import headwater
 from headwater import launch
 from headwater.errors import UsageError
+from headwater_recipes.common.options import Option, check_bounds
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -22,42 +23,69 @@ CLUSTER = ("shards", "replicas", "min_copies", "ack", "state", "snapshots", "sna
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A recipe's settings are these and its own. ``batch`` is per worker; ``minutes`` and ``steps`` are totals."""
+    """A recipe's settings are these and its own. ``batch`` is per worker; ``minutes`` and ``steps`` are totals.
+
+    A field with an ``Option`` is one of the command line too.
+    """
 
     MINUTES: ClassVar[float] = 2.5
     """How long a run trains that was given neither --minutes nor --steps."""
 
-    data: tuple[str, ...] = ()
-    workers: int = 2
-    servers: int = 2
-    sync: str = "bulk"
-    batch: int = 4
-    seq: int = 128
-    lr: float = 1e-3
+    data: Annotated[tuple[str, ...], Option("Files or folders to train on.", path=True, fixed=True)] = ()
+    workers: Annotated[int, Option("Worker processes. Default: {default}.", short="-w", least=1)] = 2
+    servers: Annotated[int, Option("Servers. Default: {default}.", short="-s", least=1)] = 2
+    replicas: Annotated[
+        int, Option("Copies of every shard; with 2 a server may die. Default: {default}.", short="-r")
+    ] = 1
+    shards: Annotated[int | None, Option("Slices of the model. Default: as many as servers.")] = None
+    min_copies: Annotated[int, Option("Block rather than go on with fewer copies.")] = 1
+    ack: Annotated[Ack, Option("memory, or disk: acknowledge what is in logs. Default: {default}.")] = "memory"
+    state: Annotated[
+        str | None, Option("Folder of what the coordinator remembers (and logs). Default: a private one.", path=True)
+    ] = None
+    snapshots: Annotated[str | None, Option("Folder that the cluster's snapshots go to.", path=True)] = None
+    snapshot_every: Annotated[float | None, Option("Seconds between two snapshots.")] = None
+    sync: Annotated[str, Option("bulk, stale:N, async or async:N. Default: {default}.")] = "bulk"
+    batch: Annotated[int, Option("Samples per worker and step. Default: {default}.", least=1)] = 4
+    lr: Annotated[float, Option("Peak learning rate.", above=0)] = 1e-3
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.99)
     warmup: int = 40
     max_grad_norm: float = 1.0
-    steps: int | None = None
-    minutes: float | None = None
-    seed: int = 0
-    precision: Precision = "auto"
-    log_every: int = 10
-    save_every: int = 200
-    validate_every: int = 200
-    publish_every: int = 0
-    shards: int | None = None
-    replicas: int = 1
-    min_copies: int = 1
-    ack: Ack = "memory"
-    state: str | None = None
-    snapshots: str | None = None
-    snapshot_every: float | None = None
+    steps: Annotated[int | None, Option("Train for so many steps in all.", above=0)] = None
+    minutes: Annotated[float | None, Option("Train for so long in all. Default: {settings.MINUTES:g}.", above=0)] = None
+    seed: Annotated[int, Option("Of everything that is drawn.", fixed=True)] = 0
+    precision: Annotated[Precision, Option("auto, float32 or bfloat16: of the workers' matrix products.")] = "auto"
+    publish_every: Annotated[int, Option("Steps between versions that readers can follow. Default: none.")] = 0
+    save_every: Annotated[int, Option("Steps between checkpoints.", least=1)] = 200
+    validate_every: Annotated[int, Option("Steps between validations.", least=1)] = 200
+    log_every: Annotated[int, Option("Steps between rows of metrics.jsonl.", least=1)] = 10
 
     @property
     def budget(self) -> float | None:
         """Seconds of training in all; None if the run has a number of steps."""
         return None if self.steps is not None else 60 * (self.minutes or self.MINUTES)
+
+    @classmethod
+    def of(cls, changes: dict[str, Any]) -> Self:
+        """The settings of a new run, from what was given."""
+        return cls(**changes)
+
+    @classmethod
+    def look_up(cls, changes: dict[str, Any], console: Console) -> dict[str, Any]:
+        """What was given, with what a name on the command line stands for; called before torch is loaded."""
+        del console
+        return changes
+
+    def check(self) -> None:
+        """Raises ``UsageError`` for a setting that cannot work."""
+        parse_sync(self.sync)
+        check_bounds(self)
+        if self.publish_every < 0:
+            raise UsageError(f"--publish-every {self.publish_every}: must be 0 (never) or more; nothing was started")
+        launch.Shape(self.servers, **cluster(self))
+        if self.steps is not None and self.minutes is not None:
+            raise UsageError("--steps and --minutes: give one of them; nothing was started")
 
 
 AnySettings = TypeVar("AnySettings", bound=Training)
@@ -72,26 +100,6 @@ class State(msgspec.Struct, Generic[AnySettings], frozen=True, kw_only=True):
     seed: int = 0
     settings: AnySettings
     headwater: str = headwater.__version__
-
-
-def make_changes(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What was given on the command line, by the names of the settings; options left out are None.
-
-    Paths become absolute texts, as workers may run elsewhere.
-
-    Raises:
-        UsageError: a precision, or a kind of acknowledgement, that there is not.
-    """
-    for name, kind in (("precision", Precision), ("ack", Ack)):
-        if given.get(name) is not None and given[name] not in get_args(kind):
-            raise UsageError(f"--{name} {given[name]}: must be one of {', '.join(get_args(kind))}")
-    return {name: _plain(value) for name, value in given.items() if value is not None}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return tuple(map(_plain, value))
-    return str(value.resolve()) if isinstance(value, Path) else value
 
 
 _SYNC = re.compile(r"(?P<kind>bulk|stale|async)(?::(?P<bound>\d+))?")
@@ -118,22 +126,3 @@ def cluster(settings: Training) -> dict[str, Any]:
     """What the launcher is told about the cluster, beside the number of servers."""
     found = {name: getattr(settings, name) for name in CLUSTER}
     return {**found, **{name: Path(found[name]) for name in ("state", "snapshots") if found[name] is not None}}
-
-
-def check(settings: Training) -> None:
-    """Raises ``UsageError`` for a setting, of those that all recipes have, that cannot work."""
-    parse_sync(settings.sync)
-    for name in ("workers", "servers", "batch", "seq", "log_every", "save_every", "validate_every"):
-        if getattr(settings, name) < 1:
-            raise UsageError(f"{name}={getattr(settings, name)}: must be 1 or more; nothing was started")
-    if settings.publish_every < 0:
-        raise UsageError(f"--publish-every {settings.publish_every}: must be 0 (never) or more; nothing was started")
-    launch.Shape(settings.servers, **cluster(settings))
-    if settings.seq < 2:
-        raise UsageError("seq=1: a window needs 2 tokens or more; nothing was started")
-    if settings.steps is not None and settings.minutes is not None:
-        raise UsageError("--steps and --minutes: give one of them; nothing was started")
-    for name in ("lr", "steps", "minutes"):
-        value = getattr(settings, name)
-        if value is not None and value <= 0:
-            raise UsageError(f"--{name} {value}: must be above 0; nothing was started")

@@ -1,4 +1,4 @@
-"""What is being done before there are figures: loading libraries, reading data, starting processes."""
+"""Words for the user beside the display: what is being done before there are figures, and what came of it."""
 
 from __future__ import annotations
 
@@ -39,3 +39,16 @@ def stage(console: Console, what: str) -> Iterator[None]:
 def waiting(what: str, seconds: float) -> Text:
     """``loading torch … 3 s``."""
     return Text(f"{what} …", "dim").append(f" {seconds:.0f} s" if seconds >= 1 else "", "dim")
+
+
+def say(console: Console, line: str, *, whole: bool = False) -> None:
+    """A paragraph; on a terminal it is broken between words, unless it is to be copied ``whole``."""
+    console.print(Text(line), soft_wrap=whole or not console.is_terminal)
+
+
+def clock(seconds: float | None) -> str:
+    """``1:05``; a dash while it is not known."""
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

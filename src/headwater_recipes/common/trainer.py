@@ -1,4 +1,4 @@
-"""The training loop of a worker process, whatever it trains.
+"""The training loop of a worker process, whatever its task is.
 
 Only the optimizer's line knows of servers. Rank and cluster come from the environment (docs/environment.md), settings
 from the run folder. After SIGINT, SIGTERM or SIGHUP, whichever worker gets it, all stop at the same step: the one that
@@ -11,8 +11,7 @@ import contextlib
 import signal
 import sys
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple
 
@@ -20,24 +19,24 @@ import torch
 
 import headwater
 from headwater_recipes.common import checkpoint, reports
-from headwater_recipes.common.plan import Pace, Plan, PlanFile, factor
 from headwater_recipes.common.recipe import Recipe
-from headwater_recipes.common.score import Score
-from headwater_recipes.common.settings import AnySettings, State
+from headwater_recipes.common.schedule import Pace, Schedule, ScheduleFile, factor
+from headwater_recipes.common.settings import AnySettings, State, parse_sync
+from headwater_recipes.common.task import Batch, Task, add
 
 _GLANCE = 1.0
 """Seconds after which the figures between two rows are said again."""
 
 
 class Step(NamedTuple):
-    """``loss`` in nats per token that was learnt from; ``tokens`` that went through the model."""
+    """``loss``: the mean over what was learnt from; ``seen``: units that went through the model."""
 
     loss: float
-    tokens: int
+    seen: int
 
 
-class Trainer(ABC, Generic[AnySettings]):
-    """One rank's training. ``ps`` is its client; ``folder`` a run folder that the recipe's job prepared."""
+class Trainer(Generic[AnySettings]):
+    """One rank's training. ``ps`` is its client; ``folder`` a run folder that ``job.prepare`` made."""
 
     def __init__(self, recipe: Recipe[AnySettings], folder: Path, ps: headwater.Client) -> None:
         self.recipe, self.folder, self.ps = recipe, folder, ps
@@ -49,7 +48,9 @@ class Trainer(ABC, Generic[AnySettings]):
         self.settings = s = asked.settings
         self.step = self.start.step
         self.bfloat16 = s.precision == "bfloat16" or (s.precision == "auto" and fast_bfloat16())
-        self.model, self.optimizer = self.build(found)
+        self.task: Task[AnySettings] = recipe.load()(s, folder, ps.rank, ps.world)
+        self.model = self.task.build() if found is None else self.task.read(found)
+        self.optimizer = self._optimizer(None if found else self.task.first_values())
         if found is not None:
             self.optimizer.load_state_dict(checkpoint.load_optimizer(found))
             for group in self.optimizer.param_groups:
@@ -57,46 +58,35 @@ class Trainer(ABC, Generic[AnySettings]):
         ps.barrier("ready")  # nobody pushes while another still writes state
         self._schedule()
 
-    # ---- what a recipe says ----------------------------------------------------------------------
-
-    @abstractmethod
-    def build(self, found: Path | None) -> tuple[torch.nn.Module, headwater.Optimizer]:
-        """The model (of the checkpoint ``found``, if there is one) and its optimizer."""
-
-    @abstractmethod
-    def train_step(self) -> Step:
-        """Forward and backward of step ``self.step``; the gradients leave."""
-
-    @abstractmethod
-    def score(self, whole: bool) -> Score:
-        """The model on this rank's share of the held-out data: of all of it, or of a part that is quick to do."""
-
-    def write(self, model: Any, folder: Path) -> None:
-        """Write the model's part of a checkpoint."""
-        checkpoint.write_model(model, folder)
-
-    def before(self) -> None:
-        """Called on all ranks before the first step, with no time running."""
-
-    def verify(self) -> float | None:
-        """Rank 0: the largest difference between this model's outputs and those of the model in the run folder."""
-        return None
-
-    # ---- the loop --------------------------------------------------------------------------------
+    def _optimizer(self, first_values: Mapping[str, Any] | None) -> headwater.Optimizer:
+        s = self.settings
+        return headwater.Optimizer(
+            self.model,
+            torch.optim.AdamW,
+            params=self.task.groups(self.model),
+            lr=s.lr,
+            betas=s.betas,
+            sync=parse_sync(s.sync),
+            max_grad_norm=s.max_grad_norm,
+            init=first_values,
+            seed=s.seed,
+            client=self.ps,
+            name=checkpoint.TABLE,
+        )
 
     def _schedule(self) -> None:
         s, start, budget = self.settings, self.start, self.settings.budget
         if s.steps is not None:
-            first = Plan(start.step, start.step / s.steps, 1 / s.steps, s.steps)
+            first = Schedule(start.step, start.step / s.steps, 1 / s.steps, s.steps)
         else:
             assert budget is not None
-            first = Plan(start.step, min(1.0, start.elapsed / budget), 0.0)
+            first = Schedule(start.step, min(1.0, start.elapsed / budget), 0.0)
         self.pace = Pace(first, budget)
-        self.plans = PlanFile(self.folder, first)
+        self.schedules = ScheduleFile(self.folder, first)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
             lambda taken: factor(
-                self.plans.at(start.step + taken).at(start.step + taken), start.step + taken, s.warmup
+                self.schedules.at(start.step + taken).at(start.step + taken), start.step + taken, s.warmup
             ),
         )
 
@@ -106,19 +96,21 @@ class Trainer(ABC, Generic[AnySettings]):
         return self.start.elapsed + time.monotonic() - self.begun
 
     def run(self) -> None:
-        """Train until the plan says stop, then save, verify and validate."""
+        """Train until the schedule says stop, then save, verify and validate."""
         self.begun = time.monotonic()
         size = sum(p.numel() for p in self.model.parameters())
         precision = "bfloat16" if self.bfloat16 else "float32"
         reports.say(reports.Started(self.ps.rank, self.step, size, precision))
-        self.before()
+        if self.task.validates_first and self.start.step == 0:
+            self._doing("validating before the first step")
+            self.validate(whole=True)
         if self.settings.publish_every:
             self._publish()
         self.begun = time.monotonic()
         self.meter = Meter(self.ps, self.begun)
         self.model.train()
         while not self._over():
-            taken = self.train_step()
+            taken = self._learn(self.task.batches(self.step))
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
@@ -126,16 +118,31 @@ class Trainer(ABC, Generic[AnySettings]):
             self._after_step(taken)
         self._finish()
 
+    def _learn(self, batches: Sequence[Batch]) -> Step:
+        """Forward and backward; the mean over all that the step learns from, however it lies in its batches."""
+        learnt, mean = sum(batch.learnt for batch in batches), 0.0
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with contextlib.nullcontext() if last else self.optimizer.no_sync():
+                with self._precision():
+                    loss = self.task.loss(self.model, batch) / learnt
+                loss.backward()  # type: ignore[no-untyped-call]
+            mean += loss.item()
+        return Step(mean, sum(batch.seen for batch in batches))
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16)
+
     def _over(self) -> bool:
-        """Follow the plan, which rank 0 makes."""
+        """Follow the schedule, which rank 0 makes."""
         if self.ps.rank == 0:
-            self.stopping = self.stopping or self.plans.stop_asked
+            self.stopping = self.stopping or self.schedules.stop_asked
             decided = self.pace.decide(self.step, self.elapsed, self.stopping)
             if decided is not None:
-                self.plans.publish(decided)
+                self.schedules.publish(decided)
         elif self.stopping:
-            self.plans.ask_to_stop()
-        stop = self.plans.at(self.step).stop
+            self.schedules.ask_to_stop()
+        stop = self.schedules.at(self.step).stop
         return stop is not None and self.step >= stop
 
     def _after_step(self, taken: Step) -> None:
@@ -179,8 +186,8 @@ class Trainer(ABC, Generic[AnySettings]):
 
     def _report(self, kind: type[reports.Stepped | reports.Glanced]) -> None:
         last = self.optimizer.last_step
-        progress, lr = self.plans.at(self.step).at(self.step), float(self.scheduler.get_last_lr()[0])
-        if kind is reports.Glanced and self.settings.budget:  # before there is a plan by the clock
+        progress, lr = self.schedules.at(self.step).at(self.step), float(self.scheduler.get_last_lr()[0])
+        if kind is reports.Glanced and self.settings.budget:  # before there is a schedule by the clock
             progress = max(progress, min(1.0, self.elapsed / self.settings.budget))
         self.meter.report(kind, self.step, lr, last.grad_norm if last else None, self.elapsed, progress)
 
@@ -194,17 +201,17 @@ class Trainer(ABC, Generic[AnySettings]):
         elapsed = self.elapsed
         was_training = self.model.training
         self.model.eval()
-        with torch.no_grad():
-            found = self.score(whole)
+        with torch.no_grad(), self._precision():
+            sums = add(self.task.measure(self.model, batch) for batch in self.task.held_out(whole))
         self.model.train(was_training)
-        reports.say(reports.Validated(self.ps.rank, self.step, elapsed, *found, final=final))
+        reports.say(reports.Validated(self.ps.rank, self.step, elapsed, sums, final))
 
     def _save(self) -> None:
         """Under ``Stale`` and ``Async`` the others go on meanwhile: values and state may be some pushes apart."""
         s = self.settings
-        progress = self.plans.at(self.step).at(self.step)
+        progress = self.schedules.at(self.step).at(self.step)
         state = State(step=self.step, elapsed=self.elapsed, progress=progress, seed=s.seed, settings=s)
-        checkpoint.save(self.folder, self.model, self.optimizer.state_dict(), state, self.write)
+        checkpoint.save(self.folder, self.model, self.optimizer.state_dict(), state, self.task.write)
         reports.say(reports.Saved(self.step))
 
     def _finish(self) -> None:
@@ -221,7 +228,7 @@ class Trainer(ABC, Generic[AnySettings]):
         if self.ps.rank == 0:
             self._doing("saving")
             self._save()
-            difference = None if self.stopping else self.verify()
+            difference = None if self.stopping else self.task.verify(self.model)
         if not self.stopping:
             self._doing("validating on all held-out data")
             self.validate(whole=True, final=True)
@@ -236,14 +243,14 @@ class Meter:
     def __init__(self, ps: headwater.Client, now: float) -> None:
         self._ps = ps
         self._losses: list[float] = []
-        self._tokens = 0
+        self._seen = 0
         self._since = self.said = now
         self._pushed = self._pulled = 0
 
     def add(self, taken: Step) -> None:
         """A step."""
         self._losses.append(taken.loss)
-        self._tokens += taken.tokens
+        self._seen += taken.seen
 
     def report(
         self,
@@ -264,7 +271,7 @@ class Meter:
                 step,
                 sum(self._losses) / max(1, len(self._losses)),
                 lr,
-                self._tokens / seconds,
+                self._seen / seconds,
                 (seen.pushed_bytes - self._pushed) / seconds,
                 (seen.pulled_bytes - self._pulled) / seconds,
                 seen.staleness_last,
@@ -275,11 +282,11 @@ class Meter:
         )
         if kind is reports.Glanced:
             return
-        self._losses, self._tokens, self._since = [], 0, now
+        self._losses, self._seen, self._since = [], 0, now
         self._pushed, self._pulled = seen.pushed_bytes, seen.pulled_bytes
 
 
-def main(make: Callable[[Path, headwater.Client], Trainer[Any]], folder: Path) -> None:
+def main(recipe: Recipe[Any], folder: Path) -> None:
     """Train in the run folder, as the rank that the environment says."""
     interrupted = False
     worker: Trainer[Any] | None = None
@@ -292,30 +299,15 @@ def main(make: Callable[[Path, headwater.Client], Trainer[Any]], folder: Path) -
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # who is in a hurry sends SIGKILL
         signal.signal(number, interrupt)
-    quiet()
     with headwater.connect() as ps:
         reports.say(reports.Doing(ps.rank, "loading the model"))
-        worker = make(folder, ps)
+        worker = Trainer(recipe, folder, ps)
         worker.stopping = interrupted
         try:
             worker.run()
         except headwater.DiskFull as error:
             sys.exit(f"headwater.errors.DiskFull: {error}")
         worker.optimizer.close()
-
-
-def quiet() -> None:
-    """No progress bars from transformers: ours shows the progress."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups of what is trained: matrices decay, the gains of the norms do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    kinds = [([p for p in trained if p.ndim >= 2], weight_decay), ([p for p in trained if p.ndim < 2], 0.0)]
-    return [{"params": params, "weight_decay": decay} for params, decay in kinds if params]
 
 
 def fast_bfloat16() -> bool:

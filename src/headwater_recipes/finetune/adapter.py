@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 
 from headwater import pretrained
 from headwater.errors import DataError, UsageError
-from headwater_recipes.finetune.settings import Settings
+from headwater_recipes.finetune.settings import FinetuneSettings
 
 BASE = "base"
 """The folder of the pretrained model, in the run folder."""
 
 
-def wrap(model: Any, settings: Settings) -> Any:
+def wrap(model: Any, settings: FinetuneSettings) -> Any:
     """The model, changed, with a fresh adapter, whose first values depend on the seed only.
 
     Raises:

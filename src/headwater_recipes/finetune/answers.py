@@ -11,8 +11,8 @@ import torch
 
 from headwater.errors import DataError
 from headwater_recipes.common.checkpoint import write_json
-from headwater_recipes.finetune.data import Chat, Item
-from headwater_recipes.finetune.examples import render
+from headwater_recipes.text.chats import Chat, Item
+from headwater_recipes.text.examples import render
 
 LONGEST = 64
 """Tokens of an answer."""
@@ -22,7 +22,7 @@ _BEGINNING = 12
 """Words of a document that stand for a question."""
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """``prompt``: the question as the model gets it; ``wanted``: what the data says."""
 
     question: str
@@ -33,20 +33,20 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     after: str = ""
 
 
-def choose(tokenizer: Any, training: Sequence[Item], held_out: Sequence[Item]) -> list[Answer]:
+def choose(tokenizer: Any, training: Sequence[Item], held_out: Sequence[Item]) -> list[Asked]:
     """The first ``EACH`` of both."""
     return [
         _answer(tokenizer, item, held) for items, held in ((training, False), (held_out, True)) for item in items[:EACH]
     ]
 
 
-def _answer(tokenizer: Any, item: Item, held_out: bool) -> Answer:
+def _answer(tokenizer: Any, item: Item, held_out: bool) -> Asked:
     if isinstance(item, Chat):
         prompt = render(tokenizer, Chat(item.question, item.place), ask=True)
-        return Answer(question=item.question[-1].content, prompt=prompt, wanted=item.answer, held_out=held_out)
+        return Asked(question=item.question[-1].content, prompt=prompt, wanted=item.answer, held_out=held_out)
     words = item.text.split(" ")
     question, wanted = " ".join(words[:_BEGINNING]), " ".join(words[_BEGINNING : _BEGINNING + LONGEST])
-    return Answer(question=question, prompt=question, wanted=wanted, held_out=held_out)
+    return Asked(question=question, prompt=question, wanted=wanted, held_out=held_out)
 
 
 @torch.no_grad()
@@ -65,15 +65,15 @@ def ask(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     return [text.strip() for text in tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)]
 
 
-def write(folder: Path, answers: Sequence[Answer]) -> None:
+def write(folder: Path, answers: Sequence[Asked]) -> None:
     """Replace ``answers.json``."""
     write_json(folder / "answers.json", list(answers))
 
 
-def read(folder: Path) -> list[Answer]:
+def read(folder: Path) -> list[Asked]:
     """Raises ``DataError`` if ``answers.json`` is missing or damaged."""
     path = folder / "answers.json"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=list[Answer])
+        return msgspec.json.decode(path.read_bytes(), type=list[Asked])
     except (OSError, msgspec.MsgspecError) as error:
         raise DataError(f"{path}: {error}. What the model said before is lost; start a new run.") from error

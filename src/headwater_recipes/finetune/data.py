@@ -1,121 +1,101 @@
-"""Files to chats and documents, and which of them are held out.
-
-A ``.jsonl`` file holds one chat a line, ``{"messages": [{"role": …, "content": …}, …]}`` or ``{"prompt": …,
-"response": …}``; any other file is plain text.
-"""
+"""The model, the data as tokens and the answers before, in the run folder."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+from rich.console import Console
 
 from headwater.errors import DataError
-from headwater_recipes.lm import corpus
-
-HELD_OUT = 20
-"""One chat in this many is held out; of text, see ``lm.corpus``."""
-
-
-class Message(msgspec.Struct, frozen=True):
-    """``role`` is system, user or assistant, or what else the model's template knows."""
-
-    role: str
-    content: str
+from headwater_recipes.common import checkpoint
+from headwater_recipes.common.stages import say, stage
+from headwater_recipes.finetune import adapter, answers, docstrings, model
+from headwater_recipes.finetune.settings import FinetuneSettings
+from headwater_recipes.text import chats, examples
+from headwater_recipes.text.task import quiet
 
 
-class Chat(msgspec.Struct, frozen=True):
-    """``place``: where it stands, for messages of error."""
+def prepare(wanted: FinetuneSettings, console: Console) -> Callable[[Path], None]:
+    """See ``Task.prepare``. Raises ``DataError`` too if the model cannot be used."""
+    with stage(console, "loading transformers"):
+        quiet()
+    found = _read(wanted, console)
+    loaded, tokenizer = _load(wanted, console)
+    with stage(console, "writing the data as tokens"):
+        training = examples.encode(tokenizer, found.training, wanted.seq)
+        held_out = examples.encode(tokenizer, found.held_out, wanted.seq)
+    say(console, _describe(found, training, held_out, wanted.seq))
+    asked = answers.choose(tokenizer, found.training, found.held_out)
+    with stage(console, "asking the model what it knows before"):
+        said = answers.ask(loaded, tokenizer, [each.prompt for each in asked])
+    adapted = adapter.wrap(copy.deepcopy(loaded), wanted) if wanted.lora else None
 
-    messages: tuple[Message, ...]
-    place: str = ""
+    def fill(folder: Path) -> None:
+        with stage(console, "writing the model and the data"):
+            _write(folder, loaded, tokenizer, adapted)
+            examples.save(folder, "training", training.examples)
+            examples.save(folder, "held_out", held_out.examples)
+            before = [msgspec.structs.replace(each, before=text) for each, text in zip(asked, said, strict=True)]
+            answers.write(folder, before)
 
-    @property
-    def question(self) -> tuple[Message, ...]:
-        """All before the first answer."""
-        answer = next(i for i, message in enumerate(self.messages) if message.role == "assistant")
-        return self.messages[:answer]
-
-    @property
-    def answer(self) -> str:
-        return self.messages[len(self.question)].content
-
-
-Item = Chat | corpus.Document
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """What to train on and what is held out; ``source`` says in words where it is from."""
-
-    training: tuple[Item, ...]
-    held_out: tuple[Item, ...]
-    source: str
+    return fill
 
 
-def from_paths(paths: Sequence[Path]) -> Corpus:
-    """All chats and documents of some files.
+def _read(wanted: FinetuneSettings, console: Console) -> chats.Corpus:
+    with stage(console, "reading the data"):
+        found = chats.from_paths([Path(p) for p in wanted.data]) if wanted.data else docstrings.standard_library()
+        return _shuffled(found, wanted.seed)
 
-    Raises:
-        DataError: a file that is missing, empty or no text; a line that is no chat, by file and number; too little.
-    """
-    chats = [chat for path in paths if path.suffix == ".jsonl" for chat in _chats(path)]
-    texts = [path for path in paths if path.suffix != ".jsonl"]
-    training, held = split(chats) if chats else ([], [])
-    documents = corpus.from_paths(texts) if texts else corpus.Corpus((), ())
-    return Corpus(
-        (*training, *documents.training), (*held, *documents.validation), ", ".join(path.name for path in paths)
+
+def _load(wanted: FinetuneSettings, console: Console) -> tuple[Any, Any]:
+    begun = time.monotonic()
+    with stage(console, "loading the model"):
+        loaded, tokenizer = model.load(wanted.model)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    size = sum(p.numel() for p in loaded.parameters())
+    say(console, f"model: {wanted.model}, {size / 1e6:.1f} M parameters ({time.monotonic() - begun:.1f} s)")
+    return loaded, tokenizer
+
+
+def _shuffled(found: chats.Corpus, seed: int) -> chats.Corpus:
+    """So that the first few, which are asked about and validated on, are of all kinds."""
+    random = np.random.default_rng(seed)
+    training, held_out = (
+        tuple(items[i] for i in random.permutation(len(items))) for items in (found.training, found.held_out)
     )
+    return chats.Corpus(training, held_out, found.source)
 
 
-def split(chats: Sequence[Chat]) -> tuple[list[Chat], list[Chat]]:
-    """Which chats to train on and which are held out: by their content, so that the order of a file does not matter.
-
-    Raises:
-        DataError: fewer than two different chats.
-    """
-    marks = {_mark(chat): chat for chat in chats}
-    if len(marks) < 2:
-        raise DataError(
-            f"{chats[0].place}: {len(marks)} chat; two different ones or more are needed, as one is held out. Nothing "
-            f"was started; give --data more."
-        )
-    held = set(sorted(marks)[: max(1, len(marks) // HELD_OUT)])
-    return [c for m, c in marks.items() if m not in held], [c for m, c in marks.items() if m in held]
-
-
-def _mark(chat: Chat) -> int:
-    # Not hash(): that differs from process to process.
-    text = msgspec.json.encode(chat.messages)
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+def _describe(found: chats.Corpus, training: examples.Encoded, held_out: examples.Encoded, seq: int) -> str:
+    for what, encoded in (("to train on", training), ("held out", held_out)):
+        if not len(encoded.examples):
+            raise DataError(
+                f"{found.source}: no example is left {what} ({encoded.dropped} are questions of more than {seq} "
+                f"tokens). Nothing was started; give more data, or a greater --seq."
+            )
+    tokens, learnt = len(training.examples.ids), int(training.examples.learnt.sum())
+    line = (
+        f"data: {found.source}, {len(training.examples):,} examples to train on, {len(held_out.examples):,} held out; "
+        f"{tokens:,} tokens, {learnt:,} of them learnt from"
+    )
+    cut, dropped = training.cut + held_out.cut, training.dropped + held_out.dropped
+    return line + (f"; {cut} cut to {seq} tokens" if cut else "") + (f", {dropped} left out" if dropped else "")
 
 
-def _chats(path: Path) -> list[Chat]:
-    text = corpus.read_named(path)
-    return [_chat(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
-
-
-def _chat(line: str, place: str) -> Chat:
-    try:
-        found: Any = msgspec.json.decode(line)
-        if isinstance(found, dict) and "messages" in found:
-            messages = msgspec.convert(found["messages"], tuple[Message, ...])
-        else:
-            pair = msgspec.convert(found, dict[str, Any])
-            prompt, response = (msgspec.convert(pair.get(name), str) for name in ("prompt", "response"))
-            messages = (Message("user", prompt), Message("assistant", response))
-    except msgspec.MsgspecError as error:
-        raise DataError(
-            f'{place}: no chat ({error}). A line is {{"messages": [{{"role": …, "content": …}}, …]}} or '
-            f'{{"prompt": …, "response": …}}. Nothing was started; mend the line.'
-        ) from error
-    if not any(message.role == "assistant" for message in messages[1:]):
-        raise DataError(
-            f"{place}: the chat has no answer (a message with the role assistant, not the first), so there is nothing "
-            f"to learn from it. Nothing was started; mend the line."
-        )
-    return Chat(messages, place)
+def _write(folder: Path, loaded: Any, tokenizer: Any, adapted: Any) -> None:
+    """The pretrained model as a folder of transformers; for LoRA within one of peft, with the fresh adapter."""
+    tokenizer.save_pretrained(folder)
+    if adapted is None:
+        checkpoint.write_model(loaded, folder)
+        return
+    base = folder / adapter.BASE
+    checkpoint.write_model(loaded, base)
+    tokenizer.save_pretrained(base)
+    adapter.write(adapted, folder, folder)

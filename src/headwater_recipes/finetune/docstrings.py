@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from headwater_recipes.finetune.data import Chat, Corpus, Message, split
+from headwater_recipes.text.chats import Chat, Corpus, Message, split
 
 LONGEST = 320
 """Characters of an answer; a longer one ends with its last whole sentence."""

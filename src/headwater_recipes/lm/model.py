@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 import headwater
 from headwater import pretrained
-from headwater.errors import UsageError
+from headwater_recipes.lm.settings import size
+from headwater_recipes.text import generation, tokenizer
+from headwater_recipes.text.task import quiet
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 4096
-
-
-class Size(NamedTuple):
-    """``width`` of the residual stream, ``layers``, ``heads`` of 64 each, ``inner`` width of the MLP."""
-
-    width: int
-    layers: int
-    heads: int
-    inner: int
-
-
-PRESETS = {
-    "tiny": Size(64, 2, 1, 128),
-    "6m": Size(256, 4, 4, 1024),
-    "9m": Size(384, 3, 6, 1280),
-    "12m": Size(384, 5, 6, 1024),
-}
-"""By their millions of parameters with the default vocabulary; ``tiny`` is for trying things out."""
-
-
-def size(preset: str) -> Size:
-    """Raises ``UsageError`` for an unknown preset."""
-    if preset not in PRESETS:
-        raise UsageError(f"preset {preset!r} is none of {', '.join(PRESETS)}; nothing was started")
-    return PRESETS[preset]
 
 
 def config(preset: str, vocabulary: int = VOCABULARY, context: int = 256) -> LlamaConfig:
@@ -92,6 +69,16 @@ def load(folder: Path) -> LlamaForCausalLM:
     from transformers import LlamaForCausalLM
 
     return cast("LlamaForCausalLM", _quick(pretrained.load(LlamaForCausalLM, str(folder), dtype=torch.float32)))
+
+
+def generate_text(folder: Path, prompt: str, **choice: Any) -> str:
+    """The prompt and its continuation by the model of a run folder; see ``generation.continue_text``.
+
+    Raises:
+        DataError: no model there. UsageError: an argument out of range.
+    """
+    quiet()
+    return generation.continue_text(load(folder), tokenizer.load(folder), prompt, **choice)
 
 
 def _quick(model: Any) -> Any:

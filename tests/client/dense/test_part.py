@@ -6,20 +6,20 @@ from typing import cast
 
 import pytest
 
-from headwater.client.dense.geometry import Geometry
+from headwater.client.dense.geometry import ShardGeometry
 from headwater.client.dense.memory import Mapped
 from headwater.client.dense.part import DensePart
 from headwater.client.session import Session
-from headwater.cluster.placement import layout
 from headwater.errors import LinkBroken, ProtocolError, StaleEpoch, UnknownTable, WorkerLost
+from headwater.layout.dense import layout
 from headwater.transports.stream import Link
-from headwater.types import Bulk, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import Bulk, DenseSpec, OptimizerSpec, ParameterSpec
 from headwater.wire import messages as m
 from headwater.wire.frames import Flag, Frame, Kind
 from tests.client.fake_links import Line, Still
 
 SHARED = cast("Mapped", object())  # only whether there is one matters here
-SPEC = TableSpec("t", (ParameterSpec("w", (1_200_000,)),), OptimizerSpec("SGD", ({"lr": 1.0},)), Bulk())
+SPEC = DenseSpec("t", (ParameterSpec("w", (1_200_000,)),), OptimizerSpec("SGD", ({"lr": 1.0},)), Bulk())
 PLAN = layout(SPEC, 1)
 
 
@@ -28,7 +28,7 @@ def part() -> DensePart:
     """A part of three blocks on one shard."""
     runtime = Still()
     session = Session("shard 0", 7, runtime)
-    made = DensePart(session, 1, Geometry(PLAN.blocks_of(0), PLAN.segments[0]), memoryview(bytearray(PLAN.size)))
+    made = DensePart(session, 1, ShardGeometry(PLAN.blocks_of(0), PLAN.segments[0]), memoryview(bytearray(PLAN.size)))
     assert len(made.geometry.blocks) == 3
     session.parts[1] = made
     mend(made)

@@ -12,12 +12,12 @@ import torch
 
 import headwater
 from headwater.client import Client, Dense, DenseTable
-from headwater.cluster.placement import BLOCK
 from headwater.errors import LinkBroken, ProtocolError
 from headwater.launch import Launcher
+from headwater.layout.dense import BLOCK
 from headwater.transports import receiver
 from headwater.transports.stream import StreamLink
-from headwater.types import Async, Bulk, Init, OptimizerSpec, ParameterSpec, Stale, Sync, TableSpec
+from headwater.types import Async, Bulk, DenseSpec, Init, OptimizerSpec, ParameterSpec, Stale, Sync
 from headwater.wire import frames
 from headwater.wire.frames import Kind
 from tests.client.conftest import Connect
@@ -26,7 +26,7 @@ from tests.patience import PATIENCE
 BLOCKS = 5 << 20  # elements: several blocks on each of two servers
 
 
-def spec(name: str, optimizer: str = "AdamW", sync: Sync | None = None, **hyper: object) -> TableSpec:
+def spec(name: str, optimizer: str = "AdamW", sync: Sync | None = None, **hyper: object) -> DenseSpec:
     parameters = (
         ParameterSpec("large", (500, 300), init=headwater.init.normal(1.0)),
         ParameterSpec("half", (1000, 3), "bfloat16", init=headwater.init.normal(1.0)),
@@ -35,7 +35,7 @@ def spec(name: str, optimizer: str = "AdamW", sync: Sync | None = None, **hyper:
         ParameterSpec("row", (17,), init=headwater.init.uniform(-1, 1)),
     )
     groups = ({"lr": 0.01, **hyper},)
-    return TableSpec(name, parameters, OptimizerSpec(optimizer, groups), sync or Bulk(), seed=3)  # type: ignore[arg-type]
+    return DenseSpec(name, parameters, OptimizerSpec(optimizer, groups), sync or Bulk(), seed=3)  # type: ignore[arg-type]
 
 
 def train(table: DenseTable, seed: int) -> None:

@@ -14,7 +14,7 @@ from headwater.server.snapshots.disk import DISK, Disk
 from headwater.server.snapshots.files import Piece, write_shard
 from headwater.server.snapshots.format import Mark, SessionMark, ShardMark, Written
 from headwater.server.snapshots.manifest import Manifest
-from headwater.types import Async, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import Async, DenseSpec, OptimizerSpec, ParameterSpec
 from tests.server.tables.tools import Sharded, gradients
 
 SIZES = (1, 7, 100, 4097, 40000)
@@ -33,7 +33,7 @@ class Stepper:
             table.step([made])
 
 
-def filled(spec: TableSpec, shards: int, seed: int = 0) -> Sharded:
+def filled(spec: DenseSpec, shards: int, seed: int = 0) -> Sharded:
     """A table with values that are not zero."""
     table = Sharded(spec, shards, seed=seed)
     values = gradients(spec, torch.Generator().manual_seed(99))
@@ -58,7 +58,7 @@ def take(root: Path, tables: Mapping[int, Sharded], clock: int = 0, disk: Disk =
     return manifests.publish(root, number, files, specs, shards, plan=plan, now=1_000_000_000.0, disk=disk)
 
 
-def back(path: Path, spec: TableSpec, shards: int, seed: int = 0) -> Sharded:
+def back(path: Path, spec: DenseSpec, shards: int, seed: int = 0) -> Sharded:
     """The table on other shards, as the newest sound snapshot has it."""
     table = Sharded(spec, shards, seed=seed)
     with restore.newest(path).snapshot as snapshot:
@@ -67,7 +67,7 @@ def back(path: Path, spec: TableSpec, shards: int, seed: int = 0) -> Sharded:
     return table
 
 
-SMALL = TableSpec(
+SMALL = DenseSpec(
     "small",
     (ParameterSpec("w", (300,), "float64"), ParameterSpec("b", (3,), "float64")),
     OptimizerSpec("SGD", ({"lr": 1.0},)),

@@ -12,7 +12,7 @@ from headwater.errors import DataError, UsageError
 from headwater.integrations.torch_state import load_optimizer_state
 from headwater.server.snapshots import restore
 from headwater.server.snapshots.export import export
-from headwater.types import Bulk, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import Bulk, DenseSpec, OptimizerSpec, ParameterSpec
 from tests.server.snapshots import scene
 from tests.server.snapshots.test_restore import MATRIX, OPTIMIZERS
 from tests.server.tables.tools import Sharded, gradients, reference, table
@@ -75,7 +75,7 @@ def test_it_trains_on_to_the_same_bits(tmp_path: Path) -> None:
 
 def _named(name: str, optimizer: str, *parameters: str) -> Sharded:
     specs = tuple(ParameterSpec(p, (4,)) for p in parameters)
-    return scene.filled(TableSpec(name, specs, OptimizerSpec(optimizer, ({},)), Bulk()), 2)
+    return scene.filled(DenseSpec(name, specs, OptimizerSpec(optimizer, ({},)), Bulk()), 2)
 
 
 def test_a_model_and_its_buffers_are_one_file(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from headwater.errors import SnapshotCorrupt, TableConflict, UnknownTable, Usage
 from headwater.server.snapshots import manifest, restore
 from headwater.server.snapshots.format import CHUNK, Mark, SessionMark, Written
 from headwater.server.tables import DenseShard
-from headwater.types import OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import DenseSpec, OptimizerSpec, ParameterSpec
 from tests.server.snapshots import scene
 from tests.server.tables.tools import table
 
@@ -53,7 +53,7 @@ def test_matrix_optimizers(name: str, hyper: dict[str, float], steps: int, tmp_p
     _goes_on(table(name, shapes, groups=[hyper]), steps, tmp_path)
 
 
-def _goes_on(spec: TableSpec, steps: int, root: Path) -> None:
+def _goes_on(spec: DenseSpec, steps: int, root: Path) -> None:
     """Snapshot on 2 shards, restore onto 3: what follows is what would have followed."""
     old, stepper = scene.filled(spec, 2), scene.Stepper()
     for _ in range(steps):
@@ -90,7 +90,7 @@ def test_hyperparameters_that_changed_come_back(tmp_path: Path) -> None:
 
 def test_two_tables_and_what_the_manifest_says(tmp_path: Path) -> None:
     model, counts = table("AdamW", [(50,)]), table("Assign", [(5,)], "int64", groups=[{}])
-    counts = TableSpec("counts", counts.parameters, counts.optimizer)
+    counts = DenseSpec("counts", counts.parameters, counts.optimizer)
     tables = {3: scene.filled(model, 2), 4: scene.filled(counts, 2)}
     made = scene.take(tmp_path, tables, clock=7, plan=b"\x00plan")
     with restore.newest(tmp_path).snapshot as snapshot:
@@ -136,7 +136,7 @@ def test_large_and_small_pieces_over_chunks(tmp_path: Path) -> None:
     """Pieces that begin and end anywhere in a chunk."""
     rng = random.Random(1)
     sizes = [rng.randrange(1, 400_000) for _ in range(12)]
-    spec = TableSpec("t", tuple(ParameterSpec(f"p{i}", (n,)) for i, n in enumerate(sizes)), OptimizerSpec("SGD", ({},)))
+    spec = DenseSpec("t", tuple(ParameterSpec(f"p{i}", (n,)) for i, n in enumerate(sizes)), OptimizerSpec("SGD", ({},)))
     old = scene.filled(spec, 2)
     scene.take(tmp_path, {0: old})
     with restore.newest(tmp_path).snapshot as snapshot:

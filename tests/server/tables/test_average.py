@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from headwater.types import Bulk, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import Bulk, DenseSpec, OptimizerSpec, ParameterSpec
 from tests.server.tables.tools import Sharded
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -18,7 +18,7 @@ INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
 def mean(*given: torch.Tensor, shards: int = 1) -> torch.Tensor:
     """Of one worker each, as the servers compute it."""
     name = str(given[0].dtype).removeprefix("torch.")
-    spec = TableSpec("t", (ParameterSpec("b", tuple(given[0].shape), name),), OptimizerSpec("Assign", ({},)), Bulk())
+    spec = DenseSpec("t", (ParameterSpec("b", tuple(given[0].shape), name),), OptimizerSpec("Assign", ({},)), Bulk())
     ours = Sharded(spec, shards)
     ours.step([{0: tensor} for tensor in given], divide=len(given))
     return ours.values()[0]
@@ -90,7 +90,7 @@ def test_integers_are_exact_and_rounded_down(dtype: torch.dtype, count: int) -> 
 
 def test_the_sum_is_left_as_it_is() -> None:
     """``reduce="sum"`` of what one worker sends is that; of several it is their sum."""
-    spec = TableSpec("t", (ParameterSpec("b", (2,)),), OptimizerSpec("Assign", ({},)), Bulk("sum"))
+    spec = DenseSpec("t", (ParameterSpec("b", (2,)),), OptimizerSpec("Assign", ({},)), Bulk("sum"))
     ours = Sharded(spec, 1)
     ours.step([{0: torch.tensor([-0.0, 3.0])}, {0: torch.tensor([-0.0, 3.0])}])
     assert ours.values()[0].tolist() == [0.0, 6.0]

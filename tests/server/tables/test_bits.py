@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from headwater.types import TableSpec
+from headwater.types import DenseSpec
 from tests.server.tables.tools import Sharded, gradients, reference, same, table
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -77,7 +77,7 @@ def test_groups_keep_their_hyperparameters(name: str) -> None:
     _compare(table(name, groups=[{"lr": 0.1}, {"lr": 0.01, "weight_decay": 0.0}]), 2, steps=3)
 
 
-def _compare(spec: TableSpec, shards: int, steps: int, **extra: Any) -> None:
+def _compare(spec: DenseSpec, shards: int, steps: int, **extra: Any) -> None:
     generator = torch.Generator().manual_seed(7)
     start = list(gradients(spec, generator).values())
     ours = Sharded(spec, shards, start, seed=shards)

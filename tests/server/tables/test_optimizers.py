@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from headwater.errors import UnknownOptimizer
-from headwater.types import Bulk, OptimizerSpec, ParameterSpec, TableSpec
+from headwater.types import Bulk, DenseSpec, OptimizerSpec, ParameterSpec
 from headwater.wire.optimizers import KNOWN, check, checked, complete, select
 from tests.server.tables.tools import table
 
@@ -105,7 +105,7 @@ def test_values_are_made_plain() -> None:
 def test_check_completes_the_groups() -> None:
     spec = check(table("AdamW", groups=[{"lr": 0.1}, {}]))
     assert [group["lr"] for group in spec.groups] == [0.1, 0.001]
-    assert check(TableSpec("t", (), spec)) == spec
+    assert check(DenseSpec("t", (), spec)) == spec
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_check_completes_the_groups() -> None:
 )
 def test_check_names_the_parameter(name: str, parameter: ParameterSpec, says: str) -> None:
     with pytest.raises(UnknownOptimizer, match=says):
-        check(TableSpec("t", (parameter,), OptimizerSpec(name, ({},))))
+        check(DenseSpec("t", (parameter,), OptimizerSpec(name, ({},))))
 
 
 def test_buffers_have_no_gradient_to_clip() -> None:

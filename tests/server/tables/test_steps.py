@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from headwater.errors import ShapeMismatch, UnknownOptimizer
 from headwater.server.tables import Contribution, DenseShard, state_bytes
-from headwater.types import OptimizerSpec, ParameterSpec, Segment, TableSpec
+from headwater.types import DenseSpec, OptimizerSpec, ParameterSpec, Segment
 from tests.server.tables.tools import Sharded, gradients, reference, same, table
 
 BIG = ((70000,), (600_000,), (5,), (33,))
@@ -23,7 +23,7 @@ def _assert_same(ours: Sharded, theirs: Sequence[torch.Tensor]) -> None:
         assert same(a, b), f"{parameter.name}: {int((a != b).sum())} of {a.numel()} differ"
 
 
-def _pair(spec: TableSpec, shards: int = 2) -> tuple[Sharded, list[torch.Tensor], torch.Generator]:
+def _pair(spec: DenseSpec, shards: int = 2) -> tuple[Sharded, list[torch.Tensor], torch.Generator]:
     generator = torch.Generator().manual_seed(3)
     start = list(gradients(spec, generator).values())
     return Sharded(spec, shards, start), [value.clone() for value in start], generator
@@ -195,7 +195,7 @@ def test_matrix_optimizers_refuse_a_part() -> None:
 
 def test_assign_takes_any_dtype_and_integer_means_round_down() -> None:
     names = ("float32", "int64", "int8", "bool")
-    spec = TableSpec(
+    spec = DenseSpec(
         "t", tuple(ParameterSpec(n, (3,), n) for n in names), OptimizerSpec("Assign", ({},))
     )  # fmt: skip
     ours = Sharded(spec, 2)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from headwater.server.tables import Contribution, DenseShard
-from headwater.types import ITEMSIZE, OptimizerSpec, ParameterSpec, Segment, TableSpec
+from headwater.types import ITEMSIZE, DenseSpec, OptimizerSpec, ParameterSpec, Segment
 from headwater.wire import optimizers
 from headwater.wire.tensors import DTYPES
 
@@ -24,13 +24,13 @@ def table(
     dtype: str = "float32",
     groups: Sequence[Mapping[str, Any]] = ({},),
     **kwargs: Any,
-) -> TableSpec:
+) -> DenseSpec:
     """Parameters p0, p1, … dealt to the groups in turn."""
     parameters = tuple(ParameterSpec(f"p{i}", shape, dtype, group=i % len(groups)) for i, shape in enumerate(shapes))
-    return TableSpec("t", parameters, OptimizerSpec(optimizer, tuple(dict(g) for g in groups)), **kwargs)
+    return DenseSpec("t", parameters, OptimizerSpec(optimizer, tuple(dict(g) for g in groups)), **kwargs)
 
 
-def layouts(spec: TableSpec, shards: int, seed: int = 0) -> list[tuple[list[Segment], int]]:
+def layouts(spec: DenseSpec, shards: int, seed: int = 0) -> list[tuple[list[Segment], int]]:
     """Per shard (segments, bytes): parameters in (group, dtype) order, cut at random chunks, dealt at random."""
     rng = random.Random(seed)
     whole = optimizers.info(spec.optimizer.name).whole_tensor
@@ -53,7 +53,7 @@ def layouts(spec: TableSpec, shards: int, seed: int = 0) -> list[tuple[list[Segm
 class Sharded:
     """A table on several shards, driven with whole tensors."""
 
-    def __init__(self, spec: TableSpec, shards: int, values: Sequence[torch.Tensor] | None = None, seed: int = 0):
+    def __init__(self, spec: DenseSpec, shards: int, values: Sequence[torch.Tensor] | None = None, seed: int = 0):
         self.spec = spec
         self.memories: list[torch.Tensor] = []
         self.shards: list[DenseShard] = []
@@ -121,7 +121,7 @@ def ranges(segments: Sequence[Segment], chosen: Mapping[int, Any], size: int) ->
     return tuple((lo, hi) for lo, hi in found)
 
 
-def gradients(spec: TableSpec, generator: torch.Generator) -> dict[int, torch.Tensor]:
+def gradients(spec: DenseSpec, generator: torch.Generator) -> dict[int, torch.Tensor]:
     """Normal numbers of widely different magnitudes."""
     made = {}
     for index, p in enumerate(spec.parameters):
@@ -130,7 +130,7 @@ def gradients(spec: TableSpec, generator: torch.Generator) -> dict[int, torch.Te
     return made
 
 
-def reference(spec: TableSpec, values: Sequence[torch.Tensor], **extra: Any) -> torch.optim.Optimizer:
+def reference(spec: DenseSpec, values: Sequence[torch.Tensor], **extra: Any) -> torch.optim.Optimizer:
     """The torch.optim optimizer of one process, over copies of ``values``."""
     groups = []
     for index, group in enumerate(spec.optimizer.groups):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 
-from headwater.cluster.placement import Block
-from headwater.types import Segment, TableSpec
+from headwater.layout.dense import Block
+from headwater.types import DenseSpec, Segment
 
 Span = tuple[int, int]
 
 
-class Geometry:
+class ShardGeometry:
     """One shard's part of a table. Local bytes count from 0 on the shard; ``blocks`` are in their order."""
 
     def __init__(self, blocks: Sequence[Block], segments: Sequence[Segment]) -> None:
@@ -41,7 +41,7 @@ class Geometry:
         """The parameters (by index) of which a segment begins in ``spans``."""
         return {s.parameter for s in self.segments if any(a <= s.offset < b for a, b in spans)}
 
-    def pieces(self, spec: TableSpec, flats: Mapping[int, memoryview]) -> list[tuple[Segment, memoryview]]:
+    def pieces(self, spec: DenseSpec, flats: Mapping[int, memoryview]) -> list[tuple[Segment, memoryview]]:
         """Of whole parameters (by index), the bytes that lie on this shard, segment by segment."""
         found = []
         for segment in self.segments:

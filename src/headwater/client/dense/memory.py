@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from headwater import interrupts
-from headwater.cluster.placement import BLOCK, PAGE, Layout
 from headwater.errors import DeadlineExceeded, ShapeMismatch
+from headwater.layout.dense import BLOCK, PAGE, Layout
 from headwater.transports import forks, memory
-from headwater.types import ParameterSpec, TableSpec
+from headwater.types import DenseSpec, ParameterSpec
 from headwater.wire.tensors import DTYPES
 
 log = logging.getLogger("headwater")
@@ -33,7 +33,7 @@ def plain(size: int) -> torch.Tensor:
     return raw[shift : shift + size]
 
 
-def views(flat: torch.Tensor, spec: TableSpec, layout: Layout) -> dict[str, torch.Tensor]:
+def views(flat: torch.Tensor, spec: DenseSpec, layout: Layout) -> dict[str, torch.Tensor]:
     """Every parameter as a tensor over ``flat``, with a storage and a version counter of its own.
 
     What looks at storages (safetensors, ``torch.save``) would take tensors that share one for one tensor.
@@ -74,7 +74,7 @@ def check_tensor(p: ParameterSpec, value: torch.Tensor) -> None:
 class Gradients:
     """The memory that gradients leave from: a memfd where a server of this host reads it, else plain."""
 
-    def __init__(self, spec: TableSpec, layout: Layout, share: bool) -> None:
+    def __init__(self, spec: DenseSpec, layout: Layout, share: bool) -> None:
         size = layout.size
         self.fd = memory.create("gradients", size) if share else -1
         if share:
@@ -126,7 +126,7 @@ class Values:
     where arriving values land. ``tensors`` and ``arrived`` are the parameters in the one and in the other.
     """
 
-    def __init__(self, spec: TableSpec, layout: Layout, pieces: Sequence[memory.Piece] | None) -> None:
+    def __init__(self, spec: DenseSpec, layout: Layout, pieces: Sequence[memory.Piece] | None) -> None:
         self.size = size = layout.size
         self._fd = memory.create("values", size) if pieces is None else -1
         own = pieces is None

@@ -7,7 +7,7 @@ from collections import deque
 
 import torch
 
-from headwater.client.dense.geometry import Geometry, Span
+from headwater.client.dense.geometry import ShardGeometry, Span
 from headwater.client.dense.memory import Mapped
 from headwater.client.part import Part
 from headwater.client.session import Session
@@ -45,7 +45,7 @@ class DensePart(Part):
     """
 
     def __init__(
-        self, session: Session, table: int, geometry: Geometry, flat_gradients: memoryview, *, live: bool = False
+        self, session: Session, table: int, geometry: ShardGeometry, flat_gradients: memoryview, *, live: bool = False
     ) -> None:
         super().__init__(session, table)
         self.geometry = geometry

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from headwater.types import Segment, TableSpec
+from headwater.types import DenseSpec, Segment
 from headwater.wire import messages as m
 from headwater.wire.tensors import from_bytes, to_bytes
 
@@ -15,7 +15,7 @@ _REQUEST = 4 << 20  # bytes of optimizer state per request
 Slots = Mapping[str, Mapping[str, torch.Tensor]]
 
 
-def join_slots(spec: TableSpec, pieces: Iterable[m.Slot]) -> dict[str, dict[str, torch.Tensor]]:
+def join_slots(spec: DenseSpec, pieces: Iterable[m.Slot]) -> dict[str, dict[str, torch.Tensor]]:
     """By parameter and slot name, in the shapes of ``torch.optim``."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     for slot in pieces:
@@ -27,7 +27,7 @@ def join_slots(spec: TableSpec, pieces: Iterable[m.Slot]) -> dict[str, dict[str,
     return found
 
 
-def _place(spec: TableSpec, found: dict[str, dict[str, torch.Tensor]], slot: m.Slot) -> None:
+def _place(spec: DenseSpec, found: dict[str, dict[str, torch.Tensor]], slot: m.Slot) -> None:
     p = spec.parameters[slot.parameter]
     piece = from_bytes(slot.data, slot.dtype, slot.shape)
     slots = found.setdefault(p.name, {})
@@ -38,7 +38,7 @@ def _place(spec: TableSpec, found: dict[str, dict[str, torch.Tensor]], slot: m.S
     whole[slot.start : slot.start + piece.numel()] = piece
 
 
-def slot_requests(table: int, spec: TableSpec, segments: Sequence[Segment], slots: Slots) -> Iterator[m.SlotPart]:
+def slot_requests(table: int, spec: DenseSpec, segments: Sequence[Segment], slots: Slots) -> Iterator[m.SlotPart]:
     """What makes ``slots`` the whole state of one shard, which holds ``segments``: a few megabytes each."""
     batch: list[m.Slot] = []
     size, first = 0, True
@@ -51,7 +51,7 @@ def slot_requests(table: int, spec: TableSpec, segments: Sequence[Segment], slot
     yield m.SlotPart(table, tuple(batch), False, first)
 
 
-def _cut(spec: TableSpec, segments: Sequence[Segment], slots: Slots) -> Iterator[m.Slot]:
+def _cut(spec: DenseSpec, segments: Sequence[Segment], slots: Slots) -> Iterator[m.Slot]:
     for segment in segments:
         p = spec.parameters[segment.parameter]
         for name, value in slots.get(p.name, {}).items():

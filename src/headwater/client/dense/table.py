@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 
 from headwater import interrupts
-from headwater.client.dense.geometry import Geometry, Span
+from headwater.client.dense.geometry import ShardGeometry, Span
 from headwater.client.dense.memory import Gradients, Mapped, Values, as_bytes, check_tensor, plain, views
 from headwater.client.dense.part import DensePart
 from headwater.client.dense.slots import Slots, join_slots, slot_requests
@@ -17,10 +17,10 @@ from headwater.client.session import Session
 from headwater.client.shards import Shards
 from headwater.client.table import Table
 from headwater.client.tickets import StepResult, Ticket
-from headwater.cluster.placement import check_table, layout
 from headwater.errors import HeadwaterError, LinkBroken, UsageError
+from headwater.layout.dense import layout, only
 from headwater.transports import memory
-from headwater.types import Async, Bulk, Hyper, TableSpec
+from headwater.types import DenseSpec, Hyper, TableSpec
 from headwater.wire import messages as m
 from headwater.wire.exact import clip_factor
 from headwater.wire.frames import Flag
@@ -37,10 +37,12 @@ class DenseTable(Table):
     carries bytes; else servers read ``gradients`` itself, under ``Bulk`` after END.
     """
 
+    spec: DenseSpec
     _parts: list[DensePart]
 
     def __init__(self, shards: Shards, declared: m.Declared) -> None:
         super().__init__(shards, declared)
+        self.spec = only(declared.spec)
         self.layout = layout(self.spec, len(shards.sessions))
         self._spans: dict[tuple[str, ...], list[list[Span]]] = {}
         self._pushed: set[str] = set()
@@ -53,7 +55,7 @@ class DenseTable(Table):
             shards.reach(session)
         sharing = [session.link is not None and session.link.shared for session in sessions]
         self._gradients = Gradients(self.spec, self.layout, any(sharing))
-        live = all(sharing) and isinstance(self.spec.sync, Bulk)
+        live = all(sharing) and not self.spec.sync.reads_own_memory
         self._parts = [self._part_of(session, live) for session in sessions]
         self._values: Values | None = None
         self._join(self._members)
@@ -64,23 +66,20 @@ class DenseTable(Table):
 
     @classmethod
     def check(cls, spec: TableSpec, values: Mapping[str, torch.Tensor]) -> None:
-        """``values``: of the parameters whose init is ``values``; of others they are ignored."""
-        check_table(spec)
-        for p in spec.parameters:
-            if p.init.kind == "values":
-                if p.name not in values:
-                    raise UsageError(f"table {spec.name!r}: no values were given for {p.name!r}; nothing was declared")
+        """Those of other parameters than the spec asks for are ignored."""
+        for p in only(spec).parameters:
+            if p.name in spec.given:
                 check_tensor(p, values[p.name])
 
     def load(self, values: Mapping[str, torch.Tensor], assign: bool) -> None:
         """Parameters of other inits than ``values`` are there already."""
         if assign:
-            self.assign({p.name: values[p.name] for p in self.spec.parameters if p.init.kind == "values"})
+            self.assign({name: values[name] for name in self.spec.given})
         elif not self.live:
             self.pull().wait()
 
     def _part_of(self, session: Session, live: bool) -> DensePart:
-        geometry = Geometry(self.layout.blocks_of(session.shard), self.layout.segments[session.shard])
+        geometry = ShardGeometry(self.layout.blocks_of(session.shard), self.layout.segments[session.shard])
         return DensePart(session, self.number, geometry, self._gradients.bytes, live=live)
 
     # ---- attachments -----------------------------------------------------------------------------
@@ -254,7 +253,7 @@ class DenseTable(Table):
     @interrupts.deferred
     def push_pull(self) -> Ticket:
         """Push everything and get everything back, block by block as it is applied where the policy lets it."""
-        streams = isinstance(self.spec.sync, Async) and self.spec.sync.max_staleness is None
+        streams = self.spec.sync.immediate and not self.spec.sync.paced
         if not streams or self.spec.max_grad_norm is not None or any(p.mapped for p in self._parts):
             return self.push_step(self._names, want=True)
         self.settle()
@@ -264,7 +263,7 @@ class DenseTable(Table):
 
     def _end(self, spans: list[list[Span]], groups: Groups | None, skip: bool, want: int, based: int = 0) -> Ticket:
         scale = norm = None
-        if self.spec.max_grad_norm is not None and not isinstance(self.spec.sync, Bulk) and not skip:
+        if self.spec.max_grad_norm is not None and not self.spec.sync.collective and not skip:
             norm, scale = clip_factor(self.spec.max_grad_norm, self._square_norm())
         body = b""
         digest = None if self._said == (self.digest, self.failures) else self.digest
@@ -343,7 +342,7 @@ class DenseTable(Table):
     @interrupts.deferred
     def pull(self) -> Ticket:
         """Ask for the newest values; ``wait`` (of the ticket or the table) makes ``values`` fresh."""
-        if isinstance(self.spec.sync, Bulk):
+        if self.spec.sync.collective:
             self.settle()  # else the answer could be from before the commit; other policies answer in order
         self.refresh()
         if self.live:

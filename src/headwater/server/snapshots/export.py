@@ -100,14 +100,14 @@ def _sweep(out: Path) -> None:
 
 
 def _models(out: Path, tables: Sequence[TableEntry], folders: dict[int, Path]) -> dict[Path, list[TableEntry]]:
-    names = Counter(parameter.name for table in tables for parameter in table.spec.parameters)
+    names = Counter(parameter.name for table in tables for parameter in table.dense.parameters)
     if max(names.values(), default=1) == 1:
         return {out: list(tables)}
     return {folders[table.table]: [table] for table in tables}
 
 
 def _values(table: TableEntry) -> Iterator[_Tensor]:
-    for index, p in enumerate(table.spec.parameters):
+    for index, p in enumerate(table.dense.parameters):
         yield _Tensor(p.name, DTYPES[p.dtype], p.shape, table.spec.name, index, VALUE)
 
 
@@ -117,13 +117,13 @@ def _values(table: TableEntry) -> Iterator[_Tensor]:
 def _order(table: TableEntry) -> list[list[int]]:
     """Parameters of each group, in the order in which torch numbers them."""
     groups: list[list[int]] = [[] for _ in table.spec.optimizer.groups]
-    for index, parameter in enumerate(table.spec.parameters):
+    for index, parameter in enumerate(table.dense.parameters):
         groups[parameter.group].append(index)
     return groups
 
 
 def _state(snapshot: Snapshot, table: TableEntry) -> Iterator[_Tensor]:
-    name, spec = table.spec.name, table.spec
+    name, spec = table.spec.name, table.dense
     numbered = [parameter for group in _order(table) for parameter in group]
     for number, index in enumerate(numbered):
         p = spec.parameters[index]
@@ -142,7 +142,7 @@ def _state(snapshot: Snapshot, table: TableEntry) -> Iterator[_Tensor]:
 
 
 def _has_step(table: TableEntry, index: int) -> bool:
-    p, name = table.spec.parameters[index], table.spec.optimizer.name
+    p, name = table.dense.parameters[index], table.spec.optimizer.name
     return name in FLAT and kernel(name, _groups(table)[p.group], DTYPES[p.dtype]).has_step
 
 
@@ -155,7 +155,7 @@ def _groups(table: TableEntry) -> list[dict[str, Any]]:
 def _rest(table: TableEntry) -> dict[str, Any]:
     """``state_dict()`` without the tensors; ``names`` says which parameter has which number."""
     order = _order(table)
-    names = [[table.spec.parameters[index].name for index in group] for group in order]
+    names = [[table.dense.parameters[index].name for index in group] for group in order]
     return {
         "optimizer": table.spec.optimizer.name,
         "table": table.spec.name,

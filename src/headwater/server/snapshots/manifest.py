@@ -17,9 +17,10 @@ import msgspec
 import xxhash
 
 from headwater.errors import SnapshotCorrupt
+from headwater.layout.dense import only
 from headwater.server.snapshots.disk import DISK, Disk, held, replace
 from headwater.server.snapshots.format import Mark, SessionMark, ShardFile, ShardMark, Written
-from headwater.types import Bulk, TableSpec
+from headwater.types import DenseSpec, TableSpec, read_spec
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -36,6 +37,11 @@ class TableEntry(msgspec.Struct, frozen=True):
     spec: TableSpec
     mark: Mark
     packed: bytes = b""
+
+    @property
+    def dense(self) -> DenseSpec:
+        """The spec, where only a dense table makes sense. Raises ``UsageError``."""
+        return only(self.spec)
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -151,7 +157,7 @@ def merge(folder: Path, table: int, spec: TableSpec, marks: Sequence[ShardMark])
     if not found:
         return Mark(table)
     clocks = {mark.clock for mark in found}
-    if isinstance(spec.sync, Bulk) and len(clocks) > 1:
+    if spec.sync.collective and len(clocks) > 1:
         raise SnapshotCorrupt(f"{folder}: table {spec.name!r} was cut at clocks {sorted(clocks)}, not at one")
     ranks: dict[int, int] = {}
     for rank, clock in itertools.chain.from_iterable(mark.clocks for mark in found):
@@ -210,8 +216,8 @@ def read(folder: Path) -> Manifest:
         version = msgspec.json.decode(data, type=_Format).format
         if version != FORMAT:
             raise SnapshotCorrupt(f"{path}: format {version}, this Headwater reads {FORMAT}")
-        manifest = msgspec.json.decode(data, type=Manifest)
-        exact = [msgspec.msgpack.decode(table.packed, type=TableSpec) for table in manifest.tables]
+        manifest = msgspec.json.decode(data, type=Manifest, dec_hook=read_spec)
+        exact = [msgspec.msgpack.decode(table.packed, type=TableSpec, dec_hook=read_spec) for table in manifest.tables]
     except OSError as error:
         raise SnapshotCorrupt(f"{path}: {error.strerror}") from None
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:

@@ -17,6 +17,7 @@ from headwater.errors import SnapshotCorrupt, UnknownTable, UsageError
 from headwater.server.snapshots import manifest as manifests
 from headwater.server.snapshots.format import VALUE, Entry, SessionMark, ShardFile
 from headwater.server.snapshots.manifest import Manifest, TableEntry
+from headwater.types import DenseSpec
 
 _AT_ONCE = 256
 """Chunks that a thread checks before it looks for more work."""
@@ -113,9 +114,9 @@ class Opened:
         self._check_complete()
 
     def _check_complete(self) -> None:
-        """Every element of every table is there, once."""
+        """Every element of every dense table is there, once."""
         for table in self.manifest.tables:
-            for index, parameter in enumerate(table.spec.parameters):
+            for index, parameter in enumerate(table.spec.parameters if isinstance(table.spec, DenseSpec) else ()):
                 at = 0
                 for place in self._ranges.get((table.table, index, VALUE), []):
                     if place.entry.start != at or place.entry.dtype != parameter.dtype:

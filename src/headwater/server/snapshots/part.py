@@ -75,7 +75,7 @@ class Part:
             self._capture.drop()
             return
         tables = self._shard.tables.values()
-        self._clocks = tuple((table.number, table.gathering.clock) for table in tables if table.bulk)
+        self._clocks = tuple((table.number, table.gathering.clock) for table in tables if table.collective)
         for table in tables:
             self._capture.begin(_mark(table), table.dense)
         self._capture.seal(self._lsn, self._sessions())
@@ -135,9 +135,9 @@ class Part:
 
 def _mark(table: Table) -> Mark:
     clocks = tuple(sorted(table.clocks.clock.items()))
-    clock = table.gathering.clock if table.bulk else max((clock for _, clock in clocks), default=0)
+    clock = table.gathering.clock if table.collective else max((clock for _, clock in clocks), default=0)
     groups = tuple(dict(group) for group in table.dense.groups)
-    return Mark(table.number, clock, table.clocks.version, () if table.bulk else clocks, groups)
+    return Mark(table.number, clock, table.clocks.version, () if table.collective else clocks, groups)
 
 
 def fill(table: Table, snapshot: Snapshot) -> None:
@@ -147,5 +147,5 @@ def fill(table: Table, snapshot: Snapshot) -> None:
     table.clocks.version = mark.version
     table.clocks.clock = dict(mark.clocks)
     table.clocks.read = dict.fromkeys(table.clocks.clock, mark.version)
-    if table.bulk:
+    if table.collective:
         table.gathering.clock = mark.clock

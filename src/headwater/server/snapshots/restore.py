@@ -17,7 +17,7 @@ from headwater.errors import SnapshotCorrupt, TableConflict
 from headwater.server.snapshots.format import COUNT
 from headwater.server.snapshots.opened import Found, Opened, Place, choose, start_of
 from headwater.server.tables.dense import DenseShard
-from headwater.types import ITEMSIZE, Segment, TableSpec
+from headwater.types import ITEMSIZE, DenseSpec, Segment
 from headwater.wire.tensors import DTYPES
 
 
@@ -33,7 +33,7 @@ class Snapshot(Opened):
         """Of a slot's elements; the parameter's own where nothing was stored."""
         table = self.table(name)
         places = self._ranges.get((table.table, parameter, slot), [])
-        return DTYPES[places[0].entry.dtype if places else table.spec.parameters[parameter].dtype]
+        return DTYPES[places[0].entry.dtype if places else table.dense.parameters[parameter].dtype]
 
     def read(self, name: str, parameter: int, slot: str, start: int, stop: int) -> torch.Tensor:
         """Elements ``start:stop`` of a flattened parameter or slot. Where nothing was stored, zero."""
@@ -105,7 +105,7 @@ def load(snapshot: Snapshot, dense: DenseShard, threads: int | None = None) -> N
     Raises ``UnknownTable``, ``TableConflict`` (nothing was read) or ``SnapshotCorrupt`` (the shard is of no use then).
     """
     entry = snapshot.table(dense.spec.name)
-    _check_same(snapshot, entry.spec, dense.spec)
+    _check_same(snapshot, entry.dense, dense.spec)
     if entry.mark.groups is not None:
         dense.set_groups(entry.mark.groups)
     held = [segment for segment in dense.segments if segment.nbytes]
@@ -114,7 +114,7 @@ def load(snapshot: Snapshot, dense: DenseShard, threads: int | None = None) -> N
 
     def read(part: tuple[Segment, str, torch.Tensor]) -> None:
         segment, slot, memory = part
-        dtype = DTYPES[entry.spec.parameters[segment.parameter].dtype]
+        dtype = DTYPES[entry.dense.parameters[segment.parameter].dtype]
         out = memory[segment.offset : segment.end].view(dtype)
         snapshot.read_into(entry.spec.name, segment.parameter, slot, segment.start, out)
 
@@ -140,7 +140,7 @@ def _load_own(snapshot: Snapshot, dense: DenseShard, segment: Segment, known: se
         dense.write_slot(segment.parameter, slot, segment.start, tensor)
 
 
-def _check_same(snapshot: Snapshot, was: TableSpec, now: TableSpec) -> None:
+def _check_same(snapshot: Snapshot, was: DenseSpec, now: DenseSpec) -> None:
     old = [(p.name, p.shape, p.dtype) for p in was.parameters]
     new = [(p.name, p.shape, p.dtype) for p in now.parameters]
     if old != new or was.optimizer.name != now.optimizer.name:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from headwater.types import Async, Bulk, Stale
+from headwater.types import Policy
 
 
 class Clocks:
@@ -17,8 +17,9 @@ class Clocks:
     steps that were applied between the worker's last read and now.
     """
 
-    def __init__(self, sync: Stale | Async | Bulk) -> None:
-        self.sync = sync
+    def __init__(self, sync: Policy) -> None:
+        self._bound = sync.read_bound
+        self._cap = sync.staleness_cap
         self.version = 0
         self.clock: dict[int, int] = {}
         self.read: dict[int, int] = {}
@@ -56,19 +57,19 @@ class Clocks:
             self._active.add(rank)
 
     def may_read(self, rank: int, clock: int) -> bool:
-        """Stale(bound): a worker at ``clock`` reads once the slowest of the others has reached ``clock - bound``."""
-        if not isinstance(self.sync, Stale) or rank not in self.clock:
+        """Whether the slowest of the others has reached ``clock`` minus the policy's read bound."""
+        if self._bound is None or rank not in self.clock:
             return True
         others = [at for other, at in self.clock.items() if other != rank and other not in self.waiting]
-        return not others or min(others) >= max(clock, self.clock[rank]) - self.sync.bound
+        return not others or min(others) >= max(clock, self.clock[rank]) - self._bound
 
     def may_apply(self, rank: int, held: Collection[int] = ()) -> bool:
-        """Async(max_staleness): whether one more step leaves every worker that still computes within the cap.
+        """Whether one more step leaves every worker that still computes within the cap.
 
         ``held`` ranks have pushed and wait here themselves. They do not count, or two workers could wait for
         each other for ever; so a step that waited may be up to world - 1 steps staler than the cap.
         """
-        if not isinstance(self.sync, Async) or self.sync.max_staleness is None:
+        if self._cap is None:
             return True
         computing = self._active.difference(held, self.waiting, (rank,))
-        return all(self.version + 1 - self.read[other] <= self.sync.max_staleness for other in computing)
+        return all(self.version + 1 - self.read[other] <= self._cap for other in computing)

@@ -25,7 +25,7 @@ from headwater.server.tables.plan import (
     fill,
     source,
 )
-from headwater.types import ITEMSIZE, Hyper, Segment, TableSpec
+from headwater.types import ITEMSIZE, DenseSpec, Hyper, Segment
 from headwater.wire import optimizers
 from headwater.wire.tensors import DTYPES
 
@@ -58,7 +58,7 @@ class DenseShard:
 
     after_block: Callable[[int, int], None] | None = None
 
-    def __init__(self, spec: TableSpec, segments: Sequence[Segment], size: int, values: torch.Tensor) -> None:
+    def __init__(self, spec: DenseSpec, segments: Sequence[Segment], size: int, values: torch.Tensor) -> None:
         optimizer = optimizers.check(spec)
         _check_layout(spec, segments, size, values)
         for parameter in spec.parameters:
@@ -372,7 +372,7 @@ class _Report:
         self._lo = self._hi
 
 
-def state_bytes(spec: TableSpec, segments: Sequence[Segment]) -> int:
+def state_bytes(spec: DenseSpec, segments: Sequence[Segment]) -> int:
     """Bytes that a shard with these segments will take: values, optimizer state, and one gradient.
 
     Computed before anything is allocated. Temporaries of matrix optimizers are not in it.
@@ -395,7 +395,7 @@ def state_bytes(spec: TableSpec, segments: Sequence[Segment]) -> int:
     return total
 
 
-def _check_layout(spec: TableSpec, segments: Sequence[Segment], size: int, values: torch.Tensor) -> None:
+def _check_layout(spec: DenseSpec, segments: Sequence[Segment], size: int, values: torch.Tensor) -> None:
     if values.dtype is not torch.uint8 or values.dim() != 1 or len(values) != size:
         raise ShapeMismatch(f"values must be {size} bytes (uint8, 1-D), not {values.dtype} {tuple(values.shape)}")
     whole = optimizers.info(spec.optimizer.name).whole_tensor

@@ -11,7 +11,7 @@ import torch
 from headwater.errors import ShapeMismatch, UnknownOptimizer
 from headwater.server.tables.kernels import aggregate
 from headwater.server.tables.plan import Contribution, Plan, Report
-from headwater.types import ITEMSIZE, Hyper, Segment, TableSpec
+from headwater.types import ITEMSIZE, DenseSpec, Hyper, Segment
 from headwater.wire import optimizers
 from headwater.wire.tensors import DTYPES
 
@@ -56,7 +56,7 @@ class Batch:
 class Generic:
     """Steps a shard's segments with ``torch.optim``; ``values`` and ``segments`` are the shard's."""
 
-    def __init__(self, spec: TableSpec, groups: Sequence[Mapping[str, Hyper]], segments: Sequence[Segment],
+    def __init__(self, spec: DenseSpec, groups: Sequence[Mapping[str, Hyper]], segments: Sequence[Segment],
                  values: torch.Tensor) -> None:  # fmt: skip
         self._spec = spec
         self._name = spec.optimizer.name
@@ -249,7 +249,7 @@ def copy_part(out: torch.Tensor, out_start: int, tensor: torch.Tensor, start: in
     return lo < hi
 
 
-def no_slot(spec: TableSpec, parameter: int, name: str, has: tuple[str, ...]) -> UnknownOptimizer:
+def no_slot(spec: DenseSpec, parameter: int, name: str, has: tuple[str, ...]) -> UnknownOptimizer:
     """The error for a slot that the optimizer does not keep."""
     return UnknownOptimizer(
         f"{spec.optimizer.name} keeps no slot {name!r} for parameter {spec.parameters[parameter].name!r}; with "

@@ -19,7 +19,7 @@ import torch
 
 from headwater.errors import InternalError, ShapeMismatch
 from headwater.server.tables.kernels import Cohort, Cut, Tensors, accumulator, aggregate
-from headwater.types import ITEMSIZE, Segment, TableSpec
+from headwater.types import ITEMSIZE, DenseSpec, Segment
 from headwater.wire.tensors import DTYPES
 
 ALIGNMENT = 64
@@ -179,7 +179,7 @@ class Planner:
     ``manner`` says how the kernel of a group wants its runs.
     """
 
-    def __init__(self, spec: TableSpec, segments: Sequence[Segment], memory: Memory,
+    def __init__(self, spec: DenseSpec, segments: Sequence[Segment], memory: Memory,
                  manner: Callable[[GroupKey], Manner]) -> None:  # fmt: skip
         self.segments = [segment for segment in segments if segment.nbytes]
         self.keys: list[GroupKey] = [

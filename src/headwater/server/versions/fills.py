@@ -19,7 +19,8 @@ from headwater.transports.rooms import Room
 from headwater.wire import messages as m
 from headwater.wire import sums
 from headwater.wire import versions as v
-from headwater.wire.frames import Dial, Flag, Frame, Instruction, Kind, Outgoing
+from headwater.wire.frames import Flag, Frame, Kind
+from headwater.wire.outgoing import Dial, Instruction, Outgoing
 
 log = logging.getLogger("headwater")
 

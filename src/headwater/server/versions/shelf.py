@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from headwater.cluster.placement import BLOCK, layout
-from headwater.cluster.spans import spans
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, VersionExpired
+from headwater.layout import kinds
+from headwater.layout.dense import BLOCK
+from headwater.layout.words import spans
 from headwater.server.table import Table
 from headwater.server.versions.cut import PartCut
 from headwater.transports.rooms import Room, Rooms
@@ -25,7 +26,8 @@ from headwater.types import TableSpec
 from headwater.wire import delta
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from headwater.wire.frames import Flag, Frame, Instruction, Kind, Outgoing, seal
+from headwater.wire.frames import Flag, Frame, Kind, seal
+from headwater.wire.outgoing import Instruction, Outgoing
 from headwater.wire.sums import Sums, digest, pack
 
 log = logging.getLogger("headwater")
@@ -234,8 +236,7 @@ class Shelf:
             return
         known = dict(specs)
         for key, room, sums in got:
-            plan = layout(known[key.table], self._shards)
-            self.put(key, room, sums, spans(known[key.table], plan.segments[shard], room.size))
+            self.put(key, room, sums, kinds.spans(known[key.table], self._shards, shard, room.size))
         self._making[number, shard] = _Making([key for key, _, _ in got], ())
         self.say(number, shard)
 
@@ -458,7 +459,7 @@ def _bytes_of(deltas: Mapping[int, Encoded | None]) -> int:
 
 
 def _clock(table: Table) -> int:
-    return table.gathering.clock if table.bulk else max(table.clocks.clock.values(), default=0)
+    return table.gathering.clock if table.collective else max(table.clocks.clock.values(), default=0)
 
 
 def _refuse(asked: Asked, error: ClusterError) -> Outgoing:

@@ -1,0 +1,1 @@
+"""Pure geometry that clients, servers, readers and the coordinator share: the same spec, the same layout everywhere."""

@@ -1,0 +1,396 @@
+"""A replica of a shard: records in, the same state everywhere.
+
+The primary's decisions are in ``shard.py``; here is only what follows from a record. Whatever decides about
+state must be in the record or in the state itself: no clock, no connection, no memory of a client's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from headwater.errors import ClusterError, HeadwaterError, NotEnoughMemory, ShapeMismatch, UnknownTable
+from headwater.server import events as e
+from headwater.server.replication import records as r
+from headwater.server.replication.records import Record
+from headwater.server.replication.state import SessionState, TableState, restore
+from headwater.server.table import Prepared, Session, Table
+from headwater.server.tables.plan import Contribution
+from headwater.types import TableSpec
+from headwater.wire.messages import Commit, Members, Ready
+from headwater.wire.tensors import from_bytes
+
+
+class Memory(Protocol):
+    """Who owns the bytes of the tables. ``create`` raises ``NotEnoughMemory``."""
+
+    def size(self, spec: TableSpec) -> int: ...
+    def create(self, number: int, spec: TableSpec) -> Table: ...
+    def discard(self, number: int) -> None: ...
+    def load(self, table: Table, folder: str) -> None: ...
+    def lend(self, table: int, size: int, lsn: int, accepted: int) -> torch.Tensor | None: ...
+    def before_write(self, table: int, ranges: r.Ranges) -> None: ...
+    def publish(self, body: r.Publish) -> None: ...
+
+
+_BYTES = torch.uint8
+_OF_TABLES = (r.Update, Commit, r.Prepare, r.Values, r.SetSlots, r.Aside)
+
+Observer = Callable[["Replica", Record], None]
+
+
+class Replica:
+    """``observer`` is called after each record; the simulator's oracles look from there.
+
+    ``applied`` too: a snapshot is taken between two records.
+    """
+
+    observer: Observer | None = None
+    applied: Callable[[], None] | None = None
+
+    def __init__(self, number: int, memory: Memory) -> None:
+        self.number = number
+        self.epoch = 0
+        self.lsn = 0
+        self.primary = False
+        self.partial = False  # the state of another replica has begun to arrive and is not complete
+        self.tables: dict[int, Table] = {}
+        self.sessions: dict[int, Session] = {}
+        self.members = Members(0, (), 0)
+        self._memory = memory
+        self._out: list[e.Instruction] = []
+
+    def table(self, number: int) -> Table:
+        """Raises ``UnknownTable``."""
+        found = self.tables.get(number)
+        if found is None:
+            raise UnknownTable(f"table {number} does not exist on shard {self.number}; declare it first")
+        return found
+
+    def size_of(self, spec: TableSpec) -> int:
+        """Bytes of a table's values on this shard."""
+        return self._memory.size(spec)
+
+    def begin_anew(self, lsn: int, members: Members, sessions: tuple[SessionState, ...]) -> None:
+        """Forget everything: the state of another replica follows."""
+        for number in list(self.tables):
+            del self.tables[number]
+            self._memory.discard(number)
+        self.lsn, self.members, self.partial = lsn, members, True
+        self.sessions = {s.number: Session(s.number, s.rank, s.members, dict(s.done), dict(s.done)) for s in sessions}
+
+    def begin_table(self, state: TableState) -> None:
+        """A table whose blocks follow."""
+        table = self._memory.create(state.table, state.spec)
+        self.tables[state.table] = table
+        self._place(table)
+        restore(table, state)
+        table.have = ()
+
+    # ---- records ---------------------------------------------------------------------------------
+
+    def apply(self, record: Record) -> None:  # noqa: C901 - one line per kind
+        """Take the next record. Instructions follow from it at a primary only."""
+        self.lsn = record.lsn
+        body = record.body
+        void = isinstance(body, _OF_TABLES) and body.table not in self.tables
+        match body:
+            case _ if void:
+                """The table was dropped while this was on its way; so it is on every replica."""
+            case r.Update():
+                self._update(record, body)
+            case Commit():
+                self._commit(body)
+            case r.Prepare():
+                self._prepare(record, body)
+            case r.Seat():
+                self._seat(body)
+            case Members():
+                self._members(body)
+            case r.Begin():
+                self._begin(body)
+            case r.Drop():
+                self.tables.pop(body.table, None)
+                self._memory.discard(body.table)
+            case r.Values():
+                self._assign(record, body)
+            case r.SetSlots():
+                self._set_slots(body)
+            case r.Aside():
+                self._aside(body)
+            case r.Publish():
+                self._memory.publish(body)
+        if self.observer is not None:
+            self.observer(self, record)
+        if self.applied is not None:
+            self.applied()
+
+    def _begin(self, body: r.Begin) -> None:
+        if body.table in self.tables:  # the coordinator asked again before the first was applied
+            self._emit(e.Created(body.table, self.tables[body.table].dense.nbytes))
+            return
+        table = self._made(body)
+        if table is None:
+            return
+        self.tables[body.table] = table
+        self._place(table)
+        self._emit(e.Created(table.number, table.dense.nbytes))
+
+    def _made(self, body: r.Begin) -> Table | None:
+        """The table with its first values. A primary says that it cannot; a follower is of no use then, and raises."""
+        refusal: HeadwaterError
+        try:
+            table = self._memory.create(body.table, body.spec)
+            if body.restore:
+                self._memory.load(table, body.restore)
+            else:
+                table.dense.initialise()
+            return table
+        except HeadwaterError as error:
+            refusal = error
+        except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError where memory is refused
+            refusal = NotEnoughMemory(f"table {body.spec.name!r}: {error}; it was not created")
+        self._memory.discard(body.table)
+        if not self.primary:
+            raise refusal
+        self._emit(e.Refused(body.table, refusal))
+        return None
+
+    def _seat(self, body: r.Seat) -> None:
+        """A session begins or goes on."""
+        session = self.sessions.get(body.session)
+        if session is None:
+            session = self.sessions[body.session] = Session(body.session, body.rank)
+        session.members = max(session.members, body.members)
+        self._emit(e.Seated(session.number))
+
+    def _members(self, body: Members) -> None:
+        if body.epoch <= self.members.epoch:
+            return  # said again: a step that is prepared under it stays so
+        self.members = body
+        ended = [
+            s for s in self.sessions.values()
+            if s.rank >= 0 and s.number not in body.sessions and s.members <= body.epoch
+        ]  # fmt: skip
+        for session in ended:
+            self._end(session)
+        for table in self.tables.values():
+            self._place(table)
+
+    def _end(self, session: Session) -> None:
+        del self.sessions[session.number]
+        for table in self.tables.values():
+            table.waiting = [p for p in table.waiting if p.session != session.number]
+            table.held = [p for p in table.held if p.session != session.number]
+            table.staged.pop(session.number, None)
+            table.clocks.aside(session.rank, session.number, away=False)
+            table.words.end(session.number)
+
+    def _place(self, table: Table) -> None:
+        """Tell a table who its workers are; a step that was prepared with others is void."""
+        m = self.members
+        table.prepared, table.writes = None, []
+        table.words.new = True  # another rank may be the lowest now
+        for part in table.gathering.members_changed(m.epoch, m.ranks, m.lost):
+            table.words.undo()
+            if part.ended or part.asked:
+                reason = self.why_lost(table.gathering.clock + 1)
+                clock = table.gathering.clock + 1
+                self._emit(e.Fail(part.session, part.seq, table.number, clock, "WorkerLost", reason))
+        table.clocks.members(m.ranks)
+        self.progress(table)
+
+    def why_lost(self, clock: int) -> str:
+        """What a worker is told about a step that another's death undid."""
+        m = self.members
+        return (
+            f"{m.reason}; step {clock} was not applied on any shard and the parameters are those of the step "
+            f"before. {len(m.ranks)} workers remain: push the step again to go on with them"
+        )
+
+    def progress(self, table: Table) -> None:
+        """Something was applied or someone left: a primary looks at what waits."""
+
+    def answer(self, event: e.Pull) -> None:
+        """A pull that may be answered now; only a primary answers."""
+
+    # ---- bulk ------------------------------------------------------------------------------------
+
+    def _prepare(self, record: Record, body: r.Prepare) -> None:
+        table = self.tables[body.table]
+        gathering = table.gathering
+        if body.members != gathering.members or body.clock != gathering.clock + 1:
+            gathering.announced = False  # the membership changed while it was on its way: void, on every replica
+            self.progress(table)
+            return
+        table.prepared = Prepared(body, record.sources(body.ranges), record.divide)
+        table.writes = table.writes[len(table.writes) - body.writes :]  # before them: of a primary that died over it
+        if body.commit is not None:
+            self._commit(body.commit)
+        else:
+            self._emit(self.ready(table))
+
+    def ready(self, table: Table) -> Ready:
+        """What a shard says once a step is prepared: it can be committed whatever becomes of one server."""
+        assert table.prepared is not None
+        b = table.prepared.body
+        return Ready(b.table, self.number, b.clock, b.members, b.squares, b.skip)
+
+    def _commit(self, body: Commit) -> None:
+        table = self.tables[body.table]
+        prepared = table.prepared
+        if prepared is None or body.clock != table.gathering.clock + 1 or body.members != prepared.body.members:
+            return
+        writes, table.writes = table.writes, []
+        for start, data in writes:
+            self._put(table, start, data)
+        if not body.skip:
+            if prepared.body.groups is not None:
+                table.dense.set_groups(prepared.body.groups)
+            self._change(table, prepared.sources, prepared.divide, body.scale)
+        table.prepared, table.last_commit = None, body
+        wants = {part.session for part in table.gathering.finish() if part.wants}
+        table.clocks.version += 1
+        for part in prepared.parts:
+            self._finish_part(table, part, body, part.wants or part.session in wants)
+        self.progress(table)
+
+    def _finish_part(self, table: Table, part: r.Contributor, body: Commit, wants: bool) -> None:
+        session = self.sessions.get(part.session)
+        if session is not None:
+            session.finish(table.number, part.seq)
+        note = table.notes.pop(part.rank, None)
+        self._emit(
+            e.Ack(part.session, part.seq, table.number, body.clock, self.lsn, 0, True, body.skip, body.norm, note)
+        )
+        if wants:
+            self._emit(e.Send(part.session, 0, table.number, body.clock, self.lsn, 0, 0, table.size))
+
+    def _change(
+        self, table: Table, contributions: list[Contribution], divide: int = 1, scale: float | None = None
+    ) -> None:
+        """The one place where a gradient changes values."""
+        if table.have is not None:
+            contributions = [Contribution(c.gradient, table.has(c.ranges), c.base) for c in contributions]
+            contributions = [c for c in contributions if c.ranges]
+        if not contributions:
+            return
+        ranges = contributions[0].ranges
+        if len(contributions) > 1:
+            ranges = r.union([span for c in contributions for span in c.ranges])
+        self._memory.before_write(table.number, ranges)
+        table.touch(ranges)
+        table.dense.apply(contributions, divide, scale)
+        table.touch(ranges)
+
+    # ---- stale and asynchronous ------------------------------------------------------------------
+
+    def _update(self, record: Record, body: r.Update) -> None:
+        table = self.tables[body.table]
+        if body.groups is not None:
+            table.dense.set_groups(body.groups)
+        if body.ranges and not body.skip:
+            self._change(table, record.sources(body.ranges), 1, body.scale)
+        session = self.sessions.get(body.session)
+        if session is not None:
+            session.finish(table.number, body.seq)
+            session.inflight = max(0, session.inflight - 1)
+        table.inflight = max(0, table.inflight - 1)
+        if body.end:
+            staleness = table.clocks.pushed(body.rank, body.clock)
+            self._emit(
+                e.Ack(body.session, body.seq, table.number, body.clock, self.lsn, staleness, True, body.skip, body.norm)
+            )
+            if body.want:
+                self._after(e.Pull(body.session, 0, table.number, body.clock, 0, table.size))
+        elif body.want:
+            for start, stop in body.ranges:
+                self._after(e.Pull(body.session, 0, table.number, body.clock, start, stop - start))
+        self.progress(table)
+
+    def _after(self, event: e.Pull) -> None:
+        if self.primary and event.session in self.sessions:
+            self.answer(event)
+
+    def _aside(self, body: r.Aside) -> None:
+        table, session = self.tables[body.table], self.sessions.get(body.session)
+        if session is not None:
+            table.clocks.aside(session.rank, session.number, away=body.away)
+        self._emit(e.Done(body.session, body.request))
+        self.progress(table)
+
+    # ---- assignments -----------------------------------------------------------------------------
+
+    def _assign(self, record: Record, body: r.Values) -> None:
+        table = self.tables[body.table]
+        for start, stop in r.spans(body):
+            assert record.gradient is not None
+            data = record.gradient[start - record.base : stop - record.base]
+            if body.clock:
+                self._keep(table, body, data)
+            else:
+                self._put(table, start, data)
+        session = self.sessions.get(body.session)
+        if session is not None:
+            session.finish(body.table, body.seq)
+        if body.last:
+            self._emit(e.Ack(body.session, body.seq, body.table, 0, self.lsn))
+
+    def _keep(self, table: Table, body: r.Values, data: torch.Tensor) -> None:
+        """Until the step is committed nobody sees what it starts from; void with the membership, on every replica."""
+        gathering = table.gathering
+        if (body.clock, body.members) == (gathering.clock + 1, gathering.members):
+            table.writes.append((body.start, data if self.primary else data.clone()))  # a record's memory serves again
+
+    def _put(self, table: Table, first: int, data: torch.Tensor) -> None:
+        for start, stop in table.has(((first, first + len(data)),)):
+            span = ((start, stop),)
+            self._memory.before_write(table.number, span)
+            table.touch(span)
+            table.values[start:stop] = data[start - first : stop - first]
+            table.touch(span)
+
+    def _set_slots(self, body: r.SetSlots) -> None:
+        table = self.tables[body.table]
+        refusal: HeadwaterError | None = None
+        self._memory.before_write(body.table, ((0, table.size),))
+        try:
+            if body.reset:
+                table.dense.reset_slots()
+            for slot in body.slots:
+                piece = from_bytes(slot.data, slot.dtype, slot.shape)
+                table.dense.write_slot(slot.parameter, slot.name, slot.start, piece)
+        except HeadwaterError as error:  # on every replica alike
+            refusal = error
+        except (RuntimeError, ValueError, OverflowError) as error:
+            refusal = ShapeMismatch(f"a slot of table {table.spec.name!r}: {error}")
+        self._emit(e.Done(body.session, body.request, refusal))
+
+    def _emit(self, instruction: e.Instruction) -> None:
+        if self.primary:
+            self._out.append(instruction)
+
+    # ---- for tests -------------------------------------------------------------------------------
+
+    def digest(self) -> str:
+        """SHA-256 of what replicas must agree on: values, optimizer state, clocks and session numbers."""
+        found = hashlib.sha256()
+        for number, table in sorted(self.tables.items()):
+            found.update(table.values.numpy().data)
+            for parameter, name, start, tensor in table.dense.read_slots():
+                found.update(f"{parameter} {name} {start}".encode())
+                found.update(tensor.detach().contiguous().reshape(-1).view(_BYTES).numpy().data)
+            clocks = (sorted(table.clocks.clock.items()), sorted(table.clocks.waiting.items()))
+            found.update(f"{number} {table.gathering.clock} {table.clocks.version} {clocks}".encode())
+        workers = [s for s in self.sessions.values() if s.rank >= 0]  # readers are known to the primary only
+        for session in sorted(workers, key=lambda s: s.number):
+            found.update(f"{session.number} {session.rank} {sorted(session.done.items())}".encode())
+        return found.hexdigest()
+
+    def refuse_reader(self, session: Session, what: str) -> None:
+        """Raises ``ClusterError`` if a reader tries to write."""
+        if session.rank < 0:
+            raise ClusterError(f"a reader cannot {what}; connect with role='worker'")
