@@ -7,8 +7,8 @@ import time
 from typing import TYPE_CHECKING
 
 import headwater
+from headwater.relay.events import News, Taken
 from headwater.relay.serving import Serving
-from headwater.relay.words import News, Taken
 
 if TYPE_CHECKING:
     from headwater.readers import Reader, Weights
@@ -46,7 +46,7 @@ class RelayProcess:
     def sent(self) -> int:
         """Bytes that its readers had so far, over connections."""
         assert self._serving is not None
-        return self._serving.shelf.sent_bytes
+        return self._serving.part_store.sent_bytes
 
     def end(self) -> bool:
         """It ends."""

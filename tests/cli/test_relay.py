@@ -7,7 +7,7 @@ import json
 import pytest
 
 from headwater.cli import relay
-from headwater.relay.words import Back, Taken, Trouble
+from headwater.relay.events import Back, Taken, Trouble
 from headwater.types import VersionInfo
 
 INFO = VersionInfo("lm", 7, "step-1200", 6, 1200, 5.0, ("lm",), 500_000_000, "ab")

@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from headwater.cluster.versions import LEASE
 from headwater.errors import ClusterError, ProtocolError
 from headwater.types import Async
+from headwater.versions.leases import LEASE
 from headwater.wire import messages as m
 from headwater.wire import versions as v
 from tests.cluster.fake_peers import READER, SERVER, WORKER, FakePeers, spec
@@ -44,7 +44,7 @@ def held(s: FakePeers, number: int, *, server: int, shard: int | None = None) ->
 def publish(s: FakePeers, name: str, **changes: object) -> int:
     """A version that is ready."""
     s.ask(WORKER, msgspec.structs.replace(v.Publish("m", name, (1,)), **changes))
-    number = max(s.coordinator.publications.versions.entries)
+    number = max(s.coordinator.publications.catalogue.entries)
     for server in range(2):
         held(s, number, server=server)
     return number
@@ -81,7 +81,7 @@ def test_nobody_publishes_leases_or_watches_without_joining() -> None:
     for notice in (v.CutVersion(1, 0, (1,)), v.DropVersion((1,)), v.Unmap(1, 0, 1)):
         s.tell(WORKER, notice)
         assert isinstance(s.error(WORKER), ProtocolError)
-    assert len(s.coordinator.publications.versions.entries) == 1
+    assert len(s.coordinator.publications.catalogue.entries) == 1
 
 
 def test_only_a_server_speaks_for_its_parts() -> None:
@@ -90,7 +90,7 @@ def test_only_a_server_speaks_for_its_parts() -> None:
     for peer in (WORKER, SERVER + 1, 999):
         s.tell(peer, v.PartDone(1, 0, 0, error="it lies"))
         assert isinstance(s.error(peer), ProtocolError)
-    assert len(s.coordinator.publications.versions.entries) == 1
+    assert len(s.coordinator.publications.catalogue.entries) == 1
 
 
 def test_a_reader_whose_new_connection_comes_before_the_old_one_ends_keeps_its_leases() -> None:
@@ -103,10 +103,10 @@ def test_a_reader_whose_new_connection_comes_before_the_old_one_ends_keeps_its_l
     s.hang_up(old)
     publish(s, "v2", keep=1)
     s.pass_time(2 * LEASE, alive=(SERVER, SERVER + 1))
-    assert 1 in s.coordinator.publications.versions.entries
+    assert 1 in s.coordinator.publications.catalogue.entries
     s.hang_up(new)
     s.pass_time(LEASE + 1, alive=(SERVER, SERVER + 1))
-    assert 1 not in s.coordinator.publications.versions.entries
+    assert 1 not in s.coordinator.publications.catalogue.entries
 
 
 def test_a_reader_that_was_silent_is_told_and_comes_back() -> None:
@@ -121,9 +121,9 @@ def test_a_reader_that_was_silent_is_told_and_comes_back() -> None:
     s.tell(again, v.Holding(((1, 1),), 1))
     for _ in range(15):
         s.pass_time(1, alive=(SERVER, SERVER + 1, WORKER, again))
-    assert 1 in s.coordinator.publications.versions.entries
+    assert 1 in s.coordinator.publications.catalogue.entries
     s.ask(again, m.Leave())
-    assert 1 not in s.coordinator.publications.versions.entries
+    assert 1 not in s.coordinator.publications.catalogue.entries
 
 
 def test_another_primary_goes_on_with_what_the_one_before_was_told() -> None:
@@ -158,15 +158,15 @@ def test_after_a_restart_versions_tags_and_numbers_are_those_of_before() -> None
     s.ask(WORKER, v.Publish("m", "v2", (1,)))  # on its way
     durable()
     s.restart(state)
-    versions = s.coordinator.publications.versions
-    assert {key: entry.state for key, entry in versions.entries.items()} == {1: "lost"}
+    catalogue = s.coordinator.publications.catalogue
+    assert {key: entry.state for key, entry in catalogue.entries.items()} == {1: "lost"}
     for server in range(2):
         s.ask(
             SERVER + server, m.Join("server", server, address=f"tcp://127.0.0.1:{server}", resume=True, server=server)
         )
         held(s, 1, server=server)
         held(s, 2, server=server)  # what was on its way is dropped there
-    assert versions.resolve("m", "prod").state == "ready"
+    assert catalogue.resolve("m", "prod").state == "ready"
     assert any(x == v.DropVersion((2,)) for x in s.take(SERVER))
     s.pass_time(1)
     s.ask(WORKER, m.Join("worker", 0, "host", 4000, 0, 1, resume=True))

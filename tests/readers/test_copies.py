@@ -107,20 +107,20 @@ def test_a_copy_is_on_the_cpu_whatever_the_default_device_is(connect: Connect, r
 
 
 def test_windows_are_few_and_each_shows_its_memory() -> None:
-    windows, rooms = Windows(), [Sealed("version", 4096) for _ in range(KEPT + 2)]
+    windows, buffers = Windows(), [Sealed("version", 4096) for _ in range(KEPT + 2)]
     for turn in range(2):
-        for number, room in enumerate(rooms):
-            room.region.view[0] = 10 * turn + number
-            fd = os.dup(room.fd)
+        for number, buffer in enumerate(buffers):
+            buffer.region.view[0] = 10 * turn + number
+            fd = os.dup(buffer.fd)
             seen = windows.look((0, 1), fd, 4096)
             os.close(fd)
             assert seen[0] == 10 * turn + number
-    again = windows.look((0, 1), rooms[-1].fd, 4096)
-    assert again is windows.look((0, 1), rooms[-1].fd, 4096)
+    again = windows.look((0, 1), buffers[-1].fd, 4096)
+    assert again is windows.look((0, 1), buffers[-1].fd, 4096)
     assert len(windows._found[0, 1]) == KEPT
     windows.close()
     assert again[0] == 10 + KEPT + 1
-    assert again is not windows.look((0, 1), rooms[-1].fd, 4096)
+    assert again is not windows.look((0, 1), buffers[-1].fd, 4096)
 
 
 def resident(tensor: torch.Tensor) -> int:

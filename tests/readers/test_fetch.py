@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,7 @@ from headwater.errors import (
     VersionExpired,
 )
 from headwater.readers import fetch as fetch_module
+from headwater.readers.line import Line
 from headwater.readers.stored import Base, Stored
 from headwater.readers.weights import Weights
 from headwater.transports import memory
@@ -34,6 +36,7 @@ from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.frames import Frame, Kind
 from headwater.wire.sums import checksums, pack
+from tests.patience import PATIENCE
 from tests.readers.holders import SPEC, Holders, Link, Said, leased, part_of, right, state
 
 # ---- honest ones -----------------------------------------------------------------------------------------
@@ -69,7 +72,7 @@ def test_memory_is_given_back_when_nothing_looks_at_it(holders: Holders) -> None
 
 
 def addresses(stored: Stored | Base) -> dict[tuple[int, int], int]:
-    return {key: room.array.ctypes.data for key, room in stored.rooms.items()}
+    return {key: buffer.array.ctypes.data for key, buffer in stored.buffers.items()}
 
 
 def only_base(holders: Holders, number: int = 1) -> Base:
@@ -88,7 +91,7 @@ def test_a_base_that_nobody_looks_at_becomes_the_next_version(holders: Holders, 
     stored = holders.store(2, base)
     assert right(stored, 2)
     assert addresses(stored) == before
-    assert base.rooms == {}
+    assert base.buffers == {}
     assert holders.fetcher.counts.deltas == (0 if whole else 2)
 
 
@@ -242,14 +245,14 @@ MAD_MEMORY: dict[str, Callable[[list[Said]], list[Said]]] = {
 @pytest.mark.parametrize("way", MAD)
 def test_mad_answers_are_refused(holders: Holders, way: str) -> None:
     base = holders.store(1)
-    taken = len(holders.fetcher.rooms._fresh)
+    taken = len(holders.fetcher.pool._fresh)
     holders.answer = lambda frame, fetch, said: MAD[way](list(said)) if fetch.shard == 0 else said
     if way == "bytes after the end":  # it is known too late for this one, and ends the connection
         assert right(holders.store(2), 2)
     else:
         with pytest.raises(LinkError):
             holders.store(2)
-    assert len(holders.fetcher.rooms._fresh) == taken
+    assert len(holders.fetcher.pool._fresh) == taken
     holders.answer = lambda frame, fetch, said: said
     for _ in range(2):  # the first may find out that a connection is broken
         try:
@@ -382,3 +385,17 @@ def test_what_a_holder_refuses_is_raised(holders: Holders) -> None:
     holders.answer = lambda frame, fetch, said: [(Frame(Kind.ERROR, seq=frame.seq, body=GONE), b"", ())]
     with pytest.raises(VersionExpired, match="it was retired"):
         holders.store(1)
+
+
+def test_threads_that_give_back_at_once_do_not_wait_for_each_other(holders: Holders) -> None:
+    holders.shared = True
+    notes = holders.fetcher._unmapped
+    for number in range(200):
+        notes.put((Line(holders._dial, v.Holder("inproc://0", "", "")), (number, 0, 1)))
+    threads = [threading.Thread(target=holders.fetcher.settle, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert not any(thread.is_alive() for thread in threads)
+    assert sorted(word.number for word in holders.unmapped) == list(range(200))

@@ -6,9 +6,7 @@ import gc
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ import torch
 from headwater.client import Dense
 from headwater.errors import DeadlineExceeded, LinkError, ShapeMismatch, UnknownVersion, UsageError
 from headwater.readers import Reader, Weights, reading
-from headwater.readers.fetch import Fetcher
 from headwater.types import Async, Bulk
 from tests.patience import PATIENCE
 from tests.readers.conftest import Connect, Read
@@ -240,57 +237,6 @@ def test_a_reader_that_does_not_share_fetches_over_the_same_socket(connect: Conn
 
 
 # ---- news ------------------------------------------------------------------------------------------------
-
-
-def test_who_takes_every_version_asks_for_the_next_one_ahead(
-    connect: Connect, read: Read, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
-    ahead = Fetcher.ahead
-
-    def note(self: Fetcher, number: int, parts: Any) -> None:
-        asked.append(number)
-        ahead(self, number, parts)
-
-    monkeypatch.setattr(Fetcher, "ahead", note)
-    ps, reader = connect(), read()
-    w = ps.dense(name, (1200, 500), optimizer=torch.optim.SGD, lr=1.0)
-
-    def publish(step: int) -> int:
-        w.push(torch.full((1200, 500), -1.0)).wait()
-        return ps.publish([w], f"v{step}").wait().number
-
-    for step in (1, 2, 3):
-        number = publish(step)
-        for _ in range(2):  # the second time nothing is new, and the guess is wrong
-            with reader.lease() as weights:
-                assert weights[name].eq(step).all()
-    assert asked == [number - 1, number, number + 1]
-    publish(4)
-    with reader.lease(f"v{3}") as weights:
-        assert weights[name].eq(3).all()
-    with reader.lease() as weights:
-        assert weights[name].eq(4).all()
-    assert not reader._fetcher._ahead
-
-
-def test_a_guess_that_was_wrong_is_over_soon_and_its_connection_stays(
-    connect: Connect, read: Read, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Fetcher, "forgo", lambda self: setattr(self, "_forgone", True))  # the answer is still to come
-    ps, reader = connect(), read()
-    ps.publish([ps.dense(name, (1200, 500))], "v1").wait()
-    kept = reader.lease()
-    lines = dict(reader._fetcher._lines)
-    reader.lease().release()
-    deadline = time.monotonic() + PATIENCE
-    while (reader._fetcher._ahead or reader._fetcher._late) and time.monotonic() < deadline:
-        reader._fetcher.settle()
-    assert not reader._fetcher._ahead
-    assert not reader._fetcher._late
-    assert reader._fetcher._lines == lines
-    assert not any(line.broken for line in lines.values())
-    assert kept[name].eq(0).all()
 
 
 def test_waiting_for_news(connect: Connect, read: Read, name: str) -> None:

@@ -11,11 +11,11 @@ import xxhash
 from headwater.errors import HeadwaterError
 from headwater.layout.dense import layout
 from headwater.readers.fetch import Got
-from headwater.relay.core import Relay
-from headwater.relay.words import Event, Failed, Fetched, Job, Listed, News, Silent
-from headwater.server.versions.shelf import Shelf
-from headwater.transports.rooms import Rooms
+from headwater.relay.core import Relay, RelayEffects
+from headwater.relay.events import Event, Failed, Fetched, Job, Listed, News, Silent
+from headwater.transports.buffers import BufferPool
 from headwater.types import DenseSpec, OptimizerSpec, ParameterSpec, VersionInfo
+from headwater.versions.part_store import PartStore
 from headwater.wire import messages as m
 from headwater.wire import sums
 from headwater.wire import versions as v
@@ -36,11 +36,11 @@ class FakeUpstream:
     """``now``: the clock. ``theirs``: what the other side has, by number."""
 
     def __init__(self, *models: str, keep: int = 3) -> None:
-        self.shelf = Shelf()
-        self.relay = Relay(ME, self.shelf, models or ("lm",), UPSTREAM, keep, 0.0)
+        self.part_store = PartStore()
+        self.relay = Relay(ME, self.part_store, models or ("lm",), UPSTREAM, keep, 0.0)
         self.now = 0.0
         self.theirs: dict[int, v.VersionStatus] = {}
-        self.rooms = Rooms(share=False)
+        self.pool = BufferPool(share=False)
         self.said: list[Instruction] = []
         self.orders: list[Job | v.Release] = []
         self.news: list[News] = []
@@ -91,12 +91,12 @@ class FakeUpstream:
         content = _content(info.model, info.number, era)
         spec = msgspec.structs.replace(SPEC, name=info.model)
         for shard, size in enumerate(layout(spec, SHARDS).sizes):
-            room = self.rooms.take(size)
-            room.array[:] = np.resize(np.frombuffer(content, dtype=np.uint8), size)
-            found = sums.checksums(room.array)
+            buffer = self.pool.take(size)
+            buffer.array[:] = np.resize(np.frombuffer(content, dtype=np.uint8), size)
+            found = sums.checksums(buffer.array)
             at.append(v.PartAt(shard, 7, size, sums.digest(found), (FAR,)))
             encoded = None if delta is None else memoryview(delta)
-            parts[shard, 7] = Got(at[-1], room, found, encoded)
+            parts[shard, 7] = Got(at[-1], buffer, found, encoded)
         leased = v.Leased(info, SHARDS, (7,), ((7, spec),), tuple(at))
         self.happens(Fetched(job, leased, parts, base, 123, 0.5))
         return info
@@ -185,10 +185,10 @@ class FakeUpstream:
             raise answer
         return self.bytes_of(seq)
 
-    def _keep(self, out: list[Instruction]) -> None:
-        self.said += out
-        self.orders += self.relay.orders()
-        self.news += self.relay.news()
+    def _keep(self, effects: RelayEffects) -> None:
+        self.said += effects.frames
+        self.orders += effects.orders
+        self.news += effects.news
 
 
 def _content(model: str, number: int, era: str) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from headwater.cluster.entries import ASKERS
 from headwater.errors import (
     ClusterError,
     DeltaCorrupt,
@@ -14,8 +13,9 @@ from headwater.errors import (
     UnknownVersion,
     VersionExpired,
 )
-from headwater.relay.words import Back, Taken, Trouble
+from headwater.relay.events import Back, Taken, Trouble
 from headwater.types import VersionInfo
+from headwater.versions.entries import ASKERS
 from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.frames import Frame, Kind
@@ -258,7 +258,7 @@ def test_as_many_versions_as_wanted_are_kept_and_those_with_leases_and_tags() ->
     assert set(stage.names()) == {"v1", "v2", "v4", "v5"}
     stage.notify(A, v.Release(1))
     assert set(stage.names()) == {"v2", "v4", "v5"}
-    assert {key.number for key in stage.shelf.parts} == {2, 4, 5}
+    assert {key.number for key in stage.part_store.parts} == {2, 4, 5}
 
 
 def test_what_is_retired_there_goes_here_and_a_reader_that_has_it_may_finish(stage: FakeUpstream) -> None:
@@ -290,7 +290,7 @@ def test_a_retired_version_does_not_outlive_its_last_reader(stage: FakeUpstream,
         stage.tick()
     else:
         stage.notify(A, v.Holding((), 1))
-    assert {key.number for key in stage.shelf.parts} == {2}
+    assert {key.number for key in stage.part_store.parts} == {2}
 
 
 def test_a_reader_that_is_silent_loses_its_lease_and_one_that_comes_back_does_not(stage: FakeUpstream) -> None:
@@ -302,11 +302,11 @@ def test_a_reader_that_is_silent_loses_its_lease_and_one_that_comes_back_does_no
     for _ in range(11):
         stage.tick(1.0)
         stage.beat(3)
-    assert dict(stage.relay.versions.entries[1].leases) == {A: 1, B: 1}  # A may be back as well
+    assert dict(stage.relay.catalogue.entries[1].leases) == {A: 1, B: 1}  # A may be back as well
     for _ in range(10):
         stage.tick(1.0)
         stage.beat(3)
-    assert dict(stage.relay.versions.entries[1].leases) == {B: 1}
+    assert dict(stage.relay.catalogue.entries[1].leases) == {B: 1}
 
 
 def test_a_reader_that_is_given_up_hears_of_it_and_can_come_back(stage: FakeUpstream) -> None:
@@ -329,7 +329,7 @@ def test_a_relay_that_stood_still_gives_nobody_up(stage: FakeUpstream) -> None:
     for _ in range(12):
         stage.beat(A)
         stage.tick(1.0)
-    assert stage.relay.versions.entries[1].leases[A] == 1
+    assert stage.relay.catalogue.entries[1].leases[A] == 1
 
 
 # ---- failures -------------------------------------------------------------------------------------------------
@@ -441,7 +441,7 @@ def test_a_version_that_came_although_it_was_retired_meanwhile_is_let_go(stage: 
     stage.fetch()
     stage.tick()
     assert stage.names() == {"v1": (), "v3": ("latest",)}
-    assert {key.number for key in stage.shelf.parts} == {1, 3}
+    assert {key.number for key in stage.part_store.parts} == {1, 3}
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------------

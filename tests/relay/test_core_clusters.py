@@ -86,11 +86,11 @@ def test_the_newest_of_a_new_cluster_is_the_newest_here_also_while_a_tag_of_it_d
     stage.has(1, "new-1", "production", era="new")
     stage.has(2, "new-2", era="new")
     stage.lists()
-    memory = [held.room for key, held in stage.shelf.parts.items() if key.number == 2]
+    memory = [held.buffer for key, held in stage.part_store.parts.items() if key.number == 2]
     assert stage.fetch(era="new").name == "new-2"
     stage.fail(DeltaCorrupt("damaged"))
     assert stage.lease(A).info.name == "new-2"
-    assert [stage.shelf.rooms.take(memory[0].size) in memory for _ in memory] == [True, True]  # it was given back
+    assert [stage.part_store.pool.take(memory[0].size) in memory for _ in memory] == [True, True]  # it was given back
     with pytest.raises(UnknownVersion):
         stage.lease(A, "v3")
     while stage.idle():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from headwater.relay.events import Base, Job, same
 from headwater.relay.feeder import nearest, turned
-from headwater.relay.words import Base, Job, same
 from headwater.types import VersionInfo
 from headwater.wire import versions as v
 

@@ -23,11 +23,11 @@ from headwater.errors import (
     UsageError,
 )
 from headwater.launch.inproc import InprocHub
+from headwater.relay.events import News, Taken, Trouble
 from headwater.relay.serving import Serving
-from headwater.relay.words import News, Taken, Trouble
-from headwater.server.versions.shelf import Shelf
 from headwater.transports import inproc
 from headwater.transports.stream import Handler, Link
+from headwater.versions.part_store import PartStore
 from headwater.wire import messages as m
 from headwater.wire import versions as v
 from tests.patience import PATIENCE
@@ -80,14 +80,14 @@ class Town:
         self._table.push(gradient).wait()
         return self.trainer.publish([self._table], name, tags=tags, keep=keep).wait(PATIENCE)
 
-    def shelves(self) -> list[Shelf]:
+    def part_stores(self) -> list[PartStore]:
         """Of the cluster's servers."""
         assert self._hub is not None
-        return [server.setting.shelf for server in self._hub._servers]
+        return [server.setting.part_store for server in self._hub._servers]
 
     def sent(self) -> int:
         """Bytes that left the servers for readers."""
-        return sum(shelf.sent_bytes for shelf in self.shelves())
+        return sum(part_store.sent_bytes for part_store in self.part_stores())
 
     # ---- relays ----------------------------------------------------------------------------------
 
@@ -250,7 +250,7 @@ def test_what_leaves_the_publisher_does_not_grow_with_the_readers(town: Town, mo
                     with reader.lease() as weights:
                         assert weights.version.name == f"v{number}"
                         assert rows(weights) == dict.fromkeys(range(number + 1), -1.0)
-            served[count] = relay.shelf.sent_bytes
+            served[count] = relay.part_store.sent_bytes
         left[count] = town.sent() - before[1]
         town.stop(relay)
     assert left[1] == left[4] == left[16] > 0
@@ -306,13 +306,13 @@ def test_a_damaged_delta_is_fetched_again_whole_and_goes_no_further(town: Town) 
     first = town.has(relay, "v1").info.number
     with town._hub.lock:  # type: ignore[union-attr]
         info = town.publish("v2", *range(ROWS))  # both servers' parts change
-        for shelf in town.shelves():
-            for key in [key for key in shelf.parts if key.number == info.number]:
-                shelf.parts[key].deltas[first] = b"no delta at all"
+        for part_store in town.part_stores():
+            for key in [key for key in part_store.parts if key.number == info.number]:
+                part_store.parts[key].deltas[first] = b"no delta at all"
     taken = town.has(relay, "v2")
     assert taken.way == "whole"
     assert relay.feeder._fetcher.counts.damaged == 2
-    assert all(not held.deltas for held in relay.shelf.parts.values())
+    assert all(not held.deltas for held in relay.part_store.parts.values())
     assert reads(relay.address)[1][5] == -1.0
 
 
@@ -322,9 +322,9 @@ def test_a_part_with_a_wrong_checksum_is_not_served_and_the_next_version_is(town
     town.has(relay, "v1")
     with town._hub.lock:  # type: ignore[union-attr]
         info = town.publish("v2", 2)
-        for shelf in town.shelves():
-            for key in [key for key in shelf.parts if key.number == info.number]:
-                shelf.parts[key].room.array[100] ^= 1
+        for part_store in town.part_stores():
+            for key in [key for key in part_store.parts if key.number == info.number]:
+                part_store.parts[key].buffer.array[100] ^= 1
     trouble = town.until(relay, lambda news: isinstance(news, Trouble) and "came damaged" in news.text)
     assert isinstance(trouble, Trouble)
     assert "'v2' of 'lm' did not come" in trouble.text
@@ -338,16 +338,16 @@ def test_without_memory_the_version_before_stays(town: Town, monkeypatch: pytest
     town.publish("v1", 1)
     relay = town.relay()
     town.has(relay, "v1")
-    take = relay.shelf.rooms.take
+    take = relay.part_store.pool.take
 
     def full(size: int) -> object:
         raise NotEnoughMemory(f"{size} bytes, but none are free")
 
-    monkeypatch.setattr(relay.shelf.rooms, "take", full)
+    monkeypatch.setattr(relay.part_store.pool, "take", full)
     town.publish("v2", 2)
     town.until(relay, lambda news: isinstance(news, Trouble) and "none are free" in news.text)
     assert reads(relay.address) == ("v1", {1: -1.0})
-    monkeypatch.setattr(relay.shelf.rooms, "take", take)
+    monkeypatch.setattr(relay.part_store.pool, "take", take)
     town.has(relay, "v2")
     assert reads(relay.address) == ("v2", {1: -1.0, 2: -1.0})
 
@@ -415,7 +415,7 @@ def test_memory_that_a_reader_may_still_map_is_not_used_again(town: Town, way: s
             town.has(relay, f"v{number}")
             reader.wait(after=weights.version.number)
         assert all(torch.equal(tensor, then) for tensor, then in kept)
-        assert {key.number for key in relay.shelf.parts} == {6}
+        assert {key.number for key in relay.part_store.parts} == {6}
 
 
 # ---- who may -------------------------------------------------------------------------------------------
@@ -486,7 +486,7 @@ def test_a_relay_with_nothing_to_do_waits_for_news(town: Town) -> None:
     town.publish("v1", 1)
     town.has(town.relay(), "v1")
     assert town._hub is not None
-    waiting = town._hub._coordinator.publications.versions
+    waiting = town._hub._coordinator.publications.leases
     deadline = time.monotonic() + PATIENCE
     while not waiting._listing and time.monotonic() < deadline:
         assert town.trainer.status().models

@@ -32,7 +32,7 @@ PRELOADED = (
     "headwater.cluster.coordinator",
     "headwater.integrations.torch",
     "headwater.server.hosts",
-    "headwater.server.loop",
+    "headwater.transports.loop",
     "tests.scripts.outcome",
 )
 

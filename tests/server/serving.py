@@ -13,10 +13,10 @@ import msgspec
 from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.server import COORDINATOR
 from headwater.server.hosts import CoordinatorHost
-from headwater.server.loop import Host, Loop, Ranges, listen
 from headwater.server.node import Node, Setting
 from headwater.server.server import Server
 from headwater.transports.address import Address
+from headwater.transports.loop import Host, Loop, Ranges, listen
 from headwater.transports.memory import close_all
 from headwater.transports.receiver import Receiver, descriptors
 from headwater.types import DenseSpec

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from headwater.cluster.versions import ABANDONED
+from headwater.versions.lifecycle import ABANDONED
 from headwater.wire import delta
 from headwater.wire import messages as m
 from headwater.wire import versions as v

@@ -16,9 +16,9 @@ from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.errors import HeadwaterError
 from headwater.server import COORDINATOR
 from headwater.server.hosts import CoordinatorHost
-from headwater.server.loop import Host
 from headwater.server.node import Setting
 from headwater.server.server import Server
+from headwater.transports.loop import Host
 from headwater.transports.receiver import Receiver
 from headwater.types import Async, Bulk, DenseSpec, OptimizerSpec, ParameterSpec, Stale, Sync
 from headwater.wire import messages as m

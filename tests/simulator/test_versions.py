@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from headwater.cluster.versions import Versions
 from headwater.server.replication import records as r
 from headwater.server.replication.replica import Replica
-from headwater.server.versions import shelf
-from headwater.server.versions.shelf import Shelf
+from headwater.server.table import Table
 from headwater.testing import battery
 from headwater.testing.faults import Plan
 from headwater.testing.scenario import Scenario, harsh, published, scenario, usual
-from headwater.testing.versions import SimShelf
+from headwater.testing.versions import SimPartStore
+from headwater.versions.leases import Leases
+from headwater.versions.lifecycle import Lifecycle
+from headwater.versions.part_store import PartStore
 from headwater.wire import versions as v
 from headwater.wire.messages import Commit
 
@@ -36,7 +37,7 @@ def _quiet() -> Iterator[None]:
 
 def cut_without_a_word_of_writes(patch: pytest.MonkeyPatch) -> None:
     """What is overwritten while a part is copied is not put aside."""
-    patch.setattr(SimShelf, "before_write", lambda self, shard, table, ranges: None)
+    patch.setattr(SimPartStore, "before_write", lambda self, shard, table, ranges: None)
 
 
 def cut_a_step_late(patch: pytest.MonkeyPatch) -> None:
@@ -49,40 +50,40 @@ def cut_a_step_late(patch: pytest.MonkeyPatch) -> None:
             waiting.setdefault(id(self), (self, []))[1].append(record.body)
             clocks = tuple((table, self.tables[table].gathering.clock) for table in record.body.tables)
             setting = self._memory._setting
-            setting.shelf.said.append(v.PartDone(record.body.version, 0, setting.server, clocks=clocks))
+            setting.part_store.outbox.append(v.PartDone(record.body.version, 0, setting.server, clocks=clocks))
             self.lsn = record.lsn
             self.observer(self, record)
             return
         apply(self, record)
         if isinstance(record.body, Commit) and id(self) in waiting:
-            true = shelf._clock
-            patch.setattr(shelf, "_clock", lambda table: true(table) - 1)
+            true = Table.source
+            patch.setattr(Table, "source", lambda table: true(table)._replace(clock=true(table).clock - 1))
             for body in waiting.pop(id(self))[1]:
                 self._memory.publish(body)
-            patch.setattr(shelf, "_clock", true)
+            patch.setattr(Table, "source", true)
 
     patch.setattr(Replica, "apply", late)
 
 
 def believe_whoever_speaks_first(patch: pytest.MonkeyPatch) -> None:
     """A backup that has run ahead of its primary says what a version is."""
-    part = Versions.part
-    patch.setattr(Versions, "part", lambda self, done, leads=True: part(self, done, leads=True))
+    part = Lifecycle.part
+    patch.setattr(Lifecycle, "part", lambda self, done, leads=True: part(self, done, leads=True))
 
 
 def keep_what_is_dropped(patch: pytest.MonkeyPatch) -> None:
     """Servers do not let go of a version that nobody wants."""
-    patch.setattr(Shelf, "drop", lambda self, numbers: [])
+    patch.setattr(PartStore, "drop", lambda self, numbers: [])
 
 
 def keep_the_leases_of_the_dead(patch: pytest.MonkeyPatch) -> None:
     """A reader that is gone holds its versions for ever."""
-    patch.setattr(Versions, "left", lambda self, session, now, clean: None)
+    patch.setattr(Leases, "left", lambda self, session, now, clean: None)
 
 
 def forget_who_was_slow(patch: pytest.MonkeyPatch) -> None:
     """A version whose last holder was silent for a while stays lost."""
-    patch.setattr(Versions, "_returned", lambda self: None)
+    patch.setattr(Lifecycle, "_returned", lambda self: None)
 
 
 def of_any_shape(seed: int, mode: str | None) -> Scenario:

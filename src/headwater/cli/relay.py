@@ -11,11 +11,11 @@ from rich.text import Text
 
 from headwater.cli.console import counted, note, out
 from headwater.cli.status import locate, size
-from headwater.relay.words import Back, Taken, Trouble
+from headwater.relay.events import Back, Taken, Trouble
 
 if TYPE_CHECKING:
+    from headwater.relay.events import News
     from headwater.relay.serving import Serving
-    from headwater.relay.words import News
 
 
 def relay(

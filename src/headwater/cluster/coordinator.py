@@ -106,7 +106,7 @@ class Coordinator:
         self._joining = [(asker, join) for asker, join in self._joining if asker.peer != peer]
         self._draining = [(asker, server) for asker, server in self._draining if asker.peer != peer]
         self.snapshots.gone(peer)
-        self.publications.versions.gone(peer)
+        self.publications.gone(peer)
         server = self.fleet.disconnected(peer)
         if server is not None:  # is its process gone, or only the way there?
             self._out.append(Dial(server.number + 1, server.join.address, server.join.local, server.join.host))
@@ -144,7 +144,7 @@ class Coordinator:
                     refusal = Frame(Kind.ERROR, body=m.error_body(given_up(why)))
                     self._out.append(Outgoing(worker.peer, refusal, close=True))
         self._cuts.do(self.snapshots.tick(now, self.served()))
-        self.publications.versions.tick(now)
+        self.publications.tick(now)
         return self._flush()
 
     def jobs(self) -> list[Start | Publish | Discard]:
@@ -278,7 +278,7 @@ class Coordinator:
             if holder is not None and holder.gone is not None:  # it may not come back: another has its rank now
                 self._depart(holder, clean=False, why="died: its connection ended")
             member = self.membership.admit(asker.peer, join, self.now)
-            self.publications.versions.joined(join.session)
+            self.publications.leases.joined(join.session)
             if member.rank >= 0:
                 self._announce()
         world = self.membership.world or len(self.membership.workers)
@@ -303,7 +303,7 @@ class Coordinator:
     def _depart(self, member: Worker, *, clean: bool, why: str = "") -> None:
         self.membership.depart(member, clean=clean, why=why)
         if not self.membership.has(member.join.session):  # a reader may be back before its old connection ends
-            self.publications.versions.left(member.join.session, self.now, clean=clean)
+            self.publications.leases.left(member.join.session, self.now, clean=clean)
         if member.rank < 0:
             return
         self.tables.left(member.join.session, clean)
@@ -371,7 +371,7 @@ class Coordinator:
     def _bury(self, server: Member) -> None:
         """A server is dead. Where nobody can take over, nobody waits for what it cannot create any more."""
         self._forget_if_gone(server.number)
-        self.publications.versions.buried(server.number)
+        self.publications.lifecycle.buried(server.number)
         alone = {
             v.shard for v in self.fleet.views.values()
             if v.primary is not None and v.primary.server == server.number and not v.backups
@@ -409,7 +409,7 @@ class Coordinator:
         self.tables.brief(view.shard)
         if self.membership.epoch:
             self.tell(view.shard, self._members())
-        self.publications.versions.moved(view.shard)
+        self.publications.lifecycle.moved(view.shard)
 
     def _waited_enough(self, now: float) -> bool:
         """With logs on disks nobody is missing for good as long as nobody else has what it knows."""
@@ -420,7 +420,7 @@ class Coordinator:
         self._settling = False
         for view in self.fleet.views.values():
             self._brief(view)
-        self.publications.versions.advance()  # what waited for a step that was committed before the restart
+        self.publications.lifecycle.advance()  # what waited for a step that was committed before the restart
         self._let_in()
 
     def _sender(self, peer: int) -> int:
@@ -468,7 +468,7 @@ class Coordinator:
             case m.Ready():
                 if self.leads(peer, message.shard):
                     self.tables.ready(message.shard, message)
-                    self.publications.versions.advance()
+                    self.publications.lifecycle.advance()
             case m.Synced():
                 self.fleet.synced(message, self._sender(peer))
             case m.Suspect():
@@ -484,7 +484,7 @@ class Coordinator:
     def status(self) -> m.ClusterStatus:
         """What is there now, from the last heartbeats."""
         found = status.of(self.rules, self.fleet, self.membership, self.tables, self.now, self._since)
-        return msgspec.structs.replace(found, models=self.publications.versions.models())
+        return msgspec.structs.replace(found, models=self.publications.models())
 
     # ---- snapshots ---------------------------------------------------------------------------
 
@@ -534,14 +534,14 @@ class Coordinator:
             self.barriers.restore_met(state["met"])
         if "members" in state:
             self.membership.load(state["members"], now)
-        self.publications.restore(state)
+        self.publications.lifecycle.restore(state)
         self._settling = bool(views)
         if views:
             self._begin_with = None
 
     def _drained(self, server: int) -> bool:
         """Whether nothing is lost with a server."""
-        return self.fleet.empty(server) and not self.publications.versions.only(server)
+        return self.fleet.empty(server) and not self.publications.lifecycle.only(server)
 
     # ---- out ---------------------------------------------------------------------------------
 

@@ -1,20 +1,23 @@
-"""Publication at the coordinator: requests and notices to its ``Versions``, and what these need to know of the rest."""
+"""Versions at the coordinator: its catalogue, leases and lifecycle, and what these need to know of the rest."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from headwater.cluster.fleet import in_sync
-from headwater.cluster.versions import Known, Versions
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError
+from headwater.types import TableSpec
+from headwater.versions import listing
+from headwater.versions.catalogue import Catalogue
+from headwater.versions.entries import Entry
+from headwater.versions.leases import Leases
+from headwater.versions.lifecycle import Known, Lifecycle
 from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.frames import Frame, Kind
 from headwater.wire.outgoing import Asker, Outgoing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from headwater.cluster.coordinator import Coordinator
 
 
@@ -23,7 +26,9 @@ class Publications:
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
-        self.versions = Versions(self, coordinator.shards, lambda: coordinator.now)
+        self.catalogue = Catalogue()
+        self.leases = Leases(self, self.catalogue, coordinator.shards, lambda: coordinator.now)
+        self.lifecycle = Lifecycle(self, self.catalogue, self.leases, lambda: coordinator.now)
 
     # ---- in --------------------------------------------------------------------------------------
 
@@ -32,22 +37,22 @@ class Publications:
         match message:
             case v.Publish():
                 self._session(asker.peer)
-                self.versions.publish(asker, message)
+                self.lifecycle.publish(asker, message)
             case v.Await():
-                self.versions.await_ready(asker, message.number)
+                self.lifecycle.await_ready(asker, message.number)
             case v.Watch():
                 self._session(asker.peer)
-                self.versions.watch(asker, message)
+                self.leases.watch(asker, message)
             case v.Lease():
-                self.versions.lease(asker, self._session(asker.peer), message)
+                self.leases.lease(asker, self._session(asker.peer), message)
             case v.ListVersions():
-                self.versions.show(asker, message)
+                self.leases.show(asker, message)
             case v.SetTag():
                 self._session(asker.peer)
-                self.versions.set_tag(asker, message)
+                self.lifecycle.set_tag(asker, message)
             case v.Retire():
                 self._session(asker.peer)
-                self.versions.retire(asker, message)
+                self.lifecycle.retire(asker, message)
             case v.Fetch():
                 raise ProtocolError("the coordinator holds no parts of versions; ask a server")
 
@@ -57,18 +62,28 @@ class Publications:
             case v.Release() | v.Holding():
                 member = self._coordinator.membership.of(peer)
                 if member is not None and isinstance(message, v.Release):
-                    self.versions.release(member.join.session, message.number, message.turn)
+                    self.leases.release(member.join.session, message.number, message.turn)
                 elif member is not None and isinstance(message, v.Holding):
-                    self.versions.holding(member.join.session, message)
+                    self.leases.holding(member.join.session, message)
             case v.PartDone():
                 self._coordinator.check_sender(peer, message.server)
-                self.versions.part(message, leads=self._coordinator.leads(peer, message.shard))
+                self.lifecycle.part(message, leads=self._coordinator.leads(peer, message.shard))
             case _:
                 raise ProtocolError(f"{type(message).__name__} does not go to the coordinator")
 
-    def restore(self, state: Mapping[str, bytes]) -> None:
-        """What was there before a restart."""
-        self.versions.restore(state)
+    def gone(self, peer: int) -> None:
+        """Whoever asked over this connection is not there any more."""
+        self.leases.gone(peer)
+        self.lifecycle.gone(peer)
+
+    def tick(self, now: float) -> None:
+        """Time has passed."""
+        self.leases.tick(now)
+        self.lifecycle.tick(now)
+
+    def models(self) -> tuple[m.ModelStatus, ...]:
+        """For ``headwater status``."""
+        return listing.models(self.catalogue)
 
     def _session(self, peer: int) -> int:
         member = self._coordinator.membership.of(peer)
@@ -76,7 +91,7 @@ class Publications:
             raise ClusterError("join first: only a member can publish or lease")
         return member.join.session
 
-    # ---- out: what Versions asks of its desk ---------------------------------------------------------
+    # ---- what leases and the lifecycle say and ask -----------------------------------------------
 
     def reply(self, asker: Asker, message: m.Reply) -> None:
         self._coordinator.reply(asker, message)
@@ -95,6 +110,14 @@ class Publications:
         for server in self._coordinator.fleet.servers.values():
             if server.peer is not None:
                 self._coordinator.say(Outgoing(server.peer, Frame(Kind.NOTICE, body=body)))
+
+    def removed(self, entry: Entry) -> None:
+        self.drop((entry.number,))
+        if entry.state in ("ready", "lost"):  # else it was never saved
+            self.save(f"version/{entry.number}", None)
+
+    def spec(self, table: int) -> TableSpec:
+        return self.table(table).spec
 
     def table(self, number: int) -> Known:
         table = self._coordinator.tables.get(number)

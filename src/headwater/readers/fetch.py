@@ -7,7 +7,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from headwater.readers.checks import WORTH, Check
 from headwater.readers.line import Answer, Dial, Line
 from headwater.readers.stored import Base, Key, Mapped, Mine, Place, Plan, Stored, Table, Theirs, plan
 from headwater.transports import memory
-from headwater.transports.rooms import Room, Rooms
+from headwater.transports.buffers import Buffer, BufferPool
 from headwater.types import TableSpec
 from headwater.wire import delta, sums
 from headwater.wire import versions as v
@@ -43,16 +43,15 @@ class Counts(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """A part on its way into ``room`` (or shared), over ``line``. ``ahead``: before it was known to be there, then."""
+    """A part on its way over ``line``: into ``buffer``, or as shared memory."""
 
     at: v.PartAt
     key: Key
     line: Line
     answer: Answer
-    room: list[Room]
+    buffer: list[Buffer]
     check: list[Check]  # of one that comes whole, and is large
     base: Base | None = None  # whose memory it may have
-    ahead: float | None = None
 
 
 class _Landed(NamedTuple):
@@ -66,7 +65,7 @@ class Got(NamedTuple):
     """A part in memory of this process. ``delta``: what came instead of the whole part, if it did."""
 
     at: v.PartAt
-    room: Room
+    buffer: Buffer
     sums: sums.Sums
     delta: memoryview | None
 
@@ -74,25 +73,26 @@ class Got(NamedTuple):
 class Fetcher:
     """The connections of one reader, and the memory that it fetches into.
 
-    ``share``: map holders' memory where possible. ``rooms``: memory that others use too. ``now``: the clock, in
+    ``share``: map holders' memory where possible. ``pool``: memory that others use too. ``now``: the clock, in
     seconds, that deadlines are of. One thread at a time fetches;
     what goes wrong is a ``LinkError``, ``VersionExpired``, ``NotEnoughMemory`` or ``DeadlineExceeded``.
     """
 
     def __init__(
-        self, dial: Dial, *, share: bool = True, rooms: Rooms | None = None, now: Callable[[], float] = time.monotonic
+        self,
+        dial: Dial,
+        *,
+        share: bool = True,
+        pool: BufferPool | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.rooms = rooms or Rooms(share=True)
+        self.pool = pool or BufferPool(share=True)
         self._now = now
         self.counts = Counts()
         self._dial = dial
         self._share = share
         self._lines: dict[str, Line] = {}
         self._unmapped: queue.SimpleQueue[tuple[Line, Key]] = queue.SimpleQueue()
-        self._ahead: dict[Key, _Asked] = {}
-        self._late: list[_Asked] = []  # asked ahead, not wanted, and not answered yet
-        self._forgone = False  # all that is in ``_ahead`` is not wanted either
-        self._receiving = False  # whose turn it is receives
         self._plans: dict[int, Plan] = {}
         self._warmed = False
         self._gone_bytes = 0  # that came over connections which have ended
@@ -130,12 +130,11 @@ class Fetcher:
         with self._turn:
             plans = self._planned(leased, specs)
             self.settle()
-            with self._reception():
-                places = self._places(leased, base, deadline)
+            places = self._places(leased, base, deadline)
         tables: list[Table] = []
-        rooms = {key: place.room for key, place in places.items() if isinstance(place, Mine)}
-        for room in rooms.values():  # when its loans are over
-            self.rooms.give(room)
+        buffers = {key: place.buffer for key, place in places.items() if isinstance(place, Mine)}
+        for buffer in buffers.values():  # when its loans are over
+            self.pool.give(buffer)
         try:
             for number, found in plans.items():
                 mine = {shard: places[shard, number] for shard in found.layout.participants}
@@ -145,13 +144,13 @@ class Fetcher:
             for place in places.values():
                 self._give_up(place)
             raise
-        return Stored(leased.info, tables, rooms)
+        return Stored(leased.info, tables, buffers)
 
     def _places(self, leased: v.Leased, base: Stored | Base | None, deadline: float) -> dict[tuple[int, int], Place]:
         """All parts are asked for at once, then waited for one by one; a base that is this version has them."""
-        have = base.rooms if base is not None else {}
+        have = base.buffers if base is not None else {}
         if base is not None and base.info == leased.info and len(have) == len(leased.parts):
-            return {key: Mine(room, room.lend()) for key, room in have.items()}
+            return {key: Mine(buffer, buffer.lend()) for key, buffer in have.items()}
         mine = base if isinstance(base, Base) else None
 
         def wait(asked: _Asked) -> v.Part:
@@ -162,8 +161,8 @@ class Fetcher:
         places: dict[tuple[int, int], Place] = {}
         try:
             for at in leased.parts:
-                room = have.get((at.shard, at.table))
-                usable = number if room is not None and room.size == at.size else 0
+                buffer = have.get((at.shard, at.table))
+                usable = number if buffer is not None and buffer.size == at.size else 0
                 asked.append(self._ask(leased.info.number, at, usable, mine))
             for each in asked:
                 places[each.at.shard, each.at.table] = self._wait(each, have, wait).place
@@ -183,71 +182,10 @@ class Fetcher:
 
     def _give_up(self, place: Place) -> None:
         if isinstance(place, Mine):  # its loan ends with it
-            self.rooms.give(place.room)
+            self.pool.give(place.buffer)
         else:
             memory.close_all((place.fd,))
             place.unmapped()
-
-    # ---- versions that may be there --------------------------------------------------------------
-
-    def ahead(self, number: int, parts: Sequence[v.PartAt]) -> None:
-        """Ask for a version before it is leased: the answers are on their way while the coordinator is asked.
-
-        ``parts``: of the one before; only who shares memory is asked. ``store`` takes them, ``forgo`` gives them back.
-        """
-        if not self._share or not self._turn.acquire(blocking=False):  # else another thread fetches
-            return
-        try:
-            for at in parts:
-                key = (number, at.shard, at.table)
-                line = next(filter(None, (self._lines.get(holder.address) for holder in at.holders)), None)
-                if line is None or line.broken or not line.shared or key in self._ahead:
-                    continue
-                with contextlib.suppress(HeadwaterError):
-                    answer = line.ask(v.Fetch(*key, 0, True, line.rate), _only_shared)
-                    self._ahead[key] = _Asked(at, key, line, answer, [], [], ahead=self._now())
-        finally:
-            self._turn.release()
-
-    def forgo(self) -> None:
-        """What was asked for ahead and is not wanted is given back when it comes; nobody waits for it."""
-        self._forgone = bool(self._ahead)
-        self.settle()
-
-    def _gather(self) -> None:
-        """Take in answers that came too late to be wanted. Not while this thread receives: the garbage collector may
-        have called."""
-        if not (self._late or self._forgone) or not self._turn.acquire(blocking=False):
-            return
-        try:
-            if not self._receiving:
-                if self._forgone:
-                    self._forgone, ahead, self._ahead = False, self._ahead, {}
-                    self._late += ahead.values()
-                with self._reception():
-                    self._late = [asked for asked in self._late if not self._over(asked)]
-        finally:
-            self._turn.release()
-
-    def _over(self, asked: _Asked) -> bool:
-        """Whether nothing comes any more in answer to this; what came is given back."""
-        with contextlib.suppress(HeadwaterError):
-            asked.line.wait(asked.answer, self._now())
-        if not asked.answer.done and not asked.line.broken:
-            if self._now() - (asked.ahead or 0.0) < SILENT:
-                return False
-            self._drop(asked.line)  # its answer could come at any time, with memory that nobody gives back
-        self._recycle(asked)
-        return True
-
-    @contextlib.contextmanager
-    def _reception(self) -> Iterator[None]:
-        """The calling thread, whose turn it is, receives."""
-        before, self._receiving = self._receiving, True
-        try:
-            yield
-        finally:
-            self._receiving = before
 
     # ---- parts -----------------------------------------------------------------------------------
 
@@ -256,7 +194,7 @@ class Fetcher:
         number: int,
         wanted: Sequence[v.PartAt],
         base: int,
-        have: Mapping[tuple[int, int], Room],
+        have: Mapping[tuple[int, int], Buffer],
         stall: float,
         got: Callable[[Got], None],
     ) -> None:
@@ -265,20 +203,20 @@ class Fetcher:
         ``have``: those of version ``base`` that are here, by (shard, table). ``stall``: seconds in which something must
         come. Raises as ``store``.
         """
-        with self._turn, self._reception():
+        with self._turn:
             asked: list[_Asked] = []
             landed = 0
             try:
                 for at in wanted:
-                    room = have.get((at.shard, at.table))
-                    asked.append(self._ask(number, at, base if room is not None and room.size == at.size else 0))
+                    buffer = have.get((at.shard, at.table))
+                    asked.append(self._ask(number, at, base if buffer is not None and buffer.size == at.size else 0))
                 for each in asked:
                     place, last = self._wait(each, have, lambda each: self._patient(each, stall))
                     landed += 1
                     assert isinstance(place, Mine)
                     assert last.answer.part is not None
                     delta = last.answer.target if last.answer.part.encoding == "delta" else None
-                    got(Got(each.at, place.room, sums.unpack(last.answer.part.sums), delta))
+                    got(Got(each.at, place.buffer, sums.unpack(last.answer.part.sums), delta))
             except BaseException:
                 self._abandon(asked[landed:])
                 raise
@@ -296,11 +234,8 @@ class Fetcher:
                     raise LinkBroken(f"{asked.line.holder.address} has sent nothing for {stall:.0f} s") from None
 
     def _ask(self, number: int, at: v.PartAt, base: int, mine: Base | None = None) -> _Asked:
-        asked = self._ahead.pop((number, at.shard, at.table), None)
-        if asked is not None:
-            return asked._replace(at=at)
         line = self._line(at)
-        room: list[Room] = []
+        buffer: list[Buffer] = []
         check: list[Check] = []
         fetch = v.Fetch(number, at.shard, at.table, base, self._share and line.shared, line.rate)
 
@@ -314,22 +249,22 @@ class Fetcher:
                 if part.nbytes != at.size:
                     raise ProtocolError(f"{part.nbytes} bytes of a part of {at.size}")
                 old = mine.yielded((at.shard, at.table)) if mine is not None and base else None
-                room.append(old or self.rooms.take(at.size))
+                buffer.append(old or self.pool.take(at.size))
                 if at.size >= WORTH:
-                    check.append(Check(room[0].array, sums.unpack(part.sums)))
-                return room[0].array.data
+                    check.append(Check(buffer[0].array, sums.unpack(part.sums)))
+                return buffer[0].array.data
             return memoryview(b"")
 
         def arrived(start: int, stop: int) -> None:
             for each in check:
                 each.arrived(start, stop)
 
-        return _Asked(at, (number, at.shard, at.table), line, line.ask(fetch, land, arrived), room, check, mine)
+        return _Asked(at, (number, at.shard, at.table), line, line.ask(fetch, land, arrived), buffer, check, mine)
 
     def _wait(
         self,
         asked: _Asked,
-        have: Mapping[tuple[int, int], Room],
+        have: Mapping[tuple[int, int], Buffer],
         wait: Callable[[_Asked], v.Part],
         *,
         again: bool = True,
@@ -345,31 +280,27 @@ class Fetcher:
                 self._count(whole_parts=1)
                 self._warm()
             self._verify(asked, part)
-            self.rooms.written(asked.room[0])
-            return _Landed(Mine(asked.room[0], asked.room[0].lend()), asked)
+            self.pool.written(asked.buffer[0])
+            return _Landed(Mine(asked.buffer[0], asked.buffer[0].lend()), asked)
         except DeltaCorrupt:
             self._recycle(asked)
             self._count(damaged=1)
             if again:
-                return self._once_more(asked, have, wait, again=False)
+                return self._once_more(asked, have, wait)
             raise
         except HeadwaterError:
             self._recycle(asked)
-            if asked.ahead is not None and (asked.answer.done or asked.line.broken):  # not there yet, or another one
-                return self._once_more(asked, have, wait, again=True)
             raise
 
     def _once_more(
         self,
         asked: _Asked,
-        have: Mapping[tuple[int, int], Room],
+        have: Mapping[tuple[int, int], Buffer],
         wait: Callable[[_Asked], v.Part],
-        *,
-        again: bool,
     ) -> _Landed:
         second = self._ask(asked.key[0], asked.at, 0)
         try:
-            return self._wait(second, have, wait, again=again)
+            return self._wait(second, have, wait, again=False)
         except BaseException:
             if not second.answer.done:  # it could still come, to nobody
                 self._drop(second.line)
@@ -382,16 +313,14 @@ class Fetcher:
             self._unmapped.put((asked.line, asked.key))
         for check in asked.check:
             check.end()
-        while asked.room:
-            room = asked.room.pop()
-            room.spoilt = not asked.answer.done  # bytes may still be on their way into it
-            self.rooms.give(room)
+        while asked.buffer:
+            buffer = asked.buffer.pop()
+            buffer.tainted = not asked.answer.done  # bytes may still be on their way into it
+            self.pool.give(buffer)
 
     def _shared(self, asked: _Asked) -> Theirs:
         if len(asked.answer.fds) != 1:
             raise ProtocolError(f"{asked.line.holder.address} shares a part without a descriptor")
-        if asked.ahead is not None and asked.answer.part is not None:
-            _check_part(asked.answer.part, asked.at, asked.key[0], asked.line.holder)
         memory.verify(asked.answer.fds[0], asked.at.size)
         self._count(shared_parts=1)
         # Whoever lets go of memory may be the garbage collector, in any thread: it only makes a note (``settle``).
@@ -401,27 +330,26 @@ class Fetcher:
 
     def settle(self) -> None:
         """Tell the holders what is not mapped here any more, so that they use its memory again."""
-        self._gather()
         with contextlib.suppress(queue.Empty):  # not after ``empty()``: several threads come here
             while True:
                 line, key = self._unmapped.get_nowait()
                 with contextlib.suppress(HeadwaterError):
                     line.unmap(key)
 
-    def _apply(self, asked: _Asked, old: Room) -> None:
+    def _apply(self, asked: _Asked, old: Buffer) -> None:
         """The version before, copied if somebody may look at it, and what changed since."""
         mine = asked.base.yielded((asked.at.shard, asked.at.table)) if asked.base is not None else None
-        asked.room.append(mine or self.rooms.take(asked.at.size))
+        asked.buffer.append(mine or self.pool.take(asked.at.size))
         if mine is None:
-            np.copyto(asked.room[0].array, old.array)
-        delta.apply(asked.room[0].array, asked.answer.target)
+            np.copyto(asked.buffer[0].array, old.array)
+        delta.apply(asked.buffer[0].array, asked.answer.target)
         self._count(deltas=1)
 
     def _verify(self, asked: _Asked, part: v.Part) -> None:
         if asked.check:
             bad = asked.check[0].damaged()
         else:
-            bad = sums.damaged(asked.room[0].array, sums.unpack(part.sums), range(sums.blocks(asked.at.size)))
+            bad = sums.damaged(asked.buffer[0].array, sums.unpack(part.sums), range(sums.blocks(asked.at.size)))
         if bad:
             raise DeltaCorrupt(
                 f"{len(bad)} blocks of version number {asked.key[0]} (shard {asked.at.shard}) came damaged from "
@@ -479,10 +407,7 @@ class Fetcher:
             self.settle()
             for line in list(self._lines.values()):
                 self._drop(line)
-            for asked in (*self._ahead.values(), *self._late):
-                self._recycle(asked)
-            self._ahead, self._late = {}, []
-            self.rooms.close()
+            self.pool.close()
 
 
 def _check_part(part: v.Part, at: v.PartAt, number: int, holder: v.Holder) -> None:
@@ -491,10 +416,3 @@ def _check_part(part: v.Part, at: v.PartAt, number: int, holder: v.Holder) -> No
         raise ProtocolError(f"{holder.address} sent a part of {part.size} bytes instead of {at.size}")
     if sums.digest(sums.unpack(part.sums)) != at.digest:
         raise ProtocolError(f"{holder.address} holds another version than number {number}")
-
-
-def _only_shared(part: v.Part) -> memoryview:
-    """Nothing else is wanted ahead."""
-    if part.encoding != "shared":
-        raise VersionExpired("the memory of this part is not shared")
-    return memoryview(b"")

@@ -1,8 +1,8 @@
-"""Calls of a module, each inside something of ours: by a class between the module and its own.
+"""Runs each call of a module inside a context manager, by giving the module a subclass of its own class.
 
-Not by torch's hooks: even those that are always called are not for a KeyboardInterrupt, and the forward that a user
-gives up in a notebook would be under way for ever. Not around ``forward`` either: what a module's own hooks make of its
-parameters (``weight_norm``) would be of another version than the rest.
+Why not torch's hooks: a KeyboardInterrupt skips even those with ``always_call``, and a forward that a user
+interrupts in a notebook would count as under way for ever. Why not around ``forward``: the module's own hooks run
+before it (``weight_norm`` computes a parameter there) and would see another version than ``forward`` does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from headwater.errors import UsageError
 
 
 class Keeper(Protocol):
-    """Whoever wants to be around each call. ``closed``: not any more."""
+    """Gives the context manager of each call. ``closed``: calls are plain ones again."""
 
     @property
     def closed(self) -> bool: ...
@@ -27,11 +27,11 @@ class Keeper(Protocol):
 
 
 def put(module: torch.nn.Module, keeper: Keeper) -> None:
-    """From now on ``module(...)`` is inside ``keeper.hold()``. Raises ``UsageError``; then the module is as it was."""
+    """From now on ``module(...)`` runs inside ``keeper.hold()``. Raises ``UsageError``: the module is unchanged."""
     plain, own = type(module), weakref.ref(module)
 
     def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if keeper.closed or self is not own():  # a replica or another copy, which keeps this class
+        if keeper.closed or self is not own():  # a copy that has kept this class (DataParallel's replicas)
             return plain.__call__(self, *args, **kwargs)
         with keeper.hold():
             return plain.__call__(self, *args, **kwargs)

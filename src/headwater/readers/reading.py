@@ -105,10 +105,9 @@ class Reader:
         self._stored: weakref.WeakValueDictionary[int, Stored] = weakref.WeakValueDictionary()
         self._base: Base | None = None  # kept: what the next delta is applied to
         self._newest: VersionInfo | None = None  # that was leased
-        self._turn = 0  # leases that were asked for; those whose answer is awaited; and those that stand
-        self._asking: set[int] = set()
-        self._next: tuple[int, tuple[v.PartAt, ...]] | None = None  # what may come after the newest, and who had that
-        self._open: dict[int, int] = {}  # turn: number of the version
+        self._turn = 0  # how many leases this reader has asked for; a turn is the number of one of them
+        self._asking: set[int] = set()  # turns whose answer has not come
+        self._open: dict[int, int] = {}  # turns of the leases that stand, and the numbers of their versions
         self._guard = threading.RLock()
         self._fetching = threading.RLock()
         self._heard = self._runtime.now()
@@ -135,23 +134,13 @@ class Reader:
         deadline = self._runtime.now() + (self.timeout if timeout is None else timeout)
         while True:
             try:
-                return self._lease_once(name, deadline)
+                return self._leased(name, deadline)
             except (LinkError, VersionExpired) as error:  # somebody died, or the newest is another one now
                 self._failed(error)
                 lasting = isinstance(error, VersionExpired) and name != LATEST
                 if lasting or self._closed or self._runtime.now() + AGAIN >= deadline or self._control.gone:
                     raise
                 self._runtime.sleep(AGAIN)
-
-    def _lease_once(self, name: str, deadline: float) -> Weights:
-        with self._guard:
-            guess, self._next = self._next, None
-        try:
-            if guess is not None:
-                self._fetcher.ahead(*guess)
-            return self._leased(name, deadline)
-        finally:
-            self._fetcher.forgo()
 
     def _leased(self, name: str, deadline: float) -> Weights:
         from headwater.readers.weights import Weights
@@ -171,11 +160,8 @@ class Reader:
         try:
             stored = self._store_in_turn(leased, deadline)
             with self._guard:
-                newer = self._newest is None or number > self._newest.number
-                if newer or name == LATEST:
+                if name == LATEST or self._newest is None or number > self._newest.number:
                     self._newest = stored.info
-                if newer:  # and who takes every new one will take the next
-                    self._next = (number + 1, leased.parts)
         except BaseException:
             self._release(turn)
             raise
@@ -202,7 +188,7 @@ class Reader:
         if stored is None or stored.info != leased.info:
             stored = self._fetcher.store(leased, self._specs, self._base, deadline)
             self._stored[number] = stored
-            if stored.rooms:  # shared memory needs no deltas
+            if stored.buffers:  # shared memory needs no deltas
                 self._base = Base(stored)
         return stored
 

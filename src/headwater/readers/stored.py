@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from headwater.layout.dense import Layout, layout, only
 from headwater.transports import memory
-from headwater.transports.rooms import Room
+from headwater.transports.buffers import Buffer
 from headwater.types import DenseSpec, ParameterSpec, TableSpec, VersionInfo
 
 Key = tuple[int, int, int]
@@ -19,12 +19,12 @@ Key = tuple[int, int, int]
 class Mine(NamedTuple):
     """A part in memory of this process. ``loan``: while it is there, the memory is not used again."""
 
-    room: Room
+    buffer: Buffer
     loan: memoryview
 
     @property
     def fd(self) -> int:
-        return self.room.fd
+        return self.buffer.fd
 
 
 class Theirs(NamedTuple):
@@ -89,7 +89,7 @@ class Mapped:
             block = self.layout.blocks[index]
             lo, hi = max(start, block.start), min(stop, block.start + block.size)
             place = self._places[block.shard]
-            source = place.room.array if isinstance(place, Mine) else place.look()
+            source = place.buffer.array if isinstance(place, Mine) else place.look()
             yield lo - start, source, block.local + lo - block.start, hi - lo
 
     def ensure(self, start: int, stop: int) -> None:
@@ -146,13 +146,13 @@ class Table(NamedTuple):
 class Stored:
     """A version that is here, whole. It stays as long as something refers to it or to a tensor of it.
 
-    ``rooms``: its parts that lie in memory of this process, to apply the next delta to.
+    ``buffers``: its parts that lie in memory of this process, to apply the next delta to.
     """
 
-    def __init__(self, info: VersionInfo, tables: Sequence[Table], rooms: Mapping[tuple[int, int], Room]) -> None:
+    def __init__(self, info: VersionInfo, tables: Sequence[Table], buffers: Mapping[tuple[int, int], Buffer]) -> None:
         self.info = info
         self.tables = tuple(tables)
-        self.rooms = dict(rooms)
+        self.buffers = dict(buffers)
 
 
 class Base:
@@ -160,13 +160,13 @@ class Base:
 
     def __init__(self, stored: Stored) -> None:
         self.info = stored.info
-        self.rooms = stored.rooms.copy()
-        self._loans = {key: room.lend() for key, room in self.rooms.items()}
+        self.buffers = stored.buffers.copy()
+        self._loans = {key: buffer.lend() for key, buffer in self.buffers.items()}
 
-    def yielded(self, key: tuple[int, int]) -> Room | None:
+    def yielded(self, key: tuple[int, int]) -> Buffer | None:
         """A part's memory, with the bytes in it, for the next version: if nobody else looks at it any more."""
-        room = self.rooms.get(key)
-        if room is None or not room.regain():
+        buffer = self.buffers.get(key)
+        if buffer is None or not buffer.reclaim():
             return None
-        del self.rooms[key], self._loans[key]
-        return room
+        del self.buffers[key], self._loans[key]
+        return buffer

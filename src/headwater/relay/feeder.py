@@ -14,9 +14,9 @@ from headwater.client.control import Control, Dial
 from headwater.client.runtime import Runtime, Threads
 from headwater.errors import DeadlineExceeded, HeadwaterError, InternalError, ProtocolError, VersionExpired
 from headwater.readers.fetch import Fetcher, Got
-from headwater.relay.words import Base, Event, Failed, Fetched, Job, Listed, PartKey, Silent, same
+from headwater.relay.events import Base, Event, Failed, Fetched, Job, Listed, PartKey, Silent, same
 from headwater.transports.address import host_identity
-from headwater.transports.rooms import Rooms
+from headwater.transports.buffers import BufferPool
 from headwater.types import VersionInfo
 from headwater.wire import delta
 from headwater.wire import messages as m
@@ -32,22 +32,24 @@ END = 10.0  # seconds that a fetch under way has to end in, when the relay does
 
 
 class Feeder:
-    """``post`` is called with what happens, from threads of its own. ``rooms``: where fetched parts go.
+    """``post`` is called with what happens, from threads of its own. ``pool``: where fetched parts go.
 
     Raises what the other side refuses a reader with, or ``Unreachable``.
     """
 
-    def __init__(self, dial: Dial, rooms: Rooms, post: Callable[[Event], None], runtime: Runtime | None = None) -> None:
+    def __init__(
+        self, dial: Dial, pool: BufferPool, post: Callable[[Event], None], runtime: Runtime | None = None
+    ) -> None:
         self._runtime = runtime or Threads()
         join = m.Join("reader", self._runtime.token(), host_identity(), os.getpid())
         self._control = Control(dial, join, self._runtime, JOIN)
-        self._fetcher = Fetcher(dial, share=False, rooms=rooms)
+        self._fetcher = Fetcher(dial, share=False, pool=pool)
         self._post = post
         self._closed = threading.Event()
         self._jobs: queue.SimpleQueue[Job | v.Release | None] = queue.SimpleQueue()
-        self._turn = 0  # leases that were asked for; whether the last one's answer is awaited; and those that stand
-        self._asking = False
-        self._open: dict[int, int] = {}  # turn: number of the version
+        self._turn = 0  # how many leases this relay has asked for; a turn is the number of one of them
+        self._asking = False  # whether the last one's answer has not come
+        self._open: dict[int, int] = {}  # turns of the leases that stand, and the numbers of their versions
         self._guard = threading.Lock()
         self._begun: tuple[VersionInfo | None, dict[PartKey, Got]] = (None, {})  # of a version that did not come whole
         self._threads = [
@@ -174,7 +176,7 @@ class Feeder:
         before, got = self._begun
         if before is None or not same(before, job.info):
             for part in got.values():
-                self._fetcher.rooms.give(part.room)
+                self._fetcher.pool.give(part.buffer)
             got = {}
         self._begun = (job.info, got)
         missing = [turned(at, job.attempt) for at in leased.parts if (at.shard, at.table) not in got]
@@ -182,7 +184,7 @@ class Feeder:
         def arrived(part: Got) -> None:
             got[part.at.shard, part.at.table] = part
 
-        self._fetcher.parts(job.info.number, missing, base.number, base.rooms, STALL, arrived)
+        self._fetcher.parts(job.info.number, missing, base.number, base.buffers, STALL, arrived)
         self._begun = (None, {})
         return got
 

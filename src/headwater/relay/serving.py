@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from headwater.client.connecting import dial_for
 from headwater.client.control import Dial
 from headwater.errors import ProtocolError, UsageError
-from headwater.relay.core import KEEP, Relay
+from headwater.relay.core import KEEP, Relay, RelayEffects
+from headwater.relay.events import Event, News
 from headwater.relay.feeder import ANSWER, Feeder
-from headwater.relay.words import Event, News
-from headwater.server.loop import Loop, listen
-from headwater.server.versions.shelf import Shelf
 from headwater.transports import address as addresses
+from headwater.transports.loop import Loop, listen
 from headwater.transports.memory import close_all
+from headwater.versions.part_store import PartStore
 from headwater.wire import versions as v
 from headwater.wire.auth import token_from_environment
 from headwater.wire.frames import Frame
@@ -39,34 +39,35 @@ class RelayHost:
 
     def receive(self, peer: int, frame: Frame, fds: tuple[int, ...]) -> list[Instruction]:
         close_all(fds)
-        return self._after(self.relay.receive(peer, frame, time.monotonic()))
+        return self._carry_out(self.relay.receive(peer, frame, time.monotonic()))
 
     def closed(self, peer: int) -> list[Instruction]:
-        return self._after(self.relay.closed(peer, time.monotonic()))
+        return self._carry_out(self.relay.closed(peer, time.monotonic()))
 
     def tick(self, now: float) -> list[Instruction]:
-        return self._after(self.relay.tick(now))
+        return self._carry_out(self.relay.tick(now))
 
     def work(self) -> list[Instruction]:
         return []
 
     def woken(self) -> list[Instruction]:
         """Threads have something: deltas that readers wait for, events of the other side."""
-        out = self.relay.woken()
+        out = self._carry_out(self.relay.woken())
         while not self.events.empty():
-            out += self.relay.happened(self.events.get(), time.monotonic())
-        return self._after(out)
+            out += self._carry_out(self.relay.happened(self.events.get(), time.monotonic()))
+        return out
 
     def dialed(self, key: int, peer: int | None) -> list[Instruction]:
         return []
 
-    def _after(self, out: list[Instruction]) -> list[Instruction]:
-        for order in self.relay.orders():
+    def _carry_out(self, effects: RelayEffects) -> list[Instruction]:
+        """All but the frames, which the loop sends."""
+        for order in effects.orders:
             if self.feeder is not None:
                 self.feeder.do(order)
-        for news in self.relay.news():
+        for news in effects.news:
             self._report(news)
-        return out
+        return effects.frames
 
 
 class Serving:
@@ -102,9 +103,9 @@ class Serving:
             host = addresses.host_identity()
             local = f"local://headwater-{secrets.token_hex(12)}" if host else ""
             me = v.Holder(advertise or self.address, local, host)
-            self.shelf = Shelf(share=bool(host), wake=self._wake)
-            self.host = RelayHost(Relay(me, self.shelf, models, upstream, keep, time.monotonic()), report)
-            self.feeder = Feeder(dial or dial_for(upstream, ANSWER), self.shelf.rooms, self._post)
+            self.part_store = PartStore(share=bool(host), wake=self._wake)
+            self.host = RelayHost(Relay(me, self.part_store, models, upstream, keep, time.monotonic()), report)
+            self.feeder = Feeder(dial or dial_for(upstream, ANSWER), self.part_store.pool, self._post)
         except BaseException:
             tcp.close()
             raise
@@ -128,7 +129,7 @@ class Serving:
             self.loop.run()
         finally:
             self.feeder.close()
-            self.shelf.close()
+            self.part_store.close()
 
     def stop(self) -> None:
         """From any thread."""

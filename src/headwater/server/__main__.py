@@ -35,10 +35,10 @@ from headwater.errors import (
     UsageError,
 )
 from headwater.server import COORDINATOR
-from headwater.server.loop import Loop, listen
 from headwater.server.outliving import Outliving
 from headwater.transports import address as addresses
 from headwater.transports import memory
+from headwater.transports.loop import Loop, listen
 from headwater.transports.receiver import Arrived, Receiver
 from headwater.transports.stream import connect
 from headwater.wire import messages as m

@@ -31,9 +31,9 @@ from headwater.server.snapshots.part import Part, fill
 from headwater.server.snapshots.restore import Snapshot
 from headwater.server.table import Table
 from headwater.server.tables.dense import state_bytes
-from headwater.server.versions.shelf import Shelf
 from headwater.transports import memory
 from headwater.types import DenseSpec, TableSpec
+from headwater.versions.part_store import PartStore
 from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.frames import Frame, Kind
@@ -61,7 +61,7 @@ class Setting:
     of memory that may still be taken. ``detach(table, ranges)`` is called before values are overwritten.
     ``data``: the folder for logs, where an acknowledgement waits for the disk. ``threads``: snapshots are copied and
     written by threads of their own, else by ``work``. ``wake``, which any thread may call, makes the loop look for what
-    threads have finished; without it versions are copied at once. ``shelf``: the parts of versions that are held here.
+    threads have finished; without it versions are copied at once. ``part_store``: parts of versions that are held here.
     """
 
     server: int = 0
@@ -77,10 +77,10 @@ class Setting:
     threads: bool = True
     data: Path | None = None
     wake: Callable[[], None] | None = None
-    shelf: Shelf = field(init=False)
+    part_store: PartStore = field(init=False)
 
     def __post_init__(self) -> None:
-        self.shelf = Shelf(self.server, self.shards, share=self.share, wake=self.wake, checked=self.checked)
+        self.part_store = PartStore(self.server, self.shards, share=self.share, wake=self.wake, checked=self.checked)
 
 
 class Node:
@@ -414,13 +414,13 @@ class Node:
 
     def _cut_version(self, message: v.CutVersion) -> None:
         """The coordinator wants this shard's part of a version, perhaps not for the first time."""
-        shelf, number = self._setting.shelf, self.shard.number
+        part_store, number = self._setting.part_store, self.shard.number
         coming = any(isinstance(x.body, r.Publish) and x.body.version == message.number for x in self.shard.log.pending)
-        if shelf.knows(message.number, number):
-            shelf.say(message.number, number)
+        if part_store.has_begun(message.number, number):
+            part_store.report(message.number, number)
         elif message.late and not coming:
             why = f"the primary of shard {number} died before its part of the version was on another server"
-            shelf.said.append(v.PartDone(message.number, number, self._setting.server, error=why))
+            part_store.outbox.append(v.PartDone(message.number, number, self._setting.server, error=why))
         elif not coming and message not in self.cuts:
             self.cuts.append(message)
 
@@ -439,7 +439,7 @@ class Node:
         """A version's moment; the same on every replica. In a log that is read back it is past: they live in memory."""
         if not self.shard.partial and self.view.epoch:
             tables = [self.shard.tables[number] for number in body.tables if number in self.shard.tables]
-            self._setting.shelf.begin(body.version, self.shard.number, tables)
+            self._setting.part_store.begin(body.version, self.shard.number, [table.source() for table in tables])
 
     def hosted(self) -> m.Hosted:
         """What the coordinator must know of this replica when it has forgotten."""
@@ -492,7 +492,7 @@ class Node:
 
     def before_write(self, table: int, ranges: tuple[tuple[int, int], ...]) -> None:
         self.part.before_write(table, ranges)
-        self._setting.shelf.before_write(self.shard.number, table, ranges)
+        self._setting.part_store.before_write(self.shard.number, table, ranges)
         self._setting.detach(self.shard.number, table, ranges)
 
     def _allocate(self, spec: DenseSpec, blocks: tuple[Block, ...], size: int) -> Kept:

@@ -9,8 +9,8 @@ from headwater.cluster.fleet import members_of
 from headwater.errors import ProtocolError, StaleEpoch
 from headwater.server import COORDINATOR
 from headwater.server.node import Node, Setting
-from headwater.server.versions.fills import Fills
 from headwater.transports.memory import close_all
+from headwater.versions.backfill import Backfills
 from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.frames import Frame, Kind
@@ -28,7 +28,7 @@ class Server:
         self._of_peer: dict[int, Node] = {}
         self._dials: dict[int, Node] = {}
         self._keys = count(1)
-        self._fills = Fills(setting.shelf, self._keys, setting.wake)
+        self._backfills = Backfills(setting.part_store, self._keys, setting.wake)
         self._now = 0.0
         self._readers: set[int] = set()  # connections that fetch parts of versions
         self._retired = (0, 0)  # bytes pushed and pulled at shards that have moved on
@@ -37,8 +37,8 @@ class Server:
 
     def landing(self, peer: int, frame: Frame) -> memoryview:
         """Where a payload goes. Raises ``ProtocolError``."""
-        if peer in self._fills:
-            return self._fills.landing(peer, frame)
+        if peer in self._backfills:
+            return self._backfills.landing(peer, frame)
         node = self._of_peer.get(peer)
         if node is None:
             raise ProtocolError(f"{frame.kind.name} with a payload before a session was opened")
@@ -51,10 +51,10 @@ class Server:
             return self._noted(self._coordinator(frame))
         if peer in self._readers:
             close_all(fds)
-            return self._noted(self.setting.shelf.receive(peer, frame))
-        if peer in self._fills:
+            return self._noted(self.setting.part_store.receive(peer, frame))
+        if peer in self._backfills:
             close_all(fds)
-            return self._noted(self._fills.receive(peer, frame))
+            return self._noted(self._backfills.receive(peer, frame))
         node = self._of_peer.get(peer)
         if node is None:
             return self._noted(self._first(peer, frame, fds))
@@ -73,7 +73,7 @@ class Server:
             close_all(fds)
         if isinstance(request, v.Fetch):
             self._readers.add(peer)
-            return self.setting.shelf.receive(peer, frame)
+            return self.setting.part_store.receive(peer, frame)
         if not isinstance(request, m.Open | m.Follow):
             error = ProtocolError(f"{frame.kind.name} before a session was opened")
             return [Outgoing(peer, Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(error)), close=True)]
@@ -93,18 +93,18 @@ class Server:
         """A connection ended."""
         if peer in self._readers:
             self._readers.discard(peer)
-            self.setting.shelf.closed(peer)
+            self.setting.part_store.closed(peer)
             return []
-        if peer in self._fills:
-            self._fills.closed(peer)
+        if peer in self._backfills:
+            self._backfills.closed(peer)
             return []
         node = self._of_peer.pop(peer, None)
         return [] if node is None else self._noted(node.closed(peer))
 
     def dialed(self, key: int, peer: int | None) -> list[Instruction]:
         """What became of a dial: the new connection's number, or None."""
-        if self._fills.dials(key):
-            return self._fills.dialed(key, peer)
+        if self._backfills.dials(key):
+            return self._backfills.dialed(key, peer)
         node = self._dials.pop(key, None)
         if node is None or node.dialing != key:
             if peer is None:
@@ -125,7 +125,7 @@ class Server:
         return self._noted(self._woken())
 
     def _woken(self) -> list[Instruction]:
-        return [*self.setting.shelf.woken(), *self._fills.woken()]
+        return [*self.setting.part_store.woken(), *self._backfills.woken()]
 
     def work(self) -> list[Instruction]:
         """What may come after the answers: followers apply what they have accepted."""
@@ -133,7 +133,7 @@ class Server:
         for node in self.nodes.values():
             if node.upstream is not None:
                 out += node.work()
-        return self._noted(out) if out or self.setting.shelf.said else out
+        return self._noted(out) if out or self.setting.part_store.outbox else out
 
     def sync(self) -> list[Instruction]:
         """Once per turn: what was logged meanwhile is put on the disk, at once for all of it, and counts."""
@@ -150,13 +150,13 @@ class Server:
         for node in self.nodes.values():
             if node.cuts:
                 instructions = [*instructions, *node.due()]
-        shelf = self.setting.shelf
-        if shelf.said:
-            said, shelf.said = shelf.said, []
-            notices = (Frame(Kind.NOTICE, shard=done.shard, body=m.pack(done)) for done in said)
+        part_store = self.setting.part_store
+        if part_store.outbox:
+            reports, part_store.outbox = part_store.outbox, []
+            notices = (Frame(Kind.NOTICE, shard=done.shard, body=m.pack(done)) for done in reports)
             instructions = [*instructions, *(Outgoing(COORDINATOR, notice) for notice in notices)]
         for x in instructions:
-            if not isinstance(x, Outgoing) and not self._fills.dials(x.key):
+            if not isinstance(x, Outgoing) and not self._backfills.dials(x.key):
                 self._dials[x.key] = next(node for node in self.nodes.values() if node.dialing == x.key)
         return instructions
 
@@ -172,9 +172,9 @@ class Server:
         if isinstance(message, v.DropVersion):
             for holder in self.nodes.values():
                 holder.cuts = [cut for cut in holder.cuts if cut.number not in message.numbers]
-            return [*self._fills.drop(message.numbers), *self.setting.shelf.drop(message.numbers)]
+            return [*self._backfills.drop(message.numbers), *self.setting.part_store.drop(message.numbers)]
         if isinstance(message, v.Hold):
-            return self._fills.begin(message)
+            return self._backfills.begin(message)
         node = self.nodes.get(frame.shard)
         return [] if node is None else node.coordinator(frame, message)
 
@@ -213,7 +213,7 @@ class Server:
 
     def ready_again(self) -> list[Instruction]:
         """For a coordinator that has forgotten: steps that wait for its verdict."""
-        self.setting.shelf.say_all()
+        self.setting.part_store.report_all()
         return self._noted([x for node in self.nodes.values() for x in node.ready_again()])
 
     @property
@@ -226,7 +226,7 @@ class Server:
 
     def heartbeat(self) -> m.Heartbeat:
         """For ``headwater status``."""
-        nodes = list(self.nodes.values())
+        nodes, parts = list(self.nodes.values()), self.setting.part_store
         leading = [node for node in nodes if node.leads]
         clocks: dict[int, int] = {}
         for node in leading:
@@ -236,8 +236,8 @@ class Server:
         shards = tuple((n.shard.number, n.shard.lsn, max(n.shard.log.behind().values(), default=0)) for n in leading)
         return m.Heartbeat(
             pushed_bytes=self._retired[0] + sum(n.clients.pushed_bytes for n in nodes),
-            pulled_bytes=self._retired[1] + sum(n.clients.pulled_bytes for n in nodes) + self.setting.shelf.sent_bytes,
-            nbytes=self.setting.shelf.nbytes + sum(t.dense.nbytes for n in nodes for t in n.shard.tables.values()),
+            pulled_bytes=self._retired[1] + sum(n.clients.pulled_bytes for n in nodes) + parts.sent_bytes,
+            nbytes=parts.nbytes + sum(t.dense.nbytes for n in nodes for t in n.shard.tables.values()),
             sessions=sum(len(n.clients) for n in leading),
             tables=tuple(clocks.items()), shards=shards, server=self.setting.server, session=self.setting.session,
         )  # fmt: skip

@@ -12,7 +12,6 @@ from unittest.mock import patch
 
 from headwater.client import publication
 from headwater.client.dense.table import DenseTable
-from headwater.cluster import versions as core
 from headwater.cluster.coordinator import Rules
 from headwater.errors import HeadwaterError
 from headwater.server.replication.replica import Replica
@@ -35,6 +34,7 @@ from headwater.testing.versions import (
     unrest,
 )
 from headwater.testing.workload import Auditor, Reader, Worker
+from headwater.versions import leases, lifecycle
 from headwater.wire import messages as m
 from headwater.wire.frames import Flag, Frame, Kind
 
@@ -118,7 +118,8 @@ class SimCluster:
         """Everything, from the first process to the audit. A violation is in the outcome, not raised."""
         with (
             patch.object(Replica, "observer", Eye(self.oracles.observe)),
-            patch.multiple(core, LEASE=LEASE, HEAL=HEAL),
+            patch.object(leases, "LEASE", LEASE),
+            patch.object(lifecycle, "HEAL", HEAL),
             patch.object(publication, "time", _Date(self.scheduler)),
         ):
             try:
@@ -456,11 +457,11 @@ class SimCluster:
         name = "version auditor"
         self._audited(VersionAuditor(self.scenario, self._runtime(self._process(name)), self.versions), name)
         assert self.coordinator is not None
-        versions = self.coordinator.coordinator.publications.versions
+        catalogue = self.coordinator.coordinator.publications.catalogue
 
         def amiss() -> str:
             hosts = [host for host in self.servers.values() if host.process.alive and host.server is not None]
-            return unrest(versions, ((host.number, host.server.setting.shelf) for host in hosts if host.server))
+            return unrest(catalogue, ((host.number, host.server.setting.part_store) for host in hosts if host.server))
 
         try:
             self._until(lambda: not amiss(), HEALED, "")

@@ -1,4 +1,4 @@
-"""The real coordinator and server in simulated processes: what `server/loop.py` does with sockets, without them."""
+"""The real coordinator and server in simulated processes: what `transports/loop.py` does with sockets, without them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from headwater.server.server import Server
 from headwater.testing.network import End, Network
 from headwater.testing.processes import Process
 from headwater.testing.times import Meter
-from headwater.testing.versions import SimShelf
+from headwater.testing.versions import SimPartStore
 from headwater.wire import messages as m
 from headwater.wire.frames import Frame, Kind
 from headwater.wire.outgoing import Dial, Instruction, Outgoing
@@ -221,7 +221,7 @@ class SimServer(SimHost):
             server=welcome.server, shards=welcome.shards, min_copies=welcome.min_copies, patience=self._patience,
             detach=self._detach, session=self._join.session,
         )  # fmt: skip
-        setting.shelf = SimShelf(welcome.server, welcome.shards, self._later)
+        setting.part_store = SimPartStore(welcome.server, welcome.shards, self._later)
         self.server = Server(setting)
         self._host = ServerHost(self.server, self._join, welcome, ADDRESS, self._die, self.process.clock)
         self.process.every(TICK, self._tick)

@@ -16,21 +16,19 @@ import numpy as np
 from headwater.client.client import Client
 from headwater.client.dense.table import DenseTable
 from headwater.errors import HeadwaterError, LinkError
-from headwater.layout.words import spans
 from headwater.readers.reading import Reader
-from headwater.server.table import Table as Shelved
-from headwater.server.versions.cut import PartCut
-from headwater.server.versions.shelf import Held, Key, Shelf
 from headwater.testing.links import SimRuntime
 from headwater.testing.oracles import Oracles, Violation
 from headwater.testing.scenario import Scenario
 from headwater.types import VersionInfo
+from headwater.versions.part_cut import PartCut
+from headwater.versions.part_store import Held, Key, PartStore, Source
 
 if TYPE_CHECKING:
     from headwater.client.publication import Publication
-    from headwater.cluster.versions import Versions
     from headwater.layout.dense import Layout
     from headwater.readers.weights import Weights
+    from headwater.versions.catalogue import Catalogue
 
 SHARE = 0.15  # of a worker's steps that are published
 KEEPS = (1, 2, 3)
@@ -51,17 +49,17 @@ class Read(NamedTuple):
     layout: Layout
 
 
-class SimShelf(Shelf):
+class SimPartStore(PartStore):
     """A server's parts. A copy takes ``later``: until then the values may change, and must be kept aside."""
 
     def __init__(self, number: int, shards: int, later: Callable[[Callable[[], None]], None]) -> None:
         super().__init__(number, shards)
         self._later = later
 
-    def _cut(self, key: Key, table: Shelved) -> None:
-        room = self.rooms.take(table.size)
-        cut = self._cutting[key] = PartCut(table.values, room, lambda: None)
-        self.parts[key] = Held(room, spans(table.spec, table.dense.segments, table.size), cut=cut)
+    def _cut(self, key: Key, source: Source) -> None:
+        buffer = self.pool.take(len(source.values))
+        cut = self._cutting[key] = PartCut(source.values, buffer, lambda: None)
+        self.parts[key] = Held(buffer, source.spans, cut=cut)
         cut.begin(thread=False)
         self._later(lambda: self._finish(key, cut))
 
@@ -228,28 +226,30 @@ class VersionAuditor:
         self.finished = True
 
 
-def unrest(versions: Versions, shelves: Iterable[tuple[int, Shelf]]) -> str:
+def unrest(catalogue: Catalogue, stores: Iterable[tuple[int, PartStore]]) -> str:
     """Why versions are not as they should be when all is quiet, or "".
 
     Nothing is on its way for ever; nobody that is gone holds a lease; servers keep nothing that is dropped; what is
     said to be ready is held, and what is said to be lost is not.
     """
-    held = dict(shelves)
-    for entry in versions.entries.values():
+    held = dict(stores)
+    for entry in catalogue.entries.values():
         if entry.state in ("waiting", "cutting"):
             return f"version {entry.number} is still {entry.state}: begun {sorted(entry.begun)}, held {entry.holders}"
         if +entry.leases:
             return f"version {entry.number} is leased by {dict(entry.leases)}"
-        there = all(any(_holds(shelf, entry.number, shard) for shelf in held.values()) for shard in entry.shards)
+        there = all(
+            any(_holds(part_store, entry.number, shard) for part_store in held.values()) for shard in entry.shards
+        )
         if there != (entry.state == "ready"):
             return f"version {entry.number} is said to be {entry.state}; its parts are {'' if there else 'not '}held"
-    for server, shelf in held.items():
-        left = {key.number for key in shelf.parts if key.number not in versions.entries}
-        left |= {number for number, _ in shelf._making if number not in versions.entries}  # noqa: SLF001
+    for server, part_store in held.items():
+        left = {key.number for key in part_store.parts if key.number not in catalogue.entries}
+        left |= {number for number, _ in part_store._making if number not in catalogue.entries}  # noqa: SLF001
         if left:
             return f"server {server} holds parts of versions {sorted(left)}, which nobody knows"
     return ""
 
 
-def _holds(shelf: Shelf, number: int, shard: int) -> bool:
-    return any(k.number == number and k.shard == shard and h.sums is not None for k, h in shelf.parts.items())
+def _holds(part_store: PartStore, number: int, shard: int) -> bool:
+    return any(k.number == number and k.shard == shard and h.sums is not None for k, h in part_store.parts.items())

@@ -30,7 +30,7 @@ PRELOADED = (
     "headwater.client",
     "headwater.cluster.coordinator",
     "headwater.server.hosts",
-    "headwater.server.loop",
+    "headwater.transports.loop",
     "headwater_bench.chaos.ledger",
     "headwater.readers.weights",
     "headwater.wire.delta_kernels",

@@ -98,11 +98,11 @@ def test_versions_are_not_made_again_when_a_log_is_read_back(tmp_path: Path) -> 
         worker.push(number)
         ring.tell(0, v.CutVersion(number, 0, (1,)))
         ring.run()
-    assert len(ring.servers[0].setting.shelf.parts) == 5
+    assert len(ring.servers[0].setting.part_store.parts) == 5
     again = back(tmp_path)
     assert again.nodes[0].shard.digest() == ring.node(0).shard.digest()
-    assert not again.setting.shelf.parts
-    assert not again.setting.shelf.said
+    assert not again.setting.part_store.parts
+    assert not again.setting.part_store.outbox
 
 
 def test_one_sync_serves_all_records_of_a_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

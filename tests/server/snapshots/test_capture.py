@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from headwater.errors import InternalError
-from headwater.server.snapshots import cut, manifest
+from headwater.server.snapshots import manifest
 from headwater.server.snapshots.capture import Capture
 from headwater.server.snapshots.disk import Disk, Sink
 from headwater.server.snapshots.format import Mark, SessionMark
+from headwater.versions import copying
 from tests.patience import PATIENCE
 from tests.server.snapshots import scene
 from tests.server.tables.tools import Sharded, table
@@ -32,7 +33,7 @@ def step(tables: Sharded, stepper: scene.Stepper, capture: Capture) -> None:
 def test_steps_that_follow_are_not_in_it(
     optimizer: str, before: int, threads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cut, "BLOCK", 1 << 14)
+    monkeypatch.setattr(copying, "BLOCK", 1 << 14)
     spec = table(optimizer, [(100, 1000), (3, 1), (70, 31)])
     old, now = scene.filled(spec, 1), scene.filled(spec, 1)
     stepper, twin = scene.Stepper(), scene.Stepper()

@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 
 from headwater.errors import InternalError
-from headwater.server.snapshots.cut import Allocate, Cut, Loose, anonymous
 from headwater.server.snapshots.disk import DISK, Disk
 from headwater.server.snapshots.files import Piece, write_shard
 from headwater.server.snapshots.format import COUNT, VALUE, Mark, SessionMark, ShardMark, Written
 from headwater.server.tables.dense import DenseShard
 from headwater.types import ITEMSIZE, Segment
+from headwater.versions.copying import Allocate, Cut, Loose, anonymous
 from headwater.wire import optimizers
 from headwater.wire.tensors import DTYPES
 

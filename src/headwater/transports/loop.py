@@ -1,6 +1,6 @@
-"""The I/O of a coordinator or server process: sockets, handshakes, time. The only file here that does any.
+"""The I/O of a process that others connect to: sockets, handshakes, time.
 
-One thread, one epoll. A host (coordinator or server) is a state machine that takes frames and gives frames.
+One thread, one epoll. Its host (a coordinator, a server, a relay) is a state machine: frames in, frames out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from headwater.errors import AddressInUse, HeadwaterError, ProtocolError, UsageError
-from headwater.server import COORDINATOR
 from headwater.transports.address import Address, family
 from headwater.transports.memory import close_all
 from headwater.transports.receiver import Receiver, descriptors
@@ -38,6 +37,7 @@ HELLO_LIMIT = 4096  # bytes of body before the peer has proved itself
 UNPROVEN = 128  # connections that have not proved themselves; beyond that the oldest is closed
 LENT = 1 << 20  # bytes that a descriptor on its way counts for
 OUTBOX = 64 << 20  # bytes of answers that a peer has not taken, above which it is asked to take them first
+LASTING = 0  # the key of a dial whose connection has that number too, each time anew: a server's to its coordinator
 READS = 64  # receive calls per connection and turn, so that one flood does not starve the others
 SPIN = 100e-6  # seconds
 VECTORS = 64  # buffers per send call
@@ -427,7 +427,7 @@ class Loop:
     def _dialed(self, key: int, sock: socket.socket | None) -> None:
         peer = None
         if sock is not None:
-            peer = COORDINATOR if key == COORDINATOR else self._next_peer
+            peer = LASTING if key == LASTING else self._next_peer
             self._next_peer += 1
             old = self._by_peer.get(peer)
             if old is not None:

@@ -1,4 +1,4 @@
-"""What `Versions` has around it, faked: a desk, a clock, and a list of what is said."""
+"""A coordinator as far as versions concern it: a desk, a clock, and what is said."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from headwater.cluster import entries
-from headwater.cluster.versions import Known, Versions
 from headwater.errors import (
     HeadwaterError,
     UnknownTable,
 )
+from headwater.types import TableSpec
+from headwater.versions import entries
+from headwater.versions.catalogue import Catalogue
+from headwater.versions.entries import Entry
+from headwater.versions.leases import Leases
+from headwater.versions.lifecycle import Known, Lifecycle
 from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.outgoing import Asker
@@ -22,7 +26,7 @@ SIZE = 4096
 
 
 class FakeCoordinator:
-    """A ``Versions`` of two shards with table 1 (bulk, on both) and 2 (asynchronous, on shard 1); its desk is here.
+    """Versions of a cluster of two shards with table 1 (bulk, on both) and 2 (asynchronous, on shard 1).
 
     Server n leads shard n. What each peer hears, what is saved, ordered and dropped is kept.
     """
@@ -37,8 +41,10 @@ class FakeCoordinator:
         self.dropped: list[int] = []
         self.up = {0, 1, 2, 3}
         self.views: dict[int, tuple[int, ...]] = {0: (0,), 1: (1,)}
-        self.versions = Versions(self, 2, lambda: self.now)
-        self.versions.restore(self.state)
+        self.catalogue = Catalogue()
+        self.leases = Leases(self, self.catalogue, 2, lambda: self.now)
+        self.lifecycle = Lifecycle(self, self.catalogue, self.leases, lambda: self.now)
+        self.lifecycle.restore(self.state)
         self._seq = 0
 
     # ---- the desk ----------------------------------------------------------------------------------
@@ -62,6 +68,14 @@ class FakeCoordinator:
     def drop(self, numbers: tuple[int, ...]) -> None:
         self.dropped += numbers
 
+    def removed(self, entry: Entry) -> None:
+        self.drop((entry.number,))
+        if entry.state in ("ready", "lost"):
+            self.save(f"version/{entry.number}", None)
+
+    def spec(self, table: int) -> TableSpec:
+        return self.table(table).spec
+
     def table(self, number: int) -> Known:
         if number not in (1, 2):
             raise UnknownTable(f"table {number}")
@@ -84,7 +98,7 @@ class FakeCoordinator:
 
     def publish(self, name: str, peer: int = W, model: str = "m", **changes: Any) -> v.Publish:
         ask = v.Publish(model, name, **{"tables": (1,), **changes})
-        self.versions.publish(self.asker(peer), ask)
+        self.lifecycle.publish(self.asker(peer), ask)
         return ask
 
     def said(
@@ -99,17 +113,17 @@ class FakeCoordinator:
     ) -> None:
         """A server's word: it holds its part, of as many bytes as its tables have, or has only ``begun``."""
         shard = server if shard is None else shard
-        tables = [t for t in self.versions.entries[number].ask.tables if shard in self.table(t).shards]
+        tables = [t for t in self.catalogue.entries[number].ask.tables if shard in self.table(t).shards]
         parts = () if begun else tuple(v.PartDigest(t, SIZE, 100 * number + shard) for t in tables)
         clocks = tuple((t, self.clock or 0) for t in tables)
         done = v.PartDone(number, shard, server, **{"parts": parts, "clocks": clocks, **more})
-        self.versions.part(done, leads=leads)
+        self.lifecycle.part(done, leads=leads)
 
     def make(self, name: str, **changes: Any) -> int:
         """A version that is ready; its number."""
         self.publish(name, **changes)
-        number = max(self.versions.entries)
-        for shard in self.versions.entries[number].shards:
+        number = max(self.catalogue.entries)
+        for shard in self.catalogue.entries[number].shards:
             self.said(number, shard)
         return number
 
@@ -117,29 +131,37 @@ class FakeCoordinator:
         return self.heard.pop(peer, [])
 
     def lease(self, name: str, session: int = 50, **more: Any) -> v.Leased:
-        self.versions.lease(self.asker(READER), session, v.Lease("m", name, **more))
+        self.leases.lease(self.asker(READER), session, v.Lease("m", name, **more))
         leased = self.take(READER)[-1]
         assert isinstance(leased, v.Leased)
         return leased
 
     def tag(self, tag: str, name: str, model: str = "m") -> None:
-        self.versions.set_tag(self.asker(), v.SetTag(model, tag, name))
+        self.lifecycle.set_tag(self.asker(), v.SetTag(model, tag, name))
 
     def watch(self, name: str, after: int = 0, peer: int = READER) -> None:
-        self.versions.watch(self.asker(peer), v.Watch("m", name, after))
+        self.leases.watch(self.asker(peer), v.Watch("m", name, after))
 
     def means(self, name: str) -> int:
-        return self.versions.resolve("m", name).number
+        return self.catalogue.resolve("m", name).number
 
     @property
     def names(self) -> list[str]:
-        return [entry.info.name for _, entry in sorted(self.versions.entries.items())]
+        return [entry.info.name for _, entry in sorted(self.catalogue.entries.items())]
 
     def pass_time(self, seconds: float) -> None:
         until = self.now + seconds
         while self.now < until:
             self.now = min(until, self.now + 1)
-            self.versions.tick(self.now)
+            self.tick()
+
+    def tick(self) -> None:
+        self.leases.tick(self.now)
+        self.lifecycle.tick(self.now)
+
+    def gone(self, peer: int) -> None:
+        self.leases.gone(peer)
+        self.lifecycle.gone(peer)
 
     def restart(self) -> FakeCoordinator:
         """Another coordinator with the same state."""

@@ -25,10 +25,10 @@ from headwater.errors import (
     Unreachable,
     UsageError,
 )
-from headwater.server import loop as loop_module
-from headwater.server.loop import listen
+from headwater.transports import loop as loop_module
 from headwater.transports import memory
 from headwater.transports.address import Address, parse
+from headwater.transports.loop import listen
 from headwater.transports.stream import connect
 from headwater.types import Async, Bulk, DenseSpec, OptimizerSpec, ParameterSpec, Sync
 from headwater.wire import auth

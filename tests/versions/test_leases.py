@@ -5,17 +5,18 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from headwater.cluster import entries, versions
-from headwater.cluster.versions import HEAL, LEASE
 from headwater.errors import (
     ClusterError,
     UnknownVersion,
     UsageError,
     VersionExpired,
 )
+from headwater.versions import entries, leases
+from headwater.versions.leases import LEASE
+from headwater.versions.lifecycle import HEAL
 from headwater.wire import messages as m
 from headwater.wire import versions as v
-from tests.cluster.fake_coordinator import READER, SIZE, FakeCoordinator, W, again
+from tests.versions.fake_coordinator import READER, SIZE, FakeCoordinator, W, again
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_a_tag_and_a_version_have_not_one_name(world: FakeCoordinator) -> None:
         world.tag("v1", "v1")
     with pytest.raises(UnknownVersion):
         world.tag("prod", "v1", model="other")
-    assert not world.versions.tags
+    assert not world.catalogue.tags
 
 
 def test_tags_of_a_model_are_bounded(world: FakeCoordinator) -> None:
@@ -91,7 +92,7 @@ def test_errors_say_what_there_is(world: FakeCoordinator) -> None:
     assert "'m' has no version or tag 'nope'; versions: v32" in str(caught.value)
     assert len(str(caught.value)) < 400
     with pytest.raises(UnknownVersion, match="there are versions of 'm', 'model-0'") as caught:
-        world.versions.resolve("none", "latest")
+        world.catalogue.resolve("none", "latest")
     assert len(str(caught.value)) < 400
 
 
@@ -107,7 +108,7 @@ def test_the_newest_are_kept_and_what_tags_and_leases_hold(world: FakeCoordinato
         world.make(f"v{i}", keep=2)
     assert world.names == ["v1", "v2", "v5", "v6"]
     assert world.dropped == [3, 4]
-    world.versions.release(50, 2)
+    world.leases.release(50, 2)
     world.tag("prod", "v6")
     assert world.names == ["v5", "v6"]
     assert set(world.state) == {"versions", "tags/m", "version/5", "version/6"}
@@ -143,18 +144,18 @@ def test_retiring_is_refused_while_somebody_holds_it(world: FakeCoordinator) -> 
         world.make(name)
     world.tag("prod", "v1")
     with pytest.raises(UsageError, match="held by tag 'prod'; it was not retired"):
-        world.versions.retire(world.asker(), v.Retire("m", "v1"))
+        world.lifecycle.retire(world.asker(), v.Retire("m", "v1"))
     world.tag("prod", "")
     world.lease("v1")
     with pytest.raises(UsageError, match="held by 1 leases"):
-        world.versions.retire(world.asker(), v.Retire("m", "v1"))
-    world.versions.release(50, 1)
+        world.lifecycle.retire(world.asker(), v.Retire("m", "v1"))
+    world.leases.release(50, 1)
     world.take(W)
-    world.versions.retire(world.asker(), v.Retire("m", "v1"))
+    world.lifecycle.retire(world.asker(), v.Retire("m", "v1"))
     assert world.take(W) == [m.Done()]
     assert (world.names, world.dropped) == (["v2"], [1])
     with pytest.raises(UnknownVersion):
-        world.versions.retire(world.asker(), v.Retire("m", "v1"))
+        world.lifecycle.retire(world.asker(), v.Retire("m", "v1"))
 
 
 # ---- leases ----------------------------------------------------------------------------------------------
@@ -178,12 +179,12 @@ def test_leases_are_counted_and_one_too_few_is_no_fault(world: FakeCoordinator) 
     for _ in range(2):
         world.lease("v1")
     world.make("v2", keep=1)
-    world.versions.release(51, 1)  # somebody else's
-    world.versions.release(50, 99)
-    world.versions.release(50, 1)
+    world.leases.release(51, 1)  # somebody else's
+    world.leases.release(50, 99)
+    world.leases.release(50, 1)
     assert world.names == ["v1", "v2"]
-    world.versions.release(50, 1)
-    world.versions.release(50, 1)
+    world.leases.release(50, 1)
+    world.leases.release(50, 1)
     assert world.names == ["v2"]
 
 
@@ -192,11 +193,11 @@ def test_a_reader_that_dies_keeps_its_leases_for_ten_seconds(world: FakeCoordina
     world.make("v1", keep=1)
     world.lease("v1")
     world.make("v2", keep=1)
-    world.versions.left(50, world.now, clean=False)
+    world.leases.left(50, world.now, clean=False)
     world.pass_time(LEASE - 1)
     assert world.names == ["v1", "v2"]
     if back:
-        world.versions.joined(50)
+        world.leases.joined(50)
     world.pass_time(2)
     assert world.names == (["v1", "v2"] if back else ["v2"])
 
@@ -206,9 +207,9 @@ def test_a_reader_that_leaves_ends_its_leases_at_once(world: FakeCoordinator) ->
     world.lease("v1")
     world.lease("v1", session=51)
     world.make("v2", keep=1)
-    world.versions.left(50, world.now, clean=True)
+    world.leases.left(50, world.now, clean=True)
     assert world.names == ["v1", "v2"]
-    world.versions.left(51, world.now, clean=True)
+    world.leases.left(51, world.now, clean=True)
     assert world.names == ["v2"]
 
 
@@ -221,9 +222,9 @@ def test_a_lease_that_is_asked_for_twice_is_one(world: FakeCoordinator) -> None:
     assert world.names == ["v1", "v2"]
     assert world.lease("latest", turn=1).info.number == 2  # it means another one now
     assert world.names == ["v2"]
-    world.versions.release(50, 2, turn=1)
-    world.versions.release(50, 2, turn=1)
-    assert not world.versions.entries[2].leases
+    world.leases.release(50, 2, turn=1)
+    world.leases.release(50, 2, turn=1)
+    assert not world.catalogue.entries[2].leases
 
 
 def test_what_a_reader_says_that_it_holds_is_what_it_leases(world: FakeCoordinator) -> None:
@@ -231,25 +232,25 @@ def test_what_a_reader_says_that_it_holds_is_what_it_leases(world: FakeCoordinat
     for turn in (1, 2, 3):
         world.lease("v1", turn=turn)
     world.make("v2", keep=1)
-    world.versions.holding(50, v.Holding(((1, 1),), 2))  # 2: its release was lost; 3: its answer is on the way
-    assert world.versions.entries[1].leases[50] == 2
-    world.versions.holding(50, v.Holding(((1, 1), (3, 1)), 3))
-    assert world.versions.entries[1].leases[50] == 2
-    world.versions.holding(50, v.Holding((), 3))
+    world.leases.holding(50, v.Holding(((1, 1),), 2))  # 2: its release was lost; 3: its answer is on the way
+    assert world.catalogue.entries[1].leases[50] == 2
+    world.leases.holding(50, v.Holding(((1, 1), (3, 1)), 3))
+    assert world.catalogue.entries[1].leases[50] == 2
+    world.leases.holding(50, v.Holding((), 3))
     assert world.names == ["v2"]
-    world.versions.holding(50, v.Holding(((1, 1), (4, 2), (5, -7)), 1 << 62))  # one that is gone stays so
-    assert world.versions.entries[2].leases == {50: 1}
+    world.leases.holding(50, v.Holding(((1, 1), (4, 2), (5, -7)), 1 << 62))  # one that is gone stays so
+    assert world.catalogue.entries[2].leases == {50: 1}
 
 
 def test_leases_of_a_reader_are_bounded(world: FakeCoordinator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "LEASES", 5)
+    monkeypatch.setattr(leases, "LEASES", 5)
     world.make("v1")
     with pytest.raises(ClusterError, match="5 leases, no more"):
         again(lambda i: world.lease("v1", 50, turn=i + 1))
     with pytest.raises(ClusterError, match="5 leases, no more"):
         again(lambda i: world.lease("v1", 51))
-    world.versions.holding(52, v.Holding(tuple((turn, 1) for turn in range(1, 100)), 100))
-    assert set(world.versions.entries[1].leases.values()) == {5}
+    world.leases.holding(52, v.Holding(tuple((turn, 1) for turn in range(1, 100)), 100))
+    assert set(world.catalogue.entries[1].leases.values()) == {5}
 
 
 # ---- news ------------------------------------------------------------------------------------------------
@@ -275,10 +276,10 @@ def test_watching_a_name_or_tag_now_and_later(world: FakeCoordinator) -> None:
 
 def test_who_knows_another_version_of_that_number_is_answered_at_once(world: FakeCoordinator) -> None:
     world.make("v1")
-    digest = world.versions.entries[1].info.digest
+    digest = world.catalogue.entries[1].info.digest
     assert digest
     for known, answered in ((digest, 0), ("", 0), ("another cluster's", 1)):
-        world.versions.watch(world.asker(READER), v.Watch("m", "latest", 1, known))
+        world.leases.watch(world.asker(READER), v.Watch("m", "latest", 1, known))
         assert len(world.take(READER)) == answered
     world.make("v2")
     assert [f.info.name for f in world.take(READER)] == ["v2", "v2"]
@@ -289,9 +290,9 @@ def test_threads_of_one_reader_wait_for_the_same_and_those_that_gave_up_do_not_p
         world.watch("latest")
     for _ in range(2):
         world.watch("latest", peer=8)
-    assert sum(map(len, world.versions._watching.values())) == versions.WAITERS + 2
+    assert sum(map(len, world.leases._watching.values())) == leases.WAITERS + 2
     world.make("v1")
-    assert len(world.take(READER)) == versions.WAITERS
+    assert len(world.take(READER)) == leases.WAITERS
     assert len(world.take(8)) == 2
     world.make("v2")
     assert world.take(READER) == world.take(8) == []
@@ -299,33 +300,33 @@ def test_threads_of_one_reader_wait_for_the_same_and_those_that_gave_up_do_not_p
 
 def test_who_is_gone_is_not_told_and_leaves_nothing(world: FakeCoordinator) -> None:
     world.watch("latest")
-    world.versions.show(world.asker(READER), v.ListVersions("", 1))
+    world.leases.show(world.asker(READER), v.ListVersions("", 1))
     world.publish("v1", peer=READER)
-    world.versions.await_ready(world.asker(READER), 1)
-    world.versions.gone(READER)
+    world.lifecycle.await_ready(world.asker(READER), 1)
+    world.gone(READER)
     for shard in (0, 1):
         world.said(1, shard)
     assert world.take(READER) == []
-    assert not world.versions._watching
-    assert not world.versions._listing
+    assert not world.leases._watching
+    assert not world.leases._listing
 
 
 def test_what_one_connection_watches_is_bounded(world: FakeCoordinator) -> None:
     for i in range(3 * entries.ASKERS):
         world.watch("latest", after=i + 1000)
         world.watch(f"tag-{i}")
-    assert len(world.versions._watching) == entries.ASKERS
+    assert len(world.leases._watching) == entries.ASKERS
     for name in ("", "x" * 201, "\n"):
         with pytest.raises(UsageError):
             world.watch(name)
     with pytest.raises(UsageError):
-        world.versions.watch(world.asker(READER), v.Watch("m" * 1000, "latest"))
+        world.leases.watch(world.asker(READER), v.Watch("m" * 1000, "latest"))
 
 
 def test_a_list_is_told_when_there_is_another(world: FakeCoordinator) -> None:
-    world.versions.show(world.asker(READER), v.ListVersions("m"))
+    world.leases.show(world.asker(READER), v.ListVersions("m"))
     known = world.take(READER)[-1].revision
-    world.versions.show(world.asker(READER), v.ListVersions("m", known))
+    world.leases.show(world.asker(READER), v.ListVersions("m", known))
     assert world.take(READER) == []
     world.make("v1")
     (listed,) = world.take(READER)
@@ -343,14 +344,14 @@ def test_a_version_is_lost_with_its_last_holder_and_found_with_it(world: FakeCoo
     world.said(2, 3, shard=0)  # a second copy
     world.watch("latest", after=2)
     world.up.discard(0)
-    world.versions.buried(0)
+    world.lifecycle.buried(0)
     assert world.means("latest") == 2
     with pytest.raises(VersionExpired, match="no server that is there holds all of version 'v1'"):
         world.lease("v1")
-    assert [s.state for s in world.versions.status("m")] == ["lost", "ready"]
+    assert [s.state for s in world.leases.status("m")] == ["lost", "ready"]
     assert not world.dropped
     world.up.discard(3)
-    world.versions.buried(3)
+    world.lifecycle.buried(3)
     with pytest.raises(VersionExpired):
         world.lease("latest")
     world.said(1, 0)
@@ -364,27 +365,27 @@ def test_a_version_is_lost_with_its_last_holder_and_found_with_it(world: FakeCoo
 def test_a_version_is_back_with_a_holder_that_was_only_slow(world: FakeCoordinator) -> None:
     world.make("v1")
     world.up.discard(0)
-    world.versions.buried(0)
+    world.lifecycle.buried(0)
     with pytest.raises(VersionExpired):
         world.lease("v1")
-    world.versions.tick(world.now)
-    assert [s.state for s in world.versions.status("m")] == ["lost"]
+    world.tick()
+    assert [s.state for s in world.leases.status("m")] == ["lost"]
     world.up.add(0)
-    world.versions.tick(world.now)
+    world.tick()
     world.lease("v1")
 
 
 def test_servers_that_became_copies_are_told_to_hold_it(world: FakeCoordinator) -> None:
     world.make("v1")
     world.views[0] = (0, 2)
-    world.versions.moved(0)
+    world.lifecycle.moved(0)
     world.pass_time(2 * HEAL)
     server, hold = world.holds[-1]
     assert (server, hold.number, hold.shard) == (2, 1, 0)
     assert hold.parts == (v.PartDigest(1, SIZE, 100),)
-    assert world.versions.only(0)
-    world.versions.part(v.PartDone(1, 0, 2, hold.parts))
-    assert not world.versions.only(0)
+    assert world.lifecycle.only(0)
+    world.lifecycle.part(v.PartDone(1, 0, 2, hold.parts))
+    assert not world.lifecycle.only(0)
     asked = len(world.holds)
     world.pass_time(2 * HEAL)
     assert len(world.holds) == asked
@@ -401,9 +402,9 @@ def test_a_coordinator_that_comes_back_knows_what_was_ready(world: FakeCoordinat
     for number in (1, 2):
         for server in (0, 1):
             back.said(number, server)
-    assert back.lease("prod").info == world.versions.entries[1].info
+    assert back.lease("prod").info == world.catalogue.entries[1].info
     assert back.means("latest") == 2
-    back.versions.holding(60, v.Holding(((4, 2),), 4))  # its readers say what they hold
+    back.leases.holding(60, v.Holding(((4, 2),), 4))  # its readers say what they hold
     back.make("v4", keep=1)
     assert back.names == ["v1", "v2", "v4"]
 
@@ -414,10 +415,10 @@ def test_numbers_are_never_used_again(world: FakeCoordinator) -> None:
     for life in range(4):
         for i in range(90):  # more than are reserved at a time, and none becomes ready
             world.publish(f"{life}-{i}")
-            number = max(world.versions.entries)
+            number = max(world.catalogue.entries)
             assert number not in used
             used.add(number)
-            world.versions.part(v.PartDone(number, 0, 0, error="full"))
+            world.lifecycle.part(v.PartDone(number, 0, 0, error="full"))
         world = world.restart()
 
 

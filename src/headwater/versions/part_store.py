@@ -14,15 +14,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError, VersionExpired
 from headwater.layout import kinds
 from headwater.layout.dense import BLOCK
-from headwater.layout.words import spans
-from headwater.server.table import Table
-from headwater.server.versions.cut import PartCut
-from headwater.transports.rooms import Room, Rooms
+from headwater.transports.buffers import Buffer, BufferPool
 from headwater.types import TableSpec
+from headwater.versions.part_cut import PartCut
 from headwater.wire import delta
 from headwater.wire import messages as m
 from headwater.wire import versions as v
@@ -55,6 +54,15 @@ class Asked(NamedTuple):
     seq: int
 
 
+class Source(NamedTuple):
+    """A table whose part of a version begins now: its memory, and the step that it has taken last."""
+
+    table: int
+    clock: int
+    values: torch.Tensor
+    spans: tuple[delta.Span, ...]
+
+
 @dataclass(slots=True)
 class Held:
     """A part. ``cut``: it is still being copied. ``deltas``: by the base's number; ``None``: not worth its time.
@@ -62,7 +70,7 @@ class Held:
     ``tried``: the share of the part that they were allowed. ``waiting``: readers that wait for a delta, by its base.
     """
 
-    room: Room
+    buffer: Buffer
     spans: tuple[delta.Span, ...]
     sums: Sums | None = None
     cut: PartCut | None = None
@@ -83,12 +91,13 @@ class _Making:
 
 @dataclass(slots=True)
 class _Given:
-    """A part as memory, given to one reader ``count`` times more than the reader has said that it unmapped it.
+    """A part whose memory one reader may map.
 
-    A reader may map a part twice; its word does not say which mapping is gone, so only the last one counts.
+    ``count``: how often the reader was given it, less how often it has said that it unmapped it. It says so without
+    naming the mapping, so the buffers are the reader's until ``count`` is 0.
     """
 
-    rooms: set[Room] = field(default_factory=set)
+    buffers: set[Buffer] = field(default_factory=set)
     count: int = 0
 
 
@@ -107,7 +116,7 @@ class _Job(NamedTuple):
     most: float
 
 
-class Shelf:
+class PartStore:
     """``wake`` makes the owner call ``woken`` soon; without it (no threads) everything is done at once.
 
     ``number``: of this server, in a cluster of ``shards`` shards. ``checked``: frames carry checksums of their bytes,
@@ -123,7 +132,7 @@ class Shelf:
         wake: Callable[[], None] | None = None,
         checked: bool = False,
     ) -> None:
-        self.rooms = Rooms(share)
+        self.pool = BufferPool(share)
         self.parts: dict[Key, Held] = {}
         self.sent_bytes = 0  # to readers, over connections
         self._number = number
@@ -131,7 +140,7 @@ class Shelf:
         self._wake = wake
         self._checked = checked
         self._making: dict[tuple[int, int], _Making] = {}
-        self.said: list[v.PartDone] = []  # for the coordinator, on its way
+        self.outbox: list[v.PartDone] = []  # for the coordinator, on its way
         self._cutting: dict[Key, PartCut] = {}
         self._to_start: list[PartCut] = []
         self._given: dict[tuple[Key, int], _Given] = {}  # by whom the descriptors went to
@@ -142,31 +151,32 @@ class Shelf:
     @property
     def nbytes(self) -> int:
         """Bytes of the parts that are held."""
-        return sum(held.room.size for held in self.parts.values())
+        return sum(held.buffer.size for held in self.parts.values())
 
     # ---- parts -----------------------------------------------------------------------------------
 
-    def begin(self, number: int, shard: int, tables: Sequence[Table]) -> None:
+    def begin(self, number: int, shard: int, sources: Sequence[Source]) -> None:
         """Now: what these tables hold at this moment is this shard's part of version ``number``."""
-        if self.knows(number, shard):  # that record never was: another primary's counts
+        if self.has_begun(number, shard):  # begun by a record that was rolled back with its primary
             self._let_go(number, shard)
-        clocks = tuple((table.number, _clock(table)) for table in tables)
+        clocks = tuple((source.table, source.clock) for source in sources)
         making = self._making[number, shard] = _Making([], clocks)
         try:
-            for table in tables:
-                making.keys.append(Key(number, shard, table.number))
-                self._cut(making.keys[-1], table)
+            for source in sources:
+                making.keys.append(Key(number, shard, source.table))
+                self._cut(making.keys[-1], source)
         except (HeadwaterError, MemoryError, RuntimeError) as refused:
             making.error = f"shard {shard} could not begin its part: {refused}"
             for key in making.keys:
                 self._discard(key)
             making.keys = []
-        self.say(number, shard)
+        self.report(number, shard)
 
-    def _cut(self, key: Key, table: Table) -> None:
-        room = self.rooms.take(table.size)
-        cut = PartCut(table.values, room, lambda: self._landed(table.size))
-        held = self.parts[key] = Held(room, spans(table.spec, table.dense.segments, table.size), cut=cut)
+    def _cut(self, key: Key, source: Source) -> None:
+        size = len(source.values)
+        buffer = self.pool.take(size)
+        cut = PartCut(source.values, buffer, lambda: self._landed(size))
+        held = self.parts[key] = Held(buffer, source.spans, cut=cut)
         if self._wake is None:
             cut.finish()
             self._have(held, cut)
@@ -178,18 +188,19 @@ class Shelf:
 
     def _have(self, held: Held, cut: PartCut) -> None:
         held.sums, held.cut = cut.sums, None
-        self.rooms.written(held.room)
+        self.pool.written(held.buffer)
 
     def _landed(self, size: int) -> None:
         """A copying thread is done; the next version's memory is made ready while nobody waits for it."""
         if self._wake is not None:
             self._wake()
-            self.rooms.prepare(size)
+            self.pool.prepare(size)
 
-    def knows(self, number: int, shard: int, parts: Sequence[v.PartDigest] = ()) -> bool:
+    def has_begun(self, number: int, shard: int, parts: Sequence[v.PartDigest] = ()) -> bool:
         """Whether this shard's moment in version ``number`` has been.
 
-        ``parts``: as they must be. Others are let go of: their record was one that its shard never had.
+        ``parts``: what the part must be. If another is held here, it was begun by a record that was rolled back with
+        its primary, and is let go of.
         """
         known = (number, shard) in self._making
         if known and parts and (mine := self._standing(number, shard).parts) and set(mine) != set(parts):
@@ -201,10 +212,10 @@ class Shelf:
         for key in self._making.pop((number, shard)).keys:
             self._discard(key)
 
-    def say_all(self) -> None:
+    def report_all(self) -> None:
         """Say all of it again, to a coordinator that has forgotten."""
         for number, shard in self._making:
-            self.say(number, shard)
+            self.report(number, shard)
 
     def _standing(self, number: int, shard: int) -> v.PartDone:
         making = self._making[number, shard]
@@ -215,42 +226,42 @@ class Shelf:
             sums = self.parts[key].sums
             if sums is None:  # begun, and on its way
                 return v.PartDone(number, shard, self._number, clocks=making.clocks)
-            parts.append(v.PartDigest(key.table, self.parts[key].room.size, digest(sums)))
+            parts.append(v.PartDigest(key.table, self.parts[key].buffer.size, digest(sums)))
         return v.PartDone(number, shard, self._number, tuple(parts), making.clocks, making.pause)
 
-    def say(self, number: int, shard: int) -> None:
+    def report(self, number: int, shard: int) -> None:
         """Let the coordinator hear of this shard's part of a version."""
-        self.said.append(self._standing(number, shard))
+        self.outbox.append(self._standing(number, shard))
 
     def take_in(
         self,
         number: int,
         shard: int,
-        got: Sequence[tuple[Key, Room, Sums]],
+        got: Sequence[tuple[Key, Buffer, Sums]],
         specs: Sequence[tuple[int, TableSpec]],
     ) -> None:
         """All of a shard's part of a version, fetched from another server: from now on this one holds it too."""
-        if self.knows(number, shard):  # it has been made here meanwhile
-            for _, room, _ in got:
-                self.rooms.give(room)
+        if self.has_begun(number, shard):  # it has been made here meanwhile
+            for _, buffer, _ in got:
+                self.pool.give(buffer)
             return
         known = dict(specs)
-        for key, room, sums in got:
-            self.put(key, room, sums, kinds.spans(known[key.table], self._shards, shard, room.size))
+        for key, buffer, sums in got:
+            self.put(key, buffer, sums, kinds.spans(known[key.table], self._shards, shard, buffer.size))
         self._making[number, shard] = _Making([key for key, _, _ in got], ())
-        self.say(number, shard)
+        self.report(number, shard)
 
     def put(
         self,
         key: Key,
-        room: Room,
+        buffer: Buffer,
         sums: Sums,
         layout: tuple[delta.Span, ...],
         deltas: Mapping[int, Encoded | None] | None = None,
     ) -> None:
         """A part that was fetched. ``deltas``: to it, by the number of their base, as they came."""
-        self.parts[key] = Held(room, layout, sums, deltas=dict(deltas or {}))
-        self.rooms.written(room)
+        self.parts[key] = Held(buffer, layout, sums, deltas=dict(deltas or {}))
+        self.pool.written(buffer)
 
     def before_write(self, shard: int, table: int, ranges: Sequence[tuple[int, int]]) -> None:
         """These bytes of a table are about to change."""
@@ -275,10 +286,10 @@ class Shelf:
         cut = self._cutting.pop(key, None)
         if cut is not None:
             cut.drop()
-            held.room.spoilt = True  # its thread may still write into it
-        self.rooms.give(held.room)
-        if all(each.room.size != held.room.size for each in self.parts.values()):
-            self.rooms.unwanted(held.room.size)  # no more versions of this table, or not for now
+            held.buffer.tainted = True  # its thread may still write into it
+        self.pool.give(held.buffer)
+        if all(each.buffer.size != held.buffer.size for each in self.parts.values()):
+            self.pool.unwanted(held.buffer.size)  # no more versions of this table, or not for now
         return [_refuse(asked, _expired(key)) for waiting in held.waiting.values() for asked in waiting]
 
     def woken(self) -> list[Instruction]:
@@ -301,7 +312,7 @@ class Shelf:
                 for key, cut in cuts.items():
                     del self._cutting[key]
                     self._have(self.parts[key], cut)
-            self.say(number, shard)
+            self.report(number, shard)
         out: list[Instruction] = []
         while not self._made.empty():
             held, key, base, encoded = self._made.get()
@@ -315,8 +326,8 @@ class Shelf:
         for cut in self._cutting.values():
             cut.drop()
         for held in self.parts.values():
-            held.room.close()
-        self.rooms.close()
+            held.buffer.close()
+        self.pool.close()
 
     # ---- readers ---------------------------------------------------------------------------------
 
@@ -343,8 +354,8 @@ class Shelf:
             self._forget((key, peer), clean=True)
 
     def _forget(self, given: tuple[Key, int], *, clean: bool) -> None:
-        for room in self._given.pop(given).rooms:
-            room.forget(given[1], clean=clean)
+        for buffer in self._given.pop(given).buffers:
+            buffer.forget(given[1], clean=clean)
 
     def closed(self, peer: int) -> None:
         """A reader's connection ended. It may still map what it was given."""
@@ -359,21 +370,21 @@ class Shelf:
         held = self.parts.get(key)
         if held is None or held.sums is None:
             return [_refuse(asked, _expired(key))]
-        if request.shared and held.room.fd >= 0:
-            held.room.readers.add(asked.peer)
+        if request.shared and held.buffer.fd >= 0:
+            held.buffer.readers.add(asked.peer)
             given = self._given.setdefault((key, asked.peer), _Given())
-            given.rooms.add(held.room)
+            given.buffers.add(held.buffer)
             given.count += 1
             body = m.pack(self._part(held, "shared", 0))
-            return [Outgoing(asked.peer, Frame(Kind.REPLY, seq=asked.seq, body=body), (held.room.fd,))]
+            return [Outgoing(asked.peer, Frame(Kind.REPLY, seq=asked.seq, body=body), (held.buffer.fd,))]
         base = self.parts.get(key._replace(number=request.base))
-        if base is None or base.sums is None or base is held or base.room.size != held.room.size:
+        if base is None or base.sums is None or base is held or base.buffer.size != held.buffer.size:
             return self._whole(asked, held)
         most = delta.worth(request.link) if request.link > 0 else delta.DENSE
         if request.base in held.deltas:
             encoded = held.deltas[request.base]
             if encoded is not None or held.tried.get(request.base, most) >= most:
-                fits = encoded is not None and len(encoded) <= most * held.room.size
+                fits = encoded is not None and len(encoded) <= most * held.buffer.size
                 return self._answer(asked, held, encoded if fits else None)
         waiting = held.waiting.get(request.base)
         if waiting is not None:  # it is being made
@@ -383,7 +394,7 @@ class Shelf:
         else:
             held.waiting[request.base] = [asked]
             held.tried[request.base] = most
-            self._encode(_Job(held, key, request.base, base.room.lend(), held.room.lend(), held.spans, most))
+            self._encode(_Job(held, key, request.base, base.buffer.lend(), held.buffer.lend(), held.spans, most))
         return self.woken() if self._wake is None else []
 
     def _answer(self, asked: Asked, held: Held, encoded: Encoded | None) -> list[Instruction]:
@@ -394,11 +405,11 @@ class Shelf:
     def _whole(self, asked: Asked, held: Held) -> list[Instruction]:
         if self._wake is not None:
             self._start()  # who fetches one version whole will ask for a delta to the next
-        return self._send(asked, self._part(held, "whole", held.room.size), held.room.lend())
+        return self._send(asked, self._part(held, "whole", held.buffer.size), held.buffer.lend())
 
     def _part(self, held: Held, encoding: v.Encoding, nbytes: int) -> v.Part:
         assert held.sums is not None
-        return v.Part(held.room.size, pack(held.sums), encoding, nbytes)
+        return v.Part(held.buffer.size, pack(held.sums), encoding, nbytes)
 
     def _send(self, asked: Asked, part: v.Part, data: memoryview) -> list[Instruction]:
         """The reply, then the bytes in blocks: so that other connections get their turn."""
@@ -438,7 +449,7 @@ class Shelf:
     def _encoded(self, key: Key, base: int, encoded: bytes | None) -> list[Instruction]:
         held = self.parts[key]
         held.deltas[base] = encoded
-        while len(held.deltas) > DELTAS or (len(held.deltas) > 1 and _bytes_of(held.deltas) > held.room.size):
+        while len(held.deltas) > DELTAS or (len(held.deltas) > 1 and _bytes_of(held.deltas) > held.buffer.size):
             oldest = next(iter(held.deltas))
             del held.deltas[oldest]
             held.tried.pop(oldest, None)
@@ -456,10 +467,6 @@ def _made(job: _Job) -> tuple[Held, Key, int, bytes | None]:
 
 def _bytes_of(deltas: Mapping[int, Encoded | None]) -> int:
     return sum(len(encoded) for encoded in deltas.values() if encoded is not None)
-
-
-def _clock(table: Table) -> int:
-    return table.gathering.clock if table.collective else max(table.clocks.clock.values(), default=0)
 
 
 def _refuse(asked: Asked, error: ClusterError) -> Outgoing:

@@ -18,11 +18,11 @@ from headwater.errors import HeadwaterError, NotEnoughMemory, ProtocolError, Ver
 from headwater.server import COORDINATOR
 from headwater.server.node import Setting
 from headwater.server.server import Server
-from headwater.server.versions import shelf as shelf_module
-from headwater.server.versions.cut import PartCut
-from headwater.server.versions.shelf import Key, Shelf
 from headwater.transports import memory
 from headwater.types import Bulk, DenseSpec, OptimizerSpec, ParameterSpec
+from headwater.versions import part_store as store_module
+from headwater.versions.part_cut import PartCut
+from headwater.versions.part_store import Key, PartStore
 from headwater.wire import delta
 from headwater.wire import messages as m
 from headwater.wire import versions as v
@@ -59,8 +59,8 @@ class Holder:
             self.tell(m.Create(number, spec))
 
     @property
-    def shelf(self) -> Shelf:
-        return self.server.setting.shelf
+    def part_store(self) -> PartStore:
+        return self.server.setting.part_store
 
     @property
     def values(self) -> torch.Tensor:
@@ -82,14 +82,14 @@ class Holder:
                 self.said.append(message)
 
     def write(self, start: int = 0, count: int = ELEMENTS, seed: int = 1) -> None:
-        """As a step does: the elements change, and the shelf is told before."""
+        """As a step does: the elements change, and the part store is told before."""
         self.server.nodes[0].before_write(1, ((4 * start, 4 * (start + count)),))
         floats = self.values.view(torch.float32)
         floats[start : start + count] += torch.from_numpy(np.random.default_rng(seed).normal(size=count)).float()
 
     def settle(self) -> None:
         """Until no thread has anything to do for it."""
-        while self.shelf._cutting or any(held.waiting for held in self.shelf.parts.values()):
+        while self.part_store._cutting or any(held.waiting for held in self.part_store.parts.values()):
             assert self.rang.wait(PATIENCE)
             self.rang.clear()
             self._take(self.server.woken())
@@ -134,7 +134,7 @@ class Holder:
 def holder() -> Iterator[Holder]:
     made = Holder()
     yield made
-    made.shelf.close()
+    made.part_store.close()
 
 
 # ---- parts of one moment -------------------------------------------------------------------------------
@@ -166,15 +166,15 @@ def versions_of_a_moving_table(monkeypatch: pytest.MonkeyPatch) -> None:
         part, data, _ = holder.fetch(number)
         assert same(data, wanted), f"version {number} is not of its moment"
         assert np.array_equal(unpack(part.sums), checksums(np.frombuffer(data, np.uint8)))
-    holder.shelf.close()
+    holder.part_store.close()
 
 
 def test_versions_are_of_their_moments_while_the_table_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     versions_of_a_moving_table(monkeypatch)
 
 
-def test_a_shelf_that_is_not_told_of_writes_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Shelf, "before_write", lambda self, shard, table, ranges: None)
+def test_a_part_store_that_is_not_told_of_writes_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PartStore, "before_write", lambda self, shard, table, ranges: None)
     with pytest.raises(AssertionError, match="is not of its moment"):
         versions_of_a_moving_table(monkeypatch)
 
@@ -183,14 +183,14 @@ def test_the_coordinator_hears_when_it_begins_and_when_it_is_there(holder: Holde
     holder.publish(1)
     begun, done = holder.said
     assert (begun.parts, begun.clocks) == ((), ((1, 0),))
-    held = holder.shelf.parts[Key(1, 0, 1)]
+    held = holder.part_store.parts[Key(1, 0, 1)]
     assert held.sums is not None
     assert done.parts == (v.PartDigest(1, holder.values.numel(), digest(held.sums)),)
     assert done.pause >= 0
     holder.said.clear()
     holder.tell(v.CutVersion(1, 0, (1,)))  # to another coordinator
-    holder.shelf.say_all()
-    assert [x.parts for x in [*holder.said, *holder.shelf.said]] == [done.parts] * 2
+    holder.part_store.report_all()
+    assert [x.parts for x in [*holder.said, *holder.part_store.outbox]] == [done.parts] * 2
 
 
 def test_without_threads_it_is_there_at_once() -> None:
@@ -209,24 +209,24 @@ def test_without_threads_it_is_there_at_once() -> None:
 def test_a_version_that_only_half_begins_is_not_held(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """The second table's part is refused; the first one's copy, which goes on, must not count as the whole."""
     holder = Holder(tables=2)
-    cut, gate = Shelf._cut, late(monkeypatch)
+    cut, gate = PartStore._cut, late(monkeypatch)
 
-    def refusing(self: Shelf, key: Key, table: Any) -> None:
+    def refusing(self: PartStore, key: Key, source: Any) -> None:
         if key.table == 2:
             raise error
-        cut(self, key, table)
+        cut(self, key, source)
 
-    monkeypatch.setattr(Shelf, "_cut", refusing)
+    monkeypatch.setattr(PartStore, "_cut", refusing)
     holder.tell(v.CutVersion(1, 0, (1, 2)))
     assert [x.error for x in holder.said] == [f"shard 0 could not begin its part: {error}"]
     gate.set()
     holder.settle()
     holder._take(holder.server.woken())
     assert all(x.error for x in holder.said)
-    assert not holder.shelf.parts
-    holder.shelf.say_all()
-    assert all(x.error for x in holder.shelf.said)
-    holder.shelf.close()
+    assert not holder.part_store.parts
+    holder.part_store.report_all()
+    assert all(x.error for x in holder.part_store.outbox)
+    holder.part_store.close()
 
 
 def test_no_memory_for_a_part(holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,9 +247,9 @@ def test_a_copy_that_fails_is_said_and_leaves_nothing(holder: Holder, monkeypatc
     assert holder.said[-1].error == "shard 0 could not copy its part: no memory for a sum"
     with pytest.raises(VersionExpired):
         holder.fetch(1)
-    assert not holder.shelf.parts
+    assert not holder.part_store.parts
     holder.tell(v.DropVersion((1,)))
-    assert not holder.shelf._making
+    assert not holder.part_store._making
 
 
 # ---- memory ----------------------------------------------------------------------------------------------
@@ -259,10 +259,10 @@ def test_a_part_as_memory_is_the_holders_own(holder: Holder) -> None:
     wanted = holder.publish(1)
     part, data, (fd,) = holder.fetch(1, shared=True)
     assert (part.encoding, data) == ("shared", b"")
-    assert os.fstat(fd).st_ino == os.fstat(holder.shelf.parts[Key(1, 0, 1)].room.fd).st_ino
+    assert os.fstat(fd).st_ino == os.fstat(holder.part_store.parts[Key(1, 0, 1)].buffer.fd).st_ino
     with mmap.mmap(fd, part.size, mmap.MAP_SHARED, mmap.PROT_READ) as view:
         assert same(view[:], wanted)
-    assert holder.shelf.sent_bytes == 0
+    assert holder.part_store.sent_bytes == 0
 
 
 @pytest.mark.parametrize("end", ["maps", "unmaps", "unmaps one of two", "dies", "dies later"])
@@ -284,7 +284,7 @@ def test_memory_that_a_reader_may_see_is_not_used_again(holder: Holder, end: str
         for number in (3, 4, 5):
             holder.write(seed=number)
             holder.publish(number)
-        used = {os.fstat(held.room.fd).st_ino for held in holder.shelf.parts.values()}
+        used = {os.fstat(held.buffer.fd).st_ino for held in holder.part_store.parts.values()}
         assert (inode in used) == (end == "unmaps")
         assert same(view[:], wanted) == (end != "unmaps")
 
@@ -292,7 +292,7 @@ def test_memory_that_a_reader_may_see_is_not_used_again(holder: Holder, end: str
 def test_memory_is_not_kept_for_versions_that_are_no_more(holder: Holder) -> None:
     holder.publish(1)
     holder.publish(2)
-    free = holder.shelf.rooms._free
+    free = holder.part_store.pool._free
     holder.tell(v.DropVersion((1,)))
     assert sum(map(len, free.values())) > 0  # the next one is made in it
     holder.tell(v.DropVersion((2,)))
@@ -306,10 +306,10 @@ def test_words_about_what_nobody_was_given_change_nothing(holder: Holder) -> Non
         if peer != READER:
             holder.fetch(1, peer)
         holder.unmap(number, peer)
-    assert holder.shelf.parts[Key(1, 0, 1)].room.readers
+    assert holder.part_store.parts[Key(1, 0, 1)].buffer.readers
     holder.unmap(1)
     holder.unmap(1)
-    assert not holder.shelf.parts[Key(1, 0, 1)].room.readers
+    assert not holder.part_store.parts[Key(1, 0, 1)].buffer.readers
 
 
 def test_bytes_on_their_way_to_a_reader_stay(holder: Holder) -> None:
@@ -324,7 +324,7 @@ def test_bytes_on_their_way_to_a_reader_stay(holder: Holder) -> None:
     assert same(b"".join(bytes(x.frame.payload or b"") for x in pieces), wanted)
     del pieces
     gc.collect()
-    assert holder.shelf.rooms._free
+    assert holder.part_store.pool._free
 
 
 # ---- bytes and deltas ----------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def test_a_delta_is_made_once_for_all_who_ask(holder: Holder, monkeypatch: pytes
     assert len({bytes(x[1].frame.payload or b"") for x in first}) == 1
     assert rebuilt(holder, old, 2, 1) == ("delta", new)
     assert len(made) == 1
-    assert holder.shelf.sent_bytes < len(new)
+    assert holder.part_store.sent_bytes < len(new)
 
 
 def test_what_changed_too_much_or_has_no_base_is_sent_whole(holder: Holder) -> None:
@@ -374,18 +374,18 @@ def test_what_changed_too_much_or_has_no_base_is_sent_whole(holder: Holder) -> N
 
 
 def test_deltas_are_bounded(holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shelf_module, "DELTAS", 3)
+    monkeypatch.setattr(store_module, "DELTAS", 3)
     states = {number: holder.publish(number) for number in range(1, 6)}
     holder.write(0, 10)
     states[6] = holder.publish(6)
     for base in range(1, 6):
         assert rebuilt(holder, states[base], 6, base) == ("delta", states[6])
-    held = holder.shelf.parts[Key(6, 0, 1)]
+    held = holder.part_store.parts[Key(6, 0, 1)]
     assert list(held.deltas) == [3, 4, 5]
     assert not held.waiting
-    size = held.room.size
+    size = held.buffer.size
     held.deltas.update({number: bytes(size // 3) for number in (10, 11, 12)})
-    holder.shelf._encoded(Key(6, 0, 1), 13, bytes(size // 2))
+    holder.part_store._encoded(Key(6, 0, 1), 13, bytes(size // 2))
     assert sum(len(x or b"") for x in held.deltas.values()) <= size
 
 
@@ -441,7 +441,7 @@ def test_what_is_dropped_while_somebody_waits_for_its_delta(holder: Holder, monk
     assert holder.rang.wait(PATIENCE)
     holder._take(holder.server.woken())
     assert not holder.told
-    assert not holder.shelf.parts
+    assert not holder.part_store.parts
 
 
 def test_a_delta_to_what_was_dropped_is_not_one_to_another_of_its_number(
@@ -457,12 +457,12 @@ def test_a_delta_to_what_was_dropped_is_not_one_to_another_of_its_number(
     holder.write(0, 10, 7)
     holder.publish(2)
     gate.set()
-    encoder = holder.shelf._encoder
+    encoder = holder.part_store._encoder
     assert encoder is not None
-    holder.shelf._jobs.put(None)
+    holder.part_store._jobs.put(None)
     encoder.join(PATIENCE)
     holder._take(holder.server.woken())
-    assert not holder.shelf.parts[Key(2, 0, 1)].deltas
+    assert not holder.part_store.parts[Key(2, 0, 1)].deltas
 
 
 def test_a_version_that_is_dropped_before_its_moment_is_never_made(holder: Holder) -> None:
@@ -472,7 +472,7 @@ def test_a_version_that_is_dropped_before_its_moment_is_never_made(holder: Holde
     assert [cut.number for cut in cuts] == [1, 2]
     holder.tell(v.DropVersion((1,)))
     assert [cut.number for cut in holder.server.nodes[0].cuts] == [2]
-    assert not holder.shelf.parts
+    assert not holder.part_store.parts
 
 
 @pytest.mark.parametrize("when", ["copying", "copied"])
@@ -491,7 +491,7 @@ def test_what_is_dropped_is_gone(holder: Holder, monkeypatch: pytest.MonkeyPatch
     holder.write()
     with pytest.raises(VersionExpired, match="not held here"):
         holder.fetch(1)
-    assert holder.shelf.nbytes == 0
+    assert holder.part_store.nbytes == 0
     assert holder.publish(2) == holder.fetch(2)[1]
 
 
@@ -527,7 +527,7 @@ def test_checksums_of_frames_where_they_are_wanted() -> None:
     holder.ask(1)
     _, *pieces = holder.told.pop(READER)
     assert all(x.frame.flags & Flag.CHECKED for x in pieces)
-    holder.shelf.close()
+    holder.part_store.close()
 
 
 def test_checksums_of_odd_length_are_none() -> None:
@@ -541,7 +541,7 @@ def test_no_descriptors_left_ends_one_connection_and_not_the_server(monkeypatch:
     spec = DenseSpec("t", (ParameterSpec("w", (ELEMENTS,)),), OptimizerSpec("SGD", ({"lr": 1.0},)), Bulk())
     host.create(1, spec)
     host.server.receive(COORDINATOR, Frame(Kind.NOTICE, body=m.pack(v.CutVersion(1, 0, (1,)))))
-    with serve(host, unix=f"headwater-shelf-{os.getpid()}") as address, Wire(address) as greedy, Wire(address) as other:
+    with serve(host, unix=f"headwater-parts-{os.getpid()}") as address, Wire(address) as greedy, Wire(address) as other:
         for wire in (greedy, other):
             wire.greet()
         dup, left = os.dup, iter(range(2))

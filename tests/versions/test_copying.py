@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwater.errors import DeadlineExceeded, InternalError
-from headwater.server.snapshots.cut import Cut, Loose, anonymous
+from headwater.versions.copying import Cut, Loose, anonymous
 from tests.patience import PATIENCE
 
 SIZE = 1000

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from headwater.errors import HeadwaterError
 from headwater.readers.fetch import Got
-from headwater.transports.rooms import Room
+from headwater.transports.buffers import Buffer
 from headwater.types import VersionInfo
 from headwater.wire import versions as v
 
@@ -24,7 +24,7 @@ class Base(NamedTuple):
     """A version that is here, to apply a delta to. ``loans``: while they are there its memory is not used again."""
 
     number: int
-    rooms: Mapping[PartKey, Room]
+    buffers: Mapping[PartKey, Buffer]
     loans: tuple[memoryview, ...]
 
 

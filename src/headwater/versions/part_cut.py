@@ -10,8 +10,8 @@ from contextlib import suppress
 import numpy as np
 import torch
 
-from headwater.server.snapshots.cut import Cut
-from headwater.transports.rooms import Room
+from headwater.transports.buffers import Buffer
+from headwater.versions.copying import Cut
 from headwater.wire.sums import Sums, block_sum
 from headwater.wire.versions import SUM_BLOCK
 
@@ -26,11 +26,11 @@ class PartCut(Cut):
     What the owner of the memory copies is summed by the thread: the owner has to go on.
     """
 
-    def __init__(self, values: torch.Tensor, room: Room, landed: Callable[[], None]) -> None:
-        super().__init__({"value": values}, lambda size: torch.from_numpy(room.array), SUM_BLOCK)
+    def __init__(self, values: torch.Tensor, buffer: Buffer, landed: Callable[[], None]) -> None:
+        super().__init__({"value": values}, lambda size: torch.from_numpy(buffer.array), SUM_BLOCK)
         self.sums: Sums = np.zeros(self._blocks, dtype=np.uint64)
         self.summed = False
-        self._part = room.array
+        self._part = buffer.array
         self._have = bytearray(self._blocks)
         self._landed = landed
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from headwater.cluster.versions import LEASE, Versions
 from headwater.errors import ClusterError, HeadwaterError, UnknownVersion, UsageError, VersionExists, VersionExpired
+from headwater.versions.catalogue import Catalogue
+from headwater.versions.entries import Entry
+from headwater.versions.leases import LEASE, Leases
 from headwater.wire import versions as v
-from tests.cluster.fake_coordinator import READER, FakeCoordinator, W
+from tests.versions.fake_coordinator import READER, FakeCoordinator, W
 
 SESSIONS = (50, 51, 52)
 NAMES = ("v0", "v1", "made-0", "made-1", "made-2", "prod", "stage", "latest", "latest")
@@ -29,12 +31,8 @@ class Machine:
         self.numbers: set[int] = set()
         self.turn = 0
 
-    @property
-    def versions(self) -> Versions:
-        return self.world.versions
-
     def number_of(self, what: int) -> int | None:
-        known = sorted(self.versions.entries)
+        known = sorted(self.world.catalogue.entries)
         return known[what % len(known)] if known else None
 
     # ---- trainers and operators --------------------------------------------------------------------
@@ -45,13 +43,13 @@ class Machine:
         self._publish(chance.choice(NAMES), chance.randint(1, 3), chance.choice((None, 30.0)), tags)
 
     def _publish(self, name: str, keep: int, age: float | None, tags: set[str]) -> int:
-        before = set(self.versions.entries)
+        before = set(self.world.catalogue.entries)
         try:
             self.world.publish(name, keep=keep, age=age, tags=tuple(tags), time=float(len(self.numbers)))
         except (VersionExists, UsageError, ClusterError):
-            assert set(self.versions.entries) == before
+            assert set(self.world.catalogue.entries) == before
             return 0
-        (number,) = set(self.versions.entries) - before
+        (number,) = set(self.world.catalogue.entries) - before
         assert number not in self.numbers
         self.numbers.add(number)
         return number
@@ -60,10 +58,10 @@ class Machine:
         """A version that goes well; on ``both`` copies of each shard."""
         chance = self.chance
         keep, both = chance.randint(1, 3), chance.random() < 0.5
-        if len(self.versions.entries) < 8 and {0, 1} <= self.world.up:
+        if len(self.world.catalogue.entries) < 8 and {0, 1} <= self.world.up:
             number = self._publish(f"made-{len(self.numbers)}", keep, None, set())
             for server in sorted(self.world.up) if both else (0, 1):
-                if number in self.versions.entries:
+                if number in self.world.catalogue.entries:
                     self.world.said(number, server, server % 2)
 
     def server_says(self) -> None:
@@ -77,7 +75,7 @@ class Machine:
         number = self.number_of(what)
         shard = server % 2
         if number is not None and server in self.world.up:
-            begins = shard not in self.versions.entries[number].begun
+            begins = shard not in self.world.catalogue.entries[number].begun
             more: dict[str, Any] = {"clocks": ((1, step),)} if begins else {}
             self.world.said(number, server, shard, begun=begun, **more)
 
@@ -86,22 +84,22 @@ class Machine:
         what, server, leads = chance.randrange(10), chance.randrange(4), chance.random() < 0.5
         number = self.number_of(what)
         if number is not None:
-            self.versions.part(v.PartDone(number, server % 2, server, error="full"), leads=leads)
+            self.world.lifecycle.part(v.PartDone(number, server % 2, server, error="full"), leads=leads)
 
     def tag(self) -> None:
         chance = self.chance
         tag, name = chance.choice(NAMES), chance.choice((*NAMES, ""))
-        before = dict(self.versions.tags)
+        before = dict(self.world.catalogue.tags)
         try:
             self.world.tag(tag, name)
         except HeadwaterError:
-            assert self.versions.tags == before
+            assert self.world.catalogue.tags == before
 
     def retire(self) -> None:
         name = self.chance.choice(NAMES)
         try:
             number = self.world.means(name)
-            self.versions.retire(self.world.asker(), v.Retire("m", name))
+            self.world.lifecycle.retire(self.world.asker(), v.Retire("m", name))
         except (UsageError, UnknownVersion):
             return
         assert number not in self.held()
@@ -131,27 +129,27 @@ class Machine:
             session, turn = mine[what % len(mine)]
             number = self.leases.pop((session, turn))
             if not lost:
-                self.versions.release(session, number, turn)
+                self.world.leases.release(session, number, turn)
 
     def beat(self) -> None:
         session = self.chance.choice(SESSIONS)
         if session not in self.away:
             mine = tuple((turn, number) for (of, turn), number in self.leases.items() if of == session)
-            self.versions.holding(session, v.Holding(mine, self.turn))
+            self.world.leases.holding(session, v.Holding(mine, self.turn))
             here = {number for _, number in mine}
-            assert all((e.leases[session] > 0) == (e.number in here) for e in self.versions.entries.values())
+            assert all((e.leases[session] > 0) == (e.number in here) for e in self.world.catalogue.entries.values())
 
     def reader_goes(self) -> None:
         chance = self.chance
         session, clean = chance.choice(SESSIONS), chance.random() < 0.3
         if session not in self.away:
-            self.versions.left(session, self.world.now, clean=clean)
+            self.world.leases.left(session, self.world.now, clean=clean)
             self.away[session] = self.world.now if not clean else -1e9
 
     def reader_comes(self) -> None:
         session = self.chance.choice(SESSIONS)
         if session in self.away:
-            self.versions.joined(session)
+            self.world.leases.joined(session)
             if self.world.now - self.away.pop(session) >= LEASE:
                 self.leases = {key: number for key, number in self.leases.items() if key[0] != session}
 
@@ -162,15 +160,15 @@ class Machine:
         self.world.watch(name, after)
         for found in self.world.take(READER):
             assert found.info.number != after
-            assert self.versions.entries[found.info.number].state == "ready"
+            assert self.world.catalogue.entries[found.info.number].state == "ready"
 
     # ---- deaths ------------------------------------------------------------------------------------
 
     def server_dies(self) -> None:
         server = self.chance.randrange(4)
         self.world.up.discard(server)
-        self.versions.buried(server)
-        self.versions.moved(server % 2)
+        self.world.lifecycle.buried(server)
+        self.world.lifecycle.moved(server % 2)
 
     def server_comes(self) -> None:
         server = self.chance.randrange(4)
@@ -182,7 +180,7 @@ class Machine:
 
     def hang_up(self) -> None:
         peer = self.chance.choice((W, READER))
-        self.versions.gone(peer)
+        self.world.gone(peer)
 
     def restart(self) -> None:
         """Its readers say what they hold before anything else happens."""
@@ -190,7 +188,7 @@ class Machine:
         self.world.now = max([self.world.now, *self.away.values()])
         for session in set(range(50, 53)) - set(self.away):
             mine = tuple((turn, number) for (of, turn), number in self.leases.items() if of == session)
-            self.versions.holding(session, v.Holding(mine, self.turn))
+            self.world.leases.holding(session, v.Holding(mine, self.turn))
         self.leases = {key: number for key, number in self.leases.items() if key[0] not in self.away}
 
     # ---- what is always true -------------------------------------------------------------------------
@@ -203,13 +201,13 @@ class Machine:
         }  # fmt: skip
 
     def promises(self) -> None:
-        there = self.versions.entries
+        there = self.world.catalogue.entries
         assert self.held() <= set(there), "a version was let go of under a lease"
-        assert set(self.versions.tags.values()) <= set(there), "a tag means nothing"
+        assert set(self.world.catalogue.tags.values()) <= set(there), "a tag means nothing"
         assert not set(self.world.dropped) & set(there), "servers were told to drop what can be leased"
         names = [entry.info.name for entry in there.values()]
         assert len(set(names)) == len(names)
-        assert not set(names) & {tag for _, tag in self.versions.tags}
+        assert not set(names) & {tag for _, tag in self.world.catalogue.tags}
         for number, entry in there.items():
             if entry.state == "ready":
                 assert entry.whole
@@ -243,20 +241,21 @@ def test_random_events_break_no_promise() -> None:
 
 @pytest.mark.parametrize("bug", ["leases", "tags", "turns", "away"])
 def test_a_seeded_bug_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def retain(self: Versions) -> None:
+    def expendable(self: Catalogue, now: float) -> list[Entry]:
         mine = [e for e in self.of("m") if e.state in ("ready", "lost")]
-        newest = self.newest("m")
+        newest, found = self.newest("m"), []
         for place, entry in enumerate(reversed(mine)):
             keeps = entry.leases if bug == "tags" else self.tags_of(entry)
             if entry is not newest and not keeps and place >= (newest or entry).ask.keep:
-                self._remove(entry)
+                found.append(entry)
+        return found
 
     if bug in ("leases", "tags"):
-        monkeypatch.setattr(Versions, "retain", retain)
+        monkeypatch.setattr(Catalogue, "expendable", expendable)
     elif bug == "turns":  # a question that is asked again is another one
-        grant = Versions._grant
-        monkeypatch.setattr(Versions, "_grant", lambda self, session, turn, entry: grant(self, session, 0, entry))
+        grant = Leases._grant
+        monkeypatch.setattr(Leases, "_grant", lambda self, session, turn, entry: grant(self, session, 0, entry))
     else:  # a reader that is back is still thought gone
-        monkeypatch.setattr(Versions, "joined", lambda self, session: None)
+        monkeypatch.setattr(Leases, "joined", lambda self, session: None)
     with pytest.raises(AssertionError, match="seed"):
         run(seeds=10 * SEEDS)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from headwater.cluster.versions import ABANDONED, UNFINISHED
 from headwater.errors import (
     ClusterError,
     ProtocolError,
@@ -16,8 +15,9 @@ from headwater.errors import (
     UsageError,
     VersionExists,
 )
+from headwater.versions.lifecycle import ABANDONED, UNFINISHED
 from headwater.wire import versions as v
-from tests.cluster.fake_coordinator import SIZE, FakeCoordinator, W, again
+from tests.versions.fake_coordinator import SIZE, FakeCoordinator, W, again
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_a_version_is_begun_by_all_then_held_by_all_then_ready(world: FakeCoordi
     assert [(c.number, c.shard, c.tables, c.late) for c in world.cuts] == [(1, 0, (1,), False), (1, 1, (1,), False)]
     world.said(1, 0)
     assert world.take(W) == []
-    world.versions.await_ready(world.asker(2), 1)
+    world.lifecycle.await_ready(world.asker(2), 1)
     world.said(1, 1, begun=True)
     assert world.take(W) == [v.Publishing(1)]
     with pytest.raises(UnknownVersion, match="being published; wait"):
@@ -52,10 +52,10 @@ def test_it_waits_for_its_step_and_is_cut_before_the_next(world: FakeCoordinator
     world.publish("v2", clocks=((1, 4),))
     assert not world.cuts
     for world.clock in (2, 3):
-        world.versions.advance()
+        world.lifecycle.advance()
     assert [c.number for c in world.cuts] == [1, 1]
     world.clock = 4
-    world.versions.advance()
+    world.lifecycle.advance()
     assert [c.number for c in world.cuts] == [1, 1, 2, 2]
 
 
@@ -66,7 +66,7 @@ def test_a_table_on_one_shard_waits_there(world: FakeCoordinator) -> None:
 
 def test_the_step_of_a_version_is_the_state_that_was_cut(world: FakeCoordinator) -> None:
     world.clock = 8
-    assert world.versions.entries[world.make("v1", clocks=((1, 8),))].info.step == 8
+    assert world.catalogue.entries[world.make("v1", clocks=((1, 8),))].info.step == 8
 
 
 def test_shards_that_begin_at_different_steps_make_no_version(world: FakeCoordinator) -> None:
@@ -79,7 +79,7 @@ def test_shards_that_begin_at_different_steps_make_no_version(world: FakeCoordin
     assert "Publish again" in str(error)
     assert world.dropped == [1]
     with pytest.raises(UnknownVersion, match="given up"):
-        world.versions.await_ready(world.asker(), 1)
+        world.lifecycle.await_ready(world.asker(), 1)
 
 
 def test_parents_and_numbers_are_of_the_cluster_and_names_of_the_model(world: FakeCoordinator) -> None:
@@ -87,17 +87,17 @@ def test_parents_and_numbers_are_of_the_cluster_and_names_of_the_model(world: Fa
     world.make("a", model="other")
     third = world.make("b")
     assert third == 3
-    assert world.versions.entries[3].info.parent == 1
-    assert world.versions.resolve("other", "latest").number == 2
+    assert world.catalogue.entries[3].info.parent == 1
+    assert world.catalogue.resolve("other", "latest").number == 2
 
 
 def test_asked_again_it_is_the_same_version(world: FakeCoordinator) -> None:
     """Over a new connection, or by another worker at the same step; under no bulk table too."""
     ask = world.publish("v1", tables=(2,), time=5.0)
-    world.versions.publish(world.asker(2), ask)
+    world.lifecycle.publish(world.asker(2), ask)
     world.said(1, 1, begun=True)
     assert world.take(W) == world.take(2) == [v.Publishing(1)]
-    world.versions.publish(world.asker(3), ask)
+    world.lifecycle.publish(world.asker(3), ask)
     assert world.take(3) == [v.Publishing(1)]
     world.clock = 1
     world.publish("v2", clocks=((1, 1),), time=1.0)
@@ -156,7 +156,7 @@ def test_a_wish_that_cannot_be_is_refused_and_leaves_nothing(
         world.publish("new", **wrong)
     assert world.names == ["old"]
     assert world.state == before
-    world.versions.advance()  # nothing of it waits
+    world.lifecycle.advance()  # nothing of it waits
 
 
 @pytest.mark.parametrize("name", ["", " a", "a ", "a\n", "\x00", "a" * 201, "latest", "prod", "soon"])
@@ -180,7 +180,7 @@ def test_what_nobody_waits_for_any_more_is_given_up(world: FakeCoordinator) -> N
         world.publish(f"v{i}", clocks=((1, 1 << 40),))
     world.pass_time(2 * ABANDONED)
     assert len(world.names) == UNFINISHED  # it still waits
-    world.versions.gone(W)
+    world.gone(W)
     world.pass_time(1)
     assert not world.names
     world.make("v")
@@ -190,7 +190,7 @@ def test_a_version_whose_publisher_does_not_wait_may_take_its_time(world: FakeCo
     world.publish("v1")
     for shard in (0, 1):
         world.said(1, shard, begun=True)
-    world.versions.gone(W)
+    world.gone(W)
     world.pass_time(3 * ABANDONED)
     for shard in (0, 1):
         world.said(1, shard)
@@ -200,9 +200,9 @@ def test_a_version_whose_publisher_does_not_wait_may_take_its_time(world: FakeCo
 def test_those_who_wait_for_one_version_are_bounded(world: FakeCoordinator) -> None:
     ask = world.publish("v1", time=1.0)
     with pytest.raises(ClusterError, match="wait for this version already"):
-        again(lambda i: world.versions.await_ready(world.asker(2), 1))
+        again(lambda i: world.lifecycle.await_ready(world.asker(2), 1))
     with pytest.raises(ClusterError, match="wait for this version already"):
-        again(lambda i: world.versions.publish(world.asker(2), ask))
+        again(lambda i: world.lifecycle.publish(world.asker(2), ask))
 
 
 # ---- what servers say ----------------------------------------------------------------------------------
@@ -234,9 +234,9 @@ def test_what_a_server_cannot_mean_changes_nothing(world: FakeCoordinator, wrong
 
 
 def test_a_word_about_a_version_that_is_not_there_ends_it_there(world: FakeCoordinator) -> None:
-    world.versions.part(v.PartDone(77, 0, 0))
+    world.lifecycle.part(v.PartDone(77, 0, 0))
     world.make("v1")
-    world.versions.part(v.PartDone(1, 9, 0))  # of a shard that has no part in it
+    world.lifecycle.part(v.PartDone(1, 9, 0))  # of a shard that has no part in it
     assert world.dropped == [77, 1]
     assert world.means("v1") == 1
 
@@ -249,9 +249,9 @@ def test_nobody_begins_before_it_is_told_to(world: FakeCoordinator) -> None:
 
 def test_a_primary_that_cannot_ends_it_and_a_backup_that_cannot_does_not(world: FakeCoordinator) -> None:
     world.publish("v1")
-    world.versions.part(v.PartDone(1, 0, 3, error="no memory"), leads=False)
+    world.lifecycle.part(v.PartDone(1, 0, 3, error="no memory"), leads=False)
     assert world.names == ["v1"]
-    world.versions.part(v.PartDone(1, 0, 0, error="no memory"), leads=True)
+    world.lifecycle.part(v.PartDone(1, 0, 0, error="no memory"), leads=True)
     (error,) = world.take(W)
     assert "version 'v1' was not published: no memory" in str(error)
     assert not world.names
@@ -260,7 +260,7 @@ def test_a_primary_that_cannot_ends_it_and_a_backup_that_cannot_does_not(world: 
 def test_a_primary_that_fails_late_does_not_end_what_another_holds(world: FakeCoordinator) -> None:
     world.publish("v1")
     world.said(1, 3, shard=0)
-    world.versions.part(v.PartDone(1, 0, 0, error="no memory"))
+    world.lifecycle.part(v.PartDone(1, 0, 0, error="no memory"))
     world.said(1, 1)
     assert world.means("v1") == 1
 
@@ -287,11 +287,11 @@ def test_a_backup_that_ran_ahead_of_its_primary_counts_when_the_primary_says_the
     world.said(1, 1)
     world.said(1, 3, shard=0, leads=False)
     assert world.take(W) == []
-    assert not world.versions.entries[1].begun.get(0)
-    world.versions.moved(0)  # the new primary does not know of it
+    assert not world.catalogue.entries[1].begun.get(0)
+    world.lifecycle.moved(0)  # the new primary does not know of it
     assert [(c.shard, c.late) for c in world.cuts[2:]] == [(0, False)]
     world.said(1, 0)
-    assert world.versions.entries[1].holders[0] == {0, 3}
+    assert world.catalogue.entries[1].holders[0] == {0, 3}
     assert [len(part.holders) for part in world.lease("v1").parts] == [2, 1]
 
 
@@ -301,19 +301,19 @@ def test_a_backup_that_ran_into_what_never_was_is_no_holder(world: FakeCoordinat
     world.said(1, 3, shard=0, leads=False, parts=(v.PartDigest(1, SIZE, 666),))
     world.said(1, 0)
     assert world.means("v1") == 1
-    assert world.versions.entries[1].holders[0] == {0}
+    assert world.catalogue.entries[1].holders[0] == {0}
 
 
 def test_another_primary_is_told_what_the_one_before_may_not_have_heard(world: FakeCoordinator) -> None:
     world.publish("v1")
     world.said(1, 1)
     world.cuts.clear()
-    world.versions.moved(0)
+    world.lifecycle.moved(0)
     assert [(c.shard, c.late) for c in world.cuts] == [(0, False)]  # it may begin: the others' moments are compared
     world.said(1, 0, begun=True)
-    world.versions.moved(0)
+    world.lifecycle.moved(0)
     assert [(c.shard, c.late) for c in world.cuts] == [(0, False), (0, True)]
     world.said(1, 3, shard=0)
-    world.versions.moved(0)
+    world.lifecycle.moved(0)
     assert len(world.cuts) == 2  # it is ready
     assert world.means("v1") == 1

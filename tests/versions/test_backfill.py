@@ -11,9 +11,9 @@ import pytest
 from headwater.errors import ProtocolError
 from headwater.layout.dense import layout
 from headwater.layout.words import spans
-from headwater.server.versions.fills import Fills
-from headwater.server.versions.shelf import Key, Shelf
 from headwater.types import DenseSpec, OptimizerSpec, ParameterSpec
+from headwater.versions.backfill import Backfills
+from headwater.versions.part_store import Key, PartStore
 from headwater.wire import messages as m
 from headwater.wire import sums
 from headwater.wire import versions as v
@@ -27,18 +27,18 @@ SPECS = (
 HOLDER = v.Holder("tcp://127.0.0.1:1", "", "")
 
 
-def holding() -> tuple[Shelf, v.Hold]:
-    """A shelf with version 7 of shard 0, and the order to hold it too."""
-    shelf = Shelf(0)
+def holding() -> tuple[PartStore, v.Hold]:
+    """A part store with version 7 of shard 0, and the order to hold it too."""
+    part_store = PartStore(0)
     parts = []
     for number, spec in SPECS:
         plan = layout(spec, 1)
-        room = shelf.rooms.take(plan.size)
-        room.array[:] = np.random.default_rng(number).integers(0, 256, plan.size, dtype=np.uint8)
-        checks = sums.checksums(room.array)
-        shelf.put(Key(7, 0, number), room, checks, spans(spec, plan.segments[0], plan.size))
+        buffer = part_store.pool.take(plan.size)
+        buffer.array[:] = np.random.default_rng(number).integers(0, 256, plan.size, dtype=np.uint8)
+        checks = sums.checksums(buffer.array)
+        part_store.put(Key(7, 0, number), buffer, checks, spans(spec, plan.segments[0], plan.size))
         parts.append(v.PartDigest(number, plan.size, sums.digest(checks)))
-    return shelf, v.Hold(7, 0, tuple(parts), SPECS, HOLDER)
+    return part_store, v.Hold(7, 0, tuple(parts), SPECS, HOLDER)
 
 
 class Pair:
@@ -46,15 +46,15 @@ class Pair:
 
     def __init__(self) -> None:
         self.theirs, self.order = holding()
-        self.mine = Shelf(1)
-        self.fills = Fills(self.mine, count(1), None)
+        self.mine = PartStore(1)
+        self.backfills = Backfills(self.mine, count(1), None)
         self.closed = False
 
     def begin(self) -> None:
-        (dial,) = self.fills.begin(self.order)
+        (dial,) = self.backfills.begin(self.order)
         assert isinstance(dial, Dial)
-        assert self.fills.dials(dial.key)
-        self.run(self.fills.dialed(dial.key, 5))
+        assert self.backfills.dials(dial.key)
+        self.run(self.backfills.dialed(dial.key, 5))
 
     def run(self, out: list[Instruction]) -> None:
         while out:
@@ -68,31 +68,31 @@ class Pair:
                 self.hear(answer.frame, out)
 
     def hear(self, frame: Frame, out: list[Instruction]) -> None:
-        if 5 not in self.fills:
+        if 5 not in self.backfills:
             return
         if frame.payload is not None:
-            self.fills.landing(5, frame)[:] = frame.payload
-        out += self.fills.receive(5, frame)
+            self.backfills.landing(5, frame)[:] = frame.payload
+        out += self.backfills.receive(5, frame)
 
 
 def test_all_tables_are_fetched_checked_and_said() -> None:
     pair = Pair()
     pair.begin()
     assert pair.closed
-    assert 5 not in pair.fills
-    (said,) = pair.mine.said
+    assert 5 not in pair.backfills
+    (said,) = pair.mine.outbox
     assert (said.number, said.shard, said.server, said.parts) == (7, 0, 1, pair.order.parts)
     for number, _ in SPECS:
         key = Key(7, 0, number)
-        assert np.array_equal(pair.mine.parts[key].room.array, pair.theirs.parts[key].room.array)
+        assert np.array_equal(pair.mine.parts[key].buffer.array, pair.theirs.parts[key].buffer.array)
 
 
 def test_what_is_held_already_is_only_said() -> None:
     pair = Pair()
     pair.begin()
-    pair.mine.said.clear()
-    assert pair.fills.begin(pair.order) == []
-    assert [done.parts for done in pair.mine.said] == [pair.order.parts]
+    pair.mine.outbox.clear()
+    assert pair.backfills.begin(pair.order) == []
+    assert [done.parts for done in pair.mine.outbox] == [pair.order.parts]
 
 
 def test_damaged_bytes_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def test_damaged_bytes_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     pair.begin()
     assert pair.closed
     assert not pair.mine.parts
-    assert not pair.mine.said
+    assert not pair.mine.outbox
 
 
 def test_another_part_than_the_one_asked_for_is_refused() -> None:
@@ -124,45 +124,45 @@ def test_a_holder_that_has_it_no_more_ends_the_fill() -> None:
     pair.theirs.drop([7])
     pair.begin()
     assert pair.closed
-    assert not pair.mine.said
-    assert pair.fills.begin(pair.order)  # and it can be asked for again
+    assert not pair.mine.outbox
+    assert pair.backfills.begin(pair.order)  # and it can be asked for again
 
 
 def test_bytes_that_nobody_asked_for_are_refused_before_they_land() -> None:
     pair = Pair()
-    (dial,) = pair.fills.begin(pair.order)
+    (dial,) = pair.backfills.begin(pair.order)
     assert isinstance(dial, Dial)
-    pair.fills.dialed(dial.key, 5)
+    pair.backfills.dialed(dial.key, 5)
     with pytest.raises(ProtocolError, match="nobody asked for"):
-        pair.fills.landing(5, Frame(Kind.PIECE, seq=1, length=10))
+        pair.backfills.landing(5, Frame(Kind.PIECE, seq=1, length=10))
 
 
 def test_one_fill_per_part_at_a_time_and_none_for_a_dropped_version() -> None:
     pair = Pair()
-    (dial,) = pair.fills.begin(pair.order)
-    assert pair.fills.begin(pair.order) == []
+    (dial,) = pair.backfills.begin(pair.order)
+    assert pair.backfills.begin(pair.order) == []
     assert isinstance(dial, Dial)
-    pair.fills.dialed(dial.key, 5)
-    (bye,) = pair.fills.drop([7])
+    pair.backfills.dialed(dial.key, 5)
+    (bye,) = pair.backfills.drop([7])
     assert isinstance(bye, Outgoing)
     assert bye.close
-    assert 5 not in pair.fills
+    assert 5 not in pair.backfills
 
 
 def test_a_holder_that_went_without_a_word_is_not_waited_for() -> None:
     pair = Pair()
-    (dial,) = pair.fills.begin(pair.order)
+    (dial,) = pair.backfills.begin(pair.order)
     assert isinstance(dial, Dial)
-    pair.fills.dialed(dial.key, 5)
+    pair.backfills.dialed(dial.key, 5)
     other = msgspec.structs.replace(pair.order, holder=v.Holder("tcp://127.0.0.1:2", "", ""))
-    bye, again = pair.fills.begin(other)
+    bye, again = pair.backfills.begin(other)
     assert isinstance(bye, Outgoing)
     assert (bye.peer, bye.close) == (5, True)
     assert isinstance(again, Dial)
     assert again.address == other.holder.address
-    assert 5 not in pair.fills
-    pair.run(pair.fills.dialed(again.key, 5))
-    assert pair.mine.knows(7, 0, pair.order.parts)
+    assert 5 not in pair.backfills
+    pair.run(pair.backfills.dialed(again.key, 5))
+    assert pair.mine.has_begun(7, 0, pair.order.parts)
 
 
 def test_an_order_travels() -> None:

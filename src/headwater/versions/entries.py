@@ -1,17 +1,16 @@
-"""One version as ``versions.py`` keeps it, what must be true of a wish for one, and whom its keeper speaks through."""
+"""One version as the coordinator and relays keep it, and what must be true of a wish for one."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 
-from headwater.errors import ClusterError, HeadwaterError, ProtocolError, UsageError
+from headwater.errors import ClusterError, ProtocolError, UsageError
 from headwater.types import TableSpec, VersionInfo
-from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.outgoing import Asker
 
@@ -20,28 +19,6 @@ METADATA = 64 << 10  # bytes of a version's metadata
 NAME = 200  # characters of a model's, version's or tag's name
 TAGS = 64  # of one model
 ASKERS = 256  # questions that wait for one version, or of one connection for news; more are refused
-
-
-class Known(NamedTuple):
-    """A table as it concerns versions. ``clock``: its last committed step, None where only its shard knows."""
-
-    spec: TableSpec
-    shards: tuple[int, ...]
-    clock: int | None
-
-
-class Desk(Protocol):
-    """Whom a ``Versions`` speaks through."""
-
-    def reply(self, asker: Asker, message: m.Reply) -> None: ...
-    def fail(self, asker: Asker, error: HeadwaterError) -> None: ...
-    def save(self, key: str, value: bytes | None) -> None: ...
-    def tell(self, shard: int, message: v.CutVersion) -> None: ...
-    def drop(self, numbers: tuple[int, ...]) -> None: ...
-    def table(self, number: int) -> Known: ...
-    def holder(self, server: int) -> v.Holder | None: ...
-    def copies(self, shard: int) -> tuple[int, ...]: ...
-    def order(self, server: int, message: v.Hold) -> None: ...
 
 
 @dataclass(slots=True)
@@ -82,6 +59,15 @@ class Entry:
     def held(self) -> int:
         """Bytes that its holders hold, all copies."""
         return sum(part.size * len(self.holders.get(shard, ())) for (shard, _), part in self.parts.items())
+
+
+def adopted(origin: v.Leased, keep: int, since: float) -> Entry:
+    """A version that was made elsewhere and is here now, whole."""
+    parts = {(part.shard, part.table): v.PartDigest(part.table, part.size, part.digest) for part in origin.parts}
+    shards = tuple(sorted({shard for shard, _ in parts}))
+    ask = v.Publish(origin.info.model, origin.info.name, origin.tables, keep=keep)
+    holders = {shard: {0} for shard in shards}
+    return Entry(origin.info, ask, shards, "ready", parts=parts, holders=holders, since=since, origin=origin)
 
 
 class Prints:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from headwater.server.snapshots.cut import Cut
-from headwater.server.versions.cut import PartCut
-from headwater.transports.rooms import Room, Rooms
+from headwater.transports.buffers import Buffer, BufferPool
+from headwater.versions.copying import Cut
+from headwater.versions.part_cut import PartCut
 from headwater.wire.sums import checksums
 from headwater.wire.versions import SUM_BLOCK
 from tests.patience import PATIENCE
@@ -24,10 +24,10 @@ def values_of(size: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8))
 
 
-def cut_of(values: torch.Tensor, landed: Callable[[], None] = lambda: None) -> tuple[PartCut, Room]:
-    room = Rooms(share=True).take(len(values))
-    room.array[:] = 255  # what was there before
-    return PartCut(values, room, landed), room
+def cut_of(values: torch.Tensor, landed: Callable[[], None] = lambda: None) -> tuple[PartCut, Buffer]:
+    buffer = BufferPool(share=True).take(len(values))
+    buffer.array[:] = 255  # what was there before
+    return PartCut(values, buffer, landed), buffer
 
 
 def write(values: torch.Tensor, cut: PartCut, chance: random.Random) -> None:
@@ -42,15 +42,15 @@ def race(size: int, seed: int) -> None:
     """Owner and cut take turns at random; without a thread, so that a seed says it all."""
     chance, values = random.Random(seed), values_of(size, seed)
     expected = values.clone()
-    cut, room = cut_of(values)
+    cut, buffer = cut_of(values)
     cut.begin(thread=False)
     while cut.advance(chance.randrange(2)):
         write(values, cut, chance)
     write(values, cut, chance)
     cut._sum_rest()
-    assert np.array_equal(room.array, expected.numpy()), f"seed {seed}: the part is not of one moment"
+    assert np.array_equal(buffer.array, expected.numpy()), f"seed {seed}: the part is not of one moment"
     assert cut.summed
-    assert np.array_equal(cut.sums, checksums(room.array)), f"seed {seed}"
+    assert np.array_equal(cut.sums, checksums(buffer.array)), f"seed {seed}"
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -68,26 +68,26 @@ def test_an_owner_that_does_not_say_what_it_writes_is_found_out(monkeypatch: pyt
 @pytest.mark.parametrize("size", SIZES)
 def test_without_a_thread_it_is_done_at_once(size: int) -> None:
     values = values_of(size)
-    cut, room = cut_of(values)
+    cut, buffer = cut_of(values)
     cut.finish()
     values += 1
-    assert np.array_equal(room.array, values_of(size).numpy())
-    assert np.array_equal(cut.sums, checksums(room.array))
+    assert np.array_equal(buffer.array, values_of(size).numpy())
+    assert np.array_equal(cut.sums, checksums(buffer.array))
 
 
 def test_a_thread_copies_while_the_owner_writes() -> None:
     for seed in range(8):
         chance, values = random.Random(seed), values_of(4 * SUM_BLOCK + 100, seed)
         expected, landed = values.clone(), threading.Event()
-        cut, room = cut_of(values, landed.set)
+        cut, buffer = cut_of(values, landed.set)
         cut.begin()
         for _ in range(10):
             write(values, cut, chance)
         assert landed.wait(PATIENCE)
         assert cut.failed is None
         assert cut.summed
-        assert np.array_equal(room.array, expected.numpy()), f"seed {seed}"
-        assert np.array_equal(cut.sums, checksums(room.array))
+        assert np.array_equal(buffer.array, expected.numpy()), f"seed {seed}"
+        assert np.array_equal(cut.sums, checksums(buffer.array))
 
 
 def test_a_cut_that_nobody_wants_ends_its_thread_whenever_it_is_told() -> None:
