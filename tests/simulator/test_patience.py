@@ -11,7 +11,7 @@ import pytest
 from headwater.client.client import Client
 from headwater.client.dense.table import DenseTable
 from headwater.errors import DeadlineExceeded, HeadwaterError
-from headwater.server.replication.replica import Replica
+from headwater.server.shard import Shard
 from headwater.testing.cluster import Eye, SimCluster
 from headwater.testing.scenario import Scenario
 from headwater.testing.workload import Worker
@@ -57,7 +57,7 @@ def run(deed: Deed, mode: str = "bulk", longer: float = LONGER, cap: int | None 
     scenario = Scenario(0, mode, servers=2, shards=2, replicas=1, reader=False, skew=False, bound=0, cap=cap)
     kind = type("_Lone", (_Lone,), {"deed": staticmethod(deed), "longer": longer})
     cluster = SimCluster(scenario, worker=kind)
-    with patch.object(Replica, "observer", Eye(cluster.oracles.observe)):
+    with patch.object(Shard, "observer", Eye(cluster.oracles.observe)):
         try:
             cluster.start()
             cluster.scheduler.run(
