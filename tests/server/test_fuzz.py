@@ -506,7 +506,7 @@ def test_pushes_in_one_breath_do_not_overwrite_each_other_before_the_backup_has_
     town.feed(end, encode(Frame(Kind.REQUEST, 0, 0, seq=1, body=m.pack(m.Open(session, 0, 0, members)))))
     town.run()
     breath = b"".join(
-        encode(Frame(Kind.PUSH, Flag.END, 0, table, session, 1, seq, 0, seq, 0, SIZE, members))
+        encode(Frame(Kind.PUSH, Flag.END, 0, table, session, 1, seq, 0, seq, 0, SIZE, members, payload_length=SIZE))
         + torch.full((SIZE // 4,), float(seq)).numpy().tobytes()
         for seq in (1, 2, 3)
     )
