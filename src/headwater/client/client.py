@@ -28,7 +28,7 @@ from headwater.client.table import Table
 from headwater.errors import HeadwaterError, UnknownTable, UsageError
 from headwater.layout.kinds import check_table
 from headwater.transports.address import host_identity
-from headwater.types import Async, Claim, DenseSpec, Init, OptimizerSpec, ParameterSpec, Sync
+from headwater.types import Async, Claim, DenseSpec, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
 from headwater.wire import messages as m
 from headwater.wire.tensors import dtype_name
 from headwater.wire.versions import Retire, VersionStatus
@@ -130,12 +130,12 @@ class Client:
 
     @overload  # of another kind: see ``headwater.client.kinds``
     def table(
-        self, spec: DenseSpec, values: Mapping[str, torch.Tensor] | None = None, claim: Claim = "any"
+        self, spec: TableSpec, values: Mapping[str, torch.Tensor] | None = None, claim: Claim = "any"
     ) -> Table: ...
 
     @interrupts.deferred
     @torch.inference_mode(False)  # memory that is written later, outside of it
-    def table(self, spec: DenseSpec, values: Mapping[str, torch.Tensor] | None = None, claim: Claim = "any") -> Table:
+    def table(self, spec: TableSpec, values: Mapping[str, torch.Tensor] | None = None, claim: Claim = "any") -> Table:
         """A table of many parameters.
 
         ``values`` fill the parameters whose init is ``values``: the lowest rank assigns its own, the others wait

@@ -17,7 +17,7 @@ from headwater.client.session import Answers, Session
 from headwater.client.shards import Shards
 from headwater.client.tickets import Alike, StepResult, Ticket
 from headwater.errors import DeadlineExceeded, HeadwaterError, LinkError
-from headwater.types import DenseSpec
+from headwater.types import TableSpec
 from headwater.wire import messages as m
 from headwater.wire.data_plan import ANY
 
@@ -34,7 +34,7 @@ class Table(ABC):
     ``_attached``), how values get there first (``load``), and what ``wait`` and ``pull`` are.
     """
 
-    spec: DenseSpec
+    spec: TableSpec
     _parts: Sequence[Part]  # of the subclass's own kind
 
     def __init__(self, shards: Shards, declared: m.Declared) -> None:
@@ -54,7 +54,7 @@ class Table(ABC):
 
     @classmethod
     @abstractmethod
-    def check(cls, spec: DenseSpec, values: Mapping[str, torch.Tensor]) -> None:
+    def check(cls, spec: TableSpec, values: Mapping[str, torch.Tensor]) -> None:
         """Before it is declared: whether ``values``, which has all that are ``given``, can be what it begins with.
 
         Raises ``ShapeMismatch`` or ``UsageError``.

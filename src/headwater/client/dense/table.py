@@ -20,7 +20,7 @@ from headwater.client.tickets import StepResult, Ticket
 from headwater.errors import HeadwaterError, LinkBroken, UsageError
 from headwater.layout.dense import layout, only
 from headwater.transports import memory
-from headwater.types import DenseSpec, Hyper
+from headwater.types import DenseSpec, Hyper, TableSpec
 from headwater.wire import messages as m
 from headwater.wire.exact import clip_factor
 from headwater.wire.frames import Flag
@@ -65,7 +65,7 @@ class DenseTable(Table):
         self.values, self.gradients = self._values.tensors, self._gradients.tensors
 
     @classmethod
-    def check(cls, spec: DenseSpec, values: Mapping[str, torch.Tensor]) -> None:
+    def check(cls, spec: TableSpec, values: Mapping[str, torch.Tensor]) -> None:
         """Those of other parameters than the spec asks for are ignored."""
         for p in only(spec).parameters:
             if p.name in spec.given:
