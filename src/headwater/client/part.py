@@ -83,7 +83,7 @@ class Part:
             return None
         body = frame.body if frame.kind == Kind.ASSIGN else b""
         return replace(
-            frame, flags=frame.flags & ~Flag.WANT, start=0, stop=0, payload_length=0, payload=None, body=body
+            frame, flags=frame.flags & ~Flag.WANT, stop=frame.start, payload_length=0, payload=None, body=body
         )
 
     @property
