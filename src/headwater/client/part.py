@@ -47,7 +47,7 @@ class Part:
         for frame in frames:
             self.sent_seq = frame.seq = self.sent_seq + 1
             self._unacked.append(frame)
-            session.pushed_bytes += frame.length
+            session.pushed_bytes += frame.stop - frame.start
             session.send(frame)
 
     def assign_frames(self, frames: list[Frame]) -> None:
