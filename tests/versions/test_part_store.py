@@ -200,6 +200,20 @@ def test_without_threads_it_is_there_at_once() -> None:
     assert same(holder.fetch(1)[1], wanted)
 
 
+def test_memory_for_the_next_version_is_ready_before_it_begins() -> None:
+    """Fresh memory takes several times as long to write to. It is found when a version is there, one for each part."""
+    holder = Holder(tables=2)
+    size, pool = len(holder.values), holder.part_store.pool
+    holder.publish(1, (1, 2))
+    if pool._thread is not None:
+        pool._thread.join(PATIENCE)
+    ready = list(pool._free[size])
+    assert len(ready) == 2
+    holder.publish(2, (1, 2))
+    assert {id(holder.part_store.parts[Key(2, 0, table)].buffer) for table in (1, 2)} == {id(each) for each in ready}
+    holder.part_store.close()
+
+
 # ---- what cannot be made -------------------------------------------------------------------------------
 
 

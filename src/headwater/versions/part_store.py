@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -175,7 +176,7 @@ class PartStore:
     def _cut(self, key: Key, source: Source) -> None:
         size = len(source.values)
         buffer = self.pool.take(size)
-        cut = PartCut(source.values, buffer, lambda: self._landed(size))
+        cut = PartCut(source.values, buffer, self._landed)
         held = self.parts[key] = Held(buffer, source.spans, cut=cut)
         if self._wake is None:
             cut.finish()
@@ -190,11 +191,16 @@ class PartStore:
         held.sums, held.cut = cut.sums, None
         self.pool.written(held.buffer)
 
-    def _landed(self, size: int) -> None:
-        """A copying thread is done; the next version's memory is made ready while nobody waits for it."""
+    def _landed(self) -> None:
+        """A copying thread is done."""
         if self._wake is not None:
             self._wake()
-            self.pool.prepare(size)
+
+    def _prepare(self, number: int) -> None:
+        """Have memory for a version like this one made ready while nobody waits for it."""
+        sizes = Counter(held.buffer.size for key, held in self.parts.items() if key.number == number)
+        for size, count in sizes.items() if self._wake is not None else ():
+            self.pool.prepare(size, count)
 
     def has_begun(self, number: int, shard: int, parts: Sequence[v.PartDigest] = ()) -> bool:
         """Whether this shard's moment in version ``number`` has been.
@@ -312,6 +318,7 @@ class PartStore:
                 for key, cut in cuts.items():
                     del self._cutting[key]
                     self._have(self.parts[key], cut)
+                self._prepare(number)
             self.report(number, shard)
         out: list[Instruction] = []
         while not self._made.empty():
