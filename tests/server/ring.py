@@ -61,7 +61,7 @@ class Ring:
 
     def digest(self, server: int) -> tuple[int, str]:
         shard = self.node(server).shard
-        return shard.lsn, shard.digest()
+        return shard.lsn, shard.replica.digest()
 
     # ---- the coordinator ---------------------------------------------------------------------------
 

@@ -120,7 +120,7 @@ class Trial:
         """The digest of shard 2 at a follower that was told no lies."""
         honest = Follower(self, 2)
         honest.hears([encode(frame) + payload for frame, payload in of_primary(self, 2)[:-2]], random.Random(0))
-        return honest.server.nodes[2].shard.digest()
+        return honest.server.nodes[2].shard.replica.digest()
 
     def damage(self, seed: int, attack: Callable[[Trial, int], None]) -> None:
         """One conversation of a stranger's."""
@@ -132,7 +132,7 @@ class Trial:
     def untouched(self) -> list[object]:
         """What no stranger has any business with: one whole shard, and the good client's tables on all of them."""
         nodes = [node for _, server in sorted(self.town.servers.items()) for _, node in sorted(server.nodes.items())]
-        hashes = [node.shard.digest() for node in nodes if node.shard.number == UNTOUCHED and self.settled]
+        hashes = [node.shard.replica.digest() for node in nodes if node.shard.number == UNTOUCHED and self.settled]
         return [hashes, *(node.shard.tables[number].values.numpy().tobytes() for node in nodes for number in MINE)]
 
     def batch(self, first: int, attack: Callable[[Trial, int], None], count: int = BATCH) -> None:
@@ -372,7 +372,7 @@ def from_a_primary(trial: Trial, seed: int) -> None:
     trial.frames += follower.hears(mutator.talk(talk, mutator.chance.choice((0, 1))), mutator.chance)
     if number == 2:  # whatever it was told, an honest primary makes it whole again
         follower.hears([encode(frame) + payload for frame, payload in talk[:-2]], mutator.chance)
-        assert follower.server.nodes[2].shard.digest() == trial.whole
+        assert follower.server.nodes[2].shard.replica.digest() == trial.whole
     follower.server.nodes[2].close()
     trial.town.close(follower.control)
 
@@ -476,7 +476,7 @@ def over_a_socket(trial: Trial, address: Address, seed: int) -> None:
 def test_strangers_over_sockets(recorded: list[Said]) -> None:
     trial = Trial(recorded, share=True)
     for first in range(FIRST, FIRST + 1800, 300):
-        untouched = trial.town.servers[0].nodes[UNTOUCHED].shard.digest()
+        untouched = trial.town.servers[0].nodes[UNTOUCHED].shard.replica.digest()
         files = held()
         with serve(Live(trial.town), unix=f"headwater-fuzz-{os.getpid()}-{first}") as address:
             good = Served(address, trial.town)
@@ -486,7 +486,7 @@ def test_strangers_over_sockets(recorded: list[Said]) -> None:
             good.wire.__exit__()
         for peer in range(1, 2000):  # a loop that ends does not say so of its connections
             trial.town.carry(trial.town.servers[0], trial.town.servers[0].closed(peer))
-        assert trial.town.servers[0].nodes[UNTOUCHED].shard.digest() == untouched
+        assert trial.town.servers[0].nodes[UNTOUCHED].shard.replica.digest() == untouched
         assert trial.town.digests()[0, 0] == trial.town.digests()[1, 0]
         assert held() == files, "descriptors were kept"
     assert trial.frames > 5000

@@ -282,7 +282,11 @@ class Town:
 
     def digests(self) -> dict[tuple[int, int], str]:
         """By (server, shard)."""
-        return {(n, k): node.shard.digest() for n, server in self.servers.items() for k, node in server.nodes.items()}
+        return {
+            (n, k): node.shard.replica.digest()
+            for n, server in self.servers.items()
+            for k, node in server.nodes.items()
+        }
 
     def lsns(self) -> list[int]:
         return [node.shard.log.last for server in self.servers.values() for node in server.nodes.values()]

@@ -306,7 +306,7 @@ def test_damaged_frames_do_not_hurt_a_server(server: tuple[Address, NodeHost]) -
         wire.ask(m.Open(5, 0, 0, 1))
         wire.send(Frame(Kind.PULL, table=1, length=size))
         assert wire.read().length == size
-    assert host.node.clients._links.keys() <= {max(host.node.clients._links, default=0)}, (
+    assert host.node.clients.links.keys() <= {max(host.node.clients.links, default=0)}, (
         "links of closed connections were kept"
     )
 
@@ -326,7 +326,7 @@ def test_a_shared_push_needs_shared_memory(server: tuple[Address, NodeHost], tab
         assert "without" in str(m.read_error(wire.ends()[0].body))
     with Wire(address) as wire:  # one thread serves all: what came before is done
         wire.greet()
-    assert not host.node.clients.peers
+    assert not host.node.clients.links
 
 
 def test_bytes_for_memory_that_is_shared_read_only_are_refused(server: tuple[Address, NodeHost]) -> None:

@@ -83,7 +83,7 @@ class Holder:
 
     def write(self, start: int = 0, count: int = ELEMENTS, seed: int = 1) -> None:
         """As a step does: the elements change, and the part store is told before."""
-        self.server.nodes[0].before_write(1, ((4 * start, 4 * (start + count)),))
+        self.server.nodes[0].memory.before_write(1, ((4 * start, 4 * (start + count)),))
         floats = self.values.view(torch.float32)
         floats[start : start + count] += torch.from_numpy(np.random.default_rng(seed).normal(size=count)).float()
 
@@ -531,7 +531,7 @@ def test_a_reader_says_nothing_else(holder: Holder, kind: Kind) -> None:
         holder.server.receive(READER, Frame(kind))
     with pytest.raises(ProtocolError, match="from a reader of versions"):
         holder.server.receive(READER, Frame(Kind.REQUEST, body=m.pack(m.Slots(1))))
-    with pytest.raises(ProtocolError, match="before a session was opened"):
+    with pytest.raises(ProtocolError, match="from a reader of versions"):
         holder.server.landing(READER, Frame(Kind.PIECE, length=10))
 
 

@@ -76,7 +76,7 @@ def test_a_replay_gives_the_same_bits(tmp_path: Path, sync: Sync, optimizer: str
     assert worker.acks() == [1, 2, 3]
     for number in range(2):
         shard = back(tmp_path, number).nodes[0].shard
-        assert (shard.lsn, shard.digest()) == ring.digest(number)
+        assert (shard.lsn, shard.replica.digest()) == ring.digest(number)
         assert shard.reign == 1
 
 
@@ -100,7 +100,7 @@ def test_versions_are_not_made_again_when_a_log_is_read_back(tmp_path: Path) -> 
         ring.run()
     assert len(ring.servers[0].setting.part_store.parts) == 5
     again = back(tmp_path)
-    assert again.nodes[0].shard.digest() == ring.node(0).shard.digest()
+    assert again.nodes[0].shard.replica.digest() == ring.node(0).shard.replica.digest()
     assert not again.setting.part_store.parts
     assert not again.setting.part_store.outbox
 
@@ -129,7 +129,7 @@ def test_a_tail_torn_at_any_byte_ends_the_replay_before_it(tmp_path: Path) -> No
     for size in range(len(data), len(longer)):
         log_of(tmp_path).write_bytes(longer[:size])
         shard = back(tmp_path).nodes[0].shard
-        assert (shard.lsn, shard.digest()) == expected
+        assert (shard.lsn, shard.replica.digest()) == expected
         assert log_of(tmp_path).read_bytes() == data, "what is appended next follows a sound frame"
     for at in range(len(data), len(longer)):
         damaged = bytearray(longer)
@@ -151,7 +151,7 @@ def test_a_log_that_grows_is_written_anew(tmp_path: Path, monkeypatch: pytest.Mo
         worker.push(seed)
         sizes.append(log_of(tmp_path).stat().st_size)
         shard = back(tmp_path).nodes[0].shard
-        assert (shard.lsn, shard.digest()) == ring.digest(0)
+        assert (shard.lsn, shard.replica.digest()) == ring.digest(0)
     assert max(sizes) < 900_000
     assert sizes[-1] < sum(sizes)
 
@@ -185,7 +185,7 @@ def test_a_crash_while_the_log_is_written_anew(tmp_path: Path, when: int, monkey
         log.begin()
     monkeypatch.undo()
     shard = back(tmp_path).nodes[0].shard
-    assert (shard.lsn, shard.digest()) == expected
+    assert (shard.lsn, shard.replica.digest()) == expected
 
 
 def test_a_full_disk_ends_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def test_records_that_another_primary_voided_do_not_come_back(tmp_path: Path) ->
     ring.run()
     assert ring.digest(0) == ring.digest(1)
     shard = back(tmp_path, 0).nodes[0].shard
-    assert (shard.lsn, shard.digest()) == ring.digest(1)
+    assert (shard.lsn, shard.replica.digest()) == ring.digest(1)
 
 
 def test_a_folder_is_one_servers(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def part_of(stage: Stage, number: int = 0) -> Part:
     """As a node wires it."""
     shard = stage.shards[number]
     part = Part(shard, threads=False)
-    shard.applied = part.due
+    shard.applied.append(part.due)
     shard._memory.before_write = part.before_write  # type: ignore[method-assign]
     return part
 

@@ -71,7 +71,7 @@ class Upstream:
     def follow(self, lsn: int) -> Outgoing:
         """Ask to follow from ``lsn`` on."""
         shard = self.shard
-        if shard.partial or (self._disk is not None and not self._disk.whole):  # no point of any log
+        if shard.replica.partial or (self._disk is not None and not self._disk.whole):  # no point of any log
             lsn = -1
         mine = self._server, lsn, shard.reign, shard.tail, self._host, self._session
         body = m.pack(m.Follow(shard.number, self._epoch, *mine))
@@ -101,7 +101,7 @@ class Upstream:
             return table.size
         for record in self._queue:
             if isinstance(record.body, r.Begin) and record.body.table == number:
-                return self.shard.size_of(record.body.spec)
+                return self.shard.replica.size_of(record.body.spec)
         raise ProtocolError(f"bytes for table {number}, which is not here")
 
     def _buffer(self, table: int, lsn: int, size: int) -> torch.Tensor:
@@ -153,7 +153,7 @@ class Upstream:
     def _give_up(self) -> None:
         """What the primary says makes no sense: nothing more of it is applied, and what is here may be half of it."""
         self._queue.clear()
-        self.shard.partial = self.shard.partial or self.ready
+        self.shard.replica.partial = self.shard.replica.partial or self.ready
 
     def _receive(self, frame: Frame, fds: tuple[int, ...]) -> list[Outgoing]:
         if frame.kind != Kind.REPLY and not self.ready:
@@ -242,7 +242,7 @@ class Upstream:
         while self._queue and self._queue[0].lsn <= upto:
             record = self._queue.popleft()
             prepared = self._prepared_steps() if isinstance(record.body, m.Commit | m.Members) else {}
-            self.shard.apply(record)
+            self.shard.mirror(record)
             if not self._holds(record):
                 self._release(record)
             kept = self._prepared_steps() if prepared else {}
@@ -271,9 +271,9 @@ class Upstream:
         body = s.unpack(frame.body)
         match body:
             case s.ShardState():
-                self.shard.begin_anew(frame.lsn, body.members, body.sessions)
+                self.shard.replica.begin_anew(frame.lsn, body.members, body.sessions)
             case s.TableState():
-                self.shard.begin_table(body)
+                self.shard.replica.begin_table(body)
             case s.BlockState():
                 self._apply(frame.lsn)
                 self._block(body, self._landed.pop(id(frame), torch.empty(0, dtype=torch.uint8, device="cpu")))
@@ -283,7 +283,7 @@ class Upstream:
                 self._apply(self._received)
                 for table in self.shard.tables.values():
                     table.have = None
-                self.learning = self.shard.partial = False
+                self.learning = self.shard.replica.partial = False
                 if self._disk is not None:
                     self._disk.renew()
                     self._arrived = True
