@@ -418,7 +418,7 @@ class PartStore:
         for at in range(0, len(data), BLOCK):
             piece = data[at : at + BLOCK]
             end = Flag.END if at + len(piece) == len(data) else Flag.NONE
-            frame = Frame(Kind.PIECE, end, seq=asked.seq, start=at, length=len(piece), payload=piece)
+            frame = Frame(Kind.PIECE, end, seq=asked.seq, start=at, stop=at + len(piece), payload=piece)
             if self._checked:
                 seal(frame)
             out.append(Outgoing(asked.peer, frame))
