@@ -317,6 +317,9 @@ def copy_figures(nbytes: int, seconds: Samples) -> list[Figure]:
             1.0,
         ),
         figure(
+            "publish", "copies of such tensors / memcpy", median_ratio(seconds["memcpy"], seconds["tensors"]), "×", 1.0
+        ),
+        figure(
             "publish",
             "local copy-out by one thread / copies of such tensors",
             median_ratio(seconds["tensors"], seconds["one"]),

@@ -14,6 +14,7 @@ import numpy as np
 from headwater.errors import ClusterError, ProtocolError, VersionExpired
 from headwater.layout.dense import BLOCK
 from headwater.transports.buffers import Buffer
+from headwater.types import Span
 from headwater.versions.parts import Encoded, Held, Key, PartOutbox
 from headwater.wire import delta
 from headwater.wire import messages as m
@@ -51,7 +52,7 @@ class _Job(NamedTuple):
     base: int
     old: memoryview
     new: memoryview
-    spans: tuple[delta.Span, ...]
+    spans: tuple[Span, ...]
     most: float
 
 

@@ -16,11 +16,10 @@ import torch
 from headwater.errors import HeadwaterError
 from headwater.layout import kinds
 from headwater.transports.buffers import Buffer, BufferPool
-from headwater.types import TableSpec
+from headwater.types import Span, TableSpec
 from headwater.versions.part_answers import PartAnswers
 from headwater.versions.part_cut import PartCut
 from headwater.versions.parts import Encoded, Held, Key, PartOutbox
-from headwater.wire import delta
 from headwater.wire import versions as v
 from headwater.wire.frames import Frame
 from headwater.wire.sums import Sums, digest
@@ -32,7 +31,7 @@ class PartSource(NamedTuple):
     table: int
     clock: int
     values: torch.Tensor
-    spans: tuple[delta.Span, ...]
+    spans: tuple[Span, ...]
 
 
 @dataclass(slots=True)
@@ -198,7 +197,7 @@ class PartStore:
         key: Key,
         buffer: Buffer,
         sums: Sums,
-        layout: tuple[delta.Span, ...],
+        layout: tuple[Span, ...],
         deltas: Mapping[int, Encoded | None] | None = None,
     ) -> None:
         """A part that was fetched. ``deltas``: to it, by the number of their base, as they came."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from headwater.transports.buffers import Buffer
+from headwater.types import Span
 from headwater.versions.part_cut import PartCut
-from headwater.wire import delta
 from headwater.wire import versions as v
 from headwater.wire.outgoing import Asker, Instruction
 from headwater.wire.sums import Sums
@@ -32,7 +32,7 @@ class Held:
     """
 
     buffer: Buffer
-    spans: tuple[delta.Span, ...]
+    spans: tuple[Span, ...]
     sums: Sums | None = None
     cut: PartCut | None = None
     deltas: dict[int, Encoded | None] = field(default_factory=dict)
