@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 from headwater import interrupts
+from headwater.client.patience import Patience
 from headwater.client.shards import Shards
 from headwater.client.table import Table
 from headwater.wire import messages as m
@@ -27,7 +29,7 @@ class Pauses:
     def meet(self, name: str, value: bytes, timeout: float | None) -> m.Reply:
         """A barrier, which is two: at the first one who is early pauses, and past the second nobody does."""
         self._turns[name] += 1
-        patience = self._shards.patience(timeout, m.WhoIsLate(barrier=name))
+        patience = Patience(self._shards, timeout, partial(m.WhoIsLate, barrier=name))
         with self.paced_do_without(patience.deadline):
             met = self._shards.ask_for_others(m.Barrier(name, self._turns[name], value), patience)
         # Nobody takes a step before all are waited for again.

@@ -24,7 +24,6 @@ from headwater.errors import (
 )
 from headwater.transports import forks
 from headwater.wire import messages as m
-from headwater.wire.data_plan import WhoIsLate
 
 OPEN = 5.0  # seconds in which a server must answer the first request of a connection
 AGAIN = 0.02  # seconds between two attempts to reach a shard
@@ -195,21 +194,18 @@ class Shards:
             except DeadlineExceeded:
                 patience.look("the coordinator")
 
-    def patience(self, timeout: float | None, question: WhoIsLate) -> Patience:
-        """A wait for other workers, which begins now."""
-        return Patience(self, timeout, question)
-
     # ---- waiting for answers -----------------------------------------------------------------------
 
-    def pump(self, parts: Sequence[P], done: Callable[[P], bool], patience: Patience) -> None:
+    def pump(self, waiting: Sequence[P], done: Callable[[P], bool], patience: Patience) -> None:
         """Receive until ``done`` of each part; all are of one table, which waits. Raises as ``recover``.
 
         Each server is waited for in turns: it may wait for another that is dead, or be dead itself without a sign.
         """
-        waiting, turn = parts, _FIRST
-        while waiting := [part for part in waiting if not done(part)]:
+        turn = _FIRST
+        while waiting:
             for part in waiting:
                 self.pump_one(part, done, patience, turn)
+            waiting = [part for part in waiting if not done(part)]
             turn = min(2 * turn, TURN)
 
     def pump_one(self, part: P, done: Callable[[P], bool], patience: Patience, turn: float = TURN) -> None:
