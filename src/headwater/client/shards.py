@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from headwater import interrupts
 from headwater.client.control import Control, Dial
-from headwater.client.part import Part
+from headwater.client.part import TablePart
 from headwater.client.patience import Patience
 from headwater.client.runtime import Runtime
 from headwater.client.session import TURN, Session, Undone
@@ -31,7 +31,7 @@ UNSERVED = 5.0  # seconds in which the only server of a shard may come back
 DAMAGED = 20  # connections in a row that end for damaged frames until that is no accident
 _FIRST = 0.01  # seconds: the first turn at each server, doubled from round to round
 
-P = TypeVar("P", bound=Part)
+P = TypeVar("P", bound=TablePart)
 
 
 class AttachedTable(Protocol):

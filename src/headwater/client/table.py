@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from headwater import interrupts
-from headwater.client.part import Part
+from headwater.client.part import TablePart
 from headwater.client.patience import Patience
 from headwater.client.session import Answers, Session
 from headwater.client.shards import Shards
@@ -35,7 +35,7 @@ class Table(ABC):
     """
 
     spec: TableSpec
-    _parts: Sequence[Part]  # of the subclass's own kind
+    _parts: Sequence[TablePart]  # of the subclass's own kind
 
     def __init__(self, shards: Shards, declared: m.Declared) -> None:
         self.spec = declared.spec
@@ -96,7 +96,7 @@ class Table(ABC):
             self._attach_until(part, deadline, members)
         self.clock = max(part.clock for part in self._parts)
 
-    def _attach_until(self, part: Part, deadline: float, members: int) -> None:
+    def _attach_until(self, part: TablePart, deadline: float, members: int) -> None:
         """Steps that were decided before the shard knew this worker are not its own."""
         part.known = -1
         while True:
@@ -131,7 +131,7 @@ class Table(ABC):
         self._members = self._shards.members = max(part.members, self._members)
         part.push_again(self._members)
 
-    def _part_on(self, session: Session) -> Part:
+    def _part_on(self, session: Session) -> TablePart:
         return next(part for part in self._parts if part.session is session)
 
     # ---- pauses ----------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ class Table(ABC):
 
     def _settle(self, timeout: float | None) -> StepResult:
         """Wait until every shard has acknowledged the step. A failure takes the clock back: nothing was applied."""
-        self._pump(Part.settled, timeout)
+        self._pump(TablePart.settled, timeout)
         self._open = False
         stale = lsn = lag = 0
         applied, apart, differ = True, False, False
