@@ -27,7 +27,7 @@ class Pauses:
         self._turns: Counter[str] = Counter()
 
     def meet(self, name: str, value: bytes, timeout: float | None) -> m.Reply:
-        """A barrier. It has two halves: who comes early pauses in the first; past the second all are waited for again."""
+        """A barrier, in two halves: who is early pauses in the first; past the second all are waited for again."""
         self._turns[name] += 1
         patience = Patience(self._shards, timeout, partial(m.WhoIsLate, barrier=name))
         with self.paced_do_without(patience.deadline):
