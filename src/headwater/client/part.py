@@ -82,7 +82,9 @@ class TablePart:
             self.acked_seq = max(self.acked_seq, frame.seq)
             return None
         body = frame.body if frame.kind == Kind.ASSIGN else b""
-        return replace(frame, flags=frame.flags & ~Flag.WANT, length=0, payload=None, body=body)
+        return replace(
+            frame, flags=frame.flags & ~Flag.WANT, stop=frame.start, payload_length=0, payload=None, body=body
+        )
 
     @property
     def ended(self) -> bool:
