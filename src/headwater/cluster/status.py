@@ -25,7 +25,7 @@ def of(rules: Rules, fleet: Fleet, membership: Membership, tables: Tables, now: 
         rules.min_copies,
         tuple(_server(fleet, s, now) for s in fleet.servers.values()),
         tuple(_shard(fleet, view) for _, view in sorted(fleet.views.items())),
-        tuple(_worker(member, rules.heartbeat, now) for member in members),
+        tuple(_worker(fleet, member, rules.heartbeat, now) for member in members),
         tuple(_table(fleet, t, rules.shards) for t in tables.by_number.values() if t.state != "refused"),
     )
 
@@ -57,12 +57,13 @@ def _shard(fleet: Fleet, view: m.View) -> m.ShardStatus:
     )  # fmt: skip
 
 
-def _worker(member: Worker, heartbeat: float, now: float) -> m.WorkerStatus:
+def _worker(fleet: Fleet, member: Worker, heartbeat: float, now: float) -> m.WorkerStatus:
     r, heard = member.report, now - member.heard
     state = "alive" if heard < 4 * heartbeat else "silent"
+    refused = [count for s in fleet.servers.values() for who, count in s.report.refused if who == member.join.session]
     return m.WorkerStatus(
         member.rank, member.join.role, member.join.pid, state, r.clock,
-        r.pushed_bytes, r.pulled_bytes, r.staleness, heard,
+        r.pushed_bytes, r.pulled_bytes, r.staleness, heard, sum(refused),
     )  # fmt: skip
 
 
