@@ -8,11 +8,10 @@ from headwater.layout.kinds import place
 from headwater.wire import messages as m
 
 if TYPE_CHECKING:
-    from headwater.cluster.fleet import Fleet, Member
-    from headwater.cluster.membership import Member as Worker
-    from headwater.cluster.membership import Membership
+    from headwater.cluster.fleet import Fleet, ServerProcess
+    from headwater.cluster.membership import Member, Membership
     from headwater.cluster.rules import Rules
-    from headwater.cluster.tables import Table, Tables
+    from headwater.cluster.tables import DeclaredTable, Tables
 
 
 def of(rules: Rules, fleet: Fleet, membership: Membership, tables: Tables, now: float, since: float) -> m.ClusterStatus:
@@ -30,7 +29,7 @@ def of(rules: Rules, fleet: Fleet, membership: Membership, tables: Tables, now: 
     )
 
 
-def _server(fleet: Fleet, s: Member, now: float) -> m.ServerStatus:
+def _server(fleet: Fleet, s: ServerProcess, now: float) -> m.ServerStatus:
     state, r = ("draining" if s.alive and s.draining else "alive" if s.alive else "dead"), s.report
     views = sorted(fleet.views.items())
     return m.ServerStatus(
@@ -57,7 +56,7 @@ def _shard(fleet: Fleet, view: m.View) -> m.ShardStatus:
     )  # fmt: skip
 
 
-def _worker(fleet: Fleet, member: Worker, heartbeat: float, now: float) -> m.WorkerStatus:
+def _worker(fleet: Fleet, member: Member, heartbeat: float, now: float) -> m.WorkerStatus:
     r, heard = member.report, now - member.heard
     state = "alive" if heard < 4 * heartbeat else "silent"
     refused = [count for s in fleet.servers.values() for who, count in s.report.refused if who == member.join.session]
@@ -67,7 +66,7 @@ def _worker(fleet: Fleet, member: Worker, heartbeat: float, now: float) -> m.Wor
     )  # fmt: skip
 
 
-def _table(fleet: Fleet, t: Table, shards: int) -> m.TableStatus:
+def _table(fleet: Fleet, t: DeclaredTable, shards: int) -> m.TableStatus:
     parameters, elements, nbytes = t.spec.parts
     clocks = [clock for s in fleet.servers.values() for number, clock in s.report.tables if number == t.number]
     return m.TableStatus(
