@@ -14,7 +14,7 @@ from headwater.wire.frames import Flag, Frame, Kind
 PLAIN = m.AckBody()
 
 
-class Part:
+class TablePart:
     """Pushes and assignments are numbered from 1; what they carry and what lands here is a subclass's.
 
     What is not acknowledged is kept (``_unacked``), so that it can be sent again: to a new primary under the same
