@@ -47,7 +47,7 @@ class TablePart:
         for frame in frames:
             self.sent_seq = frame.seq = self.sent_seq + 1
             self._unacked.append(frame)
-            session.pushed_bytes += frame.length
+            session.pushed_bytes += frame.stop - frame.start if frame.payload is None else len(frame.payload)
             session.send(frame)
 
     def assign_frames(self, frames: list[Frame]) -> None:
@@ -82,7 +82,9 @@ class TablePart:
             self.acked_seq = max(self.acked_seq, frame.seq)
             return None
         body = frame.body if frame.kind == Kind.ASSIGN else b""
-        return replace(frame, flags=frame.flags & ~Flag.WANT, length=0, payload=None, body=body)
+        return replace(
+            frame, flags=frame.flags & ~Flag.WANT, stop=frame.start, payload_length=0, payload=None, body=body
+        )
 
     @property
     def ended(self) -> bool:

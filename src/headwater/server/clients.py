@@ -61,13 +61,15 @@ class Clients:
         """Where the payload that follows this header belongs. Raises before anything is allocated by its word."""
         kept = self._kept.get(frame.table)
         session = self.shard.sessions.get(link.session) if link.session is not None else None
+        if frame.kind == Kind.PULL:
+            raise ProtocolError(f"PULL with keys from table {frame.table}, which has none; nothing was allocated")
         if session is None or kept is None or frame.kind not in (Kind.PUSH, Kind.ASSIGN):
             raise ProtocolError(f"{frame.kind.name} for table {frame.table} before a session was opened on it")
-        end = frame.start + frame.length
-        if end > kept.values.numel() or frame.length > kept.limit:
+        end, length = frame.stop, frame.payload_length
+        if end > kept.values.numel() or length > kept.limit or end - frame.start != length:
             raise ProtocolError(
-                f"{frame.kind.name} of bytes {frame.start}:{end}, but the table has {kept.values.numel()} here "
-                f"in blocks of at most {kept.limit}; nothing was allocated"
+                f"{frame.kind.name} of bytes {frame.start}:{end} with a payload of {length}, but the table has "
+                f"{kept.values.numel()} here in blocks of at most {kept.limit}; nothing was allocated"
             )
         if frame.kind == Kind.PUSH:
             if frame.table in link.shared:
@@ -79,10 +81,10 @@ class Clients:
         # One receive call may complete several small frames before the first is acted on: each lands apart.
         target = link.scratch
         if link.landed:
-            target = torch.empty(frame.length, dtype=torch.uint8, device="cpu")
-        elif target.numel() < frame.length:
+            target = torch.empty(length, dtype=torch.uint8, device="cpu")
+        elif target.numel() < length:
             target = link.scratch = torch.empty(kept.limit, dtype=torch.uint8, device="cpu")
-        link.landed[id(frame)] = target[: frame.length]
+        link.landed[id(frame)] = target[:length]
         return view(link.landed[id(frame)])
 
     def event(self, link: ClientLink, frame: Frame, fds: tuple[int, ...]) -> e.Event | None:
@@ -207,7 +209,10 @@ class Clients:
         table = self.shard.tables.get(frame.table)
         body = m.unpack(frame.body, m.StepBody) if frame.body else None
         gradient, base = None, 0
-        if table is not None and table.eager and frame.length:
+        length = frame.stop - frame.start
+        if length and frame.payload is None and not frame.flags & Flag.SHARED:
+            raise ProtocolError(f"PUSH of bytes {frame.start}:{frame.stop} without them; nothing was applied")
+        if table is not None and table.eager and length:
             if payload is not None:
                 gradient, base = payload, frame.start
             else:
@@ -215,9 +220,9 @@ class Clients:
                 gradient = known.gradients.get(frame.table) if known is not None else None
                 if gradient is None:
                     raise ProtocolError(f"shared push to table {frame.table} without shared memory")
-        self.pushed_bytes += frame.length
+        self.pushed_bytes += length
         return e.Push(
-            session, frame.seq, frame.epoch, frame.members, frame.table, frame.clock, frame.start, frame.length,
+            session, frame.seq, frame.epoch, frame.members, frame.table, frame.clock, frame.start, length,
             frame.flags, gradient, base, body,
         )  # fmt: skip
 
@@ -226,10 +231,10 @@ class Clients:
         if frame.flags & Flag.MEAN:
             past = bool(frame.flags & Flag.END)
             return e.AskMean(session, frame.seq, frame.members, frame.table, frame.clock, past)
-        return e.Pull(session, frame.seq, frame.table, frame.clock, frame.start, frame.length)
+        return e.Pull(session, frame.seq, frame.table, frame.clock, frame.start, frame.stop - frame.start)
 
     def _assigned(self, link: ClientLink, frame: Frame, payload: torch.Tensor | None) -> e.Assign:
-        if frame.flags & Flag.SHARED or (frame.length and payload is None):
+        if frame.flags & Flag.SHARED or (frame.stop > frame.start and payload is None):
             raise ProtocolError("an assignment needs its bytes behind it; values are not shared for writing")
         data = link.scratch[:0] if payload is None else payload
         last = bool(frame.flags & Flag.END)
@@ -321,7 +326,7 @@ class Clients:
         frames = [
             Frame(
                 Kind.DATA, Flag.MEAN, self.shard.number, s.table, s.session, self.shard.epoch, s.seq, self._replica.lsn,
-                s.clock, block.local, block.size, payload=raw[block.local : block.local + block.size],
+                s.clock, block.local, block.local + block.size, payload=raw[block.local : block.local + block.size],
             ) for block in kept.blocks
         ] or [Frame(Kind.DATA, Flag.MEAN, table=s.table, seq=s.seq, clock=s.clock)]  # fmt: skip
         frames[0].body = body
@@ -334,7 +339,7 @@ class Clients:
     def _data(self, s: e.Send, flags: int, start: int, length: int) -> Frame:
         return Frame(
             Kind.DATA, flags, self.shard.number, s.table, s.session, self.shard.epoch, s.request, self._replica.lsn,
-            s.clock, start, length, members=s.staleness,
+            s.clock, start, start + length, members=s.staleness,
         )  # fmt: skip
 
     def _say(self, session: int, frame: Frame, fds: tuple[int, ...] = (), *, close: bool = False) -> None:

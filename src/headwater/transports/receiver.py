@@ -77,7 +77,7 @@ class Receiver:
 
     def _take(self, frame: Frame) -> bool:
         """Put what is here of the payload in place; whether the frame is complete, or the rest is awaited."""
-        length = frame.follows
+        length = frame.payload_length
         if length:
             target = self._landing(frame)
             here = min(length, self._end - self._start)
