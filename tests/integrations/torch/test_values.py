@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,13 +16,6 @@ from headwater.errors import ParameterModified, UsageError
 from headwater.integrations.torch.values import _Inert
 from tests.integrations.torch.fake_table import FakeClient, FakeTable
 from tests.integrations.torch.test_gradients import backward, chain, optimizer
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_compiled() -> Iterator[None]:
-    """Overlap is given up in a process that compiles."""
-    yield
-    torch._dynamo.reset()
 
 
 def test_parameters_are_the_tables_memory() -> None:
@@ -102,8 +94,7 @@ def test_a_forward_before_the_optimizer_was_there() -> None:
     model = Attention()
     loss = model(torch.ones(1, 4)).sum()
     opt, table = optimizer(model, overlap=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    loss.backward()  # the model's own values became the table's: the graph is as good as it was
     opt.step()
     model.attention(torch.ones(1, 1, 4), torch.ones(1, 1, 4), torch.ones(1, 1, 4))
     assert set(table.waits[0]) == set(table.values)
