@@ -120,7 +120,7 @@ class Trial:
         """The digest of shard 2 at a follower that was told no lies."""
         honest = Follower(self, 2)
         honest.hears([encode(frame) + payload for frame, payload in of_primary(self, 2)[:-2]], random.Random(0))
-        return honest.server.nodes[2].shard.digest()
+        return honest.server.nodes[2].shard.replica.digest()
 
     def damage(self, seed: int, attack: Callable[[Trial, int], None]) -> None:
         """One conversation of a stranger's."""
@@ -132,7 +132,7 @@ class Trial:
     def untouched(self) -> list[object]:
         """What no stranger has any business with: one whole shard, and the good client's tables on all of them."""
         nodes = [node for _, server in sorted(self.town.servers.items()) for _, node in sorted(server.nodes.items())]
-        hashes = [node.shard.digest() for node in nodes if node.shard.number == UNTOUCHED and self.settled]
+        hashes = [node.shard.replica.digest() for node in nodes if node.shard.number == UNTOUCHED and self.settled]
         return [hashes, *(node.shard.tables[number].values.numpy().tobytes() for node in nodes for number in MINE)]
 
     def batch(self, first: int, attack: Callable[[Trial, int], None], count: int = BATCH) -> None:
@@ -165,7 +165,7 @@ def client_talk(trial: Trial, chance: random.Random, shard: int) -> list[Piece]:
     table = chance.choice((BULK, PLAIN, STALE))
     known = replica.sessions.get(session)
     seq = 1 + (known.seq.get(table, 0) if known is not None else 0)
-    clock, epoch, members = replica.tables[table].gathering.clock + 1, replica.epoch, replica.members.epoch
+    clock, epoch, members = replica.tables[table].gathering.clock + 1, replica.epoch, replica.replica.members.epoch
 
     def ask(request: m.Request) -> Piece:
         return Frame(Kind.REQUEST, 0, shard, seq=chance.getrandbits(40), body=m.pack(request)), b""
@@ -372,7 +372,7 @@ def from_a_primary(trial: Trial, seed: int) -> None:
     trial.frames += follower.hears(mutator.talk(talk, mutator.chance.choice((0, 1))), mutator.chance)
     if number == 2:  # whatever it was told, an honest primary makes it whole again
         follower.hears([encode(frame) + payload for frame, payload in talk[:-2]], mutator.chance)
-        assert follower.server.nodes[2].shard.digest() == trial.whole
+        assert follower.server.nodes[2].shard.replica.digest() == trial.whole
     follower.server.nodes[2].close()
     trial.town.close(follower.control)
 
@@ -412,7 +412,7 @@ class Served:
         self.value = self.pull()
 
     def pull(self) -> float:
-        self.wire.send(Frame(Kind.PULL, 0, 0, MINE_PLAIN, seq=1, length=SIZE))
+        self.wire.send(Frame(Kind.PULL, 0, 0, MINE_PLAIN, seq=1, stop=SIZE))
         data = self.wire.read()
         assert data.kind == Kind.DATA
         assert data.payload is not None
@@ -425,7 +425,7 @@ class Served:
         payload = torch.ones(SIZE // 4).numpy().tobytes()
         epoch = 1
         self.wire.send(
-            Frame(Kind.PUSH, Flag.END, 0, MINE_PLAIN, epoch=epoch, seq=self.seq, clock=self.seq, length=SIZE), payload
+            Frame(Kind.PUSH, Flag.END, 0, MINE_PLAIN, epoch=epoch, seq=self.seq, clock=self.seq, stop=SIZE), payload
         )
         assert self.wire.read().kind == Kind.ACK
         self.value -= 1
@@ -476,7 +476,7 @@ def over_a_socket(trial: Trial, address: Address, seed: int) -> None:
 def test_strangers_over_sockets(recorded: list[Said]) -> None:
     trial = Trial(recorded, share=True)
     for first in range(FIRST, FIRST + 1800, 300):
-        untouched = trial.town.servers[0].nodes[UNTOUCHED].shard.digest()
+        untouched = trial.town.servers[0].nodes[UNTOUCHED].shard.replica.digest()
         files = held()
         with serve(Live(trial.town), unix=f"headwater-fuzz-{os.getpid()}-{first}") as address:
             good = Served(address, trial.town)
@@ -486,7 +486,7 @@ def test_strangers_over_sockets(recorded: list[Said]) -> None:
             good.wire.__exit__()
         for peer in range(1, 2000):  # a loop that ends does not say so of its connections
             trial.town.carry(trial.town.servers[0], trial.town.servers[0].closed(peer))
-        assert trial.town.servers[0].nodes[UNTOUCHED].shard.digest() == untouched
+        assert trial.town.servers[0].nodes[UNTOUCHED].shard.replica.digest() == untouched
         assert trial.town.digests()[0, 0] == trial.town.digests()[1, 0]
         assert held() == files, "descriptors were kept"
     assert trial.frames > 5000
@@ -506,7 +506,7 @@ def test_pushes_in_one_breath_do_not_overwrite_each_other_before_the_backup_has_
     town.feed(end, encode(Frame(Kind.REQUEST, 0, 0, seq=1, body=m.pack(m.Open(session, 0, 0, members)))))
     town.run()
     breath = b"".join(
-        encode(Frame(Kind.PUSH, Flag.END, 0, table, session, 1, seq, 0, seq, 0, SIZE, members))
+        encode(Frame(Kind.PUSH, Flag.END, 0, table, session, 1, seq, 0, seq, 0, SIZE, members, payload_length=SIZE))
         + torch.full((SIZE // 4,), float(seq)).numpy().tobytes()
         for seq in (1, 2, 3)
     )

@@ -264,7 +264,7 @@ def test_a_membership_that_is_told_again_leaves_a_prepared_step_alone() -> None:
     stage = Stage()
     for rank in (0, 1):
         stage.push(rank)
-    known, shard = stage.shards[0].members, stage.shards[0]
+    known, shard = stage.shards[0].replica.members, stage.shards[0]
     assert shard.tables[TABLE].prepared is not None
     stage.event(0, known)
     assert shard.tables[TABLE].prepared is not None, "the promise behind READY was broken"

@@ -9,9 +9,9 @@ from unittest.mock import patch
 import pytest
 
 from headwater.client.client import Client
-from headwater.client.dense.table import Table
+from headwater.client.dense.table import DenseTable
 from headwater.errors import DeadlineExceeded, HeadwaterError
-from headwater.server.replication.replica import Replica
+from headwater.server.shard import Shard
 from headwater.testing.cluster import Eye, SimCluster
 from headwater.testing.scenario import Scenario
 from headwater.testing.workload import Worker
@@ -19,7 +19,7 @@ from headwater.testing.workload import Worker
 TIMEOUT, LONGER = 3.0, 20.0  # seconds: HEADWATER_TIMEOUT and HEADWATER_STEP_TIMEOUT
 STEPS = 4
 
-Deed = Callable[[Worker, Client, Table], None]
+Deed = Callable[[Worker, Client, DenseTable], None]
 
 
 class _Lone(Worker):
@@ -57,7 +57,7 @@ def run(deed: Deed, mode: str = "bulk", longer: float = LONGER, cap: int | None 
     scenario = Scenario(0, mode, servers=2, shards=2, replicas=1, reader=False, skew=False, bound=0, cap=cap)
     kind = type("_Lone", (_Lone,), {"deed": staticmethod(deed), "longer": longer})
     cluster = SimCluster(scenario, worker=kind)
-    with patch.object(Replica, "observer", Eye(cluster.oracles.observe)):
+    with patch.object(Shard, "observer", Eye(cluster.oracles.observe)):
         try:
             cluster.start()
             cluster.scheduler.run(
@@ -71,7 +71,7 @@ def run(deed: Deed, mode: str = "bulk", longer: float = LONGER, cap: int | None 
     return found  # type: ignore[return-value]
 
 
-def sleeps(seconds: float, worker: Worker, client: Client, table: Table) -> None:
+def sleeps(seconds: float, worker: Worker, client: Client, table: DenseTable) -> None:
     worker.runtime.sleep(seconds)
 
 

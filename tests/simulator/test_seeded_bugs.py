@@ -46,7 +46,7 @@ def acknowledge_before_replicating(patch: pytest.MonkeyPatch) -> None:
         pending: deque[Record] = self.pending
         return pending.popleft() if pending and not self.blocked else None
 
-    patch.setattr(Log, "take", take)
+    patch.setattr(Log, "next_accepted", take)
 
 
 def forget_session_numbers(patch: pytest.MonkeyPatch) -> None:

@@ -45,22 +45,22 @@ def cut_a_step_late(patch: pytest.MonkeyPatch) -> None:
     apply = Replica.apply
     waiting: dict[int, tuple[Replica, list[r.Publish]]] = {}
 
-    def late(self: Any, record: Any) -> None:
+    def late(self: Any, record: Any) -> Any:
         if self.number == 0 and isinstance(record.body, r.Publish):
             waiting.setdefault(id(self), (self, []))[1].append(record.body)
             clocks = tuple((table, self.tables[table].gathering.clock) for table in record.body.tables)
             setting = self._memory._setting
             setting.part_store.outbox.append(v.PartDone(record.body.version, 0, setting.server, clocks=clocks))
             self.lsn = record.lsn
-            self.observer(self, record)
-            return
-        apply(self, record)
+            return []
+        happened = apply(self, record)
         if isinstance(record.body, Commit) and id(self) in waiting:
             true = Table.source
             patch.setattr(Table, "source", lambda table: true(table)._replace(clock=true(table).clock - 1))
             for body in waiting.pop(id(self))[1]:
-                self._memory.publish(body)
+                self._publish(body)
             patch.setattr(Table, "source", true)
+        return happened
 
     patch.setattr(Replica, "apply", late)
 

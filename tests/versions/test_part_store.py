@@ -83,7 +83,7 @@ class Holder:
 
     def write(self, start: int = 0, count: int = ELEMENTS, seed: int = 1) -> None:
         """As a step does: the elements change, and the part store is told before."""
-        self.server.nodes[0].before_write(1, ((4 * start, 4 * (start + count)),))
+        self.server.nodes[0].memory.before_write(1, ((4 * start, 4 * (start + count)),))
         floats = self.values.view(torch.float32)
         floats[start : start + count] += torch.from_numpy(np.random.default_rng(seed).normal(size=count)).float()
 
@@ -122,7 +122,7 @@ class Holder:
                 False,
             )
             assert piece.frame.payload is not None
-            data[piece.frame.start : piece.frame.start + piece.frame.length] = piece.frame.payload
+            data[piece.frame.start : piece.frame.stop] = piece.frame.payload
         assert not rest or [bool(x.frame.flags & Flag.END) for x in rest] == [False] * (len(rest) - 1) + [True]
         return part, bytes(data), first.fds
 
@@ -517,8 +517,8 @@ def test_a_reader_says_nothing_else(holder: Holder, kind: Kind) -> None:
         holder.server.receive(READER, Frame(kind))
     with pytest.raises(ProtocolError, match="from a reader of versions"):
         holder.server.receive(READER, Frame(Kind.REQUEST, body=m.pack(m.Slots(1))))
-    with pytest.raises(ProtocolError, match="before a session was opened"):
-        holder.server.landing(READER, Frame(Kind.PIECE, length=10))
+    with pytest.raises(ProtocolError, match="from a reader of versions"):
+        holder.server.landing(READER, Frame(Kind.PIECE, stop=10, payload_length=10))
 
 
 def test_checksums_of_frames_where_they_are_wanted() -> None:

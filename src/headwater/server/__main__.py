@@ -23,7 +23,7 @@ import msgspec
 
 from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.cluster.membership import HEARTBEAT
-from headwater.cluster.snapshots import Restored
+from headwater.cluster.recovery import Restored
 from headwater.errors import (
     AuthenticationFailed,
     ClusterError,
@@ -110,7 +110,7 @@ def _stop_on_signals(loop: Loop, outliving: Outliving | None) -> None:
 
 
 def run_coordinator(args: argparse.Namespace, token: bytes | None, outliving: Outliving | None = None) -> None:
-    from headwater.cluster.store import SqliteStore
+    from headwater.cluster.store.sqlite import SqliteStore
     from headwater.server.hosts import CoordinatorHost
     from headwater.server.snapshots.keeper import Keeper
 
@@ -151,7 +151,7 @@ def _begin_with(folder: str | None, state: Mapping[str, bytes]) -> Restored | No
 
 
 def run_server(args: argparse.Namespace, token: bytes | None, outliving: Outliving | None = None) -> None:
-    from headwater.server.hosts import Heart, ServerHost
+    from headwater.server.control import Control, Heart
     from headwater.server.node import Setting
     from headwater.server.replication.disk import Folder
     from headwater.server.server import Server
@@ -186,26 +186,27 @@ def run_server(args: argparse.Namespace, token: bytes | None, outliving: Outlivi
     def enter(join: m.Join) -> _Entered:
         return _join(coordinator, token, join)
 
-    server, join, (control, welcome, early) = _enter(folder, join, make, enter)
-    serving = ServerHost(server, join, welcome, args.coordinator, lambda: None if loop is None else loop.stop())
-    loop = Loop(serving, token, lambda dial: _reach(dial, host, token))
+    server, join, (sock, welcome, early) = _enter(folder, join, make, enter)
+    control = Control(server, join, welcome, args.coordinator, lambda: None if loop is None else loop.stop())
+    loop = Loop(server, token, lambda dial: _reach(dial, host, token))
     loop.serve(tcp)
     if unix is not None:
         loop.serve(unix)
-    loop.adopt(control, COORDINATOR)
-    loop.send(serving.tick(time.monotonic()))
+    loop.adopt(sock, COORDINATOR)
+    server.answer_to(control)
+    loop.send(server.tick(time.monotonic()))
     for frame, _ in early:
         loop.send(server.receive(COORDINATOR, frame))
     if welcome.ack == "disk":
-        loop.sync = serving.sync
-        loop.send(serving.sync())
-    Heart(serving, lambda: connect(coordinator, token, DIAL), welcome.heartbeat).start()
+        loop.sync = server.sync
+        loop.send(server.sync())
+    Heart(control, lambda: connect(coordinator, token, DIAL), welcome.heartbeat).start()
     _stop_on_signals(loop, outliving)
     _announce(args.ready_fd, join.address, server=welcome.server)
     loop.run()
-    if serving.failure is not None:
-        raise serving.failure
-    if serving.drained:
+    if control.failure is not None:
+        raise control.failure
+    if control.drained:
         print(f"headwater server: Drained: server {welcome.server} holds nothing any more", file=sys.stderr)
 
 

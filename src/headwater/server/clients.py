@@ -1,20 +1,20 @@
-"""The clients of one shard at its primary: frames ↔ events, shared memory, staging."""
+"""The clients of one shard at its primary: frames become events, what the shard answers becomes frames.
+
+Shared memory and staging: where the bytes of a push land. Nothing here decides; see ``node.ClientPeer`` for who asks.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import msgspec
 import torch
 
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError
-from headwater.layout.dense import Block
 from headwater.server import events as e
+from headwater.server.effects import Effects
+from headwater.server.memory import Kept
 from headwater.server.replication.state import view
 from headwater.server.shard import Shard
 from headwater.transports import memory
-from headwater.types import DenseSpec
 from headwater.wire import messages as m
 from headwater.wire.frames import MAX_BODY, Flag, Frame, Kind, seal
 from headwater.wire.outgoing import Outgoing
@@ -24,22 +24,11 @@ ROOM = 4096  # bytes that a record of slots is larger than the request
 SLOT_PART = 4 << 20  # bytes of optimizer state per reply
 
 
-class Kept(NamedTuple):
-    """The values of one table here, and the descriptors to share them."""
-
-    spec: DenseSpec
-    blocks: tuple[Block, ...]
-    values: torch.Tensor
-    view: memoryview
-    versions: memoryview | None
-    fds: tuple[int, ...]
-    limit: int  # bytes of the largest block: no payload is longer
-
-
-class _Link:
+class ClientLink:
     """What is known of one connection."""
 
-    def __init__(self) -> None:
+    def __init__(self, peer: int) -> None:
+        self.peer = peer
         self.session: int | None = None
         self.asked = 0  # the request that opens the session
         self.shared: dict[int, memory.Region] = {}  # by table: the client's gradients
@@ -48,38 +37,39 @@ class _Link:
 
 
 class Clients:
-    """``kept`` is the node's memory by table. ``run`` hands an event to the shard and what follows to ``take``."""
+    """``kept``: the shard's memory by table. ``links``: the connections, by peer."""
 
-    def __init__(
-        self, shard: Shard, kept: dict[int, Kept], run: Callable[[e.Event], list[Outgoing]], checked: bool
-    ) -> None:
+    def __init__(self, shard: Shard, kept: dict[int, Kept], effects: Effects, checked: bool) -> None:
         self.shard = shard
         self.pushed_bytes = self.pulled_bytes = 0
+        self.links: dict[int, ClientLink] = {}
+        self._replica = shard.replica
         self._kept = kept
-        self._run = run
+        self._effects = effects
         self._checked = checked
-        self._links: dict[int, _Link] = {}
-        self._peers: dict[int, int] = {}  # session -> peer
+        self._of_session: dict[int, ClientLink] = {}
 
     def __len__(self) -> int:
-        return len(self._peers)
+        return len(self._of_session)
 
-    @property
-    def peers(self) -> list[int]:
-        return list(self._links)
+    def connected(self, peer: int) -> ClientLink:
+        """A client has said its first word over this connection."""
+        link = self.links[peer] = ClientLink(peer)
+        return link
 
-    def landing(self, peer: int, frame: Frame) -> memoryview:
+    def landing(self, link: ClientLink, frame: Frame) -> memoryview:
         """Where the payload that follows this header belongs. Raises before anything is allocated by its word."""
         kept = self._kept.get(frame.table)
-        link = self._links.get(peer)
-        session = self.shard.sessions.get(link.session) if link is not None and link.session is not None else None
-        if link is None or session is None or kept is None or frame.kind not in (Kind.PUSH, Kind.ASSIGN):
+        session = self.shard.sessions.get(link.session) if link.session is not None else None
+        if frame.kind == Kind.PULL:
+            raise ProtocolError(f"PULL with keys from table {frame.table}, which has none; nothing was allocated")
+        if session is None or kept is None or frame.kind not in (Kind.PUSH, Kind.ASSIGN):
             raise ProtocolError(f"{frame.kind.name} for table {frame.table} before a session was opened on it")
-        end = frame.start + frame.length
-        if end > kept.values.numel() or frame.length > kept.limit:
+        end, length = frame.stop, frame.payload_length
+        if end > kept.values.numel() or length > kept.limit or end - frame.start != length:
             raise ProtocolError(
-                f"{frame.kind.name} of bytes {frame.start}:{end}, but the table has {kept.values.numel()} here "
-                f"in blocks of at most {kept.limit}; nothing was allocated"
+                f"{frame.kind.name} of bytes {frame.start}:{end} with a payload of {length}, but the table has "
+                f"{kept.values.numel()} here in blocks of at most {kept.limit}; nothing was allocated"
             )
         if frame.kind == Kind.PUSH:
             if frame.table in link.shared:
@@ -91,75 +81,64 @@ class Clients:
         # One receive call may complete several small frames before the first is acted on: each lands apart.
         target = link.scratch
         if link.landed:
-            target = torch.empty(frame.length, dtype=torch.uint8, device="cpu")
-        elif target.numel() < frame.length:
+            target = torch.empty(length, dtype=torch.uint8, device="cpu")
+        elif target.numel() < length:
             target = link.scratch = torch.empty(kept.limit, dtype=torch.uint8, device="cpu")
-        link.landed[id(frame)] = target[: frame.length]
+        link.landed[id(frame)] = target[:length]
         return view(link.landed[id(frame)])
 
-    def receive(self, peer: int, frame: Frame, fds: tuple[int, ...] = ()) -> list[Outgoing]:
-        """A complete frame from a client; ``fds`` are closed in any case."""
-        link = self._links.get(peer)
-        if link is None:
-            link = self._links[peer] = _Link()
+    def event(self, link: ClientLink, frame: Frame, fds: tuple[int, ...]) -> e.Event | None:
+        """What a frame means to the shard; ``None``: it is answered already. Raises what the client is told."""
         payload = link.landed.pop(id(frame), None)
-        try:
-            if frame.kind == Kind.PUSH:
-                return self._push(link, frame, payload)
-            if frame.kind == Kind.PULL:
-                return self._pull(link, frame)
-            if frame.kind == Kind.ASSIGN:
-                return self._assign(link, frame, payload)
-            if frame.kind == Kind.REQUEST:
-                return self._request(peer, link, frame, m.unpack_request(frame.body), fds)
-            raise ProtocolError(f"{frame.kind.name} does not go to a server")
-        except HeadwaterError as error:
-            fatal = isinstance(error, ProtocolError)
-            reply = Frame(Kind.ERROR, table=frame.table, seq=frame.seq, clock=frame.clock, body=m.error_body(error))
-            return [Outgoing(peer, reply, close=fatal)]
-        finally:
-            if fds:
-                memory.close_all(fds)
+        if frame.kind == Kind.PUSH:
+            return self._pushed(link, frame, payload)
+        if frame.kind == Kind.PULL:
+            return self._pulled(link, frame)
+        if frame.kind == Kind.ASSIGN:
+            return self._assigned(link, frame, payload)
+        if frame.kind == Kind.REQUEST:
+            return self._requested(link, frame, m.unpack_request(frame.body), fds)
+        raise ProtocolError(f"{frame.kind.name} does not go to a server")
 
-    def closed(self, peer: int) -> list[Outgoing]:
+    def left(self, link: ClientLink) -> e.Closed | None:
         """A client's connection ended; its session goes on if it comes back."""
-        link = self._links.pop(peer, None)
-        if link is None or link.session is None or self._peers.get(link.session) != peer:
-            return []
-        del self._peers[link.session]
-        return self._run(e.Closed(link.session))
+        self.links.pop(link.peer, None)
+        if link.session is None or self._of_session.get(link.session) is not link:
+            return None
+        del self._of_session[link.session]
+        return e.Closed(link.session)
 
-    def dismiss(self, error: HeadwaterError) -> list[Outgoing]:
+    def dismiss(self, error: HeadwaterError) -> None:
         """This server is not the primary any more: every client looks for the new one."""
         body = m.error_body(error)
-        out = [Outgoing(peer, Frame(Kind.ERROR, shard=self.shard.number, body=body), close=True) for peer in self.peers]
-        self._links.clear()
-        self._peers.clear()
-        return out
+        for link in self.links.values():
+            self._effects.tell(link.peer, Frame(Kind.ERROR, shard=self.shard.number, body=body), close=True)
+            link.session = None
+        self.links.clear()
+        self._of_session.clear()
 
     # ---- requests --------------------------------------------------------------------------------
 
-    def _request(
-        self, peer: int, link: _Link, frame: Frame, request: m.Request, fds: tuple[int, ...]
-    ) -> list[Outgoing]:
+    def _requested(self, link: ClientLink, frame: Frame, request: m.Request, fds: tuple[int, ...]) -> e.Event | None:
         match request:
             case m.Open():
-                return self._open(peer, link, frame, request)
+                return self._opened(link, frame, request)
             case m.Attach():
-                return self._attach(peer, link, frame, request, fds)
+                return self._attached(link, frame, request, fds)
             case m.Slots():
-                return self._slots(peer, frame, request.table)
+                self._tell_slots(link.peer, frame, request.table)
+                return None
             case m.SlotPart():
                 if len(frame.body) > MAX_BODY - ROOM:
                     raise ProtocolError(f"{len(frame.body)} bytes of slots do not fit into one record; nothing was set")
                 session = self._session(link)
-                return self._run(e.AssignSlots(session, frame.seq, request.table, request.slots, request.reset))
+                return e.AssignSlots(session, frame.seq, request.table, request.slots, request.reset)
             case m.Aside():
-                return self._run(e.Aside(self._session(link), frame.seq, request.table, request.away))
+                return e.Aside(self._session(link), frame.seq, request.table, request.away)
             case _:
                 raise ProtocolError(f"{type(request).__name__} does not go to a server")
 
-    def _open(self, peer: int, link: _Link, frame: Frame, request: m.Open) -> list[Outgoing]:
+    def _opened(self, link: ClientLink, frame: Frame, request: m.Open) -> e.Opened:
         if request.shard != self.shard.number:
             raise ProtocolError(f"shard {request.shard} is not here, this is shard {self.shard.number}")
         if not 0 <= request.session < 1 << 63 or request.rank < -1:
@@ -168,36 +147,20 @@ class Clients:
             raise ProtocolError(f"this connection has opened session {link.session:016x} already")
         event = e.Opened(request.session, request.rank, request.members)
         self.shard.check_open(event)  # before the connection that it has now is closed
-        out: list[Outgoing] = []
-        old = self._peers.get(request.session)
+        old = self._of_session.get(request.session)
         if old is not None:  # it lost that connection before we did
             moved = m.error_body(ClusterError("the session has moved to another connection"))
-            out.append(Outgoing(old, Frame(Kind.ERROR, body=moved), close=True))
-            self._links.pop(old, None)
+            self._effects.tell(old.peer, Frame(Kind.ERROR, body=moved), close=True)
+            self.links.pop(old.peer, None)
         link.session, link.asked = request.session, frame.seq
-        self._peers[request.session] = peer
-        return out + self._run(event)
+        self._of_session[request.session] = link
+        return event
 
-    def seated(self, event: e.Seated) -> list[Outgoing]:
-        """The session is in the log: say so."""
-        peer = self._peers.get(event.session)
-        if peer is None:
-            return []
-        reply = m.Opened(self.shard.epoch, self.shard.lsn)
-        return [Outgoing(peer, Frame(Kind.REPLY, seq=self._links[peer].asked, body=m.pack(reply)))]
-
-    def done(self, event: e.Done) -> list[Outgoing]:
-        """A request was carried out, or refused."""
-        if event.error is None:
-            return self._to(event.session, Frame(Kind.REPLY, seq=event.request, body=m.pack(m.Done())))
-        return self._to(event.session, Frame(Kind.ERROR, seq=event.request, body=m.error_body(event.error)))
-
-    def _attach(self, peer: int, link: _Link, frame: Frame, request: m.Attach, fds: tuple[int, ...]) -> list[Outgoing]:
+    def _attached(self, link: ClientLink, frame: Frame, request: m.Attach, fds: tuple[int, ...]) -> e.Attached:
         session = self._session(link)
-        table = self.shard.table(request.table)
+        self.shard.table(request.table)
         kept = self._kept[request.table]
         shared: torch.Tensor | None = None
-        give: tuple[int, ...] = ()
         if request.shared:
             if len(fds) != 1 or not kept.fds:
                 raise ProtocolError("shared memory was asked for without a descriptor, or this server shares none")
@@ -206,24 +169,19 @@ class Clients:
                 raise ProtocolError(f"gradient memory of {request.size} bytes is smaller than table {request.table}")
             region = memory.Region([memory.Piece(fds[0], b.start, b.size) for b in kept.blocks], writable=False)
             link.shared[request.table] = region
-            shared, give = torch.frombuffer(region.buffer, dtype=torch.uint8)[: region.size], kept.fds
+            shared = torch.frombuffer(region.buffer, dtype=torch.uint8)[: region.size]
         if not 1 <= request.base < 1 << 62:
             raise ProtocolError(f"pushes from {request.base} on are out of range")
-        out = self._run(e.Attached(session, request.table, shared, request.base))
-        clock = table.gathering.clock if table.collective else min(table.clocks.clock.values(), default=0)
-        done = self.shard.session(session).done.get(request.table, 0)
-        reply = m.Attached(self.shard.lsn, clock, kept.values.numel(), done, self.shard.members.epoch)
-        return [*out, Outgoing(peer, Frame(Kind.REPLY, seq=frame.seq, body=m.pack(reply)), give)]
+        return e.Attached(session, request.table, shared, request.base, frame.seq, shared is not None)
 
-    def _slots(self, peer: int, frame: Frame, number: int) -> list[Outgoing]:
+    def _tell_slots(self, peer: int, frame: Frame, number: int) -> None:
         """The optimizer state, in parts of a few MB."""
-        out: list[Outgoing] = []
         part: list[m.Slot] = []
         size = 0
 
         def reply(more: bool) -> None:
             body = m.pack(m.SlotPart(number, tuple(part), more))
-            out.append(Outgoing(peer, Frame(Kind.REPLY, seq=frame.seq, body=body)))
+            self._effects.tell(peer, Frame(Kind.REPLY, seq=frame.seq, body=body))
 
         for parameter, name, start, tensor in self.shard.table(number).dense.read_slots():
             flat = tensor.reshape(-1)
@@ -238,92 +196,115 @@ class Clients:
                     reply(True)
                     part, size = [], 0
         reply(False)
-        return out
 
-    def _session(self, link: _Link) -> int:
+    def _session(self, link: ClientLink) -> int:
         if link.session is None:
             raise ProtocolError("a session must be opened first")
         return link.session
 
     # ---- data ------------------------------------------------------------------------------------
 
-    def _push(self, link: _Link, frame: Frame, payload: torch.Tensor | None) -> list[Outgoing]:
+    def _pushed(self, link: ClientLink, frame: Frame, payload: torch.Tensor | None) -> e.Push:
         session = self._session(link)
         table = self.shard.tables.get(frame.table)
         body = m.unpack(frame.body, m.StepBody) if frame.body else None
-        gradient, base, transient = None, 0, False
-        if table is not None and table.eager and frame.length:
+        gradient, base = None, 0
+        length = frame.stop - frame.start
+        if length and frame.payload is None and not frame.flags & Flag.SHARED:
+            raise ProtocolError(f"PUSH of bytes {frame.start}:{frame.stop} without them; nothing was applied")
+        if table is not None and table.eager and length:
             if payload is not None:
-                gradient, base, transient = payload, frame.start, True
+                gradient, base = payload, frame.start
             else:
                 known = self.shard.sessions.get(session)
                 gradient = known.gradients.get(frame.table) if known is not None else None
                 if gradient is None:
                     raise ProtocolError(f"shared push to table {frame.table} without shared memory")
-        self.pushed_bytes += frame.length
-        return self._run(
-            e.Push(
-                session, frame.seq, frame.epoch, frame.members, frame.table, frame.clock, frame.start, frame.length,
-                frame.flags, gradient, base, body, transient,
-            )
+        self.pushed_bytes += length
+        return e.Push(
+            session, frame.seq, frame.epoch, frame.members, frame.table, frame.clock, frame.start, length,
+            frame.flags, gradient, base, body,
         )  # fmt: skip
 
-    def _pull(self, link: _Link, frame: Frame) -> list[Outgoing]:
+    def _pulled(self, link: ClientLink, frame: Frame) -> e.Pull | e.AskMean:
         session = self._session(link)
         if frame.flags & Flag.MEAN:
             past = bool(frame.flags & Flag.END)
-            return self._run(e.AskMean(session, frame.seq, frame.members, frame.table, frame.clock, past))
-        return self._run(e.Pull(session, frame.seq, frame.table, frame.clock, frame.start, frame.length))
+            return e.AskMean(session, frame.seq, frame.members, frame.table, frame.clock, past)
+        return e.Pull(session, frame.seq, frame.table, frame.clock, frame.start, frame.stop - frame.start)
 
-    def _assign(self, link: _Link, frame: Frame, payload: torch.Tensor | None) -> list[Outgoing]:
-        if frame.flags & Flag.SHARED or (frame.length and payload is None):
+    def _assigned(self, link: ClientLink, frame: Frame, payload: torch.Tensor | None) -> e.Assign:
+        if frame.flags & Flag.SHARED or (frame.stop > frame.start and payload is None):
             raise ProtocolError("an assignment needs its bytes behind it; values are not shared for writing")
         data = link.scratch[:0] if payload is None else payload
         last = bool(frame.flags & Flag.END)
         clock = frame.clock if frame.flags & Flag.WROTE else 0
         session = self._session(link)
-        return self._run(e.Assign(session, frame.seq, frame.table, frame.start, data, last, clock, frame.members))
+        return e.Assign(session, frame.seq, frame.table, frame.start, data, last, clock, frame.members)
 
-    # ---- instructions ----------------------------------------------------------------------------
+    # ---- answers -----------------------------------------------------------------------------------
 
-    def ack(self, a: e.Ack) -> list[Outgoing]:
+    def seated(self, event: e.Seated) -> None:
+        """The session is in the log: say so."""
+        link = self._of_session.get(event.session)
+        if link is not None:
+            reply = m.Opened(self.shard.epoch, self._replica.lsn)
+            self._effects.tell(link.peer, Frame(Kind.REPLY, seq=link.asked, body=m.pack(reply)))
+
+    def joined(self, x: e.Joined) -> None:
+        """A session may use a table: where it stands, and its values' descriptors."""
+        table, kept = self.shard.table(x.table), self._kept[x.table]
+        clock = table.gathering.clock if table.collective else min(table.clocks.clock.values(), default=0)
+        done = self.shard.session(x.session).done.get(x.table, 0)
+        reply = m.Attached(self._replica.lsn, clock, kept.values.numel(), done, self._replica.members.epoch)
+        frame = Frame(Kind.REPLY, seq=x.request, body=m.pack(reply))
+        self._say(x.session, frame, kept.fds if x.shared else ())
+
+    def done(self, event: e.Done) -> None:
+        """A request was carried out, or refused."""
+        if event.error is None:
+            self._say(event.session, Frame(Kind.REPLY, seq=event.request, body=m.pack(m.Done())))
+        else:
+            self._say(event.session, Frame(Kind.ERROR, seq=event.request, body=m.error_body(event.error)))
+
+    def acknowledge(self, a: e.Ack) -> None:
         flags = (Flag.END if a.step else 0) | (Flag.SKIP if a.skipped else 0)
-        said = a.note if a.norm is None else msgspec.structs.replace(a.note or m.AckBody(), norm=a.norm)
-        body = b"" if said is None else m.pack(said)
+        note = a.note if a.norm is None else msgspec.structs.replace(a.note or m.AckBody(), norm=a.norm)
+        body = b"" if note is None else m.pack(note)
         self._count_live(a)
-        return self._to(
+        self._say(
             a.session,
             Frame(
                 Kind.ACK, flags, self.shard.number, a.table, a.session, self.shard.epoch, a.seq, a.lsn, a.clock,
-                start=a.staleness, members=self.shard.members.epoch, body=body,
+                start=a.staleness, members=self._replica.members.epoch, body=body,
             ),
         )  # fmt: skip
 
     def _count_live(self, a: e.Ack) -> None:
         """Values that a client maps are fresh without a byte moved; they count as pulled, as a doorbell as pushed."""
-        peer = self._peers.get(a.session)
+        link = self._of_session.get(a.session)
         table = self.shard.tables.get(a.table)
-        if a.step and table is not None and peer is not None and a.table in self._links[peer].shared:
+        if a.step and table is not None and link is not None and a.table in link.shared:
             self.pulled_bytes += 0 if table.spec.sync.reads_own_memory else table.size
 
-    def fail(self, f: e.Fail) -> list[Outgoing]:
+    def refuse(self, f: e.Fail) -> None:
         body = m.pack(m.ErrorBody(f.code, f.message))
         frame = Frame(
-            Kind.ERROR, 0, self.shard.number, f.table, f.session, self.shard.epoch, f.seq, self.shard.lsn, f.clock,
-            members=self.shard.members.epoch, body=body,
+            Kind.ERROR, 0, self.shard.number, f.table, f.session, self.shard.epoch, f.seq, self._replica.lsn, f.clock,
+            members=self._replica.members.epoch, body=body,
         )  # fmt: skip
-        return self._to(f.session, frame, close=f.code == "ProtocolError")
+        self._say(f.session, frame, close=f.code == "ProtocolError")
 
-    def send(self, s: e.Send) -> list[Outgoing]:
-        """Values: a grant where the client maps them, else one DATA frame per block."""
-        peer = self._peers.get(s.session)
+    def send_values(self, s: e.Send) -> None:
+        """A grant where the client maps the values, else one DATA frame per block."""
+        link = self._of_session.get(s.session)
         kept = self._kept.get(s.table)
-        if peer is None or kept is None:
-            return []
+        if link is None or kept is None:
+            return
         self.pulled_bytes += s.length
-        if s.table in self._links[peer].shared:
-            return self._to(s.session, self._data(s, Flag.SHARED | Flag.END, s.start, s.length))
-        out: list[Outgoing] = []
+        if s.table in link.shared:
+            self._say(s.session, self._data(s, Flag.SHARED | Flag.END, s.start, s.length))
+            return
         stop = s.start + s.length
         for block in kept.blocks:
             start, end = max(s.start, block.local), min(stop, block.local + block.size)
@@ -332,40 +313,42 @@ class Clients:
                 frame.payload = kept.view[start:end]
                 if self._checked:
                     seal(frame)
-                out += self._to(s.session, frame)
-        return out if s.length else self._to(s.session, self._data(s, Flag.END, s.start, 0))
+                self._say(s.session, frame)
+        if not s.length:
+            self._say(s.session, self._data(s, Flag.END, s.start, 0))
 
-    def send_mean(self, s: e.SendMean) -> list[Outgoing]:
+    def send_mean(self, s: e.SendMean) -> None:
         """The aggregate of a step under way: bytes, on every transport."""
         kept = self._kept.get(s.table)
         if kept is None:
-            return []
+            return
         raw, body = view(s.mean), m.pack(m.MeanBody(s.ranges))
         frames = [
             Frame(
-                Kind.DATA, Flag.MEAN, self.shard.number, s.table, s.session, self.shard.epoch, s.seq, self.shard.lsn,
-                s.clock, block.local, block.size, payload=raw[block.local : block.local + block.size],
+                Kind.DATA, Flag.MEAN, self.shard.number, s.table, s.session, self.shard.epoch, s.seq, self._replica.lsn,
+                s.clock, block.local, block.local + block.size, payload=raw[block.local : block.local + block.size],
             ) for block in kept.blocks
         ] or [Frame(Kind.DATA, Flag.MEAN, table=s.table, seq=s.seq, clock=s.clock)]  # fmt: skip
         frames[0].body = body
         frames[-1].flags |= Flag.END
-        if self._checked:
-            for frame in frames:
+        for frame in frames:
+            if self._checked:
                 seal(frame)
-        return [out for frame in frames for out in self._to(s.session, frame)]
+            self._say(s.session, frame)
 
     def _data(self, s: e.Send, flags: int, start: int, length: int) -> Frame:
         return Frame(
-            Kind.DATA, flags, self.shard.number, s.table, s.session, self.shard.epoch, s.request, self.shard.lsn,
-            s.clock, start, length, members=s.staleness,
+            Kind.DATA, flags, self.shard.number, s.table, s.session, self.shard.epoch, s.request, self._replica.lsn,
+            s.clock, start, start + length, members=s.staleness,
         )  # fmt: skip
 
-    def _to(self, session: int, frame: Frame, close: bool = False) -> list[Outgoing]:
-        peer = self._peers.get(session)
-        return [] if peer is None else [Outgoing(peer, frame, close=close)]
+    def _say(self, session: int, frame: Frame, fds: tuple[int, ...] = (), *, close: bool = False) -> None:
+        link = self._of_session.get(session)
+        if link is not None:
+            self._effects.instructions.append(Outgoing(link.peer, frame, fds, close))
 
-    def drop(self, table: int, start: int, stop: int) -> None:
+    def consumed(self, table: int, start: int, stop: int) -> None:
         """A step has read these gradients: stay resident with one worker's, however many there are."""
-        regions = [link.shared[table] for link in self._links.values() if table in link.shared]
+        regions = [link.shared[table] for link in self.links.values() if table in link.shared]
         for region in regions[1:]:
             region.drop(start, stop)

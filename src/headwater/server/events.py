@@ -1,4 +1,4 @@
-"""What a shard is told and what it answers. Typed, frozen in spirit, without sockets."""
+"""What a shard is told (events) and what it answers (instructions): typed, without sockets."""
 
 from __future__ import annotations
 
@@ -61,13 +61,15 @@ class Closed:
 class Attached:
     """A session will use a table. ``gradients``: the client's shared memory, if it shares any.
 
-    ``base``: the number of the first push that is not acknowledged, or of the next one.
+    ``base``: the number of the first push that is not acknowledged, or of the next one. ``shared``: it maps the values.
     """
 
     session: int
     table: int
     gradients: torch.Tensor | None
     base: int = 1
+    request: int = 0
+    shared: bool = False
 
 
 @dataclass(slots=True)
@@ -86,7 +88,6 @@ class Push:
     gradient: torch.Tensor | None
     base: int
     body: StepBody | None
-    transient: bool = False  # the gradient's memory is somebody else's as soon as the event is handled
 
 
 @dataclass(slots=True)
@@ -215,6 +216,16 @@ class Seated:
 
 
 @dataclass(slots=True)
+class Joined:
+    """A session may use a table."""
+
+    session: int
+    request: int
+    table: int
+    shared: bool
+
+
+@dataclass(slots=True)
 class Done:
     """A request of a session is carried out, or refused."""
 
@@ -246,4 +257,4 @@ class Replicate:
     record: Record
 
 
-Instruction = Ack | Send | SendMean | Fail | Ready | Seated | Done | Created | Refused | Replicate
+Instruction = Ack | Send | SendMean | Fail | Ready | Seated | Joined | Done | Created | Refused | Replicate

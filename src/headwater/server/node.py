@@ -1,43 +1,37 @@
-"""One replica of a shard without its sockets: what it is in the shard's view, and the memory its tables live in.
+"""One replica of a shard without its sockets: what it is in the shard's view, and who is connected to it.
 
-As the primary it serves clients (``clients.py``) and followers (``followers.py``); as a backup or learner it has one
-connection, to the primary (``upstream.py``).
+As the primary it serves clients (``clients.py``) and followers (``replication/followers.py``); as a backup or learner
+it has one connection, to the primary (``replication/upstream.py``).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 
-import torch
-
 from headwater.errors import ClusterError, HeadwaterError, NotEnoughMemory, ProtocolError, StaleEpoch
-from headwater.layout import kinds
-from headwater.layout.dense import BLOCK, PAGE, Block, layout, only
 from headwater.server import COORDINATOR
 from headwater.server import events as e
-from headwater.server.clients import Clients, Kept
+from headwater.server.clients import ClientLink, Clients
+from headwater.server.effects import Effects
+from headwater.server.memory import TableMemory
+from headwater.server.peers import Peer
 from headwater.server.replication import records as r
 from headwater.server.replication.disk import DISK, DiskLog
-from headwater.server.replication.followers import PATIENCE, Followers
-from headwater.server.replication.lending import Lending
-from headwater.server.replication.state import view
+from headwater.server.replication.followers import PATIENCE, Follower, Followers
 from headwater.server.replication.upstream import Upstream
 from headwater.server.shard import Shard
-from headwater.server.snapshots.part import Part, fill
+from headwater.server.snapshots.part import Part
 from headwater.server.snapshots.restore import Snapshot
-from headwater.server.table import Table
-from headwater.server.tables.dense import state_bytes
-from headwater.transports import memory
-from headwater.types import DenseSpec, TableSpec
 from headwater.versions.part_store import PartStore
 from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.frames import Frame, Kind
-from headwater.wire.outgoing import Dial, Instruction, Outgoing
+from headwater.wire.outgoing import Dial
 
 log = logging.getLogger("headwater")
 
@@ -49,19 +43,15 @@ def _unlimited() -> int:
     return 1 << 62
 
 
-def _nothing(table: int, ranges: tuple[tuple[int, int], ...]) -> None:
-    """No answer refers to the values."""
-
-
 @dataclass(slots=True)
 class Setting:
     """What all replicas on one server share.
 
     ``share``: keep values in memfds so that clients of this host can map them. ``available`` tells the bytes
-    of memory that may still be taken. ``detach(table, ranges)`` is called before values are overwritten.
+    of memory that may still be taken. ``detach(shard, table, ranges)`` is called before values are overwritten.
     ``data``: the folder for logs, where an acknowledgement waits for the disk. ``threads``: snapshots are copied and
-    written by threads of their own, else by ``work``. ``wake``, which any thread may call, makes the loop look for what
-    threads have finished; without it versions are copied at once. ``part_store``: parts of versions that are held here.
+    written by threads of their own. ``wake``, which any thread may call, makes the loop look for what threads have
+    finished; without it versions are copied at once. ``part_store``: the parts of versions that are held here.
     """
 
     server: int = 0
@@ -84,23 +74,25 @@ class Setting:
 
 
 class Node:
-    """One shard on one server. ``key`` names its dials."""
+    """One shard on one server. ``keys`` numbers dials; ``effects``: the server's, for what follows from anything."""
 
-    def __init__(self, number: int, setting: Setting, keys: count[int]) -> None:
-        self.shard = Shard(number, self)
+    def __init__(self, number: int, setting: Setting, keys: count[int], effects: Effects) -> None:
+        self.memory = TableMemory(number, setting)
+        self.shard = Shard(number, self.memory)
         self.view = m.View(number, 0, None)
+        self.effects = effects
         self._setting = setting
         self._keys = keys
-        self._kept: dict[int, Kept] = {}
-        self.clients = Clients(self.shard, self._kept, self.run, setting.checked)
-        self.lending = Lending(setting.share)
+        self.clients = Clients(self.shard, self.memory.kept, effects, setting.checked)
         self.followers = Followers(
-            self.shard, lambda table: self._kept[table].blocks, self.lending, setting.host, setting.checked
-        )
-        data = setting.data
-        self.disk = None if data is None else DiskLog(data, self.shard, lambda table: self._kept[table].blocks)
+            self.shard, self.memory.blocks, self.memory.lending, setting.host, setting.checked
+        )  # fmt: skip
+        self.disk = None if setting.data is None else DiskLog(setting.data, self.shard, self.memory.blocks)
         self.part = Part(self.shard, threads=setting.threads)
-        self.shard.applied = self.part.due
+        self.shard.applied.append(self.part.due)
+        self.memory.copiers += [self.part.before_write, partial(setting.part_store.before_write, number),
+                                partial(setting.detach, number)]  # fmt: skip
+        self.memory.after_block = self.clients.consumed
         self.cuts: list[v.CutVersion] = []  # versions whose moment is still to come
         self.upstream: Upstream | None = None
         self.dialing = 0  # the key of the dial under way
@@ -112,7 +104,7 @@ class Node:
     @property
     def leads(self) -> bool:
         named = self.view.primary is not None and self.view.primary.server == self._setting.server
-        return named and not self.shard.partial  # half a state is no state
+        return named and not self.shard.replica.partial  # half a state is no state
 
     @property
     def role(self) -> str:
@@ -124,291 +116,245 @@ class Node:
             return "backup"
         return "learner" if any(x.server == me for x in self.view.learners) else ""
 
-    def adopt(self, new: m.View) -> list[Instruction]:
+    def adopt(self, new: m.View) -> None:
         """A view from the coordinator; an older one is passed over."""
         if new.epoch < self.view.epoch:
-            return []
+            return
         old, self.view = self.view, new
-        out: list[Instruction] = []
         if self.leads:
-            out += self.hang_up()
-            backups = {x.server for x in new.backups}
-            blocked = 1 + len(backups) < self._setting.min_copies
-            if self.disk is not None:
-                backups.add(DISK)
-            out += self._lead(new.epoch, backups, blocked)
-            out += self.followers.adopt(new, self._now)
-            here = backups | {f.server for f in self.followers.by_peer.values()}
-            for server in [s for s in self.shard.log.required if s not in here]:
-                out += self.take(self.shard.unfollowed(server))
-            return out
+            self._lead(new)
+            return
         self.part.drop()
         self.cuts.clear()
-        out += self._dismiss(new)
-        if self.shard.partial and new.primary is not None and new.primary.server == self._setting.server:
+        self._dismiss(new)
+        if self.shard.replica.partial and new.primary is not None and new.primary.server == self._setting.server:
             log.error("shard %d: this server was made the primary and has only half of its state", new.shard)
-            out.append(self._suspect(self._setting.server, "it has only half of the state"))
+            self._suspect(self._setting.server, "it has only half of the state")
         if old.primary != new.primary:
-            out += self.hang_up()
+            self.hang_up()
         if self.role and self.upstream is None and not self.dialing:
-            out += self._dial()
-        return out
+            self._dial()
 
-    def _lead(self, epoch: int, waited: set[int], blocked: bool) -> list[Instruction]:
+    def _lead(self, new: m.View) -> None:
+        self.hang_up()
+        backups = {x.server for x in new.backups}
+        blocked = 1 + len(backups) < self._setting.min_copies
+        if self.disk is not None:
+            backups.add(DISK)
         first = not self.shard.primary
         if first and self.disk is not None:
             self.disk.sync()  # what this replica has applied it may acknowledge
-        out = self.shard.lead(epoch, waited, blocked)
+        out = self.shard.lead(new.epoch, backups, blocked)
         if first and self.disk is not None:
             self.disk.mark()
             self.disk.sync()
-        return list(self.take(out))
+        self.carry_out(out)
+        self.effects.instructions += self.followers.adopt(new, self._now)
+        here = backups | {f.server for f in self.followers.by_peer.values()}
+        for server in [s for s in self.shard.log.required if s not in here]:
+            self.carry_out(self.shard.unfollowed(server))
 
-    def _dismiss(self, new: m.View) -> list[Instruction]:
+    def _dismiss(self, new: m.View) -> None:
         """No primary, or not any more."""
         self.shard.step_down(new.epoch)
-        self.lending.drop()
-        out: list[Instruction] = list(self.followers.adopt(m.View(new.shard, new.epoch, None), self._now))
-        why = StaleEpoch(f"shard {new.shard} is in epoch {new.epoch}, with another primary; ask the coordinator for it")
-        return out + list(self.clients.dismiss(why))
+        self.memory.lending.drop()
+        self.effects.instructions += self.followers.adopt(m.View(new.shard, new.epoch, None), self._now)
+        self.clients.dismiss(
+            StaleEpoch(f"shard {new.shard} is in epoch {new.epoch}, with another primary; ask the coordinator for it")
+        )
 
-    def hang_up(self) -> list[Instruction]:
+    def hang_up(self) -> None:
         """Leave the primary that was."""
         self.dialing = 0
         upstream, self.upstream = self.upstream, None
-        if upstream is None:
-            return []
-        upstream.work()  # what was accepted counts
-        return [self._bye(upstream.peer)]
+        if upstream is not None:
+            upstream.work()  # what was accepted counts
+            self.effects.bye(upstream.peer, self.shard.number)
 
-    def _dial(self) -> list[Instruction]:
+    def _dial(self) -> None:
         primary = self.view.primary
-        if primary is None:
-            return []
-        self.dialing = next(self._keys)
-        return [Dial(self.dialing, primary.address, primary.local, primary.host)]
+        if primary is not None:
+            self.dialing = next(self._keys)
+            self.effects.dial(self, Dial(self.dialing, primary.address, primary.local, primary.host))
 
-    def dialed(self, peer: int | None) -> list[Instruction]:
+    def dialed(self, key: int, peer: int | None) -> Peer | None:
         """The connection to the primary stands, or could not be made."""
+        if key != self.dialing:  # that primary is none any more
+            if peer is not None:
+                self.effects.bye(peer)
+            return None
         self.dialing = 0
         if peer is None:
             self._retry = self._now + AGAIN
-            return []
+            return None
         setting = self._setting
         self.upstream = Upstream(
             self.shard, peer, setting.server, self.shard.epoch, setting.host, self.disk, setting.session
         )
-        return [self.upstream.follow(self.shard.lsn)]
+        self.effects.instructions.append(self.upstream.follow(self.shard.lsn))
+        return PrimaryPeer(self, self.upstream)
 
-    def tick(self, now: float) -> list[Instruction]:
+    def tick(self, now: float) -> None:
         """Time has passed: give up on followers that do not answer, look for the primary again."""
         gap, self._now = now - self._now, now
         if gap > PAUSE:
             self.followers.forgive(gap)
-        out: list[Instruction] = []
         if self.leads:
             for server, peer, why in self.followers.overdue(now, self._setting.patience):
-                out += self._give_up(server, peer, why)
-            out += self._cut_done()
+                self._give_up(server, peer, why)
+            self._tell_cut()
         elif self.role and self.upstream is None and not self.dialing and now >= self._retry:
-            out += self._dial()
-        return out
+            self._dial()
 
-    def _give_up(self, server: int, peer: int | None, why: str) -> list[Instruction]:
+    def _give_up(self, server: int, peer: int | None, why: str) -> None:
         """A member of the view may be left behind only with the coordinator's consent; a learner at once."""
-        out: list[Instruction] = []
         follower = self.followers.by_peer.get(peer) if peer is not None else None
         learner = follower is not None and not follower.synced
         if learner and peer is not None:
             del self.followers.by_peer[peer]
             self.followers.absent[server] = self._now  # said again until the view is another
-            out += self.take(self.shard.unfollowed(server))
-            out.append(self._bye(peer))
-        return [*out, self._suspect(server, why)]
+            self.carry_out(self.shard.unfollowed(server))
+            self.effects.bye(peer, self.shard.number)
+        self._suspect(server, why)
 
-    def _suspect(self, server: int, why: str) -> Outgoing:
+    def _suspect(self, server: int, why: str) -> None:
         self.followers.suspected[server] = self._now
-        body = m.pack(m.Suspect(self.shard.number, self.shard.epoch, server, why))
-        return Outgoing(COORDINATOR, Frame(Kind.NOTICE, shard=self.shard.number, body=body))
+        self._notify(m.Suspect(self.shard.number, self.shard.epoch, server, why))
 
-    def _bye(self, peer: int) -> Outgoing:
-        return Outgoing(peer, Frame(Kind.NOTICE, shard=self.shard.number), close=True)
+    def _notify(self, notice: m.Notice) -> None:
+        self.effects.tell(COORDINATOR, Frame(Kind.NOTICE, shard=self.shard.number, body=m.pack(notice)))
 
-    # ---- frames ----------------------------------------------------------------------------------
+    def _refuse(self, peer: int, frame: Frame, error: HeadwaterError) -> None:
+        self.effects.tell(peer, Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(error)), close=True)
 
-    def landing(self, peer: int, frame: Frame) -> memoryview:
-        """Where a payload goes. Raises ``ProtocolError`` before anything is allocated by its word."""
-        if self.upstream is not None and peer == self.upstream.peer:
-            return self.upstream.landing(frame)
-        return self.clients.landing(peer, frame)
+    # ---- who is connected ------------------------------------------------------------------------
 
-    def receive(self, peer: int, frame: Frame, fds: tuple[int, ...] = ()) -> list[Instruction]:
-        """A frame from a client, a follower or the primary."""
-        if self.upstream is not None and peer == self.upstream.peer:
-            try:
-                return self._from_primary(frame, fds)
-            finally:
-                memory.close_all(fds)
-        if peer in self.followers.by_peer:
-            memory.close_all(fds)
-            return self._from_follower(peer, frame)
-        if not self.leads:
-            memory.close_all(fds)
-            error = StaleEpoch(
-                f"server {self._setting.server} is not the primary of shard {self.shard.number} (epoch "
-                f"{self.view.epoch}); nothing was applied. Ask the coordinator for the view"
-            )
-            return [Outgoing(peer, Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(error)), close=True)]
-        return list(self.clients.receive(peer, frame, fds))
+    def refuse_client(self, peer: int, frame: Frame) -> None:
+        """A client's frame, and this server does not lead."""
+        self._refuse(peer, frame, StaleEpoch(
+            f"server {self._setting.server} is not the primary of shard {self.shard.number} (epoch "
+            f"{self.view.epoch}); nothing was applied. Ask the coordinator for the view"
+        ))  # fmt: skip
 
-    def follow(self, peer: int, frame: Frame, request: m.Follow) -> list[Instruction]:
-        """Another server wants to follow this one."""
+    def follow(self, peer: int, frame: Frame, request: m.Follow) -> Peer | None:
+        """Another server wants to follow this one: who it is from now on, or ``None`` if it may not."""
         since = self.followers.since.get(request.server, self.view.epoch + 1)
         known = {x.server: x.session for x in (*self.view.backups, *self.view.learners)}
         itself = known.get(request.server) == request.session
         if not self.leads or not itself or not since <= request.epoch <= self.view.epoch:
-            error = StaleEpoch(
+            self._refuse(peer, frame, StaleEpoch(
                 f"server {request.server} may not follow server {self._setting.server} in epoch {self.view.epoch} of "
                 f"shard {self.shard.number}: ask again when both know the same view"
-            )
-            return [Outgoing(peer, Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(error)), close=True)]
+            ))  # fmt: skip
+            return None
         if request.server in {x.server for x in self.view.backups} and not self.shard.continues(request):
             # Not in sync, whatever the view says: it must become a learner first.
             error = StaleEpoch(f"server {request.server} is behind shard {self.shard.number}, and is no learner yet")
-            refusal = Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(error))
-            return [self._suspect(request.server, str(error)), Outgoing(peer, refusal, close=True)]
-        before = {p for p, f in self.followers.by_peer.items() if f.server == request.server}
-        out: list[Instruction] = [self._bye(p) for p in before]
-        out += self.followers.begin(peer, request, self.view, self._now)
-        return out + self.take(self.shard.accepted(request.server, self.followers.by_peer[peer].accepted))
+            self._suspect(request.server, str(error))
+            self._refuse(peer, frame, error)
+            return None
+        for before in [p for p, f in self.followers.by_peer.items() if f.server == request.server]:
+            self.effects.bye(before, self.shard.number)
+        self.effects.instructions += self.followers.begin(peer, request, self.view, self._now)
+        follower = self.followers.by_peer[peer]
+        self.carry_out(self.shard.accepted(request.server, follower.accepted))
+        return FollowerPeer(self, follower)
 
-    def _from_follower(self, peer: int, frame: Frame) -> list[Instruction]:
-        if frame.kind == Kind.NOTICE:
-            return list(self.closed(peer))
-        if frame.kind != Kind.ACCEPT:
-            raise ProtocolError(f"{frame.kind.name} from a follower")
-        follower, out = self.followers.accepted(peer, frame)
-        if follower is None:
-            return list(out)
-        return [*out, *self.take(self.shard.accepted(follower.server, follower.accepted))]
+    def lost_follower(self, follower: Follower) -> None:
+        """Its connection ended."""
+        if self.followers.closed(follower.peer, self.view, self._now) is None:
+            return
+        if follower.synced:
+            self.followers.absent.setdefault(follower.server, self._now)
+        else:
+            self.carry_out(self.shard.unfollowed(follower.server))
 
-    def _from_primary(self, frame: Frame, fds: tuple[int, ...]) -> list[Instruction]:
-        assert self.upstream is not None
-        if frame.kind in (Kind.ERROR, Kind.NOTICE):  # it does not know the view yet, or is going
-            return self._lost_primary()
-        try:
-            return list(self.upstream.receive(frame, fds))
-        except HeadwaterError:
-            self._lost_primary()
-            raise
-
-    def _lost_primary(self) -> list[Instruction]:
-        out = self.hang_up()
+    def lost_primary(self) -> None:
+        """It does not know the view yet, or is going, or makes no sense: look for it again."""
+        self.hang_up()
         self._retry = self._now + AGAIN
-        return out
 
-    def work(self) -> list[Instruction]:
-        """Apply what was accepted."""
-        out: list[Instruction] = []
+    def primary_closed(self) -> None:
+        """The connection to the primary ended."""
         if self.upstream is not None:
-            self.upstream.work()
-            if self.upstream.broken is not None:
-                log.warning("shard %d follows no more: %s", self.shard.number, self.upstream.broken)
-                why = f"it could not apply a record: {self.upstream.broken}"
-                out = [*self._lost_primary(), self._suspect(self._setting.server, why)]
-        if not self._setting.threads:
-            self.part.advance()
-        return out
-
-    def sync(self) -> list[Instruction]:
-        """Put the log on the disk, and count what is there; called once per turn."""
-        if self.disk is None:
-            return []
-        self.disk.sync()
-        out: list[Instruction] = []
-        if self.leads:
-            out += self.take(self.shard.accepted(DISK, self.disk.written))
-        self.disk.step()
-        return out if self.upstream is None else [*out, *self.upstream.synced()]
-
-    def closed(self, peer: int) -> list[Instruction]:
-        """A connection ended."""
-        if self.upstream is not None and peer == self.upstream.peer:
             self.upstream.work()
             self.upstream = None
             self._retry = self._now
-            return []
-        follower = self.followers.closed(peer, self.view, self._now)
-        if follower is None:
-            return list(self.clients.closed(peer))
-        if not follower.synced:
-            return list(self.take(self.shard.unfollowed(follower.server)))
-        self.followers.absent.setdefault(follower.server, self._now)
-        return []
+
+    def work(self) -> None:
+        """Apply what was accepted."""
+        if self.upstream is None:
+            return
+        self.upstream.work()
+        broken = self.upstream.broken
+        if broken is not None:
+            log.warning("shard %d follows no more: %s", self.shard.number, broken)
+            self.lost_primary()
+            self._suspect(self._setting.server, f"it could not apply a record: {broken}")
+
+    def sync(self) -> None:
+        """Put the log on the disk, and count what is there; called once per turn."""
+        if self.disk is None:
+            return
+        self.disk.sync()
+        if self.leads:
+            self.carry_out(self.shard.accepted(DISK, self.disk.written))
+        self.disk.step()
+        if self.upstream is not None:
+            self.effects.instructions += self.upstream.synced()
 
     # ---- from the coordinator --------------------------------------------------------------------
 
-    def coordinator(self, frame: Frame, message: m.Request | m.Notice) -> list[Instruction]:
+    def obey(self, message: m.Request | m.Notice) -> None:
         """A request or notice of the coordinator for this shard; only the primary acts on it."""
         if not self.leads:
-            return []
+            return
         match message:
             case m.Commit() | m.Members():
-                return list(self.run(message))
+                self.carry_out(self.shard.handle(message))
             case m.Drop():
-                return list(self.run(e.Forget(message.table)))
+                self.carry_out(self.shard.handle(e.Forget(message.table)))
             case m.Create():
-                return self._create(message)
+                self._create(message)
             case m.Cut():
                 self.part.cut(message)
-                return []
             case v.CutVersion():
                 self._cut_version(message)
-                return self.due()
+                self.begin_due()
             case _:
                 raise ProtocolError(f"the coordinator sent {type(message).__name__}")
 
-    def _create(self, request: m.Create) -> list[Instruction]:
+    def _create(self, request: m.Create) -> None:
         if request.table in self.shard.tables:
-            return [self._created(request.table, self.shard.tables[request.table].dense.nbytes)]
+            self._created(request.table, self.shard.tables[request.table].dense.nbytes)
+            return
         try:
-            self._check_room(request.spec)
+            self.memory.check_room(request.spec)
             if request.restore:  # before it is a record, which nothing could take back
                 Snapshot(Path(request.restore)).close()
-            return list(self.run(e.Create(request.table, request.spec, request.restore)))
+            self.carry_out(self.shard.handle(e.Create(request.table, request.spec, request.restore)))
+            return
         except HeadwaterError as error:
             refusal: HeadwaterError = error
         except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError where memory is refused
-            self.discard(request.table)
+            self.memory.discard(request.table)
             refusal = NotEnoughMemory(f"table {request.spec.name!r}: {error}; it was not created")
-        return [self._refused(request.table, refusal)]
+        self._refused(request.table, refusal)
 
-    def _created(self, table: int, nbytes: int) -> Outgoing:
+    def _created(self, table: int, nbytes: int) -> None:
         body = m.pack(m.Created(table, nbytes))
-        return Outgoing(COORDINATOR, Frame(Kind.REPLY, shard=self.shard.number, seq=table, body=body))
+        self.effects.tell(COORDINATOR, Frame(Kind.REPLY, shard=self.shard.number, seq=table, body=body))
 
-    def _refused(self, table: int, error: HeadwaterError) -> Outgoing:
+    def _refused(self, table: int, error: HeadwaterError) -> None:
         body = m.error_body(error)
-        return Outgoing(COORDINATOR, Frame(Kind.ERROR, shard=self.shard.number, seq=table, body=body))
+        self.effects.tell(COORDINATOR, Frame(Kind.ERROR, shard=self.shard.number, seq=table, body=body))
 
-    def _check_room(self, spec: TableSpec) -> None:
-        dense = only(spec)
-        kinds.check_table(spec)
-        segments = layout(dense, self._setting.shards).segments[self.shard.number]
-        needed, free = state_bytes(dense, segments), self._setting.available()
-        if needed > free:
-            raise NotEnoughMemory(
-                f"table {spec.name!r} takes {needed / 2**20:.0f} MiB on shard {self.shard.number} "
-                f"(values, optimizer state, one gradient), {free / 2**20:.0f} MiB are free; it was not created"
-            )
-
-    def _cut_done(self) -> list[Instruction]:
+    def _tell_cut(self) -> None:
         """What became of this shard's part of a snapshot, once."""
         self.part.due()
         done = self.part.result()
-        if done is None:
-            return []
-        return [Outgoing(COORDINATOR, Frame(Kind.NOTICE, shard=self.shard.number, body=m.pack(done)))]
+        if done is not None:
+            self._notify(done)
 
     # ---- versions ----------------------------------------------------------------------------------
 
@@ -424,137 +370,169 @@ class Node:
         elif not coming and message not in self.cuts:
             self.cuts.append(message)
 
-    def due(self) -> list[Instruction]:
+    def begin_due(self) -> None:
         """Begin the versions whose moment has come: everything that was decided until now is in the log before it."""
-        out: list[Instruction] = []
         for cut in list(self.cuts) if self.leads else ():
             # A table on this shard alone takes its steps by itself; those of others came before the coordinator's word.
             alone = [(self.shard.tables.get(number), clock) for number, clock in cut.clocks]
             if all(t is None or not t.alone or not t.collective or t.gathering.clock >= clock for t, clock in alone):
                 self.cuts.remove(cut)
-                out += self.run(e.Publish(cut.number, cut.tables))
-        return out
+                self.carry_out(self.shard.handle(e.Publish(cut.number, cut.tables)))
 
-    def publish(self, body: r.Publish) -> None:
-        """A version's moment; the same on every replica. In a log that is read back it is past: they live in memory."""
-        if not self.shard.partial and self.view.epoch:
-            tables = [self.shard.tables[number] for number in body.tables if number in self.shard.tables]
-            self._setting.part_store.begin(body.version, self.shard.number, [table.source() for table in tables])
+    def forget_cuts(self, numbers: Sequence[int]) -> None:
+        """Nobody wants these versions any more."""
+        self.cuts = [cut for cut in self.cuts if cut.number not in numbers]
 
     def hosted(self) -> m.Hosted:
         """What the coordinator must know of this replica when it has forgotten."""
         commits = tuple(t.last_commit for t in self.shard.tables.values() if t.last_commit is not None)
         return m.Hosted(self.shard.number, self.view.epoch, self.role, self.shard.lsn, commits)
 
-    def ready_again(self) -> list[Instruction]:
+    def ready_again(self) -> None:
         """For a coordinator that has forgotten: the steps that wait for its verdict."""
         self.part.drop()  # nobody waits for it any more
         if not self.leads:
-            return []
-        ready = [self._ready(self.shard.ready(t)) for t in self.shard.tables.values() if t.prepared is not None]
+            return
+        for table in self.shard.tables.values():
+            if table.prepared is not None:
+                self._notify(self.shard.replica.ready(table))
         self.followers.suspected.clear()
-        return [*ready, *self.followers.synced_again(self.view)]
-
-    # ---- memory of the tables ----------------------------------------------------------------------
-
-    def size(self, spec: TableSpec) -> int:
-        kinds.check_table(spec)
-        return kinds.place(spec, self._setting.shards).sizes[self.shard.number]
-
-    def create(self, number: int, spec: TableSpec) -> Table:
-        """Memory for a table. Raises ``NotEnoughMemory``."""
-        self._check_room(spec)
-        dense = only(spec)
-        plan = layout(dense, self._setting.shards)
-        segments, size = plan.segments[self.shard.number], plan.sizes[self.shard.number]
-        kept = self._kept[number] = self._allocate(dense, plan.blocks_of(self.shard.number), size)
-        alone = len(plan.participants) == 1
-        table = Table(number, dense, segments, kept.values, alone=alone, versions=kept.versions)
-        table.dense.after_block = lambda start, stop: self.clients.drop(number, start, stop)
-        return table
-
-    def discard(self, number: int) -> None:
-        """Give a table's memory back."""
-        self.lending.drop(number)
-        kept = self._kept.pop(number, None)
-        if kept is not None:
-            memory.close_all(kept.fds)
-
-    def lend(self, table: int, size: int, lsn: int, accepted: int) -> torch.Tensor | None:
-        """Memory for the gradient of a record that followers may map; ``None``: not now."""
-        buffer = self.lending.take(table, size, lsn, accepted)
-        return None if buffer is None else buffer.tensor
-
-    def load(self, table: Table, folder: str) -> None:
-        """Fill a table that was just made from a snapshot. Raises ``SnapshotCorrupt``."""
-        with Snapshot(Path(folder)) as snapshot:
-            fill(table, snapshot)
-
-    def before_write(self, table: int, ranges: tuple[tuple[int, int], ...]) -> None:
-        self.part.before_write(table, ranges)
-        self._setting.part_store.before_write(self.shard.number, table, ranges)
-        self._setting.detach(self.shard.number, table, ranges)
-
-    def _allocate(self, spec: DenseSpec, blocks: tuple[Block, ...], size: int) -> Kept:
-        limit = max((block.size for block in blocks), default=0)
-        if not self._setting.share:
-            values = torch.zeros(size, dtype=torch.uint8, device="cpu")
-            return Kept(spec, blocks, values, view(values), None, (), limit)
-        count = -(-size // BLOCK)
-        fd = memory.create(spec.name[:64], size)
-        marks = memory.create(f"{spec.name[:64]}.versions", -(-count * 8 // PAGE) * PAGE)
-        region = memory.Region([memory.Piece(fd, 0, size)])
-        versions = memory.Region([memory.Piece(marks, 0, -(-count * 8 // PAGE) * PAGE)])
-        values = torch.frombuffer(region.buffer, dtype=torch.uint8)[:size]
-        return Kept(spec, blocks, values, region.view, versions.view[: count * 8].cast("Q"), (fd, marks), limit)
+        self.effects.instructions += self.followers.synced_again(self.view)
 
     def close(self) -> None:
         """Give all memory back."""
         self.part.drop()
-        for number in list(self._kept):
-            self.discard(number)
-        self.lending.drop()
+        self.memory.close()
 
-    # ---- instructions ----------------------------------------------------------------------------
+    # ---- instructions of the shard -----------------------------------------------------------------
 
-    def run(self, event: e.Event) -> list[Outgoing]:
-        """Hand an event to the shard, and carry out what follows."""
-        return self.take(self.shard.handle(event))
-
-    def take(self, instructions: list[e.Instruction]) -> list[Outgoing]:
-        """Instructions of the shard as frames."""
-        out: list[Outgoing] = []
+    def carry_out(self, instructions: list[e.Instruction]) -> None:
+        """What the shard says, as frames; then the versions whose moment has come with it."""
         for x in instructions:
             if isinstance(x, e.Ack):
-                out += self.clients.ack(x)
+                self.clients.acknowledge(x)
             elif isinstance(x, e.Send):
-                out += self.clients.send(x)
+                self.clients.send_values(x)
             elif isinstance(x, e.Replicate):
                 if self.disk is not None:
                     self.disk.append(x.record)
-                out += self.followers.send(x.record)
+                    self.effects.unsynced = True
+                self.effects.instructions += self.followers.replicate(x.record)
             else:
-                out += self._take_rare(x)
-        return out
+                self._carry_out_rare(x)
+        if self.cuts:
+            self.begin_due()
 
-    def _take_rare(self, x: e.Instruction) -> list[Outgoing]:
+    def _carry_out_rare(self, x: e.Instruction) -> None:
         match x:
             case e.Fail():
-                return self.clients.fail(x)
+                self.clients.refuse(x)
             case e.SendMean():
-                return self.clients.send_mean(x)
+                self.clients.send_mean(x)
             case e.Seated():
-                return self.clients.seated(x)
+                self.clients.seated(x)
+            case e.Joined():
+                self.clients.joined(x)
             case e.Done():
-                return self.clients.done(x)
+                self.clients.done(x)
             case e.Created():
-                return [self._created(x.table, x.nbytes)]
+                self._created(x.table, x.nbytes)
             case e.Refused():
-                return [self._refused(x.table, x.error)]
+                self._refused(x.table, x.error)
             case m.Ready():
-                return [self._ready(x)]
+                self._notify(x)
             case _:
                 raise ClusterError(f"an instruction {x} that nobody carries out")
 
-    def _ready(self, ready: m.Ready) -> Outgoing:
-        return Outgoing(COORDINATOR, Frame(Kind.NOTICE, shard=self.shard.number, body=m.pack(ready)))
+
+class ClientPeer:
+    """A client's connection to the primary."""
+
+    def __init__(self, node: Node, number: int) -> None:
+        self._node = node
+        self._number = number
+        self._link: ClientLink | None = None
+
+    def landing(self, frame: Frame) -> memoryview:
+        link = self._link or ClientLink(self._number)
+        return self._node.clients.landing(link, frame)
+
+    def receive(self, frame: Frame, fds: tuple[int, ...]) -> None:
+        node = self._node
+        if not node.leads:
+            node.refuse_client(self._number, frame)
+            return
+        link = self._link
+        if link is None:
+            link = self._link = node.clients.connected(self._number)
+        try:
+            event = node.clients.event(link, frame, fds)
+            if event is not None:
+                node.carry_out(node.shard.handle(event))
+        except HeadwaterError as error:
+            fatal = isinstance(error, ProtocolError)
+            reply = Frame(Kind.ERROR, table=frame.table, seq=frame.seq, clock=frame.clock, body=m.error_body(error))
+            node.effects.tell(self._number, reply, close=fatal)
+
+    def closed(self) -> None:
+        event = self._node.clients.left(self._link) if self._link is not None else None
+        if event is not None:
+            self._node.carry_out(self._node.shard.handle(event))
+
+
+class FollowerPeer:
+    """A server that follows this one, the primary. What it says after it was let go does not count."""
+
+    def __init__(self, node: Node, follower: Follower) -> None:
+        self._node = node
+        self._follower = follower
+
+    def landing(self, frame: Frame) -> memoryview:
+        raise ProtocolError(f"{frame.kind.name} with a payload from a follower")
+
+    def receive(self, frame: Frame, fds: tuple[int, ...]) -> None:
+        node, follower = self._node, self._follower
+        if node.followers.by_peer.get(follower.peer) is not follower:
+            return
+        if frame.kind == Kind.NOTICE:
+            node.lost_follower(follower)
+            return
+        if frame.kind != Kind.ACCEPT:
+            raise ProtocolError(f"{frame.kind.name} from a follower")
+        node.effects.instructions += node.followers.accepted(follower, frame)
+        node.carry_out(node.shard.accepted(follower.server, follower.accepted))
+
+    def closed(self) -> None:
+        if self._node.followers.by_peer.get(self._follower.peer) is self._follower:
+            self._node.lost_follower(self._follower)
+
+
+class PrimaryPeer:
+    """The primary that this server follows, until it hangs up."""
+
+    def __init__(self, node: Node, upstream: Upstream) -> None:
+        self._node = node
+        self._upstream = upstream
+
+    def landing(self, frame: Frame) -> memoryview:
+        if self._node.upstream is not self._upstream:
+            raise ProtocolError(f"{frame.kind.name} with a payload from a server that was the primary")
+        return self._upstream.landing(frame)
+
+    def receive(self, frame: Frame, fds: tuple[int, ...]) -> None:
+        node = self._node
+        if node.upstream is not self._upstream:
+            return
+        if frame.kind in (Kind.ERROR, Kind.NOTICE):  # it does not know the view yet, or is going
+            node.lost_primary()
+            return
+        try:
+            node.effects.instructions += self._upstream.receive(frame, fds)
+        except HeadwaterError:
+            node.lost_primary()
+            raise
+        node.effects.accepted = True
+
+    def closed(self) -> None:
+        if self._node.upstream is self._upstream:
+            self._node.primary_closed()

@@ -1,4 +1,4 @@
-"""A server without its sockets: the replicas it hosts, and which connection belongs to which of them."""
+"""A server without its sockets: the replicas it hosts, and the one mapping of who is at each connection's other end."""
 
 from __future__ import annotations
 
@@ -6,193 +6,198 @@ import logging
 from itertools import count
 
 from headwater.cluster.fleet import members_of
-from headwater.errors import ProtocolError, StaleEpoch
+from headwater.errors import HeadwaterError, ProtocolError, StaleEpoch
 from headwater.server import COORDINATOR
-from headwater.server.node import Node, Setting
+from headwater.server.control import Orders
+from headwater.server.effects import Effects
+from headwater.server.node import ClientPeer, Node, Setting
+from headwater.server.peers import Backfilling, Peer, ReaderPeer
 from headwater.transports.memory import close_all
 from headwater.versions.backfill import Backfills
 from headwater.wire import messages as m
 from headwater.wire import versions as v
 from headwater.wire.frames import Frame, Kind
-from headwater.wire.outgoing import Instruction, Outgoing
+from headwater.wire.outgoing import Instruction
 
 log = logging.getLogger("headwater")
 
 
 class Server:
-    """Frames in, frames and dials out. A connection belongs to a shard from its first request on."""
+    """Frames in, frames and dials out (``loop.Host``). Who sends them is decided by a connection's first one."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.nodes: dict[int, Node] = {}
-        self._of_peer: dict[int, Node] = {}
-        self._dials: dict[int, Node] = {}
+        self.effects = Effects()
+        self._peers: dict[int, Peer] = {}
+        self._control = Orders(self)
         self._keys = count(1)
         self._backfills = Backfills(setting.part_store, self._keys, setting.wake)
+        self._backfilling = Backfilling(self._backfills, self.effects)
         self._now = 0.0
-        self._readers: set[int] = set()  # connections that fetch parts of versions
         self._retired = (0, 0)  # bytes pushed and pulled at shards that have moved on
+        self.answer_to(self._control)
+
+    def answer_to(self, control: Orders) -> None:
+        """Who is at connection 0 from now on."""
+        self._control = self._peers[COORDINATOR] = control
 
     # ---- from the loop ---------------------------------------------------------------------------
 
     def landing(self, peer: int, frame: Frame) -> memoryview:
         """Where a payload goes. Raises ``ProtocolError``."""
-        if peer in self._backfills:
-            return self._backfills.landing(peer, frame)
-        node = self._of_peer.get(peer)
-        if node is None:
+        found = self._peers.get(peer)
+        if found is None:
             raise ProtocolError(f"{frame.kind.name} with a payload before a session was opened")
-        return node.landing(peer, frame)
+        return found.landing(frame)
 
     def receive(self, peer: int, frame: Frame, fds: tuple[int, ...] = ()) -> list[Instruction]:
         """A frame of a client, another server or (peer 0) the coordinator; ``fds`` are closed in any case."""
-        if peer == COORDINATOR:
-            close_all(fds)
-            return self._noted(self._coordinator(frame))
-        if peer in self._readers:
-            close_all(fds)
-            return self._noted(self.setting.part_store.receive(peer, frame))
-        if peer in self._backfills:
-            close_all(fds)
-            return self._noted(self._backfills.receive(peer, frame))
-        node = self._of_peer.get(peer)
-        if node is None:
-            return self._noted(self._first(peer, frame, fds))
-        return self._noted(node.receive(peer, frame, fds))
-
-    def _first(self, peer: int, frame: Frame, fds: tuple[int, ...]) -> list[Instruction]:
-        """A connection's first frame says which shard it is for."""
-        if frame.kind == Kind.NOTICE:  # another server that has dialed in vain says goodbye
-            return []
         try:
-            request = m.unpack_request(frame.body) if frame.kind == Kind.REQUEST else None
-        except ProtocolError:
-            close_all(fds)
+            found = self._peers.get(peer) or self._meet(peer, frame)
+            if found is not None:
+                found.receive(frame, fds)
+        except HeadwaterError:
+            self.effects.drain()  # the connection ends, with an error of its own
             raise
-        if not isinstance(request, m.Open):
-            close_all(fds)
+        finally:
+            if fds:
+                close_all(fds)
+        return self._said()
+
+    def _meet(self, peer: int, frame: Frame) -> Peer | None:
+        """Who it is that says its first word. ``None``: that word is dealt with. (Whom we dialed is known already.)"""
+        if frame.kind == Kind.NOTICE:  # another server that has dialed in vain says goodbye
+            return None
+        request = m.unpack_request(frame.body) if frame.kind == Kind.REQUEST else None
         if isinstance(request, v.Fetch):
-            self._readers.add(peer)
-            return self.setting.part_store.receive(peer, frame)
+            self._peers[peer] = ReaderPeer(peer, self.setting.part_store, self.effects)
+            return self._peers[peer]
         if not isinstance(request, m.Open | m.Follow):
-            error = ProtocolError(f"{frame.kind.name} before a session was opened")
-            return [Outgoing(peer, Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(error)), close=True)]
+            self._refuse(peer, frame, ProtocolError(f"{frame.kind.name} before a session was opened"))
+            return None
         node = self.nodes.get(request.shard)
         if node is None:
-            close_all(fds if isinstance(request, m.Open) else ())
-            stale = StaleEpoch(
-                f"shard {request.shard} is not on server {self.setting.server}; ask the coordinator where it is"
-            )
-            return [Outgoing(peer, Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(stale)), close=True)]
-        self._of_peer[peer] = node
-        if isinstance(request, m.Follow):
-            return node.follow(peer, frame, request)
-        return node.receive(peer, frame, fds)
+            where = f"shard {request.shard} is not on server {self.setting.server}"
+            self._refuse(peer, frame, StaleEpoch(f"{where}; ask the coordinator where it is"))
+            return None
+        if isinstance(request, m.Open):
+            self._peers[peer] = ClientPeer(node, peer)
+            return self._peers[peer]
+        follower = node.follow(peer, frame, request)
+        if follower is not None:
+            self._peers[peer] = follower
+        return None  # what it asked for is done
+
+    def _refuse(self, peer: int, frame: Frame, error: HeadwaterError) -> None:
+        self.effects.tell(peer, Frame(Kind.ERROR, seq=frame.seq, body=m.error_body(error)), close=True)
 
     def closed(self, peer: int) -> list[Instruction]:
         """A connection ended."""
-        if peer in self._readers:
-            self._readers.discard(peer)
-            self.setting.part_store.closed(peer)
-            return []
-        if peer in self._backfills:
-            self._backfills.closed(peer)
-            return []
-        node = self._of_peer.pop(peer, None)
-        return [] if node is None else self._noted(node.closed(peer))
+        found = self._peers.pop(peer, None)
+        if found is not None:
+            found.closed()
+        return self._said()
 
     def dialed(self, key: int, peer: int | None) -> list[Instruction]:
         """What became of a dial: the new connection's number, or None."""
-        if self._backfills.dials(key):
-            return self._backfills.dialed(key, peer)
-        node = self._dials.pop(key, None)
-        if node is None or node.dialing != key:
-            if peer is None:
-                return []
-            return [Outgoing(peer, Frame(Kind.NOTICE), close=True)]
-        if peer is not None:
-            self._of_peer[peer] = node
-        return self._noted(node.dialed(peer))
+        asker = self.effects.dials.pop(key, None)
+        if asker is None:
+            if peer is not None:
+                self.effects.bye(peer)
+            return self._said()
+        found = asker.dialed(key, peer)
+        if found is not None and peer is not None:
+            self._peers[peer] = found
+        return self._said()
 
     def tick(self, now: float) -> list[Instruction]:
         """Time has passed."""
         self._now = now
-        ticked = [x for node in self.nodes.values() for x in node.tick(now)]
-        return self._noted([*ticked, *self._woken()])
+        for node in self.nodes.values():
+            node.tick(now)
+        self._woken()
+        self._control.tick(now)
+        return self._said()
 
     def woken(self) -> list[Instruction]:
         """A thread has finished something."""
-        return self._noted(self._woken())
+        self._woken()
+        return self._said()
 
-    def _woken(self) -> list[Instruction]:
-        return [*self.setting.part_store.woken(), *self._backfills.woken()]
+    def _woken(self) -> None:
+        self.effects.instructions += self.setting.part_store.woken()
+        self.effects.add(self._backfills.woken(), self._backfilling)
 
     def work(self) -> list[Instruction]:
         """What may come after the answers: followers apply what they have accepted."""
-        out: list[Instruction] = []
+        if not self.effects.accepted:
+            return []
+        self.effects.accepted = False
         for node in self.nodes.values():
-            if node.upstream is not None:
-                out += node.work()
-        return self._noted(out) if out or self.setting.part_store.outbox else out
+            node.work()
+        return self._said()
 
     def sync(self) -> list[Instruction]:
         """Once per turn: what was logged meanwhile is put on the disk, at once for all of it, and counts."""
-        out: list[Instruction] = []
-        nodes = list(self.nodes.values()) if self.setting.data is not None else []
+        if self.setting.data is None:
+            return []
         while True:
-            for node in nodes:
-                out += node.sync()
-            if not any(node.disk is not None and node.disk.dirty for node in nodes):
-                return self._noted(out)
+            self.effects.unsynced = False
+            for node in self.nodes.values():
+                node.sync()
+            if not self.effects.unsynced:
+                return self._said()
 
-    def _noted(self, instructions: list[Instruction]) -> list[Instruction]:
-        """Versions whose moment has come; what there is to say of them; and which replica dials."""
-        for node in self.nodes.values():
-            if node.cuts:
-                instructions = [*instructions, *node.due()]
+    def _said(self) -> list[Instruction]:
+        """What is to be sent, and behind it what there is to say of versions."""
         part_store = self.setting.part_store
         if part_store.outbox:
-            reports, part_store.outbox = part_store.outbox, []
-            notices = (Frame(Kind.NOTICE, shard=done.shard, body=m.pack(done)) for done in reports)
-            instructions = [*instructions, *(Outgoing(COORDINATOR, notice) for notice in notices)]
-        for x in instructions:
-            if not isinstance(x, Outgoing) and not self._backfills.dials(x.key):
-                self._dials[x.key] = next(node for node in self.nodes.values() if node.dialing == x.key)
-        return instructions
+            told, part_store.outbox = part_store.outbox, []
+            for done in told:
+                self.effects.tell(COORDINATOR, Frame(Kind.NOTICE, shard=done.shard, body=m.pack(done)))
+        return self.effects.drain()
 
     # ---- from the coordinator --------------------------------------------------------------------
 
-    def _coordinator(self, frame: Frame) -> list[Instruction]:
+    def obey(self, frame: Frame) -> None:
+        """What the coordinator says."""
         if frame.kind == Kind.ERROR:
             log.warning("the coordinator: %s", m.read_error(frame.body))
-            return []
+            return
         message = m.unpack_request(frame.body) if frame.kind == Kind.REQUEST else m.unpack_notice(frame.body)
         if isinstance(message, m.View):
-            return self.adopt(message)
-        if isinstance(message, v.DropVersion):
+            self._adopt(message)
+        elif isinstance(message, v.DropVersion):
             for holder in self.nodes.values():
-                holder.cuts = [cut for cut in holder.cuts if cut.number not in message.numbers]
-            return [*self._backfills.drop(message.numbers), *self.setting.part_store.drop(message.numbers)]
-        if isinstance(message, v.Hold):
-            return self._backfills.begin(message)
-        node = self.nodes.get(frame.shard)
-        return [] if node is None else node.coordinator(frame, message)
+                holder.forget_cuts(message.numbers)
+            self.effects.add(self._backfills.drop(message.numbers), self._backfilling)
+            self.effects.instructions += self.setting.part_store.drop(message.numbers)
+        elif isinstance(message, v.Hold):
+            self.effects.add(self._backfills.begin(message), self._backfilling)
+        else:
+            node = self.nodes.get(frame.shard)
+            if node is not None:
+                node.obey(message)
 
     def adopt(self, view: m.View) -> list[Instruction]:
         """A shard's view: this server begins, changes or ends its part in it."""
-        me = self.setting.server
-        member = me in members_of(view)
+        self._adopt(view)
+        return self._said()
+
+    def _adopt(self, view: m.View) -> None:
+        member = self.setting.server in members_of(view)
         node = self.nodes.get(view.shard)
         if node is None:
             if not member:
-                return []
-            node = self.nodes[view.shard] = Node(view.shard, self.setting, self._keys)
+                return
+            node = self.nodes[view.shard] = self._node(view.shard)
             node.tick(self._now)
             if node.disk is not None:
                 node.disk.begin()
-        out = node.adopt(view)
+        node.adopt(view)
         if not member and node.view.epoch == view.epoch:
-            out += node.hang_up()
+            node.hang_up()
             del self.nodes[view.shard]
             self._retired = (
                 self._retired[0] + node.clients.pushed_bytes, self._retired[1] + node.clients.pulled_bytes
@@ -200,21 +205,26 @@ class Server:
             node.close()
             if node.disk is not None:
                 node.disk.remove()
-        return out
+
+    def _node(self, shard: int) -> Node:
+        return Node(shard, self.setting, self._keys, self.effects)
 
     def replay(self, shards: list[int]) -> None:
         """Begin with what is on this server's disk. Raises ``StateCorrupt``."""
         for shard in shards:
-            node = Node(shard, self.setting, self._keys)
+            node = self._node(shard)
+            node.memory.past = True
             if node.disk is not None and node.disk.replay():
                 self.nodes[shard] = node
             else:
                 node.close()
+            node.memory.past = False
 
-    def ready_again(self) -> list[Instruction]:
+    def ready_again(self) -> None:
         """For a coordinator that has forgotten: steps that wait for its verdict."""
         self.setting.part_store.report_all()
-        return self._noted([x for node in self.nodes.values() for x in node.ready_again()])
+        for node in self.nodes.values():
+            node.ready_again()
 
     @property
     def replayed(self) -> bool:

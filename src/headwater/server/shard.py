@@ -1,7 +1,7 @@
 """A shard at its primary: typed events in, typed instructions out. No sockets, no clock.
 
 A push goes `_push` → `_contribute` (bulk) or `_apply_now` (stale, async) → `propose` → every follower accepts →
-`replica.Replica.apply` → `tables.dense.DenseShard.apply` → torch's kernel. Every record has the next LSN.
+`Replica.apply` → `tables.dense.DenseShard.apply` → torch's kernel → `_react`. Every record has the next LSN.
 """
 
 from __future__ import annotations
@@ -11,13 +11,21 @@ from typing import TypeVar
 
 import torch
 
-from headwater.errors import ClusterError, HeadwaterError, ProtocolError, SessionExpired, StaleEpoch, WorkerLost
+from headwater.errors import (
+    ClusterError,
+    HeadwaterError,
+    ProtocolError,
+    SessionExpired,
+    StaleEpoch,
+    UnknownTable,
+    WorkerLost,
+)
 from headwater.server import events as e
 from headwater.server import meeting
 from headwater.server.replication import records as r
 from headwater.server.replication.log import Log
 from headwater.server.replication.records import Record
-from headwater.server.replication.replica import Memory, Replica
+from headwater.server.replication.replica import Happened, Memory, Replica
 from headwater.server.sync.bulk import Part
 from headwater.server.table import Session, Table
 from headwater.wire.frames import Flag
@@ -29,22 +37,38 @@ LEND = 64 << 10  # bytes from which a push is worth a copy into memory that foll
 
 Asked = TypeVar("Asked", e.Push, e.Pull, e.AskMean)
 
+Observer = Callable[["Shard", Record], None]
 
-class Shard(Replica):
-    """One replica, which decides while it is the primary.
 
-    ``since``: the epoch in which this server became the primary. What a client sent to an earlier one is refused.
-    ``reign``: the same of the primary whose log this replica has followed; its own while it leads. ``before``: the
-    reign that its own followed upon, and ``base`` the last record of that.
+class Shard:
+    """Has one replica, and decides for it while this server is the primary.
+
+    A *reign* is the epoch in which a primary began; it names the primary's log. ``since``: when this server became the
+    primary; what a client sent to an earlier one is refused. ``reign``: of the log that the replica holds now.
+    ``before``: the reign of the log that it held when it became the primary, and ``base`` the last record of that log.
+    ``applied``: called after each record that a primary has applied; a snapshot is taken between two records.
     """
 
+    observer: Observer | None = None  # called after each record, at a follower too: the simulator's oracles look
+
     def __init__(self, number: int, memory: Memory) -> None:
-        super().__init__(number, memory)
+        self.number = number
+        self.replica = Replica(number, memory)
+        self.tables, self.sessions = self.replica.tables, self.replica.sessions
+        self.epoch = 0
+        self.primary = False
         self.since = self.reign = self.before = self.base = 0
         self.log = Log()
+        self.applied: list[Callable[[], None]] = []
+        self._memory = memory
+        self._out: list[e.Instruction] = []
         self._left: list[Record] = []  # proposed and not applied when this server stepped down
         self._told = 0  # the membership epoch of the last record about it
-        self._applying = False
+
+    @property
+    def lsn(self) -> int:
+        """The last record that is applied."""
+        return self.replica.lsn
 
     # ---- views -----------------------------------------------------------------------------------
 
@@ -54,19 +78,19 @@ class Shard(Replica):
         self.epoch = epoch
         if first:
             self.primary, self.since = True, epoch
-            self.before, self.base, self.reign = self.reign, self.lsn, epoch
-            self.log, self._left = Log(self.lsn), []
-            self._told = self.members.epoch
+            self.before, self.base, self.reign = self.reign, self.replica.lsn, epoch
+            self.log, self._left = Log(self.replica.lsn), []
+            self._told = self.replica.members.epoch
             for session in self.sessions.values():
                 session.seq, session.inflight = dict(session.done), 0
                 session.gradients.clear()
             for table in self.tables.values():
                 table.follow_none()
         for server in backups:
-            self.log.required.setdefault(server, self.lsn if first else 0)
+            self.log.required.setdefault(server, self.replica.lsn if first else 0)
         self.log.blocked = blocked
         if first:
-            self._out += [self.ready(table) for table in self.tables.values() if table.prepared is not None]
+            self._out += [self.replica.ready(table) for table in self.tables.values() if table.prepared is not None]
         return self._drain()
 
     def step_down(self, epoch: int) -> None:
@@ -75,14 +99,14 @@ class Shard(Replica):
         if self.primary:
             self.primary = False
             self._left = list(self.log.pending)
-            self.log = Log(self.lsn)
+            self.log = Log(self.replica.lsn)
             for table in self.tables.values():
                 table.follow_none()
 
     @property
     def tail(self) -> int:
         """The last record that this replica knows: as the former primary, more than it has applied."""
-        return self._left[-1].lsn if self._left else self.lsn
+        return self._left[-1].lsn if self._left else self.replica.lsn
 
     @property
     def ahead(self) -> list[Record]:
@@ -92,17 +116,25 @@ class Shard(Replica):
     def catch_up(self, lsn: int) -> None:
         """The new primary holds what this one had proposed up to ``lsn``; the rest is void."""
         for record in self._left:
-            if self.lsn < record.lsn <= lsn:
-                self.apply(record)
+            if self.replica.lsn < record.lsn <= lsn:
+                self.mirror(record)
         self._left = []
+
+    def mirror(self, record: Record) -> None:
+        """The next record of a primary's, at a follower. Raises if it cannot be applied: the replica ends then."""
+        for happened in self.replica.apply(record):
+            if isinstance(happened, e.Refused):
+                raise happened.error
+        if self.observer is not None:
+            self.observer(self, record)
 
     def continues(self, request: Follow) -> bool:
         """Whether a follower's state is a point of this log: then it needs no more than the records after it."""
         if request.lsn < 0:
             return False
         if request.reign == self.reign:
-            return self.lsn <= request.lsn <= self.log.last
-        same = request.reign == self.before and self.lsn == self.base
+            return self.replica.lsn <= request.lsn <= self.log.last
+        same = request.reign == self.before and self.replica.lsn == self.base
         return same and request.lsn <= self.base <= max(request.lsn, request.tail)
 
     def followed(self, server: int, lsn: int) -> None:
@@ -170,10 +202,11 @@ class Shard(Replica):
 
     # ---- the log ---------------------------------------------------------------------------------
 
-    def propose(self, body: r.Body, gradient: torch.Tensor | None = None, base: int = 0) -> Record:
+    def propose(
+        self, body: r.Body, gradient: torch.Tensor | None = None, base: int = 0, *, lasting: bool = False
+    ) -> Record:
         """Give a record its LSN and send it to whoever follows; it is applied when all of them have it."""
-        record = Record(self.log.last + 1, body, gradient, base)
-        return self._append(record)
+        return self._append(Record(self.log.last + 1, body, gradient, base, lasting=lasting))
 
     def _append(self, record: Record) -> Record:
         self.log.append(record)
@@ -183,31 +216,42 @@ class Shard(Replica):
 
     def _drain(self) -> list[e.Instruction]:
         """Apply what everyone has; what follows from that may be proposed and applied in the same turn."""
-        if not self._applying:
-            self._applying = True
-            try:
-                while (record := self.log.take()) is not None:
-                    self.apply(record)
-            finally:
-                self._applying = False
+        while (record := self.log.next_accepted()) is not None:
+            happened = self.replica.apply(record)
+            if self.observer is not None:
+                self.observer(self, record)
+            self._react(happened)
+            for act in self.applied:
+                act()
         out, self._out = self._out, []
         return out
+
+    def _react(self, happened: list[Happened]) -> None:
+        for x in happened:
+            if isinstance(x, Table):
+                self._progress(x)
+            elif not isinstance(x, e.Pull):
+                self._out.append(x)
+            elif x.session in self.sessions:
+                self._answer(x)
 
     # ---- sessions --------------------------------------------------------------------------------
 
     def check_open(self, event: e.Opened) -> None:
         """Raises ``ProtocolError``, ``ClusterError`` or ``SessionExpired`` if not; nothing has changed then."""
         known = self.sessions.get(event.session)
-        if known is None and len(self.sessions) >= len(self.members.sessions) + STRANGERS:
+        if known is None and len(self.sessions) >= len(self.replica.members.sessions) + STRANGERS:
             raise ClusterError(
                 f"shard {self.number} has {len(self.sessions)} sessions, most of which the coordinator does not know; "
                 "no more are opened before it has ended some"
             )
-        if event.members > self.members.epoch + NEWER:
-            raise ProtocolError(f"membership epoch {event.members} of a session, where {self.members.epoch} is known")
+        if event.members > self.replica.members.epoch + NEWER:
+            raise ProtocolError(
+                f"membership epoch {event.members} of a session, where {self.replica.members.epoch} is known"
+            )
         if known is not None and known.rank != event.rank:
             raise ProtocolError(f"session {event.session:016x} is of worker {known.rank}, not {event.rank}")
-        listed = event.session in self.members.sessions or event.members >= self.members.epoch
+        listed = event.session in self.replica.members.sessions or event.members >= self.replica.members.epoch
         if known is None and event.rank >= 0 and not listed:
             raise SessionExpired(
                 f"session {event.session:016x} of worker {event.rank} has ended: it was silent for too long, or has "
@@ -238,6 +282,14 @@ class Shard(Replica):
             session.gradients[event.table] = event.gradients
         # Pushes before the base are done with, or the client has given them up.
         session.seq[event.table] = max(session.seq.get(event.table, 0), event.base - 1)
+        self._out.append(e.Joined(event.session, event.request, event.table, event.shared))
+
+    def table(self, number: int) -> Table:
+        """Raises ``UnknownTable``."""
+        found = self.tables.get(number)
+        if found is None:
+            raise UnknownTable(f"table {number} does not exist on shard {self.number}; declare it first")
+        return found
 
     def session(self, number: int) -> Session:
         """Raises ``SessionExpired``."""
@@ -281,15 +333,13 @@ class Shard(Replica):
         last = session.seq.get(table.number, 0)
         if seq != last + 1:
             raise ProtocolError(f"push {seq} came after {last}: one in between is missing")
-        self.refuse_reader(session, "push")
+        _refuse_reader(session, "push")
 
     def _again(self, session: Session, table: Table, event: e.Push) -> None:
         """A duplicate: acknowledged again if it is applied, else the answer is still to come."""
         if event.seq > session.done.get(table.number, 0):
-            if (
-                table.collective and event.members < table.gathering.lost
-            ):  # undone, and the word of it was lost on the way
-                raise WorkerLost(self.why_lost(event.clock))
+            if table.collective and event.members < table.gathering.lost:  # undone, and the word of it was lost
+                raise WorkerLost(self.replica.why_lost(event.clock))
             part = table.gathering.parts.get(session.rank)
             if part is not None and part.seq == event.seq and event.flags & Flag.WANT:
                 part.wants = True
@@ -298,7 +348,7 @@ class Shard(Replica):
         known = last if last is not None and last.clock == event.clock else None
         self._out.append(
             e.Ack(
-                session.number, event.seq, event.table, event.clock, self.lsn, 0, bool(event.flags & Flag.END),
+                session.number, event.seq, event.table, event.clock, self.replica.lsn, 0, bool(event.flags & Flag.END),
                 known is not None and known.skip, known.norm if known is not None else None,
             )
         )  # fmt: skip
@@ -307,7 +357,7 @@ class Shard(Replica):
         """What this worker has contributed to the step under way. Raises if it is another step, or has ended."""
         gathering = table.gathering
         if members < gathering.lost:
-            raise WorkerLost(self.why_lost(clock))
+            raise WorkerLost(self.replica.why_lost(clock))
         if clock != gathering.clock + 1:
             raise ProtocolError(
                 f"worker {session.rank} pushes step {clock} of table {table.spec.name!r}, "
@@ -357,7 +407,7 @@ class Shard(Replica):
         session, table = self.session(event.session), self.table(event.table)
         if not table.collective:
             raise ProtocolError(f"table {table.spec.name!r} has no step of all workers whose mean could be asked for")
-        self.refuse_reader(session, "ask for gradients")
+        _refuse_reader(session, "ask for gradients")
         part = self._part(session, table, event.clock, event.members)
         part.asked, part.past = event.seq, event.past
         self._check_mean(table)
@@ -377,7 +427,7 @@ class Shard(Replica):
             return
         gathering.announced = True
         for values, data in meeting.writes(table):
-            self.propose(values, data, values.start)
+            self.propose(values, data, values.start, lasting=True)
         body, contributions = meeting.prepare(table, self.number)
         record = Record(self.log.last + 1, body, None, 0, contributions, meeting.divisor(table))
         if self.log.replicated:
@@ -424,7 +474,7 @@ class Shard(Replica):
                 self._end_step(session, table, event)
             else:  # behind those that wait already: they have the older values
                 table.held.append(event)
-                self.progress(table)
+                self._progress(table)
 
     def _stable(self, table: Table, event: e.Push) -> tuple[torch.Tensor, int]:
         """The push's gradient where followers can have it, and it stays until all do."""
@@ -478,11 +528,11 @@ class Shard(Replica):
         if held or session.inflight:  # a worker reads its own writes
             table.waiting.append(event)
         else:
-            self.answer(event)
+            self._answer(event)
         if table.held:
-            self.progress(table)
+            self._progress(table)
 
-    def answer(self, event: e.Pull) -> None:
+    def _answer(self, event: e.Pull) -> None:
         session, table = self.session(event.session), self.table(event.table)
         if not table.collective and not table.clocks.may_read(session.rank, event.clock):
             table.waiting.append(event)
@@ -494,16 +544,14 @@ class Shard(Replica):
         clocks.was_read(session.rank)
         start, length = event.start, event.length
         self._out.append(
-            e.Send(event.session, event.request, event.table, event.clock, self.lsn, staleness, start, length)
+            e.Send(event.session, event.request, event.table, event.clock, self.replica.lsn, staleness, start, length)
         )
 
     def _held_ranks(self, table: Table) -> set[int]:
         return {self.sessions[push.session].rank for push in table.held if push.session in self.sessions}
 
-    def progress(self, table: Table) -> None:
+    def _progress(self, table: Table) -> None:
         """Something was applied or someone left: what waited may go on now, first come first served."""
-        if not self.primary:
-            return
         if table.collective:
             self._check_complete(table)
             self._check_mean(table)
@@ -528,21 +576,21 @@ class Shard(Replica):
         if session.inflight or any(push.session == session.number for push in table.held):
             table.waiting.append(event)
         else:
-            self.answer(event)
+            self._answer(event)
 
     def _stand_aside(self, event: e.Aside) -> None:
         session, table = self.session(event.session), self.table(event.table)
-        self.refuse_reader(session, "be waited for")
+        _refuse_reader(session, "be waited for")
         self.propose(r.Aside(table.number, session.number, event.request, event.away))
 
     # ---- assignments -----------------------------------------------------------------------------
 
     def _assigned(self, event: e.Assign) -> None:
         session, table = self.session(event.session), self.table(event.table)
-        self.refuse_reader(session, "assign")
+        _refuse_reader(session, "assign")
         if event.request <= session.seq.get(table.number, 0):
             if event.request <= session.done.get(table.number, 0) and event.last:
-                self._out.append(e.Ack(event.session, event.request, event.table, 0, self.lsn))
+                self._out.append(e.Ack(event.session, event.request, event.table, 0, self.replica.lsn))
             return
         self._sequence(session, table, event.request)
         start, length = event.start, event.data.numel()
@@ -560,7 +608,7 @@ class Shard(Replica):
 
     def _assigned_slots(self, event: e.AssignSlots) -> None:
         session, table = self.session(event.session), self.table(event.table)
-        self.refuse_reader(session, "assign")
+        _refuse_reader(session, "assign")
         self.propose(r.SetSlots(table.number, session.number, event.request, event.slots, event.reset))
 
     def validate(self) -> None:
@@ -571,7 +619,15 @@ class Shard(Replica):
             assert table.versions is None or all(v % 2 == 0 for v in table.versions), "a block was left half written"
             assert not (table.collective and (table.held or table.waiting)), "bulk steps neither hold nor delay"
         lsns = [record.lsn for record in self.log.pending]
-        assert lsns == list(range(self.lsn + 1, self.lsn + 1 + len(lsns))), f"records after {self.lsn}: {lsns}"
+        assert lsns == list(range(self.replica.lsn + 1, self.replica.lsn + 1 + len(lsns))), (
+            f"records after {self.replica.lsn}: {lsns}"
+        )
         for session in self.sessions.values():
             ahead = {t: n for t, n in session.done.items() if self.primary and n > session.seq.get(t, 0)}
             assert not ahead, f"applied before accepted: {session}"
+
+
+def _refuse_reader(session: Session, what: str) -> None:
+    """Raises ``ClusterError`` if a reader tries to write."""
+    if session.rank < 0:
+        raise ClusterError(f"a reader cannot {what}; connect with role='worker'")

@@ -11,10 +11,10 @@ from typing import Any
 from unittest.mock import patch
 
 from headwater.client import publication
-from headwater.client.dense.table import Table
+from headwater.client.dense.table import DenseTable
 from headwater.cluster.coordinator import Rules
 from headwater.errors import HeadwaterError
-from headwater.server.replication.replica import Replica
+from headwater.server.shard import Shard
 from headwater.testing.faults import LETHAL, Fault
 from headwater.testing.hosts import SimCoordinator, SimServer, SimStore
 from headwater.testing.links import SimRuntime
@@ -117,7 +117,7 @@ class SimCluster:
     def run(self) -> Outcome:
         """Everything, from the first process to the audit. A violation is in the outcome, not raised."""
         with (
-            patch.object(Replica, "observer", Eye(self.oracles.observe)),
+            patch.object(Shard, "observer", Eye(self.oracles.observe)),
             patch.object(leases, "LEASE", LEASE),
             patch.object(lifecycle, "HEAL", HEAL),
             patch.object(publication, "time", _Date(self.scheduler)),
@@ -469,7 +469,7 @@ class SimCluster:
             raise Violation("versions", f"{HEALED:g} s after all was healed: {amiss()}") from None
         self.versions.finish()
 
-    def _check(self, table: Table) -> None:
+    def _check(self, table: DenseTable) -> None:
         for name, values in table.values.items():
             if not self.scenario.clip:
                 self.ledger.check(values.numpy()[:MARKS], name)
@@ -488,7 +488,7 @@ class SimCluster:
                 if shard.primary:
                     self.oracles.leads(shard, shard.lsn)
                 self.oracles.replica(shard, f"server {x.server}")
-                digest = shard.digest()
+                digest = shard.replica.digest()
                 before = digests.setdefault(shard.lsn, (digest, x.server))
                 if before[0] != digest:
                     raise Violation(
@@ -552,7 +552,7 @@ class Eye:
     def __init__(self, act: Callable[..., None]) -> None:
         self._act = act
 
-    def __call__(self, replica: Replica, record: Any) -> None:
+    def __call__(self, replica: Shard, record: Any) -> None:
         self._act(replica, record)
 
 
@@ -586,5 +586,5 @@ def _line(frame: Frame) -> str:
     names = [name for name in ("SHARED", "END", "WANT", "SKIP") if frame.flags & getattr(Flag, name)]
     return (
         f"{text} {'+'.join(names)} session {frame.session % 0xFFFF:x} epoch {frame.epoch} seq {frame.seq} "
-        f"lsn {frame.lsn} clock {frame.clock} {frame.start}+{frame.length}"
+        f"lsn {frame.lsn} clock {frame.clock} {frame.start}:{frame.stop}"
     )

@@ -8,9 +8,11 @@ from random import Random
 from typing import Protocol
 
 from headwater.cluster.coordinator import Coordinator, Rules
+from headwater.cluster.store.memory import MemoryStore
 from headwater.errors import HeadwaterError, ProtocolError
 from headwater.server import COORDINATOR
-from headwater.server.hosts import CoordinatorHost, ServerHost
+from headwater.server.control import Control
+from headwater.server.hosts import CoordinatorHost
 from headwater.server.node import Setting
 from headwater.server.server import Server
 from headwater.testing.network import End, Network
@@ -115,30 +117,20 @@ class Crash(BaseException):
     """The process dies here; nothing in it catches this."""
 
 
-class SimStore:
+class SimStore(MemoryStore):
     """The coordinator's durable memory. ``crash``: die before or after the next write."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, bytes] = {}
+        super().__init__()
         self.crash = ""
-
-    def items(self) -> dict[str, bytes]:
-        return dict(self.kept)
 
     def put(self, changes: Mapping[str, bytes | None]) -> None:
         crash, self.crash = self.crash, ""
         if crash == "before":
             raise Crash
-        for key, value in changes.items():
-            if value is None:
-                self.kept.pop(key, None)
-            else:
-                self.kept[key] = value
+        super().put(changes)
         if crash == "after":
             raise Crash
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 class SimCoordinator(SimHost):
@@ -191,7 +183,6 @@ class SimServer(SimHost):
         super().__init__(network, process, ears)
         self.server: Server | None = None
         self.number = -1
-        self._host: ServerHost | None = None
         self._join = m.Join("server", random.getrandbits(63), address=f"sim://{process.name}")
         self._patience = patience
         self._random = random
@@ -223,7 +214,7 @@ class SimServer(SimHost):
         )  # fmt: skip
         setting.part_store = SimPartStore(welcome.server, welcome.shards, self._later)
         self.server = Server(setting)
-        self._host = ServerHost(self.server, self._join, welcome, ADDRESS, self._die, self.process.clock)
+        self.server.answer_to(Control(self.server, self._join, welcome, ADDRESS, self._die, self.process.clock))
         self.process.every(TICK, self._tick)
         self.process.every(welcome.heartbeat, self._beat)
         return []
@@ -240,8 +231,8 @@ class SimServer(SimHost):
 
         def done() -> None:
             act()
-            if self._host is not None:
-                self.carry_out(self._host.woken())
+            if self.server is not None:
+                self.carry_out(self.server.woken())
 
         self.network.scheduler.after(COPY * self._random.random(), self.process.call, done)
 
@@ -252,21 +243,21 @@ class SimServer(SimHost):
         return super().adopt(end, peer)
 
     def landing(self, peer: int, frame: Frame) -> memoryview:
-        if self._host is None:
+        if self.server is None:
             raise ProtocolError("no payload is expected yet")
-        return self._host.landing(peer, frame)
+        return self.server.landing(peer, frame)
 
     def receive(self, peer: int, frame: Frame) -> Iterable[Instruction]:
-        if self._host is None:
+        if self.server is None:
             if peer != COORDINATOR:
                 raise ProtocolError("this server has not joined yet")
             return self._welcomed(frame)
         if self.meter is not None:
-            return self._receive_slowly(self._host, self.meter, peer, frame)
-        self.carry_out(self._host.receive(peer, frame, ()))
-        return self._host.work()
+            return self._receive_slowly(self.server, self.meter, peer, frame)
+        self.carry_out(self.server.receive(peer, frame, ()))
+        return self.server.work()
 
-    def _receive_slowly(self, host: ServerHost, meter: Meter, peer: int, frame: Frame) -> Iterable[Instruction]:
+    def _receive_slowly(self, host: Server, meter: Meter, peer: int, frame: Frame) -> Iterable[Instruction]:
         """What comes out leaves when the work for it is done; then comes what a follower does after its answer."""
         meter.take()
         if frame.payload is not None:
@@ -279,20 +270,20 @@ class SimServer(SimHost):
         return later
 
     def closed(self, peer: int) -> Iterable[Instruction]:
-        if self._host is not None:
-            return self._host.closed(peer)
+        if self.server is not None:
+            return self.server.closed(peer)
         if peer == COORDINATOR:
             self._die()
         return []
 
     def dialed(self, key: int, end: End | None) -> None:
-        assert self._host is not None
+        assert self.server is not None
         peer = None if end is None else self.adopt(end, COORDINATOR if key == COORDINATOR else None)
-        self.carry_out(self._host.dialed(key, peer))
+        self.carry_out(self.server.dialed(key, peer))
 
     def _tick(self) -> None:
-        assert self._host is not None
-        self.carry_out(self._host.tick(self.process.clock()))
+        assert self.server is not None
+        self.carry_out(self.server.tick(self.process.clock()))
 
     def _beat(self) -> None:
         """As the real process's heart: over a connection of its own, made again when it breaks."""

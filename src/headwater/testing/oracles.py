@@ -18,7 +18,7 @@ import numpy.typing as npt
 from headwater.layout.dense import only
 from headwater.server.replication import records as r
 from headwater.server.replication.records import Record
-from headwater.server.replication.replica import Replica
+from headwater.server.shard import Shard
 from headwater.types import DenseSpec
 from headwater.wire.messages import Commit, Members
 
@@ -117,7 +117,7 @@ class Oracles:
         self.sent: dict[tuple[int, int, int, int], Floats] = {}  # (session, table, clock, shard) -> a gradient
         self.records = self.pulls = self.acks = 0
         self._seen: dict[tuple[int, int], tuple[int, int]] = {}  # (session, shard) -> (epoch, LSN)
-        self._ahead: dict[int, tuple[Replica, dict[int, _Ahead]]] = {}  # by id of a follower: what the log has not
+        self._ahead: dict[int, tuple[Shard, dict[int, _Ahead]]] = {}  # by id of a follower: what the log has not
         self._astray: dict[int, Violation] = {}  # by id of a follower that holds what the log does not
 
     def log(self, shard: int) -> Log:
@@ -128,7 +128,7 @@ class Oracles:
 
     # ---- records ---------------------------------------------------------------------------------
 
-    def observe(self, replica: Replica, record: Record) -> None:
+    def observe(self, replica: Shard, record: Record) -> None:
         """A replica has applied a record."""
         self.records += 1
         log = self.log(replica.number)
@@ -143,7 +143,7 @@ class Oracles:
             self._same(log, record, replica.epoch, _whole(replica))
         self._compare(log, replica, record.lsn, _values(replica))
 
-    def leads(self, replica: Replica, upto: int) -> None:
+    def leads(self, replica: Shard, upto: int) -> None:
         """A primary speaks: what it applied before it was one counts from now on."""
         log = self.log(replica.number)
         if log.lsn >= upto:
@@ -153,7 +153,7 @@ class Oracles:
                 self._next(log, replica, record)
                 self._compare(log, replica, lsn, values)
 
-    def _next(self, log: Log, replica: Replica, record: Record) -> None:
+    def _next(self, log: Log, replica: Shard, record: Record) -> None:
         """A primary's record: the log's next, or one that it must be the same as."""
         if record.lsn <= log.lsn:
             self._same(log, record, replica.epoch, True)
@@ -166,7 +166,7 @@ class Oracles:
             if other.number == log.shard and record.lsn in ahead:
                 self._caught_up(log, other, *ahead.pop(record.lsn))
 
-    def _caught_up(self, log: Log, replica: Replica, record: Record, epoch: int, values: dict[int, bytes]) -> None:
+    def _caught_up(self, log: Log, replica: Shard, record: Record, epoch: int, values: dict[int, bytes]) -> None:
         """The log has reached what a follower had applied. One that went astray must not go on from there."""
         try:
             self._same(log, record, epoch, _whole(replica))
@@ -182,7 +182,7 @@ class Oracles:
                 f"epoch {epoch} has {record.body} there"
             )  # fmt: skip
 
-    def _compare(self, log: Log, replica: Replica, lsn: int, values: dict[int, bytes]) -> None:
+    def _compare(self, log: Log, replica: Shard, lsn: int, values: dict[int, bytes]) -> None:
         """A replica that has everything holds what the log adds up to."""
         for number, found in values.items():
             fold = log.folds.get(number)
@@ -200,7 +200,7 @@ class Oracles:
             )  # fmt: skip
         self._astray.pop(id(replica), None)
 
-    def _fold(self, log: Log, replica: Replica, record: Record) -> None:
+    def _fold(self, log: Log, replica: Shard, record: Record) -> None:
         body = record.body
         match body:
             case r.Begin():
@@ -331,7 +331,7 @@ class Oracles:
 
     # ---- at the end ------------------------------------------------------------------------------
 
-    def replica(self, replica: Replica, where: str) -> None:
+    def replica(self, replica: Shard, where: str) -> None:
         """A member of the last view, when all is quiet: it holds what the log adds up to."""
         log = self.log(replica.number)
         if replica.lsn > log.lsn:  # it has accepted what its primary has not applied yet
@@ -384,12 +384,12 @@ def _copy(record: Record) -> Record:
     return Record(record.lsn, record.body, record.gradient.clone(), record.base)
 
 
-def _values(replica: Replica) -> dict[int, bytes]:
+def _values(replica: Shard) -> dict[int, bytes]:
     """What a replica holds, of the tables that it has whole."""
     return {n: t.values.numpy().tobytes() for n, t in replica.tables.items() if t.have is None}
 
 
-def _whole(replica: Replica) -> bool:
+def _whole(replica: Shard) -> bool:
     return all(table.have is None for table in replica.tables.values())
 
 

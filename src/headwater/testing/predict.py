@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 from headwater.errors import UsageError
 from headwater.server.replication.records import Prepare, Record, Update, spans
-from headwater.server.replication.replica import Replica
+from headwater.server.shard import Shard
 from headwater.testing.cluster import Eye, SimCluster
 from headwater.testing.scenario import Scenario
 from headwater.testing.scheduler import Stuck
@@ -51,7 +51,7 @@ class _Steady(Worker):
 def _measured(meter: Meter) -> Eye:
     """Counts what replicas do: contributions that are added up, values that are stepped."""
 
-    def observe(replica: Replica, record: Record) -> None:
+    def observe(replica: Shard, record: Record) -> None:
         body = record.body
         nbytes = sum(stop - start for start, stop in spans(body))
         if isinstance(body, Prepare):
@@ -87,7 +87,7 @@ def predict(
     meter = Meter()
     scaled = replace(times, scale=nbytes / (PAGE * servers))
     cluster = SimCluster(one, times=scaled, worker=_Steady, meter=meter, patience=1e9)
-    with patch.object(Replica, "observer", _measured(meter)):
+    with patch.object(Shard, "observer", _measured(meter)):
         try:
             return _measure(cluster, workers, steps)
         finally:

@@ -33,7 +33,7 @@ def bulk_step(profile: Profile) -> Found:
         headwater.OptimizerSpec("SGD", ({"lr": 0.1},)),
         headwater.Bulk(),
     )
-    tables: dict[int, headwater.Table] = {}
+    tables: dict[int, headwater.DenseTable] = {}
 
     def join(rank: int) -> None:
         client = headwater.connect(address, rank=rank, world=2, servers=2)

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 import headwater
-from headwater.errors import Halt, StateInUse
+from headwater.errors import Halt, StateCorrupt, StateInUse
 from headwater.server.node import Setting
 from headwater.server.replication import disk
 from headwater.server.replication.disk import Folder, Identity, frames_of
@@ -76,7 +77,7 @@ def test_a_replay_gives_the_same_bits(tmp_path: Path, sync: Sync, optimizer: str
     assert worker.acks() == [1, 2, 3]
     for number in range(2):
         shard = back(tmp_path, number).nodes[0].shard
-        assert (shard.lsn, shard.digest()) == ring.digest(number)
+        assert (shard.lsn, shard.replica.digest()) == ring.digest(number)
         assert shard.reign == 1
 
 
@@ -100,7 +101,7 @@ def test_versions_are_not_made_again_when_a_log_is_read_back(tmp_path: Path) -> 
         ring.run()
     assert len(ring.servers[0].setting.part_store.parts) == 5
     again = back(tmp_path)
-    assert again.nodes[0].shard.digest() == ring.node(0).shard.digest()
+    assert again.nodes[0].shard.replica.digest() == ring.node(0).shard.replica.digest()
     assert not again.setting.part_store.parts
     assert not again.setting.part_store.outbox
 
@@ -129,7 +130,7 @@ def test_a_tail_torn_at_any_byte_ends_the_replay_before_it(tmp_path: Path) -> No
     for size in range(len(data), len(longer)):
         log_of(tmp_path).write_bytes(longer[:size])
         shard = back(tmp_path).nodes[0].shard
-        assert (shard.lsn, shard.digest()) == expected
+        assert (shard.lsn, shard.replica.digest()) == expected
         assert log_of(tmp_path).read_bytes() == data, "what is appended next follows a sound frame"
     for at in range(len(data), len(longer)):
         damaged = bytearray(longer)
@@ -151,7 +152,7 @@ def test_a_log_that_grows_is_written_anew(tmp_path: Path, monkeypatch: pytest.Mo
         worker.push(seed)
         sizes.append(log_of(tmp_path).stat().st_size)
         shard = back(tmp_path).nodes[0].shard
-        assert (shard.lsn, shard.digest()) == ring.digest(0)
+        assert (shard.lsn, shard.replica.digest()) == ring.digest(0)
     assert max(sizes) < 900_000
     assert sizes[-1] < sum(sizes)
 
@@ -185,7 +186,7 @@ def test_a_crash_while_the_log_is_written_anew(tmp_path: Path, when: int, monkey
         log.begin()
     monkeypatch.undo()
     shard = back(tmp_path).nodes[0].shard
-    assert (shard.lsn, shard.digest()) == expected
+    assert (shard.lsn, shard.replica.digest()) == expected
 
 
 def test_a_full_disk_ends_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +212,7 @@ def test_records_that_another_primary_voided_do_not_come_back(tmp_path: Path) ->
     ring.run()
     assert ring.digest(0) == ring.digest(1)
     shard = back(tmp_path, 0).nodes[0].shard
-    assert (shard.lsn, shard.digest()) == ring.digest(1)
+    assert (shard.lsn, shard.replica.digest()) == ring.digest(1)
 
 
 def test_a_folder_is_one_servers(tmp_path: Path) -> None:
@@ -230,6 +231,20 @@ def test_a_folder_is_one_servers(tmp_path: Path) -> None:
     again = Folder(tmp_path)
     assert again.identity() == Identity(78, welcome)
     again.close()
+
+
+@pytest.mark.parametrize("said", [{}, {"format": 1}, {"format": 3}])
+def test_a_folder_of_another_format_is_refused_with_what_to_do(tmp_path: Path, said: dict[str, int]) -> None:
+    """The first format did not say which it was; its log would look torn at its first frame, and so empty."""
+    identity = msgspec.msgpack.encode({"session": 77, "welcome": m.Welcome(3, 2, 2, 1, "disk", 0.1)} | said)
+    (tmp_path / "identity").write_bytes(identity)
+    (tmp_path / "shard-00001.log").write_bytes(b"old")
+    folder = Folder(tmp_path)
+    with pytest.raises(StateCorrupt, match=r"this Headwater reads format 2; it was left as it is\. Go on with"):
+        folder.identity()
+    assert (tmp_path / "identity").read_bytes() == identity
+    assert folder.shards() == [1]
+    folder.close()
 
 
 # ---- processes ---------------------------------------------------------------------------------------
@@ -308,5 +323,5 @@ def test_a_payload_in_a_log_is_always_checked(tmp_path: Path) -> None:
     worker.push(1)
     frames = [frame for _, _, frame in frames_of(memoryview(log_of(tmp_path).read_bytes()))]
     assert frames[0].kind == Kind.REPLY
-    assert all(frame.flags & Flag.CHECKED for frame in frames if frame.follows)
+    assert all(frame.flags & Flag.CHECKED for frame in frames if frame.payload_length)
     assert frames[-1].kind == Kind.RECORD

@@ -395,7 +395,7 @@ def test_a_backup_whose_connection_ended_is_waited_for_and_catches_up_without_th
     worker.push(2)
     assert worker.acks() == [1]
     states = []
-    ring.node(1).shard.begin_anew = lambda *_: states.append(1)  # type: ignore[method-assign,assignment,misc]
+    ring.node(1).shard.replica.begin_anew = lambda *_: states.append(1)  # type: ignore[method-assign,assignment,misc]
     ring.tick(0.5)
     assert worker.acks() == [2]
     assert states == []
@@ -429,7 +429,7 @@ def test_a_planned_hand_over_loses_nothing_and_the_old_primary_follows(sync: Syn
     first = worker.push(1)
     worker.acks()
     states = []
-    ring.node(0).shard.begin_anew = lambda *_: states.append(1)  # type: ignore[method-assign,assignment,misc]
+    ring.node(0).shard.replica.begin_anew = lambda *_: states.append(1)  # type: ignore[method-assign,assignment,misc]
     ring.adopt(1, backups=[0])
     assert [type(m.read_error(frame.body)) for frame in worker.take(Kind.ERROR)] == [StaleEpoch]
     assert worker.open(1, base=1).seq == 1

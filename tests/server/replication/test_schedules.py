@@ -172,7 +172,7 @@ def same(play: Play, sync: Sync) -> bool:
 
 def test_the_schedules_find_a_primary_that_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are worth something: a push that is acknowledged before the backup has it is lost sooner or later."""
-    monkeypatch.setattr(Log, "take", lambda log: log.pending.popleft() if log.pending else None)
+    monkeypatch.setattr(Log, "next_accepted", lambda log: log.pending.popleft() if log.pending else None)
     caught = 0
     for seed in range(60):
         play = Play(Async(), random.Random(seed))

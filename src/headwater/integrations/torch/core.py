@@ -115,7 +115,7 @@ class Core:
         self.buffers.retie()
         self.held.arrived(self.held.leaves, same)
         held_now = weakref.ref(self.held)  # else the client would keep the model
-        self.table.renewed = self._renewed = lambda: _renew(held_now())
+        self._forget_renewals = self.table.when_renewed(lambda: _renew(held_now()))
         self._frozen = [p for p in self.parameters.values() if not _trains(p)]
         self._grouped = self._grouping()
         self._members = self.client.members
@@ -193,8 +193,7 @@ class Core:
         """Leave the model with its present values in memory of its own."""
         self.departures.close()
         self.arrivals.close()
-        if self.table.renewed is self._renewed:  # not a later optimizer's
-            self.table.renewed = None
+        self._forget_renewals()
         for leaf in self.held.leaves:
             if leaf.copies:
                 continue

@@ -14,7 +14,7 @@ import xxhash
 from headwater.errors import ParameterModified
 
 if TYPE_CHECKING:
-    from headwater.client import Table
+    from headwater.client import DenseTable
     from headwater.integrations.torch.gradients import Bucket
     from headwater.integrations.torch.lazy import Gradient
     from headwater.integrations.torch.values import Guard
@@ -94,7 +94,7 @@ class Leaf:
 
     bucket: Bucket
 
-    def __init__(self, name: str, parameter: torch.Tensor, table: Table, stays: bool) -> None:
+    def __init__(self, name: str, parameter: torch.Tensor, table: DenseTable, stays: bool) -> None:
         self.name = name
         self.parameter = parameter
         self.gradient = as_held(table.gradients[name], parameter)
@@ -132,7 +132,7 @@ class Held:
     """
 
     def __init__(
-        self, table: Table, parameters: Mapping[str, torch.Tensor], rank: int, stay: Collection[int] = ()
+        self, table: DenseTable, parameters: Mapping[str, torch.Tensor], rank: int, stay: Collection[int] = ()
     ) -> None:
         self.table = table
         self.rank = rank

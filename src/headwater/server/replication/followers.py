@@ -98,7 +98,7 @@ class Followers:
 
     # ---- records ---------------------------------------------------------------------------------
 
-    def send(self, record: Record) -> list[Outgoing]:
+    def replicate(self, record: Record) -> list[Outgoing]:
         """A record to everyone who follows."""
         out: list[Outgoing] = []
         for peer in self.by_peer:
@@ -118,7 +118,7 @@ class Followers:
         table = getattr(record.body, "table", 0)
         for start, stop in spans or [(0, 0)]:
             frame = Frame(kind, 0, self.shard.number, table, epoch=self.shard.epoch, lsn=record.lsn)
-            frame.start, frame.length = start, stop - start
+            frame.start, frame.stop = start, stop
             if stop > start:
                 assert record.gradient is not None
                 frame.payload = s.view(record.gradient[start - record.base : stop - record.base])
@@ -141,14 +141,11 @@ class Followers:
             out.append(Outgoing(follower.peer, Frame(Kind.REQUEST, shard=shard, body=body), (buffer.fd,)))
         flags = Flag.END | Flag.SHARED
         frame = Frame(Kind.RECORD, flags, shard, buffer.table, epoch=self.shard.epoch, lsn=record.lsn)
-        frame.start, frame.body = buffer.index, r.pack(record.body)
+        frame.members, frame.body = buffer.index, r.pack(record.body)
         return [*out, Outgoing(follower.peer, frame)]
 
-    def accepted(self, peer: int, frame: Frame) -> tuple[Follower | None, list[Outgoing]]:
+    def accepted(self, follower: Follower, frame: Frame) -> list[Outgoing]:
         """An ACCEPT: how far the follower is; more of the state, if it needs more."""
-        follower = self.by_peer.get(peer)
-        if follower is None:
-            return None, []
         if frame.lsn > self.shard.log.last or frame.seq > follower.sent:
             raise ProtocolError(
                 f"server {follower.server} has accepted record {frame.lsn} and {frame.seq} blocks, but was sent "
@@ -162,7 +159,7 @@ class Followers:
         if frame.flags & Flag.END and not follower.synced:
             follower.synced = True
             out.append(self.synced(follower))
-        return follower, out
+        return out
 
     def synced(self, follower: Follower) -> Outgoing:
         """For the coordinator: this learner has everything."""
@@ -178,7 +175,7 @@ class Followers:
             s.SessionState(x.number, x.rank, x.members, tuple(x.done.items()))
             for x in shard.sessions.values() if x.rank >= 0
         )  # fmt: skip
-        out = [self._tell(follower.peer, s.ShardState(shard.members, sessions))]
+        out = [self._tell(follower.peer, s.ShardState(shard.replica.members, sessions))]
         for table in shard.tables.values():
             out.append(self._tell(follower.peer, s.table_state(table)))
             for start, data in table.writes:
@@ -199,7 +196,7 @@ class Followers:
         frame = Frame(Kind.STATE, flags, shard.number, epoch=shard.epoch, lsn=shard.lsn, body=s.pack(body))
         frame.table = getattr(body, "table", 0)
         if payload is not None:
-            frame.payload, frame.length = payload, len(payload)
+            frame.payload = payload
             if self.checked:
                 seal(frame)
         return Outgoing(peer, frame)

@@ -32,7 +32,7 @@ class Lending:
         self._share = share
         self._of: dict[int, list[Buffer]] = {}
 
-    def take(self, table: int, size: int, lsn: int, accepted: int) -> Buffer | None:
+    def buffer_for(self, table: int, size: int, lsn: int, accepted: int) -> Buffer | None:
         """A buffer for record ``lsn``, if one is free; ``accepted``: the last record that all followers have."""
         buffers = self._of.setdefault(table, [])
         if len(buffers) < 2:

@@ -33,7 +33,7 @@ class Log:
         if server in self.required:
             self.required[server] = max(self.required[server], min(lsn, self.last))
 
-    def take(self) -> Record | None:
+    def next_accepted(self) -> Record | None:
         """The next record that everyone has."""
         if not self.pending or self.blocked:
             return None

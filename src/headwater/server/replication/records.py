@@ -139,7 +139,8 @@ class Record:
     """One entry of the log.
 
     ``gradient``: uint8, 1-D, byte 0 of it is shard-local byte ``base``; ``None`` where a body says it all.
-    ``contributions`` and ``divide``: at a primary without followers, where no aggregate is made.
+    ``contributions`` and ``divide``: at a primary without followers, where no aggregate is made. ``lasting``: nobody
+    writes into the gradient's memory any more.
     """
 
     lsn: int
@@ -148,6 +149,7 @@ class Record:
     base: int = 0
     contributions: list[Contribution] | None = None
     divide: int = 1
+    lasting: bool = False
 
     def sources(self, ranges: Ranges) -> list[Contribution]:
         """The gradient as the kernels take it."""

@@ -1,18 +1,17 @@
-"""A replica of a shard: records in, the same state everywhere.
+"""A replica of a shard: records in, the same state everywhere, and out comes what happened.
 
 The primary's decisions are in ``shard.py``; here is only what follows from a record. Whatever decides about
-state must be in the record or in the state itself: no clock, no connection, no memory of a client's.
+state must be in the record or in the state itself: no clock, no connection, no memory of a client's, no role.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
-from headwater.errors import ClusterError, HeadwaterError, NotEnoughMemory, ShapeMismatch, UnknownTable
+from headwater.errors import HeadwaterError, NotEnoughMemory, ShapeMismatch
 from headwater.server import events as e
 from headwater.server.replication import records as r
 from headwater.server.replication.records import Record
@@ -33,42 +32,30 @@ class Memory(Protocol):
     def load(self, table: Table, folder: str) -> None: ...
     def lend(self, table: int, size: int, lsn: int, accepted: int) -> torch.Tensor | None: ...
     def before_write(self, table: int, ranges: r.Ranges) -> None: ...
-    def publish(self, body: r.Publish) -> None: ...
+    def publish(self, version: int, tables: list[Table]) -> None: ...
 
 
 _BYTES = torch.uint8
 _OF_TABLES = (r.Update, Commit, r.Prepare, r.Values, r.SetSlots, r.Aside)
 
-Observer = Callable[["Replica", Record], None]
+Happened = e.Instruction | e.Pull | Table
+"""What a primary does about a record that was applied, in this order. An instruction: it says so. A pull: it answers
+that, now or later; the worker asked for it with its push. A table: it looks at what waits there.
+"""
 
 
 class Replica:
-    """``observer`` is called after each record; the simulator's oracles look from there.
-
-    ``applied`` too: a snapshot is taken between two records.
-    """
-
-    observer: Observer | None = None
-    applied: Callable[[], None] | None = None
+    """``tables`` and ``sessions`` are the same two dictionaries from beginning to end."""
 
     def __init__(self, number: int, memory: Memory) -> None:
         self.number = number
-        self.epoch = 0
         self.lsn = 0
-        self.primary = False
         self.partial = False  # the state of another replica has begun to arrive and is not complete
         self.tables: dict[int, Table] = {}
         self.sessions: dict[int, Session] = {}
         self.members = Members(0, (), 0)
         self._memory = memory
-        self._out: list[e.Instruction] = []
-
-    def table(self, number: int) -> Table:
-        """Raises ``UnknownTable``."""
-        found = self.tables.get(number)
-        if found is None:
-            raise UnknownTable(f"table {number} does not exist on shard {self.number}; declare it first")
-        return found
+        self._happened: list[Happened] = []
 
     def size_of(self, spec: TableSpec) -> int:
         """Bytes of a table's values on this shard."""
@@ -80,7 +67,9 @@ class Replica:
             del self.tables[number]
             self._memory.discard(number)
         self.lsn, self.members, self.partial = lsn, members, True
-        self.sessions = {s.number: Session(s.number, s.rank, s.members, dict(s.done), dict(s.done)) for s in sessions}
+        self.sessions.clear()
+        for s in sessions:
+            self.sessions[s.number] = Session(s.number, s.rank, s.members, dict(s.done), dict(s.done))
 
     def begin_table(self, state: TableState) -> None:
         """A table whose blocks follow."""
@@ -92,8 +81,9 @@ class Replica:
 
     # ---- records ---------------------------------------------------------------------------------
 
-    def apply(self, record: Record) -> None:  # noqa: C901 - one line per kind
-        """Take the next record. Instructions follow from it at a primary only."""
+    def apply(self, record: Record) -> list[Happened]:  # noqa: C901 - one line per kind
+        """Take the next record."""
+        self._happened = []
         self.lsn = record.lsn
         body = record.body
         void = isinstance(body, _OF_TABLES) and body.table not in self.tables
@@ -122,11 +112,13 @@ class Replica:
             case r.Aside():
                 self._aside(body)
             case r.Publish():
-                self._memory.publish(body)
-        if self.observer is not None:
-            self.observer(self, record)
-        if self.applied is not None:
-            self.applied()
+                self._publish(body)
+        return self._happened
+
+    def _publish(self, body: r.Publish) -> None:
+        """A version's moment; the same on every replica that is whole."""
+        if not self.partial:
+            self._memory.publish(body.version, [self.tables[n] for n in body.tables if n in self.tables])
 
     def _begin(self, body: r.Begin) -> None:
         if body.table in self.tables:  # the coordinator asked again before the first was applied
@@ -140,7 +132,7 @@ class Replica:
         self._emit(e.Created(table.number, table.dense.nbytes))
 
     def _made(self, body: r.Begin) -> Table | None:
-        """The table with its first values. A primary says that it cannot; a follower is of no use then, and raises."""
+        """The table with its first values; ``None``: it cannot be, which has happened too."""
         refusal: HeadwaterError
         try:
             table = self._memory.create(body.table, body.spec)
@@ -154,8 +146,6 @@ class Replica:
         except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError where memory is refused
             refusal = NotEnoughMemory(f"table {body.spec.name!r}: {error}; it was not created")
         self._memory.discard(body.table)
-        if not self.primary:
-            raise refusal
         self._emit(e.Refused(body.table, refusal))
         return None
 
@@ -201,7 +191,7 @@ class Replica:
                 clock = table.gathering.clock + 1
                 self._emit(e.Fail(part.session, part.seq, table.number, clock, "WorkerLost", reason))
         table.clocks.members(m.ranks)
-        self.progress(table)
+        self._emit(table)
 
     def why_lost(self, clock: int) -> str:
         """What a worker is told about a step that another's death undid."""
@@ -211,12 +201,6 @@ class Replica:
             f"before. {len(m.ranks)} workers remain: push the step again to go on with them"
         )
 
-    def progress(self, table: Table) -> None:
-        """Something was applied or someone left: a primary looks at what waits."""
-
-    def answer(self, event: e.Pull) -> None:
-        """A pull that may be answered now; only a primary answers."""
-
     # ---- bulk ------------------------------------------------------------------------------------
 
     def _prepare(self, record: Record, body: r.Prepare) -> None:
@@ -224,7 +208,7 @@ class Replica:
         gathering = table.gathering
         if body.members != gathering.members or body.clock != gathering.clock + 1:
             gathering.announced = False  # the membership changed while it was on its way: void, on every replica
-            self.progress(table)
+            self._emit(table)
             return
         table.prepared = Prepared(body, record.sources(body.ranges), record.divide)
         table.writes = table.writes[len(table.writes) - body.writes :]  # before them: of a primary that died over it
@@ -246,17 +230,17 @@ class Replica:
             return
         writes, table.writes = table.writes, []
         for start, data in writes:
-            self._put(table, start, data)
+            self._write_values(table, start, data)
         if not body.skip:
             if prepared.body.groups is not None:
                 table.dense.set_groups(prepared.body.groups)
             self._change(table, prepared.sources, prepared.divide, body.scale)
         table.prepared, table.last_commit = None, body
         wants = {part.session for part in table.gathering.finish() if part.wants}
-        table.clocks.version += 1
+        table.clocks.applied += 1
         for part in prepared.parts:
             self._finish_part(table, part, body, part.wants or part.session in wants)
-        self.progress(table)
+        self._emit(table)
 
     def _finish_part(self, table: Table, part: r.Contributor, body: Commit, wants: bool) -> None:
         session = self.sessions.get(part.session)
@@ -305,22 +289,18 @@ class Replica:
                 e.Ack(body.session, body.seq, table.number, body.clock, self.lsn, staleness, True, body.skip, body.norm)
             )
             if body.want:
-                self._after(e.Pull(body.session, 0, table.number, body.clock, 0, table.size))
+                self._emit(e.Pull(body.session, 0, table.number, body.clock, 0, table.size))
         elif body.want:
             for start, stop in body.ranges:
-                self._after(e.Pull(body.session, 0, table.number, body.clock, start, stop - start))
-        self.progress(table)
-
-    def _after(self, event: e.Pull) -> None:
-        if self.primary and event.session in self.sessions:
-            self.answer(event)
+                self._emit(e.Pull(body.session, 0, table.number, body.clock, start, stop - start))
+        self._emit(table)
 
     def _aside(self, body: r.Aside) -> None:
         table, session = self.tables[body.table], self.sessions.get(body.session)
         if session is not None:
             table.clocks.aside(session.rank, session.number, away=body.away)
         self._emit(e.Done(body.session, body.request))
-        self.progress(table)
+        self._emit(table)
 
     # ---- assignments -----------------------------------------------------------------------------
 
@@ -330,9 +310,9 @@ class Replica:
             assert record.gradient is not None
             data = record.gradient[start - record.base : stop - record.base]
             if body.clock:
-                self._keep(table, body, data)
+                self._keep(table, body, data if record.lasting else data.clone())
             else:
-                self._put(table, start, data)
+                self._write_values(table, start, data)
         session = self.sessions.get(body.session)
         if session is not None:
             session.finish(body.table, body.seq)
@@ -343,9 +323,9 @@ class Replica:
         """Until the step is committed nobody sees what it starts from; void with the membership, on every replica."""
         gathering = table.gathering
         if (body.clock, body.members) == (gathering.clock + 1, gathering.members):
-            table.writes.append((body.start, data if self.primary else data.clone()))  # a record's memory serves again
+            table.writes.append((body.start, data))
 
-    def _put(self, table: Table, first: int, data: torch.Tensor) -> None:
+    def _write_values(self, table: Table, first: int, data: torch.Tensor) -> None:
         for start, stop in table.has(((first, first + len(data)),)):
             span = ((start, stop),)
             self._memory.before_write(table.number, span)
@@ -369,9 +349,8 @@ class Replica:
             refusal = ShapeMismatch(f"a slot of table {table.spec.name!r}: {error}")
         self._emit(e.Done(body.session, body.request, refusal))
 
-    def _emit(self, instruction: e.Instruction) -> None:
-        if self.primary:
-            self._out.append(instruction)
+    def _emit(self, happened: Happened) -> None:
+        self._happened.append(happened)
 
     # ---- for tests -------------------------------------------------------------------------------
 
@@ -384,13 +363,8 @@ class Replica:
                 found.update(f"{parameter} {name} {start}".encode())
                 found.update(tensor.detach().contiguous().reshape(-1).view(_BYTES).numpy().data)
             clocks = (sorted(table.clocks.clock.items()), sorted(table.clocks.waiting.items()))
-            found.update(f"{number} {table.gathering.clock} {table.clocks.version} {clocks}".encode())
+            found.update(f"{number} {table.gathering.clock} {table.clocks.applied} {clocks}".encode())
         workers = [s for s in self.sessions.values() if s.rank >= 0]  # readers are known to the primary only
         for session in sorted(workers, key=lambda s: s.number):
             found.update(f"{session.number} {session.rank} {sorted(session.done.items())}".encode())
         return found.hexdigest()
-
-    def refuse_reader(self, session: Session, what: str) -> None:
-        """Raises ``ClusterError`` if a reader tries to write."""
-        if session.rank < 0:
-            raise ClusterError(f"a reader cannot {what}; connect with role='worker'")

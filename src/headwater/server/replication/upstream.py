@@ -71,7 +71,7 @@ class Upstream:
     def follow(self, lsn: int) -> Outgoing:
         """Ask to follow from ``lsn`` on."""
         shard = self.shard
-        if shard.partial or (self._disk is not None and not self._disk.whole):  # no point of any log
+        if shard.replica.partial or (self._disk is not None and not self._disk.whole):  # no point of any log
             lsn = -1
         mine = self._server, lsn, shard.reign, shard.tail, self._host, self._session
         body = m.pack(m.Follow(shard.number, self._epoch, *mine))
@@ -85,14 +85,16 @@ class Upstream:
             raise ProtocolError(f"{frame.kind.name} with a payload from a primary that has not answered")
         size = self._size(frame.table)
         if frame.kind == Kind.STATE and not frame.flags & Flag.WANT:
-            if frame.length > MOST * (size + 4096):
-                raise ProtocolError(f"{frame.length} bytes of state for a table of {size}; nothing was allocated")
-            target = self._landed[id(frame)] = torch.empty(frame.length, dtype=torch.uint8, device="cpu")
+            length = frame.payload_length
+            if length > MOST * (size + 4096):
+                raise ProtocolError(f"{length} bytes of state for a table of {size}; nothing was allocated")
+            target = self._landed[id(frame)] = torch.empty(length, dtype=torch.uint8, device="cpu")
             return s.view(target)
         next_ = frame.kind == Kind.STATE or frame.lsn == self._received + 1
-        if frame.start + frame.length > size or not (next_ and 0 <= frame.lsn - self.shard.lsn <= AHEAD):
-            raise ProtocolError(f"record {frame.lsn} of bytes {frame.start}:{frame.start + frame.length} is not next")
-        return s.view(self._buffer(frame.table, frame.lsn, size)[frame.start : frame.start + frame.length])
+        frame.must_be_plain()
+        if frame.stop > size or not (next_ and 0 <= frame.lsn - self.shard.lsn <= AHEAD):
+            raise ProtocolError(f"record {frame.lsn} of bytes {frame.start}:{frame.stop} is not next")
+        return s.view(self._buffer(frame.table, frame.lsn, size)[frame.start : frame.stop])
 
     def _size(self, number: int) -> int:
         """Bytes of a table on this shard; it may begin in a record that is not applied yet."""
@@ -101,7 +103,7 @@ class Upstream:
             return table.size
         for record in self._queue:
             if isinstance(record.body, r.Begin) and record.body.table == number:
-                return self.shard.size_of(record.body.spec)
+                return self.shard.replica.size_of(record.body.spec)
         raise ProtocolError(f"bytes for table {number}, which is not here")
 
     def _buffer(self, table: int, lsn: int, size: int) -> torch.Tensor:
@@ -153,7 +155,7 @@ class Upstream:
     def _give_up(self) -> None:
         """What the primary says makes no sense: nothing more of it is applied, and what is here may be half of it."""
         self._queue.clear()
-        self.shard.partial = self.shard.partial or self.ready
+        self.shard.replica.partial = self.shard.replica.partial or self.ready
 
     def _receive(self, frame: Frame, fds: tuple[int, ...]) -> list[Outgoing]:
         if frame.kind != Kind.REPLY and not self.ready:
@@ -198,7 +200,7 @@ class Upstream:
             raise ProtocolError(f"record {frame.lsn} after {self._received}: one in between is missing")
         gradient = self._buffers.pop(frame.lsn, None)
         if frame.flags & Flag.SHARED:
-            gradient = self._lent.get((frame.table, frame.start))
+            gradient = self._lent.get((frame.table, frame.members))
             if gradient is None:
                 raise ProtocolError(f"record {frame.lsn} in a buffer that was not lent")
         self._received = frame.lsn
@@ -242,7 +244,7 @@ class Upstream:
         while self._queue and self._queue[0].lsn <= upto:
             record = self._queue.popleft()
             prepared = self._prepared_steps() if isinstance(record.body, m.Commit | m.Members) else {}
-            self.shard.apply(record)
+            self.shard.mirror(record)
             if not self._holds(record):
                 self._release(record)
             kept = self._prepared_steps() if prepared else {}
@@ -271,9 +273,9 @@ class Upstream:
         body = s.unpack(frame.body)
         match body:
             case s.ShardState():
-                self.shard.begin_anew(frame.lsn, body.members, body.sessions)
+                self.shard.replica.begin_anew(frame.lsn, body.members, body.sessions)
             case s.TableState():
-                self.shard.begin_table(body)
+                self.shard.replica.begin_table(body)
             case s.BlockState():
                 self._apply(frame.lsn)
                 self._block(body, self._landed.pop(id(frame), torch.empty(0, dtype=torch.uint8, device="cpu")))
@@ -283,7 +285,7 @@ class Upstream:
                 self._apply(self._received)
                 for table in self.shard.tables.values():
                     table.have = None
-                self.learning = self.shard.partial = False
+                self.learning = self.shard.replica.partial = False
                 if self._disk is not None:
                     self._disk.renew()
                     self._arrived = True
