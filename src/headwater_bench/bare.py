@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 import headwater.server.__main__  # noqa: F401  (what a server imports)
+from headwater.server.tables.base import Contribution
 from headwater.server.tables.dense import DenseShard
-from headwater.server.tables.plan import Contribution
 from headwater.types import DenseSpec, OptimizerSpec, ParameterSpec, Segment
 
 ELEMENTS = 1024

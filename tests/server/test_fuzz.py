@@ -133,7 +133,10 @@ class Trial:
         """What no stranger has any business with: one whole shard, and the good client's tables on all of them."""
         nodes = [node for _, server in sorted(self.town.servers.items()) for _, node in sorted(server.nodes.items())]
         hashes = [node.shard.replica.digest() for node in nodes if node.shard.number == UNTOUCHED and self.settled]
-        return [hashes, *(node.shard.tables[number].values.numpy().tobytes() for node in nodes for number in MINE)]
+        return [
+            hashes,
+            *(node.shard.tables[number].store.values.numpy().tobytes() for node in nodes for number in MINE),
+        ]
 
     def batch(self, first: int, attack: Callable[[Trial, int], None], count: int = BATCH) -> None:
         """Many of them; then the good client must find everything as it should be."""
@@ -514,7 +517,7 @@ def test_pushes_in_one_breath_do_not_overwrite_each_other_before_the_backup_has_
     town.run()
     assert town.digests()[0, 0] == town.digests()[1, 0]
     if table == STALE:  # SGD with learning rate 1
-        assert town.primary(0).nodes[0].shard.tables[table].values.view(torch.float32).eq(-6.0).all()
+        assert town.primary(0).nodes[0].shard.tables[table].store.values.view(torch.float32).eq(-6.0).all()
 
 
 def test_strangers_sessions_are_bounded(recorded: list[Said], monkeypatch: pytest.MonkeyPatch) -> None:

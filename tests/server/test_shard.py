@@ -131,7 +131,7 @@ def test_a_range_must_lie_on_whole_segments(span: tuple[int, int], sync: Bulk | 
 
 def test_a_range_may_include_the_padding_behind_it_or_not() -> None:
     stage = Stage(spec(numel=17), ranks=(0,))
-    (segment,) = stage.shards[0].tables[TABLE].dense.segments
+    (segment,) = stage.shards[0].tables[TABLE].store.segments
     stage.push(0, span=(0, segment.end), number=0)
     stage.decide()
     stage.push(0, number=0)

@@ -155,9 +155,9 @@ def run_server(args: argparse.Namespace, token: bytes | None, outliving: Outlivi
     from headwater.server.node import Setting
     from headwater.server.replication.disk import Folder
     from headwater.server.server import Server
-    from headwater.server.tables import dense
+    from headwater.server.tables.dense import shard
 
-    dense.own_process = True
+    shard.own_process = True
     folder = Folder(Path(args.data)) if args.data else None
     asked = addresses.parse(args.listen)
     tcp = listen(asked, token)

@@ -15,7 +15,7 @@ from headwater.server.notes import look, notes
 from headwater.server.replication import records as r
 from headwater.server.sync.bulk import Part
 from headwater.server.table import Table
-from headwater.server.tables.plan import Contribution
+from headwater.server.tables.base import Contribution, union
 from headwater.wire.messages import Ready
 
 
@@ -24,7 +24,7 @@ def contributions(table: Table) -> list[Contribution]:
     parts = table.gathering.seated()
     merged = [part for part in parts if part.merged]
     found = [
-        Contribution(part.gradients, r.union(part.ranges)) for part in merged[:1] or parts if part.gradients is not None
+        Contribution(part.gradients, union(part.ranges)) for part in merged[:1] or parts if part.gradients is not None
     ]
     return found[:1] if table.spec.sync.combined == "lowest" else found
 
@@ -50,8 +50,8 @@ def answers(table: Table) -> list[e.SendMean | e.Fail]:
         table.marks = look(table)  # while each one's gradient is its own
     mean = torch.zeros(table.size, dtype=torch.uint8, device="cpu")
     if found:
-        table.dense.aggregate(found, divisor(table), mean, gradients=True)
-    ranges, out = _covered(found), list[e.SendMean | e.Fail]()
+        table.store.aggregate(found, divisor(table), mean, gradients=True)
+    ranges, out = table.store.extent(found), list[e.SendMean | e.Fail]()
     for part in asking:
         seq, part.asked = part.asked, 0
         out.append(e.SendMean(part.session, seq, table.number, gathering.clock + 1, mean, ranges))
@@ -78,7 +78,7 @@ def prepare(table: Table, shard: int) -> tuple[r.Prepare, list[Contribution]]:
     found = [] if skip else contributions(table)
     squares: tuple[float, ...] = ()
     if table.spec.max_grad_norm is not None and not skip:
-        squares = tuple(table.dense.square_norm(found, divisor(table)))
+        squares = tuple(table.store.square_norm(found, divisor(table)))
     clock, members = gathering.clock + 1, gathering.members
     ready = Ready(table.number, shard, clock, members, squares, skip)
     parts = {rank: part for rank, part in sorted(gathering.parts.items()) if rank in gathering.ranks}
@@ -88,7 +88,7 @@ def prepare(table: Table, shard: int) -> tuple[r.Prepare, list[Contribution]]:
     table.words.new = skip and table.words.new  # a step that is skipped takes no hyperparameters over
     contributors = tuple(r.Contributor(rank, part.session, part.seq, part.wants) for rank, part in parts.items())
     verdict = decide(table.spec, [ready]) if table.alone else None
-    spans = _covered(found)
+    spans = table.store.extent(found)
     writes = len(gathering.seated()[0].writes)
     return r.Prepare(table.number, clock, members, skip, squares, spans, groups, contributors, verdict, writes), found
 
@@ -101,12 +101,6 @@ def writes(table: Table) -> list[tuple[r.Values, torch.Tensor]]:
         (r.Values(table.number, 0, 0, start, len(data), last=False, clock=clock, members=members), data)
         for start, data in gathering.seated()[0].writes
     ]
-
-
-def _covered(found: list[Contribution]) -> r.Ranges:
-    if len(found) == 1:
-        return found[0].ranges
-    return r.union([span for c in found for span in c.ranges])
 
 
 def give_up(table: Table, why: str) -> list[e.Fail]:

@@ -1,7 +1,7 @@
 """A shard at its primary: typed events in, typed instructions out. No sockets, no clock.
 
 A push goes `_push` → `_contribute` (bulk) or `_apply_now` (stale, async) → `propose` → every follower accepts →
-`Replica.apply` → `tables.dense.DenseShard.apply` → torch's kernel → `_react`. Every record has the next LSN.
+`Replica.apply` → `tables.dense.store.DenseStore.change` → torch's kernel → `_react`. Every record has the next LSN.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from headwater.server.replication.records import Record
 from headwater.server.replication.replica import Happened, Memory, Replica
 from headwater.server.sync.bulk import Part
 from headwater.server.table import Session, Table
+from headwater.server.tables.base import Ranges, union
 from headwater.wire.frames import Flag
 from headwater.wire.messages import Commit, Follow, Members, StepBody
 
@@ -322,7 +323,7 @@ class Shard:
             return
         self._sequence(session, table, event.seq)
         if event.length:
-            table.check_range(event.start, event.start + event.length)
+            table.store.check(event.start, event.start + event.length)
         session.seq[table.number] = event.seq
         if table.collective:
             self._contribute(session, table, event)
@@ -394,7 +395,7 @@ class Shard:
     def _hear(self, session: Session, table: Table, event: e.Push) -> None:
         if event.body is not None:
             if event.body.groups is not None:
-                table.dense.check_groups(event.body.groups)
+                table.store.check_groups(event.body.groups)
             table.words.hear(session.number, event.body)
 
     def _gradients(self, session: Session, table: Table) -> torch.Tensor:
@@ -443,7 +444,7 @@ class Shard:
         if aggregate is None:
             aggregate = torch.zeros(table.size, dtype=torch.uint8, device="cpu")
         if record.contributions:
-            table.dense.aggregate(record.contributions, record.divide, aggregate)
+            table.store.aggregate(record.contributions, record.divide, aggregate)
         record.gradient, record.contributions, record.divide = aggregate, None, 1
 
     def _decided(self, event: Commit) -> None:
@@ -497,7 +498,7 @@ class Shard:
         return table.clocks.may_apply(session.rank, held)
 
     def _end_step(self, session: Session, table: Table, event: e.Push) -> None:
-        ranges = r.union(table.staged.pop(session.number, []))
+        ranges = union(table.staged.pop(session.number, []))
         gradient = self._gradients(session, table) if ranges else None
         if gradient is not None and self.log.replicated:  # the worker's next push lands there, perhaps too early
             lent = self._memory.lend(table.number, table.size, self.log.last + 1, self.log.accepted_by_all)
@@ -505,7 +506,7 @@ class Shard:
         self._propose_update(session, table, event, ranges, gradient, 0)
 
     def _propose_update(
-        self, session: Session, table: Table, event: e.Push, ranges: r.Ranges, gradient: torch.Tensor | None, base: int
+        self, session: Session, table: Table, event: e.Push, ranges: Ranges, gradient: torch.Tensor | None, base: int
     ) -> None:
         body = event.body or StepBody()
         end, skip = bool(event.flags & Flag.END), bool(event.flags & Flag.SKIP)
@@ -595,7 +596,7 @@ class Shard:
         self._sequence(session, table, event.request)
         start, length = event.start, event.data.numel()
         if length:
-            table.check_range(start, start + length)
+            table.store.check(start, start + length)
         session.seq[table.number] = event.request
         if event.clock:
             part = self._part(session, table, event.clock, event.members)
@@ -616,7 +617,7 @@ class Shard:
         for table in self.tables.values():
             g = table.gathering
             assert all(p.gradients is not None for p in g.parts.values() if p.ranges), f"nothing to add up: {g.parts}"
-            assert table.versions is None or all(v % 2 == 0 for v in table.versions), "a block was left half written"
+            table.store.validate()
             assert not (table.collective and (table.held or table.waiting)), "bulk steps neither hold nor delay"
         lsns = [record.lsn for record in self.log.pending]
         assert lsns == list(range(self.replica.lsn + 1, self.replica.lsn + 1 + len(lsns))), (

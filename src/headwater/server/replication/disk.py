@@ -12,13 +12,12 @@ import contextlib
 import fcntl
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from headwater.errors import ClusterError, Halt, HeadwaterError, ProtocolError, StateCorrupt, StateInUse, UsageError
-from headwater.layout.dense import Block
 from headwater.server.replication import records as r
 from headwater.server.replication import state as s
 from headwater.server.replication.followers import Follower, Followers
@@ -99,10 +98,10 @@ class Folder:
 class DiskLog:
     """The log of one replica. Whatever fails raises ``Halt``: what the disk does not take is not acknowledged."""
 
-    def __init__(self, folder: Path, shard: Shard, blocks: Callable[[int], tuple[Block, ...]]) -> None:
+    def __init__(self, folder: Path, shard: Shard) -> None:
         self.path = folder / f"shard-{shard.number:05d}.log"
         self._shard = shard
-        self._reader = Followers(shard, blocks, Lending(False), checked=True)
+        self._reader = Followers(shard, Lending(False), checked=True)
         self._follower = Follower(DISK, 0)
         self._file: _File | None = None
         self._next: _File | None = None  # the file that is being written anew
@@ -188,7 +187,7 @@ class DiskLog:
         return self.path.with_suffix(".new")
 
     def _limit(self) -> int:
-        return max(LEAST, TIMES * sum(table.dense.nbytes for table in self._shard.tables.values()))
+        return max(LEAST, TIMES * sum(table.store.nbytes for table in self._shard.tables.values()))
 
     def renew(self) -> None:
         """Begin a new file with the state as it is; ``step`` goes on with it."""

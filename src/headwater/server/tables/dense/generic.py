@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from headwater.errors import ShapeMismatch, UnknownOptimizer
-from headwater.server.tables.kernels import aggregate
-from headwater.server.tables.plan import Contribution, Plan, Report
+from headwater.server.tables.base import Contribution, Slot
+from headwater.server.tables.dense.kernels import aggregate
+from headwater.server.tables.dense.runs import Plan, Report
 from headwater.types import ITEMSIZE, DenseSpec, Hyper, Segment
 from headwater.wire import optimizers
 from headwater.wire.tensors import DTYPES
@@ -20,9 +21,6 @@ PART = 256 * 1024
 
 BATCH = 1024 * 1024
 """Elements of a batch of parts, which share an optimizer instance and, when aggregated, scratch memory."""
-
-Slot = tuple[int, str, int, torch.Tensor]
-"""(parameter index, slot name, first element, tensor): a part of one parameter's optimizer state."""
 
 
 class Part:

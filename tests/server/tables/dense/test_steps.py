@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwater.errors import ShapeMismatch, UnknownOptimizer
-from headwater.server.tables import Contribution, DenseShard, state_bytes
+from headwater.server.tables.base import Contribution
+from headwater.server.tables.dense import DenseShard, state_bytes
 from headwater.types import DenseSpec, OptimizerSpec, ParameterSpec, Segment
-from tests.server.tables.tools import Sharded, gradients, reference, same, table
+from tests.server.tables.dense.tools import Sharded, gradients, reference, same, table
 
 BIG = ((70000,), (600_000,), (5,), (33,))
 

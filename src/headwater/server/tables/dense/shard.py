@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from headwater.errors import ShapeMismatch, UnknownOptimizer
-from headwater.server.tables import initialise, norms
-from headwater.server.tables.generic import Generic, Slot, copy_part, no_slot
-from headwater.server.tables.kernels import FLAT, Kernel, Tensors, accumulator, aggregate, average, kernel
-from headwater.server.tables.plan import (
+from headwater.server.tables.base import Contribution, Slot
+from headwater.server.tables.dense import initialise, norms
+from headwater.server.tables.dense.generic import Generic, copy_part, no_slot
+from headwater.server.tables.dense.kernels import FLAT, Kernel, Tensors, accumulator, aggregate, average, kernel
+from headwater.server.tables.dense.runs import (
     ALIGNMENT,
     BLOCK,
-    Contribution,
     GroupKey,
     Manner,
     Memory,
