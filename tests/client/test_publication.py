@@ -201,7 +201,7 @@ def test_what_became_of_a_publication_that_is_gone(connect: Connect, name: str) 
     number = ps.publish([w], "v1", keep=1).wait().number
     ps.publish([w], "v2", keep=1, tags=["prod"]).wait()
     with pytest.raises(UnknownVersion, match="is not on its way"):
-        Publication(ps, number).wait()
+        Publication(ps.ask, number).wait()
     with pytest.raises(VersionExpired, match="is gone: it was retired"):
         ps.rollback(name, "prod")
     with pytest.raises(ClusterError):

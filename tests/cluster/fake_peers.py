@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
 
 from headwater.cluster.coordinator import Coordinator, Rules
+from headwater.cluster.effects import Effects, Job
 from headwater.errors import HeadwaterError
 from headwater.testing import FakeClock
 from headwater.types import Bulk, DenseSpec, Init, OptimizerSpec, ParameterSpec
 from headwater.wire import messages as m
 from headwater.wire.frames import Frame, Kind
-from headwater.wire.outgoing import Dial, Instruction
+from headwater.wire.outgoing import Dial
 
 T = TypeVar("T", bound=msgspec.Struct)
 Heard = m.Reply | m.Notice | m.Request | HeadwaterError
@@ -37,9 +38,12 @@ class FakePeers:
     def __init__(self, servers: int = 2, joined: bool = True, **rules: object) -> None:
         self.clock = FakeClock(1000.0)
         self.coordinator = Coordinator(Rules(servers, **rules), self.clock())  # type: ignore[arg-type]
+        self.durable: dict[str, bytes | None] = {}  # all that had to be, by key
+        self.jobs: list[Job] = []
         self.heard: dict[int, list[Heard]] = {}
         self.dials: list[Dial] = []
         self._seq = 0
+        self.carry_out(self.coordinator.start())
         for shard in range(servers if joined else 0):
             self.start(shard)
 
@@ -63,14 +67,14 @@ class FakePeers:
             self._send(peer, Frame(Kind.REPLY, shard=shard, seq=number, body=m.pack(message)))
 
     def _send(self, peer: int, frame: Frame) -> None:
-        self._note(self.coordinator.receive(peer, frame, self.clock()))
+        self.carry_out(self.coordinator.receive(peer, frame, self.clock()))
 
     def hang_up(self, peer: int, *, listens: bool = False) -> None:
         """A connection ends. Where it was a server's, the coordinator looks whether anybody ``listens`` there still."""
-        self._note(self.coordinator.disconnected(peer, self.clock()))
+        self.carry_out(self.coordinator.disconnected(peer, self.clock()))
         dials, self.dials = self.dials, []
         for dial in dials:
-            self._note(self.coordinator.dialed(dial.key, listens, self.clock()))
+            self.carry_out(self.coordinator.dialed(dial.key, listens, self.clock()))
 
     def pass_time(self, seconds: float, alive: tuple[int, ...] = ()) -> None:
         """Half-second ticks; the peers in ``alive`` send heartbeats."""
@@ -78,7 +82,7 @@ class FakePeers:
             self.clock.advance(0.5)
             for peer in alive:
                 self.beat(peer)
-            self._note(self.coordinator.tick(self.clock()))
+            self.carry_out(self.coordinator.tick(self.clock()))
 
     def beat(self, peer: int) -> None:
         """The heartbeat of a worker, a reader or (server n, as peer 100 + n) a server."""
@@ -92,18 +96,26 @@ class FakePeers:
         self.coordinator = Coordinator(self.coordinator.rules, self.clock(), state)
         self.heard = {}
 
-    def _note(self, instructions: Sequence[Instruction]) -> None:
+    def carry_out(self, effects: Effects) -> None:
+        """As a host does, in the order of the fields."""
+        self.durable.update(effects.durable)
+        self.jobs += effects.jobs
         readers: dict[Kind, Callable[[bytes], Heard]] = {
             Kind.REPLY: m.unpack_reply,
             Kind.NOTICE: m.unpack_notice,
             Kind.REQUEST: m.unpack_request,
             Kind.ERROR: m.read_error,
         }
-        for out in instructions:
+        for out in effects.send:
             if isinstance(out, Dial):
                 self.dials.append(out)
                 continue
             self.heard.setdefault(out.peer, []).append(readers[out.frame.kind](out.frame.body))
+
+    @property
+    def state(self) -> dict[str, bytes]:
+        """What the store has of it."""
+        return {key: value for key, value in self.durable.items() if value is not None}
 
     def take(self, peer: int) -> list[Heard]:
         """What this peer has heard since it was last asked."""

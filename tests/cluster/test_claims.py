@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from headwater.cluster.snapshots import Kept as KeptTable
-from headwater.cluster.snapshots import Restored
+from headwater.cluster.recovery import Restored, RestoredTable
 from headwater.errors import HeadwaterError, TableConflict, UnknownTable
 from headwater.types import Async, Bulk, Claim, OptimizerSpec
 from headwater.wire import messages as m
@@ -157,7 +156,7 @@ def test_values_that_nobody_has_given_are_nobodys() -> None:
 
 def test_a_snapshots_tables_are_for_the_first_run() -> None:
     script = FakePeers(2, joined=False)
-    begin = Restored("folder", (KeptTable(1, spec(), 7),), b"")
+    begin = Restored("folder", (RestoredTable(1, spec(), 7),), b"")
     script.coordinator = type(script.coordinator)(script.coordinator.rules, script.clock(), begin=begin)
     for number in (0, 1):
         script.start(number)

@@ -145,19 +145,12 @@ def test_another_primary_goes_on_with_what_the_one_before_was_told() -> None:
 
 def test_after_a_restart_versions_tags_and_numbers_are_those_of_before() -> None:
     s = FakePeers(durable=True, worker_silence=1e9)
-    state: dict[str, bytes] = {}
-
-    def durable() -> None:
-        state.update({key: value for key, value in s.coordinator.changes().items() if value is not None})
-
-    durable()
     s.join(0, world=1)
     s.ask(WORKER, m.Declare(spec(sync=Async())))
     s.create()
     publish(s, "v1", tags=("prod",))
     s.ask(WORKER, v.Publish("m", "v2", (1,)))  # on its way
-    durable()
-    s.restart(state)
+    s.restart(s.state)
     catalogue = s.coordinator.publications.catalogue
     assert {key: entry.state for key, entry in catalogue.entries.items()} == {1: "lost"}
     for server in range(2):

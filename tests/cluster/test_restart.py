@@ -12,19 +12,9 @@ class Kept(FakePeers):
 
     def __init__(self, servers: int = 2, **rules: object) -> None:
         super().__init__(servers, durable=True, **rules)
-        self.state: dict[str, bytes] = {}
-        self.store()
-
-    def store(self) -> None:
-        for key, value in self.coordinator.changes().items():
-            if value is None:
-                self.state.pop(key, None)
-            else:
-                self.state[key] = value
 
     def crash(self) -> None:
-        self.store()
-        self.restart(dict(self.state))
+        self.restart(self.state)
 
     def back(self, *servers: int, hosted: tuple[m.Hosted, ...] = ()) -> None:
         """Servers resume; server n is peer 100 + n again."""
@@ -35,7 +25,7 @@ class Kept(FakePeers):
             self.ask(SERVER + number, join)
             self.beat(SERVER + number)
         self.clock.advance(0.1)
-        self._note(self.coordinator.tick(self.clock()))
+        self.carry_out(self.coordinator.tick(self.clock()))
 
     def return_of(self, *ranks: int) -> None:
         for rank in ranks:
@@ -208,7 +198,7 @@ def test_nobody_takes_over_before_the_servers_could_come_back() -> None:
     script.back(1)
     script.clock.advance(1.5)
     script.tell(HEART + 1, m.Heartbeat(server=1, session=1))
-    script._note(script.coordinator.tick(script.clock()))
+    script.carry_out(script.coordinator.tick(script.clock()))
     assert [s.primary for s in script.coordinator.status().shards] == [0, 1]
     script.back(0)
     assert [s.primary for s in script.coordinator.status().shards] == [0, 1]

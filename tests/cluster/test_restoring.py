@@ -6,13 +6,14 @@ import msgspec
 
 from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.cluster.dataplan import DataPlans
-from headwater.cluster.snapshots import Kept, Publish, Published, Restored, Start, Started
+from headwater.cluster.effects import FolderMade, MakeFolder, ManifestWritten, WriteManifest
+from headwater.cluster.recovery import Restored, RestoredTable
 from headwater.errors import ClusterError, SnapshotCorrupt
 from headwater.types import Async
 from headwater.wire import messages as m
 from tests.cluster.fake_peers import SERVER, WORKER, FakePeers, spec
 
-BEGIN = Restored("/s/7", (Kept(3, spec("a", init="values"), 12),), DataPlans().snapshot())
+BEGIN = Restored("/s/7", (RestoredTable(3, spec("a", init="values"), 12),), DataPlans().snapshot())
 
 
 def restored(state: dict[str, bytes] | None = None, **rules: object) -> FakePeers:
@@ -20,6 +21,7 @@ def restored(state: dict[str, bytes] | None = None, **rules: object) -> FakePeer
     script = FakePeers(2, joined=False)
     made = Rules(2, **rules)  # type: ignore[arg-type]
     script.coordinator = Coordinator(made, script.clock(), state, BEGIN)
+    script.carry_out(script.coordinator.start())
     return script
 
 
@@ -68,8 +70,7 @@ def test_a_coordinator_that_comes_back_has_begun_already() -> None:
     script = restored()
     script.start(0)
     script.start(1)
-    state = {key: value for key, value in script.coordinator.changes().items() if value is not None}
-    again = restored(state)
+    again = restored(script.state)
     (table,) = again.coordinator.tables.by_number.values()
     assert (table.number, table.restore, table.base, table.state) == (3, "/s/7", 12, "creating")
 
@@ -88,8 +89,8 @@ def test_the_clock_of_a_cut() -> None:
         script.tell(SERVER + shard, m.Ready(5, shard, 1, 1, (0.0,), False))
     coordinator, now = script.coordinator, script.clock()
     script.ask(WORKER, m.TakeSnapshot())
-    assert coordinator.jobs() == [Start()]
-    script._note(coordinator.kept(Started(1, "/s/1"), now))
+    assert script.jobs == [MakeFolder()]
+    script.carry_out(coordinator.finished(FolderMade(1, "/s/1"), now))
     assert script.last(SERVER, m.Cut).prepare
     for shard in (0, 1):
         script.tell(SERVER + shard, m.CutDone(1, shard, prepared=True))
@@ -97,11 +98,11 @@ def test_the_clock_of_a_cut() -> None:
     assert (cut.snapshot, cut.folder, cut.clocks) == (1, "/s/1", ((3, 12), (5, 1)))
     for shard in (0, 1):
         script.tell(SERVER + shard, m.CutDone(1, shard, "f", 10, "ab"))
-    (job,) = coordinator.jobs()
-    assert isinstance(job, Publish)
+    *_, job = script.jobs
+    assert isinstance(job, WriteManifest)
     assert sorted(job.tables) == [3, 4, 5]
     assert msgspec.msgpack.decode(job.plan) == {}
-    script._note(coordinator.kept(Published("/s/1"), now))
+    script.carry_out(coordinator.finished(ManifestWritten("/s/1"), now))
     assert script.last(WORKER, m.SnapshotTaken).nbytes == 20
 
 

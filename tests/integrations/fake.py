@@ -6,7 +6,7 @@ holds its old value here. The optimizer is plain SGD, whatever the spec says.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -41,9 +41,13 @@ class FakeTable:
         self._arrived: dict[str, torch.Tensor] = {}
         self._clock = 0
         self.digest = 0
-        self.renewed = None
+        self.renewals: list[Callable[[], None]] = []
         self.wait()
         self.calls.clear()
+
+    def when_renewed(self, act: Callable[[], None]) -> Callable[[], None]:
+        self.renewals.append(act)
+        return lambda: self.renewals.remove(act)
 
     @property
     def clock(self) -> int:

@@ -6,6 +6,7 @@ shows everybody who looks the mean (in rank order), and steps by what rank 0 the
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ class Script:
     make: Callable[[nn.Module], torch.optim.Optimizer]
     kept: list[list[torch.Tensor | None]] = field(default_factory=list)
     state: dict[str, Any] | None = None
+    waiting: torch.Tensor | None = None
+    left: list[torch.Tensor] | None = None
     flat: torch.Tensor = field(default_factory=lambda: torch.zeros(1))
 
     def __post_init__(self) -> None:
@@ -52,17 +55,17 @@ class Script:
     # ---- the words -------------------------------------------------------------------------------
 
     def backward(self, generator: torch.Generator) -> None:
-        self.model(torch.randn(4, 5, generator=generator)).square().mean().backward()
+        _back(self.model(torch.randn(4, 5, generator=generator)).square().mean())
 
     def half(self, generator: torch.Generator) -> None:
         """Only a part of the model."""
-        self.model[2](torch.randn(4, 7, generator=generator)).square().mean().backward()
+        _back(self.model[2](torch.randn(4, 7, generator=generator)).square().mean())
 
     def twice(self, generator: torch.Generator) -> None:
         """Two losses of one graph."""
         out = self.model(torch.randn(4, 5, generator=generator))
-        out.mean().backward(retain_graph=True)
-        out.square().mean().backward()
+        _back(out.mean(), retain_graph=True)
+        _back(out.square().mean())
 
     def gathered(self, generator: torch.Generator) -> None:
         """Under ``no_sync``, where there is one, and then not."""
@@ -159,6 +162,34 @@ class Script:
     def unfreeze(self, _generator: torch.Generator) -> None:
         self.model[0].requires_grad_(True)
 
+    def freeze_last(self, _generator: torch.Generator) -> None:
+        self.model[2].requires_grad_(False)
+
+    def unfreeze_last(self, _generator: torch.Generator) -> None:
+        self.model[2].requires_grad_(True)
+
+    def forward(self, generator: torch.Generator) -> None:
+        """Its backward comes later, if at all."""
+        self.waiting = self.model(torch.randn(4, 5, generator=generator)).square().mean()
+
+    def finish(self, _generator: torch.Generator) -> None:
+        waiting, self.waiting = self.waiting, None
+        if waiting is not None and waiting.requires_grad:
+            with contextlib.suppress(RuntimeError):  # something was written in between: torch refuses
+                waiting.backward()
+
+    def swap(self, _generator: torch.Generator) -> None:
+        """Other memory; what was there is kept."""
+        if self.left is None:
+            self.left = [p.data for p in self.model.parameters()]
+            for p in self.model.parameters():
+                p.data = p.data * 0.5
+
+    def swap_back(self, _generator: torch.Generator) -> None:
+        left, self.left = self.left, None
+        for p, data in zip(self.model.parameters(), left or (), strict=left is not None):
+            p.data = data
+
     def save(self, _generator: torch.Generator) -> None:
         self.state = copy.deepcopy(self.optimizer.state_dict())
 
@@ -174,6 +205,11 @@ class Script:
     def outcome(self) -> list[torch.Tensor | None]:
         kept = [None if g is None else g.detach().clone() for some in self.kept for g in some]
         return [*(p.detach().clone() for p in self.model.parameters()), *kept]
+
+
+def _back(loss: torch.Tensor, **options: bool) -> None:
+    if loss.requires_grad:  # not all is frozen
+        loss.backward(**options)  # type: ignore[no-untyped-call]
 
 
 LOOKS = frozenset({"clip", "clip_values", "scale_data", "unscale", "replace", "norm"})

@@ -446,14 +446,15 @@ def test_after_a_rest_other_devices_have_the_values_of_now(monkeypatch: pytest.M
             value.fill_(3.0)
             table._arrived[name] = value.clone()
         model[1].bias.fill_(7.0)
-    table.renewed()
+    for renewed in table.renewals:
+        renewed()
     assert {n: p.unique().tolist() for n, p in model.named_parameters()} == {
         n: [7.0] if n == "1.bias" else [3.0] for n, _ in model.named_parameters()
     }
     opt.step()
     assert table.wrote.keys() == {"1.bias"}
     opt.close()
-    assert table.renewed is None
+    assert not table.renewals
 
 
 def test_an_optimizer_is_not_copied_or_pickled() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 
 import headwater
 from tests.integrations import machine
@@ -24,7 +24,10 @@ ALIKE = [
     "scale_data", "unscale", "replace", "norm", "write", "write_nothing", "write_data", "write_new_data",
     "write_numpy", "load", "save", "restore", "slow_down",
 ]  # fmt: skip
-ALONE = ["keep", "freeze", "unfreeze", "give_own", "zero_own"]
+ALONE = [
+    "keep", "freeze", "unfreeze", "freeze_last", "unfreeze_last", "give_own", "zero_own", "forward", "finish", "swap",
+    "swap_back",
+]  # fmt: skip
 
 OPTIMIZERS: list[tuple[Any, dict[str, Any]]] = [
     (torch.optim.SGD, {"lr": 0.1}),
@@ -47,7 +50,12 @@ def same(mine: list[torch.Tensor | None], theirs: list[torch.Tensor | None]) -> 
 def test_one_worker_trains_as_plain_torch(words: list[Word], optimizer: tuple[Any, dict[str, Any]]) -> None:
     kind, hyper = optimizer
     expected = machine.run_alone(words, lambda model: kind(model.parameters(), **hyper))
-    found = machine.run_alone(words, lambda model: headwater.Optimizer(model, kind, **hyper))
+    try:
+        found = machine.run_alone(words, lambda model: headwater.Optimizer(model, kind, **hyper))
+    except headwater.ParameterModified as error:  # the graph of a "forward" over what a "swap" has left
+        if "waits for its backward" not in str(error):
+            raise
+        assume(False)
     assert same(found, expected), repr(words)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from headwater.cluster.store import SqliteStore
+from headwater.cluster.store.sqlite import SqliteStore
 from headwater.errors import StateInUse, UsageError
 from headwater.launch import Launcher, Shape
 

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 
 from headwater.client.client import Client
-from headwater.client.dense.table import Table
+from headwater.client.dense.table import DenseTable
 from headwater.errors import DeadlineExceeded, HeadwaterError
 from headwater.server.shard import Shard
 from headwater.testing.cluster import Eye, SimCluster
@@ -19,7 +19,7 @@ from headwater.testing.workload import Worker
 TIMEOUT, LONGER = 3.0, 20.0  # seconds: HEADWATER_TIMEOUT and HEADWATER_STEP_TIMEOUT
 STEPS = 4
 
-Deed = Callable[[Worker, Client, Table], None]
+Deed = Callable[[Worker, Client, DenseTable], None]
 
 
 class _Lone(Worker):
@@ -71,7 +71,7 @@ def run(deed: Deed, mode: str = "bulk", longer: float = LONGER, cap: int | None 
     return found  # type: ignore[return-value]
 
 
-def sleeps(seconds: float, worker: Worker, client: Client, table: Table) -> None:
+def sleeps(seconds: float, worker: Worker, client: Client, table: DenseTable) -> None:
     worker.runtime.sleep(seconds)
 
 

@@ -6,17 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headwater.client.client import Client, ClientStatistics
+    from headwater.client.client import Client
     from headwater.client.connecting import connect, current, release, shared
     from headwater.client.dense.handle import Dense
-    from headwater.client.dense.table import Table
+    from headwater.client.dense.table import DenseTable
     from headwater.client.publication import Publication
+    from headwater.client.statistics import ClientStatistics
+    from headwater.client.table import Table
     from headwater.client.tickets import StepResult, Ticket
 
 __all__ = [
     "Client",
     "ClientStatistics",
     "Dense",
+    "DenseTable",
     "Publication",
     "StepResult",
     "Table",
@@ -29,11 +32,12 @@ __all__ = [
 
 _FROM = {
     "Client": "client",
-    "ClientStatistics": "client",
+    "ClientStatistics": "statistics",
     "Dense": "dense.handle",
+    "DenseTable": "dense.table",
     "Publication": "publication",
     "StepResult": "tickets",
-    "Table": "dense.table",
+    "Table": "table",
     "Ticket": "tickets",
     "connect": "connecting",
     "current": "connecting",

@@ -6,11 +6,9 @@ import contextlib
 import logging
 import os
 import platform
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Mapping
 from types import TracebackType
+from typing import overload
 
 import torch
 
@@ -18,55 +16,25 @@ from headwater import interrupts
 from headwater.client import publication
 from headwater.client.control import Control, Dial
 from headwater.client.dense.handle import Dense
-from headwater.client.dense.memory import check_tensor
-from headwater.client.dense.table import Table
+from headwater.client.dense.table import DenseTable
+from headwater.client.kinds import kind_of
 from headwater.client.naming import Names
-from headwater.client.patience import Patience
+from headwater.client.pauses import Pauses
 from headwater.client.publication import Publication, publish
 from headwater.client.runtime import Runtime, Threads
-from headwater.client.session import Session
-from headwater.errors import (
-    ClusterError,
-    DeadlineExceeded,
-    HeadwaterError,
-    LinkBroken,
-    LinkError,
-    ProtocolError,
-    StaleEpoch,
-    UnknownTable,
-    UsageError,
-)
-from headwater.layout.dense import check_table, layout, only
-from headwater.transports import forks
+from headwater.client.shards import Shards
+from headwater.client.statistics import ClientStatistics
+from headwater.client.table import Table
+from headwater.errors import HeadwaterError, UnknownTable, UsageError
+from headwater.layout.kinds import check_table
 from headwater.transports.address import host_identity
-from headwater.types import Async, Claim, DenseSpec, Init, OptimizerSpec, ParameterSpec, Sync
+from headwater.types import Async, Claim, DenseSpec, Init, OptimizerSpec, ParameterSpec, Sync, TableSpec
 from headwater.wire import messages as m
 from headwater.wire.tensors import dtype_name
 from headwater.wire.versions import Retire, VersionStatus
 
 ZEROS, ASYNC = Init("zeros"), Async()
 log = logging.getLogger("headwater")
-
-OPEN = 5.0  # seconds in which a server must answer the first request of a connection
-AGAIN = 0.02  # seconds between two attempts to reach a shard
-UNSERVED = 5.0  # seconds in which the only server of a shard may come back
-DAMAGED = 20  # connections in a row that end for damaged frames until that is no accident
-_BRIEF = 2.0  # seconds to say that one is back, however late it is
-_BACK = "\0back"  # behind a barrier's name: of the one after it, at which nobody stands aside any more
-
-
-@dataclass(frozen=True, slots=True)
-class ClientStatistics:
-    """Counters since the client connected. Staleness, and lag (of reads behind the fastest worker), in steps."""
-
-    steps: int
-    pushed_bytes: int
-    pulled_bytes: int
-    wait_seconds: float
-    staleness_last: int
-    staleness_mean: float
-    staleness_max: int
-    lag_max: int
 
 
 class Client:
@@ -85,141 +53,42 @@ class Client:
         runtime: Runtime | None = None,
         run: str = "",
     ) -> None:
-        self.timeout = timeout
-        self.patience = step_timeout
         self.runtime = runtime or Threads()
         self.session = self.runtime.token()
         self.tables: dict[str, Table] = {}
-        self.servers: dict[int, Session] = {}
-        self.recoveries = 0
-        self._dial = dial
-        self._closed = self._abandoned = False
-        self._steps = self._stale_sum = self._stale_max = self._stale_last = self._lag_max = 0
-        self._waited = 0.0
-        self._away = False  # inside ``_aside``
-        self._turns: Counter[str] = Counter()
         self.address, self.thread = "", 0  # of the coordinator; of who has made it
         self.names = Names()
         self.kept = False  # by the process that has it for all its optimizers: see ``headwater.client.connecting``
         self._holders = 0  # how often it was asked for by ``connect``
+        self._closed = False
         join = m.Join(role, self.session, host_identity(), os.getpid(), rank, world, run=run, node=platform.node())
         self._control = Control(dial, join, self.runtime, timeout)
         joined = self._control.joined
-        self.rank, self.world, self.members = joined.rank, joined.world, joined.members
+        self.rank, self.world = joined.rank, joined.world
         self._stated = world
-        for view in joined.views:
-            session = self.servers[view.shard] = Session(f"shard {view.shard}", self.session, self.runtime)
-            session.shard = view.shard  # connected when a table needs it
+        self.shards = Shards(self._control, dial, self.session, self.runtime, timeout, step_timeout)
+        self._pauses = Pauses(self.shards, self.tables)
         self._stop = self.runtime.every(joined.heartbeat, self._heartbeat)
 
-    # ---- shards ------------------------------------------------------------------------------------
+    @property
+    def members(self) -> int:
+        """The membership epoch that this worker knows: it counts every change among the workers."""
+        return self.shards.members
 
-    @interrupts.deferred
-    def reach(self, session: Session) -> None:
-        """Connect to a shard, if that has not happened yet. Raises as ``recover``."""
-        if self._abandoned:
-            raise forks.refusal()
-        if session.link is None:
-            self._reach(session, self.runtime.now() + self.timeout, None)
+    @property
+    def timeout(self) -> float:
+        """Seconds that any wait may take, but for workers that are alive."""
+        return self.shards.timeout
 
-    @interrupts.deferred
-    def recover(self, session: Session, deadline: float, error: HeadwaterError) -> None:
-        """The link to a shard broke: find its primary, and go on there with what was not acknowledged.
-
-        Raises ``LinkBroken`` if nobody serves the shard any more, or ``DeadlineExceeded``.
-        """
-        self.recoveries += 1
-        session.damaged += isinstance(error, ProtocolError)
-        if session.damaged > DAMAGED:
-            raise error
-        self._reach(session, deadline, error)
-
-    def _reach(self, session: Session, deadline: float, error: HeadwaterError | None) -> None:
-        unserved: float | None = None
-        while not self._closed:
-            try:
-                self._open(session, deadline)
-                for part in list(session.parts.values()):
-                    part.attach(deadline)
-                return
-            except (LinkError, StaleEpoch) as again:
-                if self._control.gone:
-                    raise LinkBroken(f"{again}; pushes that were not acknowledged may or may not be applied") from None
-                error = again
-                session.damaged += isinstance(again, ProtocolError)
-                if session.damaged > DAMAGED:
-                    raise
-            except ClusterError as again:
-                if not _nobody(again):
-                    raise
-                unserved = self.runtime.now() if unserved is None else unserved
-                if self.runtime.now() - unserved > UNSERVED:
-                    raise LinkBroken(f"{again}; pushes that were not acknowledged may or may not be applied") from None
-            except BaseException:  # a deadline, Ctrl-C: not every table is attached, so whoever comes next begins again
-                session.close()
-                raise
-            if self.runtime.now() >= deadline:
-                break
-            self.runtime.sleep(AGAIN)
-        if self._closed:
-            raise LinkBroken("this client has closed the connection; what was not acknowledged may not be applied")
-        raise DeadlineExceeded(
-            f"{session.name} could not be reached within HEADWATER_TIMEOUT ({self.timeout:g} s): {error}; "
-            "what was sent and not acknowledged may or may not be applied"
-        )
-
-    def _open(self, session: Session, deadline: float) -> None:
-        session.close()
-        view = self._control.ask(m.Find(session.shard), max(0.0, deadline - self.runtime.now()))
-        assert isinstance(view, m.ShardView)
-        if view.epoch < session.epoch:
-            raise StaleEpoch(f"the coordinator is at epoch {view.epoch}, this client has seen {session.epoch}")
-        session.link = self._dial(view, session)
-        session.address = view.address
-        left = min(OPEN, max(0.0, deadline - self.runtime.now()))
-        try:
-            opened = session.request(m.Open(self.session, self.rank, view.shard, self.members), left).replies[0]
-        except DeadlineExceeded:
-            raise LinkBroken(f"{session.name} accepted the connection and did not answer") from None
-        assert isinstance(opened, m.Opened)
-        session.epoch = opened.epoch
-
-    def still_there(self, session: Session, deadline: float) -> bool:
-        """Whether the server at the other end is still the shard's primary; asked when nothing comes from it."""
-        try:
-            view = self._control.ask(m.Find(session.shard), max(0.0, deadline - self.runtime.now()))
-        except ClusterError:
-            return True  # nobody else serves it
-        return isinstance(view, m.ShardView) and view.address == session.address
-
-    @interrupts.deferred
-    def request(self, session: Session, message: m.Request, deadline: float | None = None) -> list[m.Reply]:
-        """Ask a shard, over as many connections as it takes. Raises what it was refused with, or a deadline."""
-        until = self.runtime.now() + self.timeout if deadline is None else deadline
-        there = partial(self.still_there, session, until)
-        while True:
-            try:
-                return session.request(message, max(0.0, until - self.runtime.now()), there=there).replies
-            except LinkError as error:
-                self.recover(session, until, error)
+    @property
+    def step_timeout(self) -> float:
+        """Seconds for which a worker that is alive is waited for."""
+        return self.shards.step_timeout
 
     @interrupts.deferred
     def ask(self, message: m.Request, timeout: float | None = None) -> m.Reply:
         """Ask the coordinator, over as many connections as it takes. Raises what it was refused with, or a deadline."""
         return self._control.ask(message, timeout)
-
-    def ask_for_others(self, message: m.Request, patience: Patience) -> m.Reply:
-        """Ask the coordinator what it answers when other workers have come, however long that may take."""
-        while True:
-            try:
-                return self.ask(message, patience.left)
-            except DeadlineExceeded:
-                patience.look("the coordinator")
-
-    @property
-    def step_timeout(self) -> float:
-        """Seconds for which a worker that is alive is waited for."""
-        return max(self.timeout, self.patience)
 
     # ---- tables ------------------------------------------------------------------------------------
 
@@ -254,9 +123,19 @@ class Client:
         )
         return Dense(self.table(spec), self.rank)
 
+    @overload
+    def table(
+        self, spec: DenseSpec, values: Mapping[str, torch.Tensor] | None = None, claim: Claim = "any"
+    ) -> DenseTable: ...
+
+    @overload  # of another kind: see ``headwater.client.kinds``
+    def table(
+        self, spec: TableSpec, values: Mapping[str, torch.Tensor] | None = None, claim: Claim = "any"
+    ) -> Table: ...
+
     @interrupts.deferred
     @torch.inference_mode(False)  # memory that is written later, outside of it
-    def table(self, spec: DenseSpec, values: Mapping[str, torch.Tensor] | None = None, claim: Claim = "any") -> Table:
+    def table(self, spec: TableSpec, values: Mapping[str, torch.Tensor] | None = None, claim: Claim = "any") -> Table:
         """A table of many parameters.
 
         ``values`` fill the parameters whose init is ``values``: the lowest rank assigns its own, the others wait
@@ -269,27 +148,24 @@ class Client:
         Raises as ``dense``, ``UsageError`` if values are needed and missing, ``TableConflict`` for a table that is not
         new, ``UnknownTable`` if there is nothing to resume.
         """
-        check_table(spec)
         known = self.tables.get(spec.name)
         if known is not None and known.spec == spec and claim == "any":
             return known
-        needed = [p.name for p in spec.parameters if p.init.kind == "values"]
-        missing = [name for name in needed if name not in (values or {})]
+        given, kind = values or {}, kind_of(spec)
+        check_table(spec)
+        missing = [name for name in spec.given if name not in given]
         if missing:
             raise UsageError(f"table {spec.name!r}: no values were given for {missing[0]!r}; nothing was declared")
-        for p in spec.parameters:
-            if p.init.kind == "values":
-                check_tensor(p, (values or {})[p.name])
-        declared = self.ask_for_others(m.Declare(spec, claim), Patience(self, None, m.WhoIsLate(spec.name)))
+        kind.check(spec, given)
+        patience = self.shards.patience(None, m.WhoIsLate(spec.name))
+        declared = self.shards.ask_for_others(m.Declare(spec, claim), patience)
         assert isinstance(declared, m.Declared)
         if known is not None and known.number == declared.table:
             return known
-        table = Table(self, declared, layout(only(declared.spec), len(self.servers)))
+        table = kind(self.shards, declared)
+        table.load(given, declared.assign)
         if declared.assign:
-            table.assign({name: (values or {})[name] for name in needed})
             self.ask(m.Initialised(table.number))
-        elif not table.live:
-            table.pull().wait()
         self.tables[spec.name] = table
         return table
 
@@ -330,7 +206,7 @@ class Client:
             UsageError: a name, ``keep``, ``age`` or metadata that cannot be.
         """
         chosen = [self._table_of(table) for table in tables]
-        return publish(self, chosen, name, model=model, metadata=metadata, keep=keep, age=age, tags=tags, step=step)
+        return publish(self.ask, chosen, name, model=model, metadata=metadata, keep=keep, age=age, tags=tags, step=step)
 
     def _table_of(self, table: Table | Dense | str) -> Table | m.TableStatus:
         if isinstance(table, Dense):
@@ -386,71 +262,22 @@ class Client:
         Under ``Stale`` and ``Async(max_staleness)`` the steps of those that come later do not wait for who is here;
         the first step after it may so be staler than the cap.
         """
-        self._meet(name, b"", timeout)
+        self._pauses.meet(name, b"", timeout)
 
     def gather(self, name: str, value: bytes, timeout: float | None = None) -> dict[int, bytes]:
         """What every worker says, by rank: a ``barrier`` (whose errors it raises) at which each brings a value.
 
         ``value``: 1 byte to 64 KiB. Names are those of barriers: use one for one purpose.
         """
-        met = self._meet(name, value, timeout)
+        met = self._pauses.meet(name, value, timeout)
         return dict(met.values) if isinstance(met, m.Met) else {}
 
-    def _meet(self, name: str, value: bytes, timeout: float | None) -> m.Reply:
-        self._turns[name] += 1
-        patience = Patience(self, timeout, m.WhoIsLate(barrier=name))
-        with self._aside(patience.deadline):
-            met = self.ask_for_others(m.Barrier(name, self._turns[name], value), patience)
-        # Nobody takes a step before all are waited for again.
-        self.ask_for_others(m.Barrier(name + _BACK, self._turns[name]), patience)
-        return met
-
-    @contextlib.contextmanager
-    def _aside(self, deadline: float) -> Iterator[None]:
-        """Inside, this worker waits for others: under ``Stale`` and ``Async(max_staleness)`` they do not wait for it.
-
-        Its values and clocks stay as they are.
-        """
-        if self._away or self.rank < 0:
-            yield
-            return
-        paced = [table for table in self.tables.values() if table.paced]
-        self._away = True
-        try:
-            for table in paced:
-                table.aside(True, deadline)
-            yield
-        finally:
-            self._away = False
-            until = max(deadline, self.runtime.now() + _BRIEF)
-            for table in paced:
-                table.aside(False, until)
-
-    @contextlib.contextmanager
-    def resting(self) -> Iterator[None]:
+    def resting(self) -> contextlib.AbstractContextManager[None]:
         """Inside, steps and reads of others do without this worker, which waits for something that they do.
 
         Its own steps are finished first; afterwards its ``Bulk`` tables are where the others are.
         """
-        for table in self.tables.values():
-            table.wait()
-        with self._aside(self.runtime.now() + self.timeout):
-            if not any(table.spec.sync.collective for table in self.tables.values()):
-                yield
-                return
-            self._rest(True)
-            try:
-                yield
-            finally:
-                self._rest(False)
-                for table in self.tables.values():
-                    table.rejoin(self.members)
-
-    @interrupts.deferred
-    def _rest(self, away: bool) -> None:
-        answer = self.ask(m.Rest(away))
-        assert isinstance(answer, m.Rested)
-        self.members = max(self.members, answer.members)
+        return self._pauses.all_do_without()
 
     def status(self) -> m.ClusterStatus:
         """Servers, workers and tables, from the last heartbeats."""
@@ -460,28 +287,7 @@ class Client:
 
     def statistics(self) -> ClientStatistics:
         """Counters of this client."""
-        sessions = self.servers.values()
-        return ClientStatistics(
-            self._steps,
-            sum(s.pushed_bytes for s in sessions),
-            sum(s.pulled_bytes for s in sessions),
-            self._waited,
-            self._stale_last,
-            self._stale_sum / max(1, self._steps),
-            self._stale_max,
-            self._lag_max,
-        )
-
-    def observed(self, staleness: int, lag: int) -> None:
-        """A table has finished a step."""
-        self._steps += 1
-        self._stale_last = staleness
-        self._stale_sum += staleness
-        self._stale_max = max(self._stale_max, staleness)
-        self._lag_max = max(self._lag_max, lag)
-
-    def waited(self, seconds: float) -> None:
-        self._waited += seconds
+        return self.shards.counters.read(self.shards.sessions.values())
 
     def _heartbeat(self) -> None:
         """On the coordinator's own connection, so that bulk traffic never delays it."""
@@ -515,7 +321,8 @@ class Client:
 
     def abandon(self) -> None:
         """In a forked child: it is its parent's. What has been sent and received is seen as it was."""
-        self._closed = self._abandoned = True
+        self._closed = True
+        self.shards.abandon()
 
     def leave(self) -> None:
         """Close it, whoever has it."""
@@ -555,8 +362,7 @@ class Client:
 
     def _hang_up(self) -> None:
         self._closed = True
-        for session in self.servers.values():
-            session.close()
+        self.shards.close()
         self._control.close()
         self._stop()
 
@@ -572,8 +378,3 @@ class Client:
             return
         else:  # a step may be half pushed: the others are told that this worker died
             self._hang_up()
-
-
-def _nobody(error: ClusterError) -> bool:
-    """Whether the coordinator says that a shard has no server now."""
-    return type(error) is ClusterError

@@ -59,7 +59,7 @@ def connect(
         return _join(address, rank, world, role, timeout, servers).hold()
     if world not in (None, known.world):
         raise UsageError(f"world={world}: this process is worker {known.rank} of {known.world} already")
-    known.timeout = known.timeout if timeout is None else timeout
+    known.shards.timeout = known.timeout if timeout is None else timeout
     return known.hold()
 
 

@@ -7,17 +7,27 @@ everything else, a server, the coordinator or a worker that is not there, ``HEAD
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from headwater.client.runtime import Runtime
 from headwater.errors import DeadlineExceeded, HeadwaterError, UsageError
 from headwater.wire.data_plan import ANY, Late, WhoIsLate
-
-if TYPE_CHECKING:
-    from headwater.client.client import Client
 
 _BRIEF = 2.0  # seconds in which the coordinator says who is late
 _LOOKS = 4  # how often in HEADWATER_TIMEOUT one asks
 log = logging.getLogger("headwater")
+
+
+class Waiter(Protocol):
+    """The worker that waits: its limits in seconds, and whom it asks who is late."""
+
+    rank: int
+    timeout: float
+    runtime: Runtime
+
+    @property
+    def step_timeout(self) -> float: ...
+    def ask(self, message: WhoIsLate, timeout: float | None = None, /) -> object: ...
 
 
 class Patience:
@@ -26,31 +36,31 @@ class Patience:
     ``question``: where this worker waits. ``deadline`` moves while others are alive and late.
     """
 
-    def __init__(self, client: Client, timeout: float | None, question: WhoIsLate) -> None:
-        self._client = client
+    def __init__(self, waiter: Waiter, timeout: float | None, question: WhoIsLate) -> None:
+        self._waiter = waiter
         self._question = question
         self._allowed = timeout
-        self._timeout = client.timeout if timeout is None else timeout
-        self._begun = self._warned = client.runtime.now()
+        self._timeout = waiter.timeout if timeout is None else timeout
+        self._begun = self._warned = waiter.runtime.now()
         self.deadline = self._begun + self._timeout
         self._next = self.deadline if timeout is not None else self._begun + self._timeout / _LOOKS
 
     @property
     def left(self) -> float:
         """Seconds until ``look`` has something to do."""
-        return max(0.0, min(self.deadline, self._next) - self._client.runtime.now())
+        return max(0.0, min(self.deadline, self._next) - self._waiter.runtime.now())
 
     def look(self, whom: str) -> None:
         """Nothing has come yet: see who is late, now and then. ``whom``: who should have answered.
 
         Raises ``DeadlineExceeded`` when that was too long, and says for whom.
         """
-        now = self._client.runtime.now()
+        now = self._waiter.runtime.now()
         if now < min(self.deadline, self._next):
             return
         late, unknown = self._who_is_late()
         if self._allowed is None and late.alive and not late.absent:
-            self.deadline = max(self.deadline, min(self._begun + self._client.step_timeout, now + self._timeout))
+            self.deadline = max(self.deadline, min(self._begun + self._waiter.step_timeout, now + self._timeout))
             self._warn(late, now)
         if now >= self.deadline:
             raise DeadlineExceeded(self._words(late, whom, unknown, now))
@@ -59,7 +69,7 @@ class Patience:
     def _who_is_late(self) -> tuple[Late, str]:
         """Also why that is not known."""
         try:
-            found = self._client.ask(self._question, _BRIEF)
+            found = self._waiter.ask(self._question, _BRIEF)
         except UsageError:
             raise
         except HeadwaterError as error:
@@ -73,7 +83,7 @@ class Patience:
         self._warned = now
         log.warning(
             "worker %d waits for %s at %s, for %.0f s now; alive, so this goes on until HEADWATER_STEP_TIMEOUT (%g s)",
-            self._client.rank, _names(late.alive), self._place, now - self._begun, self._client.step_timeout,
+            self._waiter.rank, _names(late.alive), self._place, now - self._begun, self._waiter.step_timeout,
         )  # fmt: skip
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from headwater.errors import InternalError, UnknownVersion, UsageError, VersionExpired
 from headwater.types import VersionInfo
@@ -12,8 +12,17 @@ from headwater.wire import messages as m
 from headwater.wire import versions as v
 
 if TYPE_CHECKING:
-    from headwater.client.client import Client
-    from headwater.client.dense.table import Table
+    from headwater.client.table import Table
+
+
+Ask = Callable[[m.Request], m.Reply]
+"""A question to the coordinator or a relay, and its answer; raises what it is refused with."""
+
+
+class AskInTime(Protocol):
+    """A question that may take ``timeout`` seconds; None: as long as the client's settings say."""
+
+    def __call__(self, message: m.Request, timeout: float | None = None, /) -> m.Reply: ...
 
 
 class Publication:
@@ -22,10 +31,10 @@ class Publication:
     ``number``: of the version. ``pause``: after ``wait``, the longest that a shard did nothing else for it, in seconds.
     """
 
-    def __init__(self, client: Client, number: int) -> None:
+    def __init__(self, ask: AskInTime, number: int) -> None:
         self.number = number
         self.pause = 0.0
-        self._client = client
+        self._ask = ask
         self._info: VersionInfo | None = None
 
     def wait(self, timeout: float | None = None) -> VersionInfo:
@@ -34,7 +43,7 @@ class Publication:
         Raises ``UnknownVersion`` or ``ClusterError`` if it was given up, ``DeadlineExceeded``.
         """
         if self._info is None:
-            found = self._client.ask(v.Await(self.number), timeout)
+            found = self._ask(v.Await(self.number), timeout)
             if not isinstance(found, v.Found):
                 raise InternalError(f"the coordinator answered {type(found).__name__} to the wish for a version")
             self._info, self.pause = found.info, found.pause
@@ -42,7 +51,7 @@ class Publication:
 
 
 def publish(
-    client: Client,
+    ask: AskInTime,
     tables: Iterable[Table | m.TableStatus],
     name: str,
     *,
@@ -70,7 +79,7 @@ def publish(
     clocks = tuple((table.number, table.clock) for table in mine if table.spec.sync.collective)
     first = chosen[0]
     numbers = tuple(table.table if isinstance(table, m.TableStatus) else table.number for table in chosen)
-    begun = client.ask(
+    begun = ask(
         v.Publish(
             model or (first.name if isinstance(first, m.TableStatus) else first.spec.name), name, numbers, clocks,
             dict(metadata or {}), keep, age, tuple(tags), time.time(), step,
@@ -78,7 +87,7 @@ def publish(
     )  # fmt: skip
     if not isinstance(begun, v.Publishing):
         raise InternalError(f"the coordinator answered {type(begun).__name__} to a publication")
-    return Publication(client, begun.number)
+    return Publication(ask, begun.number)
 
 
 def _check_types(name: object, model: object, keep: object, age: object, tags: object) -> None:
@@ -94,9 +103,6 @@ def _check_types(name: object, model: object, keep: object, age: object, tags: o
 
 
 # ---- tags and lists, for clients and readers -------------------------------------------------------
-
-Ask = Callable[[m.Request], m.Reply]
-"""A question to the coordinator or a relay, and its answer; raises what it is refused with."""
 
 
 def versions(ask: Ask, model: str = "") -> tuple[v.VersionStatus, ...]:

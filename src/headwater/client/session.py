@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from headwater import interrupts
 from headwater.client.runtime import Runtime
@@ -20,14 +20,25 @@ _REQUEST = 1 << 62  # numbers of requests; pushes count from 1
 
 
 class TablePart(Protocol):
-    """A table's interest in one shard."""
+    """A table's interest in one shard. ``lost``: another worker's death undid its step, all of which has ``ended``."""
 
-    def attach(self, deadline: float) -> None: ...
+    table: int
 
+    @property
+    def lost(self) -> HeadwaterError | None: ...
+    @property
+    def ended(self) -> bool: ...
     def landing(self, frame: Frame) -> memoryview: ...
     def acked(self, frame: Frame) -> None: ...
     def arrived(self, frame: Frame) -> None: ...
     def failed(self, frame: Frame, error: HeadwaterError) -> None: ...
+
+
+class Undone(NamedTuple):
+    """The step of one table on one shard, which another worker's death undid: it must be pushed again."""
+
+    session: Session
+    part: TablePart
 
 
 @dataclass(slots=True)
@@ -43,11 +54,13 @@ class Answers:
 class Session:
     """``link`` is set once connected. Requests block; pushes and pulls do not."""
 
-    def __init__(self, name: str, number: int, runtime: Runtime) -> None:
+    def __init__(
+        self, name: str, number: int, runtime: Runtime, shard: int = 0, undone: list[Undone] | None = None
+    ) -> None:
         self.name = name  # for messages: "server 1", "coordinator"
         self.number = number
         self.link: Link | None = None
-        self.shard = 0
+        self.shard = shard
         self.epoch = 0
         self.damaged = 0  # connections in a row that ended without an answer
         self.address = ""  # of the server that is at the other end
@@ -56,6 +69,7 @@ class Session:
         self._requests: dict[int, Answers] = {}
         self._ids = itertools.count(_REQUEST)
         self._runtime = runtime
+        self._undone = [] if undone is None else undone  # where to note what a worker's death undid
 
     def send(self, frame: Frame) -> None:
         """Send a push, pull or assignment. On a broken link it is lost; whoever waits for the answer mends the link."""
@@ -161,5 +175,7 @@ class Session:
             raise LinkBroken(f"{self.name} ended the connection: {error}")
         elif part is not None:
             part.failed(frame, error)
+            if part.lost is not None:
+                self._undone.append(Undone(self, part))
         else:
             raise error

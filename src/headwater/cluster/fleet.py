@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from headwater.errors import ClusterError, StateCorrupt, UsageError
+from headwater.errors import ClusterError, ProtocolError, StateCorrupt, UsageError
 from headwater.wire import messages as m
 
 AVOID = 10.0  # seconds in which a server that could not follow a shard is the last choice for it
@@ -43,7 +43,10 @@ class Member:
 
 
 class Fleet:
-    """``expected`` servers must have joined before there are views. ``views`` by shard."""
+    """``expected`` servers must have joined before there are views. ``views`` by shard.
+
+    One class of many short methods, since each rule for views needs both halves of the state: servers and views.
+    """
 
     def __init__(self, expected: int, shards: int, replicas: int, silence: float = SILENCE) -> None:
         if expected < 1:
@@ -188,6 +191,25 @@ class Fleet:
     def empty(self, server: int) -> bool:
         """Whether nothing is left on a server."""
         return not any(server in members_of(view) for view in self.views.values())
+
+    # ---- who is who ------------------------------------------------------------------------------
+
+    def sender(self, peer: int) -> int:
+        """The server at this connection. Raises ``ProtocolError``."""
+        for member in self.servers.values():
+            if member.peer == peer:
+                return member.number
+        raise ProtocolError("only a server that has joined can say this")
+
+    def check_sender(self, peer: int, server: int) -> None:
+        """Raises ``ProtocolError`` if another one than ``server`` is at this connection."""
+        if self.sender(peer) != server:
+            raise ProtocolError(f"this connection is not server {server}'s")
+
+    def leads(self, peer: int, shard: int) -> bool:
+        """Whether the server at this connection is the shard's primary. Raises ``ProtocolError`` if none is there."""
+        view = self.views.get(shard)
+        return view is not None and view.primary is not None and view.primary.server == self.sender(peer)
 
     # ---- views -----------------------------------------------------------------------------------
 

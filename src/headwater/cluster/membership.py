@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 
 from headwater.errors import ClusterError, RankTaken, UsageError
-from headwater.wire.messages import Heartbeat, Join
+from headwater.wire.messages import Heartbeat, Join, Members
 
 HEARTBEAT = 0.1  # seconds between heartbeats
 BACK = 3.0  # seconds after a restart of the coordinator in which workers come back
 MOST = 100_000  # workers: a bound, so that a wrong number is refused and not counted to
 SILENCE = 10.0  # seconds without one until a member whose connection still stands counts as dead
+
+
+DIED = "died: its connection ended"
 
 
 @dataclass(slots=True)
@@ -151,6 +155,20 @@ class Membership:
         member = self.of(peer)
         return member if member is not None and member.rank >= 0 else None
 
+    def require(self, peer: int) -> Member:
+        """The worker or reader on this connection. Raises ``ClusterError`` for a stranger."""
+        member = self.of(peer)
+        if member is None:
+            raise ClusterError("join first: only a member can use tables and versions")
+        return member
+
+    def require_worker(self, peer: int) -> Member:
+        """The worker on this connection. Raises ``ClusterError`` for a reader or a stranger."""
+        member = self.worker(peer)
+        if member is None:
+            raise ClusterError("only a worker that has joined can do this; a reader or a stranger cannot")
+        return member
+
     def depart(self, member: Member, *, clean: bool, why: str = "") -> None:
         """Take a worker or reader out; ``clean`` says that it had finished its steps."""
         if member.rank < 0:
@@ -179,9 +197,10 @@ class Membership:
         """Whether a client of this session is there."""
         return any(member.join.session == session for member in [*self.workers.values(), *self.readers.values()])
 
-    def sessions(self) -> tuple[int, ...]:
-        """The sessions of the workers that are there."""
-        return tuple(member.join.session for member in self.workers.values())
+    def announcement(self) -> Members:
+        """What the shards must know: whom steps need, and which sessions are there."""
+        sessions = tuple(member.join.session for member in self.workers.values())
+        return Members(self.epoch, self.needed(), self.lost, self.reason, sessions)
 
     def heard(self, peer: int, report: Heartbeat, now: float) -> None:
         member = self.of(peer)
@@ -199,7 +218,7 @@ class Membership:
         found = []
         for member in [*self.workers.values(), *self.readers.values()]:
             if member.gone is not None and now - member.gone >= self.grace:
-                found.append((member, "died: its connection ended"))
+                found.append((member, DIED))
             elif now - member.heard > self.silence:
                 found.append((member, f"was silent for {self.silence:.0f} s"))
         return found
@@ -217,15 +236,17 @@ class Membership:
             )
         )  # fmt: skip
 
-    def load(self, data: bytes, now: float) -> None:
-        """The inverse of ``dump``: the workers have ``BACK`` seconds from ``now`` to come back."""
-        state = msgspec.msgpack.decode(data, type=_State)
-        self.epoch, self.lost, self.reason, self.world = state.epoch, state.lost, state.reason, state.world
-        self._departed, self._resting = set(state.departed), set(state.resting)
-        self.run, self._runs, self._missed = state.run, set(state.runs), set(state.missed)
-        self._left, self._owed, self._to_come = set(state.left), set(state.owed), set(state.to_come)
+    def restore(self, state: Mapping[str, bytes], now: float) -> None:
+        """The workers from before a restart have ``BACK`` seconds from ``now`` to come back."""
+        if "members" not in state:
+            return
+        kept = msgspec.msgpack.decode(state["members"], type=_State)
+        self.epoch, self.lost, self.reason, self.world = kept.epoch, kept.lost, kept.reason, kept.world
+        self._departed, self._resting = set(kept.departed), set(kept.resting)
+        self.run, self._runs, self._missed = kept.run, set(kept.runs), set(kept.missed)
+        self._left, self._owed, self._to_come = set(kept.left), set(kept.owed), set(kept.to_come)
         back = now + BACK - self.grace
-        self.workers = {rank: Member(None, join, rank, now, now, gone=back) for rank, join in state.workers}
+        self.workers = {rank: Member(None, join, rank, now, now, gone=back) for rank, join in kept.workers}
 
 
 def _taken(asker: Join, holder: Join) -> RankTaken:

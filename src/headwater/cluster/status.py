@@ -8,10 +8,10 @@ from headwater.layout.kinds import place
 from headwater.wire import messages as m
 
 if TYPE_CHECKING:
-    from headwater.cluster.coordinator import Rules
     from headwater.cluster.fleet import Fleet, Member
     from headwater.cluster.membership import Member as Worker
     from headwater.cluster.membership import Membership
+    from headwater.cluster.rules import Rules
     from headwater.cluster.tables import Table, Tables
 
 

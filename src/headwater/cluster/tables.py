@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import msgspec
 
 from headwater.cluster import claims
+from headwater.cluster.fleet import Fleet
 from headwater.cluster.membership import Member, Membership
-from headwater.cluster.snapshots import Kept
+from headwater.cluster.outbox import Outbox
 from headwater.errors import ClusterError, HeadwaterError, TableConflict, UnknownTable
 from headwater.layout.kinds import check_table, place
 from headwater.types import Claim, TableSpec, read_spec
 from headwater.wire import messages as m
 from headwater.wire.exact import clip_factor, merge
 from headwater.wire.outgoing import Asker
-
-
-class Desk(Protocol):
-    """The coordinator, as its parts see it: what they may say to whom."""
-
-    membership: Membership
-
-    def reply(self, asker: Asker, message: m.Reply) -> None: ...
-    def fail(self, asker: Asker, error: HeadwaterError) -> None: ...
-    def tell(self, shard: int, message: m.Notice | m.Request, seq: int = 0) -> None: ...
-    def save(self, key: str, value: bytes | None) -> None: ...
-    def expect(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -75,12 +64,13 @@ class _Saved(msgspec.Struct, frozen=True):
 
 
 class Tables:
-    """All tables of a cluster of ``shards`` shards."""
+    """All tables of a cluster."""
 
-    def __init__(self, desk: Desk, shards: int) -> None:
+    def __init__(self, outbox: Outbox, fleet: Fleet, membership: Membership) -> None:
         self.by_number: dict[int, Table] = {}
-        self._desk = desk
-        self._shards = shards
+        self._outbox = outbox
+        self._fleet = fleet
+        self._membership = membership
         self._names: dict[str, int] = {}
 
     def get(self, number: int) -> Table:
@@ -95,18 +85,19 @@ class Tables:
 
     # ---- declaring -------------------------------------------------------------------------------
 
-    def declare(self, asker: Asker, spec: TableSpec, claim: Claim = "any") -> None:
-        """A client wants a table: made now, or agreed on before."""
-        number = self._names.get(spec.name)
-        worker = self._desk.membership.worker(asker.peer)
-        if number is None:
+    def use(self, asker: Asker, spec: TableSpec, claim: Claim) -> Table:
+        """The table that a client wants, made now or agreed on before; ``answer`` says so to the client.
+
+        Raises what is wrong with the wish; nothing has changed then.
+        """
+        worker = self._membership.worker(asker.peer)
+        table = self.named(spec.name)
+        if table is None:
             if claim == "resume":
                 raise claims.missing(spec.name, self._names)
             check_table(spec)
-            self._create(asker, spec, worker, claim)
-            return
-        table = self.by_number[number]
-        claims.check(table, claim, worker, self._desk.membership)
+            return self._create(spec, worker, claim)
+        claims.check(table, claim, worker, self._membership)
         difference = claims.comparable(table.spec, claim).difference(claims.comparable(spec, claim))
         if difference:
             raise TableConflict(
@@ -114,9 +105,25 @@ class Tables:
                 "Use another name, or declare it everywhere in the same way"
             )
         if worker is not None:
-            claims.taken(table, claim, worker, self._desk.membership)
+            claims.taken(table, claim, worker, self._membership)
             self._save(table)
-            self._desk.expect()
+        return table
+
+    def _create(self, spec: TableSpec, worker: Member | None, claim: Claim) -> Table:
+        number = max(self.by_number, default=0) + 1
+        parts = place(spec, self.shards).participants
+        table = Table(number, spec, parts, set(parts), run=self._membership.run)
+        if worker is not None:
+            claims.taken(table, claim, worker, self._membership)
+        self.by_number[number] = table
+        self._names[spec.name] = number
+        self._save(table)
+        for shard in parts:
+            self._outbox.tell(shard, m.Create(number, spec), number)
+        return table
+
+    def answer(self, asker: Asker, table: Table) -> None:
+        """Tell a client of its table now, or when it is there."""
         if table.state == "ready":
             self._declared(asker, table, assign=False)
         elif table.initialiser == asker.peer:  # asked again, say after a wrong value
@@ -126,26 +133,23 @@ class Tables:
             if table.state == "assigning" and table.initialiser is None:
                 self._pass_on(table)
 
-    def _create(self, asker: Asker, spec: TableSpec, worker: Member | None, claim: Claim) -> None:
-        number = max(self.by_number, default=0) + 1
-        parts = place(spec, self._shards).participants
-        table = Table(number, spec, parts, set(parts), waiting=[asker], run=self._desk.membership.run)
-        if worker is not None:
-            claims.taken(table, claim, worker, self._desk.membership)
+    def revive(self, number: int, spec: TableSpec, clock: int, folder: str) -> None:
+        """A table of the snapshot that the cluster begins with; primaries hear of it with their views (``brief``)."""
+        parts = place(spec, self.shards).participants
+        table = Table(number, spec, parts, set(parts), restore=folder, base=clock)
         self.by_number[number] = table
         self._names[spec.name] = number
         self._save(table)
-        for shard in parts:
-            self._desk.tell(shard, m.Create(number, spec), number)
-        self._desk.expect()
 
-    def revive(self, kept: Kept, folder: str) -> None:
-        """A table of the snapshot that the cluster begins with; primaries hear of it with their views (``brief``)."""
-        parts = place(kept.spec, self._shards).participants
-        table = Table(kept.number, kept.spec, parts, set(parts), restore=folder, base=kept.clock)
-        self.by_number[kept.number] = table
-        self._names[kept.spec.name] = kept.number
-        self._save(table)
+    @property
+    def shards(self) -> int:
+        """Into how many each table is cut."""
+        return self._fleet.shards
+
+    @property
+    def any_ready(self) -> bool:
+        """Whether some table has its values."""
+        return any(table.state == "ready" for table in self.by_number.values())
 
     @property
     def reviving(self) -> bool:
@@ -169,7 +173,7 @@ class Tables:
     def _pass_on(self, table: Table) -> None:
         """Let the lowest rank assign its values once it asks: which worker came first must not matter."""
         table.state, table.initialiser = "assigning", None
-        membership = self._desk.membership
+        membership = self._membership
         lowest = membership.workers.get(min(membership.ranks(), default=-1))
         for asker in table.waiting:
             if lowest is not None and asker.peer == lowest.peer:
@@ -182,11 +186,11 @@ class Tables:
         """The client that had to has assigned the values."""
         table = self.get(number)
         if table.state == "ready" and table.initialiser == asker.peer:  # asked again: the answer was lost
-            self._desk.reply(asker, m.Done())
+            self._outbox.reply(asker, m.Done())
             return
         if table.state != "assigning" or table.initialiser != asker.peer:
             raise ClusterError(f"another worker assigns the values of table {table.spec.name!r}, or they are assigned")
-        self._desk.reply(asker, m.Done())
+        self._outbox.reply(asker, m.Done())
         self._release(table)
         self._save(table)
 
@@ -197,7 +201,7 @@ class Tables:
             self._declared(asker, table, assign=False)
 
     def _declared(self, asker: Asker, table: Table, *, assign: bool) -> None:
-        self._desk.reply(asker, m.Declared(table.number, table.spec, assign, self._desk.membership.epoch))
+        self._outbox.reply(asker, m.Declared(table.number, table.spec, assign, self._membership.epoch))
 
     def give_up(self, table: Table, why: HeadwaterError) -> None:
         """Whoever asked for the table is told, the name is free again, and no server keeps memory for it."""
@@ -205,11 +209,11 @@ class Tables:
             return
         self._names.pop(table.spec.name, None)
         for asker in table.waiting:
-            self._desk.fail(asker, why)
+            self._outbox.fail(asker, why)
         table.waiting, table.state = [], "refused"
         self._save(table)
         for shard in table.participants:
-            self._desk.tell(shard, m.Drop(table.number))
+            self._outbox.tell(shard, m.Drop(table.number))
 
     def left(self, session: int, clean: bool) -> None:
         """A worker is gone. If it had finished, what it trained is not new to another process of its rank."""
@@ -242,9 +246,9 @@ class Tables:
             return
         decided = table.decided
         if decided is not None and message.clock <= decided.clock:
-            self._desk.tell(shard, decided)  # a primary that took over after the verdict
+            self._outbox.tell(shard, decided)  # a primary that took over after the verdict
             return
-        if message.members != self._desk.membership.epoch:
+        if message.members != self._membership.epoch:
             return  # the membership changed meanwhile; the shard will say so again
         table.ready[shard] = message
         if len(table.ready) < len(table.participants):
@@ -252,7 +256,7 @@ class Tables:
         answers, table.ready = list(table.ready.values()), {}
         table.decided = decide(table.spec, answers)
         for other in table.participants:
-            self._desk.tell(other, table.decided)
+            self._outbox.tell(other, table.decided)
 
     def learned(self, commit: m.Commit) -> None:
         """After a restart: a shard has committed this."""
@@ -260,13 +264,20 @@ class Tables:
         if table is not None and (table.decided is None or table.decided.clock < commit.clock):
             table.decided = commit
 
+    def committed(self) -> int:
+        """The last bulk step that is decided, over all tables; a table on one shard tells by heartbeats."""
+        bulk = {t.number for t in self.by_number.values() if t.spec.sync.collective}
+        decided = [t.decided.clock for t in self.by_number.values() if t.decided is not None]
+        told = [clock for s in self._fleet.servers.values() for number, clock in s.report.tables if number in bulk]
+        return max([*decided, *told], default=0)
+
     def brief(self, shard: int) -> None:
         """What a new primary may have missed of tables and verdicts."""
         for table in self.by_number.values():
             if shard in table.creating and table.state == "creating":
-                self._desk.tell(shard, m.Create(table.number, table.spec, table.restore), table.number)
+                self._outbox.tell(shard, m.Create(table.number, table.spec, table.restore), table.number)
             if table.decided is not None and shard in table.participants and len(table.participants) > 1:
-                self._desk.tell(shard, table.decided)
+                self._outbox.tell(shard, table.decided)
 
     # ---- what must be durable --------------------------------------------------------------------
 
@@ -275,19 +286,20 @@ class Tables:
             table.number, table.spec, table.state, table.restore, table.base, table.run, table.users,
             tuple(sorted(table.finished)), table.own,
         )  # fmt: skip
-        self._desk.save(f"table/{table.number}", msgspec.msgpack.encode(saved))
+        self._outbox.save(f"table/{table.number}", msgspec.msgpack.encode(saved))
 
-    def restore(self, data: bytes) -> None:
-        """A table from before a restart."""
-        saved = msgspec.msgpack.decode(data, type=_Saved, dec_hook=read_spec)
-        parts = place(saved.spec, self._shards).participants
-        creating = set(parts) if saved.state == "creating" else set()
-        self.by_number[saved.number] = Table(
-            saved.number, saved.spec, parts, creating, saved.state, restore=saved.restore, base=saved.base,
-            run=saved.run, own=saved.own, users=dict(saved.users), finished=set(saved.finished),
-        )  # fmt: skip
-        if saved.state != "refused":
-            self._names[saved.spec.name] = saved.number
+    def restore(self, state: Mapping[str, bytes]) -> None:
+        """The tables from before a restart."""
+        for key in sorted(key for key in state if key.startswith("table/")):
+            saved = msgspec.msgpack.decode(state[key], type=_Saved, dec_hook=read_spec)
+            parts = place(saved.spec, self.shards).participants
+            creating = set(parts) if saved.state == "creating" else set()
+            self.by_number[saved.number] = Table(
+                saved.number, saved.spec, parts, creating, saved.state, restore=saved.restore, base=saved.base,
+                run=saved.run, own=saved.own, users=dict(saved.users), finished=set(saved.finished),
+            )  # fmt: skip
+            if saved.state != "refused":
+                self._names[saved.spec.name] = saved.number
 
 
 def decide(spec: TableSpec, answers: list[m.Ready]) -> m.Commit:

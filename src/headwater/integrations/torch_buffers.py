@@ -14,7 +14,7 @@ from headwater.types import Bulk, DenseSpec, Init, OptimizerSpec, ParameterSpec,
 from headwater.wire.tensors import dtype_name
 
 if TYPE_CHECKING:
-    from headwater.client import Client, Table
+    from headwater.client import Client, DenseTable
 
 Mode = Literal["mean", "rank0", "local"]
 
@@ -47,7 +47,7 @@ class Buffers:
         self._sends = mode == "mean" or sync.collective or client.rank == 0
         self._blind = not sync.collective and client.world not in (None, 1)  # no step that all take together
         self._pending = False
-        self._table: Table | None = None
+        self._table: DenseTable | None = None
         if not self._places:
             return
         if sync.collective:
@@ -68,7 +68,7 @@ class Buffers:
         return id(module) in self._owners
 
     @property
-    def tables(self) -> tuple[Table, ...]:
+    def tables(self) -> tuple[DenseTable, ...]:
         """The table that holds them, if there are any."""
         return () if self._table is None else (self._table,)
 

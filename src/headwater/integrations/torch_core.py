@@ -109,12 +109,13 @@ class Core:
     def _hold(self, held: Mapping[str, torch.Tensor], stay: Collection[int]) -> None:
         self.table.wait()
         self.held = Held(self.table, held, self.client.rank, stay)
+        same = [leaf for leaf in self.held.leaves if leaf.holds_values()]
         leaves = [leaf for leaf in self.held.leaves if not leaf.copies]
         materialise([leaf.parameter for leaf in leaves], [leaf.values for leaf in leaves])
         self.buffers.retie()
-        self.held.arrived(self.held.leaves)
+        self.held.arrived(self.held.leaves, same)
         held_now = weakref.ref(self.held)  # else the client would keep the model
-        self.table.renewed = self._renewed = lambda: _renew(held_now())
+        self._forget_renewals = self.table.when_renewed(lambda: _renew(held_now()))
         self._frozen = [p for p in self.parameters.values() if not _trains(p)]
         self._grouped = self._grouping()
         self._members = self.client.members
@@ -173,15 +174,18 @@ class Core:
         slots = self.table.slots() if self.manner.kind else {}
         aside = self._aside
         slots = {name: slots.get(old.get(id(p), ""), aside.get(id(p), {})) for name, p in parameters.items()}
-        self._aside = {key: kept for key, kept in aside.items() if key not in {id(p) for p in parameters.values()}}
         self.parameters = dict(parameters)
         self._steps += self.table.clock
         self.let_go()
         self._grown += 1
         base = self.name.partition("~")[0]
         self.attach(f"{base}~{self._grown}", None, "new")
-        if slots:
-            self.table.assign_slots(slots)  # every worker has the same, and pushes after it
+        held = {leaf.name for leaf in self.held.leaves}
+        ids = {id(p): name for name, p in parameters.items()}
+        self._aside = {key: kept for key, kept in aside.items() if key not in ids}
+        self._aside |= {key: slots[name] for key, name in ids.items() if name not in held and slots[name]}
+        if slots:  # every worker has the same, and pushes after it
+            self.table.assign_slots({name: kept for name, kept in slots.items() if name in held})
         if not self._collective:
             self.client.barrier(f"grown {self.table.spec.name}")
 
@@ -189,8 +193,7 @@ class Core:
         """Leave the model with its present values in memory of its own."""
         self.departures.close()
         self.arrivals.close()
-        if self.table.renewed is self._renewed:  # not a later optimizer's
-            self.table.renewed = None
+        self._forget_renewals()
         for leaf in self.held.leaves:
             if leaf.copies:
                 continue

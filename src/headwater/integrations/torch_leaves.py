@@ -14,7 +14,7 @@ import xxhash
 from headwater.errors import ParameterModified
 
 if TYPE_CHECKING:
-    from headwater.client import Table
+    from headwater.client import DenseTable
     from headwater.integrations.torch_arrivals import Guard
     from headwater.integrations.torch_departures import Bucket
     from headwater.integrations.torch_gradients import Gradient
@@ -94,7 +94,7 @@ class Leaf:
 
     bucket: Bucket
 
-    def __init__(self, name: str, parameter: torch.Tensor, table: Table, stays: bool) -> None:
+    def __init__(self, name: str, parameter: torch.Tensor, table: DenseTable, stays: bool) -> None:
         self.name = name
         self.parameter = parameter
         self.gradient = as_held(table.gradients[name], parameter)
@@ -115,6 +115,11 @@ class Leaf:
         """Whether a script has more of this memory than the parameter."""
         return not self.copies and users(self.parameter) > 1 + (self.parameter is not self.values)
 
+    def holds_values(self) -> bool:
+        """Whether the parameter has the table's values already."""
+        p = self.parameter
+        return not p.is_meta and p.layout is torch.strided and torch.equal(p.detach().cpu(), self.values)
+
     @property
     def nbytes(self) -> int:
         return self.gradient.nbytes
@@ -127,7 +132,7 @@ class Held:
     """
 
     def __init__(
-        self, table: Table, parameters: Mapping[str, torch.Tensor], rank: int, stay: Collection[int] = ()
+        self, table: DenseTable, parameters: Mapping[str, torch.Tensor], rank: int, stay: Collection[int] = ()
     ) -> None:
         self.table = table
         self.rank = rank
@@ -168,17 +173,21 @@ class Held:
         for leaf in leaves:
             leaf.fresh = self.clock
 
-    def arrived(self, leaves: Sequence[Leaf]) -> None:
-        """These leaves' values are here: show them to autograd, and remember how they look."""
+    def arrived(self, leaves: Sequence[Leaf], same: Collection[Leaf] = ()) -> None:
+        """These leaves' values are here: show them to autograd, and remember how they look.
+
+        ``same``: those that had these values before. A graph that was built on them is as good as it was.
+        """
         if self.guard is not None:
             self.guard.take([leaf.parameter for leaf in leaves])
         for leaf in leaves:
-            if leaf.copies:
+            if leaf.copies and leaf not in same:
                 # The only copy back to another device: one per parameter and step.
                 with torch.no_grad():
                     leaf.parameter.copy_(leaf.values)
         # Memory changed under these tensors: a graph that saved them before must refuse to run backward.
-        torch.autograd.graph.increment_version([leaf.parameter for leaf in leaves])
+        changed = [leaf for leaf in leaves if leaf not in same]
+        torch.autograd.graph.increment_version([leaf.parameter for leaf in changed])
         for leaf in leaves:
             leaf.fresh = self.clock
             if leaf.copies:
@@ -248,9 +257,8 @@ class Held:
         if users(leaf.values) > len(ours):
             raise ParameterModified(
                 f"p.data = … moved parameter {leaf.name!r} to other memory on rank {self.rank}, and something that is "
-                "no tensor (an array, a graph that waits for its backward) still has its memory of before, which the "
-                "next values will take; the step was not taken. Copy what you keep (.numpy().copy()), or write in "
-                "place: p.data.copy_(…)"
+                "no tensor (a graph that waits for its backward) still has its memory of before, which the next values "
+                "will take; the step was not taken. Drop the graph, or write in place: p.data.copy_(…)"
             )
 
     def _stay(self, leaf: Leaf) -> None:

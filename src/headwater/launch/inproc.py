@@ -47,7 +47,7 @@ class InprocHub:
             self._servers.append(Server(Setting(number, servers, session=number)))
             join = m.Join("server", number, address=f"inproc://{number}")
             frame = Frame(Kind.REQUEST, seq=1, body=m.pack(join))
-            self._say(_TO_COORDINATOR, self._coordinator.receive(peer, frame, time.monotonic()))
+            self._tell_coordinator(peer, frame)
         with self.lock:
             self._settle()
 
@@ -63,7 +63,7 @@ class InprocHub:
         """A client's frame, and everything that follows from it."""
         with self.lock, _as_in_a_process_of_its_own():
             if link.target == _TO_COORDINATOR:
-                self._say(_TO_COORDINATOR, self._coordinator.receive(link.peer, frame, time.monotonic()))
+                self._tell_coordinator(link.peer, frame)
             else:
                 server = self._servers[link.target]
                 if frame.payload is not None:
@@ -76,10 +76,14 @@ class InprocHub:
             if self._links.pop(link.peer, None) is None:
                 return
             if link.target == _TO_COORDINATOR:
-                self._say(_TO_COORDINATOR, self._coordinator.disconnected(link.peer, time.monotonic()))
+                self._say(_TO_COORDINATOR, self._coordinator.disconnected(link.peer, time.monotonic()).send)
             else:
                 self._say(link.target, self._servers[link.target].closed(link.peer))
             self._settle()
+
+    def _tell_coordinator(self, peer: int, frame: Frame) -> None:
+        """Of its effects only ``send`` matters: this cluster ends with its process and has no folder for snapshots."""
+        self._say(_TO_COORDINATOR, self._coordinator.receive(peer, frame, time.monotonic()).send)
 
     def _say(self, speaker: int, instructions: Sequence[Instruction]) -> None:
         self._queue.extend((speaker, out) for out in instructions)
@@ -93,7 +97,7 @@ class InprocHub:
                 self._to_server(self._server_peer[out.peer], out)
             elif speaker != _TO_COORDINATOR and out.peer == COORDINATOR:
                 peer = next(p for p, server in self._server_peer.items() if server == speaker)
-                self._say(_TO_COORDINATOR, self._coordinator.receive(peer, out.frame, time.monotonic()))
+                self._tell_coordinator(peer, out.frame)
             else:
                 link = self._links.get(out.peer)
                 if link is not None:
@@ -117,7 +121,7 @@ class InprocHub:
         """Heartbeats of the servers, when someone asks how they are."""
         for peer, server in self._server_peer.items():
             body = m.pack(self._servers[server].heartbeat())
-            self._coordinator.receive(peer, Frame(Kind.NOTICE, body=body), time.monotonic())
+            self._tell_coordinator(peer, Frame(Kind.NOTICE, body=body))
 
 
 class InprocLink:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from headwater.cluster.store import SqliteStore
+from headwater.cluster.store.sqlite import SqliteStore
 from headwater.errors import UsageError
 from headwater.transports.address import Address, parse
 

@@ -23,7 +23,7 @@ import msgspec
 
 from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.cluster.membership import HEARTBEAT
-from headwater.cluster.snapshots import Restored
+from headwater.cluster.recovery import Restored
 from headwater.errors import (
     AuthenticationFailed,
     ClusterError,
@@ -110,7 +110,7 @@ def _stop_on_signals(loop: Loop, outliving: Outliving | None) -> None:
 
 
 def run_coordinator(args: argparse.Namespace, token: bytes | None, outliving: Outliving | None = None) -> None:
-    from headwater.cluster.store import SqliteStore
+    from headwater.cluster.store.sqlite import SqliteStore
     from headwater.server.hosts import CoordinatorHost
     from headwater.server.snapshots.keeper import Keeper
 

@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from headwater.client import publication
-from headwater.client.dense.table import Table
+from headwater.client.dense.table import DenseTable
 from headwater.cluster.coordinator import Rules
 from headwater.errors import HeadwaterError
 from headwater.server.shard import Shard
@@ -469,7 +469,7 @@ class SimCluster:
             raise Violation("versions", f"{HEALED:g} s after all was healed: {amiss()}") from None
         self.versions.finish()
 
-    def _check(self, table: Table) -> None:
+    def _check(self, table: DenseTable) -> None:
         for name, values in table.values.items():
             if not self.scenario.clip:
                 self.ledger.check(values.numpy()[:MARKS], name)

@@ -8,6 +8,7 @@ from random import Random
 from typing import Protocol
 
 from headwater.cluster.coordinator import Coordinator, Rules
+from headwater.cluster.store.memory import MemoryStore
 from headwater.errors import HeadwaterError, ProtocolError
 from headwater.server import COORDINATOR
 from headwater.server.control import Control
@@ -116,30 +117,20 @@ class Crash(BaseException):
     """The process dies here; nothing in it catches this."""
 
 
-class SimStore:
+class SimStore(MemoryStore):
     """The coordinator's durable memory. ``crash``: die before or after the next write."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, bytes] = {}
+        super().__init__()
         self.crash = ""
-
-    def items(self) -> dict[str, bytes]:
-        return dict(self.kept)
 
     def put(self, changes: Mapping[str, bytes | None]) -> None:
         crash, self.crash = self.crash, ""
         if crash == "before":
             raise Crash
-        for key, value in changes.items():
-            if value is None:
-                self.kept.pop(key, None)
-            else:
-                self.kept[key] = value
+        super().put(changes)
         if crash == "after":
             raise Crash
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 class SimCoordinator(SimHost):

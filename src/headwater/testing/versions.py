@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from headwater.client.client import Client
-from headwater.client.dense.table import Table
+from headwater.client.dense.table import DenseTable
 from headwater.errors import HeadwaterError, LinkError
 from headwater.readers.reading import Reader
 from headwater.testing.links import SimRuntime
@@ -130,7 +130,7 @@ class Publisher:
         self._under_way: list[Publication] = []
         self.refused: Counter[str] = Counter()
 
-    def stepped(self, client: Client, table: Table) -> None:
+    def stepped(self, client: Client, table: DenseTable) -> None:
         """The worker has finished a step. Raises ``LinkError``: then it has to join again."""
         if not self._scenario.versions or self._random.random() >= SHARE:
             return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from headwater.client.client import Client
-from headwater.client.dense.table import Table
+from headwater.client.dense.table import DenseTable
 from headwater.errors import HeadwaterError
 from headwater.testing.links import SimRuntime
 from headwater.testing.oracles import Ledger, Oracles
@@ -64,7 +64,7 @@ class Worker:
                 self.runtime.sleep(REJOIN)
         self.finished = True
 
-    def _step(self, client: Client, table: Table) -> None:
+    def _step(self, client: Client, table: DenseTable) -> None:
         slot = self._ledger.begin()
         table.settle()
         self._fill(client, table, slot)
@@ -79,7 +79,7 @@ class Worker:
         elif self.random.random() < 0.5:
             table.pull().wait()
 
-    def _fill(self, client: Client, table: Table, slot: int) -> None:
+    def _fill(self, client: Client, table: DenseTable, slot: int) -> None:
         """A one where this push leaves its mark, and numbers whose sum depends on the order."""
         for name in table.gradients:
             gradient = table.gradients[name].numpy()
@@ -94,7 +94,7 @@ class Worker:
                     flat[s.offset // 8 : s.end // 8] = source[s.start : s.stop]
                 self._oracles.contributed(client.session, table.number, table.clock + 1, shard, flat)
 
-    def _push(self, table: Table) -> Ticket:
+    def _push(self, table: DenseTable) -> Ticket:
         names = [p.name for p in table.spec.parameters]
         which = self.random.random()
         if which < 0.3:
@@ -138,7 +138,7 @@ class Reader:
 class Auditor:
     """Comes last, reads everything once, and hands it to ``check``."""
 
-    def __init__(self, scenario: Scenario, runtime: SimRuntime, check: Callable[[Table], None]) -> None:
+    def __init__(self, scenario: Scenario, runtime: SimRuntime, check: Callable[[DenseTable], None]) -> None:
         self.finished = False
         self._scenario = scenario
         self._runtime = runtime

@@ -1,4 +1,4 @@
-"""One version as the coordinator and relays keep it, and what must be true of a wish for one."""
+"""One published version, as the coordinator and relays keep it (``Entry``), and the checks of a request for one."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 import headwater
-from headwater.client import Client, Table, Ticket
+from headwater.client import Client, DenseTable, Ticket
 from headwater.errors import HeadwaterError, RankTaken
 from headwater_bench.chaos.ledger import WIDTHS, LedgerWriter, Tail, in_bounds
 from headwater_bench.chaos.workload import POLICIES, Workload, digest, gradient
@@ -29,7 +29,7 @@ class Sent(NamedTuple):
 
     name: str
     number: int
-    table: Table
+    table: DenseTable
     ticket: Ticket
 
 
@@ -73,7 +73,7 @@ class Pusher:
         self._writer.write("E")
         self._writer.close()
 
-    def _send(self, name: str, number: int, table: Table, fill: Callable[[int], None]) -> Sent:
+    def _send(self, name: str, number: int, table: DenseTable, fill: Callable[[int], None]) -> Sent:
         fill(number)
         self._writer.write("P", name, number)
         names = self._pages if table is self._main else self._others

@@ -7,7 +7,7 @@ import time
 import torch
 
 import headwater
-from headwater.client import Table
+from headwater.client import DenseTable
 from headwater.errors import HeadwaterError
 from headwater_bench.chaos.ledger import WIDTHS, Verdict, judge
 from headwater_bench.chaos.runner import ChaosRun
@@ -40,7 +40,7 @@ def examine(run: ChaosRun, cluster: Cluster, workload: Workload) -> Verdict:
     return verdict
 
 
-def _read(table: Table) -> tuple[dict[int, torch.Tensor], dict[int, int]]:
+def _read(table: DenseTable) -> tuple[dict[int, torch.Tensor], dict[int, int]]:
     """The pages' values, and the shard that each lies on."""
     table.pull().wait()
     table.wait()

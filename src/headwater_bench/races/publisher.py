@@ -16,7 +16,7 @@ from random import Random
 import torch
 
 import headwater
-from headwater.client import Client, Publication, Table
+from headwater.client import Client, DenseTable, Publication
 from headwater.errors import HeadwaterError, RankTaken, VersionExists
 from headwater.wire.versions import SetTag
 from headwater_bench.races import values
@@ -60,7 +60,7 @@ class RacePublisher:
             self._counters.add("steps")
             time.sleep(self._pace)
 
-    def _step(self, tables: list[Table]) -> None:
+    def _step(self, tables: list[DenseTable]) -> None:
         """Both leave before either is waited for; what was published just now is still being copied."""
         tickets = []
         for table in tables:
@@ -70,7 +70,7 @@ class RacePublisher:
         for ticket in tickets:
             ticket.wait()
 
-    def _publish(self, model: str, tables: list[Table], step: int) -> None:
+    def _publish(self, model: str, tables: list[DenseTable], step: int) -> None:
         name = f"step-{step}"
         keep = self._random.choice((2, 3, 5))
         try:

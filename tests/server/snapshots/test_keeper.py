@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from headwater.cluster.snapshots import Discard, Publish, Start, Started
+from headwater.cluster.effects import DeleteFolder, FolderMade, MakeFolder, WriteManifest
 from headwater.errors import HeadwaterError
 from headwater.server.snapshots import disk, manifest
 from headwater.server.snapshots.keeper import Keeper
@@ -19,19 +19,19 @@ from tests.server.snapshots import scene
 HOLDER = """
 import sys
 from pathlib import Path
-from headwater.cluster.snapshots import Start
+from headwater.cluster.effects import MakeFolder
 from headwater.server.snapshots.keeper import Keeper
 keeper = Keeper(Path(sys.argv[1]), threads=False)
-keeper.do(Start())
+keeper.do(MakeFolder())
 print(keeper.poll().folder, flush=True)
 sys.stdin.read()
 """
 
 
 def _started(keeper: Keeper) -> Path:
-    keeper.do(Start())
+    keeper.do(MakeFolder())
     found = keeper.poll()
-    assert isinstance(found, Started)
+    assert isinstance(found, FolderMade)
     return Path(found.folder)
 
 
@@ -44,7 +44,7 @@ def test_one_that_was_given_up_is_deleted_and_its_number_is_not_used_again(tmp_p
     keeper = Keeper(tmp_path, threads=False)
     folder = _started(keeper)
     _half(folder)
-    keeper.do(Discard(1))
+    keeper.do(DeleteFolder(1))
     assert keeper.poll() is None
     assert not folder.exists()
     assert _started(keeper).name == "00000002"
@@ -62,7 +62,7 @@ def test_what_a_late_writer_leaves_of_one_that_was_given_up_goes_later(
         raise OSError("Directory not empty")
 
     monkeypatch.setattr(manifest, "_delete", late)
-    keeper.do(Discard(1))
+    keeper.do(DeleteFolder(1))
     assert folder.exists()
     monkeypatch.setattr(manifest, "_delete", delete)
     assert _started(keeper).name == "00000002"
@@ -73,7 +73,8 @@ def test_one_that_cannot_be_published_is_deleted(tmp_path: Path) -> None:
     keeper = Keeper(tmp_path, threads=False)
     folder = _started(keeper)
     _half(folder)
-    keeper.do(Publish(1, (m.CutDone(1, 0, "shard-00000.safetensors", 9, "ab"),), {}))  # no such file: refused
+    no_such_file = m.CutDone(1, 0, "shard-00000.safetensors", 9, "ab")
+    keeper.do(WriteManifest(1, (no_such_file,), {}, b""))
     assert isinstance(keeper.poll(), HeadwaterError)
     assert not folder.exists()
     assert _started(keeper).name == "00000002"

@@ -6,7 +6,7 @@ import torch
 
 from headwater import interrupts
 from headwater.client.dense.memory import check_tensor
-from headwater.client.dense.table import Table
+from headwater.client.dense.table import DenseTable
 from headwater.client.tickets import Ticket
 from headwater.errors import NonFiniteGradient
 from headwater.wire.tensors import finite
@@ -15,7 +15,7 @@ from headwater.wire.tensors import finite
 class Dense:
     """Push gradients, pull values. Every push is one step of the table's optimizer and policy."""
 
-    def __init__(self, table: Table, rank: int) -> None:
+    def __init__(self, table: DenseTable, rank: int) -> None:
         self.table = table
         self._parameter = table.spec.parameters[0]
         self._names = [self._parameter.name]

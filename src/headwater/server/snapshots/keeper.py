@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from headwater.cluster.snapshots import Discard, Kept, Outcome, Publish, Published, Restored, Start, Started
+from headwater.cluster.effects import DeleteFolder, FolderMade, Job, MakeFolder, ManifestWritten, Outcome, WriteManifest
+from headwater.cluster.recovery import Restored, RestoredTable
 from headwater.errors import ClusterError, HeadwaterError, SnapshotCorrupt
 from headwater.server.snapshots import manifest
 from headwater.server.snapshots.disk import DISK, Disk
@@ -55,15 +56,15 @@ class Keeper:
         with contextlib.suppress(OSError):
             manifest.sweep(self._root, self._disk)
 
-    def do(self, job: Start | Publish | Discard) -> None:
+    def do(self, job: Job) -> None:
         """Make a folder for a new snapshot; or a snapshot of parts that are on disk, and delete the oldest; or delete
         what there is of one that was given up, of which there is no outcome."""
         match job:
-            case Publish():
+            case WriteManifest():
                 self._do(lambda: self._publish(job))
-            case Discard():
+            case DeleteFolder():
                 self._do(lambda: self._discard(job.number))
-            case Start():
+            case MakeFolder():
                 self._do(self._start)
 
     def poll(self) -> Outcome | None:
@@ -99,7 +100,7 @@ class Keeper:
         while True:
             self._last, folder = manifest.start(self._root, self._disk, self._last)
             if self._hold(self._last, folder):
-                return Started(self._last, str(folder))
+                return FolderMade(self._last, str(folder))
 
     def _hold(self, number: int, folder: Path) -> bool:
         """Whether the folder is ours: another cluster may have made it in the same moment."""
@@ -126,7 +127,7 @@ class Keeper:
         else:
             self._given_up.add(number)
 
-    def _publish(self, wanted: Publish) -> Outcome:
+    def _publish(self, wanted: WriteManifest) -> Outcome:
         try:
             return self._make(wanted)
         except BaseException:
@@ -135,14 +136,14 @@ class Keeper:
         finally:
             self._let_go(wanted.number)
 
-    def _make(self, wanted: Publish) -> Outcome:
+    def _make(self, wanted: WriteManifest) -> Outcome:
         files = [Written(part.file, part.nbytes, part.sha256) for part in wanted.parts]
         manifest.publish(
             self._root, wanted.number, files, wanted.tables, len(files),
             plan=wanted.plan, now=self._wall(), disk=self._disk,
         )  # fmt: skip
         manifest.prune(self._root, disk=self._disk)
-        return Published(str(manifest.folder_of(self._root, wanted.number)))
+        return ManifestWritten(str(manifest.folder_of(self._root, wanted.number)))
 
 
 def restored(path: Path) -> tuple[Restored, list[SnapshotCorrupt]]:
@@ -152,5 +153,5 @@ def restored(path: Path) -> tuple[Restored, list[SnapshotCorrupt]]:
     """
     found = newest(path)
     with found.snapshot as snapshot:
-        tables = tuple(Kept(t.table, t.spec, t.mark.clock) for t in snapshot.manifest.tables)
+        tables = tuple(RestoredTable(t.table, t.spec, t.mark.clock) for t in snapshot.manifest.tables)
         return Restored(str(snapshot.folder.absolute()), tables, snapshot.manifest.plan), list(found.refused)

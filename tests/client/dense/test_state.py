@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import headwater
-from headwater.client import Client, Dense, Table
+from headwater.client import Client, Dense, DenseTable
 from headwater.errors import LinkBroken, ProtocolError
 from headwater.launch import Launcher
 from headwater.layout.dense import BLOCK
@@ -38,7 +38,7 @@ def spec(name: str, optimizer: str = "AdamW", sync: Sync | None = None, **hyper:
     return DenseSpec(name, parameters, OptimizerSpec(optimizer, groups), sync or Bulk(), seed=3)  # type: ignore[arg-type]
 
 
-def train(table: Table, seed: int) -> None:
+def train(table: DenseTable, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for gradient in table.gradients.values():
         gradient.copy_(torch.randn(gradient.shape, generator=generator))
@@ -167,7 +167,7 @@ def test_a_stray_write_into_values_hurts_nobody_and_is_healed(
         assert tables[0].values[name].eq(-2).all()
 
 
-def step_all(tables: list[Table], name: str) -> None:
+def step_all(tables: list[DenseTable], name: str) -> None:
     tickets = []
     for table in tables:
         table.gradients[name].fill_(1.0)

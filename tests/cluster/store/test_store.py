@@ -17,7 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwater.cluster.store import FILE, LOCK, MemoryStore, SqliteStore, Store
+from headwater.cluster.store.base import Store
+from headwater.cluster.store.memory import MemoryStore
+from headwater.cluster.store.sqlite import FILE, LOCK, SqliteStore
 from headwater.errors import ClusterError, StateCorrupt, StateInUse, UsageError
 
 
@@ -100,7 +102,7 @@ def test_a_closed_store_takes_nothing(tmp_path: Path) -> None:
 WRITER = textwrap.dedent(
     """
     import sys
-    from headwater.cluster.store import SqliteStore
+    from headwater.cluster.store.sqlite import SqliteStore
 
     store = SqliteStore(sys.argv[1])
     step = int(store.items().get("step", b"0"))

@@ -1,17 +1,4 @@
-"""What the coordinator must remember: a few small keys that are on disk before anybody hears of them.
-
-A store promises three things and nothing else:
-
-- ``put`` is atomic, and durable when it returns: after a crash all of its changes are there, or none.
-- ``items`` gives what all the ``put``\\ s before have left.
-- One holder at a time. A second one is refused by ``StateInUse``, and the hold ends with its process, however it ends.
-
-**etcd** (for clusters that already run it) fits behind the same three: a key is ``<cluster>/<key>``, ``items`` is
-one range read of that prefix, ``put`` one ``Txn`` of puts and deletes. The hold is a key under a lease that the
-coordinator keeps alive, and every ``Txn`` compares that this key is still its own, so a holder whose lease ran out is
-refused by the ``Txn`` itself (``StateInUse`` from ``put``) and stops. etcd's limits (128 changes and 1.5 MB per
-``Txn``) are why values here are small and one ``put`` holds what one event changed.
-"""
+"""A store in one SQLite file of a local folder: what a coordinator with ``--state`` uses."""
 
 from __future__ import annotations
 
@@ -22,7 +9,6 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import xxhash
 
@@ -33,43 +19,6 @@ LOCK = "coordinator.lock"
 _APPLICATION = 0x48574B56  # "HWKV", in the header of the file: says whose it is
 _VERSION = 1
 _LOG_PAGES = 128  # the log is moved into the database when it is this long: half a megabyte
-
-
-class Store(Protocol):
-    """Keys and values that outlive the process; see the top of this file for what they promise."""
-
-    def items(self) -> dict[str, bytes]:
-        """Everything there is. Raises ``StateCorrupt``."""
-
-    def put(self, changes: Mapping[str, bytes | None]) -> None:
-        """All of ``changes``, or none; ``None`` deletes. On disk when it returns.
-
-        Raises ``ClusterError``: nothing was kept, or (it says so) whether it was kept is unknown and the store takes
-        nothing more until it is opened again.
-        """
-
-    def close(self) -> None:
-        """Let go of it; another may hold it then. Closing twice is harmless."""
-
-
-class MemoryStore:
-    """Nothing durable: for tests, for the simulator, and for a coordinator without a state folder."""
-
-    def __init__(self, items: Mapping[str, bytes] | None = None) -> None:
-        self._items = dict(items or {})
-
-    def items(self) -> dict[str, bytes]:
-        return dict(self._items)
-
-    def put(self, changes: Mapping[str, bytes | None]) -> None:
-        for key, value in changes.items():
-            if value is None:
-                self._items.pop(key, None)
-            else:
-                self._items[key] = bytes(value)
-
-    def close(self) -> None:
-        pass
 
 
 class SqliteStore:

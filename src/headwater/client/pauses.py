@@ -1,0 +1,82 @@
+"""Barriers, and what others do without a worker that waits: it pauses until it resumes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from headwater import interrupts
+from headwater.client.shards import Shards
+from headwater.client.table import Table
+from headwater.wire import messages as m
+
+_BRIEF = 2.0  # seconds to say that one is back, however late it is
+_BACK = "\0back"  # behind a barrier's name: of the one after it, at which nobody is paused any more
+
+
+class Pauses:
+    """``tables``: the worker's present ones, by name."""
+
+    def __init__(self, shards: Shards, tables: Mapping[str, Table]) -> None:
+        self._shards = shards
+        self._tables = tables
+        self._paused = False  # inside ``paced_do_without``
+        self._turns: Counter[str] = Counter()
+
+    def meet(self, name: str, value: bytes, timeout: float | None) -> m.Reply:
+        """A barrier, which is two: at the first one who is early pauses, and past the second nobody does."""
+        self._turns[name] += 1
+        patience = self._shards.patience(timeout, m.WhoIsLate(barrier=name))
+        with self.paced_do_without(patience.deadline):
+            met = self._shards.ask_for_others(m.Barrier(name, self._turns[name], value), patience)
+        # Nobody takes a step before all are waited for again.
+        self._shards.ask_for_others(m.Barrier(name + _BACK, self._turns[name]), patience)
+        return met
+
+    @contextlib.contextmanager
+    def paced_do_without(self, deadline: float) -> Iterator[None]:
+        """Inside, this worker waits for others: under ``Stale`` and ``Async(max_staleness)`` they do not wait for it.
+
+        Its values and clocks stay as they are.
+        """
+        if self._paused or self._shards.rank < 0:
+            yield
+            return
+        paced = [table for table in self._tables.values() if table.paced]
+        self._paused = True
+        try:
+            for table in paced:
+                table.aside(True, deadline)
+            yield
+        finally:
+            self._paused = False
+            until = max(deadline, self._shards.runtime.now() + _BRIEF)
+            for table in paced:
+                table.aside(False, until)
+
+    @contextlib.contextmanager
+    def all_do_without(self) -> Iterator[None]:
+        """Inside, bulk steps too are taken without this worker; afterwards its tables are where the others are.
+
+        Its own steps are finished first.
+        """
+        for table in self._tables.values():
+            table.wait()
+        with self.paced_do_without(self._shards.deadline()):
+            if not any(table.spec.sync.collective for table in self._tables.values()):
+                yield
+                return
+            self._rest(True)
+            try:
+                yield
+            finally:
+                self._rest(False)
+                for table in self._tables.values():
+                    table.rejoin(self._shards.members)
+
+    @interrupts.deferred
+    def _rest(self, away: bool) -> None:
+        answer = self._shards.ask(m.Rest(away))
+        assert isinstance(answer, m.Rested)
+        self._shards.members = max(self._shards.members, answer.members)
