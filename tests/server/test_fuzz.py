@@ -162,13 +162,13 @@ class Trial:
 def client_talk(trial: Trial, chance: random.Random, shard: int) -> list[Piece]:
     """What a worker or reader may say to a shard's primary, from its first frame on."""
     server = trial.town.primary(shard)
-    replica = server.nodes[shard].shard
+    led = server.nodes[shard].shard
     session = chance.choice((chance.getrandbits(62), 1000 + chance.randrange(3)))
     rank = chance.choice((0, 0, -1, 1, 7))
     table = chance.choice((BULK, PLAIN, STALE))
-    known = replica.sessions.get(session)
+    known = led.sessions.get(session)
     seq = 1 + (known.seq.get(table, 0) if known is not None else 0)
-    clock, epoch, members = replica.tables[table].gathering.clock + 1, replica.epoch, replica.members.epoch
+    clock, epoch, members = led.tables[table].gathering.clock + 1, led.epoch, led.replica.members.epoch
 
     def ask(request: m.Request) -> Piece:
         return Frame(Kind.REQUEST, 0, shard, seq=chance.getrandbits(40), body=m.pack(request)), b""
@@ -539,7 +539,9 @@ def test_what_is_said_about_a_table_that_was_dropped_is_void(recorded: list[Said
     gone = r.Update(99, GOOD, 0, 9, 9, (), end=True, want=True, skip=False, scale=None, norm=None, groups=None)
     before = trial.town.digests()
     shard.propose(gone)
-    trial.town.carry(trial.town.primary(0), trial.town.primary(0).nodes[0].take(shard.handle(m.Members(0, (), 0))))
+    server = trial.town.primary(0)
+    server.nodes[0].carry_out(shard.handle(m.Members(0, (), 0)))
+    trial.town.carry(server, server.effects.drain())
     trial.town.run()
     assert len(set(before.values())) == len(set(trial.town.digests().values()))
 
