@@ -18,9 +18,9 @@ def notes(table: Table, parts: Mapping[int, Part], skip: bool) -> dict[int, AckB
     sessions = {rank: part.session for rank, part in parts.items()}
     found = table.words.notes(sessions, tuple(rank for rank, part in parts.items() if part.skip))
     marks, table.marks = table.marks, {}
-    gradients = table.spec.optimizer.name != "Assign" and not any(part.merged for part in parts.values())
-    if not marks and not skip and gradients:
-        marks = look(table)
+    if not marks and not skip and not table.alike.over(len(parts)):
+        gradients = table.spec.optimizer.name != "Assign" and not any(part.merged for part in parts.values())
+        marks = look(table) if gradients else {}
     for rank, (mark, others) in marks.items():
         found[rank] = msgspec.structs.replace(found.get(rank, AckBody()), alike=others, mark=mark)
     if not skip and _changed_differently(list(parts.values())):

@@ -429,8 +429,8 @@ class Shard:
         gathering.announced = True
         for values, data in meeting.writes(table):
             self.propose(values, data, values.start, lasting=True)
-        body, contributions = meeting.prepare(table, self.number)
-        record = Record(self.log.last + 1, body, None, 0, contributions, meeting.divisor(table))
+        body, contributions, divide = meeting.prepare(table, self.number)
+        record = Record(self.log.last + 1, body, None, 0, contributions, divide)
         if self.log.replicated:
             self.materialise(record)
         self._append(record)
