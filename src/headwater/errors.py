@@ -29,6 +29,7 @@ HeadwaterError
 │   ├── AuthenticationFailed            the token is wrong or missing
 │   ├── DeltaCorrupt                    a delta that is damaged, or of another base; fetch the version whole
 │   └── ProtocolError                   a frame that FORMAT.md does not allow
+│       └── UnknownCodec                a payload in an encoding that this side does not know
 ├── WorkerLost                          another worker died; the step was not applied on any shard
 ├── DeadlineExceeded (also a TimeoutError)
 ├── DiskFull                            no room for a file: a full disk, a quota, a limit; nothing was left behind
@@ -121,11 +122,11 @@ class StateInUse(ClusterError):
 
 
 class StateCorrupt(ClusterError):
-    """Stored state that is damaged, foreign, or of a newer Headwater; it was left as it is."""
+    """Stored state that is damaged, foreign, or in the format of another Headwater; it was left as it is."""
 
 
 class SnapshotCorrupt(ClusterError):
-    """A snapshot that is damaged, incomplete, or of a newer Headwater; it was left as it is."""
+    """A snapshot that is damaged, incomplete, or in the format of another Headwater; it was left as it is."""
 
 
 class SessionExpired(ClusterError):
@@ -160,6 +161,10 @@ class ProtocolError(LinkError):
     """A frame that wire/FORMAT.md does not allow; the connection was closed."""
 
 
+class UnknownCodec(ProtocolError):
+    """A payload is encoded in a way that this side does not know; nothing was applied, the connection was closed."""
+
+
 class WorkerLost(HeadwaterError):
     """Another worker died; the step it belonged to was not applied on any shard."""
 
@@ -178,6 +183,15 @@ class InternalError(HeadwaterError):
 
 class Halt(Exception):
     """This process cannot go on; the cause says why. No ``HeadwaterError``: no peer is at fault, none may catch it."""
+
+
+def other_format(where: object, found: object, reads: object) -> str:
+    """What to do with stored state that another release wrote, for the message of an error."""
+    return (
+        f"{where} has format {found}, this Headwater reads format {reads}; it was left as it is. Go on with the "
+        "release that wrote it, or export its newest snapshot with that release (headwater export) and begin in an "
+        "empty folder"
+    )
 
 
 def _tree(root: type[HeadwaterError]) -> dict[str, type[HeadwaterError]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -293,6 +293,17 @@ class DenseSpec(TableSpec, msgspec.Struct, frozen=True, tag_field="kind", tag="d
             if a != b:
                 return f"parameter {msgspec.to_builtins(a)} instead of {msgspec.to_builtins(b)}"
         return super().difference(other)
+
+
+class Span(NamedTuple):
+    """Bytes ``start:stop`` of a part that hold words of ``word`` (2 or 4) bytes.
+
+    ``start`` is a multiple of 8 and ``stop`` lies a whole number of words behind it.
+    """
+
+    start: int
+    stop: int
+    word: int
 
 
 class Segment(msgspec.Struct, frozen=True):

@@ -29,7 +29,7 @@ ROLES = {
     "generator": "headwater_bench.serve:Generator",
     "loader": "headwater_bench.saved:Loader",
     "copier": "headwater_bench.plain:Copier",
-    "source": "headwater_bench.plain:Source",
+    "source": "headwater_bench.plain:RawSource",
     "relay": "headwater_bench.relayed:RelayProcess",
     "readers": "headwater_bench.relayed:Readers",
     "reading": "headwater_bench.published:Reading",

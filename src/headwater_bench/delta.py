@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from headwater.types import Span
 from headwater.wire import delta
-from headwater.wire.delta import Span
 from headwater_bench.options import MEBIBYTE, Options
 from headwater_bench.report import Figure, figure
 from headwater_bench.statistics import interleave, median_ratio

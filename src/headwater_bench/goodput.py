@@ -74,8 +74,8 @@ def measure(options: Options) -> list[Figure]:
         tempfile.TemporaryDirectory() as scratch,
         launcher(SERVERS, replicas=2, elastic=True, restart_workers=1000, on_note=_quiet) as cluster,
     ):
-        course = GoodputRun(cluster, Path(scratch)).run(faults)
-    return goodput_figures(course)
+        observed = GoodputRun(cluster, Path(scratch)).run(faults)
+    return goodput_figures(observed)
 
 
 def _quiet(text: str) -> None:
@@ -170,15 +170,15 @@ _START = (
 # ---- what came of it ---------------------------------------------------------------------------------
 
 
-def goodput_figures(course: Observed) -> list[Figure]:
+def goodput_figures(observed: Observed) -> list[Figure]:
     """Contributions (a worker's acknowledged steps) are what counts: a step with 7 of 8 workers is worth 7."""
-    pairs = list(zip(course.quiet, course.loud, strict=True))
-    costs = [b.seconds * (1 - _rate(course.acks, b) / _rate(course.acks, a)) for a, b in pairs]
+    pairs = list(zip(observed.quiet, observed.loud, strict=True))
+    costs = [b.seconds * (1 - _rate(observed.acks, b) / _rate(observed.acks, a)) for a, b in pairs]
     cost = statistics.fmean(costs)
-    seconds = statistics.fmean(window.seconds for window in course.loud)
+    seconds = statistics.fmean(window.seconds for window in observed.loud)
     ratio = 1 - cost / seconds
-    quiet = statistics.median(_rate(course.acks, window) for window in course.quiet)
-    share = contributing(course.acks, course.lives, course.loud)
+    quiet = statistics.median(_rate(observed.acks, window) for window in observed.quiet)
+    share = contributing(observed.acks, observed.lives, observed.loud)
     return [
         figure("recovery", f"{WORKERS} tiny workers, steps a second of all, no faults", quiet, "1/s", WORKERS / STEP),
         figure("recovery", "faults an hour in the windows with faults", 3600 / seconds, "1/h"),

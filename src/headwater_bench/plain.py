@@ -24,7 +24,7 @@ class Copier:
         return time.perf_counter() - start
 
 
-class Source:
+class RawSource:
     """Sends ``size`` bytes of warm memory over TCP whenever it is asked: the raw socket of a fetch."""
 
     def __init__(self, port: int, size: int) -> None:
@@ -38,7 +38,7 @@ class Source:
 
 
 class Raw:
-    """The receiving end: warm memory, and a ``Source`` in a process of its own."""
+    """The receiving end: warm memory, and a ``RawSource`` in a process of its own."""
 
     def __init__(self, size: int) -> None:
         self._into = memoryview(bytearray(size))

@@ -17,7 +17,7 @@ import torch
 
 import headwater
 from tests.patience import PATIENCE
-from tests.scripts.harness import Zygote
+from tests.scripts.harness import ForkServer
 
 ROOT = Path(__file__).parents[2]
 _names = itertools.count()
@@ -68,11 +68,16 @@ def values(*models: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def script(
-    folder: Path, zygote: Zygote | None, code: str, workers: int | None = None, servers: int = 1, **variables: str
+    folder: Path,
+    forkserver: ForkServer | None,
+    code: str,
+    workers: int | None = None,
+    servers: int = 1,
+    **variables: str,
 ) -> tuple[int, str]:
     """Exit code and all lines of a script: by ``python``, or with ``workers`` by ``headwater run``.
 
-    ``zygote`` forks the processes; without it they are real ones.
+    ``forkserver`` forks the processes; without it they are real ones.
     """
     path = folder / f"script{next(_names)}.py"
     path.write_text(code, encoding="utf-8")
@@ -82,8 +87,8 @@ def script(
         command = [sys.executable, "-m", "headwater", "run", *count, str(path)]
     own = {"XDG_RUNTIME_DIR": str(folder), "HEADWATER_TIMEOUT": str(PATIENCE), "PYTHONUNBUFFERED": "1"}
     environment = {**os.environ, **own, **variables}
-    if zygote is not None:
-        return zygote.run(folder, [command], [environment])
+    if forkserver is not None:
+        return forkserver.run(folder, [command], [environment])
     ended = subprocess.run(
         command,
         cwd=folder,

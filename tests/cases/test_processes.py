@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from tests.cases.support import said, script
-from tests.scripts.harness import Zygote
+from tests.scripts.harness import ForkServer
 
 pytestmark = pytest.mark.scripts
 
 
 @pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
+def forkserver() -> Iterator[ForkServer]:
     """What forks the processes; those that are about forks and exits are real ones."""
-    made = Zygote()
+    made = ForkServer()
     yield made
     made.close()
 
@@ -34,7 +34,7 @@ torch.manual_seed(0)
 """
 
 
-def test_two_workers_read_what_the_step_made(zygote: Zygote, tmp_path: Path) -> None:
+def test_two_workers_read_what_the_step_made(forkserver: ForkServer, tmp_path: Path) -> None:
     code = f"""{HEAD}
 import copy
 model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(8)])
@@ -51,11 +51,11 @@ for step in range(10):
     wrong += any(not torch.equal(a, p) for a, p in zip(ema.module.parameters(), model.parameters()))
 print("wrong:", wrong)
 """
-    code_, lines = script(tmp_path, zygote, code, 2, 2)
+    code_, lines = script(tmp_path, forkserver, code, 2, 2)
     assert (code_, said(lines, "wrong:")) == (0, ["0", "0"]), lines
 
 
-def test_a_compiled_model_reads_what_the_step_made(zygote: Zygote, tmp_path: Path) -> None:
+def test_a_compiled_model_reads_what_the_step_made(forkserver: ForkServer, tmp_path: Path) -> None:
     code = f"""{HEAD}
 model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(6)])
 fast = torch.compile(model, backend="aot_eager")
@@ -70,7 +70,7 @@ for step in range(10):
     wrong += not torch.equal(early, fast(x))
 print("wrong:", wrong)
 """
-    code_, lines = script(tmp_path, zygote, code, 2, 2)
+    code_, lines = script(tmp_path, forkserver, code, 2, 2)
     assert (code_, said(lines, "wrong:")) == (0, ["0", "0"]), lines
 
 
@@ -83,7 +83,7 @@ WRITES: dict[str, Callable[[torch.Tensor], object]] = {
 
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("ranks", ["(0,)", "(0, 1)"])
-def test_a_write_after_a_step_is_everybodys(zygote: Zygote, tmp_path: Path, write: str, ranks: str) -> None:
+def test_a_write_after_a_step_is_everybodys(forkserver: ForkServer, tmp_path: Path, write: str, ranks: str) -> None:
     code = f"""{HEAD}
 import hashlib
 model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1))
@@ -99,7 +99,7 @@ opt.synchronize()
 bits = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
 print("ended:", hashlib.sha256(bits).hexdigest())
 """
-    code_, lines = script(tmp_path, zygote, code, 2, 2)
+    code_, lines = script(tmp_path, forkserver, code, 2, 2)
     first, second = said(lines, "ended:")
     assert code_ == 0, lines
     assert first == second
@@ -125,7 +125,7 @@ print("ended:", hashlib.sha256(bits).hexdigest())
     assert first == hashlib.sha256(bits).hexdigest()
 
 
-def test_folds_start_from_their_own_models_and_nobody_steps_alone(zygote: Zygote, tmp_path: Path) -> None:
+def test_folds_start_from_their_own_models_and_nobody_steps_alone(forkserver: ForkServer, tmp_path: Path) -> None:
     """Rank 1 is late at the end of a round."""
     code = f"""{HEAD}
 for fold in range(3):
@@ -139,7 +139,7 @@ for fold in range(3):
         print("fold:", fold, own, opt.clock, repr(model.weight.sum().item()))
         if rank == 1: time.sleep(1.5)
 """
-    code_, lines = script(tmp_path, zygote, code, 2)
+    code_, lines = script(tmp_path, forkserver, code, 2)
     assert code_ == 0, lines
     found = said(lines, "fold:")
     wanted = []
@@ -159,7 +159,7 @@ for fold in range(3):
     assert found == wanted * 2, lines
 
 
-def test_two_optimizers_under_run(zygote: Zygote, tmp_path: Path) -> None:
+def test_two_optimizers_under_run(forkserver: ForkServer, tmp_path: Path) -> None:
     code = f"""{HEAD}
 d, g = nn.Linear(8, 1), nn.Linear(4, 8)
 opt_d = headwater.Optimizer(d, torch.optim.Adam, lr=1e-3)
@@ -169,14 +169,14 @@ for _ in range(3):
     opt_g.zero_grad(); (-g(torch.randn(16, 4)).mean()).backward(); opt_g.step()
 print("sum:", repr(d.weight.sum().item()), repr(g.weight.sum().item()))
 """
-    code_, lines = script(tmp_path, zygote, code, 2)
+    code_, lines = script(tmp_path, forkserver, code, 2)
     sums = said(lines, "sum:")
     assert code_ == 0, lines
     assert len(sums) == 2
     assert sums[0] == sums[1]
 
 
-def test_learning_rates_that_part_are_told(zygote: Zygote, tmp_path: Path) -> None:
+def test_learning_rates_that_part_are_told(forkserver: ForkServer, tmp_path: Path) -> None:
     code = f"""{HEAD}
 model = nn.Linear(1, 1, bias=False); nn.init.zeros_(model.weight)
 opt = headwater.Optimizer(model, torch.optim.SGD, lr=1.0)
@@ -185,14 +185,16 @@ for step in range(4):
     model(torch.ones(1, 1)).sum().backward(); opt.step(); opt.zero_grad()
 print("weight:", model.weight.item())
 """
-    code_, lines = script(tmp_path, zygote, code, 2)
+    code_, lines = script(tmp_path, forkserver, code, 2)
     if code_ == 0:
         first, second = said(lines, "weight:")
         assert first == second == "-4.0", lines
     assert "learning rate" in lines or "lr" in lines.replace("lr here", ""), lines
 
 
-def test_workers_on_the_same_samples_are_told_once_and_one_line_shares_them(zygote: Zygote, tmp_path: Path) -> None:
+def test_workers_on_the_same_samples_are_told_once_and_one_line_shares_them(
+    forkserver: ForkServer, tmp_path: Path
+) -> None:
     code = f"""{HEAD}
 data = torch.utils.data.TensorDataset(torch.arange(16.)[:, None])
 model = nn.Linear(1, 1)
@@ -203,17 +205,17 @@ for _ in range(3):
         if rank == 0 or os.environ.get("SHARD"): print("sample:", *x.flatten().int().tolist())
         model(x).mean().backward(); opt.step(); opt.zero_grad()
 """
-    code_, lines = script(tmp_path, zygote, code, 2)
+    code_, lines = script(tmp_path, forkserver, code, 2)
     assert code_ == 0, lines
     assert "headwater.shard" in lines
     shared = code.replace("shuffle=True)", "shuffle=True)\nloader = headwater.shard(loader)")
-    code_, lines = script(tmp_path, zygote, shared.replace("range(3)", "range(1)"), 2, SHARD="1")
+    code_, lines = script(tmp_path, forkserver, shared.replace("range(3)", "range(1)"), 2, SHARD="1")
     seen = sorted(int(word) for line in said(lines, "sample:") for word in line.split())
     assert (code_, seen) == (0, list(range(16))), lines
     assert "same samples" not in lines
 
 
-def test_a_torchrun_world(zygote: Zygote, tmp_path: Path) -> None:
+def test_a_torchrun_world(forkserver: ForkServer, tmp_path: Path) -> None:
     """RANK and WORLD_SIZE with MASTER_ADDR and MASTER_PORT: nanoGPT's test, Accelerate, a process group."""
     pytest.importorskip("accelerate")
     code = f"""{HEAD}
@@ -225,11 +227,11 @@ dist.all_reduce(total)
 alike = accelerator.is_main_process == (rank == 0), dist.get_rank() == rank
 print("world:", accelerator.num_processes, *alike, total.item())
 """
-    code_, lines = script(tmp_path, zygote, code, 2)
+    code_, lines = script(tmp_path, forkserver, code, 2)
     assert (code_, said(lines, "world:")) == (0, ["2 True True 3.0"] * 2), lines
 
 
-def test_hugging_faces_trainer(zygote: Zygote, tmp_path: Path) -> None:
+def test_hugging_faces_trainer(forkserver: ForkServer, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     code = f"""{HEAD}
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, get_constant_schedule
@@ -248,7 +250,7 @@ for kind in ("plain", "ours"):
         found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
 print("equal:", torch.equal(found[0], found[2]), torch.equal(found[1], found[3]))
 """
-    code_, lines = script(tmp_path, zygote, code)
+    code_, lines = script(tmp_path, forkserver, code)
     assert (code_, said(lines, "equal:")) == (0, ["True True"]), lines
 
 
@@ -291,7 +293,7 @@ if __name__ == "__main__":
         assert "UsageError" in lines, lines
 
 
-def test_a_notebook_with_interrupted_cells(zygote: Zygote, tmp_path: Path) -> None:
+def test_a_notebook_with_interrupted_cells(forkserver: ForkServer, tmp_path: Path) -> None:
     code = """
 import os, random, signal
 os.environ.setdefault("HEADWATER_TIMEOUT", "60")
@@ -332,7 +334,7 @@ print("own:", int(rss.split()[1]) >> 10)
         assert code_ == 0, lines
 
 
-def test_rank_0_may_evaluate_alone_for_longer_than_the_timeout(zygote: Zygote, tmp_path: Path) -> None:
+def test_rank_0_may_evaluate_alone_for_longer_than_the_timeout(forkserver: ForkServer, tmp_path: Path) -> None:
     code = f"""{HEAD}
 model = nn.Linear(1, 1)
 opt = headwater.Optimizer(model, torch.optim.SGD, lr=0.1)
@@ -341,7 +343,7 @@ for step in range(3):
     model(torch.ones(4, 1)).mean().backward(); opt.step(); opt.zero_grad()
 print("weight:", repr(model.weight.item()), opt.clock)
 """
-    code_, lines = script(tmp_path, zygote, code, 2, HEADWATER_TIMEOUT="4")
+    code_, lines = script(tmp_path, forkserver, code, 2, HEADWATER_TIMEOUT="4")
     weights = said(lines, "weight:")
     assert code_ == 0, lines
     assert len(weights) == 2

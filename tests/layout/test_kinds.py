@@ -17,13 +17,13 @@ from headwater.types import (
     NonFinite,
     OptimizerSpec,
     ParameterSpec,
+    Span,
     Sync,
     TableSpec,
     read_spec,
     table_kind,
 )
 from headwater.wire import messages as m
-from headwater.wire.delta import Span
 from tests.cluster.fake_peers import WORKER, FakePeers, spec
 
 SUM = OptimizerSpec("Sum", ())

@@ -99,8 +99,12 @@ class Holders:
         half = len(data) // 2
         return [
             reply(encoding, len(data)),  # type: ignore[arg-type]
-            (Frame(Kind.PIECE, 0, seq=frame.seq, start=0, length=half), data[:half], ()),
-            (Frame(Kind.PIECE, Flag.END, seq=frame.seq, start=half, length=len(data) - half), data[half:], ()),
+            (Frame(Kind.PIECE, 0, seq=frame.seq, stop=half, payload_length=half), data[:half], ()),
+            (
+                Frame(Kind.PIECE, Flag.END, seq=frame.seq, start=half, stop=len(data), payload_length=len(data) - half),
+                data[half:],
+                (),
+            ),
         ]
 
     def store(self, number: int = 1, base: Stored | Base | None = None, **changes: Any) -> Stored:
@@ -136,7 +140,7 @@ class Link:
                 raise DeadlineExceeded("nothing came")
             frame, payload, fds = self.queue.popleft()
             try:
-                if frame.length:
+                if frame.payload_length:
                     self._handler.landing(frame)[:] = payload
                 self._handler.receive(frame, fds)
             except (LinkBroken, ProtocolError) as error:

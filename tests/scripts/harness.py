@@ -99,8 +99,8 @@ def _outcomes(folder: Path, workers: int) -> list[Outcome]:
     return [load_file(path) for path in paths if path.exists()]
 
 
-class Zygote:
-    """Runs commands side by side in forks of one process that has imported everything; see ``zygote.py``."""
+class ForkServer:
+    """Runs commands side by side in forks of one process that has imported everything; see ``forkserver.py``."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -115,7 +115,7 @@ class Zygote:
 
     def _ask(self, orders: str) -> list[int]:
         if self._process is None:
-            command = [sys.executable, "-m", "tests.scripts.zygote", str(os.getpid())]
+            command = [sys.executable, "-m", "tests.scripts.forkserver", str(os.getpid())]
             environment = _environment(ROOT, {})
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -138,13 +138,13 @@ class Zygote:
             self._process = None
 
 
-def reference(zygote: Zygote, program: Path, folder: Path, workers: int) -> Ended:
+def reference(forkserver: ForkServer, program: Path, folder: Path, workers: int) -> Ended:
     """``workers`` processes of plain torch that share their gradients."""
     path = _write(folder, program.name, plain(program), "import tests.scripts.reference as _reference")
     shared = {"SCRIPTS_STORE": str(folder / "store"), "WORLD_SIZE": str(workers), **_rendezvous()}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(workers)] if workers > 1 else [{}]
     environments = [_environment(folder, rank) for rank in ranks]
-    code, said = zygote.run(folder, [[sys.executable, str(path)]] * workers, environments)
+    code, said = forkserver.run(folder, [[sys.executable, str(path)]] * workers, environments)
     return Ended(code, said, _outcomes(folder, workers))
 
 
@@ -153,7 +153,7 @@ def _rendezvous() -> dict[str, str]:
         return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
 
-def with_headwater(zygote: Zygote, program: Path, folder: Path, way: Way) -> Ended:
+def with_headwater(forkserver: ForkServer, program: Path, folder: Path, way: Way) -> Ended:
     path = _write(folder, program.name, exchanged(program, way.sync), "import headwater")
     command = [sys.executable, str(path)]
     more = {}
@@ -161,5 +161,5 @@ def with_headwater(zygote: Zygote, program: Path, folder: Path, way: Way) -> End
         count = ["--servers", str(way.servers), "--workers", str(way.workers)]
         command = [sys.executable, "-m", "headwater", "run", *count, str(path)]
         more["HEADWATER_TRANSPORT"] = way.transport
-    code, said = zygote.run(folder, [command], [_environment(folder, more)])
+    code, said = forkserver.run(folder, [command], [_environment(folder, more)])
     return Ended(code, said, _outcomes(folder, way.workers))

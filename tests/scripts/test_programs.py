@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.scripts.harness import PROGRAMS, Ended, Outcome, Way, Zygote, expected, reference, with_headwater
+from tests.scripts.harness import PROGRAMS, Ended, ForkServer, Outcome, Way, expected, reference, with_headwater
 
 FAST = ("gan", "accumulate", "clip_norm", "ema_diffusion", "wgan", "two_losses")
 """What `make test` runs of them, with two workers."""
@@ -45,8 +45,8 @@ def references() -> dict[tuple[str, int], Ended]:
 
 
 @pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    made = Zygote()
+def forkserver() -> Iterator[ForkServer]:
+    made = ForkServer()
     yield made
     made.close()
 
@@ -87,7 +87,7 @@ def _of_one_worker(outcome: Outcome) -> Outcome:
 
 @pytest.mark.parametrize(("program", "way"), BULK)
 def test_bulk_trains_as_plain_torch(
-    program: Path, way: str, zygote: Zygote, references: dict[tuple[str, int], Ended], tmp_path: Path
+    program: Path, way: str, forkserver: ForkServer, references: dict[tuple[str, int], Ended], tmp_path: Path
 ) -> None:
     how = WAYS[way]
     said = _skip_what_is_not_meant(program, how.workers)
@@ -95,10 +95,10 @@ def test_bulk_trains_as_plain_torch(
     (tmp_path / "headwater").mkdir()
     key = (program.stem, how.workers)
     if key not in references:
-        references[key] = reference(zygote, program, tmp_path / "plain", how.workers)
+        references[key] = reference(forkserver, program, tmp_path / "plain", how.workers)
     wanted = references[key]
     assert (wanted.code, len(wanted.outcomes)) == (0, how.workers), wanted.said
-    ended = with_headwater(zygote, program, tmp_path / "headwater", how)
+    ended = with_headwater(forkserver, program, tmp_path / "headwater", how)
     if "raises" in said:
         assert ended.code != 0
         assert said["raises"] in ended.said, ended.said
@@ -113,12 +113,12 @@ def test_bulk_trains_as_plain_torch(
 @pytest.mark.scripts
 @pytest.mark.parametrize("sync", SYNCS)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
-def test_stale_and_async_end_and_learn(program: Path, sync: str, zygote: Zygote, tmp_path: Path) -> None:
+def test_stale_and_async_end_and_learn(program: Path, sync: str, forkserver: ForkServer, tmp_path: Path) -> None:
     said = _skip_what_is_not_meant(program, 1)
     if "raises" in said:
         pytest.skip("raises under Bulk already")
     workers = int(said.get("workers", "2"))
-    ended = with_headwater(zygote, program, tmp_path, Way(workers, "local", SYNCS[sync]))
+    ended = with_headwater(forkserver, program, tmp_path, Way(workers, "local", SYNCS[sync]))
     assert (ended.code, len(ended.outcomes)) == (0, workers), ended.said
     for outcome in ended.outcomes:
         assert all(value.isfinite().all() for name, value in outcome.items() if "mask" not in name)

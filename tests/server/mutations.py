@@ -20,10 +20,10 @@ Talk = Sequence[Piece]
 # (offset, size) of the header's integers: FORMAT.md, section 1
 FIELDS = {
     "version": (4, 1), "kind": (5, 1), "flags": (6, 2), "shard": (8, 4), "table": (12, 4), "session": (16, 8),
-    "epoch": (24, 8), "seq": (32, 8), "lsn": (40, 8), "clock": (48, 8), "start": (56, 8), "length": (64, 8),
-    "members": (72, 4), "body": (76, 4), "check": (80, 4),
+    "epoch": (24, 8), "seq": (32, 8), "lsn": (40, 8), "clock": (48, 8), "start": (56, 8), "stop": (64, 8),
+    "payload": (72, 8), "members": (80, 4), "body": (84, 4), "check": (88, 4),
 }  # fmt: skip
-CRC = 84
+CRC = 92
 EDGES = (0, 1, 2, 3, 63, 64, 4095, 4096, 4097, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 34, (1 << 34) + 1,
          1 << 53, (1 << 62) + 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)  # fmt: skip
 SIGNED = (-1, -2, -4096, -(1 << 31), -(1 << 63))
@@ -37,7 +37,7 @@ KINDS = [int(kind) for kind in Kind]
 def seal(data: bytearray, at: int = 0) -> bytearray:
     """A right checksum for the frame that begins at ``at``, so that deeper layers see it."""
     if len(data) >= at + HEADER:
-        body = int.from_bytes(data[at + 76 : at + 80], "little")
+        body = int.from_bytes(data[at + 84 : at + 88], "little")
         crc = zlib.crc32(data[at + HEADER : at + HEADER + body], zlib.crc32(data[at : at + CRC]))
         struct.pack_into("<I", data, at + CRC, crc)
     return data
@@ -77,7 +77,7 @@ class Mutator:
 
     def flip_sealed(self, stream: list[bytearray], at: int) -> None:
         """Bits of header or body, with a checksum that fits."""
-        end = HEADER + int.from_bytes(stream[at][76:80], "little") if len(stream[at]) >= HEADER else len(stream[at])
+        end = HEADER + int.from_bytes(stream[at][84:88], "little") if len(stream[at]) >= HEADER else len(stream[at])
         for _ in range(self.chance.choice((1, 1, 2, 8))):
             bit = self.chance.randrange(8 * max(1, min(end, len(stream[at]))))
             stream[at][bit // 8 : bit // 8 + 1] = bytes(x ^ 1 << bit % 8 for x in stream[at][bit // 8 : bit // 8 + 1])
@@ -147,7 +147,9 @@ class Mutator:
         frame, payload = _split(stream[at])
         if frame is not None:
             size = self.chance.choice((0, 1, len(payload) // 2, max(0, len(payload) - 1), len(payload) + 1, 5000))
-            frame.length = self.chance.choice((frame.length, size, size, self.chance.choice(EDGES) % (1 << 34)))
+            frame.payload_length = self.chance.choice(
+                (frame.payload_length, size, size, self.chance.choice(EDGES) % (1 << 34))
+            )
             stream[at][:] = encode(frame) + self.chance.randbytes(size)
 
     # ---- the order of frames -----------------------------------------------------------------------

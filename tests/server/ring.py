@@ -161,6 +161,7 @@ class Ring:
         elif target not in self.down:
             server, frame = self.servers[target], replace(message.frame, payload=None)
             if message.frame.payload is not None:
+                frame.payload_length = len(message.frame.payload)
                 frame.payload = server.landing(peer, frame)
                 frame.payload[:] = message.frame.payload
             self._do(target, server.receive(peer, frame))
@@ -220,7 +221,7 @@ class Worker:
     def pull(self) -> None:
         """Ask for all of the table's values."""
         size = self.ring.node(self._target()).shard.tables[1].size
-        self.ring.send(self._peer, Frame(Kind.PULL, table=1, epoch=self.ring.epoch, clock=self.clock, length=size))
+        self.ring.send(self._peer, Frame(Kind.PULL, table=1, epoch=self.ring.epoch, clock=self.clock, stop=size))
         self.ring.run()
 
     def push(self, seed: int, deliver: bool = True, wrote: bool = False) -> list[Frame]:
@@ -240,7 +241,7 @@ class Worker:
         for block in layout(table.spec, self.ring.shards).blocks_of(0):
             self.seq += 1
             frame = Frame(Kind.PUSH, table=1, epoch=self.ring.epoch, seq=self.seq, clock=self.clock, members=MEMBERS)
-            frame.start, frame.length = block.local, block.size
+            frame.start, frame.stop = block.local, block.local + block.size
             frame.payload = view(gradient[block.local : block.local + block.size])
             frames.append(frame)
         frames[-1].flags = Flag.END | (Flag.WROTE if wrote else Flag.NONE)
@@ -252,7 +253,7 @@ class Worker:
         for s in layout(self.ring.node(self._target()).shard.tables[1].spec, self.ring.shards).segments[0]:
             self.seq += 1
             frame = Frame(Kind.ASSIGN, Flag.WROTE, table=1, seq=self.seq, clock=self.clock, members=MEMBERS)
-            frame.start, frame.length = s.offset, s.end - s.offset
+            frame.start, frame.stop = s.offset, s.end
             frame.payload = view(torch.full((frame.length // 4,), 100.0 + seed).view(torch.uint8))
             frames.append(frame)
         return frames

@@ -128,7 +128,7 @@ class Wire:
         self.sock = socket.socket(family, socket.SOCK_STREAM)
         self.sock.settimeout(PATIENCE)
         self.sock.connect("\0" + address.host if address.scheme == "local" else (address.host, address.port))
-        self._receiver = Receiver(self.sock, lambda frame: memoryview(bytearray(frame.length)))
+        self._receiver = Receiver(self.sock, lambda frame: memoryview(bytearray(frame.payload_length)))
         self._frames: list[Frame] = []
 
     def __enter__(self) -> Wire:
@@ -139,6 +139,7 @@ class Wire:
         self.sock.close()
 
     def send(self, frame: Frame, payload: bytes = b"", fds: tuple[int, ...] = ()) -> None:
+        frame.payload_length = frame.payload_length or len(payload)
         data = encode(frame) + payload
         sent = self.sock.sendmsg([data], descriptors(fds))
         if sent < len(data):

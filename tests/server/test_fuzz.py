@@ -415,7 +415,7 @@ class Served:
         self.value = self.pull()
 
     def pull(self) -> float:
-        self.wire.send(Frame(Kind.PULL, 0, 0, MINE_PLAIN, seq=1, length=SIZE))
+        self.wire.send(Frame(Kind.PULL, 0, 0, MINE_PLAIN, seq=1, stop=SIZE))
         data = self.wire.read()
         assert data.kind == Kind.DATA
         assert data.payload is not None
@@ -428,7 +428,7 @@ class Served:
         payload = torch.ones(SIZE // 4).numpy().tobytes()
         epoch = 1
         self.wire.send(
-            Frame(Kind.PUSH, Flag.END, 0, MINE_PLAIN, epoch=epoch, seq=self.seq, clock=self.seq, length=SIZE), payload
+            Frame(Kind.PUSH, Flag.END, 0, MINE_PLAIN, epoch=epoch, seq=self.seq, clock=self.seq, stop=SIZE), payload
         )
         assert self.wire.read().kind == Kind.ACK
         self.value -= 1
@@ -509,7 +509,7 @@ def test_pushes_in_one_breath_do_not_overwrite_each_other_before_the_backup_has_
     town.feed(end, encode(Frame(Kind.REQUEST, 0, 0, seq=1, body=m.pack(m.Open(session, 0, 0, members)))))
     town.run()
     breath = b"".join(
-        encode(Frame(Kind.PUSH, Flag.END, 0, table, session, 1, seq, 0, seq, 0, SIZE, members))
+        encode(Frame(Kind.PUSH, Flag.END, 0, table, session, 1, seq, 0, seq, 0, SIZE, members, payload_length=SIZE))
         + torch.full((SIZE // 4,), float(seq)).numpy().tobytes()
         for seq in (1, 2, 3)
     )

@@ -40,6 +40,12 @@ def _by_another(number: signal.Signals, pid: int) -> None:
     subprocess.run(["kill", f"-{number:d}", str(pid)], check=True)
 
 
+def test_a_process_of_a_cluster_has_one_thread_when_it_blocks_the_signals() -> None:
+    """NumPy starts some; a signal that one of them gets ends the process, whoever sent it."""
+    code = "import os, headwater.server.__main__; print(len(os.listdir('/proc/self/task')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_another_process_does_not_end_it_and_the_launcher_does(number: signal.Signals) -> None:
     with _server(1000.0) as server:

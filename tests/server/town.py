@@ -92,7 +92,7 @@ class Inbox:
         self.frames: list[Frame] = []
 
     def landing(self, peer: int, frame: Frame) -> memoryview:
-        return memoryview(bytearray(frame.length))
+        return memoryview(bytearray(frame.payload_length))
 
     def receive(self, peer: int, frame: Frame, fds: tuple[int, ...]) -> list[Instruction]:
         self.frames.append(frame)
@@ -189,6 +189,7 @@ class Town:
 
     def say(self, end: End, frame: Frame, payload: bytes = b"") -> None:
         """Something for the other end."""
+        frame.payload_length = frame.payload_length or len(payload)
         if self.taping:
             self.tape.append(Said(end.name, end.other.name, frame, payload))
         self._queue.append((end.other, encode(frame) + payload, False))
@@ -400,7 +401,7 @@ class Good:
         """The values of a table on a shard."""
         end, inbox = self.shards[shard]
         inbox.take()
-        self.town.say(end.other, Frame(Kind.PULL, 0, shard, table, GOOD, seq=9, clock=self.clock, length=SIZE))
+        self.town.say(end.other, Frame(Kind.PULL, 0, shard, table, GOOD, seq=9, clock=self.clock, stop=SIZE))
         self.town.run()
         (data,) = [f for f in inbox.take() if f.kind == Kind.DATA]
         assert data.payload is not None

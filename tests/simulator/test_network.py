@@ -115,12 +115,12 @@ def test_a_payload_is_read_late_as_a_sender_thread_does_and_not_after_a_close() 
     stage = Stage()
     memory = bytearray(b"old")
     stage.near[0].late = True
-    stage.network.send(stage.near[0], Frame(Kind.PUSH, length=3, payload=memoryview(memory)))
+    stage.network.send(stage.near[0], Frame(Kind.PUSH, stop=3, payload=memoryview(memory)))
     memory[:] = b"new"
     stage.settle()
     assert bytes(stage.sinks[1].frames[0].payload or b"") == b"new"
     stage.network.block("a", "b")
-    stage.network.send(stage.near[0], Frame(Kind.PUSH, length=3, payload=memoryview(memory)))
+    stage.network.send(stage.near[0], Frame(Kind.PUSH, stop=3, payload=memoryview(memory)))
     stage.network.close(stage.near[0])
     memory[:] = b"xxx"
     stage.network.heal("a", "b")

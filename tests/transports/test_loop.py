@@ -131,8 +131,8 @@ def test_nothing_is_served_before_or_behind_a_failed_proof(control: Address) -> 
         Frame(Kind.HELLO, body=b"\xc1"),
         Frame(Kind.HELLO, body=bytes(5000)),
         Frame(Kind.PROOF, body=m.pack(m.Proof(b""))),
-        Frame(Kind.PUSH, length=100),
-        Frame(Kind.PUSH, length=1 << 34),
+        Frame(Kind.PUSH, stop=100, payload_length=100),
+        Frame(Kind.PUSH, stop=1 << 34, payload_length=1 << 34),
         Frame(Kind.WELCOME),
     ],
     ids=["short nonce", "no msgpack", "large hello", "proof first", "payload", "large payload", "welcome"],
@@ -272,7 +272,8 @@ def test_damaged_frames_end_their_own_connection_only(control: Address, caplog: 
 def bulk_push(seq: int, clock: int, flags: int = Flag.END, table: int = 1) -> bytes:
     payload = torch.ones(NUMEL).numpy().tobytes()
     frame = Frame(
-        Kind.PUSH, flags, table=table, epoch=1, seq=seq, clock=clock, length=len(payload), members=1
+        Kind.PUSH, flags, table=table, epoch=1, seq=seq, clock=clock, stop=len(payload), members=1,
+        payload_length=len(payload),
     )  # fmt: skip
     return encode(frame) + payload
 
@@ -286,9 +287,9 @@ def test_damaged_frames_do_not_hurt_a_server(server: tuple[Address, NodeHost]) -
         table = chance.choice([1, 2])
         good = [
             bulk_push(1, 1, table=table),
-            encode(Frame(Kind.PUSH, Flag.SHARED | Flag.END, table=table, epoch=1, seq=1, clock=1, length=size)),
-            encode(Frame(Kind.PULL, table=table, length=size)),
-            encode(Frame(Kind.ASSIGN, Flag.SHARED | Flag.END, table=table, length=size)),
+            encode(Frame(Kind.PUSH, Flag.SHARED | Flag.END, table=table, epoch=1, seq=1, clock=1, stop=size)),
+            encode(Frame(Kind.PULL, table=table, stop=size)),
+            encode(Frame(Kind.ASSIGN, Flag.SHARED | Flag.END, table=table, stop=size)),
             encode(Frame(Kind.REQUEST, seq=5, body=m.pack(m.Attach(table, False)))),
             encode(Frame(Kind.REQUEST, seq=5, body=m.pack(m.Slots(table)))),
         ]
@@ -304,7 +305,7 @@ def test_damaged_frames_do_not_hurt_a_server(server: tuple[Address, NodeHost]) -
     with Wire(address) as wire:
         wire.greet()
         wire.ask(m.Open(5, 0, 0, 1))
-        wire.send(Frame(Kind.PULL, table=1, length=size))
+        wire.send(Frame(Kind.PULL, table=1, stop=size))
         assert wire.read().length == size
     assert host.node.clients.links.keys() <= {max(host.node.clients.links, default=0)}, (
         "links of closed connections were kept"
@@ -321,7 +322,7 @@ def test_a_shared_push_needs_shared_memory(server: tuple[Address, NodeHost], tab
         wire.greet()
         wire.ask(m.Open(5, 0, 0, 1))
         wire.send(
-            Frame(Kind.PUSH, Flag.SHARED | Flag.END, table=table, epoch=1, seq=1, clock=1, length=NUMEL * 4, members=1)
+            Frame(Kind.PUSH, Flag.SHARED | Flag.END, table=table, epoch=1, seq=1, clock=1, stop=NUMEL * 4, members=1)
         )
         assert "without" in str(m.read_error(wire.ends()[0].body))
     with Wire(address) as wire:  # one thread serves all: what came before is done
@@ -388,12 +389,21 @@ def test_wrong_descriptors_are_refused_and_closed(server: tuple[Address, NodeHos
 @pytest.mark.parametrize(
     ("frame", "says"),
     [
-        (Frame(Kind.PUSH, table=9, length=64), "before a session"),
-        (Frame(Kind.PUSH, table=1, length=1 << 33), "nothing was allocated"),
-        (Frame(Kind.PUSH, table=1, start=1 << 60, length=64), "nothing was allocated"),
-        (Frame(Kind.ASSIGN, table=1, start=64, length=NUMEL * 4 + 4096), "nothing was allocated"),
-        (Frame(Kind.DATA, table=1, length=1 << 33), "DATA for table 1 before"),
-        (Frame(Kind.ASSIGN, Flag.SHARED, table=1, length=64), "an assignment needs its bytes"),
+        (Frame(Kind.PUSH, table=9, stop=64, payload_length=64), "before a session"),
+        (Frame(Kind.PUSH, table=1, stop=1 << 33, payload_length=1 << 33), "nothing was allocated"),
+        (Frame(Kind.PUSH, table=1, start=1 << 60, stop=(1 << 60) + 64, payload_length=64), "nothing was allocated"),
+        (
+            Frame(Kind.ASSIGN, table=1, start=64, stop=NUMEL * 4 + 4160, payload_length=NUMEL * 4 + 4096),
+            "nothing was allocated",
+        ),
+        (Frame(Kind.DATA, table=1, stop=1 << 33, payload_length=1 << 33), "DATA for table 1 before"),
+        (Frame(Kind.ASSIGN, Flag.SHARED, table=1, stop=64), "an assignment needs its bytes"),
+        (Frame(Kind.ASSIGN, table=1, stop=64), "an assignment needs its bytes"),
+        (Frame(Kind.PUSH, table=1, seq=1, stop=64), "PUSH of bytes 0:64 without them"),
+        (Frame(Kind.PUSH, table=1, seq=1, stop=64, payload_length=32), "nothing was allocated"),
+        (Frame(Kind.PUSH, table=1, seq=1, start=64, stop=32), "PUSH of bytes 64:32"),
+        (Frame(Kind.PUSH, Flag.ENCODED, table=1, seq=1, stop=64, payload_length=9), "this side knows no codec"),
+        (Frame(Kind.PULL, table=1, seq=1, stop=64, payload_length=8), "PULL with keys from table 1, which has none"),
         (Frame(Kind.ACK), "does not go to a server"),
         (Frame(Kind.NOTICE, body=m.pack(m.Commit(1, 1, 1, False))), "does not go to a server"),
         (Frame(Kind.REQUEST, body=m.pack(m.Create(3, spec(Bulk())))), "Create does not go to a server"),
@@ -427,7 +437,7 @@ def test_a_session_is_of_one_worker_and_on_one_connection(server: tuple[Address,
         second.ask(m.Open(5, 0, 0, 1))  # its client has lost the first connection before the server did
         (moved,) = first.ends()
         assert "moved to another connection" in str(m.read_error(moved.body))
-        second.send(Frame(Kind.PULL, table=1, length=64))
+        second.send(Frame(Kind.PULL, table=1, stop=64))
         assert second.read().kind == Kind.DATA
     with Wire(address) as wire:
         wire.greet()
@@ -471,9 +481,7 @@ def test_a_checksum_that_is_wrong_keeps_the_push_out(server: tuple[Address, Node
     with Wire(address) as wire:
         wire.greet()
         wire.ask(m.Open(5, 0, 0, 1))
-        frame = Frame(
-            Kind.PUSH, Flag.END | Flag.CHECKED, table=2, epoch=1, seq=1, clock=1, length=64, members=1, check=1
-        )
+        frame = Frame(Kind.PUSH, Flag.END | Flag.CHECKED, table=2, epoch=1, seq=1, clock=1, stop=64, members=1, check=1)
         lsn = host.node.shard.lsn
         wire.send(frame, bytes(64))
         assert "damaged on the way" in str(m.read_error(wire.ends()[0].body))
@@ -493,8 +501,8 @@ def test_a_client_that_pulls_and_does_not_read_is_sent_what_was_there_when_it_as
         lsn = host.node.shard.lsn
         lazy.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)
         for _ in range(pulls):
-            lazy.send(Frame(Kind.PULL, table=2, length=NUMEL * 4))
-        lazy.send(Frame(Kind.PULL, table=2, length=0))
+            lazy.send(Frame(Kind.PULL, table=2, stop=NUMEL * 4))
+        lazy.send(Frame(Kind.PULL, table=2))
         busy.sock.sendall(bulk_push(1, 1, Flag.END, table=2))
         assert busy.read().kind == Kind.ACK
         seen = []

@@ -29,7 +29,7 @@ def refuse(frame: Frame) -> memoryview:
 
 
 def land(frame: Frame) -> memoryview:
-    return memoryview(bytearray(frame.length))
+    return memoryview(bytearray(frame.payload_length))
 
 
 def read_all(receiver: Receiver) -> list[Frame]:
@@ -51,7 +51,7 @@ def test_a_stream_may_be_cut_anywhere(parts: list[tuple[bytes, bytes | None]], c
     for i, (body, payload) in enumerate(parts):
         frame = Frame(Kind.REQUEST if payload is None else Kind.PUSH, seq=i, body=body)
         if payload is not None:
-            frame.flags, frame.length, frame.check = Flag.CHECKED, len(payload), checksum(payload)
+            frame.flags, frame.payload_length, frame.check = Flag.CHECKED, len(payload), checksum(payload)
         stream += encode(frame) + (payload or b"")
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -72,9 +72,9 @@ def test_a_stream_may_be_cut_anywhere(parts: list[tuple[bytes, bytes | None]], c
 def test_a_payload_goes_where_landing_says(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     home = bytearray(BUFFER)
-    receiver = Receiver(ours, lambda frame: memoryview(home)[frame.start : frame.start + frame.length])
+    receiver = Receiver(ours, lambda frame: memoryview(home)[frame.start : frame.stop])
     payload = random.Random(1).randbytes(BUFFER // 2)
-    theirs.sendall(encode(Frame(Kind.DATA, start=100, length=len(payload))) + payload)
+    theirs.sendall(encode(Frame(Kind.DATA, start=100, stop=100 + len(payload), payload_length=len(payload))) + payload)
     (frame,) = read_all(receiver)
     assert home[100 : 100 + len(payload)] == payload
     assert frame.payload is not None
@@ -84,7 +84,7 @@ def test_a_payload_goes_where_landing_says(pair: tuple[socket.socket, socket.soc
 def test_a_refused_landing_takes_no_memory(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     receiver = Receiver(ours, refuse)
-    theirs.sendall(encode(Frame(Kind.PUSH, length=1 << 33)))
+    theirs.sendall(encode(Frame(Kind.PUSH, payload_length=1 << 33)))
     with pytest.raises(ProtocolError, match="no payload is expected"):
         list(receiver.read())
 
@@ -98,7 +98,7 @@ def test_a_frame_is_looked_at_when_the_one_before_it_is_dealt_with(pair: tuple[s
         return land(frame)
 
     receiver = Receiver(ours, landing)
-    theirs.sendall(encode(Frame(Kind.RECORD, seq=1)) + encode(Frame(Kind.RECORD, seq=2, length=3)) + b"abc")
+    theirs.sendall(encode(Frame(Kind.RECORD, seq=1)) + encode(Frame(Kind.RECORD, seq=2, payload_length=3)) + b"abc")
     frames = receiver.read()
     known.append(next(frames)[0].seq)
     ((last, _),) = frames
@@ -108,7 +108,7 @@ def test_a_frame_is_looked_at_when_the_one_before_it_is_dealt_with(pair: tuple[s
 def test_a_damaged_payload_is_not_handed_out(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     receiver = Receiver(ours, land)
-    theirs.sendall(encode(Frame(Kind.PUSH, Flag.CHECKED, length=4, check=checksum(b"good"))) + b"gord")
+    theirs.sendall(encode(Frame(Kind.PUSH, Flag.CHECKED, payload_length=4, check=checksum(b"good"))) + b"gord")
     with pytest.raises(ProtocolError, match="damaged"):
         list(receiver.read())
 
@@ -135,7 +135,7 @@ def test_a_body_larger_than_the_buffer_arrives(pair: tuple[socket.socket, socket
 def test_the_end_of_a_stream_is_a_broken_link_also_inside_a_frame(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     receiver = Receiver(ours, land)
-    theirs.sendall(encode(Frame(Kind.PUSH, length=1000)) + b"half")
+    theirs.sendall(encode(Frame(Kind.PUSH, payload_length=1000)) + b"half")
     theirs.close()
     assert list(receiver.read()) == []
     assert receiver.midway
@@ -185,7 +185,7 @@ def test_mutated_streams_raise_nothing_but_a_protocol_error() -> None:
     payload = bytes(64)
     good = [
         encode(Frame(Kind.REQUEST, seq=1, body=b"x" * 40)),
-        encode(Frame(Kind.PUSH, Flag.CHECKED, length=64, check=checksum(payload))) + payload,
+        encode(Frame(Kind.PUSH, Flag.CHECKED, payload_length=64, check=checksum(payload))) + payload,
         encode(Frame(Kind.PULL, seq=3)),
     ]
     for _ in range(1500):
@@ -198,6 +198,6 @@ def test_mutated_streams_raise_nothing_but_a_protocol_error() -> None:
             ours.setblocking(False)
             theirs.sendall(stream)
             theirs.close()
-            receiver = Receiver(ours, lambda frame: land(frame) if frame.length <= 4096 else refuse(frame))
+            receiver = Receiver(ours, lambda frame: land(frame) if frame.payload_length <= 4096 else refuse(frame))
             with pytest.raises((ProtocolError, LinkBroken)):
                 read_all(receiver)

@@ -10,7 +10,7 @@ from headwater.errors import (
     HeadwaterError,
     UnknownTable,
 )
-from headwater.types import TableSpec
+from headwater.types import DenseSpec
 from headwater.versions import entries
 from headwater.versions.catalogue import Catalogue
 from headwater.versions.entries import Entry
@@ -73,7 +73,7 @@ class FakeCoordinator:
         if entry.state in ("ready", "lost"):
             self.save(f"version/{entry.number}", None)
 
-    def spec(self, table: int) -> TableSpec:
+    def spec(self, table: int) -> DenseSpec:
         return self.table(table).spec
 
     def table(self, number: int) -> Known:

@@ -71,6 +71,7 @@ class Pair:
         if 5 not in self.backfills:
             return
         if frame.payload is not None:
+            frame.payload_length = len(frame.payload)
             self.backfills.landing(5, frame)[:] = frame.payload
         out += self.backfills.receive(5, frame)
 
@@ -134,7 +135,7 @@ def test_bytes_that_nobody_asked_for_are_refused_before_they_land() -> None:
     assert isinstance(dial, Dial)
     pair.backfills.dialed(dial.key, 5)
     with pytest.raises(ProtocolError, match="nobody asked for"):
-        pair.backfills.landing(5, Frame(Kind.PIECE, seq=1, length=10))
+        pair.backfills.landing(5, Frame(Kind.PIECE, seq=1, stop=10, payload_length=10))
 
 
 def test_one_fill_per_part_at_a_time_and_none_for_a_dropped_version() -> None:

@@ -122,7 +122,7 @@ class Holder:
                 False,
             )
             assert piece.frame.payload is not None
-            data[piece.frame.start : piece.frame.start + piece.frame.length] = piece.frame.payload
+            data[piece.frame.start : piece.frame.stop] = piece.frame.payload
         assert not rest or [bool(x.frame.flags & Flag.END) for x in rest] == [False] * (len(rest) - 1) + [True]
         return part, bytes(data), first.fds
 
@@ -518,7 +518,7 @@ def test_a_reader_says_nothing_else(holder: Holder, kind: Kind) -> None:
     with pytest.raises(ProtocolError, match="from a reader of versions"):
         holder.server.receive(READER, Frame(Kind.REQUEST, body=m.pack(m.Slots(1))))
     with pytest.raises(ProtocolError, match="from a reader of versions"):
-        holder.server.landing(READER, Frame(Kind.PIECE, length=10))
+        holder.server.landing(READER, Frame(Kind.PIECE, stop=10, payload_length=10))
 
 
 def test_checksums_of_frames_where_they_are_wanted() -> None:

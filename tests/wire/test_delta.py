@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwater.errors import UsageError
+from headwater.types import Span
 from headwater.wire import delta
-from headwater.wire.delta import Span
 
 Array = npt.NDArray[np.uint8]
 LARGE = 9.0

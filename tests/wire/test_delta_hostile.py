@@ -16,8 +16,8 @@ import pytest
 import xxhash
 
 from headwater.errors import DeltaCorrupt, UsageError
+from headwater.types import Span
 from headwater.wire import delta
-from headwater.wire.delta import Span
 
 Array = npt.NDArray[np.uint8]
 Fields = Iterable[tuple[int, int]]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwater.errors import ProtocolError
+from headwater.errors import ProtocolError, UnknownCodec
 from headwater.wire.frames import (
     HEADER,
     MAX_BODY,
@@ -27,11 +27,23 @@ from headwater.wire.frames import (
     parse,
 )
 
+RANGED = (Kind.PUSH, Kind.PULL, Kind.DATA, Kind.ASSIGN, Kind.RECORD, Kind.STATE, Kind.PIECE)
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
+
+
+def allowed(frame: Frame) -> Frame:
+    """The same without what no frame may say: a payload that it cannot have, a range that ends before it begins."""
+    if frame.flags & Flag.SHARED or frame.kind not in RANGED:
+        frame.payload_length = 0
+    if frame.kind in RANGED:
+        frame.start, frame.stop = sorted((frame.start, frame.stop))
+    return frame
+
+
 FRAMES = st.builds(
     Frame,
     kind=st.sampled_from(Kind),
-    flags=st.integers(0, Flag.ALL),
+    flags=st.integers(0, Flag.ALL & ~Flag.ENCODED),
     shard=U32,
     table=U32,
     session=U64,
@@ -40,11 +52,12 @@ FRAMES = st.builds(
     lsn=U64,
     clock=U64,
     start=U64,
-    length=st.integers(0, MAX_PAYLOAD),
+    stop=U64,
+    payload_length=st.integers(0, MAX_PAYLOAD),
     members=U32,
     body=st.binary(max_size=200),
     check=U32,
-)
+).map(allowed)
 
 
 def sealed(head: bytes, body: bytes = b"") -> bytes:
@@ -82,17 +95,17 @@ def test_a_truncated_frame_waits_for_the_rest(frame: Frame, data: st.DataObject)
     ("data", "says"),
     [
         (with_field(0, "4s", b"HTTP"), "does not speak Headwater"),
-        (with_field(4, "B", 2), "install the same release"),
+        (with_field(4, "B", 1), "install the same release"),
         (with_field(4, "B", 0), "wire version 0"),
         (with_field(5, "B", 0), "frame kind 0"),
         (with_field(5, "B", 25), "frame kind 25"),
         (with_field(5, "B", 255), "frame kind 255"),
-        (with_field(6, "H", 512), "flags 0x200"),
+        (with_field(6, "H", 1024), "flags 0x400"),
         (with_field(6, "H", 0xFFFF), "flags 0xffff"),
-        (with_field(64, "Q", MAX_PAYLOAD + 1), "nothing was allocated"),
-        (with_field(64, "Q", 2**64 - 1), "nothing was allocated"),
-        (with_field(76, "I", MAX_BODY + 1), "nothing was allocated"),
-        (with_field(76, "I", 2**32 - 1), "nothing was allocated"),
+        (with_field(72, "Q", MAX_PAYLOAD + 1), "nothing was allocated"),
+        (with_field(72, "Q", 2**64 - 1), "nothing was allocated"),
+        (with_field(84, "I", MAX_BODY + 1), "nothing was allocated"),
+        (with_field(84, "I", 2**32 - 1), "nothing was allocated"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -119,17 +132,17 @@ def test_one_damaged_byte_is_noticed(frame: Frame, data: st.DataObject) -> None:
     except ProtocolError:
         return
     assert found is None
-    assert 76 <= at < 80
+    assert 84 <= at < 88
 
 
 def test_a_body_over_the_limit_of_the_handshake_is_refused_while_it_is_still_coming() -> None:
-    data = with_field(76, "I", 5000)
+    data = with_field(84, "I", 5000)
     with pytest.raises(ProtocolError, match="at most 4096"):
         parse(memoryview(data), 0, len(data), 4096)
 
 
 def test_nothing_over_a_bound_is_sent() -> None:
-    for frame in (Frame(Kind.REQUEST, body=bytes(MAX_BODY + 1)), Frame(Kind.PUSH, length=MAX_PAYLOAD + 1)):
+    for frame in (Frame(Kind.REQUEST, body=bytes(MAX_BODY + 1)), Frame(Kind.PUSH, payload_length=MAX_PAYLOAD + 1)):
         with pytest.raises(ProtocolError, match="it was not sent"):
             encode(frame)
 
@@ -148,9 +161,9 @@ def test_noise_raises_nothing_but_a_protocol_error(noise: bytes) -> None:
 
 def test_a_payload_is_compared_with_its_checksum_if_it_has_one() -> None:
     payload = bytes(range(256))
-    good = Frame(Kind.DATA, Flag.CHECKED, length=256, payload=memoryview(payload), check=checksum(payload))
+    good = Frame(Kind.DATA, Flag.CHECKED, stop=256, payload=memoryview(payload), check=checksum(payload))
     check_payload(good)
-    bad = Frame(Kind.DATA, Flag.CHECKED, length=256, payload=memoryview(payload[::-1]), check=checksum(payload))
+    bad = Frame(Kind.DATA, Flag.CHECKED, stop=256, payload=memoryview(payload[::-1]), check=checksum(payload))
     with pytest.raises(ProtocolError, match="damaged on the way; it was not applied"):
         check_payload(bad)
     bad.flags = Flag.NONE
@@ -159,6 +172,42 @@ def test_a_payload_is_compared_with_its_checksum_if_it_has_one() -> None:
 
 @pytest.mark.parametrize("kind", list(Kind))
 def test_what_follows_a_header(kind: Kind) -> None:
-    carries = kind in (Kind.PUSH, Kind.DATA, Kind.ASSIGN, Kind.RECORD, Kind.STATE, Kind.PIECE)
-    assert Frame(kind, length=9).follows == (9 if carries else 0)
-    assert Frame(kind, Flag.SHARED, length=9).follows == 0
+    """A range says nothing about the payload: it may be shorter, longer, or keys instead of values."""
+    for frame in (Frame(kind, stop=9, payload_length=3), Frame(kind, payload_length=9)):
+        if kind in RANGED:
+            assert decode_header(encode(frame)).payload_length == frame.payload_length
+        else:
+            with pytest.raises(ProtocolError, match="announces a payload, which it has not"):
+                decode_header(encode(frame))
+    shared = Frame(kind, Flag.SHARED, stop=9)
+    assert decode_header(encode(shared)) == shared
+    shared.payload_length = 9
+    with pytest.raises(ProtocolError, match="announces a payload"):
+        decode_header(encode(shared))
+
+
+def test_a_payload_is_announced_as_long_as_it_is() -> None:
+    frame = Frame(Kind.PULL, start=64, stop=128, payload=memoryview(b"two keys"))
+    found = decode_header(encode(frame))
+    assert (found.start, found.stop, found.length, found.payload_length) == (64, 128, 64, 8)
+    with pytest.raises(ProtocolError, match="PULL of bytes 64:128 announces 8 bytes"):
+        found.must_be_plain()
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_a_range_does_not_end_before_it_begins(kind: Kind) -> None:
+    frame = Frame(kind, start=9, stop=8)
+    if kind not in RANGED:
+        assert decode_header(encode(frame)).start == 9, "an ACK says a staleness there"
+    else:
+        with pytest.raises(ProtocolError, match=f"{kind.name} of bytes 9:8; nothing was allocated"):
+            decode_header(encode(frame))
+
+
+def test_an_encoded_payload_is_refused_where_no_codec_is_known() -> None:
+    for frame in (
+        Frame(Kind.PUSH, Flag.ENCODED, stop=9, payload_length=3),
+        Frame(Kind.PUSH, Flag.ENCODED | Flag.SHARED),
+    ):
+        with pytest.raises(UnknownCodec, match="this side knows no codec; nothing was allocated"):
+            decode_header(encode(frame))

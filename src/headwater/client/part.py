@@ -14,7 +14,7 @@ from headwater.wire.frames import Flag, Frame, Kind
 PLAIN = m.AckBody()
 
 
-class Part:
+class TablePart:
     """Pushes and assignments are numbered from 1; what they carry and what lands here is a subclass's.
 
     What is not acknowledged is kept (``_unacked``), so that it can be sent again: to a new primary under the same
@@ -82,7 +82,9 @@ class Part:
             self.acked_seq = max(self.acked_seq, frame.seq)
             return None
         body = frame.body if frame.kind == Kind.ASSIGN else b""
-        return replace(frame, flags=frame.flags & ~Flag.WANT, length=0, payload=None, body=body)
+        return replace(
+            frame, flags=frame.flags & ~Flag.WANT, stop=frame.start, payload_length=0, payload=None, body=body
+        )
 
     @property
     def ended(self) -> bool:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 from headwater import interrupts
+from headwater.client.patience import Patience
 from headwater.client.shards import Shards
 from headwater.client.table import Table
 from headwater.wire import messages as m
 
-_BRIEF = 2.0  # seconds to say that one is back, however late it is
-_BACK = "\0back"  # behind a barrier's name: of the one after it, at which nobody is paused any more
+_BRIEF = 2.0  # seconds at least, after a wait that took all its time, to tell the shards that the worker resumes
+_SECOND = "\0back"  # makes of a barrier's name that of its second half: nobody passes it who is still paused
 
 
 class Pauses:
@@ -25,13 +27,12 @@ class Pauses:
         self._turns: Counter[str] = Counter()
 
     def meet(self, name: str, value: bytes, timeout: float | None) -> m.Reply:
-        """A barrier, which is two: at the first one who is early pauses, and past the second nobody does."""
+        """A barrier, in two halves: who is early pauses in the first; past the second all are waited for again."""
         self._turns[name] += 1
-        patience = self._shards.patience(timeout, m.WhoIsLate(barrier=name))
+        patience = Patience(self._shards, timeout, partial(m.WhoIsLate, barrier=name))
         with self.paced_do_without(patience.deadline):
             met = self._shards.ask_for_others(m.Barrier(name, self._turns[name], value), patience)
-        # Nobody takes a step before all are waited for again.
-        self._shards.ask_for_others(m.Barrier(name + _BACK, self._turns[name]), patience)
+        self._shards.ask_for_others(m.Barrier(name + _SECOND, self._turns[name]), patience)
         return met
 
     @contextlib.contextmanager

@@ -67,6 +67,7 @@ class InprocHub:
             else:
                 server = self._servers[link.target]
                 if frame.payload is not None:
+                    frame.payload_length = len(frame.payload)
                     server.landing(link.peer, frame)[:] = frame.payload
                 self._say(link.target, server.receive(link.peer, frame))
             self._settle()
@@ -156,6 +157,7 @@ class InprocLink:
         """Called under the hub's lock; the payload is copied at once, so that it can never be torn."""
         try:
             if frame.payload is not None:
+                frame.payload_length = len(frame.payload)
                 target = self._handler.landing(frame)
                 target[:] = frame.payload
             self._handler.receive(frame, ())

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from headwater.layout import dense, words
-from headwater.types import DenseSpec, TableSpec
-from headwater.wire.delta import Span
+from headwater.types import DenseSpec, Span, TableSpec
 
 
 class Placement(Protocol):

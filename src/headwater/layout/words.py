@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from headwater.layout.dense import layout
-from headwater.types import ITEMSIZE, DenseSpec, Segment
-from headwater.wire.delta import Span
+from headwater.types import ITEMSIZE, DenseSpec, Segment, Span
 
 
 def spans(spec: DenseSpec, segments: Sequence[Segment], size: int) -> tuple[Span, ...]:

@@ -91,11 +91,17 @@ class Line:
 
     def landing(self, frame: Frame) -> memoryview:
         answer = self._asked.get(frame.seq)
-        if frame.kind == Kind.PIECE and answer is not None and answer.error is not None and frame.length <= BLOCK:
-            return memoryview(bytearray(frame.length))  # it goes nowhere
-        if frame.kind != Kind.PIECE or answer is None or frame.start + frame.length > len(answer.target):
+        if (
+            frame.kind == Kind.PIECE
+            and answer is not None
+            and answer.error is not None
+            and frame.payload_length <= BLOCK
+        ):
+            return memoryview(bytearray(frame.payload_length))  # it goes nowhere
+        if frame.kind != Kind.PIECE or answer is None or frame.stop > len(answer.target):
             raise ProtocolError(f"{frame.kind.name} of bytes that nobody asked {self.holder.address} for")
-        return answer.target[frame.start : frame.start + frame.length]
+        frame.must_be_plain()
+        return answer.target[frame.start : frame.stop]
 
     def receive(self, frame: Frame, fds: Sequence[int] = ()) -> None:
         answer = self._asked.get(frame.seq)
@@ -113,7 +119,7 @@ class Line:
         elif frame.kind == Kind.PIECE:
             self.fetched_bytes += frame.length
             if answer.arrived is not None:
-                answer.arrived(frame.start, frame.start + frame.length)
+                answer.arrived(frame.start, frame.stop)
             if frame.flags & Flag.END:
                 if answer.part is not None and answer.part.nbytes >= MEASURED:
                     self.rate = answer.part.nbytes / max(1e-9, time.perf_counter() - answer.since)

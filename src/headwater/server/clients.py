@@ -5,6 +5,8 @@ Shared memory and staging: where the bytes of a push land. Nothing here decides;
 
 from __future__ import annotations
 
+from collections import Counter
+
 import msgspec
 import torch
 
@@ -41,6 +43,7 @@ class Clients:
     def __init__(self, shard: Shard, effects: Effects, checked: bool) -> None:
         self.shard = shard
         self.pushed_bytes = self.pulled_bytes = 0
+        self.refused: Counter[int] = Counter()  # pushes, by session
         self.links: dict[int, ClientLink] = {}
         self._replica = shard.replica
         self._effects = effects
@@ -59,14 +62,15 @@ class Clients:
         """Where the payload that follows this header belongs. Raises before anything is allocated by its word."""
         table = self.shard.tables.get(frame.table)
         session = self.shard.sessions.get(link.session) if link.session is not None else None
+        if frame.kind == Kind.PULL:
+            raise ProtocolError(f"PULL with keys from table {frame.table}, which has none; nothing was allocated")
         if session is None or table is None or frame.kind not in (Kind.PUSH, Kind.ASSIGN):
             raise ProtocolError(f"{frame.kind.name} for table {frame.table} before a session was opened on it")
-        end = frame.start + frame.length
-        limit = table.store.limit
-        if end > table.size or frame.length > limit:
+        end, length, limit = frame.stop, frame.payload_length, table.store.limit
+        if end > table.size or length > limit or end - frame.start != length:
             raise ProtocolError(
-                f"{frame.kind.name} of bytes {frame.start}:{end}, but the table has {table.size} here "
-                f"in blocks of at most {limit}; nothing was allocated"
+                f"{frame.kind.name} of bytes {frame.start}:{end} with a payload of {length}, but the table has "
+                f"{table.size} here in blocks of at most {limit}; nothing was allocated"
             )
         if frame.kind == Kind.PUSH:
             if frame.table in link.shared:
@@ -78,10 +82,10 @@ class Clients:
         # One receive call may complete several small frames before the first is acted on: each lands apart.
         target = link.scratch
         if link.landed:
-            target = torch.empty(frame.length, dtype=torch.uint8, device="cpu")
-        elif target.numel() < frame.length:
+            target = torch.empty(length, dtype=torch.uint8, device="cpu")
+        elif target.numel() < length:
             target = link.scratch = torch.empty(limit, dtype=torch.uint8, device="cpu")
-        link.landed[id(frame)] = target[: frame.length]
+        link.landed[id(frame)] = target[:length]
         return view(link.landed[id(frame)])
 
     def event(self, link: ClientLink, frame: Frame, fds: tuple[int, ...]) -> e.Event | None:
@@ -202,7 +206,10 @@ class Clients:
         table = self.shard.tables.get(frame.table)
         body = m.unpack(frame.body, m.StepBody) if frame.body else None
         gradient, base = None, 0
-        if table is not None and table.eager and frame.length:
+        length = frame.stop - frame.start
+        if length and frame.payload is None and not frame.flags & Flag.SHARED:
+            raise ProtocolError(f"PUSH of bytes {frame.start}:{frame.stop} without them; nothing was applied")
+        if table is not None and table.eager and length:
             if payload is not None:
                 gradient, base = payload, frame.start
             else:
@@ -210,9 +217,9 @@ class Clients:
                 gradient = known.gradients.get(frame.table) if known is not None else None
                 if gradient is None:
                     raise ProtocolError(f"shared push to table {frame.table} without shared memory")
-        self.pushed_bytes += frame.length
+        self.pushed_bytes += length
         return e.Push(
-            session, frame.seq, frame.epoch, frame.members, frame.table, frame.clock, frame.start, frame.length,
+            session, frame.seq, frame.epoch, frame.members, frame.table, frame.clock, frame.start, length,
             frame.flags, gradient, base, body,
         )  # fmt: skip
 
@@ -221,10 +228,10 @@ class Clients:
         if frame.flags & Flag.MEAN:
             past = bool(frame.flags & Flag.END)
             return e.AskMean(session, frame.seq, frame.members, frame.table, frame.clock, past)
-        return e.Pull(session, frame.seq, frame.table, frame.clock, frame.start, frame.length)
+        return e.Pull(session, frame.seq, frame.table, frame.clock, frame.start, frame.stop - frame.start)
 
     def _assigned(self, link: ClientLink, frame: Frame, payload: torch.Tensor | None) -> e.Assign:
-        if frame.flags & Flag.SHARED or (frame.length and payload is None):
+        if frame.flags & Flag.SHARED or (frame.stop > frame.start and payload is None):
             raise ProtocolError("an assignment needs its bytes behind it; values are not shared for writing")
         data = link.scratch[:0] if payload is None else payload
         last = bool(frame.flags & Flag.END)
@@ -278,6 +285,8 @@ class Clients:
             self.pulled_bytes += 0 if table.spec.sync.reads_own_memory else table.size
 
     def refuse(self, f: e.Fail) -> None:
+        if f.push:
+            self.refused[f.session] += 1
         body = m.pack(m.ErrorBody(f.code, f.message))
         frame = Frame(
             Kind.ERROR, 0, self.shard.number, f.table, f.session, self.shard.epoch, f.seq, self._replica.lsn, f.clock,
@@ -316,7 +325,7 @@ class Clients:
         frames = [
             Frame(
                 Kind.DATA, Flag.MEAN, self.shard.number, s.table, s.session, self.shard.epoch, s.seq, self._replica.lsn,
-                s.clock, start, stop - start, payload=raw[start:stop],
+                s.clock, start, stop, payload=raw[start:stop],
             ) for start, stop in table.store.chunks()
         ] or [Frame(Kind.DATA, Flag.MEAN, table=s.table, seq=s.seq, clock=s.clock)]  # fmt: skip
         frames[0].body = body
@@ -329,7 +338,7 @@ class Clients:
     def _data(self, s: e.Send, flags: int, start: int, length: int) -> Frame:
         return Frame(
             Kind.DATA, flags, self.shard.number, s.table, s.session, self.shard.epoch, s.request, self._replica.lsn,
-            s.clock, start, length, members=s.staleness,
+            s.clock, start, start + length, members=s.staleness,
         )  # fmt: skip
 
     def _say(self, session: int, frame: Frame, fds: tuple[int, ...] = (), *, close: bool = False) -> None:

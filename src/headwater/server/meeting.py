@@ -30,7 +30,7 @@ def contributions(table: Table, parts: Sequence[Part]) -> list[Contribution]:
 
 def divisor(table: Table, parts: Sequence[Part]) -> int:
     """What their sum is divided by."""
-    if table.spec.sync.combined != "mean" or any([part.merged for part in parts]):
+    if table.spec.sync.combined != "mean" or any(part.merged for part in parts):
         return 1
     return len(table.gathering.ranks)
 
@@ -79,7 +79,7 @@ def prepare(table: Table, shard: int) -> tuple[r.Prepare, list[Contribution], in
     gathering = table.gathering
     parts = {rank: part for rank, part in sorted(gathering.parts.items()) if rank in gathering.ranks}
     seated = list(parts.values())
-    skip = any([part.skip for part in seated])
+    skip = any(part.skip for part in seated)
     found = [] if skip else contributions(table, seated)
     divide = divisor(table, seated)
     squares: tuple[float, ...] = ()
@@ -118,4 +118,6 @@ def give_up(table: Table, why: str) -> list[e.Fail]:
     )
     parts, table.gathering.parts = table.gathering.parts, {}
     table.words.undo()
-    return [e.Fail(part.session, part.seq, table.number, clock, "UsageError", message) for part in parts.values()]
+    return [
+        e.Fail(part.session, part.seq, table.number, clock, "UsageError", message, push=True) for part in parts.values()
+    ]

@@ -249,5 +249,6 @@ class Server:
             pulled_bytes=self._retired[1] + sum(n.clients.pulled_bytes for n in nodes) + parts.sent_bytes,
             nbytes=parts.nbytes + sum(t.store.nbytes for n in nodes for t in n.shard.tables.values()),
             sessions=sum(len(n.clients) for n in leading),
+            refused=tuple((k, c) for n in leading for k, c in n.clients.refused.items() if k in n.shard.sessions),
             tables=tuple(clocks.items()), shards=shards, server=self.setting.server, session=self.setting.session,
         )  # fmt: skip

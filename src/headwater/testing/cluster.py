@@ -586,5 +586,5 @@ def _line(frame: Frame) -> str:
     names = [name for name in ("SHARED", "END", "WANT", "SKIP") if frame.flags & getattr(Flag, name)]
     return (
         f"{text} {'+'.join(names)} session {frame.session % 0xFFFF:x} epoch {frame.epoch} seq {frame.seq} "
-        f"lsn {frame.lsn} clock {frame.clock} {frame.start}+{frame.length}"
+        f"lsn {frame.lsn} clock {frame.clock} {frame.start}:{frame.stop}"
     )

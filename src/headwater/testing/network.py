@@ -112,8 +112,9 @@ class Network:
         payload = frame.payload
         copy = Frame(
             frame.kind, frame.flags, frame.shard, frame.table, frame.session, frame.epoch, frame.seq, frame.lsn,
-            frame.clock, frame.start, frame.length, frame.members, frame.body,
+            frame.clock, frame.start, frame.stop, frame.members, frame.body,
             payload if payload is None or end.late else memoryview(bytes(payload)),
+            payload_length=0 if payload is None else len(payload),
         )  # fmt: skip
         if end.late and payload is not None:
             end.flying.append(copy)

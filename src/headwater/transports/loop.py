@@ -342,7 +342,7 @@ class Loop:
         connection.queued += len(head) + LENT * len(lent)
         if frame.payload is not None and len(frame.payload):
             values = frame.kind == Kind.DATA  # other payloads stay as they are until they have arrived
-            span = (frame.shard, frame.table, frame.start, frame.start + frame.length) if values else None
+            span = (frame.shard, frame.table, frame.start, frame.stop) if values else None
             connection.outbox.append(_Entry(frame.payload, (), span))
             connection.queued += len(frame.payload)
 

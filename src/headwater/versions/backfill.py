@@ -91,9 +91,10 @@ class Backfills:
     def landing(self, peer: int, frame: Frame) -> memoryview:
         """Where the bytes go. Raises ``ProtocolError``."""
         buffer = self._by_peer[peer].buffer
-        if frame.kind != Kind.PIECE or buffer is None or frame.start + frame.length > buffer.size:
+        if frame.kind != Kind.PIECE or buffer is None or frame.stop > buffer.size:
             raise ProtocolError(f"{frame.kind.name} of bytes of a version that nobody asked for")
-        return buffer.array.data[frame.start : frame.start + frame.length]
+        frame.must_be_plain()
+        return buffer.array.data[frame.start : frame.stop]
 
     def receive(self, peer: int, frame: Frame) -> list[Instruction]:
         """A frame of the holder. Raises ``ProtocolError``."""

@@ -20,7 +20,7 @@ from headwater.errors import ClusterError, HeadwaterError, ProtocolError, Versio
 from headwater.layout import kinds
 from headwater.layout.dense import BLOCK
 from headwater.transports.buffers import Buffer, BufferPool
-from headwater.types import TableSpec
+from headwater.types import Span, TableSpec
 from headwater.versions.part_cut import PartCut
 from headwater.wire import delta
 from headwater.wire import messages as m
@@ -60,7 +60,7 @@ class Source(NamedTuple):
     table: int
     clock: int
     values: torch.Tensor
-    spans: tuple[delta.Span, ...]
+    spans: tuple[Span, ...]
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class Held:
     """
 
     buffer: Buffer
-    spans: tuple[delta.Span, ...]
+    spans: tuple[Span, ...]
     sums: Sums | None = None
     cut: PartCut | None = None
     deltas: dict[int, Encoded | None] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class _Job(NamedTuple):
     base: int
     old: memoryview
     new: memoryview
-    spans: tuple[delta.Span, ...]
+    spans: tuple[Span, ...]
     most: float
 
 
@@ -256,7 +256,7 @@ class PartStore:
         key: Key,
         buffer: Buffer,
         sums: Sums,
-        layout: tuple[delta.Span, ...],
+        layout: tuple[Span, ...],
         deltas: Mapping[int, Encoded | None] | None = None,
     ) -> None:
         """A part that was fetched. ``deltas``: to it, by the number of their base, as they came."""
@@ -418,7 +418,7 @@ class PartStore:
         for at in range(0, len(data), BLOCK):
             piece = data[at : at + BLOCK]
             end = Flag.END if at + len(piece) == len(data) else Flag.NONE
-            frame = Frame(Kind.PIECE, end, seq=asked.seq, start=at, length=len(piece), payload=piece)
+            frame = Frame(Kind.PIECE, end, seq=asked.seq, start=at, stop=at + len(piece), payload=piece)
             if self._checked:
                 seal(frame)
             out.append(Outgoing(asked.peer, frame))

@@ -42,6 +42,7 @@ import numpy as np
 import xxhash
 
 from headwater.errors import DeltaCorrupt, UsageError
+from headwater.types import Span
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -75,17 +76,6 @@ SAMPLE, SAMPLE_EVERY, SAMPLE_MARGIN = 64, 16, 1.5
 _HEAD = struct.Struct("<4sIQQQQII")
 _SPAN = 24
 _ALIGNED = 8
-
-
-class Span(NamedTuple):
-    """Bytes ``start:stop`` of a part that hold words of ``word`` (2 or 4) bytes.
-
-    ``start`` is a multiple of 8 and ``stop`` lies a whole number of words behind it.
-    """
-
-    start: int
-    stop: int
-    word: int
 
 
 class Stats(NamedTuple):

@@ -13,14 +13,14 @@ from enum import IntEnum
 import xxhash
 from typing_extensions import Buffer
 
-from headwater.errors import ProtocolError
+from headwater.errors import ProtocolError, UnknownCodec
 
 MAGIC = b"HWTR"
-VERSION = 1
+VERSION = 2
 MAX_BODY = 16 << 20  # bytes: a table declaration with 100,000 parameters takes about 8 MiB
 MAX_PAYLOAD = 1 << 34  # bytes: one block; whole-tensor optimizers may send one tensor as one block
 
-_FIELDS = struct.Struct("<4sBBHIIQQQQQQQIII")  # magic … length, members, body, check
+_FIELDS = struct.Struct("<4sBBHIIQQQQQQQQIII")  # magic … stop, payload, members, body, check
 _CRC = struct.Struct("<I")
 HEADER = _FIELDS.size + _CRC.size
 
@@ -60,15 +60,23 @@ class Flag:
     MEAN = 64  # PULL: the aggregate of the step under way instead of values; DATA: bytes of it
     MERGED = 128  # PUSH with END: the step's gradient is all workers' already
     WROTE = 256  # ASSIGN: part of the step, applied before its gradient; PUSH with END: this worker assigned so
-    ALL = 511
+    ENCODED = 512  # the payload is what a codec made of the range; no codec is known yet
+    ALL = 1023
 
 
 _KINDS = {int(kind): kind for kind in Kind}
+_RANGED = frozenset(map(int, (Kind.PUSH, Kind.PULL, Kind.DATA, Kind.ASSIGN, Kind.RECORD, Kind.STATE, Kind.PIECE)))
+"""What is about bytes ``start:stop`` of a table, and may carry a payload. Numbers: a ``Kind`` is slow to look up."""
+_TAKEN = Flag.ALL & ~Flag.ENCODED
+"""The flags that this side can act on."""
 
 
 @dataclass(slots=True)
 class Frame:
-    """One message. ``start`` and ``length`` are shard-local bytes; ``payload`` holds ``length`` of them or none."""
+    """One message. ``start:stop`` are bytes of a shard's own memory; what ``payload`` is depends on the kind of table.
+
+    Of a frame that was read, ``body_length`` and ``payload_length`` are what its header announced.
+    """
 
     kind: Kind
     flags: int = 0
@@ -80,22 +88,26 @@ class Frame:
     lsn: int = 0
     clock: int = 0
     start: int = 0
-    length: int = 0
+    stop: int = 0
     members: int = 0
     body: bytes = b""
     payload: memoryview | None = None
     check: int = 0
-    body_length: int = 0  # what the header announced; set by decode_header only
+    body_length: int = 0
+    payload_length: int = 0
 
     @property
-    def follows(self) -> int:
-        """Payload bytes that follow header and body on a byte stream."""
-        if self.flags & Flag.SHARED or self.kind not in _CARRIERS:
-            return 0
-        return self.length
+    def length(self) -> int:
+        """Bytes in the range, wherever they are."""
+        return self.stop - self.start
 
-
-_CARRIERS = frozenset({Kind.PUSH, Kind.DATA, Kind.ASSIGN, Kind.RECORD, Kind.STATE, Kind.PIECE})
+    def must_be_plain(self) -> None:
+        """Raises ``ProtocolError`` unless the payload is the bytes of the range, as they are."""
+        if self.payload_length != self.stop - self.start:
+            raise ProtocolError(
+                f"{self.kind.name} of bytes {self.start}:{self.stop} announces {self.payload_length} bytes of payload; "
+                "nothing was allocated"
+            )
 
 
 def checksum(payload: Buffer) -> int:
@@ -112,10 +124,11 @@ def seal(frame: Frame) -> None:
 
 def encode(frame: Frame) -> bytes:
     """Header and body as bytes; the payload is sent behind them, uncopied. Raises ``ProtocolError`` over a bound."""
-    body = frame.body
-    if len(body) > MAX_BODY or frame.length > MAX_PAYLOAD:
+    body, payload = frame.body, frame.payload
+    payload_length = frame.payload_length if payload is None else len(payload)
+    if len(body) > MAX_BODY or payload_length > MAX_PAYLOAD:
         raise ProtocolError(
-            f"{frame.kind.name} with a body of {len(body)} and a payload of {frame.length} bytes "
+            f"{frame.kind.name} with a body of {len(body)} and a payload of {payload_length} bytes "
             f"is over the bounds of {MAX_BODY} and {MAX_PAYLOAD}; it was not sent"
         )
     head = _FIELDS.pack(
@@ -131,37 +144,53 @@ def encode(frame: Frame) -> bytes:
         frame.lsn,
         frame.clock,
         frame.start,
-        frame.length,
+        frame.stop,
+        payload_length,
         frame.members,
         len(body),
         frame.check,
     )
+    if not body:
+        return head + _CRC.pack(zlib.crc32(head))
     return head + _CRC.pack(zlib.crc32(body, zlib.crc32(head))) + body
 
 
 def decode_header(data: Buffer, offset: int = 0) -> Frame:
     """The frame whose header begins at ``offset``; its body must still be checked with ``check_body``.
 
-    Raises ``ProtocolError`` for a wrong magic, version, kind, flag or size. Nothing has been allocated then.
+    Raises ``ProtocolError`` for a wrong magic, version, kind, flag, range or size. Nothing has been allocated then.
     """
-    fields = _FIELDS.unpack_from(data, offset)
-    magic, version, kind, flags = fields[:4]
-    shard, table, session, epoch, seq, lsn, clock, start, length, members, body, check = fields[4:]
+    (
+        magic, version, kind, flags, shard, table, session, epoch, seq, lsn, clock, start, stop, payload, members, body,
+        check,
+    ) = _FIELDS.unpack_from(data, offset)  # fmt: skip
     if magic != MAGIC:
         raise ProtocolError(f"magic {magic!r} instead of {MAGIC!r}: the other side does not speak Headwater")
     if version != VERSION:
         raise ProtocolError(f"wire version {version}, this side speaks {VERSION}: install the same release on both")
     known = _KINDS.get(kind)
-    if known is None or flags & ~Flag.ALL:
-        raise ProtocolError(f"frame kind {kind} with flags {flags:#x} is not in version {VERSION} of the format")
-    if body > MAX_BODY or length > MAX_PAYLOAD:
+    if known is None or flags & ~_TAKEN:
+        raise _unknown(kind, flags)
+    if body > MAX_BODY or payload > MAX_PAYLOAD:
         raise ProtocolError(
-            f"{known.name} announces a body of {body} and a payload of {length} bytes, "
+            f"{known.name} announces a body of {body} and a payload of {payload} bytes, "
             f"over the bounds of {MAX_BODY} and {MAX_PAYLOAD}; nothing was allocated"
         )
-    frame = Frame(known, flags, shard, table, session, epoch, seq, lsn, clock, start, length, members)
-    frame.check, frame.body_length = check, body
-    return frame
+    if payload and (flags & Flag.SHARED or kind not in _RANGED):
+        shared = " that is shared" if flags & Flag.SHARED else ""
+        raise ProtocolError(f"{known.name}{shared} announces a payload, which it has not; nothing was allocated")
+    if start > stop and kind in _RANGED:
+        raise ProtocolError(f"{known.name} of bytes {start}:{stop}; nothing was allocated")
+    return Frame(
+        known, flags, shard, table, session, epoch, seq, lsn, clock, start, stop, members, b"", None, check, body,
+        payload,
+    )  # fmt: skip
+
+
+def _unknown(kind: int, flags: int) -> ProtocolError:
+    if kind in _KINDS and not flags & ~Flag.ALL:
+        return UnknownCodec(f"{_KINDS[kind].name} is encoded, and this side knows no codec; nothing was allocated")
+    return ProtocolError(f"frame kind {kind} with flags {flags:#x} is not in version {VERSION} of the format")
 
 
 def check_body(head: Buffer, body: Buffer, crc: int) -> None:

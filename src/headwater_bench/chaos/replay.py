@@ -40,7 +40,7 @@ class Recording:
         try:
             while len(self._rest) >= HEADER:
                 frame = decode_header(self._rest)
-                size = HEADER + frame.body_length + frame.follows
+                size = HEADER + frame.body_length + frame.payload_length
                 if len(self._rest) < size:
                     return
                 self._take(frame, bytes(self._rest[:size]))
@@ -89,7 +89,7 @@ def _send(address: Address, token: str, recording: Recording) -> str:
     with contextlib.closing(connect(address, token.encode(), 1.0)) as sock:
         sock.settimeout(WAIT)
         sock.sendall(encode(Frame(Kind.REQUEST, seq=1 << 62, body=m.pack(recording.opened))))
-        receiver = Receiver(sock, lambda frame: memoryview(bytearray(frame.length)))
+        receiver = Receiver(sock, lambda frame: memoryview(bytearray(frame.payload_length)))
         first = _answers(receiver, sock)
         if not first or first[0].kind != Kind.REPLY:
             return ", ".join(_word(frame) for frame in first) or "silence"

@@ -66,6 +66,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--show", type=int, default=0, metavar="N", help="the functions that are called most")
     parser.add_argument("--count", action="store_true", help="print the counts as JSON and judge nothing")
     given = parser.parse_args(arguments)
+    if not FIGURES.exists():
+        parser.error("benchmarks/guard.json is not here: the guard is for a checkout of Headwater")
     if given.count:
         print(json.dumps(measure(given.show)), flush=True)
         os._exit(0)  # servers' threads still run: nothing that they use may be taken down under them

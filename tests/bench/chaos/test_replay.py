@@ -15,7 +15,7 @@ def _stream(pushes: int) -> bytes:
     data = encode(Frame(Kind.HELLO, body=m.pack(m.Hello(bytes(32), "headwater"))))
     data += encode(Frame(Kind.REQUEST, seq=1, body=m.pack(OPEN)))
     for i in range(pushes):
-        data += encode(Frame(Kind.PUSH, seq=i + 1, length=100, payload=memoryview(bytes(100)))) + bytes([i]) * 100
+        data += encode(Frame(Kind.PUSH, seq=i + 1, stop=100, payload=memoryview(bytes(100)))) + bytes([i]) * 100
     return data
 
 

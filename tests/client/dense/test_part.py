@@ -106,7 +106,7 @@ def test_values_that_were_on_their_way_are_asked_for_again(part: DensePart) -> N
     assert line.sent[-1].length == part.size
     ack(part, 3)
     assert not part.current()
-    part.arrived(Frame(Kind.DATA, Flag.END, table=1, start=0, length=part.size))
+    part.arrived(Frame(Kind.DATA, Flag.END, table=1, stop=part.size))
     assert part.current()
 
 

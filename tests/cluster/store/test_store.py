@@ -230,13 +230,16 @@ def test_other_peoples_files_are_refused_and_left_alone(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("found", [1, 3])
+def test_another_format_is_refused_with_what_to_do(tmp_path: Path, found: int) -> None:
     path = _closed(tmp_path)
     db = sqlite3.connect(path)
-    db.execute("PRAGMA user_version=2")
+    db.execute(f"PRAGMA user_version={found}")
     db.close()
-    with pytest.raises(StateCorrupt, match="format 2"):
+    before = path.read_bytes()
+    with pytest.raises(StateCorrupt, match=f"has format {found}, this Headwater reads format 2; it was left"):
         SqliteStore(tmp_path)
+    assert path.read_bytes() == before
 
 
 def test_a_log_without_its_database_is_not_taken_for_a_new_cluster(tmp_path: Path) -> None:

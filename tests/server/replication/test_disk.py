@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 import headwater
-from headwater.errors import Halt, StateInUse
+from headwater.errors import Halt, StateCorrupt, StateInUse
 from headwater.server.node import Setting
 from headwater.server.replication import disk
 from headwater.server.replication.disk import Folder, Identity, frames_of
@@ -232,6 +233,20 @@ def test_a_folder_is_one_servers(tmp_path: Path) -> None:
     again.close()
 
 
+@pytest.mark.parametrize("said", [{}, {"format": 1}, {"format": 3}])
+def test_a_folder_of_another_format_is_refused_with_what_to_do(tmp_path: Path, said: dict[str, int]) -> None:
+    """The first format did not say which it was; its log would look torn at its first frame, and so empty."""
+    identity = msgspec.msgpack.encode({"session": 77, "welcome": m.Welcome(3, 2, 2, 1, "disk", 0.1)} | said)
+    (tmp_path / "identity").write_bytes(identity)
+    (tmp_path / "shard-00001.log").write_bytes(b"old")
+    folder = Folder(tmp_path)
+    with pytest.raises(StateCorrupt, match=r"this Headwater reads format 2; it was left as it is\. Go on with"):
+        folder.identity()
+    assert (tmp_path / "identity").read_bytes() == identity
+    assert folder.shards() == [1]
+    folder.close()
+
+
 # ---- processes ---------------------------------------------------------------------------------------
 
 
@@ -308,5 +323,5 @@ def test_a_payload_in_a_log_is_always_checked(tmp_path: Path) -> None:
     worker.push(1)
     frames = [frame for _, _, frame in frames_of(memoryview(log_of(tmp_path).read_bytes()))]
     assert frames[0].kind == Kind.REPLY
-    assert all(frame.flags & Flag.CHECKED for frame in frames if frame.follows)
+    assert all(frame.flags & Flag.CHECKED for frame in frames if frame.payload_length)
     assert frames[-1].kind == Kind.RECORD

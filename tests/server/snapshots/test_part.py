@@ -65,7 +65,7 @@ def test_what_is_applied_afterwards_is_not_in_it(tmp_path: Path) -> None:
     with published(tmp_path, stage, done) as snapshot:
         assert set(snapshot.read("t", 0, "value", 0, 40_000).tolist()) == {-3.0}
         mark = snapshot.table("t").mark
-        assert (mark.version, mark.clock, mark.clocks) == (1, 1, ((0, 1), (1, 0)))
+        assert (mark.applied, mark.clock, mark.clocks) == (1, 1, ((0, 1), (1, 0)))
         first, second = snapshot.sessions(0)
         assert (first.session, first.rank, first.done) == (10, 0, ((TABLE, 1),))
         assert (second.session, second.rank) == (11, 1)
@@ -175,7 +175,7 @@ def test_a_table_that_begins_with_it(sync: Bulk | Async, tmp_path: Path) -> None
     assert isinstance(created, e.Created)
     table = new.tables[TABLE]
     assert set(table.store.values[: 4 * 40_000].view(torch.float32).tolist()) == {-6.0}
-    assert table.clocks.version == 3
+    assert table.clocks.applied == 3
     assert table.gathering.clock == (3 if isinstance(sync, Bulk) else 0)
     (refused,) = new.handle(e.Create(TABLE + 1, spec(), str(tmp_path / "none")))
     assert isinstance(refused, e.Refused)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -227,6 +228,30 @@ def test_none_is_sound(tmp_path: Path) -> None:
         path.write_bytes(b"")
     with pytest.raises(SnapshotCorrupt, match=r"no sound snapshot.*00000002.*00000001"):
         restore.newest(tmp_path)
+
+
+def test_snapshots_of_another_format_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    """Of release 0.9: the manifest's tables have no kind."""
+    _two(tmp_path)
+    for path in tmp_path.glob("*/manifest.json"):
+        said = json.loads(path.read_text())
+        said["format"] = 1
+        for each in said["tables"]:
+            del each["spec"]["kind"]
+        path.write_text(json.dumps(said))
+    with pytest.raises(SnapshotCorrupt, match=r"00000002.*has format 1, .* reads format 2.*headwater export"):
+        restore.newest(tmp_path)
+    assert len(list(tmp_path.glob("*/*.safetensors"))) == 4, "they were left as they are"
+
+
+def test_a_shards_file_of_another_format(tmp_path: Path) -> None:
+    _two(tmp_path)
+    path = tmp_path / "00000002" / "shard-00000.safetensors"
+    data = path.read_bytes()
+    assert data.count(b'"headwater":"2"') == 1
+    path.write_bytes(data.replace(b'"headwater":"2"', b'"headwater":"1"'))
+    with pytest.raises(SnapshotCorrupt, match=r"shard-00000.*has format 1, this Headwater reads format 2"):
+        restore.newest(tmp_path / "00000002")
 
 
 def test_there_is_none(tmp_path: Path) -> None:

@@ -21,9 +21,8 @@ from headwater.server.snapshots.restore import Snapshot
 from headwater.server.tables import kinds
 from headwater.server.tables.base import Contribution, Ranges, Slot, StoreKind
 from headwater.transports.memory import Region
-from headwater.types import Async, Hyper, NonFinite, OptimizerSpec, Sync, TableSpec, table_kind
+from headwater.types import Async, Hyper, NonFinite, OptimizerSpec, Span, Sync, TableSpec, table_kind
 from headwater.versions.copying import Allocate, Cut
-from headwater.wire.delta import Span
 
 LIMIT = 1 << 16
 """Bytes of one push, or of what a step of all workers comes to."""

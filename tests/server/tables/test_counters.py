@@ -32,7 +32,7 @@ def push(worker: Worker, counts: Counts, *, deliver: bool = True) -> None:
     worker.seq += 1
     payload = pack(counts)
     frame = Frame(Kind.PUSH, Flag.END, table=TABLE, seq=worker.seq, clock=worker.clock, members=MEMBERS)
-    frame.length, frame.payload = len(payload), memoryview(payload.numpy()).cast("B")  # type: ignore[arg-type]
+    frame.stop, frame.payload = len(payload), memoryview(payload.numpy()).cast("B")  # type: ignore[arg-type]
     worker.again([frame], deliver)
 
 
@@ -121,7 +121,7 @@ def test_a_newcomer_gets_the_counters_while_pushes_go_on() -> None:
 def test_bytes_that_are_no_list_of_counters_are_refused() -> None:
     _, (worker,) = pair()
     worker.seq += 1
-    frame = Frame(Kind.PUSH, Flag.END, table=TABLE, seq=1, clock=1, members=MEMBERS, start=4, length=12)
+    frame = Frame(Kind.PUSH, Flag.END, table=TABLE, seq=1, clock=1, members=MEMBERS, start=4, stop=16)
     frame.payload = memoryview(bytes(12))
     worker.again([frame])
     (error,) = worker.take(Kind.ERROR)
@@ -168,8 +168,9 @@ class Shards:
         for number, server in enumerate(self.servers):
             payload = pack({key: n for key, n in counts.items() if shard_of(key, len(self.servers)) == number})
             frame = Frame(Kind.PUSH, Flag.END, number, TABLE, epoch=1, seq=seq, clock=seq, members=MEMBERS)
-            frame.length = len(payload)
-            server.landing(1, frame)[:] = memoryview(payload.numpy()).cast("B")  # type: ignore[arg-type]
+            frame.stop = frame.payload_length = len(payload)
+            frame.payload = server.landing(1, frame)
+            frame.payload[:] = memoryview(payload.numpy()).cast("B")  # type: ignore[arg-type]
             (ack,) = server.receive(1, frame)
             assert isinstance(ack, Outgoing)
             assert ack.frame.kind == Kind.ACK

@@ -9,7 +9,7 @@ import torch
 
 from headwater.client.dense.geometry import ShardGeometry, Span
 from headwater.client.dense.memory import Mapped
-from headwater.client.part import Part
+from headwater.client.part import TablePart
 from headwater.client.session import Session
 from headwater.errors import ProtocolError
 from headwater.types import Segment
@@ -38,7 +38,7 @@ class Mean:
         self.here = bool(frame.flags & Flag.END)
 
 
-class DensePart(Part):
+class DensePart(TablePart):
     """``flat_gradients`` is the table's memory that gradients leave from; where values land is said by ``land_in``.
 
     ``live``: the values in the table's flat memory are the server's own.
@@ -91,9 +91,7 @@ class DensePart(Part):
         return [self._frame(start, stop, clock, members) for start, stop in pieces or ((0, 0),)]
 
     def _frame(self, start: int, stop: int, clock: int, members: int) -> Frame:
-        frame = Frame(
-            Kind.PUSH, table=self.table, lsn=self.lsn, clock=clock, start=start, length=stop - start, members=members
-        )
+        frame = Frame(Kind.PUSH, table=self.table, lsn=self.lsn, clock=clock, start=start, stop=stop, members=members)
         if self.mapped is not None:
             frame.flags = Flag.SHARED
         elif stop > start:
@@ -105,7 +103,7 @@ class DensePart(Part):
         """Ask for all values; ``current`` when they are here."""
         self.expect()
         self._clock = clock
-        self.session.send(Frame(Kind.PULL, table=self.table, lsn=self.lsn, clock=clock, length=self.size))
+        self.session.send(Frame(Kind.PULL, table=self.table, lsn=self.lsn, clock=clock, stop=self.size))
 
     def assign(self, pieces: list[tuple[Segment, memoryview]], clock: int = 0, members: int = 0) -> None:
         """Overwrite segments. With ``clock`` they belong to that step, and are acknowledged with it."""
@@ -113,7 +111,7 @@ class DensePart(Part):
         frames = [
             Frame(
                 Kind.ASSIGN, flags, table=self.table, clock=clock, start=segment.offset,
-                length=len(data), members=members, payload=data,
+                stop=segment.offset + len(data), members=members, payload=data,
             ) for segment, data in pieces
         ]  # fmt: skip
         if clock:
@@ -150,7 +148,11 @@ class DensePart(Part):
         """Values that were on their way come with the step that is sent again, or are asked for once more."""
         awaited, self.awaiting, self.fresh = bool(self.awaiting), 0, self.size
         self._forget_applied(done)
-        if any((frame.payload is not None) == (self.mapped is not None) for frame in self._unacked if frame.length):
+        if any(
+            (frame.payload is not None) == (self.mapped is not None)
+            for frame in self._unacked
+            if frame.stop > frame.start
+        ):
             self._reframe(done)
         ends = [frame for frame in self._unacked if frame.flags & Flag.END and frame.seq > done]
         if awaited and ends and ends[-1].kind == Kind.PUSH:
@@ -170,7 +172,7 @@ class DensePart(Part):
             if frame.seq <= done or frame.kind == Kind.ASSIGN or not frame.length:
                 pieces = [frame]
             else:
-                pieces = self._frames([(frame.start, frame.start + frame.length)], frame.clock, frame.members)
+                pieces = self._frames([(frame.start, frame.stop)], frame.clock, frame.members)
                 pieces[0].body = frame.body
                 pieces[-1].flags |= frame.flags & ~Flag.SHARED
             for piece in pieces:
@@ -192,7 +194,8 @@ class DensePart(Part):
 
     def landing(self, frame: Frame) -> memoryview:
         """In the table's values, or in what the mean was asked for with."""
-        if frame.start + frame.length > self.size:
+        frame.must_be_plain()
+        if frame.stop > self.size:
             raise ProtocolError(f"{self.session.name} sent bytes past the end of table {self.table}")
         at = self.geometry.flat(frame.start) if frame.length else 0
         if frame.flags & Flag.MEAN:
@@ -209,7 +212,7 @@ class DensePart(Part):
             return
         self.lag = frame.members
         self.lsn = max(self.lsn, frame.lsn)
-        self.fresh = frame.start + frame.length
+        self.fresh = frame.stop
         if frame.flags & Flag.END and self.fresh == self.size:
             self.awaiting = max(0, self.awaiting - 1)
             if self.awaiting:

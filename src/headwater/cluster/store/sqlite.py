@@ -12,12 +12,12 @@ from pathlib import Path
 
 import xxhash
 
-from headwater.errors import ClusterError, StateCorrupt, StateInUse, UsageError
+from headwater.errors import ClusterError, StateCorrupt, StateInUse, UsageError, other_format
 
 FILE = "coordinator.sqlite"
 LOCK = "coordinator.lock"
 _APPLICATION = 0x48574B56  # "HWKV", in the header of the file: says whose it is
-_VERSION = 1
+_FORMAT = 2  # 1: tables had no kinds
 _LOG_PAGES = 128  # the log is moved into the database when it is this long: half a megabyte
 
 
@@ -75,10 +75,8 @@ class SqliteStore:
         if _number(db, "application_id") != _APPLICATION:
             raise StateCorrupt(f"{self._path} is a database of another program; it was left as it is")
         version = _number(db, "user_version")
-        if version != _VERSION:
-            raise StateCorrupt(
-                f"{self._path} has format {version}, this Headwater reads format {_VERSION}; it was left as it is"
-            )
+        if version != _FORMAT:
+            raise StateCorrupt(other_format(self._path, version, _FORMAT))
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -194,7 +192,7 @@ def _create(db: sqlite3.Connection) -> None:
     """In one transaction, so that a crash leaves an empty file or a whole one."""
     db.execute("BEGIN IMMEDIATE")
     db.execute(f"PRAGMA application_id={_APPLICATION}")
-    db.execute(f"PRAGMA user_version={_VERSION}")
+    db.execute(f"PRAGMA user_version={_FORMAT}")
     db.execute("CREATE TABLE state(key TEXT PRIMARY KEY, value BLOB NOT NULL, checksum BLOB NOT NULL) WITHOUT ROWID")
     db.execute("COMMIT")
 

@@ -17,7 +17,16 @@ from pathlib import Path
 
 import msgspec
 
-from headwater.errors import ClusterError, Halt, HeadwaterError, ProtocolError, StateCorrupt, StateInUse, UsageError
+from headwater.errors import (
+    ClusterError,
+    Halt,
+    HeadwaterError,
+    ProtocolError,
+    StateCorrupt,
+    StateInUse,
+    UsageError,
+    other_format,
+)
 from headwater.server.replication import records as r
 from headwater.server.replication import state as s
 from headwater.server.replication.followers import Follower, Followers
@@ -34,13 +43,22 @@ LEAST = 64 << 20  # bytes of log from which it is written anew, if it is also
 TIMES = 4  # times as long as the shard's state
 STEPS = 4  # blocks of a new file per turn
 FILE = "identity"
+FORMAT = 2  # 1: frames of wire version 1, tables without kinds
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """Which server of which cluster a folder belongs to; ``session``: the incarnation that it joined with."""
+    """Which server of which cluster a folder belongs to; ``session``: the incarnation that it joined with.
+
+    ``format``: of the logs beside it.
+    """
 
     session: int
     welcome: m.Welcome
+    format: int = FORMAT
+
+
+class _Format(msgspec.Struct):
+    format: int = 1  # the first one did not say so
 
 
 class Folder:
@@ -60,11 +78,15 @@ class Folder:
     def identity(self) -> Identity | None:
         """Who wrote here before, if anybody did. Raises ``StateCorrupt``."""
         try:
-            return msgspec.msgpack.decode((self.path / FILE).read_bytes(), type=Identity)
+            data = (self.path / FILE).read_bytes()
+            found = msgspec.msgpack.decode(data, type=_Format).format
+            if found == FORMAT:
+                return msgspec.msgpack.decode(data, type=Identity)
         except FileNotFoundError:
             return None
         except (OSError, msgspec.MsgspecError) as error:
             raise StateCorrupt(f"{self.path / FILE} cannot be read ({error}); it was left as it is") from None
+        raise StateCorrupt(other_format(self.path, found, FORMAT))
 
     def claim(self, identity: Identity) -> None:
         """This folder belongs to a server that has just joined; logs of another are put into ``before/``."""
@@ -292,10 +314,10 @@ def frames_of(view: memoryview) -> Iterator[tuple[int, int, Frame]]:
             frame, stop = parse(view, at, len(view))
             if frame is None:
                 return
-            end = stop + frame.follows
-            if end > len(view) or (frame.follows and not frame.flags & Flag.CHECKED):
+            end = stop + frame.payload_length
+            if end > len(view) or (frame.payload_length and not frame.flags & Flag.CHECKED):
                 return
-            if frame.follows:
+            if frame.payload_length:
                 frame.payload = view[stop:end]
                 check_payload(frame)
         except ProtocolError:

@@ -113,7 +113,7 @@ class Followers:
         table = getattr(record.body, "table", 0)
         for start, stop in spans or [(0, 0)]:
             frame = Frame(kind, 0, self.shard.number, table, epoch=self.shard.epoch, lsn=record.lsn)
-            frame.start, frame.length = start, stop - start
+            frame.start, frame.stop = start, stop
             if stop > start:
                 assert record.gradient is not None
                 frame.payload = s.view(record.gradient[start - record.base : stop - record.base])
@@ -136,7 +136,7 @@ class Followers:
             out.append(Outgoing(follower.peer, Frame(Kind.REQUEST, shard=shard, body=body), (buffer.fd,)))
         flags = Flag.END | Flag.SHARED
         frame = Frame(Kind.RECORD, flags, shard, buffer.table, epoch=self.shard.epoch, lsn=record.lsn)
-        frame.start, frame.body = buffer.index, r.pack(record.body)
+        frame.members, frame.body = buffer.index, r.pack(record.body)
         return [*out, Outgoing(follower.peer, frame)]
 
     def accepted(self, follower: Follower, frame: Frame) -> list[Outgoing]:
@@ -191,7 +191,7 @@ class Followers:
         frame = Frame(Kind.STATE, flags, shard.number, epoch=shard.epoch, lsn=shard.lsn, body=s.pack(body))
         frame.table = getattr(body, "table", 0)
         if payload is not None:
-            frame.payload, frame.length = payload, len(payload)
+            frame.payload = payload
             if self.checked:
                 seal(frame)
         return Outgoing(peer, frame)

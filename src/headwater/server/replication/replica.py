@@ -237,7 +237,7 @@ class Replica:
             self._change(table, prepared.sources, prepared.divide, body.scale)
         table.prepared, table.last_commit = None, body
         wants = {part.session for part in table.gathering.finish() if part.wants}
-        table.clocks.version += 1
+        table.clocks.applied += 1
         for part in prepared.parts:
             self._finish_part(table, part, body, part.wants or part.session in wants)
         self._emit(table)
@@ -353,7 +353,7 @@ class Replica:
             for piece in table.store.fingerprint():
                 found.update(piece)
             clocks = (sorted(table.clocks.clock.items()), sorted(table.clocks.waiting.items()))
-            found.update(f"{number} {table.gathering.clock} {table.clocks.version} {clocks}".encode())
+            found.update(f"{number} {table.gathering.clock} {table.clocks.applied} {clocks}".encode())
         workers = [s for s in self.sessions.values() if s.rank >= 0]  # readers are known to the primary only
         for session in sorted(workers, key=lambda s: s.number):
             found.update(f"{session.number} {session.rank} {sorted(session.done.items())}".encode())

@@ -34,7 +34,7 @@ class TableState(msgspec.Struct, frozen=True, tag="table"):
     spec: TableSpec
     clock: int
     lost: int
-    version: int
+    applied: int
     clocks: tuple[tuple[int, int], ...]  # (rank, clock)
     commit: Commit | None
     groups: Groups
@@ -73,7 +73,7 @@ def table_state(table: Table) -> TableState:
     """What a newcomer must know of a table beside its blocks."""
     clocks = tuple(sorted(table.clocks.clock.items()))
     return TableState(
-        table.number, table.spec, table.gathering.clock, table.gathering.lost, table.clocks.version, clocks,
+        table.number, table.spec, table.gathering.clock, table.gathering.lost, table.clocks.applied, clocks,
         table.last_commit, tuple(dict(group) for group in table.store.groups),
         tuple(sorted(table.clocks.waiting.items())),
     )  # fmt: skip
@@ -83,9 +83,9 @@ def restore(table: Table, state: TableState) -> None:
     """The inverse of ``table_state``, on a table that was just made."""
     table.store.set_groups(state.groups)
     table.gathering.clock, table.gathering.lost = state.clock, state.lost
-    table.clocks.version = state.version
+    table.clocks.applied = state.applied
     table.clocks.clock, table.clocks.waiting = dict(state.clocks), dict(state.waiting)
-    table.clocks.read = dict.fromkeys(table.clocks.clock, state.version)
+    table.clocks.read = dict.fromkeys(table.clocks.clock, state.applied)
     table.last_commit = state.commit
 
 

@@ -83,15 +83,16 @@ class Upstream:
             raise ProtocolError(f"{frame.kind.name} with a payload from a primary that has not answered")
         size = self._size(frame.table)
         if frame.kind == Kind.STATE and not frame.flags & Flag.WANT:
-            table = self.shard.tables.get(frame.table)
-            if table is None or frame.length > table.store.chunk_limit:
-                raise ProtocolError(f"{frame.length} bytes of state for a table of {size}; nothing was allocated")
-            target = self._landed[id(frame)] = torch.empty(frame.length, dtype=torch.uint8, device="cpu")
+            table, length = self.shard.tables.get(frame.table), frame.payload_length
+            if table is None or length > table.store.chunk_limit:
+                raise ProtocolError(f"{length} bytes of state for a table of {size}; nothing was allocated")
+            target = self._landed[id(frame)] = torch.empty(length, dtype=torch.uint8, device="cpu")
             return s.view(target)
         next_ = frame.kind == Kind.STATE or frame.lsn == self._received + 1
-        if frame.start + frame.length > size or not (next_ and 0 <= frame.lsn - self.shard.lsn <= AHEAD):
-            raise ProtocolError(f"record {frame.lsn} of bytes {frame.start}:{frame.start + frame.length} is not next")
-        return s.view(self._buffer(frame.table, frame.lsn, size)[frame.start : frame.start + frame.length])
+        frame.must_be_plain()
+        if frame.stop > size or not (next_ and 0 <= frame.lsn - self.shard.lsn <= AHEAD):
+            raise ProtocolError(f"record {frame.lsn} of bytes {frame.start}:{frame.stop} is not next")
+        return s.view(self._buffer(frame.table, frame.lsn, size)[frame.start : frame.stop])
 
     def _size(self, number: int) -> int:
         """Bytes of a table on this shard; it may begin in a record that is not applied yet."""
@@ -197,7 +198,7 @@ class Upstream:
             raise ProtocolError(f"record {frame.lsn} after {self._received}: one in between is missing")
         gradient = self._buffers.pop(frame.lsn, None)
         if frame.flags & Flag.SHARED:
-            gradient = self._lent.get((frame.table, frame.start))
+            gradient = self._lent.get((frame.table, frame.members))
             if gradient is None:
                 raise ProtocolError(f"record {frame.lsn} in a buffer that was not lent")
         self._received = frame.lsn

@@ -26,7 +26,7 @@ from typing import Any
 import msgspec
 import xxhash
 
-from headwater.errors import SnapshotCorrupt
+from headwater.errors import SnapshotCorrupt, other_format
 from headwater.types import ITEMSIZE, Hyper
 
 CHUNK = 256 << 10
@@ -36,7 +36,7 @@ VALUE = "value"
 COUNT = "count"
 """The slot of a segment's number of steps (int64), for the optimizers whose kernels are our own."""
 
-FORMAT = "1"
+FORMAT = "2"
 _LARGEST_HEADER = 1 << 30
 SUMS, PAD = "checksums", "padding"
 NAMES = {
@@ -47,11 +47,12 @@ _OURS = {name: ours for ours, name in NAMES.items()}
 
 
 class Mark(msgspec.Struct, frozen=True):
-    """What a table knows beside its tensors. ``clocks``: (rank, clock), under policies other than ``Bulk``."""
+    """What a table knows beside its tensors. ``applied``: steps that the shard has applied. ``clocks``: (rank, clock),
+    under policies that are not collective."""
 
     table: int
     clock: int = 0
-    version: int = 0
+    applied: int = 0
     clocks: tuple[tuple[int, int], ...] = ()
     groups: tuple[dict[str, Hyper], ...] | None = None  # the present hyperparameters
 
@@ -204,7 +205,7 @@ class ShardFile:
             metadata = header.pop("__metadata__")
             begin, end = header.pop(SUMS)["data_offsets"]
             if metadata["headwater"] != FORMAT:
-                raise self._corrupt(f"format {metadata['headwater']!r}, this Headwater reads {FORMAT!r}")
+                raise SnapshotCorrupt(other_format(self.path, metadata["headwater"], FORMAT))
             self._read_sums(begin, end, bytes(size) + bytes(text))
             self.mark = msgspec.json.decode(metadata["mark"], type=ShardMark)
             self.entries = list(self._entries(header))

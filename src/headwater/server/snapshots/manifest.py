@@ -16,14 +16,14 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from headwater.errors import SnapshotCorrupt
+from headwater.errors import SnapshotCorrupt, other_format
 from headwater.layout.dense import only
 from headwater.server.snapshots.disk import DISK, Disk, held, replace
 from headwater.server.snapshots.format import Mark, SessionMark, ShardFile, ShardMark, Written
 from headwater.types import DenseSpec, TableSpec, read_spec
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2  # 1: tables had no kinds
 KEEP = 2
 
 
@@ -162,8 +162,8 @@ def merge(folder: Path, table: int, spec: TableSpec, marks: Sequence[ShardMark])
     ranks: dict[int, int] = {}
     for rank, clock in itertools.chain.from_iterable(mark.clocks for mark in found):
         ranks[rank] = max(ranks.get(rank, 0), clock)
-    newest = max(found, key=lambda mark: (mark.clock, mark.version))
-    return Mark(table, newest.clock, max(m.version for m in found), tuple(sorted(ranks.items())), newest.groups)
+    newest = max(found, key=lambda mark: (mark.clock, mark.applied))
+    return Mark(table, newest.clock, max(m.applied for m in found), tuple(sorted(ranks.items())), newest.groups)
 
 
 def prune(root: Path, keep: int = KEEP, disk: Disk = DISK) -> None:
@@ -215,7 +215,7 @@ def read(folder: Path) -> Manifest:
         data = path.read_bytes()
         version = msgspec.json.decode(data, type=_Format).format
         if version != FORMAT:
-            raise SnapshotCorrupt(f"{path}: format {version}, this Headwater reads {FORMAT}")
+            raise SnapshotCorrupt(other_format(path, version, FORMAT))
         manifest = msgspec.json.decode(data, type=Manifest, dec_hook=read_spec)
         exact = [msgspec.msgpack.decode(table.packed, type=TableSpec, dec_hook=read_spec) for table in manifest.tables]
     except OSError as error:

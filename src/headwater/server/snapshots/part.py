@@ -137,15 +137,15 @@ def _mark(table: Table) -> Mark:
     clocks = tuple(sorted(table.clocks.clock.items()))
     clock = table.gathering.clock if table.collective else max((clock for _, clock in clocks), default=0)
     groups = tuple(dict(group) for group in table.store.groups)
-    return Mark(table.number, clock, table.clocks.version, () if table.collective else clocks, groups)
+    return Mark(table.number, clock, table.clocks.applied, () if table.collective else clocks, groups)
 
 
 def fill(table: Table, snapshot: Snapshot) -> None:
     """Values, optimizer state and clocks of a table that was just made. Raises ``SnapshotCorrupt``."""
     table.store.restore(snapshot)
     mark = snapshot.table(table.spec.name).mark
-    table.clocks.version = mark.version
+    table.clocks.applied = mark.applied
     table.clocks.clock = dict(mark.clocks)
-    table.clocks.read = dict.fromkeys(table.clocks.clock, mark.version)
+    table.clocks.read = dict.fromkeys(table.clocks.clock, mark.applied)
     if table.collective:
         table.gathering.clock = mark.clock

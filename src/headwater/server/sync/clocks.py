@@ -11,16 +11,16 @@ from headwater.types import Policy
 
 
 class Clocks:
-    """Steps finished by each worker on one shard, and the version each worker last read.
+    """Steps finished by each worker on one shard, and what had been applied when each last read.
 
-    ``version`` counts the steps applied on this shard. The staleness of a push is the number of others'
+    ``applied`` counts the steps applied on this shard. The staleness of a push is the number of others'
     steps that were applied between the worker's last read and now.
     """
 
     def __init__(self, sync: Policy) -> None:
         self._bound = sync.read_bound
         self._cap = sync.staleness_cap
-        self.version = 0
+        self.applied = 0
         self.clock: dict[int, int] = {}
         self.read: dict[int, int] = {}
         self.waiting: dict[int, int] = {}  # rank: session, of who waits for others and is not waited for
@@ -30,7 +30,7 @@ class Clocks:
         """Only these ranks count; a newcomer starts at the slowest clock."""
         slowest = min(self.clock.values(), default=0)
         self.clock = {rank: self.clock.get(rank, slowest) for rank in ranks}
-        self.read = {rank: self.read.get(rank, self.version) for rank in ranks}
+        self.read = {rank: self.read.get(rank, self.applied) for rank in ranks}
         self.waiting = {rank: session for rank, session in self.waiting.items() if rank in ranks}
         self._active &= set(ranks)
 
@@ -43,8 +43,8 @@ class Clocks:
 
     def pushed(self, rank: int, clock: int) -> int:
         """A worker's step was applied; returns its staleness in steps."""
-        staleness = self.version - self.read.get(rank, self.version)
-        self.version += 1
+        staleness = self.applied - self.read.get(rank, self.applied)
+        self.applied += 1
         if rank in self.clock:
             self.clock[rank] = max(self.clock[rank], clock)
             self._active.discard(rank)
@@ -53,7 +53,7 @@ class Clocks:
     def was_read(self, rank: int) -> None:
         """A worker got fresh values."""
         if rank in self.clock:
-            self.read[rank] = self.version
+            self.read[rank] = self.applied
             self._active.add(rank)
 
     def may_read(self, rank: int, clock: int) -> bool:
@@ -72,4 +72,4 @@ class Clocks:
         if self._cap is None:
             return True
         computing = self._active.difference(held, self.waiting, (rank,))
-        return all(self.version + 1 - self.read[other] <= self._cap for other in computing)
+        return all(self.applied + 1 - self.read[other] <= self._cap for other in computing)

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from headwater.types import Hyper, TableSpec
-from headwater.wire.delta import Span
+from headwater.types import Hyper, Span, TableSpec
 
 if TYPE_CHECKING:
     from headwater.server.snapshots.capture import TableCut

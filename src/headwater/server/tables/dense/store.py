@@ -16,9 +16,8 @@ from headwater.server.tables.base import Contribution, Ranges, union
 from headwater.server.tables.dense.saved import DenseCut, load
 from headwater.server.tables.dense.shard import DenseShard, state_bytes
 from headwater.transports import memory
-from headwater.types import DenseSpec, Segment
+from headwater.types import DenseSpec, Segment, Span
 from headwater.versions.copying import Allocate
-from headwater.wire.delta import Span
 from headwater.wire.messages import decoded
 from headwater.wire.tensors import DTYPES, dtype_name
 
