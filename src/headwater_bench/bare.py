@@ -25,7 +25,7 @@ def run_one_kernel() -> None:
     memory = torch.zeros(size + 64, dtype=torch.uint8)
     start = -memory.data_ptr() % 64
     shard = DenseShard(spec, [Segment(0, 0, ELEMENTS, 0, size)], size, memory[start : start + size])
-    shard.apply([Contribution(torch.zeros(size, dtype=torch.uint8), ((0, size),))])
+    shard.step([Contribution(torch.zeros(size, dtype=torch.uint8), ((0, size),))])
 
 
 def resident() -> int:

@@ -359,7 +359,7 @@ def test_wrong_descriptors_are_refused_and_closed(server: tuple[Address, NodeHos
         (attach, (small,), "instead of"),
         (attach, (), "without a descriptor"),
         (attach, (small, small), "without a descriptor"),
-        (Frame(Kind.REQUEST, seq=1, body=m.pack(m.Attach(1, True, 0))), (small,), "smaller than table 1"),
+        (Frame(Kind.REQUEST, seq=1, body=m.pack(m.Attach(1, True, 0))), (small,), "smaller than table 't'"),
         (Frame(Kind.REQUEST, seq=1, body=m.pack(m.Slots(1))), (small, read), ""),
         (Frame(Kind.REQUEST, seq=1, body=b"\xc1"), (small,), "cannot be read"),
         (Frame(Kind.PULL, table=1), (small,), "only a request carries"),

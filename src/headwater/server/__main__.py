@@ -194,12 +194,12 @@ def run_server(args: argparse.Namespace, token: bytes | None, outliving: Outlivi
         loop.serve(unix)
     loop.adopt(sock, COORDINATOR)
     server.answer_to(control)
-    loop.send(server.tick(time.monotonic()))
+    loop.dispatch(server.tick(time.monotonic()))
     for frame, _ in early:
-        loop.send(server.receive(COORDINATOR, frame))
+        loop.dispatch(server.receive(COORDINATOR, frame))
     if welcome.ack == "disk":
         loop.sync = server.sync
-        loop.send(server.sync())
+        loop.dispatch(server.sync())
     Heart(control, lambda: connect(coordinator, token, DIAL), welcome.heartbeat).start()
     _stop_on_signals(loop, outliving)
     _announce(args.ready_fd, join.address, server=welcome.server)

@@ -1,6 +1,6 @@
 """A shard at its primary: typed events in, typed instructions out. No sockets, no clock.
 
-A push goes `_push` → `_contribute` (bulk) or `_apply_now` (stale, async) → `propose` → every follower accepts →
+A push goes `Shard._admit` → `_contribute` (bulk) or `_apply_now` (stale, async) → `propose` → every follower accepts →
 `Replica.apply` → `tables.dense.store.DenseStore.change` → torch's kernel → `_react`. Every record has the next LSN.
 """
 
@@ -157,7 +157,7 @@ class Shard:
     def handle(self, event: e.Event) -> list[e.Instruction]:
         """Take one event. Refusals of pushes and pulls are instructions; anything else raises a typed error."""
         if isinstance(event, e.Push):
-            self._guard(self._push, event)
+            self._guard(self._admit, event)
         elif isinstance(event, e.Pull):
             self._guard(self._read, event)
         elif isinstance(event, e.AskMean):
@@ -235,7 +235,7 @@ class Shard:
             elif not isinstance(x, e.Pull):
                 self._out.append(x)
             elif x.session in self.sessions:
-                self._answer(x)
+                self._serve(x)
 
     # ---- sessions --------------------------------------------------------------------------------
 
@@ -312,7 +312,7 @@ class Shard:
 
     # ---- pushes ----------------------------------------------------------------------------------
 
-    def _push(self, event: e.Push) -> None:
+    def _admit(self, event: e.Push) -> None:
         session, table = self.session(event.session), self.table(event.table)
         if not self.since <= event.epoch <= self.epoch:
             raise StaleEpoch(
@@ -530,11 +530,11 @@ class Shard:
         if held or session.inflight:  # a worker reads its own writes
             table.waiting.append(event)
         else:
-            self._answer(event)
+            self._serve(event)
         if table.held:
             self._progress(table)
 
-    def _answer(self, event: e.Pull) -> None:
+    def _serve(self, event: e.Pull) -> None:
         session, table = self.session(event.session), self.table(event.table)
         if not table.collective and not table.clocks.may_read(session.rank, event.clock):
             table.waiting.append(event)
@@ -578,7 +578,7 @@ class Shard:
         if session.inflight or any(push.session == session.number for push in table.held):
             table.waiting.append(event)
         else:
-            self._answer(event)
+            self._serve(event)
 
     def _stand_aside(self, event: e.Aside) -> None:
         session, table = self.session(event.session), self.table(event.table)

@@ -157,14 +157,14 @@ class DiskLog:
         """Hand over what was appended, so that the gradients may go."""
         due, self._due = self._due, []
         for record in due:
-            self._put(self._record(record))
+            self._write_frames(self._record(record))
             self.written = record.lsn
             self._restored = self._restored or (isinstance(record.body, r.Begin) and bool(record.body.restore))
 
     def mark(self) -> None:
         """From here on the log is of another reign; records above this replica's LSN that came before are void."""
         self.write()
-        self._put([Outgoing(0, self._reader.standing(False, self._shard.lsn))])
+        self._write_frames([Outgoing(0, self._reader.standing(False, self._shard.lsn))])
 
     def sync(self) -> None:
         """Everything that was appended is on the disk when this returns."""
@@ -182,7 +182,7 @@ class DiskLog:
         self._follower.arrived = self._follower.sent
         frames = self._reader.more(self._follower)
         with _writing(self.path):
-            self._next.put(frames)
+            self._next.append_frames(frames)
             self._next.sync()
             if self._follower.state is None:
                 self._finish(self._next)
@@ -219,10 +219,10 @@ class DiskLog:
         self._follower = self._reader.by_peer[0] = Follower(DISK, 0)
         with _writing(self.path):
             self._next = _File(self._fresh, os.O_TRUNC)
-            self._next.put([Outgoing(0, self._reader.standing(True, self._shard.lsn))])
-            self._next.put(self._reader.state(self._follower))
+            self._next.append_frames([Outgoing(0, self._reader.standing(True, self._shard.lsn))])
+            self._next.append_frames(self._reader.state(self._follower))
             for record in self._shard.ahead:
-                self._next.put(self._record(record))
+                self._next.append_frames(self._record(record))
             self._next.sync()
 
     def _finish(self, fresh: _File) -> None:
@@ -236,11 +236,11 @@ class DiskLog:
         self._reader.by_peer[0] = self._follower
         return self._reader.record(0, record)
 
-    def _put(self, frames: list[Outgoing]) -> None:
+    def _write_frames(self, frames: list[Outgoing]) -> None:
         with _writing(self.path):
             for file in (self._file, self._next):
                 if file is not None:
-                    file.put(frames)
+                    file.append_frames(frames)
 
     # ---- reading ---------------------------------------------------------------------------------
 
@@ -287,7 +287,7 @@ class _File:
         self.size = size
         self.dirty = True
 
-    def put(self, frames: list[Outgoing]) -> None:
+    def append_frames(self, frames: list[Outgoing]) -> None:
         for out in frames:
             parts = [memoryview(encode(out.frame))]
             if out.frame.payload is not None:

@@ -230,7 +230,7 @@ class Upstream:
         if self.learning or self.broken is not None:
             return
         try:
-            self._apply(self._received)
+            self._apply_upto(self._received)
         except HeadwaterError as error:
             self.broken = error
         except _MISFITS as error:
@@ -238,7 +238,7 @@ class Upstream:
         if self.broken is not None:
             self._give_up()
 
-    def _apply(self, upto: int) -> None:
+    def _apply_upto(self, upto: int) -> None:
         while self._queue and self._queue[0].lsn <= upto:
             record = self._queue.popleft()
             prepared = self._prepared_steps() if isinstance(record.body, m.Commit | m.Members) else {}
@@ -275,12 +275,12 @@ class Upstream:
             case s.TableState():
                 self.shard.replica.begin_table(body)
             case s.ChunkHead():
-                self._apply(frame.lsn)
+                self._apply_upto(frame.lsn)
                 self._chunk(body, self._landed.pop(id(frame), torch.empty(0, dtype=torch.uint8, device="cpu")))
                 self._blocks += 1
                 return [self._accept()]
             case s.Finished():
-                self._apply(self._received)
+                self._apply_upto(self._received)
                 for table in self.shard.tables.values():
                     table.store.complete()
                 self.learning = self.shard.replica.partial = False

@@ -95,7 +95,7 @@ class Sharded:
     def step(self, workers: Sequence[Mapping[int, torch.Tensor]], divide: int = 1, scale: float | None = None) -> None:
         for shard, given in zip(self.shards, self.contributions(workers), strict=True):
             before = [c.gradient.clone() for c in given]
-            shard.apply(given, divide, scale)
+            shard.step(given, divide, scale)
             assert all(torch.equal(b, c.gradient) for b, c in zip(before, given, strict=True)), "gradient written"
 
     def assert_padding_is_zero(self) -> None:

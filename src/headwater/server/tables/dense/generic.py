@@ -70,7 +70,7 @@ class Generic:
             hyper = groups[self._spec.parameters[batch.parts[0].parameter].group]
             batch.optimizer.param_groups[0].update(_arguments(self._name, hyper))
 
-    def apply(self, plan: Plan, contributions: Sequence[Contribution], divide: int, scale: float | None,
+    def step_parts(self, plan: Plan, contributions: Sequence[Contribution], divide: int, scale: float | None,
               report: Report | None) -> None:  # fmt: skip
         """One step on the parts that the plan's runs cover."""
         covered = [(run.lo, run.hi, run.owners) for run in plan.runs]

@@ -124,7 +124,7 @@ class DenseStore(DenseShard):
 
     def change(self, parts: Sequence[Contribution], ranges: Ranges, divide: int, scale: float | None) -> None:
         self._turn(ranges)
-        self.apply(parts, divide, scale)
+        self.step(parts, divide, scale)
         self._turn(ranges)
 
     def written(self, start: int, stop: int) -> Ranges:
