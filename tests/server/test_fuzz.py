@@ -538,7 +538,7 @@ def test_what_is_said_about_a_table_that_was_dropped_is_void(recorded: list[Said
     shard = trial.town.primary(0).nodes[0].shard
     gone = r.Update(99, GOOD, 0, 9, 9, (), end=True, want=True, skip=False, scale=None, norm=None, groups=None)
     before = trial.town.digests()
-    shard.propose(gone)
+    shard.proposals.propose(gone)
     server = trial.town.primary(0)
     server.nodes[0].carry_out(shard.handle(m.Members(0, (), 0)))
     trial.town.carry(server, server.effects.drain())

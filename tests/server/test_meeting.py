@@ -314,7 +314,7 @@ def test_what_a_primary_had_sent_of_a_step_when_it_died_is_void_in_the_next_try(
     (segment,) = stage.shards[0].tables[TABLE].store.segments
     data = torch.full(((segment.end - segment.offset) // 4,), 9.0).view(torch.uint8)
     left = r.Values(TABLE, 0, 0, segment.offset, len(data), last=False, clock=1, members=stage.epoch)
-    stage.shards[0].propose(left, data, segment.offset)
+    stage.shards[0].proposals.propose(left, data, segment.offset)
     for rank in (0, 1):
         stage.push(rank, 1.0)
     stage.decide()

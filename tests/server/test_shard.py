@@ -268,7 +268,7 @@ def test_a_membership_that_is_told_again_leaves_a_prepared_step_alone() -> None:
     assert shard.tables[TABLE].prepared is not None
     stage.event(0, known)
     assert shard.tables[TABLE].prepared is not None, "the promise behind READY was broken"
-    shard.propose(known)  # nor does it when it is in the log twice
+    shard.proposals.propose(known)  # nor does it when it is in the log twice
     stage.event(0, Commit(TABLE, 1, stage.epoch, False))
     assert stage.value() == -1.0
 

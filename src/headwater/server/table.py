@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from headwater.errors import ProtocolError
 from headwater.server import events as e
 from headwater.server.replication.records import Contributor, Groups, Prepare
 from headwater.server.sync import Alike, Clocks, Gathering, Words
 from headwater.server.sync.alike import Marks
 from headwater.server.tables.base import Contribution, TableStore
 from headwater.versions.part_store import Source
-from headwater.wire.messages import AckBody, Commit
+from headwater.wire.messages import AckBody, Commit, StepBody
 
 
 @dataclass(slots=True)
@@ -30,6 +31,13 @@ class Session:
     seq: dict[int, int] = field(default_factory=dict)
     inflight: int = 0  # its updates that are proposed and not applied
     gradients: dict[int, torch.Tensor] = field(default_factory=dict)  # by table: shared or staged
+
+    def gradients_of(self, table: Table) -> torch.Tensor:
+        """Where this worker's pushes to a table lie. Raises ``ProtocolError``."""
+        found = self.gradients.get(table.number)
+        if found is None:
+            raise ProtocolError(f"a push to table {table.spec.name!r} without bytes and without shared memory")
+        return found
 
     def finish(self, table: int, seq: int) -> None:
         """A push is applied."""
@@ -84,6 +92,13 @@ class Table:
         self.inflight = 0
         self.capped = spec.sync.staleness_cap is not None
         self.eager = spec.sync.immediate and spec.max_grad_norm is None
+
+    def hear(self, session: Session, body: StepBody | None) -> None:
+        """What a worker says beside its push. Raises ``UnknownOptimizer``."""
+        if body is not None:
+            if body.groups is not None:
+                self.store.check_groups(body.groups)
+            self.words.hear(session.number, body)
 
     def source(self) -> Source:
         """What this shard's part of a version of the table is made from, if its moment is now."""

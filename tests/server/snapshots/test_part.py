@@ -25,7 +25,7 @@ def part_of(stage: Stage, number: int = 0) -> Part:
     shard = stage.shards[number]
     part = Part(shard, threads=False)
     shard.applied.append(part.due)
-    shard._memory.before_write = part.before_write  # type: ignore[method-assign]
+    shard.replica._memory.before_write = part.before_write  # type: ignore[method-assign]
     return part
 
 

@@ -101,7 +101,7 @@ class Followers:
         return out
 
     def record(self, peer: int, record: Record, kind: Kind = Kind.RECORD, flags: int = 0) -> list[Outgoing]:
-        self.shard.materialise(record)
+        self.shard.proposals.materialise(record)
         follower = self.by_peer[peer]
         buffer = self.lending.of(record.gradient) if follower.shared and follower.synced else None
         if buffer is not None and buffer.fd >= 0:
