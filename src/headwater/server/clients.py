@@ -134,8 +134,8 @@ class Clients:
                     raise ProtocolError(f"{len(frame.body)} bytes of slots do not fit into one record; nothing was set")
                 session = self._session(link)
                 return e.AssignSlots(session, frame.seq, request.table, request.slots, request.reset)
-            case m.Aside():
-                return e.Aside(self._session(link), frame.seq, request.table, request.away)
+            case m.PauseTable():
+                return e.PauseTable(self._session(link), frame.seq, request.table, request.paused)
             case _:
                 raise ProtocolError(f"{type(request).__name__} does not go to a server")
 

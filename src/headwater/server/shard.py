@@ -199,8 +199,8 @@ class Shard:
                 self._assigned(event)
             case e.AssignSlots():
                 self._assigned_slots(event)
-            case e.Aside():
-                self._stand_aside(event)
+            case e.PauseTable():
+                self._pause_table(event)
 
     def _guard(self, act: Callable[[Asked], None], event: Asked) -> None:
         try:
@@ -367,10 +367,10 @@ class Shard:
         _refuse_reader(session, "ask for gradients")
         self._collective.ask_mean(session, table, event)
 
-    def _stand_aside(self, event: e.Aside) -> None:
+    def _pause_table(self, event: e.PauseTable) -> None:
         session, table = self.session(event.session), self.table(event.table)
         _refuse_reader(session, "be waited for")
-        self.proposals.propose(r.Aside(table.number, session.number, event.request, event.away))
+        self.proposals.propose(r.TablePaused(table.number, session.number, event.request, event.paused))
 
     # ---- assignments -----------------------------------------------------------------------------
 

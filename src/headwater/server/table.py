@@ -12,7 +12,7 @@ from headwater.server.replication.records import Contributor, Groups, Prepare
 from headwater.server.sync import Alike, Clocks, Gathering, Words
 from headwater.server.sync.alike import Marks
 from headwater.server.tables.base import Contribution, TableStore
-from headwater.versions.part_store import Source
+from headwater.versions.part_store import PartSource
 from headwater.wire.messages import AckBody, Commit, StepBody
 
 
@@ -100,10 +100,10 @@ class Table:
                 self.store.check_groups(body.groups)
             self.words.hear(session.number, body)
 
-    def source(self) -> Source:
+    def source(self) -> PartSource:
         """What this shard's part of a version of the table is made from, if its moment is now."""
         clock = self.gathering.clock if self.collective else max(self.clocks.clock.values(), default=0)
-        return Source(self.number, clock, *self.store.published())
+        return PartSource(self.number, clock, *self.store.published())
 
     def follow_none(self) -> None:
         """This replica is no primary any more, or not yet one: what only a primary knows is void."""
