@@ -10,7 +10,7 @@ from headwater.cluster.fleet import Fleet
 from headwater.cluster.membership import Membership
 from headwater.cluster.outbox import Outbox
 from headwater.cluster.snapshots import PATIENCE, TRIES, Snapshots
-from headwater.cluster.tables import Table, Tables
+from headwater.cluster.tables import DeclaredTable, Tables
 from headwater.errors import ClusterError, DeadlineExceeded, HeadwaterError, UsageError
 from headwater.types import Bulk, DenseSpec, OptimizerSpec, ParameterSpec
 from headwater.wire import messages as m
@@ -34,7 +34,7 @@ class World(Snapshots):
         fleet.begin()
         outbox = self.outbox = Outbox(fleet)
         tables = Tables(outbox, fleet, Membership())
-        tables.by_number[1] = Table(1, SPEC, tuple(range(shards)), set(), "ready", base=9)
+        tables.by_number[1] = DeclaredTable(1, SPEC, tuple(range(shards)), set(), "ready", base=9)
         self.plans = DataPlans()
         super().__init__(outbox, tables, self.plans, here, every)
 

@@ -198,7 +198,10 @@ class SendMean:
 
 @dataclass(slots=True)
 class Fail:
-    """A typed refusal of a push or pull; the session goes on."""
+    """A typed refusal of a push or pull; the session goes on.
+
+    ``push``: what is refused is a push that its worker is to mend, and counts as such in ``headwater status``.
+    """
 
     session: int
     seq: int
@@ -206,6 +209,7 @@ class Fail:
     clock: int
     code: str
     message: str
+    push: bool = False
 
 
 @dataclass(slots=True)

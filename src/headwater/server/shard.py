@@ -198,7 +198,8 @@ class Shard:
             act(event)
         except HeadwaterError as error:
             number = event.request if isinstance(event, e.Pull) else event.seq
-            self._out.append(e.Fail(event.session, number, event.table, event.clock, error.code, str(error)))
+            push = isinstance(event, e.Push)
+            self._out.append(e.Fail(event.session, number, event.table, event.clock, error.code, str(error), push))
 
     # ---- the log ---------------------------------------------------------------------------------
 

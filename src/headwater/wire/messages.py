@@ -362,6 +362,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+    """What ``headwater status`` shows of a server, a worker or a reader; each leaves out what only the others have."""
+
     clock: int = 0
     pushed_bytes: int = 0
     pulled_bytes: int = 0
@@ -372,6 +374,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     shards: tuple[tuple[int, int, int], ...] = ()  # (shard, LSN, lag) of those it is the primary of
     server: int = -1  # servers, whose heartbeats have a connection of their own,
     session: int = 0  # and the incarnation that proves whose they are
+    refused: tuple[tuple[int, int], ...] = ()  # (a client's session, its pushes that this server has refused)
 
 
 # ---- client -> server ---------------------------------------------------------------------------
