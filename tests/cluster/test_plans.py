@@ -114,3 +114,18 @@ def test_who_rests_is_remembered_and_forgotten_with_the_worker() -> None:
     membership.depart(member, clean=True)
     membership.admit(5, m.Join("worker", 5, rank=1), 0.0)
     assert membership.needed() == membership.ranks() == (0, 1)
+
+
+def test_what_was_trained_in_a_step_that_died_with_its_worker_is_given_out_again() -> None:
+    script = FakePeers(1)
+    script.join(0, 1)
+    script.ask(WORKER + 1, question(1))
+    assert script.last(WORKER + 1, m.PlanChunk).chunk == 0
+    script.ask(WORKER + 1, question(2, (0, 7)))  # finished in step 7, which nobody has committed
+    assert script.last(WORKER + 1, m.PlanChunk).chunk == 1
+    script.hang_up(WORKER + 1)
+    given = []
+    for turn in (1, 2, 3):
+        script.ask(WORKER, question(turn))
+        given.append(script.last(WORKER, m.PlanChunk).chunk)
+    assert given == [0, 1, 2]
