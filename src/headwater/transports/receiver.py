@@ -15,6 +15,7 @@ from headwater.errors import LinkBroken, ProtocolError
 from headwater.wire.frames import MAX_BODY, Frame, check_payload, parse
 
 BUFFER = 64 << 10  # bytes: headers and small frames; at most this much of a payload is copied once more
+_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)  # a number: to combine enums takes as long as to receive
 _FDS = 4  # descriptors beside one frame, at most
 _SPACE = socket.CMSG_SPACE(_FDS * array.array("i").itemsize)
 
@@ -102,7 +103,7 @@ class Receiver:
     def _recv(self, target: memoryview, flags: int) -> int:
         try:
             if self._unix:
-                count, extra, _, _ = self._sock.recvmsg_into([target], _SPACE, flags | socket.MSG_CMSG_CLOEXEC)
+                count, extra, _, _ = self._sock.recvmsg_into([target], _SPACE, flags | _CLOEXEC)
                 for level, kind, data in extra:
                     if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                         got = array.array("i")

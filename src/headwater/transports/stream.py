@@ -39,6 +39,7 @@ TICK = 0.5  # seconds: how often a blocked call looks at its deadline
 HANDSHAKE = 10.0  # seconds
 SEND = 60  # seconds in which the other side must take some bytes
 SPIN = 100e-6  # seconds
+_DONTWAIT = int(socket.MSG_DONTWAIT)  # a number: see ``receiver``
 LAST = 2.0  # seconds that a thread of a closed connection has to end
 
 
@@ -166,7 +167,7 @@ class StreamLink:
         with self._sending:
             if not self._backlog and (payload is None or len(payload) <= INLINE):
                 try:  # the caller never waits for the other side to take it: the sender thread does
-                    parts, fds = self._send_now(parts, fds, socket.MSG_DONTWAIT), ()
+                    parts, fds = self._send_now(parts, fds, _DONTWAIT), ()
                 except BlockingIOError:
                     pass
                 except OSError as error:
@@ -252,7 +253,7 @@ class StreamLink:
         if not self._reading.acquire(blocking=False):
             return False
         try:
-            return self._read_once(socket.MSG_DONTWAIT)
+            return self._read_once(_DONTWAIT)
         finally:
             self._reading.release()
 
@@ -260,7 +261,7 @@ class StreamLink:
         """Sleep until something comes, a tick or the deadline."""
         left = min(TICK, deadline - time.monotonic())
         if left > 0 and interrupts.interruptible(self._poller.poll, left * 1000):
-            self._read_once(socket.MSG_DONTWAIT)
+            self._read_once(_DONTWAIT)
 
     def _read_once(self, flags: int = 0) -> bool:
         """One receive call; False if nothing came."""
@@ -280,7 +281,7 @@ class StreamLink:
         """Look for an answer without sleeping: waking a core takes longer than a small message's whole work."""
         until = time.monotonic() + SPIN
         while time.monotonic() < until:
-            if self._read_once(socket.MSG_DONTWAIT):
+            if self._read_once(_DONTWAIT):
                 return True
             os.sched_yield()
         return False

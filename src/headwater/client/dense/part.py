@@ -9,7 +9,7 @@ import torch
 
 from headwater.client.dense.geometry import ShardGeometry, Span
 from headwater.client.dense.memory import Mapped
-from headwater.client.part import Part
+from headwater.client.part import TablePart
 from headwater.client.session import Session
 from headwater.errors import ProtocolError
 from headwater.types import Segment
@@ -38,7 +38,7 @@ class Mean:
         self.here = bool(frame.flags & Flag.END)
 
 
-class DensePart(Part):
+class DensePart(TablePart):
     """``flat_gradients`` is the table's memory that gradients leave from; where values land is said by ``land_in``.
 
     ``live``: the values in the table's flat memory are the server's own.
