@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -15,3 +16,29 @@ def test_every_environment_variable_is_documented() -> None:
     code = [path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")]
     used = {name for text in code for name in re.findall(r"\bHEADWATER_[A-Z_]*[A-Z]\b", text)}
     assert used <= set(re.findall(r"HEADWATER_[A-Z_]+", page))
+
+
+def _methods() -> dict[str, dict[str, set[str]]]:
+    """By file below ``src/headwater`` and class: what it defines."""
+    source = ROOT / "src" / "headwater"
+    found: dict[str, dict[str, set[str]]] = {}
+    for path in source.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found[str(path.relative_to(source))] = {
+            node.name: {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
+            for node in tree.body
+            if isinstance(node, ast.ClassDef)
+        }
+    return found
+
+
+def test_the_way_of_a_push_names_what_there_is() -> None:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    section = page.split("## The way of a push", 1)[1].split("\n## ", 1)[0]
+    methods = _methods()
+    for file, kind, name in re.findall(r"^\| `([\w/]+\.py)` \| `(\w+)\.(\w+)`", section, re.MULTILINE):
+        assert name in methods.get(file, {}).get(kind, set()), f"{file} has no {kind}.{name}"
+    for file in re.findall(r"`([\w/]+\.py)`", section):
+        assert file in methods or (ROOT / file).exists(), f"there is no {file}"
+    for kind, name in re.findall(r"`([A-Z]\w+)\.(\w+)`", section):
+        assert any(name in classes.get(kind, set()) for classes in methods.values()), f"there is no {kind}.{name}"

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from headwater import data, init, launch, pretrained
     from headwater.client import Client, Dense, DenseTable, Publication, Table, Ticket, connect
     from headwater.data import shard
-    from headwater.integrations.torch import Optimizer, wrap
+    from headwater.integrations.torch.optimizer import Optimizer, wrap
     from headwater.readers import Follower, Reader, Weights, reader
     from headwater.wire.versions import VersionStatus
 
@@ -135,8 +135,8 @@ _LATE = {
     "Ticket": "headwater.client",
     "connect": "headwater.client",
     "Follower": "headwater.readers",
-    "Optimizer": "headwater.integrations.torch",
-    "wrap": "headwater.integrations.torch",
+    "Optimizer": "headwater.integrations.torch.optimizer",
+    "wrap": "headwater.integrations.torch.optimizer",
     "Publication": "headwater.client",
     "Reader": "headwater.readers",
     "Weights": "headwater.readers",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from headwater.client import Client
-    from headwater.integrations.torch_data import ShardSampler
+    from headwater.integrations.torch.sampler import ShardSampler
 
 Loader = TypeVar("Loader", bound="DataLoader[Any]")
 
@@ -47,7 +47,7 @@ def shard(loader: Loader, *, client: Client | None = None) -> Loader:
         UsageError: not a DataLoader.
         DataError: when the next epoch begins, if workers went through the last one in different orders.
     """
-    from headwater.integrations.torch_share import share
+    from headwater.integrations.torch.loader import share
 
     return share(loader, client)
 
@@ -86,6 +86,6 @@ def shards(
     Raises:
         UsageError: numbers that make no plan; when first used, another plan under this name.
     """
-    from headwater.integrations.torch_data import ShardSampler
+    from headwater.integrations.torch.sampler import ShardSampler
 
     return ShardSampler(n, epochs, seed, client=client, name=name, chunk=chunk, overlap=overlap, lag=lag)

@@ -33,6 +33,10 @@ REUSED = 4
 """Versions after which the servers use memory again that a reader has looked at before."""
 COMPUTE = 0.3
 """Seconds that the trainer computes between two steps, on an idle core."""
+FIRST = 4
+"""The first versions of a table, for which the servers have no memory that they have used before."""
+STEPS = 1.0
+"""Seconds that the trainer takes steps between these."""
 DTYPES = ("bfloat16", "float32")
 SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 
@@ -169,10 +173,12 @@ def _publishing(options: Options, publisher: PublishedTable) -> list[Figure]:
         return done.ready
 
     with Child("copier", nbytes=publisher.nbytes) as copier:
+        options.note(f"publish: {name}, the first {FIRST} versions of {options.version} MB")
+        first = [_first(publisher, copier) for _ in range(FIRST)]
         options.note(f"publish: {name}, {options.version} MB, while nothing else is done")
         measures = {"publish": publish, "memcpy": lambda: float(copier.ask("copy"))}
         alone = interleave(measures, rounds, warmup=REUSED + 2)
-    found = publish_figures(name, publisher.nbytes, alone, calls[-rounds:])
+    found = publish_figures(name, publisher.nbytes, alone, calls[-rounds:]) + first_figures(name, first)
     for compute in (Computation(COMPUTE), None):
         options.note(f"publish: {name}, in a trainer that {'computes' if compute else 'does nothing but push'}")
         pauses = Pauses(publisher, compute)
@@ -190,6 +196,23 @@ def publish_figures(name: str, nbytes: int, seconds: Samples, calls: list[float]
         figure("publish", f"{name} publish, until ready", publish * 1e3, "ms", memcpy * 1e3),
         figure("publish", f"{name} publish / one memcpy", ratio, "×", 1.0),
         figure("publish", f"{name} publish, the call", statistics.median(calls) * 1e3, "ms", 0.0),
+    ]
+
+
+def _first(publisher: PublishedTable, copier: Child) -> float:
+    """A publication beside one memcpy, after a while of training."""
+    end = time.perf_counter() + STEPS
+    while time.perf_counter() < end:
+        publisher.step()
+    memcpy = float(copier.ask("copy"))
+    return publisher.publish().ready / memcpy
+
+
+def first_figures(name: str, ratios: list[float]) -> list[Figure]:
+    """From publications beside one memcpy each, the first ones of a table."""
+    return [
+        figure("publish", f"{name} first publication / one memcpy", ratios[0], "×", 1.0),
+        figure("publish", f"{name} first {len(ratios)} publications / one memcpy", statistics.mean(ratios), "×", 1.0),
     ]
 
 
@@ -292,6 +315,9 @@ def copy_figures(nbytes: int, seconds: Samples) -> list[Figure]:
             median_ratio(seconds["memcpy"], seconds["one"]),
             "×",
             1.0,
+        ),
+        figure(
+            "publish", "copies of such tensors / memcpy", median_ratio(seconds["memcpy"], seconds["tensors"]), "×", 1.0
         ),
         figure(
             "publish",

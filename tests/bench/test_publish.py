@@ -25,6 +25,7 @@ def _all() -> list[Figure]:
     found = []
     for name in publish.SHORT.values():
         found += publish.publish_figures(name, 500 * MEBIBYTE, samples, [0.001, 0.002, 0.003])
+        found += publish.first_figures(name, [5.0, 1.0, 1.0, 1.0])
         for computes in (True, False):
             found += publish.pause_figures(name, computes, steps, [0.003, 0.004, 0.005], samples["publish"])
     for size in (*publish.SMALL, 500):
@@ -42,6 +43,8 @@ def test_the_figures() -> None:
     found = _values(_all())
     assert found["bf16 publish / one memcpy"] == pytest.approx(2)
     assert found["bf16 publish, the call"] == pytest.approx(2)
+    assert found["bf16 first publication / one memcpy"] == pytest.approx(5)
+    assert found["bf16 first 4 publications / one memcpy"] == pytest.approx(2)
     assert found["fp32 in a trainer that computes: step, more with one"] == pytest.approx(10)
     assert found["fp32 in a trainer that computes: step, more with one / publish"] == pytest.approx(5)
     assert found["bf16 right before a push: servers' pause"] == pytest.approx(4)

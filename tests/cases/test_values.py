@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import headwater
 from tests.cases.support import Make, both_ways, or_says, values
-from tests.integrations.support import workers
+from tests.integrations.torch.support import workers
 from tests.patience import PATIENCE
 
 Values = dict[str, torch.Tensor]

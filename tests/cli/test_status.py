@@ -26,7 +26,7 @@ SERVER = ServerStatus(
     0, "tcp://127.0.0.1:4001", 71, "alive", (0, 1, 2, 5), (), (3,), 200_000_000, 2, 6_000_000, 8_000_000, 90.0
 )
 SHARD = ShardStatus(0, 3, 0, (1,), (), 1234, 2, 2, 2)
-WORKER = WorkerStatus(0, "worker", 81, "alive", 12, 3_000_000, 4_000_000, 1, 0.25)
+WORKER = WorkerStatus(0, "worker", 81, "alive", 12, 3_000_000, 4_000_000, 1, 0.25, 2)
 READER = WorkerStatus(-1, "reader", 82, "silent", 0, 0, 4_000_000, 0, 3.0)
 TABLE = TableStatus("model", 0, 9, 12_000_000, 48_000_000, "AdamW", "Async(max_staleness=None)", 12, (48_000_000,))
 STATUS = ClusterStatus(3725.0, 4, 2, 1, (SERVER,), (SHARD,), (WORKER, READER), (TABLE,))
@@ -71,8 +71,8 @@ def test_everything_is_shown() -> None:
     assert "|".join(_cells(lines, "127.0.0.1:4001")) == expected
     assert "|".join(_cells(lines, "3")) == "0|3|0|1|–|1,234|2|2 of 2"
     assert _cells(lines, "model") == ["model", "9", "12,000,000", "48.0 MB", "48.0 MB", "AdamW", "Async", "12"]
-    assert _cells(lines, "worker") == ["0", "worker", "81", "alive", "12", "1", "0.2 s", "3.0 MB", "4.0 MB"]
-    assert _cells(lines, "reader") == ["–", "reader", "82", "silent", "–", "–", "3.0 s", "0 B", "4.0 MB"]
+    assert _cells(lines, "worker") == ["0", "worker", "81", "alive", "12", "1", "0.2 s", "3.0 MB", "4.0 MB", "2"]
+    assert _cells(lines, "reader") == ["–", "reader", "82", "silent", "–", "–", "3.0 s", "0 B", "4.0 MB", "–"]
 
 
 def test_a_narrow_terminal_is_not_shown_everything() -> None:
@@ -163,7 +163,7 @@ def test_with_an_earlier_status_the_bytes_are_rates() -> None:
     before = msgspec.structs.replace(STATUS, servers=(server,), workers=())
     lines = _lines(before, 2.0)
     assert _cells(lines, "127.0.0.1:4001")[-3:-1] == ["2.0 MB/s", "4.0 MB/s"]
-    assert _cells(lines, "worker")[-2:] == ["3.0 MB", "4.0 MB"]  # it was not there yet
+    assert _cells(lines, "worker")[-3:-1] == ["3.0 MB", "4.0 MB"]  # it was not there yet
 
 
 def test_an_empty_cluster_has_no_empty_tables() -> None:

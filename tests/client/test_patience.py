@@ -59,7 +59,7 @@ def ends(client: FakeClient, patience: Patience, limit: float = 10_000.0) -> tup
 
 
 def patience(client: FakeClient, timeout: float | None = None, question: WhoIsLate = STEP) -> Patience:
-    return Patience(client, timeout, question)  # type: ignore[arg-type]
+    return Patience(client, timeout, lambda: question)  # type: ignore[arg-type]
 
 
 def test_who_is_alive_is_waited_for_until_the_step_timeout(

@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 
 from headwater.client.client import Client
-from headwater.client.part import Part
+from headwater.client.part import TablePart
 from headwater.client.session import Session
 from headwater.client.shards import UNSERVED
 from headwater.errors import ClusterError, DeadlineExceeded, HeadwaterError, LinkBroken, StaleEpoch, Unreachable
@@ -85,7 +85,7 @@ def test_after_a_failover_the_client_finds_the_new_primary_and_opens_the_same_se
     session = client.shards.sessions[0]
     client.shards.reach(session)
     table = Attached()
-    session.parts[1], client.shards.tables[1] = cast("Part", object()), table
+    session.parts[1], client.shards.tables[1] = cast("TablePart", object()), table
     town.moves("tcp://b:1")
     client.shards.recover(session, town.runtime.now() + 60, LinkBroken("reset"))
     assert town.dialed == ["tcp://a:1", "tcp://b:1"]

@@ -542,8 +542,9 @@ def test_the_status_tells_what_the_heartbeats_said() -> None:
     script.ask(WORKER, m.Declare(spec("emb", sync=Async())))
     script.create()
     script.tell(WORKER, m.Heartbeat(clock=5, pushed_bytes=6, pulled_bytes=7, staleness=1))
-    report = m.Heartbeat(0, 3, 0, 0, 800, 1, ((1, 5),), ((0, 9, 2),), 0, 0)
+    report = m.Heartbeat(0, 3, 0, 0, 800, 1, ((1, 5),), ((0, 9, 2),), 0, 0, refused=((0, 3), (7, 9)))
     script.tell(HEART, report)
+    script.tell(HEART + 1, m.Heartbeat(server=1, session=1, refused=((0, 1),)))
     script.clock.advance(3)
     script.ask(WORKER, m.Status())
     status = script.last(WORKER, m.ClusterStatus)
@@ -553,6 +554,7 @@ def test_the_status_tells_what_the_heartbeats_said() -> None:
         (1, 1, 0, 0, 1, 1),
     ]
     assert (worker.rank, worker.clock, worker.pushed_bytes, worker.heard, worker.state) == (0, 5, 6, 3.0, "silent")
+    assert worker.refused == 4  # by both servers; session 7 is another's
     assert (first.server, first.primaries, first.nbytes, first.pushed_bytes, first.uptime) == (0, (0,), 800, 3, 3.0)
     assert (table.name, table.clock, table.elements, len(table.shards)) == ("emb", 5, 200_000, 2)
     assert (second.primaries, second.backups, second.learners, second.nbytes) == ((1,), (), (), 0)

@@ -30,7 +30,7 @@ PRELOADED = (
     "headwater.cli.run",
     "headwater.client",
     "headwater.cluster.coordinator",
-    "headwater.integrations.torch",
+    "headwater.integrations.torch.optimizer",
     "headwater.server.hosts",
     "headwater.transports.loop",
     "tests.scripts.outcome",

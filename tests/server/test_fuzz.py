@@ -254,7 +254,7 @@ def member_talk(trial: Trial, chance: random.Random) -> list[Piece]:
         m.TakeSnapshot(),
         m.Status(),
         m.PlanNext(f"p{chance.randrange(9)}", 100, 2, 1, 10, False, 1, ((0, 1),)),
-        m.Rest(away=True),
+        m.Pause(paused=True),
         m.Heartbeat(1, 2, 3, 4, 5, 6, ((1, 5), (2, 6)), ((0, 5, 1),)),
         m.Heartbeat(server=2, tables=((1, 5),), shards=((0, 5, 1),)),
         m.Ready(BULK, shard, 2, 1, (1.0,), skip=False),

@@ -50,7 +50,7 @@ def cut_a_step_late(patch: pytest.MonkeyPatch) -> None:
             waiting.setdefault(id(self), (self, []))[1].append(record.body)
             clocks = tuple((table, self.tables[table].gathering.clock) for table in record.body.tables)
             setting = self._memory._setting
-            setting.part_store.outbox.append(v.PartDone(record.body.version, 0, setting.server, clocks=clocks))
+            setting.part_store.outbox.reports.append(v.PartDone(record.body.version, 0, setting.server, clocks=clocks))
             self.lsn = record.lsn
             return []
         happened = apply(self, record)
@@ -73,7 +73,7 @@ def believe_whoever_speaks_first(patch: pytest.MonkeyPatch) -> None:
 
 def keep_what_is_dropped(patch: pytest.MonkeyPatch) -> None:
     """Servers do not let go of a version that nobody wants."""
-    patch.setattr(PartStore, "drop", lambda self, numbers: [])
+    patch.setattr(PartStore, "drop", lambda self, numbers: None)
 
 
 def keep_the_leases_of_the_dead(patch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from headwater.errors import NotEnoughMemory
+from headwater.transports import buffers as buffers_module
 from headwater.transports import memory
 from headwater.transports.buffers import SPARE, Buffer, BufferPool
 from tests.patience import PATIENCE
@@ -174,13 +175,106 @@ def test_no_descriptors_left(monkeypatch: pytest.MonkeyPatch) -> None:
         BufferPool(share=True).take(SIZE)
 
 
-def test_a_room_that_was_made_ready_is_taken() -> None:
+def settled(pool: BufferPool) -> None:
+    """Wait until the thread that makes buffers ready has nothing more to do."""
+    thread = pool._thread
+    if thread is not None:
+        thread.join(PATIENCE)
+    assert pool._thread is None
+
+
+def test_a_buffer_that_was_made_ready_is_taken() -> None:
     pool = BufferPool(share=True)
     pool.prepare(SIZE)
     pool.prepare(SIZE)
+    settled(pool)
+    (ready,) = pool._free[SIZE]
+    assert os.fstat(ready.fd).st_blocks * 512 >= SIZE, "its pages are not there"
+    assert pool.take(SIZE) is ready
+    settled(pool)
+    assert not pool._free[SIZE], "one was asked for, and no second one"
+
+
+def test_as_many_are_made_ready_as_a_version_takes() -> None:
+    pool = BufferPool(share=True)
+    pool.prepare(SIZE, SPARE + 2)
+    pool.prepare(2 * SIZE)
+    settled(pool)
+    assert {size: len(free) for size, free in pool._free.items()} == {SIZE: SPARE + 2, 2 * SIZE: 1}
+    taken = [pool.take(SIZE) for _ in range(SPARE + 2)]
+    pool.prepare(SIZE, 1)
+    settled(pool)
+    for buffer in taken:
+        pool.give(buffer)
+    assert len(pool._free[SIZE]) == SPARE
+
+
+class Halfway:
+    """Holds the thread that makes a buffer ready up when it has the first of its pages."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.reached, self.go_on = threading.Event(), threading.Event()
+        self.steps: list[int] = []
+        populate = Buffer.populate
+        patch.setattr(buffers_module, "STEP", SIZE // 4)
+
+        def slow(buffer: Buffer, start: int, stop: int) -> bool:
+            done = populate(buffer, start, stop)
+            self.steps.append(start)
+            self.reached.set()
+            return self.go_on.wait(PATIENCE) and done
+
+        patch.setattr(Buffer, "populate", slow)
+
+    def end(self, pool: BufferPool) -> None:
+        self.go_on.set()
+        settled(pool)
+
+
+def test_a_buffer_that_is_half_ready_is_taken_and_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else two buffers' pages would be found at once, and whoever takes one would wait for both."""
+    pool, halfway = BufferPool(share=True), Halfway(monkeypatch)
+    pool.prepare(SIZE)
+    assert halfway.reached.wait(PATIENCE)
+    coming = pool._coming
+    other = pool.take(2 * SIZE)
+    taken = pool.take(SIZE)
+    assert taken is coming is not other
+    taken.array[:] = 7
+    halfway.end(pool)
+    assert halfway.steps == [0], "it went on with pages that somebody else has"
+    assert taken.array.tobytes() == b"\7" * SIZE
+    assert pool.take(SIZE) is not taken
+
+
+@pytest.mark.parametrize("close", [False, True])
+def test_a_buffer_that_is_not_wanted_any_more_is_not_made_ready(close: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, halfway = BufferPool(share=True), Halfway(monkeypatch)
+    pool.prepare(SIZE)
+    assert halfway.reached.wait(PATIENCE)
+    if close:
+        pool.close()
+    else:
+        pool.unwanted(SIZE)
+    halfway.end(pool)
+    assert halfway.steps == [0]
+    assert not pool._free.get(SIZE)
+    pool.prepare(SIZE)
+    assert pool._thread is None
+
+
+def test_no_thread_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool = BufferPool(share=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refused)
+        pool.prepare(SIZE)
+    assert pool.take(SIZE).size == SIZE
+    pool.prepare(SIZE)
+    settled(pool)
     assert len(pool._free[SIZE]) == 1
-    pool.take(SIZE)
-    assert not pool._free[SIZE]
 
 
 def look_at_everything(seed: int, steps: int = 300) -> None:

@@ -13,7 +13,8 @@ from headwater.layout.dense import layout
 from headwater.layout.words import spans
 from headwater.types import DenseSpec, OptimizerSpec, ParameterSpec
 from headwater.versions.backfill import Backfills
-from headwater.versions.part_store import Key, PartStore
+from headwater.versions.part_store import PartStore
+from headwater.versions.parts import Key
 from headwater.wire import messages as m
 from headwater.wire import sums
 from headwater.wire import versions as v
@@ -63,9 +64,14 @@ class Pair:
             if x.close:
                 self.closed = True
                 continue
-            for answer in self.theirs.receive(9, x.frame):
+            for answer in self._answers(x.frame):
                 assert isinstance(answer, Outgoing)
                 self.hear(answer.frame, out)
+
+    def _answers(self, question: Frame) -> list[Instruction]:
+        self.theirs.receive(9, question)
+        answers, self.theirs.outbox.frames = self.theirs.outbox.frames, []
+        return answers
 
     def hear(self, frame: Frame, out: list[Instruction]) -> None:
         if 5 not in self.backfills:
@@ -81,7 +87,7 @@ def test_all_tables_are_fetched_checked_and_said() -> None:
     pair.begin()
     assert pair.closed
     assert 5 not in pair.backfills
-    (said,) = pair.mine.outbox
+    (said,) = pair.mine.outbox.reports
     assert (said.number, said.shard, said.server, said.parts) == (7, 0, 1, pair.order.parts)
     for number, _ in SPECS:
         key = Key(7, 0, number)
@@ -91,9 +97,9 @@ def test_all_tables_are_fetched_checked_and_said() -> None:
 def test_what_is_held_already_is_only_said() -> None:
     pair = Pair()
     pair.begin()
-    pair.mine.outbox.clear()
+    pair.mine.outbox.reports.clear()
     assert pair.backfills.begin(pair.order) == []
-    assert [done.parts for done in pair.mine.outbox] == [pair.order.parts]
+    assert [done.parts for done in pair.mine.outbox.reports] == [pair.order.parts]
 
 
 def test_damaged_bytes_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +115,7 @@ def test_damaged_bytes_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     pair.begin()
     assert pair.closed
     assert not pair.mine.parts
-    assert not pair.mine.outbox
+    assert not pair.mine.outbox.reports
 
 
 def test_another_part_than_the_one_asked_for_is_refused() -> None:
@@ -125,7 +131,7 @@ def test_a_holder_that_has_it_no_more_ends_the_fill() -> None:
     pair.theirs.drop([7])
     pair.begin()
     assert pair.closed
-    assert not pair.mine.outbox
+    assert not pair.mine.outbox.reports
     assert pair.backfills.begin(pair.order)  # and it can be asked for again
 
 

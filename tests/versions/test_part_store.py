@@ -20,9 +20,10 @@ from headwater.server.node import Setting
 from headwater.server.server import Server
 from headwater.transports import memory
 from headwater.types import Bulk, DenseSpec, OptimizerSpec, ParameterSpec
-from headwater.versions import part_store as store_module
+from headwater.versions import part_answers
 from headwater.versions.part_cut import PartCut
-from headwater.versions.part_store import Key, PartStore
+from headwater.versions.part_store import PartStore
+from headwater.versions.parts import Key
 from headwater.wire import delta
 from headwater.wire import messages as m
 from headwater.wire import versions as v
@@ -190,7 +191,7 @@ def test_the_coordinator_hears_when_it_begins_and_when_it_is_there(holder: Holde
     holder.said.clear()
     holder.tell(v.CutVersion(1, 0, (1,)))  # to another coordinator
     holder.part_store.report_all()
-    assert [x.parts for x in [*holder.said, *holder.part_store.outbox]] == [done.parts] * 2
+    assert [x.parts for x in [*holder.said, *holder.part_store.outbox.reports]] == [done.parts] * 2
 
 
 def test_without_threads_it_is_there_at_once() -> None:
@@ -198,6 +199,20 @@ def test_without_threads_it_is_there_at_once() -> None:
     wanted = holder.publish(1)
     assert [bool(x.parts) for x in holder.said] == [True]
     assert same(holder.fetch(1)[1], wanted)
+
+
+def test_memory_for_the_next_version_is_ready_before_it_begins() -> None:
+    """Fresh memory takes several times as long to write to. It is found when a version is there, one for each part."""
+    holder = Holder(tables=2)
+    size, pool = len(holder.values), holder.part_store.pool
+    holder.publish(1, (1, 2))
+    if pool._thread is not None:
+        pool._thread.join(PATIENCE)
+    ready = list(pool._free[size])
+    assert len(ready) == 2
+    holder.publish(2, (1, 2))
+    assert {id(holder.part_store.parts[Key(2, 0, table)].buffer) for table in (1, 2)} == {id(each) for each in ready}
+    holder.part_store.close()
 
 
 # ---- what cannot be made -------------------------------------------------------------------------------
@@ -225,7 +240,7 @@ def test_a_version_that_only_half_begins_is_not_held(monkeypatch: pytest.MonkeyP
     assert all(x.error for x in holder.said)
     assert not holder.part_store.parts
     holder.part_store.report_all()
-    assert all(x.error for x in holder.part_store.outbox)
+    assert all(x.error for x in holder.part_store.outbox.reports)
     holder.part_store.close()
 
 
@@ -374,7 +389,7 @@ def test_what_changed_too_much_or_has_no_base_is_sent_whole(holder: Holder) -> N
 
 
 def test_deltas_are_bounded(holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "DELTAS", 3)
+    monkeypatch.setattr(part_answers, "DELTAS", 3)
     states = {number: holder.publish(number) for number in range(1, 6)}
     holder.write(0, 10)
     states[6] = holder.publish(6)
@@ -385,8 +400,26 @@ def test_deltas_are_bounded(holder: Holder, monkeypatch: pytest.MonkeyPatch) -> 
     assert not held.waiting
     size = held.buffer.size
     held.deltas.update({number: bytes(size // 3) for number in (10, 11, 12)})
-    holder.part_store._encoded(Key(6, 0, 1), 13, bytes(size // 2))
+    holder.part_store._answers._encoded(Key(6, 0, 1), 13, bytes(size // 2))
     assert sum(len(x or b"") for x in held.deltas.values()) <= size
+
+
+def test_a_reader_that_waits_for_a_part_that_is_begun_again_is_told(
+    holder: Holder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record that began it was rolled back with its primary."""
+    gate, encode = threading.Event(), delta.encode
+    monkeypatch.setattr(delta, "encode", lambda *args: gate.wait(PATIENCE) and encode(*args))
+    for number in (1, 2):
+        holder.write(0, 10, number)
+        holder.publish(number)
+    holder.ask(2, base=1)
+    holder.part_store.begin(2, 0, [holder.server.nodes[0].shard.tables[1].source()])
+    holder._take(holder.server.woken())
+    gate.set()
+    (told,) = holder.told[READER]
+    assert isinstance(m.read_error(told.frame.body), VersionExpired)
+    holder.settle()
 
 
 def test_a_delta_that_cannot_be_made_does_not_end_the_others(
@@ -457,9 +490,9 @@ def test_a_delta_to_what_was_dropped_is_not_one_to_another_of_its_number(
     holder.write(0, 10, 7)
     holder.publish(2)
     gate.set()
-    encoder = holder.part_store._encoder
+    encoder = holder.part_store._answers._encoder
     assert encoder is not None
-    holder.part_store._jobs.put(None)
+    holder.part_store._answers._jobs.put(None)
     encoder.join(PATIENCE)
     holder._take(holder.server.woken())
     assert not holder.part_store.parts[Key(2, 0, 1)].deltas

@@ -18,7 +18,7 @@ def export(
 ) -> None:
     """Write a snapshot as model.safetensors and a torch optimizer's state.
 
-    headwater.integrations.torch_state.load_optimizer_state(OUT) gives what
+    headwater.integrations.torch.export.load_optimizer_state(OUT) gives what
     load_state_dict() of the plain torch optimizer takes.
     """
     from headwater.server.snapshots.export import export as write

@@ -38,7 +38,7 @@ _SPARE_OF_SERVERS = ("address+sessions+up", "learner", "pid", "backup", "memory"
 _SPARE_OF_SHARDS = ("epoch", "LSN", "learners", "lag")
 _SPARE_OF_TABLES = ("per shard", "parameters", "elements", "optimizer", "sync")
 _SPARE_OF_MODELS = ("held", "leases", "age", "tags")
-_SPARE_OF_WORKERS = ("pid", "heard", "pulled", "staleness")
+_SPARE_OF_WORKERS = ("pid", "heard", "refused", "pulled", "staleness")
 """Columns that a narrow terminal does without, the first to go first."""
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -125,7 +125,10 @@ def draw(
             counted(len(workers), "worker"),
         )
     )
-    tables = [(_servers(now, earlier, seconds), _SPARE_OF_SERVERS), (_shards(now), _SPARE_OF_SHARDS)]
+    tables: list[tuple[Table, tuple[str, ...]]] = [
+        (_servers(now, earlier, seconds), _SPARE_OF_SERVERS),
+        (_shards(now), _SPARE_OF_SHARDS),
+    ]
     if now.tables:
         tables.append((_tables(now), _SPARE_OF_TABLES))
     if now.models:
@@ -148,7 +151,7 @@ def _fitted(tables: Sequence[tuple[Table, tuple[str, ...]]], width: int) -> list
 def _relay(now: ClusterStatus, relay: RelayStatus, width: int) -> RenderableType:
     """A relay has no servers and no tables, but versions and readers."""
     head = f"Relay, up {duration(now.uptime)}: {counted(len(now.models), 'model')}, {size(relay.nbytes)} held"
-    tables = [(_models(now), _SPARE_OF_MODELS)] if now.models else []
+    tables: list[tuple[Table, tuple[str, ...]]] = [(_models(now), _SPARE_OF_MODELS)] if now.models else []
     if now.workers:
         tables.append((_workers(now, None, 0.0), _SPARE_OF_WORKERS))
     said = Text(f"{head}, {size(relay.sent_bytes)} sent to readers", "bold")
@@ -288,7 +291,17 @@ def _models(now: ClusterStatus) -> Table:
 
 def _workers(now: ClusterStatus, earlier: ClusterStatus | None, seconds: float) -> Table:
     table = grid(
-        "Workers and readers", "rank>", "role", "pid>", "state", "clock>", "staleness>", "heard>", "pushed>", "pulled>"
+        "Workers and readers",
+        "rank>",
+        "role",
+        "pid>",
+        "state",
+        "clock>",
+        "staleness>",
+        "heard>",
+        "pushed>",
+        "pulled>",
+        "refused>",
     )
     old = {worker.pid: worker for worker in earlier.workers} if earlier else {}
     for worker in now.workers:
@@ -304,6 +317,7 @@ def _workers(now: ClusterStatus, earlier: ClusterStatus | None, seconds: float) 
             f"{worker.heard:.1f} s",
             _flow(worker.pushed_bytes, was.pushed_bytes if was else None, seconds),
             _flow(worker.pulled_bytes, was.pulled_bytes if was else None, seconds),
+            Text(str(worker.refused), "yellow" if worker.refused else "") if trains else "–",
         )
     return table
 

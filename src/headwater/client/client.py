@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 from collections.abc import Iterable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import overload
 
@@ -19,6 +20,7 @@ from headwater.client.dense.handle import Dense
 from headwater.client.dense.table import DenseTable
 from headwater.client.kinds import kind_of
 from headwater.client.naming import Names
+from headwater.client.patience import Patience
 from headwater.client.pauses import Pauses
 from headwater.client.publication import Publication, publish
 from headwater.client.runtime import Runtime, Threads
@@ -157,7 +159,7 @@ class Client:
         if missing:
             raise UsageError(f"table {spec.name!r}: no values were given for {missing[0]!r}; nothing was declared")
         kind.check(spec, given)
-        patience = self.shards.patience(None, m.WhoIsLate(spec.name))
+        patience = Patience(self.shards, None, partial(m.WhoIsLate, spec.name))
         declared = self.shards.ask_for_others(m.Declare(spec, claim), patience)
         assert isinstance(declared, m.Declared)
         if known is not None and known.number == declared.table:
@@ -272,7 +274,7 @@ class Client:
         met = self._pauses.meet(name, value, timeout)
         return dict(met.values) if isinstance(met, m.Met) else {}
 
-    def resting(self) -> contextlib.AbstractContextManager[None]:
+    def paused(self) -> contextlib.AbstractContextManager[None]:
         """Inside, steps and reads of others do without this worker, which waits for something that they do.
 
         Its own steps are finished first; afterwards its ``Bulk`` tables are where the others are.

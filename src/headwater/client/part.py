@@ -14,7 +14,7 @@ from headwater.wire.frames import Flag, Frame, Kind
 PLAIN = m.AckBody()
 
 
-class Part:
+class TablePart:
     """Pushes and assignments are numbered from 1; what they carry and what lands here is a subclass's.
 
     What is not acknowledged is kept (``_unacked``), so that it can be sent again: to a new primary under the same
@@ -47,7 +47,7 @@ class Part:
         for frame in frames:
             self.sent_seq = frame.seq = self.sent_seq + 1
             self._unacked.append(frame)
-            session.pushed_bytes += frame.length
+            session.pushed_bytes += frame.stop - frame.start or (0 if frame.payload is None else len(frame.payload))
             session.send(frame)
 
     def assign_frames(self, frames: list[Frame]) -> None:

@@ -7,6 +7,7 @@ everything else, a server, the coordinator or a worker that is not there, ``HEAD
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 from headwater.client.runtime import Runtime
@@ -33,17 +34,18 @@ class Waiter(Protocol):
 class Patience:
     """One wait, which has begun now. ``timeout``: seconds that the caller allows; ``None``: what the settings say.
 
-    ``question``: where this worker waits. ``deadline`` moves while others are alive and late.
+    ``question``: where this worker waits, asked for when it has waited for a while. ``deadline`` moves while others are
+    alive and late.
     """
 
-    def __init__(self, waiter: Waiter, timeout: float | None, question: WhoIsLate) -> None:
+    def __init__(self, waiter: Waiter, timeout: float | None, question: Callable[[], WhoIsLate]) -> None:
         self._waiter = waiter
         self._question = question
         self._allowed = timeout
         self._timeout = waiter.timeout if timeout is None else timeout
-        self._begun = self._warned = waiter.runtime.now()
-        self.deadline = self._begun + self._timeout
-        self._next = self.deadline if timeout is not None else self._begun + self._timeout / _LOOKS
+        self.begun = self._warned = waiter.runtime.now()
+        self.deadline = self.begun + self._timeout
+        self._next = self.deadline if timeout is not None else self.begun + self._timeout / _LOOKS
 
     @property
     def left(self) -> float:
@@ -60,7 +62,7 @@ class Patience:
             return
         late, unknown = self._who_is_late()
         if self._allowed is None and late.alive and not late.absent:
-            self.deadline = max(self.deadline, min(self._begun + self._waiter.step_timeout, now + self._timeout))
+            self.deadline = max(self.deadline, min(self.begun + self._waiter.step_timeout, now + self._timeout))
             self._warn(late, now)
         if now >= self.deadline:
             raise DeadlineExceeded(self._words(late, whom, unknown, now))
@@ -69,7 +71,7 @@ class Patience:
     def _who_is_late(self) -> tuple[Late, str]:
         """Also why that is not known."""
         try:
-            found = self._waiter.ask(self._question, _BRIEF)
+            found = self._waiter.ask(self._question(), _BRIEF)
         except UsageError:
             raise
         except HeadwaterError as error:
@@ -83,19 +85,19 @@ class Patience:
         self._warned = now
         log.warning(
             "worker %d waits for %s at %s, for %.0f s now; alive, so this goes on until HEADWATER_STEP_TIMEOUT (%g s)",
-            self._waiter.rank, _names(late.alive), self._place, now - self._begun, self._waiter.step_timeout,
+            self._waiter.rank, _names(late.alive), self._place, now - self.begun, self._waiter.step_timeout,
         )  # fmt: skip
 
     @property
     def _place(self) -> str:
-        q = self._question
+        q = self._question()
         if q.barrier is not None:
             return f"barrier {q.barrier!r}" if q.barrier else "the barrier"
         return f"step {q.clock} of table {q.table!r}" if 0 < q.clock < ANY else f"table {q.table!r}"
 
     def _words(self, late: Late, whom: str, unknown: str, now: float) -> str:
         """Who did not come, and which limit that was."""
-        waited = f"within {now - self._begun:.3g} s"
+        waited = f"within {now - self.begun:.3g} s"
         limit = "the timeout of this call" if self._allowed is not None else "HEADWATER_TIMEOUT"
         applied = "what was pushed may still be applied"
         if late.absent:

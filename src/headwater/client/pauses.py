@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 from headwater import interrupts
+from headwater.client.patience import Patience
 from headwater.client.shards import Shards
 from headwater.client.table import Table
 from headwater.wire import messages as m
 
-_BRIEF = 2.0  # seconds to say that one is back, however late it is
-_BACK = "\0back"  # behind a barrier's name: of the one after it, at which nobody is paused any more
+_BRIEF = 2.0  # seconds at least, after a wait that took all its time, to tell the shards that the worker resumes
+_SECOND = "\0back"  # makes of a barrier's name that of its second half: nobody passes it who is still paused
 
 
 class Pauses:
@@ -25,13 +27,12 @@ class Pauses:
         self._turns: Counter[str] = Counter()
 
     def meet(self, name: str, value: bytes, timeout: float | None) -> m.Reply:
-        """A barrier, which is two: at the first one who is early pauses, and past the second nobody does."""
+        """A barrier, in two halves: who is early pauses in the first; past the second all are waited for again."""
         self._turns[name] += 1
-        patience = self._shards.patience(timeout, m.WhoIsLate(barrier=name))
+        patience = Patience(self._shards, timeout, partial(m.WhoIsLate, barrier=name))
         with self.paced_do_without(patience.deadline):
             met = self._shards.ask_for_others(m.Barrier(name, self._turns[name], value), patience)
-        # Nobody takes a step before all are waited for again.
-        self._shards.ask_for_others(m.Barrier(name + _BACK, self._turns[name]), patience)
+        self._shards.ask_for_others(m.Barrier(name + _SECOND, self._turns[name]), patience)
         return met
 
     @contextlib.contextmanager
@@ -47,13 +48,13 @@ class Pauses:
         self._paused = True
         try:
             for table in paced:
-                table.aside(True, deadline)
+                table.pause(deadline)
             yield
         finally:
             self._paused = False
             until = max(deadline, self._shards.runtime.now() + _BRIEF)
             for table in paced:
-                table.aside(False, until)
+                table.resume(until)
 
     @contextlib.contextmanager
     def all_do_without(self) -> Iterator[None]:
@@ -67,16 +68,16 @@ class Pauses:
             if not any(table.spec.sync.collective for table in self._tables.values()):
                 yield
                 return
-            self._rest(True)
+            self._say(True)
             try:
                 yield
             finally:
-                self._rest(False)
+                self._say(False)
                 for table in self._tables.values():
-                    table.rejoin(self._shards.members)
+                    table.catch_up(self._shards.members)
 
     @interrupts.deferred
-    def _rest(self, away: bool) -> None:
-        answer = self._shards.ask(m.Rest(away))
-        assert isinstance(answer, m.Rested)
+    def _say(self, paused: bool) -> None:
+        answer = self._shards.ask(m.Pause(paused))
+        assert isinstance(answer, m.Paused)
         self._shards.members = max(self._shards.members, answer.members)

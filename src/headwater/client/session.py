@@ -19,8 +19,8 @@ TURN = 0.25  # seconds after which one asks whether a silent server is still its
 _REQUEST = 1 << 62  # numbers of requests; pushes count from 1
 
 
-class TablePart(Protocol):
-    """A table's interest in one shard. ``lost``: another worker's death undid its step, all of which has ``ended``."""
+class FrameSink(Protocol):
+    """Where frames of one table go. ``lost``: another worker's death undid its step, all of which has ``ended``."""
 
     table: int
 
@@ -38,7 +38,7 @@ class Undone(NamedTuple):
     """The step of one table on one shard, which another worker's death undid: it must be pushed again."""
 
     session: Session
-    part: TablePart
+    part: FrameSink
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class Session:
         self.epoch = 0
         self.damaged = 0  # connections in a row that ended without an answer
         self.address = ""  # of the server that is at the other end
-        self.parts: dict[int, TablePart] = {}
+        self.parts: dict[int, FrameSink] = {}
         self.pushed_bytes = self.pulled_bytes = 0
         self._requests: dict[int, Answers] = {}
         self._ids = itertools.count(_REQUEST)
@@ -144,7 +144,7 @@ class Session:
         if frame.kind == Kind.ACK and part is not None:
             part.acked(frame)
         elif frame.kind == Kind.DATA and part is not None:
-            self.pulled_bytes += frame.length
+            self.pulled_bytes += frame.stop - frame.start
             part.arrived(frame)
         elif frame.kind == Kind.REPLY:
             self._replied(frame, tuple(fds))
@@ -163,7 +163,7 @@ class Session:
         answers.fds += fds
         answers.done = not (isinstance(reply, m.SlotPart) and reply.more)
 
-    def _failed(self, frame: Frame, part: TablePart | None) -> None:
+    def _failed(self, frame: Frame, part: FrameSink | None) -> None:
         error = m.read_error(frame.body)
         answers = self._requests.get(frame.seq)
         if answers is not None:

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from headwater import interrupts
 from headwater.client.control import Control, Dial
-from headwater.client.part import Part
+from headwater.client.part import TablePart
 from headwater.client.patience import Patience
 from headwater.client.runtime import Runtime
 from headwater.client.session import TURN, Session, Undone
@@ -24,7 +24,6 @@ from headwater.errors import (
 )
 from headwater.transports import forks
 from headwater.wire import messages as m
-from headwater.wire.data_plan import WhoIsLate
 
 OPEN = 5.0  # seconds in which a server must answer the first request of a connection
 AGAIN = 0.02  # seconds between two attempts to reach a shard
@@ -32,7 +31,7 @@ UNSERVED = 5.0  # seconds in which the only server of a shard may come back
 DAMAGED = 20  # connections in a row that end for damaged frames until that is no accident
 _FIRST = 0.01  # seconds: the first turn at each server, doubled from round to round
 
-P = TypeVar("P", bound=Part)
+P = TypeVar("P", bound=TablePart)
 
 
 class AttachedTable(Protocol):
@@ -195,21 +194,18 @@ class Shards:
             except DeadlineExceeded:
                 patience.look("the coordinator")
 
-    def patience(self, timeout: float | None, question: WhoIsLate) -> Patience:
-        """A wait for other workers, which begins now."""
-        return Patience(self, timeout, question)
-
     # ---- waiting for answers -----------------------------------------------------------------------
 
-    def pump(self, parts: Sequence[P], done: Callable[[P], bool], patience: Patience) -> None:
+    def pump(self, waiting: Sequence[P], done: Callable[[P], bool], patience: Patience) -> None:
         """Receive until ``done`` of each part; all are of one table, which waits. Raises as ``recover``.
 
         Each server is waited for in turns: it may wait for another that is dead, or be dead itself without a sign.
         """
-        waiting, turn = parts, _FIRST
-        while waiting := [part for part in waiting if not done(part)]:
+        turn = _FIRST
+        while waiting:
             for part in waiting:
                 self.pump_one(part, done, patience, turn)
+            waiting = [part for part in waiting if not done(part)]
             turn = min(2 * turn, TURN)
 
     def pump_one(self, part: P, done: Callable[[P], bool], patience: Patience, turn: float = TURN) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from headwater import interrupts
-from headwater.client.part import Part
+from headwater.client.part import TablePart
 from headwater.client.patience import Patience
 from headwater.client.session import Answers, Session
 from headwater.client.shards import Shards
@@ -35,7 +35,7 @@ class Table(ABC):
     """
 
     spec: TableSpec
-    _parts: Sequence[Part]  # of the subclass's own kind
+    _parts: Sequence[TablePart]  # of the subclass's own kind
 
     def __init__(self, shards: Shards, declared: m.Declared) -> None:
         self.spec = declared.spec
@@ -96,7 +96,7 @@ class Table(ABC):
             self._attach_until(part, deadline, members)
         self.clock = max(part.clock for part in self._parts)
 
-    def _attach_until(self, part: Part, deadline: float, members: int) -> None:
+    def _attach_until(self, part: TablePart, deadline: float, members: int) -> None:
         """Steps that were decided before the shard knew this worker are not its own."""
         part.known = -1
         while True:
@@ -131,7 +131,7 @@ class Table(ABC):
         self._members = self._shards.members = max(part.members, self._members)
         part.push_again(self._members)
 
-    def _part_on(self, session: Session) -> Part:
+    def _part_on(self, session: Session) -> TablePart:
         return next(part for part in self._parts if part.session is session)
 
     # ---- pauses ----------------------------------------------------------------------------------
@@ -141,18 +141,23 @@ class Table(ABC):
         """Whether others' reads or steps may have to wait for what this worker does next, other than under ``Bulk``."""
         return self.spec.sync.paced
 
-    @interrupts.deferred
-    def aside(self, away: bool, deadline: float) -> None:
-        """Others' reads and steps do without this worker, or wait for it again.
+    def pause(self, deadline: float) -> None:
+        """Others' reads and steps do without this worker."""
+        self._say_paused(True, deadline)
 
-        A shard that nobody serves is left out: whoever needs it hears of it.
-        """
+    def resume(self, deadline: float) -> None:
+        """They wait for it again."""
+        self._say_paused(False, deadline)
+
+    @interrupts.deferred
+    def _say_paused(self, paused: bool, deadline: float) -> None:
+        """A shard that nobody serves is left out: whoever needs it hears of it."""
         for part in self._parts:
             with contextlib.suppress(LinkError, DeadlineExceeded):
-                self._shards.request(part.session, m.Aside(self.number, away), deadline)
+                self._shards.request(part.session, m.PauseTable(self.number, paused), deadline)
 
     @interrupts.deferred
-    def rejoin(self, members: int) -> None:
+    def catch_up(self, members: int) -> None:
         """After a pause: others' steps were applied meanwhile. A shard counts from when it knows ``members``."""
         self._members = members
         if not self.spec.sync.collective:
@@ -192,25 +197,29 @@ class Table(ABC):
 
     def _settle(self, timeout: float | None) -> StepResult:
         """Wait until every shard has acknowledged the step. A failure takes the clock back: nothing was applied."""
-        self._pump(Part.settled, timeout)
+        self._pump(TablePart.settled, timeout)
         self._open = False
         stale = lsn = lag = 0
-        applied = True
-        apart = differ = False
+        applied, apart, differ = True, False, False
         error: HeadwaterError | None = None
         for part in self._parts:
             error = error or part.error
-            stale, lsn, lag = max(stale, part.staleness), max(lsn, part.lsn), max(lag, part.lag)
-            applied = applied and not part.skipped
-            apart, differ = apart or part.note.apart, differ or part.note.differ
+            if part.staleness > stale:
+                stale = part.staleness
+            if part.lsn > lsn:
+                lsn = part.lsn
+            if part.lag > lag:
+                lag = part.lag
+            applied, apart, differ = applied and not part.skipped, apart or part.note.apart, differ or part.note.differ
             if part.members > self._members:
                 self._members = self._shards.members = part.members
         if error is not None:
             self._failed(error)
         self._shards.counters.stepped(stale, lag)
         first = self._parts[0].note
+        alike = self._alike() if first.mark else None
         result = StepResult(
-            self.clock, applied, first.norm, stale, lsn, first.skipped_by, first.groups, self._alike(), apart, differ
+            self.clock, applied, first.norm, stale, lsn, first.skipped_by, first.groups, alike, apart, differ
         )
         if self._ticket is not None:
             self._ticket.resolve(result)
@@ -245,26 +254,26 @@ class Table(ABC):
 
     def _pump(self, done: Callable[[Any], bool], timeout: float | None, *, ahead: bool = False) -> None:
         """Receive until ``done`` of every part. ``ahead``: in the middle of a step, until others come to it too."""
-        if all(map(done, self._parts)):
+        waiting = [part for part in self._parts if not done(part)]
+        if not waiting:
             return
-        now = self._shards.runtime.now
-        begun = now()
-        patience = self._patience(timeout, ahead=ahead)
+        shards = self._shards
+        patience = Patience(shards, timeout, self._who_is_late)
         self._ahead = ahead
         try:
-            self._shards.pump(self._parts, done, patience)
+            shards.pump(waiting, done, patience)
         finally:
             self._ahead = False
-        self._shards.counters.wait_seconds += now() - begun
+        shards.counters.wait_seconds += shards.runtime.now() - patience.begun
 
-    def _patience(self, timeout: float | None, *, ahead: bool = False) -> Patience:
-        """For others: under ``Bulk`` until they have come to this step too, else until they are not too far behind."""
-        sync, clock = self.spec.sync, self.clock + ahead
+    def _who_is_late(self) -> m.WhoIsLate:
+        """Under ``Bulk`` those who have not come to this step too, else those who are too far behind."""
+        sync, clock = self.spec.sync, self.reached
         if sync.read_bound is not None:
             clock -= sync.read_bound
         elif not sync.collective:
             clock = ANY if sync.paced else 0
-        return self._shards.patience(timeout, m.WhoIsLate(self.spec.name, clock))
+        return m.WhoIsLate(self.spec.name, clock)
 
     @property
     def reached(self) -> int:

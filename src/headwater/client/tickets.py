@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from headwater import interrupts
 from headwater.errors import HeadwaterError
 from headwater.types import Hyper
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(msgspec.Struct, frozen=True):
     """What became of one step.
 
     ``clock``: the worker's step number. ``applied``: False if the step was skipped for a gradient that was not
@@ -34,8 +34,7 @@ class StepResult:
     differ: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Alike:
+class Alike(msgspec.Struct, frozen=True):
     """While the servers look: the other ranks whose contribution to a step had the same bits, and a hash of it."""
 
     ranks: frozenset[int]

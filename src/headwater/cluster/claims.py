@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from headwater.cluster.membership import Member, Membership
-    from headwater.cluster.tables import Table
+    from headwater.cluster.tables import DeclaredTable
 
 _REMEDY = "Nothing was changed. Say resume=True to go on with what it holds, or give the optimizer another name=…"
 
 
-def check(table: Table, claim: Claim, worker: Member | None, membership: Membership) -> None:
+def check(table: DeclaredTable, claim: Claim, worker: Member | None, membership: Membership) -> None:
     """Raises ``TableConflict`` if ``claim`` means a new table and this one is not of the run, or was left behind."""
     if claim != "new" or worker is None or table.state == "assigning":  # without values it is nobody's yet
         return
@@ -34,12 +34,12 @@ def check(table: Table, claim: Claim, worker: Member | None, membership: Members
         )
 
 
-def _of_this_run(table: Table, membership: Membership) -> bool:
+def _of_this_run(table: DeclaredTable, membership: Membership) -> bool:
     """A snapshot's tables (run 0) are for the first run to go on with."""
     return table.run == membership.run or (table.run == 0 and membership.run == 1)
 
 
-def taken(table: Table, claim: Claim, worker: Member, membership: Membership) -> None:
+def taken(table: DeclaredTable, claim: Claim, worker: Member, membership: Membership) -> None:
     """A worker uses the table now: it is of this run from here on."""
     table.users[worker.join.session] = worker.rank
     if claim != "any":
@@ -47,7 +47,7 @@ def taken(table: Table, claim: Claim, worker: Member, membership: Membership) ->
         table.finished.discard(worker.rank)
 
 
-def owed(tables: Iterable[Table], membership: Membership) -> set[int]:
+def owed(tables: Iterable[DeclaredTable], membership: Membership) -> set[int]:
     """Who has left in order and is expected again: others train a table, step by step together, that it has never used.
 
     It was in an earlier round, and is late for this one: without it the others would take its steps alone.

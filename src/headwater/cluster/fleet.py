@@ -24,7 +24,7 @@ SILENCE = 1.0  # seconds without a heartbeat until another server takes over
 
 
 @dataclass(slots=True)
-class Member:
+class ServerProcess:
     """One server process."""
 
     number: int
@@ -56,7 +56,7 @@ class Fleet:
         if not 1 <= replicas <= expected:
             raise UsageError(f"{replicas} replicas need as many servers; {expected} were asked for")
         self.expected, self.shards, self.replicas, self.silence = expected, shards, replicas, silence
-        self.servers: dict[int, Member] = {}
+        self.servers: dict[int, ServerProcess] = {}
         self.views: dict[int, m.View] = {}
         self.frozen_until = 0.0  # after a restart nobody is declared dead before the servers could come back
         self.reborn: set[int] = set()  # shards whose primary is the same server, and a new process
@@ -67,11 +67,11 @@ class Fleet:
 
     # ---- events ----------------------------------------------------------------------------------
 
-    def join(self, peer: int, join: m.Join, now: float) -> Member:
+    def join(self, peer: int, join: m.Join, now: float) -> ServerProcess:
         """A new server, or one that comes back after its connection broke. Raises ``ClusterError``."""
         if join.resume and join.server >= 0:
             return self._resume(peer, join, now)
-        member = Member(self._next, peer, join, now, now, m.Heartbeat())
+        member = ServerProcess(self._next, peer, join, now, now, m.Heartbeat())
         self._next += 1
         self.servers[member.number] = member
         self._forget_old()
@@ -83,7 +83,7 @@ class Fleet:
         for number in gone[:-KEPT]:
             del self.servers[number]
 
-    def _resume(self, peer: int, join: m.Join, now: float) -> Member:
+    def _resume(self, peer: int, join: m.Join, now: float) -> ServerProcess:
         known = self.servers.get(join.server)
         if known is None or known.join.session != join.session:
             raise ClusterError(
@@ -102,7 +102,7 @@ class Fleet:
             if join.server in {x.server for x in in_sync(view)} and shard not in held:
                 raise StateCorrupt(f"server {join.server} comes back without the log of shard {shard}, which it held")
 
-    def _replayed(self, member: Member) -> None:
+    def _replayed(self, member: ServerProcess) -> None:
         """A new process with what an old one had put on its disk; it listens elsewhere.
 
         As a primary it may lack records that a backup has, and the other way round: it begins a new epoch alone, and
@@ -125,7 +125,7 @@ class Fleet:
             member.heard, member.report = now, report
             member.alive = member.alive or member.peer is not None
 
-    def disconnected(self, peer: int) -> Member | None:
+    def disconnected(self, peer: int) -> ServerProcess | None:
         """The control connection of a server ended. That is no death yet: see ``refused``."""
         for member in self.servers.values():
             if member.peer == peer:
@@ -133,7 +133,7 @@ class Fleet:
                 return member
         return None
 
-    def refused(self, server: int) -> Member | None:
+    def refused(self, server: int) -> ServerProcess | None:
         """Nobody listens at the address of a server whose connection ended: its process has died."""
         member = self.servers.get(server)
         if member is None or member.peer is not None or not member.alive:
@@ -141,7 +141,7 @@ class Fleet:
         member.alive = False
         return member
 
-    def tick(self, now: float) -> list[Member]:
+    def tick(self, now: float) -> list[ServerProcess]:
         """Declares silent servers dead; returns them."""
         self._now = now
         self._suspects = {key: at for key, at in self._suspects.items() if now - at < AVOID}
@@ -333,7 +333,7 @@ class Fleet:
     def _primaries(self, server: int) -> int:
         return sum(v.primary is not None and v.primary.server == server for v in self.views.values())
 
-    def _least_loaded(self, taken: set[int]) -> Member | None:
+    def _least_loaded(self, taken: set[int]) -> ServerProcess | None:
         free = [s for n, s in self.servers.items() if n not in taken and self._stays(n)]
         return min(free, key=lambda s: self._load(s.number), default=None)
 
@@ -343,7 +343,7 @@ class Fleet:
         """After a restart: the views stand; their servers have ``grace`` seconds to come back."""
         self.frozen_until = now + grace
         self.views = {view.shard: view for view in views}
-        self.servers = {n: Member(n, None, join, now, now, m.Heartbeat()) for n, join in sorted(joins.items())}
+        self.servers = {n: ServerProcess(n, None, join, now, now, m.Heartbeat()) for n, join in sorted(joins.items())}
         self._next = max(self.servers, default=-1) + 1
 
     def numbers_from(self, number: int) -> None:

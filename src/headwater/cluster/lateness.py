@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from headwater.cluster.barriers import Barriers
     from headwater.cluster.membership import Member, Membership
-    from headwater.cluster.tables import Table, Tables
+    from headwater.cluster.tables import DeclaredTable, Tables
 
 
 def of(question: WhoIsLate, asker: Member | None, membership: Membership, tables: Tables, barriers: Barriers) -> Late:
@@ -36,7 +36,7 @@ def _split(ranks: Iterable[int], asker: Member | None, membership: Membership) -
     return Late(alive, tuple(rank for rank in others if rank not in membership.workers))
 
 
-def _initialiser(table: Table, membership: Membership) -> list[int]:
+def _initialiser(table: DeclaredTable, membership: Membership) -> list[int]:
     """Who gives the table its first values, or will when it comes."""
     given = [rank for rank, member in membership.workers.items() if member.peer == table.initialiser]
     return given or sorted(membership.ranks())[:1]

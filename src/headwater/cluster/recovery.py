@@ -8,11 +8,10 @@ from typing import NamedTuple
 import msgspec
 
 from headwater.cluster.dataplan import DataPlans
-from headwater.cluster.fleet import Fleet, in_sync
-from headwater.cluster.fleet import Member as Server
+from headwater.cluster.fleet import Fleet, ServerProcess, in_sync
 from headwater.cluster.outbox import Outbox
 from headwater.cluster.rules import Rules, shape
-from headwater.cluster.tables import Table, Tables
+from headwater.cluster.tables import DeclaredTable, Tables
 from headwater.cluster.views import Views
 from headwater.errors import ClusterError, HeadwaterError, UsageError
 from headwater.types import TableSpec
@@ -82,7 +81,7 @@ class Recovery:
         for table in snapshot.tables:
             self._tables.revive(table.number, table.spec, table.clock, snapshot.folder)
 
-    def refused(self, table: Table, why: HeadwaterError) -> None:
+    def refused(self, table: DeclaredTable, why: HeadwaterError) -> None:
         """A server could not create a table. If that is one of the snapshot's, whoever joins is told."""
         if table.restore:
             self.refusal = ClusterError(f"this cluster could not begin with its snapshot {table.restore}: {why}")
@@ -109,7 +108,7 @@ class Recovery:
         if self.settling:
             self._snapshot = None
 
-    def resumed(self, server: Server, hosted: tuple[m.Hosted, ...]) -> None:
+    def resumed(self, server: ServerProcess, hosted: tuple[m.Hosted, ...]) -> None:
         """A server that comes back says what it has; it is told its views, and what it may have missed."""
         for replica in hosted if self.settling else ():
             # A backup that is in sync counts as its primary does: the primary may have died before it could say what

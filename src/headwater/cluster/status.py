@@ -8,11 +8,10 @@ from headwater.layout.kinds import place
 from headwater.wire import messages as m
 
 if TYPE_CHECKING:
-    from headwater.cluster.fleet import Fleet, Member
-    from headwater.cluster.membership import Member as Worker
-    from headwater.cluster.membership import Membership
+    from headwater.cluster.fleet import Fleet, ServerProcess
+    from headwater.cluster.membership import Member, Membership
     from headwater.cluster.rules import Rules
-    from headwater.cluster.tables import Table, Tables
+    from headwater.cluster.tables import DeclaredTable, Tables
 
 
 def of(rules: Rules, fleet: Fleet, membership: Membership, tables: Tables, now: float, since: float) -> m.ClusterStatus:
@@ -25,12 +24,12 @@ def of(rules: Rules, fleet: Fleet, membership: Membership, tables: Tables, now: 
         rules.min_copies,
         tuple(_server(fleet, s, now) for s in fleet.servers.values()),
         tuple(_shard(fleet, view) for _, view in sorted(fleet.views.items())),
-        tuple(_worker(member, rules.heartbeat, now) for member in members),
+        tuple(_worker(fleet, member, rules.heartbeat, now) for member in members),
         tuple(_table(fleet, t, rules.shards) for t in tables.by_number.values() if t.state != "refused"),
     )
 
 
-def _server(fleet: Fleet, s: Member, now: float) -> m.ServerStatus:
+def _server(fleet: Fleet, s: ServerProcess, now: float) -> m.ServerStatus:
     state, r = ("draining" if s.alive and s.draining else "alive" if s.alive else "dead"), s.report
     views = sorted(fleet.views.items())
     return m.ServerStatus(
@@ -57,16 +56,17 @@ def _shard(fleet: Fleet, view: m.View) -> m.ShardStatus:
     )  # fmt: skip
 
 
-def _worker(member: Worker, heartbeat: float, now: float) -> m.WorkerStatus:
+def _worker(fleet: Fleet, member: Member, heartbeat: float, now: float) -> m.WorkerStatus:
     r, heard = member.report, now - member.heard
     state = "alive" if heard < 4 * heartbeat else "silent"
+    refused = [count for s in fleet.servers.values() for who, count in s.report.refused if who == member.join.session]
     return m.WorkerStatus(
         member.rank, member.join.role, member.join.pid, state, r.clock,
-        r.pushed_bytes, r.pulled_bytes, r.staleness, heard,
+        r.pushed_bytes, r.pulled_bytes, r.staleness, heard, sum(refused),
     )  # fmt: skip
 
 
-def _table(fleet: Fleet, t: Table, shards: int) -> m.TableStatus:
+def _table(fleet: Fleet, t: DeclaredTable, shards: int) -> m.TableStatus:
     parameters, elements, nbytes = t.spec.parts
     clocks = [clock for s in fleet.servers.values() for number, clock in s.report.tables if number == t.number]
     return m.TableStatus(

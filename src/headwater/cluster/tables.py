@@ -20,7 +20,7 @@ from headwater.wire.outgoing import Asker
 
 
 @dataclass(slots=True)
-class Table:
+class DeclaredTable:
     """One table. ``decided``: the last verdict, for a primary that comes after it.
 
     ``own``: an optimizer made it, so that all workers of its run train it.
@@ -67,25 +67,25 @@ class Tables:
     """All tables of a cluster."""
 
     def __init__(self, outbox: Outbox, fleet: Fleet, membership: Membership) -> None:
-        self.by_number: dict[int, Table] = {}
+        self.by_number: dict[int, DeclaredTable] = {}
         self._outbox = outbox
         self._fleet = fleet
         self._membership = membership
         self._names: dict[str, int] = {}
 
-    def get(self, number: int) -> Table:
+    def get(self, number: int) -> DeclaredTable:
         """Raises ``UnknownTable``."""
         if number not in self.by_number:
             raise UnknownTable(f"table {number} does not exist in this cluster")
         return self.by_number[number]
 
-    def named(self, name: str) -> Table | None:
+    def named(self, name: str) -> DeclaredTable | None:
         """The table of this name, if there is one."""
         return self.by_number.get(self._names.get(name, -1))
 
     # ---- declaring -------------------------------------------------------------------------------
 
-    def use(self, asker: Asker, spec: TableSpec, claim: Claim) -> Table:
+    def use(self, asker: Asker, spec: TableSpec, claim: Claim) -> DeclaredTable:
         """The table that a client wants, made now or agreed on before; ``answer`` says so to the client.
 
         Raises what is wrong with the wish; nothing has changed then.
@@ -109,10 +109,10 @@ class Tables:
             self._save(table)
         return table
 
-    def _create(self, spec: TableSpec, worker: Member | None, claim: Claim) -> Table:
+    def _create(self, spec: TableSpec, worker: Member | None, claim: Claim) -> DeclaredTable:
         number = max(self.by_number, default=0) + 1
         parts = place(spec, self.shards).participants
-        table = Table(number, spec, parts, set(parts), run=self._membership.run)
+        table = DeclaredTable(number, spec, parts, set(parts), run=self._membership.run)
         if worker is not None:
             claims.taken(table, claim, worker, self._membership)
         self.by_number[number] = table
@@ -122,7 +122,7 @@ class Tables:
             self._outbox.tell(shard, m.Create(number, spec), number)
         return table
 
-    def answer(self, asker: Asker, table: Table) -> None:
+    def answer(self, asker: Asker, table: DeclaredTable) -> None:
         """Tell a client of its table now, or when it is there."""
         if table.state == "ready":
             self._declared(asker, table, assign=False)
@@ -136,7 +136,7 @@ class Tables:
     def revive(self, number: int, spec: TableSpec, clock: int, folder: str) -> None:
         """A table of the snapshot that the cluster begins with; primaries hear of it with their views (``brief``)."""
         parts = place(spec, self.shards).participants
-        table = Table(number, spec, parts, set(parts), restore=folder, base=clock)
+        table = DeclaredTable(number, spec, parts, set(parts), restore=folder, base=clock)
         self.by_number[number] = table
         self._names[spec.name] = number
         self._save(table)
@@ -170,7 +170,7 @@ class Tables:
             self._release(table)
         self._save(table)
 
-    def _pass_on(self, table: Table) -> None:
+    def _pass_on(self, table: DeclaredTable) -> None:
         """Let the lowest rank assign its values once it asks: which worker came first must not matter."""
         table.state, table.initialiser = "assigning", None
         membership = self._membership
@@ -194,16 +194,16 @@ class Tables:
         self._release(table)
         self._save(table)
 
-    def _release(self, table: Table) -> None:
+    def _release(self, table: DeclaredTable) -> None:
         table.state = "ready"
         waiting, table.waiting = table.waiting, []
         for asker in waiting:
             self._declared(asker, table, assign=False)
 
-    def _declared(self, asker: Asker, table: Table, *, assign: bool) -> None:
+    def _declared(self, asker: Asker, table: DeclaredTable, *, assign: bool) -> None:
         self._outbox.reply(asker, m.Declared(table.number, table.spec, assign, self._membership.epoch))
 
-    def give_up(self, table: Table, why: HeadwaterError) -> None:
+    def give_up(self, table: DeclaredTable, why: HeadwaterError) -> None:
         """Whoever asked for the table is told, the name is free again, and no server keeps memory for it."""
         if table.state != "creating":
             return
@@ -281,7 +281,7 @@ class Tables:
 
     # ---- what must be durable --------------------------------------------------------------------
 
-    def _save(self, table: Table) -> None:
+    def _save(self, table: DeclaredTable) -> None:
         saved = _Saved(
             table.number, table.spec, table.state, table.restore, table.base, table.run, table.users,
             tuple(sorted(table.finished)), table.own,
@@ -294,7 +294,7 @@ class Tables:
             saved = msgspec.msgpack.decode(state[key], type=_Saved, dec_hook=read_spec)
             parts = place(saved.spec, self.shards).participants
             creating = set(parts) if saved.state == "creating" else set()
-            self.by_number[saved.number] = Table(
+            self.by_number[saved.number] = DeclaredTable(
                 saved.number, saved.spec, parts, creating, saved.state, restore=saved.restore, base=saved.base,
                 run=saved.run, own=saved.own, users=dict(saved.users), finished=set(saved.finished),
             )  # fmt: skip

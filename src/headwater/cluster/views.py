@@ -6,8 +6,7 @@ from collections.abc import Collection, Mapping
 
 import msgspec
 
-from headwater.cluster.fleet import Fleet, in_sync, members_of
-from headwater.cluster.fleet import Member as Server
+from headwater.cluster.fleet import Fleet, ServerProcess, in_sync, members_of
 from headwater.cluster.membership import Membership
 from headwater.cluster.outbox import Outbox
 from headwater.cluster.publications import Publications
@@ -104,7 +103,7 @@ class Views:
             self._outbox.tell(view.shard, self._membership.announcement())
         self._publications.lifecycle.moved(view.shard)
 
-    def catch_up(self, server: Server, hosted: Collection[int], *, brief: bool) -> None:
+    def catch_up(self, server: ServerProcess, hosted: Collection[int], *, brief: bool) -> None:
         """A server that comes back is told its views, and (``brief``) what it may have missed as a primary."""
         for shard, view in self._fleet.views.items():
             if shard in self._fleet.unpublished:
@@ -116,7 +115,7 @@ class Views:
 
     # ---- servers that go -------------------------------------------------------------------------
 
-    def bury(self, server: Server) -> None:
+    def bury(self, server: ServerProcess) -> None:
         """A server is dead. Where nobody can take over, nobody waits for what it cannot create any more."""
         self._forget_if_gone(server.number)
         self._publications.lifecycle.buried(server.number)
@@ -158,7 +157,7 @@ class Views:
 
     # ---- what must be durable --------------------------------------------------------------------
 
-    def save_server(self, server: Server) -> None:
+    def save_server(self, server: ServerProcess) -> None:
         """A server must be known after a restart."""
         self._outbox.save(f"server/{server.number}", msgspec.msgpack.encode(server.join))
 

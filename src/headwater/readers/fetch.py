@@ -22,7 +22,7 @@ from headwater.errors import (
 )
 from headwater.readers.checks import WORTH, Check
 from headwater.readers.line import Answer, Dial, Line
-from headwater.readers.stored import Base, Key, Mapped, Mine, Place, Plan, Stored, Table, Theirs, plan
+from headwater.readers.stored import Base, Key, Mapped, Mine, Place, Stored, StoredTable, TensorMap, Theirs, plan
 from headwater.transports import memory
 from headwater.transports.buffers import Buffer, BufferPool
 from headwater.types import TableSpec
@@ -93,14 +93,14 @@ class Fetcher:
         self._share = share
         self._lines: dict[str, Line] = {}
         self._unmapped: queue.SimpleQueue[tuple[Line, Key]] = queue.SimpleQueue()
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[int, TensorMap] = {}
         self._warmed = False
         self._gone_bytes = 0  # that came over connections which have ended
         self._turn = threading.RLock()
 
     # ---- whole versions --------------------------------------------------------------------------
 
-    def _planned(self, leased: v.Leased, specs: Mapping[int, TableSpec]) -> dict[int, Plan]:
+    def _planned(self, leased: v.Leased, specs: Mapping[int, TableSpec]) -> dict[int, TensorMap]:
         """Where the tables' bytes are. Raises ``ProtocolError`` if the parts are not theirs."""
         missing = [table for table in leased.tables if table not in specs]
         if missing or not 0 < leased.shards <= MOST:
@@ -131,14 +131,14 @@ class Fetcher:
             plans = self._planned(leased, specs)
             self.settle()
             places = self._places(leased, base, deadline)
-        tables: list[Table] = []
+        tables: list[StoredTable] = []
         buffers = {key: place.buffer for key, place in places.items() if isinstance(place, Mine)}
         for buffer in buffers.values():  # when its loans are over
             self.pool.give(buffer)
         try:
             for number, found in plans.items():
                 mine = {shard: places[shard, number] for shard in found.layout.participants}
-                tables.append(Table(found, Mapped(found.layout, mine)))
+                tables.append(StoredTable(found, Mapped(found.layout, mine)))
                 places = {key: place for key, place in places.items() if key[1] != number}
         except HeadwaterError:  # no address space: what is mapped already goes with its mapping
             for place in places.values():

@@ -18,7 +18,7 @@ import torch
 from headwater.errors import UsageError
 
 
-class Keeper(Protocol):
+class CallContext(Protocol):
     """Gives the context manager of each call. ``closed``: calls are plain ones again."""
 
     @property
@@ -26,7 +26,7 @@ class Keeper(Protocol):
     def hold(self) -> AbstractContextManager[Any]: ...
 
 
-def put(module: torch.nn.Module, keeper: Keeper) -> None:
+def put(module: torch.nn.Module, keeper: CallContext) -> None:
     """From now on ``module(...)`` runs inside ``keeper.hold()``. Raises ``UsageError``: the module is unchanged."""
     plain, own = type(module), weakref.ref(module)
 

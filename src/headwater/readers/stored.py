@@ -119,7 +119,7 @@ def _overlapping(layout: Layout, start: int, stop: int) -> range:
     return range(lo, end)
 
 
-class Plan(NamedTuple):
+class TensorMap(NamedTuple):
     """Where a table's tensors are: what all of its versions share. ``tensors``: offset and kind by name."""
 
     spec: DenseSpec
@@ -128,18 +128,18 @@ class Plan(NamedTuple):
     tensors: Mapping[str, tuple[int, ParameterSpec]]
 
 
-def plan(spec: TableSpec, shards: int) -> Plan:
+def plan(spec: TableSpec, shards: int) -> TensorMap:
     """The plan of a table over so many shards. Raises ``UsageError`` for one whose tensors are not dense."""
     dense = only(spec)
     found = layout(dense, shards)
     places = zip(found.offsets, dense.parameters, strict=True)
-    return Plan(dense, shards, found, {parameter.name: (at, parameter) for at, parameter in places})
+    return TensorMap(dense, shards, found, {parameter.name: (at, parameter) for at, parameter in places})
 
 
-class Table(NamedTuple):
+class StoredTable(NamedTuple):
     """A table of a version."""
 
-    plan: Plan
+    plan: TensorMap
     mapped: Mapped
 
 
@@ -149,7 +149,9 @@ class Stored:
     ``buffers``: its parts that lie in memory of this process, to apply the next delta to.
     """
 
-    def __init__(self, info: VersionInfo, tables: Sequence[Table], buffers: Mapping[tuple[int, int], Buffer]) -> None:
+    def __init__(
+        self, info: VersionInfo, tables: Sequence[StoredTable], buffers: Mapping[tuple[int, int], Buffer]
+    ) -> None:
         self.info = info
         self.tables = tuple(tables)
         self.buffers = dict(buffers)

@@ -17,7 +17,7 @@ from headwater.types import ParameterSpec, VersionInfo
 from headwater.wire.tensors import DTYPES
 
 if TYPE_CHECKING:
-    from headwater.readers.stored import Mapped, Stored, Table
+    from headwater.readers.stored import Mapped, Stored, StoredTable
 
 
 class Weights(Mapping[str, torch.Tensor]):
@@ -37,7 +37,7 @@ class Weights(Mapping[str, torch.Tensor]):
         self._dropped = weakref.finalize(self, forget)
         self._dropped.atexit = False
         self._stored: Stored | None = stored
-        self._tables: tuple[Table, ...] = stored.tables
+        self._tables: tuple[StoredTable, ...] = stored.tables
 
     def _place(self, name: str) -> tuple[Mapped, int, ParameterSpec]:
         """Where a tensor is, found in what all versions of its table share. Raises ``KeyError``."""

@@ -109,7 +109,7 @@ class Relay:
             case m.Status():
                 self.reply(asker, self.status())
             case v.Fetch():
-                self._out += self.part_store.receive(asker.peer, frame)
+                self.part_store.receive(asker.peer, frame)
             case v.Lease():
                 self._lease(asker, self._session(asker.peer), message)
             case v.Watch():
@@ -136,7 +136,7 @@ class Relay:
                 elif member is not None and isinstance(notice, v.Holding):
                     self._holding(member.join.session, notice)
             case v.Unmap() | None:
-                self._out += self.part_store.receive(peer, frame)
+                self.part_store.receive(peer, frame)
             case _:
                 raise ProtocolError(f"{type(notice).__name__} does not go to a relay")
 
@@ -165,7 +165,7 @@ class Relay:
 
     def woken(self) -> RelayEffects:
         """A delta has been made."""
-        self._out += self.part_store.woken()
+        self.part_store.woken()
         return self._effects()
 
     # ---- who is there ----------------------------------------------------------------------------
@@ -280,11 +280,12 @@ class Relay:
 
     def _effects(self) -> RelayEffects:
         self._mirror.next(self.now)
-        out, self._out = self._out, []
+        out, self._out = [*self._out, *self.part_store.outbox.frames], []
+        self.part_store.outbox.frames.clear()
         return RelayEffects(out, *self._mirror.take())
 
     def _drop(self, number: int) -> None:
-        self._out += self.part_store.drop((number,))
+        self.part_store.drop((number,))
 
     # ---- what leases say and ask -----------------------------------------------------------------
 

@@ -18,7 +18,8 @@ from headwater.types import TableSpec, VersionInfo
 from headwater.versions.catalogue import Catalogue
 from headwater.versions.entries import LATEST, adopted
 from headwater.versions.leases import Leases
-from headwater.versions.part_store import Key, PartStore
+from headwater.versions.part_store import PartStore
+from headwater.versions.parts import Key
 from headwater.wire import versions as v
 
 AGAIN = 0.5  # seconds until a version that did not come is asked for again; twice as long each time

@@ -5,6 +5,8 @@ Shared memory and staging: where the bytes of a push land. Nothing here decides;
 
 from __future__ import annotations
 
+from collections import Counter
+
 import msgspec
 import torch
 
@@ -42,6 +44,7 @@ class Clients:
     def __init__(self, shard: Shard, kept: dict[int, Kept], effects: Effects, checked: bool) -> None:
         self.shard = shard
         self.pushed_bytes = self.pulled_bytes = 0
+        self.refused: Counter[int] = Counter()  # pushes, by session
         self.links: dict[int, ClientLink] = {}
         self._replica = shard.replica
         self._kept = kept
@@ -133,8 +136,8 @@ class Clients:
                     raise ProtocolError(f"{len(frame.body)} bytes of slots do not fit into one record; nothing was set")
                 session = self._session(link)
                 return e.AssignSlots(session, frame.seq, request.table, request.slots, request.reset)
-            case m.Aside():
-                return e.Aside(self._session(link), frame.seq, request.table, request.away)
+            case m.PauseTable():
+                return e.PauseTable(self._session(link), frame.seq, request.table, request.paused)
             case _:
                 raise ProtocolError(f"{type(request).__name__} does not go to a server")
 
@@ -288,6 +291,8 @@ class Clients:
             self.pulled_bytes += 0 if table.spec.sync.reads_own_memory else table.size
 
     def refuse(self, f: e.Fail) -> None:
+        if f.push:
+            self.refused[f.session] += 1
         body = m.pack(m.ErrorBody(f.code, f.message))
         frame = Frame(
             Kind.ERROR, 0, self.shard.number, f.table, f.session, self.shard.epoch, f.seq, self._replica.lsn, f.clock,

@@ -139,16 +139,16 @@ class AssignSlots:
 
 
 @dataclass(slots=True)
-class Aside:
+class PauseTable:
     """A worker waits for others, or does not any more."""
 
     session: int
     request: int
     table: int
-    away: bool
+    paused: bool
 
 
-Rare = Create | Forget | Publish | Opened | Closed | Attached | Assign | AssignSlots | Aside | Commit | Members
+Rare = Create | Forget | Publish | Opened | Closed | Attached | Assign | AssignSlots | PauseTable | Commit | Members
 Event = Push | Pull | AskMean | Rare
 
 # ---- instructions ----------------------------------------------------------------------------------
@@ -198,7 +198,10 @@ class SendMean:
 
 @dataclass(slots=True)
 class Fail:
-    """A typed refusal of a push or pull; the session goes on."""
+    """A typed refusal of a push or pull; the session goes on.
+
+    ``push``: what is refused is a push that its worker is to mend, and counts as such in ``headwater status``.
+    """
 
     session: int
     seq: int
@@ -206,6 +209,7 @@ class Fail:
     clock: int
     code: str
     message: str
+    push: bool = False
 
 
 @dataclass(slots=True)

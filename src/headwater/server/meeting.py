@@ -118,4 +118,6 @@ def give_up(table: Table, why: str) -> list[e.Fail]:
     )
     parts, table.gathering.parts = table.gathering.parts, {}
     table.words.undo()
-    return [e.Fail(part.session, part.seq, table.number, clock, "UsageError", message) for part in parts.values()]
+    return [
+        e.Fail(part.session, part.seq, table.number, clock, "UsageError", message, push=True) for part in parts.values()
+    ]

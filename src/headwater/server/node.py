@@ -366,7 +366,7 @@ class Node:
             part_store.report(message.number, number)
         elif message.late and not coming:
             why = f"the primary of shard {number} died before its part of the version was on another server"
-            part_store.outbox.append(v.PartDone(message.number, number, self._setting.server, error=why))
+            part_store.outbox.reports.append(v.PartDone(message.number, number, self._setting.server, error=why))
         elif not coming and message not in self.cuts:
             self.cuts.append(message)
 

@@ -36,16 +36,15 @@ class Peer(Protocol):
 class ReaderPeer:
     """A reader, a relay or another server that fetches parts of versions."""
 
-    def __init__(self, number: int, part_store: PartStore, effects: Effects) -> None:
+    def __init__(self, number: int, part_store: PartStore) -> None:
         self._number = number
         self._part_store = part_store
-        self._effects = effects
 
     def landing(self, frame: Frame) -> memoryview:
         raise ProtocolError(f"{frame.kind.name} with a payload from a reader of versions")
 
     def receive(self, frame: Frame, fds: tuple[int, ...]) -> None:
-        self._effects.instructions += self._part_store.receive(self._number, frame)
+        self._part_store.receive(self._number, frame)
 
     def closed(self) -> None:
         self._part_store.closed(self._number)

@@ -71,7 +71,7 @@ class Server:
             return None
         request = m.unpack_request(frame.body) if frame.kind == Kind.REQUEST else None
         if isinstance(request, v.Fetch):
-            self._peers[peer] = ReaderPeer(peer, self.setting.part_store, self.effects)
+            self._peers[peer] = ReaderPeer(peer, self.setting.part_store)
             return self._peers[peer]
         if not isinstance(request, m.Open | m.Follow):
             self._refuse(peer, frame, ProtocolError(f"{frame.kind.name} before a session was opened"))
@@ -126,7 +126,7 @@ class Server:
         return self._said()
 
     def _woken(self) -> None:
-        self.effects.instructions += self.setting.part_store.woken()
+        self.setting.part_store.woken()
         self.effects.add(self._backfills.woken(), self._backfilling)
 
     def work(self) -> list[Instruction]:
@@ -151,11 +151,14 @@ class Server:
 
     def _said(self) -> list[Instruction]:
         """What is to be sent, and behind it what there is to say of versions."""
-        part_store = self.setting.part_store
-        if part_store.outbox:
-            told, part_store.outbox = part_store.outbox, []
-            for done in told:
+        versions = self.setting.part_store.outbox
+        if versions.reports:
+            for done in versions.reports:
                 self.effects.tell(COORDINATOR, Frame(Kind.NOTICE, shard=done.shard, body=m.pack(done)))
+            versions.reports.clear()
+        if versions.frames:
+            self.effects.instructions += versions.frames
+            versions.frames.clear()
         return self.effects.drain()
 
     # ---- from the coordinator --------------------------------------------------------------------
@@ -172,7 +175,7 @@ class Server:
             for holder in self.nodes.values():
                 holder.forget_cuts(message.numbers)
             self.effects.add(self._backfills.drop(message.numbers), self._backfilling)
-            self.effects.instructions += self.setting.part_store.drop(message.numbers)
+            self.setting.part_store.drop(message.numbers)
         elif isinstance(message, v.Hold):
             self.effects.add(self._backfills.begin(message), self._backfilling)
         else:
@@ -249,5 +252,6 @@ class Server:
             pulled_bytes=self._retired[1] + sum(n.clients.pulled_bytes for n in nodes) + parts.sent_bytes,
             nbytes=parts.nbytes + sum(t.dense.nbytes for n in nodes for t in n.shard.tables.values()),
             sessions=sum(len(n.clients) for n in leading),
+            refused=tuple((k, c) for n in leading for k, c in n.clients.refused.items() if k in n.shard.sessions),
             tables=tuple(clocks.items()), shards=shards, server=self.setting.server, session=self.setting.session,
         )  # fmt: skip

@@ -190,15 +190,16 @@ class Shard:
                 self._assigned(event)
             case e.AssignSlots():
                 self._assigned_slots(event)
-            case e.Aside():
-                self._stand_aside(event)
+            case e.PauseTable():
+                self._pause_table(event)
 
     def _guard(self, act: Callable[[Asked], None], event: Asked) -> None:
         try:
             act(event)
         except HeadwaterError as error:
             number = event.request if isinstance(event, e.Pull) else event.seq
-            self._out.append(e.Fail(event.session, number, event.table, event.clock, error.code, str(error)))
+            push = isinstance(event, e.Push)
+            self._out.append(e.Fail(event.session, number, event.table, event.clock, error.code, str(error), push))
 
     # ---- the log ---------------------------------------------------------------------------------
 
@@ -578,10 +579,10 @@ class Shard:
         else:
             self._answer(event)
 
-    def _stand_aside(self, event: e.Aside) -> None:
+    def _pause_table(self, event: e.PauseTable) -> None:
         session, table = self.session(event.session), self.table(event.table)
         _refuse_reader(session, "be waited for")
-        self.propose(r.Aside(table.number, session.number, event.request, event.away))
+        self.propose(r.TablePaused(table.number, session.number, event.request, event.paused))
 
     # ---- assignments -----------------------------------------------------------------------------
 

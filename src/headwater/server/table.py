@@ -17,7 +17,7 @@ from headwater.server.sync.alike import Marks
 from headwater.server.tables.dense import DenseShard
 from headwater.server.tables.plan import Contribution
 from headwater.types import DenseSpec, Segment
-from headwater.versions.part_store import Source
+from headwater.versions.part_store import PartSource
 from headwater.wire.messages import AckBody, Commit
 
 
@@ -127,10 +127,10 @@ class Table:
             return ranges
         return tuple((max(a, lo), min(b, hi)) for a, b in ranges for lo, hi in self.have if max(a, lo) < min(b, hi))
 
-    def source(self) -> Source:
+    def source(self) -> PartSource:
         """What this shard's part of a version of the table is made from, if its moment is now."""
         clock = self.gathering.clock if self.collective else max(self.clocks.clock.values(), default=0)
-        return Source(self.number, clock, self.values, spans(self.spec, self.dense.segments, self.size))
+        return PartSource(self.number, clock, self.values, spans(self.spec, self.dense.segments, self.size))
 
     def follow_none(self) -> None:
         """This replica is no primary any more, or not yet one: what only a primary knows is void."""

@@ -22,7 +22,8 @@ from headwater.testing.oracles import Oracles, Violation
 from headwater.testing.scenario import Scenario
 from headwater.types import VersionInfo
 from headwater.versions.part_cut import PartCut
-from headwater.versions.part_store import Held, Key, PartStore, Source
+from headwater.versions.part_store import PartSource, PartStore
+from headwater.versions.parts import Held, Key
 
 if TYPE_CHECKING:
     from headwater.client.publication import Publication
@@ -56,7 +57,7 @@ class SimPartStore(PartStore):
         super().__init__(number, shards)
         self._later = later
 
-    def _cut(self, key: Key, source: Source) -> None:
+    def _cut(self, key: Key, source: PartSource) -> None:
         buffer = self.pool.take(len(source.values))
         cut = self._cutting[key] = PartCut(source.values, buffer, lambda: None)
         self.parts[key] = Held(buffer, source.spans, cut=cut)

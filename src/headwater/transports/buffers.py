@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -22,6 +23,12 @@ from headwater.transports.memory import Sealed
 
 SPARE = 2
 """Free buffers of one size that are kept."""
+
+STEP = 1 << 20
+"""Bytes of fresh memory that are found at a time, before it is looked whether the buffer has been taken meanwhile."""
+
+NICE = 10
+"""Of the thread that finds them."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -89,6 +96,10 @@ class Buffer:
         elif free is not None:
             self.close()
 
+    def populate(self, start: int, stop: int) -> bool:
+        """Have the pages of these bytes, which stay as they are; whether that can be."""
+        return self._sealed is None or self._sealed.region.populate(start, stop)
+
     def close(self) -> None:
         """Give the memory back to the kernel, which frees it with the last mapping."""
         if self._sealed is not None:
@@ -101,8 +112,11 @@ class BufferPool:
     def __init__(self, share: bool) -> None:
         self._share = share
         self._free: dict[int, list[Buffer]] = {}
+        self._wanted: dict[int, int] = {}  # by size: free buffers that are to be there
         self._unwanted: set[int] = set()  # sizes of which none is kept
         self._fresh: weakref.WeakSet[Buffer] = weakref.WeakSet()  # whose pages are still to come
+        self._coming: Buffer | None = None  # whose pages come now, from a thread
+        self._thread: threading.Thread | None = None
         self._closed = False
         self._guard = threading.RLock()  # a finalizer may run in the thread that holds it
 
@@ -110,12 +124,22 @@ class BufferPool:
         """A buffer of any content. Raises ``NotEnoughMemory``."""
         with self._guard:
             self._unwanted.discard(size)
+            self._wanted[size] = max(0, self._wanted.get(size, 0) - 1)
             free = self._free.get(size)
             if free:
                 return free.pop()
-            buffer = Buffer(size, self._share, sum(each.size for each in self._fresh))
+            buffer = self._coming
+            if buffer is not None and buffer.size == size:  # the pages that it has not yet come with the first write
+                self._coming = None
+            else:
+                buffer = Buffer(size, self._share, self._promised)
             self._fresh.add(buffer)
             return buffer
+
+    @property
+    def _promised(self) -> int:
+        coming = 0 if self._coming is None else self._coming.size
+        return coming + sum(each.size for each in self._fresh)
 
     def written(self, buffer: Buffer) -> None:
         """All of a buffer has been written to: its memory is there, and buffers of its size are wanted."""
@@ -123,15 +147,53 @@ class BufferPool:
             self._fresh.discard(buffer)
             self._unwanted.discard(buffer.size)
 
-    def prepare(self, size: int) -> None:
-        """Have a buffer of this size ready, its pages written to; not if there is one, or no memory for it."""
+    # ---- memory for what comes next --------------------------------------------------------------
+
+    def prepare(self, size: int, count: int = 1) -> None:
+        """Let a thread see to it, in small steps, that the next ``count`` buffers of this size have their pages.
+
+        Where there is no memory for them there are none.
+        """
         with self._guard:
-            if self._closed or size in self._unwanted or self._free.get(size):
+            if self._closed or size in self._unwanted:
                 return
-        with contextlib.suppress(NotEnoughMemory):
-            buffer = Buffer(size, self._share)
-            buffer.array.fill(0)
-            self.give(buffer)
+            self._wanted[size] = count
+            if self._thread is None and self._lacking() is not None:
+                self._thread = threading.Thread(target=self._make_ready, name="headwater-pages", daemon=True)
+                try:
+                    self._thread.start()
+                except RuntimeError:  # the pages come when they are written to
+                    self._thread = None
+
+    def _lacking(self) -> int | None:
+        wanted = self._wanted.items()
+        return next((size for size, count in wanted if len(self._free.get(size, ())) < count), None)
+
+    def _make_ready(self) -> None:
+        with contextlib.suppress(OSError):  # a trainer on the same cores comes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        while (buffer := self._begin()) is not None:
+            for start in range(0, buffer.size, STEP):
+                if self._coming is not buffer or not buffer.populate(start, min(start + STEP, buffer.size)):
+                    break
+            with self._guard:
+                if self._coming is buffer:  # else it was taken, or nobody wants one any more
+                    self._coming = None
+                    self.give(buffer)
+
+    def _begin(self) -> Buffer | None:
+        """The next buffer to make ready, or None: then the thread ends."""
+        with self._guard:
+            size = None if self._closed else self._lacking()
+            if size is not None:
+                with contextlib.suppress(NotEnoughMemory):
+                    self._coming = Buffer(size, self._share, self._promised)
+                    return self._coming
+                del self._wanted[size]
+            self._thread = None
+            return None
+
+    # ---- what is not used any more ---------------------------------------------------------------
 
     def give(self, buffer: Buffer) -> None:
         """Nobody wants what is in it. It is used again as soon as nobody can see it."""
@@ -142,7 +204,8 @@ class BufferPool:
     def _back(self, buffer: Buffer) -> None:
         with self._guard:
             free = self._free.setdefault(buffer.size, [])
-            if len(free) < SPARE and not self._closed and buffer.size not in self._unwanted:
+            most = max(SPARE, self._wanted.get(buffer.size, 0))
+            if len(free) < most and not self._closed and buffer.size not in self._unwanted:
                 free.append(buffer)
                 return
         buffer.close()
@@ -151,6 +214,9 @@ class BufferPool:
         """There are no bytes of this size any more: free buffers of it are not kept, until one is taken again."""
         with self._guard:
             self._unwanted.add(size)
+            self._wanted.pop(size, None)
+            if self._coming is not None and self._coming.size == size:
+                self._coming = None
             free = self._free.pop(size, [])
         for buffer in free:
             buffer.close()
@@ -159,6 +225,7 @@ class BufferPool:
         """Let go of what is free."""
         with self._guard:
             self._closed = True
+            self._coming = None
             free, self._free = [buffer for buffers in self._free.values() for buffer in buffers], {}
         for buffer in free:
             buffer.close()

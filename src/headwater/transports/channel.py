@@ -16,8 +16,8 @@ from typing import Protocol
 SEND = 60  # seconds in which the other side must take some bytes
 MAX_FDS = 4  # descriptors beside one frame
 _SPACE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
-_NOW = socket.MSG_DONTWAIT
-_NOW_CLOEXEC = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+_NOW = int(socket.MSG_DONTWAIT)  # numbers: to combine enums takes as long as to receive
+_NOW_CLOEXEC = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
 
 
 class Channel(Protocol):

@@ -27,6 +27,7 @@ _MAP_NORESERVE = 0x4000
 _MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_READ = 22
+_MADV_POPULATE_WRITE = 23
 _HUGE = 2 << 20  # bytes of a huge page
 _FAILED = ctypes.c_void_p(-1).value
 
@@ -276,6 +277,15 @@ class Region:
         first = start // mmap.PAGESIZE * mmap.PAGESIZE
         if stop > first:
             _libc.madvise(self._address + first, stop - first, _MADV_POPULATE_READ)
+
+    def populate(self, start: int, stop: int) -> bool:
+        """Have pages to write to behind ``start:stop`` now. The bytes stay as they are, whoever writes meanwhile.
+
+        False where it does not: a kernel before 5.14, or no memory.
+        """
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        last = min(-(-stop // mmap.PAGESIZE) * mmap.PAGESIZE, len(self.buffer))
+        return stop <= first or _libc.madvise(self._address + first, last - first, _MADV_POPULATE_WRITE) == 0
 
     def drop(self, start: int, stop: int) -> None:
         """Forget the page-table entries of ``start:stop`` (whole pages inside it).

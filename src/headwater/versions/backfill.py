@@ -15,7 +15,8 @@ from itertools import count
 
 from headwater.errors import HeadwaterError, ProtocolError
 from headwater.transports.buffers import Buffer
-from headwater.versions.part_store import Key, PartStore
+from headwater.versions.part_store import PartStore
+from headwater.versions.parts import Key
 from headwater.wire import messages as m
 from headwater.wire import sums
 from headwater.wire import versions as v

@@ -91,6 +91,12 @@ class Saved(msgspec.Struct, frozen=True):
     parts: tuple[tuple[int, v.PartDigest], ...]  # (shard, …)
 
 
+def saved(entry: Entry) -> bytes:
+    """A version as the coordinator's store keeps it."""
+    parts = tuple((shard, part) for (shard, _), part in sorted(entry.parts.items()))
+    return msgspec.msgpack.encode(Saved(entry.info, entry.ask, entry.shards, parts))
+
+
 class Waiting(NamedTuple):
     """What somebody waits for over a connection."""
 

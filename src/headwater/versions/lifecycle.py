@@ -24,7 +24,7 @@ from headwater.errors import (
 )
 from headwater.types import TableSpec, VersionInfo
 from headwater.versions.catalogue import Catalogue
-from headwater.versions.entries import LATEST, TAGS, Entry, Saved, check, check_name, same, wait
+from headwater.versions.entries import LATEST, TAGS, Entry, Saved, check, check_name, same, saved, wait
 from headwater.versions.leases import Leases
 from headwater.wire import messages as m
 from headwater.wire import versions as v
@@ -222,7 +222,7 @@ class Lifecycle:
         nbytes = sum(part.size for part in entry.parts.values())
         entry.info = msgspec.structs.replace(entry.info, nbytes=nbytes, digest=digest.hexdigest())
         entry.state = "ready"
-        self._save(entry)
+        self._desk.save(f"version/{entry.number}", saved(entry))
         for tag in entry.ask.tags:
             if (
                 self._catalogue.tags.get((entry.info.model, tag), 0) < entry.number
@@ -361,19 +361,14 @@ class Lifecycle:
 
     # ---- what must be durable ------------------------------------------------------------------------
 
-    def _save(self, entry: Entry) -> None:
-        parts = tuple((shard, part) for (shard, _), part in sorted(entry.parts.items()))
-        saved = Saved(entry.info, entry.ask, entry.shards, parts)
-        self._desk.save(f"version/{entry.number}", msgspec.msgpack.encode(saved))
-
     def restore(self, state: Mapping[str, bytes]) -> None:
         """What was ready before a restart; the servers will say what they hold."""
         for key, data in state.items():
             if key.startswith("version/"):
-                saved = msgspec.msgpack.decode(data, type=Saved)
-                parts = {(shard, part.table): part for shard, part in saved.parts}
-                self._catalogue.entries[saved.info.number] = Entry(
-                    saved.info, saved.ask, saved.shards, "lost", parts=parts, since=self._clock()
+                kept = msgspec.msgpack.decode(data, type=Saved)
+                parts = {(shard, part.table): part for shard, part in kept.parts}
+                self._catalogue.entries[kept.info.number] = Entry(
+                    kept.info, kept.ask, kept.shards, "lost", parts=parts, since=self._clock()
                 )
             elif key.startswith("tags/"):
                 for tag, number in msgspec.msgpack.decode(data, type=dict[str, int]).items():

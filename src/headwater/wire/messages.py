@@ -11,12 +11,12 @@ import msgspec
 
 from headwater.errors import HeadwaterError, ProtocolError, from_code
 from headwater.types import Claim, Hyper, TableSpec, read_spec
-from headwater.wire.data_plan import Aside as Aside
 from headwater.wire.data_plan import Late as Late
+from headwater.wire.data_plan import Pause as Pause
+from headwater.wire.data_plan import Paused as Paused
+from headwater.wire.data_plan import PauseTable as PauseTable
 from headwater.wire.data_plan import PlanChunk as PlanChunk
 from headwater.wire.data_plan import PlanNext as PlanNext
-from headwater.wire.data_plan import Rest as Rest
-from headwater.wire.data_plan import Rested as Rested
 from headwater.wire.data_plan import WhoIsLate as WhoIsLate
 from headwater.wire.statuses import ClusterStatus as ClusterStatus
 from headwater.wire.statuses import ModelStatus as ModelStatus
@@ -362,6 +362,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+    """What ``headwater status`` shows of a server, a worker or a reader; each leaves out what only the others have."""
+
     clock: int = 0
     pushed_bytes: int = 0
     pulled_bytes: int = 0
@@ -372,6 +374,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     shards: tuple[tuple[int, int, int], ...] = ()  # (shard, LSN, lag) of those it is the primary of
     server: int = -1  # servers, whose heartbeats have a connection of their own,
     session: int = 0  # and the incarnation that proves whose they are
+    refused: tuple[tuple[int, int], ...] = ()  # (a client's session, its pushes that this server has refused)
 
 
 # ---- client -> server ---------------------------------------------------------------------------
@@ -501,8 +504,8 @@ Request = (
     | Follow
     | Lend
     | PlanNext
-    | Rest
-    | Aside
+    | Pause
+    | PauseTable
     | WhoIsLate
     | VersionRequest
 )
@@ -521,7 +524,7 @@ Reply = (
     | SlotPart
     | Following
     | PlanChunk
-    | Rested
+    | Paused
     | Late
     | VersionReply
 )

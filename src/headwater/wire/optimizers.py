@@ -3,6 +3,12 @@
 An optimizer crosses the wire as a name and numbers, never as code. ``KNOWN`` lists every name a server
 accepts: the element-wise and matrix optimizers of ``torch.optim`` with the defaults of their signatures,
 and ``Assign`` (value := aggregate), which module buffers use.
+
+To add one: a line in ``KNOWN``, and in ``_NUMBER``, ``_TUPLE``, ``_FLAGS`` or ``_CHOICES`` for each hyperparameter that
+no other has. If it is in ``torch.optim`` that is all: servers run torch's own class, one small instance after the
+other. For a faster one, and for one that torch does not have, write a ``Kernel`` and enter it in ``FLAT`` (both in the
+servers' ``kernels.py``). ``headwater.Optimizer`` takes classes of ``torch.optim``; others are named in an
+``OptimizerSpec``.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     pulled_bytes: int
     staleness: int
     heard: float  # seconds since its last heartbeat
+    refused: int = 0  # pushes, by all servers
 
 
 class TableStatus(msgspec.Struct, frozen=True):

@@ -103,7 +103,7 @@ def test_versions_are_not_made_again_when_a_log_is_read_back(tmp_path: Path) -> 
     again = back(tmp_path)
     assert again.nodes[0].shard.replica.digest() == ring.node(0).shard.replica.digest()
     assert not again.setting.part_store.parts
-    assert not again.setting.part_store.outbox
+    assert not again.setting.part_store.outbox.reports
 
 
 def test_one_sync_serves_all_records_of_a_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from headwater.errors import DataError, UsageError
-from headwater.integrations.torch_state import load_optimizer_state
+from headwater.integrations.torch.export import load_optimizer_state
 from headwater.server.snapshots import restore
 from headwater.server.snapshots.export import export
 from headwater.types import Bulk, DenseSpec, OptimizerSpec, ParameterSpec

@@ -15,7 +15,7 @@ from headwater.types import Bulk, DenseSpec, OptimizerSpec, ParameterSpec
 from headwater.wire.optimizers import KNOWN, check, checked, complete, select
 from tests.server.tables.tools import table
 
-TORCH = [name for name in KNOWN if name != "Assign"]
+TORCH = [name for name in KNOWN if hasattr(torch.optim, name)]
 MEANINGLESS = {"params", "foreach", "capturable", "differentiable"}
 
 

@@ -13,6 +13,7 @@ from headwater.client.dense.geometry import ShardGeometry, Span
 from headwater.client.dense.memory import Gradients, Mapped, Values, as_bytes, check_tensor, plain, views
 from headwater.client.dense.part import DensePart
 from headwater.client.dense.slots import Slots, join_slots, slot_requests
+from headwater.client.patience import Patience
 from headwater.client.session import Session
 from headwater.client.shards import Shards
 from headwater.client.table import Table
@@ -173,7 +174,8 @@ class DenseTable(Table):
         ``groups``: hyperparameters that changed, one mapping per group. ``anew`` (``Bulk`` only): what was pushed of
         the step before is void. Raises ``UsageError`` for an unknown name.
         """
-        self.settle()
+        if self._open:
+            self._settle(None)
         body = m.pack(m.StepBody(tuple(dict(g) for g in groups))) if groups is not None else b""
         if anew:
             self._pushed.clear()
@@ -192,7 +194,8 @@ class DenseTable(Table):
         written outside the optimizer (``Bulk`` only): the lowest rank's are the values that the step starts from.
         ``based``: as for ``mean``.
         """
-        self.settle()
+        if self._open:
+            self._settle(None)
         flags = Flag.NONE if self.live else Flag.WANT
         if writes:
             self._write(writes, self.clock + 1)
@@ -204,7 +207,8 @@ class DenseTable(Table):
     @interrupts.deferred
     def write(self, values: Mapping[str, torch.Tensor]) -> None:
         """Overwrite parameters on the servers before whatever is pushed next; not under ``Bulk``. Does not wait."""
-        self.settle()
+        if self._open:
+            self._settle(None)
         self._write(values, 0)
 
     @interrupts.deferred
@@ -218,7 +222,8 @@ class DenseTable(Table):
         worker asks for that; the next push must be ``anew``. ``based``: how many means of this step went, changed, into
         what was pushed; the same on every worker.
         """
-        self.settle()
+        if self._open:
+            self._settle(None)
         flat = plain(self.layout.size)
         landing = memoryview(flat.numpy()).cast("B")  # type: ignore[arg-type]
         for part in self._parts:
@@ -246,7 +251,8 @@ class DenseTable(Table):
     @interrupts.deferred
     def push_step(self, names: Sequence[str], *, want: bool) -> Ticket:
         """``push`` and ``step`` in one; ``want`` asks for fresh values."""
-        self.settle()
+        if self._open:
+            self._settle(None)
         self._pushed.update(names)
         return self._end(self._spans_of(names), None, False, Flag.WANT if want and not self.live else Flag.NONE)
 
@@ -256,7 +262,8 @@ class DenseTable(Table):
         streams = self.spec.sync.immediate and not self.spec.sync.paced
         if not streams or self.spec.max_grad_norm is not None or any(p.mapped for p in self._parts):
             return self.push_step(self._names, want=True)
-        self.settle()
+        if self._open:
+            self._settle(None)
         for part in self._parts:
             part.push_streaming(self.clock + 1, self._members)
         return self._ended(True)
@@ -326,7 +333,7 @@ class DenseTable(Table):
     def _wait_for(self, names: Iterable[str], timeout: float | None) -> None:
         """Streams: values arrive in the shards' order, so a parameter may be ready before the rest."""
         wanted = {self._index[name] for name in names}
-        patience = self._patience(timeout)
+        patience = Patience(self._shards, timeout, self._who_is_late)
         for part in self._parts:
             upto = part.geometry.end_of(wanted)
 

@@ -112,13 +112,13 @@ class SetSlots(msgspec.Struct, frozen=True, tag="set_slots"):
     reset: bool
 
 
-class Aside(msgspec.Struct, frozen=True, tag="aside"):
-    """Others' reads and steps do without this session's worker (``away``), or wait for it again."""
+class TablePaused(msgspec.Struct, frozen=True, tag="table_paused"):
+    """Others' reads and steps do without this session's worker (``paused``), or wait for it again."""
 
     table: int
     session: int
     request: int
-    away: bool
+    paused: bool
 
 
 class Publish(msgspec.Struct, frozen=True, tag="publish"):
@@ -128,7 +128,7 @@ class Publish(msgspec.Struct, frozen=True, tag="publish"):
     tables: tuple[int, ...]
 
 
-Body = Begin | Drop | Seat | Members | Prepare | Commit | Update | Values | SetSlots | Aside | Publish
+Body = Begin | Drop | Seat | Members | Prepare | Commit | Update | Values | SetSlots | TablePaused | Publish
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Body] = msgspec.msgpack.Decoder(Body, dec_hook=read_spec)

@@ -36,7 +36,7 @@ class Memory(Protocol):
 
 
 _BYTES = torch.uint8
-_OF_TABLES = (r.Update, Commit, r.Prepare, r.Values, r.SetSlots, r.Aside)
+_OF_TABLES = (r.Update, Commit, r.Prepare, r.Values, r.SetSlots, r.TablePaused)
 
 Happened = e.Instruction | e.Pull | Table
 """What a primary does about a record that was applied, in this order. An instruction: it says so. A pull: it answers
@@ -109,8 +109,8 @@ class Replica:
                 self._assign(record, body)
             case r.SetSlots():
                 self._set_slots(body)
-            case r.Aside():
-                self._aside(body)
+            case r.TablePaused():
+                self._pause_table(body)
             case r.Publish():
                 self._publish(body)
         return self._happened
@@ -176,7 +176,7 @@ class Replica:
             table.waiting = [p for p in table.waiting if p.session != session.number]
             table.held = [p for p in table.held if p.session != session.number]
             table.staged.pop(session.number, None)
-            table.clocks.aside(session.rank, session.number, away=False)
+            table.clocks.resume(session.rank, session.number)
             table.words.end(session.number)
 
     def _place(self, table: Table) -> None:
@@ -295,10 +295,11 @@ class Replica:
                 self._emit(e.Pull(body.session, 0, table.number, body.clock, start, stop - start))
         self._emit(table)
 
-    def _aside(self, body: r.Aside) -> None:
+    def _pause_table(self, body: r.TablePaused) -> None:
         table, session = self.tables[body.table], self.sessions.get(body.session)
         if session is not None:
-            table.clocks.aside(session.rank, session.number, away=body.away)
+            act = table.clocks.pause if body.paused else table.clocks.resume
+            act(session.rank, session.number)
         self._emit(e.Done(body.session, body.request))
         self._emit(table)
 
@@ -362,7 +363,7 @@ class Replica:
             for parameter, name, start, tensor in table.dense.read_slots():
                 found.update(f"{parameter} {name} {start}".encode())
                 found.update(tensor.detach().contiguous().reshape(-1).view(_BYTES).numpy().data)
-            clocks = (sorted(table.clocks.clock.items()), sorted(table.clocks.waiting.items()))
+            clocks = (sorted(table.clocks.clock.items()), sorted(table.clocks.paused.items()))
             found.update(f"{number} {table.gathering.clock} {table.clocks.applied} {clocks}".encode())
         workers = [s for s in self.sessions.values() if s.rank >= 0]  # readers are known to the primary only
         for session in sorted(workers, key=lambda s: s.number):

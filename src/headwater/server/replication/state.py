@@ -38,7 +38,7 @@ class TableState(msgspec.Struct, frozen=True, tag="table"):
     clocks: tuple[tuple[int, int], ...]  # (rank, clock)
     commit: Commit | None
     groups: Groups
-    waiting: tuple[tuple[int, int], ...] = ()  # (rank, session) that nobody waits for
+    paused: tuple[tuple[int, int], ...] = ()  # (rank, session) that nobody waits for
 
 
 class SlotState(msgspec.Struct, frozen=True):
@@ -86,7 +86,7 @@ def table_state(table: Table) -> TableState:
     return TableState(
         table.number, table.spec, table.gathering.clock, table.gathering.lost, table.clocks.applied, clocks,
         table.last_commit, tuple(dict(group) for group in table.dense.groups),
-        tuple(sorted(table.clocks.waiting.items())),
+        tuple(sorted(table.clocks.paused.items())),
     )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def restore(table: Table, state: TableState) -> None:
     table.dense.set_groups(state.groups)
     table.gathering.clock, table.gathering.lost = state.clock, state.lost
     table.clocks.applied = state.applied
-    table.clocks.clock, table.clocks.waiting = dict(state.clocks), dict(state.waiting)
+    table.clocks.clock, table.clocks.paused = dict(state.clocks), dict(state.paused)
     table.clocks.read = dict.fromkeys(table.clocks.clock, state.applied)
     table.last_commit = state.commit
 

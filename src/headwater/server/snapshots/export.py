@@ -4,7 +4,7 @@
     optimizer.safetensors    optimizer state, as ``<index>.<slot>`` of a torch optimizer's ``state_dict()``
     optimizer.json           the rest of that ``state_dict()``
 
-``headwater.integrations.torch_state.load_optimizer_state`` reads the last two. Files are written piece by piece: a
+``headwater.integrations.torch.export.load_optimizer_state`` reads the last two. Files are written piece by piece: a
 model need not fit into memory.
 """
 

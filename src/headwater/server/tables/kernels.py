@@ -1,4 +1,4 @@
-"""The optimizers that step flat memory: SGD, Adam, AdamW, Adagrad, Assign.
+"""The optimizers that step flat memory, by name in ``FLAT``.
 
 A kernel gets lists of matching *pieces* (1-D tensors: parameter, gradient, slots) and steps them in place,
 with the arithmetic of ``torch.optim`` to the last bit. How the pieces must be cut for that is measured, and
@@ -19,7 +19,7 @@ so SGD never uses it there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -148,24 +148,35 @@ class Assign(Kernel):
     counts = False
     has_step = False
 
+    def __init__(self, hyper: Mapping[str, Any], dtype: torch.dtype) -> None:
+        """It has no hyperparameters and takes every dtype."""
+
     def __call__(self, params: Tensors, grads: Tensors, slots: tuple[Tensors, ...], cohort: Cohort) -> None:
         for param, grad in zip(params, grads, strict=True):
             param.copy_(grad)
 
 
-FLAT = frozenset({"SGD", "Adam", "AdamW", "Adagrad", "Assign"})
-"""The optimizers that have a kernel here; the others of the closed list run in generic.py."""
+def _adam(hyper: Mapping[str, Any], dtype: torch.dtype) -> Kernel:
+    return Adam(hyper, dtype, decoupled=bool(hyper["decoupled_weight_decay"]))
+
+
+def _adamw(hyper: Mapping[str, Any], dtype: torch.dtype) -> Kernel:
+    return Adam(hyper, dtype, decoupled=True)
+
+
+FLAT: dict[str, Callable[[Mapping[str, Any], torch.dtype], Kernel]] = {
+    "SGD": Sgd,
+    "Adam": _adam,
+    "AdamW": _adamw,
+    "Adagrad": Adagrad,
+    "Assign": Assign,
+}
+"""The optimizers that have a kernel here, by name; the others of the closed list run in generic.py."""
 
 
 def kernel(name: str, hyper: Mapping[str, Hyper], dtype: torch.dtype) -> Kernel:
     """The kernel of optimizer ``name`` (one of ``FLAT``) with complete hyperparameters."""
-    if name == "SGD":
-        return Sgd(hyper, dtype)
-    if name == "Adagrad":
-        return Adagrad(hyper, dtype)
-    if name == "Assign":
-        return Assign()
-    return Adam(hyper, dtype, decoupled=name == "AdamW" or bool(hyper["decoupled_weight_decay"]))
+    return FLAT[name](hyper, dtype)
 
 
 def _cut(fused: bool, eps: float, dtype: torch.dtype) -> Cut:

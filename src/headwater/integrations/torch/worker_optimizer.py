@@ -10,7 +10,7 @@ import torch
 
 from headwater import interrupts
 from headwater.errors import NonFiniteGradient, UsageError
-from headwater.integrations.torch_core import Core
+from headwater.integrations.torch.core import Core
 from headwater.types import Bulk
 from headwater.wire.tensors import finite
 

@@ -15,7 +15,7 @@ import headwater
 from headwater.client import connecting
 from headwater.errors import UsageError
 from headwater.launch import Launcher, Outcome, launch
-from tests.integrations.support import digest
+from tests.integrations.torch.support import digest
 
 HEAD = """
 import os, sys, time
@@ -23,7 +23,7 @@ import torch, headwater
 from pathlib import Path
 from torch import nn
 from safetensors.torch import save_file
-from tests.integrations.support import digest
+from tests.integrations.torch.support import digest
 from tests.patience import PATIENCE
 torch.set_num_threads(1)
 rank, folder = int(os.environ["HEADWATER_RANK"]), Path(sys.argv[1])

@@ -12,7 +12,7 @@ import torch
 import headwater
 from headwater.client import Client
 from headwater.wire.exact import clip_factor
-from tests.integrations.support import Zoo, digest, workers, zoo
+from tests.integrations.torch.support import Zoo, digest, workers, zoo
 
 STEPS = 5
 KINDS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], dict[str, Any]]] = {

@@ -29,7 +29,7 @@ from torch.utils.data import (
 )
 
 from headwater.errors import DataError, UsageError
-from headwater.integrations.torch_told import warn
+from headwater.integrations.torch.notices import warn
 
 T = TypeVar("T")
 _SEED = 0
@@ -87,7 +87,7 @@ def _changes(loader: DataLoader[Any], crew: Crew) -> dict[str, Any]:
 
 def _shares_already(loader: DataLoader[Any]) -> object | None:
     """A sampler that deals the samples to several ranks itself."""
-    from headwater.integrations.torch_data import ShardSampler
+    from headwater.integrations.torch.sampler import ShardSampler
 
     batches = loader.batch_sampler
     for sampler in (batches, getattr(batches, "sampler", None), getattr(loader, "sampler", None)):

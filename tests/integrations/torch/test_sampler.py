@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import headwater.data
 from headwater.cluster.dataplan import ALL, DataPlans
 from headwater.errors import DeadlineExceeded, UsageError
-from headwater.integrations.torch_data import ShardSampler
+from headwater.integrations.torch.sampler import ShardSampler
 from headwater.types import Async, Bulk
 from headwater.wire.data_plan import PlanChunk, PlanNext
 
@@ -60,7 +60,7 @@ class FakeClient:
         return self.cluster.plans.ask(self.session, message, self.cluster.settled)
 
     @contextlib.contextmanager
-    def resting(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         self.rests += 1
         yield
 

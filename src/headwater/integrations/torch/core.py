@@ -16,13 +16,13 @@ import msgspec
 import torch
 
 from headwater.errors import HeadwaterError, ParameterModified, UnknownOptimizer, UsageError
-from headwater.integrations.torch_arrivals import Arrivals
-from headwater.integrations.torch_buffers import Buffers, Mode
-from headwater.integrations.torch_departures import Departures, Groups
-from headwater.integrations.torch_leaves import Held, Leaf, as_kept, shared_with_strangers
-from headwater.integrations.torch_plan import Inits, check_forwards, materialise, optimizer_spec, specs, trainable
-from headwater.integrations.torch_told import Told
-from headwater.integrations.torch_wrapped import named_parameters
+from headwater.integrations.torch.buffers import Buffers, Mode
+from headwater.integrations.torch.gradients import Departures, Groups
+from headwater.integrations.torch.model import Inits, check_forwards, materialise, optimizer_spec, specs, trainable
+from headwater.integrations.torch.notices import Told
+from headwater.integrations.torch.parameters import Held, Leaf, as_kept, shared_with_strangers
+from headwater.integrations.torch.values import Arrivals
+from headwater.integrations.torch.wrappers import named_parameters
 from headwater.types import Claim, DenseSpec, OptimizerSpec, Sync
 from headwater.wire import optimizers
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from headwater.errors import ShapeMismatch, UnknownOptimizer, UsageError
-from headwater.integrations.torch_leaves import span
-from headwater.integrations.torch_wrapped import named_parameters
+from headwater.integrations.torch.parameters import span
+from headwater.integrations.torch.wrappers import named_parameters
 from headwater.types import Init, OptimizerSpec, ParameterSpec
 from headwater.wire import optimizers
 from headwater.wire.tensors import dtype_name

@@ -11,9 +11,9 @@ import torch
 from hypothesis import assume, given, settings
 
 import headwater
-from tests.integrations import machine
-from tests.integrations.machine import Word
-from tests.integrations.support import workers
+from tests.integrations.torch import machine
+from tests.integrations.torch.machine import Word
+from tests.integrations.torch.support import workers
 
 EXAMPLES = int(os.environ.get("HEADWATER_SEQUENCES", "100"))
 """Sequences of each test; HEADWATER_SEQUENCES=10000 for more."""

@@ -19,8 +19,8 @@ import xxhash
 
 from headwater import interrupts
 from headwater.errors import GradientModified, NonFiniteGradient, UsageError
-from headwater.integrations.torch_gradients import Gradient, no_torch_function
-from headwater.integrations.torch_leaves import Held, Leaf, as_kept
+from headwater.integrations.torch.lazy import Gradient, no_torch_function
+from headwater.integrations.torch.parameters import Held, Leaf, as_kept
 from headwater.types import Hyper
 from headwater.wire.tensors import finite
 

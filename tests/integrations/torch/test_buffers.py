@@ -13,8 +13,8 @@ from torch import nn
 import headwater
 from headwater.client import Client
 from headwater.errors import UsageError
-from headwater.integrations import torch_buffers
-from tests.integrations.support import workers
+from headwater.integrations.torch import buffers
+from tests.integrations.torch.support import workers
 
 
 class Bare(nn.Module):
@@ -242,7 +242,7 @@ def test_one_worker_may_change_what_it_likes() -> None:
 
 def test_asynchronous_workers_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(torch_buffers, "warn", said.append)
+    monkeypatch.setattr(buffers, "warn", said.append)
 
     def life(client: Client) -> int:
         model: Any = Bare(flag=torch.tensor(False))

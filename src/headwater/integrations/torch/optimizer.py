@@ -1,7 +1,7 @@
 """``headwater.Optimizer``: a ``torch.optim.Optimizer`` whose parameters and state live on the servers.
 
-The way of a gradient: autograd's hook (torch_departures) → ``Table.push`` → … → the servers' optimizer;
-the way of the values: ``Core.end`` → ``Table.step`` → ``Table.wait`` (torch_arrivals).
+The way of a gradient: autograd's hook (gradients.py) → ``Table.push`` → … → the servers' optimizer;
+the way of the values: ``Core.end`` → ``Table.step`` → ``Table.wait`` (values.py).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch
 from headwater import interrupts
 from headwater.client import connecting
 from headwater.errors import UsageError
-from headwater.integrations.torch_buffers import Mode
-from headwater.integrations.torch_core import Core, Manner
-from headwater.integrations.torch_here import Here
-from headwater.integrations.torch_plan import Inits, Plan, on_servers, plan
-from headwater.integrations.torch_slots import State
-from headwater.integrations.torch_wrapped import Watch, take_over, unwrapped
+from headwater.integrations.torch.buffers import Mode
+from headwater.integrations.torch.core import Core, Manner
+from headwater.integrations.torch.model import Inits, Plan, on_servers, plan
+from headwater.integrations.torch.state import State
+from headwater.integrations.torch.worker_optimizer import Here
+from headwater.integrations.torch.wrappers import Watch, take_over, unwrapped
 from headwater.types import Bulk, Sync
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ import torch
 
 from headwater import interrupts
 from headwater.errors import WorkerLost
-from headwater.integrations.torch_gradients import DESCRIBES, no_torch_function
-from headwater.integrations.torch_leaves import Held, Leaf
+from headwater.integrations.torch.lazy import DESCRIBES, no_torch_function
+from headwater.integrations.torch.parameters import Held, Leaf
 
 if TYPE_CHECKING:
-    from headwater.integrations.torch_buffers import Buffers
+    from headwater.integrations.torch.buffers import Buffers
 
 
 # torch.compiler.disable would import the compiler here and now.

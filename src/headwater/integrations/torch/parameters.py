@@ -15,9 +15,9 @@ from headwater.errors import ParameterModified
 
 if TYPE_CHECKING:
     from headwater.client import DenseTable
-    from headwater.integrations.torch_arrivals import Guard
-    from headwater.integrations.torch_departures import Bucket
-    from headwater.integrations.torch_gradients import Gradient
+    from headwater.integrations.torch.gradients import Bucket
+    from headwater.integrations.torch.lazy import Gradient
+    from headwater.integrations.torch.values import Guard
 
 
 def shares_memory(parameter: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 import headwater
 from headwater.client import Client
 from headwater.errors import NonFiniteGradient, ShapeMismatch, TableConflict, UsageError
-from tests.integrations.support import Zoo, digest, workers, zoo
+from tests.integrations.torch.support import Zoo, digest, workers, zoo
 from tests.patience import PATIENCE
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import headwater
 from headwater.errors import ShapeMismatch, UnknownOptimizer, UsageError
-from headwater.integrations.torch_plan import complete_groups, materialise, optimizer_spec, plan, specs, trainable
+from headwater.integrations.torch.model import complete_groups, materialise, optimizer_spec, plan, specs, trainable
 from headwater.types import Init
 
 SGD = {"lr": 0.1}

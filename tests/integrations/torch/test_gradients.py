@@ -10,8 +10,8 @@ from torch import nn
 
 import headwater
 from headwater.errors import GradientModified, LinkBroken, NonFiniteGradient, UsageError
-from headwater.integrations.torch_gradients import Gradient
-from tests.integrations.fake import FakeClient, FakeTable
+from headwater.integrations.torch.lazy import Gradient
+from tests.integrations.torch.fake_table import FakeClient, FakeTable
 
 
 def chain(width: int = 4, layers: int = 3) -> nn.Sequential:

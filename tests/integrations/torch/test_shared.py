@@ -17,7 +17,7 @@ from headwater.client import Client
 from headwater.errors import UsageError
 from headwater.launch import Launcher
 from headwater.types import Sync
-from tests.integrations.support import Zoo, digest, zoo
+from tests.integrations.torch.support import Zoo, digest, zoo
 from tests.patience import PATIENCE
 
 T = TypeVar("T")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from headwater.errors import UsageError
-from headwater.integrations.torch_buffer_kinds import Kept, digest, same_bits, sort, write
-from headwater.integrations.torch_told import warn
+from headwater.integrations.torch.buffer_kinds import Kept, digest, same_bits, sort, write
+from headwater.integrations.torch.notices import warn
 from headwater.types import Bulk, DenseSpec, Init, OptimizerSpec, ParameterSpec, Sync
 from headwater.wire.tensors import dtype_name
 
@@ -28,7 +28,7 @@ class Buffers:
     the lowest rank that is there; ``"local"``: nothing is sent. Under stale and asynchronous policies the last
     writer's stay.
 
-    Persistent buffers of kinds that have no mean (bool, sparse, …; see ``torch_buffer_kinds``) stay this worker's. They
+    Persistent buffers of kinds that have no mean (bool, sparse, …; see ``buffer_kinds``) stay this worker's. They
     are watched: constants are no matter, and one that workers change differently is an error (``apart``).
     """
 

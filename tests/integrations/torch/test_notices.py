@@ -14,9 +14,9 @@ from torch import nn
 import headwater
 from headwater.client import Client
 from headwater.client.tickets import Alike
-from headwater.integrations import torch_told
-from headwater.integrations.torch_told import SameSamples
-from tests.integrations.support import workers
+from headwater.integrations.torch import notices
+from headwater.integrations.torch.notices import SameSamples
+from tests.integrations.torch.support import workers
 from tests.patience import PATIENCE
 
 
@@ -25,7 +25,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """What was said in each thread; ``warnings`` has one list for all."""
     found: dict[str, list[str]] = {}
     monkeypatch.setattr(
-        torch_told, "warn", lambda text: found.setdefault(threading.current_thread().name, []).append(text)
+        notices, "warn", lambda text: found.setdefault(threading.current_thread().name, []).append(text)
     )
     return found
 
@@ -101,7 +101,7 @@ def test_each_group_and_hyperparameter_is_named(said: dict[str, list[str]]) -> N
 
 def test_a_warning_is_said_of_the_script_s_line() -> None:
     with pytest.warns(UserWarning, match="Said once") as caught:
-        torch_told.warn("This. Said once")
+        notices.warn("This. Said once")
     assert caught[0].filename == __file__
 
 

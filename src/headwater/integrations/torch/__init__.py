@@ -1,0 +1,1 @@
+"""PyTorch: ``headwater.Optimizer``, ``headwater.wrap``, ``headwater.shard`` and the samplers of ``headwater.data``."""
