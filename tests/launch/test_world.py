@@ -13,7 +13,7 @@ import pytest
 from headwater.launch import Launcher, launch
 from headwater.launch.world import World, inherited
 from headwater.transports.ports import ReservedPort
-from tests.launch.test_local import Collected
+from tests.launch.test_launcher import Collected
 
 SHOW = "import os; [print(name, value) for name, value in os.environ.items()]"
 

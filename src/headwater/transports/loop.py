@@ -158,14 +158,14 @@ class Loop:
                     self._dialed(*self._dials.get())
                 if self._woken:
                     self._woken = False
-                    self.send(self.host.woken())
+                    self.dispatch(self.host.woken())
                 now = time.monotonic()
                 if now >= next_tick:
                     next_tick = now + TICK
                     self._expire(now)
-                    self.send(self.host.tick(now))
+                    self.dispatch(self.host.tick(now))
                 if self.sync is not None:
-                    self.send(self.sync())
+                    self.dispatch(self.sync())
         finally:
             self._close_all()
 
@@ -245,7 +245,7 @@ class Loop:
         except HeadwaterError as error:
             if isinstance(error, ProtocolError):
                 log.warning("peer %d: %s", connection.peer, error)
-                self._put(connection, Frame(Kind.ERROR, body=m.error_body(error)))
+                self._enqueue(connection, Frame(Kind.ERROR, body=m.error_body(error)))
                 self._flush(connection)
             self._close(connection)
             return
@@ -266,10 +266,10 @@ class Loop:
         if connection.stage == "open":
             out = self.host.receive(connection.peer, frame, fds)
             if out:
-                self.send(out)
+                self.dispatch(out)
             out = self.host.work()
             if out:
-                self.send(out)
+                self.dispatch(out)
         else:
             self._handshake(connection, frame)
 
@@ -281,25 +281,25 @@ class Loop:
             connection.server_nonce = auth.nonce()
             mine = auth.proof(self._token, "server", connection.client_nonce, connection.server_nonce)
             connection.stage = "proof"
-            self._put(connection, Frame(Kind.CHALLENGE, body=m.pack(m.Challenge(connection.server_nonce, mine))))
+            self._enqueue(connection, Frame(Kind.CHALLENGE, body=m.pack(m.Challenge(connection.server_nonce, mine))))
         elif connection.stage == "proof" and frame.kind == Kind.PROOF:
             given = m.unpack(frame.body, m.Proof).proof
             try:
                 auth.check(self._token, "client", connection.client_nonce, connection.server_nonce, given)
             except HeadwaterError as error:
                 log.warning("peer %d: %s", connection.peer, error)
-                self._put(connection, Frame(Kind.ERROR, body=m.error_body(error)))
+                self._enqueue(connection, Frame(Kind.ERROR, body=m.error_body(error)))
                 connection.closing = True
             else:
                 connection.stage, connection.receiver.limit = "open", MAX_BODY
-                self._put(connection, Frame(Kind.WELCOME))
+                self._enqueue(connection, Frame(Kind.WELCOME))
         else:
             raise ProtocolError(f"{frame.kind.name} instead of the handshake's next message")
         self._flush(connection)
 
     # ---- sending ---------------------------------------------------------------------------------
 
-    def send(self, instructions: Sequence[Instruction]) -> None:
+    def dispatch(self, instructions: Sequence[Instruction]) -> None:
         """Carry out the host's instructions; frames to one peer go together."""
         touched: dict[int, _Connection] = {}
         for out in instructions:
@@ -313,7 +313,7 @@ class Loop:
             if not (fds or close or connection.outbox) and len(instructions) == 1:
                 self._send_one(connection, frame)  # nine of ten
                 return
-            self._put(connection, frame, fds)
+            self._enqueue(connection, frame, fds)
             connection.closing = connection.closing or close
             touched[peer] = connection
         for connection in touched.values():
@@ -323,7 +323,7 @@ class Loop:
         """Send a frame when nothing else waits to be sent."""
         payload = frame.payload
         if payload is not None and len(payload) > JOINED:
-            self._put(connection, frame)
+            self._enqueue(connection, frame)
             self._flush(connection)
             return
         data = encode(frame) if payload is None else encode(frame) + payload
@@ -339,7 +339,7 @@ class Loop:
             connection.queued += len(data) - sent
             self._want_write(connection, True)
 
-    def _put(self, connection: _Connection, frame: Frame, fds: tuple[int, ...] = ()) -> None:
+    def _enqueue(self, connection: _Connection, frame: Frame, fds: tuple[int, ...] = ()) -> None:
         head = memoryview(encode(frame))
         lent: list[int] = []
         try:  # duplicates: their owner may close them before they are sent, and the numbers be used again
@@ -443,7 +443,7 @@ class Loop:
             if old is not None:
                 self._close(old)
             self.adopt(channel, peer)
-        self.send(self.host.dialed(key, peer))
+        self.dispatch(self.host.dialed(key, peer))
 
     # ---- ends ------------------------------------------------------------------------------------
 
@@ -465,7 +465,7 @@ class Loop:
         for entry in connection.outbox:
             close_all(entry.fds)
         if connection.stage == "open":
-            self.send(self.host.closed(connection.peer))
+            self.dispatch(self.host.closed(connection.peer))
 
     def _close_all(self) -> None:
         if threading.current_thread() is threading.main_thread():
