@@ -46,10 +46,8 @@ class CounterPart(TablePart):
         self.awaited = False
 
     def push_counts(self, counts: Mapping[str, int], clock: int, members: int) -> None:
-        payload = packed(counts)
-        frame = Frame(Kind.PUSH, table=self.table, clock=clock, length=len(payload), members=members)
-        frame.payload = memoryview(payload)
-        self.send_numbered([frame])
+        payload = memoryview(packed(counts))
+        self.send_numbered([Frame(Kind.PUSH, table=self.table, clock=clock, members=members, payload=payload)])
 
     def end(self, clock: int, members: int) -> None:
         self.send_numbered([Frame(Kind.PUSH, Flag.END, table=self.table, clock=clock, members=members)])
@@ -59,7 +57,7 @@ class CounterPart(TablePart):
         self.session.send(Frame(Kind.PULL, table=self.table, lsn=self.lsn, clock=clock))
 
     def landing(self, frame: Frame) -> memoryview:
-        self._buffer = bytearray(frame.length)
+        self._buffer = bytearray(frame.payload_length)
         return memoryview(self._buffer)
 
     def arrived(self, frame: Frame) -> None:

@@ -45,7 +45,8 @@ class CounterLine(Line):
             self._push(frame)
         elif frame.kind == Kind.PULL:
             payload = packed(self._at.counts)
-            data = Frame(Kind.DATA, Flag.END, table=frame.table, length=len(payload), payload=memoryview(payload))
+            data = Frame(Kind.DATA, Flag.END, table=frame.table, payload=memoryview(payload))
+            data.payload_length = len(payload)
             self._due.append(data)
         if self._at.breaks:
             self._at.breaks = False

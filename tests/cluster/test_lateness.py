@@ -28,7 +28,7 @@ def test_at_a_step_those_are_late_that_have_not_come_to_it_in_this_table() -> No
     reach(script, 1, 2, 9)
     assert late(script, 0, table="a", clock=3) == m.Late(alive=(1, 2), absent=(3,))
     assert late(script, 0, table="b", clock=9) == m.Late(alive=(2,), absent=(3,))
-    script.ask(WORKER + 2, m.Rest(True))
+    script.ask(WORKER + 2, m.Pause(True))
     assert late(script, 0, table="b", clock=9) == m.Late(absent=(3,)), "nobody waits for one that rests"
 
 

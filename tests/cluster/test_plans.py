@@ -79,25 +79,25 @@ def test_steps_do_without_a_worker_that_rests() -> None:
     script = FakePeers(1)
     script.join(0, 1)
     epoch = members(script).epoch
-    script.ask(WORKER + 1, m.Rest(away=True))
-    assert script.last(WORKER + 1, m.Rested).members == epoch + 1
+    script.ask(WORKER + 1, m.Pause(paused=True))
+    assert script.last(WORKER + 1, m.Paused).members == epoch + 1
     said = members(script)
     assert (said.epoch, said.ranks, said.lost) == (epoch + 1, (0,), 0)
-    script.ask(WORKER + 1, m.Rest(away=True))  # asked again
-    assert script.last(WORKER + 1, m.Rested).members == epoch + 1
-    script.ask(WORKER + 1, m.Rest(away=False))
-    assert script.last(WORKER + 1, m.Rested).members == epoch + 2
+    script.ask(WORKER + 1, m.Pause(paused=True))  # asked again
+    assert script.last(WORKER + 1, m.Paused).members == epoch + 1
+    script.ask(WORKER + 1, m.Pause(paused=False))
+    assert script.last(WORKER + 1, m.Paused).members == epoch + 2
     assert members(script).ranks == (0, 1)
 
 
 def test_a_barrier_waits_for_a_worker_that_rests() -> None:
     script = FakePeers(1)
     script.join(0, 1)
-    script.ask(WORKER + 1, m.Rest(away=True))
+    script.ask(WORKER + 1, m.Pause(paused=True))
     script.take(WORKER)
     script.ask(WORKER, m.Barrier("b", 1))
     assert script.take(WORKER) == []
-    script.ask(WORKER + 1, m.Rest(away=False))
+    script.ask(WORKER + 1, m.Pause(paused=False))
     script.ask(WORKER + 1, m.Barrier("b", 1))
     assert script.take(WORKER) == [m.Done()]
 
@@ -107,10 +107,25 @@ def test_who_rests_is_remembered_and_forgotten_with_the_worker() -> None:
     for rank in (0, 1):
         membership.admit(rank, m.Join("worker", rank, rank=rank), 0.0)
     member = membership.workers[1]
-    membership.rest(member, away=True)
+    membership.pause(member, paused=True)
     again = Membership()
     again.restore({"members": membership.dump()}, 0.0)
     assert again.needed() == (0,)
     membership.depart(member, clean=True)
     membership.admit(5, m.Join("worker", 5, rank=1), 0.0)
     assert membership.needed() == membership.ranks() == (0, 1)
+
+
+def test_what_was_trained_in_a_step_that_died_with_its_worker_is_given_out_again() -> None:
+    script = FakePeers(1)
+    script.join(0, 1)
+    script.ask(WORKER + 1, question(1))
+    assert script.last(WORKER + 1, m.PlanChunk).chunk == 0
+    script.ask(WORKER + 1, question(2, (0, 7)))  # finished in step 7, which nobody has committed
+    assert script.last(WORKER + 1, m.PlanChunk).chunk == 1
+    script.hang_up(WORKER + 1)
+    given = []
+    for turn in (1, 2, 3):
+        script.ask(WORKER, question(turn))
+        given.append(script.last(WORKER, m.PlanChunk).chunk)
+    assert given == [0, 1, 2]

@@ -175,3 +175,18 @@ def test_who_only_reads_may_publish_what_others_train(reads: bool) -> None:
     for server in range(2):
         held(s, 1, server=server)
     assert s.last(peer, v.Publishing).number == 1
+
+
+def test_a_server_that_alone_holds_a_version_is_not_drained() -> None:
+    s = cluster()
+    s.start(2)
+    publish(s, "v1")
+    s.ask(WORKER, m.Drain(0))
+    view = s.coordinator.fleet.views[0]
+    s.tell(SERVER, m.Synced(0, view.epoch, 2, 5))
+    s.pass_time(1, alive=(SERVER, SERVER + 1, SERVER + 2, WORKER))
+    assert s.coordinator.fleet.empty(0)
+    assert m.Done() not in s.take(WORKER), "the part of shard 0 has no other holder yet"
+    held(s, 1, server=2, shard=0)
+    s.pass_time(1, alive=(SERVER, SERVER + 1, SERVER + 2, WORKER))
+    assert m.Done() in s.take(WORKER)

@@ -14,7 +14,7 @@ from headwater.wire import versions as v
 from headwater.wire.outgoing import Asker
 from tests.cluster.fake_peers import WORKER, FakePeers
 
-TO_A_SERVER = {m.Create, m.Open, m.Attach, m.Slots, m.SlotPart, m.Follow, m.Lend, m.Aside, v.Fetch}
+TO_A_SERVER = {m.Create, m.Open, m.Attach, m.Slots, m.SlotPart, m.Follow, m.Lend, m.PauseTable, v.Fetch}
 
 
 def test_every_request_is_for_the_coordinator_or_for_a_server() -> None:

@@ -213,3 +213,17 @@ def test_a_server_that_was_replaced_while_it_was_away_learns_its_view() -> None:
     views = [x for x in script.take(SERVER) if isinstance(x, m.View)]
     assert {v.shard for v in views} == {0, 1}
     assert all(v.epoch > 1 and v.primary is not None and v.primary.server == 1 for v in views)
+
+
+def test_what_only_a_backup_can_say_was_committed_counts_after_a_crash_too() -> None:
+    script = Kept(2, replicas=2)
+    script.join(0)
+    script.ask(WORKER, m.Declare(spec()))
+    script.create()
+    verdict = m.Commit(1, 1, script.coordinator.membership.epoch, False)
+    script.crash()
+    script.back(1, hosted=(m.Hosted(0, 1, "backup", 9, (verdict,)), m.Hosted(1, 1, "primary", 8)))
+    told = [x for x in script.take(SERVER + 1) if not isinstance(x, m.View | m.Welcome)]
+    assert told == [], "nobody decides before all have said what they know"
+    script.pass_time(3, alive=(SERVER + 1,))  # server 0, the primary of shard 0, does not come back
+    assert verdict in script.take(SERVER + 1)

@@ -121,3 +121,36 @@ def test_who_may_not_have_one() -> None:
     empty.ask(WORKER, m.TakeSnapshot())
     assert isinstance(error := empty.error(WORKER), ClusterError)
     assert "no table yet" in str(error)
+
+
+def test_what_was_trained_after_the_moment_of_a_snapshot_is_not_done_in_it() -> None:
+    script = FakePeers(2, snapshots=True)
+    script.join(0)
+    script.ask(WORKER, m.Declare(spec()))
+    script.create()
+
+    def step(clock: int) -> None:
+        for shard in (0, 1):
+            script.tell(SERVER + shard, m.Ready(1, shard, clock, 1, (0.0,), False))
+
+    def finish(chunk: int, clock: int) -> None:
+        script.ask(WORKER, m.PlanNext("data", 9, 1, 0, 3, False, chunk + 1, ((chunk - 1, clock),) if chunk else ()))
+        assert script.last(WORKER, m.PlanChunk).chunk == chunk
+
+    step(1)
+    finish(0, 0)
+    finish(1, 1)  # chunk 0 was finished in step 1
+    script.ask(WORKER, m.TakeSnapshot())
+    script.carry_out(script.coordinator.finished(FolderMade(1, "/s/1"), script.clock()))
+    for shard in (0, 1):
+        script.tell(SERVER + shard, m.CutDone(1, shard, prepared=True))
+    step(2)
+    finish(2, 2)  # chunk 1 in step 2, which the snapshot does not hold
+    for shard in (0, 1):
+        script.tell(SERVER + shard, m.CutDone(1, shard, "f", 10, "ab", clocks=((1, 1),)))
+    *_, job = script.jobs
+    assert isinstance(job, WriteManifest)
+    plans = DataPlans()
+    plans.restore(job.plan)
+    again = [plans.ask(5, m.PlanNext("data", 9, 1, 0, 3, False, turn)).chunk for turn in (1, 2)]
+    assert again == [1, 2]

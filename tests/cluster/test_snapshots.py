@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from headwater.cluster.dataplan import DataPlans
@@ -12,7 +13,7 @@ from headwater.cluster.outbox import Outbox
 from headwater.cluster.snapshots import PATIENCE, TRIES, Snapshots
 from headwater.cluster.tables import DeclaredTable, Tables
 from headwater.errors import ClusterError, DeadlineExceeded, HeadwaterError, UsageError
-from headwater.types import Bulk, DenseSpec, OptimizerSpec, ParameterSpec
+from headwater.types import Async, Bulk, DenseSpec, OptimizerSpec, ParameterSpec, Sync
 from headwater.wire import messages as m
 from headwater.wire.frames import Kind
 from headwater.wire.outgoing import Asker, Outgoing
@@ -27,14 +28,15 @@ Said = Job | m.Notice | Answer
 class World(Snapshots):
     """Snapshots of a cluster of ``shards`` shards, each on a server of its own, with one table at step 9."""
 
-    def __init__(self, *, here: bool = True, every: float = 0.0, shards: int = 2) -> None:
+    def __init__(self, *, here: bool = True, every: float = 0.0, shards: int = 2, sync: Sync = SPEC.sync) -> None:
         fleet = Fleet(shards, shards, 1)
         for number in range(shards):
             fleet.join(100 + number, m.Join("server", number), 0.0)
         fleet.begin()
         outbox = self.outbox = Outbox(fleet)
+        spec = msgspec.structs.replace(SPEC, sync=sync)
         tables = Tables(outbox, fleet, Membership())
-        tables.by_number[1] = DeclaredTable(1, SPEC, tuple(range(shards)), set(), "ready", base=9)
+        tables.by_number[1] = DeclaredTable(1, spec, tuple(range(shards)), set(), "ready", base=9)
         self.plans = DataPlans()
         super().__init__(outbox, tables, self.plans, here, every)
 
@@ -209,3 +211,17 @@ def test_it_does_not_wait_for_ever() -> None:
     found.ask(ANN, 2000.0)
     found.tick(2000.0 + PATIENCE, served=False)
     assert "no primary" in str(found.answered())
+
+
+def test_with_a_table_that_steps_alone_data_plans_are_those_of_the_moment() -> None:
+    found = World(sync=Async())
+    found.ask(ANN, 0.0)
+    assert found.after_tick(0.0) == [MakeFolder()]
+    begun(found, 5)
+    before = found.plans.snapshot()
+    found.plans.ask(1, m.PlanNext("data", 9, 1, 0, 3, False, 1))
+    assert found.plans.snapshot() != before
+    found.part(done(0), 1.0)
+    *_, made = found.after_part(done(1), 1.0)
+    assert isinstance(made, WriteManifest)
+    assert made.plan == before

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import struct
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwater.errors import ProtocolError, UnknownCodec
+from headwater.wire import frames
 from headwater.wire.frames import (
     HEADER,
     MAX_BODY,
@@ -211,3 +214,21 @@ def test_an_encoded_payload_is_refused_where_no_codec_is_known() -> None:
     ):
         with pytest.raises(UnknownCodec, match="this side knows no codec; nothing was allocated"):
             decode_header(encode(frame))
+
+
+def test_the_specification_lays_the_header_out_as_it_is() -> None:
+    """FORMAT.md, section 1: offsets without a gap, and each field where the code puts it."""
+    text = (Path(frames.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
+    section = text[text.index("## 1.") : text.index("## 2.")]
+    rows = [
+        (int(a), int(b), name) for a, b, name in re.findall(r"^\| (\d+) \| (\d+) \| (\w+) \|", section, re.MULTILINE)
+    ]
+    assert [at for at, _, _ in rows] == [sum(size for _, size, _ in rows[:i]) for i in range(len(rows))]
+    assert sum(size for _, size, _ in rows) == HEADER
+    frame = Frame(Kind.RECORD, 5, *range(11, 18), 20, 21, 19, b"body", check=22, payload_length=23)
+    said = {name: int.from_bytes(encode(frame)[at : at + size], "little") for at, size, name in rows}
+    names = ("shard", "table", "session", "epoch", "seq", "lsn", "clock", "start", "stop", "members", "check")
+    assert {name: said[name] for name in names} == {name: getattr(frame, name) for name in names}
+    assert (said["kind"], said["flags"], said["body"], said["payload"]) == (Kind.RECORD, 5, 4, 23)
+    assert said["version"] == frames.VERSION
+    assert f"version {frames.VERSION}\n" in text

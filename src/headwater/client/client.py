@@ -274,7 +274,7 @@ class Client:
         met = self._pauses.meet(name, value, timeout)
         return dict(met.values) if isinstance(met, m.Met) else {}
 
-    def resting(self) -> contextlib.AbstractContextManager[None]:
+    def paused(self) -> contextlib.AbstractContextManager[None]:
         """Inside, steps and reads of others do without this worker, which waits for something that they do.
 
         Its own steps are finished first; afterwards its ``Bulk`` tables are where the others are.

@@ -47,7 +47,7 @@ class TablePart:
         for frame in frames:
             self.sent_seq = frame.seq = self.sent_seq + 1
             self._unacked.append(frame)
-            session.pushed_bytes += frame.length
+            session.pushed_bytes += frame.stop - frame.start or (0 if frame.payload is None else len(frame.payload))
             session.send(frame)
 
     def assign_frames(self, frames: list[Frame]) -> None:

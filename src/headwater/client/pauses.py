@@ -48,13 +48,13 @@ class Pauses:
         self._paused = True
         try:
             for table in paced:
-                table.aside(True, deadline)
+                table.pause(deadline)
             yield
         finally:
             self._paused = False
             until = max(deadline, self._shards.runtime.now() + _BRIEF)
             for table in paced:
-                table.aside(False, until)
+                table.resume(until)
 
     @contextlib.contextmanager
     def all_do_without(self) -> Iterator[None]:
@@ -68,16 +68,16 @@ class Pauses:
             if not any(table.spec.sync.collective for table in self._tables.values()):
                 yield
                 return
-            self._rest(True)
+            self._say(True)
             try:
                 yield
             finally:
-                self._rest(False)
+                self._say(False)
                 for table in self._tables.values():
-                    table.rejoin(self._shards.members)
+                    table.catch_up(self._shards.members)
 
     @interrupts.deferred
-    def _rest(self, away: bool) -> None:
-        answer = self._shards.ask(m.Rest(away))
-        assert isinstance(answer, m.Rested)
+    def _say(self, paused: bool) -> None:
+        answer = self._shards.ask(m.Pause(paused))
+        assert isinstance(answer, m.Paused)
         self._shards.members = max(self._shards.members, answer.members)

@@ -144,7 +144,7 @@ class Session:
         if frame.kind == Kind.ACK and part is not None:
             part.acked(frame)
         elif frame.kind == Kind.DATA and part is not None:
-            self.pulled_bytes += frame.length
+            self.pulled_bytes += frame.stop - frame.start
             part.arrived(frame)
         elif frame.kind == Kind.REPLY:
             self._replied(frame, tuple(fds))

@@ -141,18 +141,23 @@ class Table(ABC):
         """Whether others' reads or steps may have to wait for what this worker does next, other than under ``Bulk``."""
         return self.spec.sync.paced
 
-    @interrupts.deferred
-    def aside(self, away: bool, deadline: float) -> None:
-        """Others' reads and steps do without this worker, or wait for it again.
+    def pause(self, deadline: float) -> None:
+        """Others' reads and steps do without this worker."""
+        self._say_paused(True, deadline)
 
-        A shard that nobody serves is left out: whoever needs it hears of it.
-        """
+    def resume(self, deadline: float) -> None:
+        """They wait for it again."""
+        self._say_paused(False, deadline)
+
+    @interrupts.deferred
+    def _say_paused(self, paused: bool, deadline: float) -> None:
+        """A shard that nobody serves is left out: whoever needs it hears of it."""
         for part in self._parts:
             with contextlib.suppress(LinkError, DeadlineExceeded):
-                self._shards.request(part.session, m.Aside(self.number, away), deadline)
+                self._shards.request(part.session, m.PauseTable(self.number, paused), deadline)
 
     @interrupts.deferred
-    def rejoin(self, members: int) -> None:
+    def catch_up(self, members: int) -> None:
         """After a pause: others' steps were applied meanwhile. A shard counts from when it knows ``members``."""
         self._members = members
         if not self.spec.sync.collective:

@@ -58,20 +58,20 @@ class Membership:
         self._departed: set[int] = set()
         self._left: set[int] = set()  # of these, who left in order
         self._owed: set[int] = set()  # of these, who is expected again: see ``expect``
-        self._resting: set[int] = set()
+        self._paused: set[int] = set()
         self._to_come: set[int] = set()  # ranks of the present run that have not been there yet
         self._runs: set[str] = set()  # what the workers of the present run call it: each launcher gives a name
         self._missed: set[int] = set()  # ranks that died in it and did not come back
 
     def needed(self) -> tuple[int, ...]:
-        """The ranks that a bulk step needs, ascending: those that do not rest."""
-        return tuple(rank for rank in self.ranks() if rank not in self._resting)
+        """The ranks that a bulk step needs, ascending: those that are not paused."""
+        return tuple(rank for rank in self.ranks() if rank not in self._paused)
 
-    def rest(self, member: Member, away: bool) -> bool:
+    def pause(self, member: Member, paused: bool) -> bool:
         """Bulk steps do without this worker, or need it again. Whether that is news."""
-        if (member.rank in self._resting) == away:
+        if (member.rank in self._paused) == paused:
             return False
-        self._resting ^= {member.rank}
+        self._paused ^= {member.rank}
         self.epoch += 1
         return True
 
@@ -176,7 +176,7 @@ class Membership:
             return
         del self.workers[member.rank]
         self._departed.add(member.rank)
-        self._resting.discard(member.rank)
+        self._paused.discard(member.rank)
         self.epoch += 1
         if not clean:
             self.lost = self.epoch
@@ -227,10 +227,10 @@ class Membership:
         """What must survive the coordinator."""
         workers = tuple((rank, member.join) for rank, member in sorted(self.workers.items()))
         departed = tuple(sorted(self._departed))
-        resting = tuple(sorted(self._resting))
+        paused = tuple(sorted(self._paused))
         return msgspec.msgpack.encode(
             _State(
-                self.epoch, self.lost, self.reason, self.world, departed, workers, resting,
+                self.epoch, self.lost, self.reason, self.world, departed, workers, paused,
                 self.run, tuple(sorted(self._runs)), tuple(sorted(self._missed)),
                 tuple(sorted(self._left)), tuple(sorted(self._owed)), tuple(sorted(self._to_come)),
             )
@@ -242,7 +242,7 @@ class Membership:
             return
         kept = msgspec.msgpack.decode(state["members"], type=_State)
         self.epoch, self.lost, self.reason, self.world = kept.epoch, kept.lost, kept.reason, kept.world
-        self._departed, self._resting = set(kept.departed), set(kept.resting)
+        self._departed, self._paused = set(kept.departed), set(kept.paused)
         self.run, self._runs, self._missed = kept.run, set(kept.runs), set(kept.missed)
         self._left, self._owed, self._to_come = set(kept.left), set(kept.owed), set(kept.to_come)
         back = now + BACK - self.grace
@@ -270,7 +270,7 @@ class _State(msgspec.Struct, frozen=True):
     world: int | None
     departed: tuple[int, ...]
     workers: tuple[tuple[int, Join], ...]
-    resting: tuple[int, ...] = ()
+    paused: tuple[int, ...] = ()
     run: int = 0
     runs: tuple[str, ...] = ()
     missed: tuple[int, ...] = ()

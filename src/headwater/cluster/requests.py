@@ -87,8 +87,8 @@ def _take_snapshot(c: Coordinator, asker: Asker, _: m.TakeSnapshot) -> None:
     c.snapshots.tick(c.now, c.served)
 
 
-def _rest(c: Coordinator, asker: Asker, ask: m.Rest) -> None:
-    c.roster.rest(asker, c.membership.require_worker(asker.peer), ask.away)
+def _pause(c: Coordinator, asker: Asker, ask: m.Pause) -> None:
+    c.roster.pause(asker, c.membership.require_worker(asker.peer), ask.paused)
 
 
 def _who_is_late(c: Coordinator, asker: Asker, ask: m.WhoIsLate) -> None:
@@ -144,7 +144,7 @@ REQUESTS: dict[type, Callable[[Coordinator, Asker, Any], None]] = {
     m.Drain: _drain,
     m.PlanNext: _plan_next,
     m.TakeSnapshot: _take_snapshot,
-    m.Rest: _rest,
+    m.Pause: _pause,
     m.WhoIsLate: _who_is_late,
     m.Status: _status,
     v.Publish: _publish,

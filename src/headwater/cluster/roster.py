@@ -48,11 +48,11 @@ class Roster:
         if self._membership.expect(claims.owed(self._tables.by_number.values(), self._membership)):
             self.announce()
 
-    def rest(self, asker: Asker, worker: Member, away: bool) -> None:
+    def pause(self, asker: Asker, worker: Member, paused: bool) -> None:
         """Bulk steps do without a worker, or need it again."""
-        if self._membership.rest(worker, away):
+        if self._membership.pause(worker, paused):
             self.announce()
-        self._outbox.reply(asker, m.Rested(self._membership.epoch))
+        self._outbox.reply(asker, m.Paused(self._membership.epoch))
 
     def leave(self, asker: Asker, now: float) -> None:
         """Whoever asks has finished its steps and goes."""

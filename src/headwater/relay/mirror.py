@@ -27,7 +27,7 @@ SELDOM = 10.0  # seconds at most
 
 
 @dataclass(slots=True)
-class _Rest:
+class _Retry:
     """A version that did not come ``attempts`` times; not again before ``until``."""
 
     attempts: int
@@ -67,7 +67,7 @@ class Mirror:
         self._behind = (0.0, "")  # it is a relay that hears nothing itself: for how long, and why
         self._demanded: set[int] = set()  # versions that readers asked for by name
         self._job: Job | None = None
-        self._rests: dict[int, _Rest] = {}
+        self._retries: dict[int, _Retry] = {}
         self._bases: dict[str, int] = {}  # by model: what is leased on the other side
         self._trouble = ""
 
@@ -116,7 +116,7 @@ class Mirror:
             if each.info.model in self._models and each.state in ("ready", "lost")
         }
         self._demanded &= set(self._theirs)
-        self._rests = {number: rest for number, rest in self._rests.items() if number in self._theirs}
+        self._retries = {number: retry for number, retry in self._retries.items() if number in self._theirs}
         self._follow()
 
     def silent(self, why: str) -> None:
@@ -189,10 +189,10 @@ class Mirror:
         """Have the next version fetched: one at a time, the models take turns."""
         for model in self._models if self._job is None and not self._why else ():
             for number in self._wanted(model):
-                rest = self._rests.get(number)
-                if rest is not None and now < rest.until:
+                retry = self._retries.get(number)
+                if retry is not None and now < retry.until:
                     continue
-                self._job = Job(self._theirs[number].info, self._candidates(model), rest.attempts if rest else 0)
+                self._job = Job(self._theirs[number].info, self._candidates(model), retry.attempts if retry else 0)
                 self._orders.append(self._job)
                 self._models.remove(model)
                 self._models.append(model)
@@ -219,7 +219,7 @@ class Mirror:
         info = done.leased.info
         self._job = None
         self._trouble = ""
-        self._rests.pop(info.number, None)
+        self._retries.pop(info.number, None)
         self._orphans.discard(info.number)
         if info.number in self._catalogue.entries:  # of another cluster
             self._leases.remove(self._catalogue.forget(info.number))
@@ -263,7 +263,7 @@ class Mirror:
         self._job = None
         info = failed.job.info
         attempts = failed.job.attempt + 1
-        self._rests[info.number] = _Rest(attempts, now + min(SELDOM, AGAIN * 2 ** (attempts - 1)))
+        self._retries[info.number] = _Retry(attempts, now + min(SELDOM, AGAIN * 2 ** (attempts - 1)))
         if str(failed.error) != self._trouble:
             self._trouble = str(failed.error)
             self._news.append(Trouble(f"version {info.name!r} of {info.model!r} did not come: {failed.error}"))

@@ -139,16 +139,16 @@ class AssignSlots:
 
 
 @dataclass(slots=True)
-class Aside:
+class PauseTable:
     """A worker waits for others, or does not any more."""
 
     session: int
     request: int
     table: int
-    away: bool
+    paused: bool
 
 
-Rare = Create | Forget | Publish | Opened | Closed | Attached | Assign | AssignSlots | Aside | Commit | Members
+Rare = Create | Forget | Publish | Opened | Closed | Attached | Assign | AssignSlots | PauseTable | Commit | Members
 Event = Push | Pull | AskMean | Rare
 
 # ---- instructions ----------------------------------------------------------------------------------

@@ -44,26 +44,26 @@ class PlanChunk(msgspec.Struct, frozen=True, tag="plan_chunk"):
     left: int = 0
 
 
-class Rest(msgspec.Struct, frozen=True, tag="rest"):
-    """Worker to coordinator: bulk steps do without me (``away``), or need me again. Answered by ``Rested``.
+class Pause(msgspec.Struct, frozen=True, tag="pause"):
+    """Worker to coordinator: bulk steps do without me (``paused``), or need me again. Answered by ``Paused``.
 
     A worker that waits for data would hold up the steps of those that it waits for.
     """
 
-    away: bool
+    paused: bool
 
 
-class Aside(msgspec.Struct, frozen=True, tag="aside"):
-    """Worker to server: reads and steps of others do without me (``away``) or wait for me again. Answered by ``Done``.
+class PauseTable(msgspec.Struct, frozen=True, tag="pause_table"):
+    """Worker to server: reads and steps of others do without me (``paused``) or wait for me again. Answered: ``Done``.
 
     Under ``Stale`` and ``Async``; values and clocks stay as they are.
     """
 
     table: int
-    away: bool
+    paused: bool
 
 
-class Rested(msgspec.Struct, frozen=True, tag="rested"):
+class Paused(msgspec.Struct, frozen=True, tag="paused"):
     """``members``: the membership epoch from which on it holds."""
 
     members: int

@@ -11,12 +11,12 @@ import msgspec
 
 from headwater.errors import HeadwaterError, ProtocolError, from_code
 from headwater.types import Claim, Hyper, TableSpec, read_spec
-from headwater.wire.data_plan import Aside as Aside
 from headwater.wire.data_plan import Late as Late
+from headwater.wire.data_plan import Pause as Pause
+from headwater.wire.data_plan import Paused as Paused
+from headwater.wire.data_plan import PauseTable as PauseTable
 from headwater.wire.data_plan import PlanChunk as PlanChunk
 from headwater.wire.data_plan import PlanNext as PlanNext
-from headwater.wire.data_plan import Rest as Rest
-from headwater.wire.data_plan import Rested as Rested
 from headwater.wire.data_plan import WhoIsLate as WhoIsLate
 from headwater.wire.statuses import ClusterStatus as ClusterStatus
 from headwater.wire.statuses import ModelStatus as ModelStatus
@@ -504,8 +504,8 @@ Request = (
     | Follow
     | Lend
     | PlanNext
-    | Rest
-    | Aside
+    | Pause
+    | PauseTable
     | WhoIsLate
     | VersionRequest
 )
@@ -524,7 +524,7 @@ Reply = (
     | SlotPart
     | Following
     | PlanChunk
-    | Rested
+    | Paused
     | Late
     | VersionReply
 )

@@ -60,7 +60,7 @@ class FakeClient:
         return self.cluster.plans.ask(self.session, message, self.cluster.settled)
 
     @contextlib.contextmanager
-    def resting(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         self.rests += 1
         yield
 

@@ -78,7 +78,7 @@ def test_a_new_primary_knows_who_waits_and_is_not_waited_for(joins: str) -> None
     workers = [Worker(ring, rank) for rank in (0, 1)]
     for worker in workers:
         worker.open(0)
-    workers[1].ask(m.Aside(1, True))
+    workers[1].ask(m.PauseTable(1, True))
     if joins == "after":
         ring.adopt(0, learners=[1])
         ring.adopt(0, backups=[1])
@@ -90,7 +90,7 @@ def test_a_new_primary_knows_who_waits_and_is_not_waited_for(joins: str) -> None
     workers[0].pull()
     assert workers[0].take(Kind.DATA)
     workers[1].open(1)
-    workers[1].ask(m.Aside(1, False))
+    workers[1].ask(m.PauseTable(1, False))
     workers[0].push(2)
     workers[0].pull()
     assert not workers[0].take(Kind.DATA)

@@ -193,17 +193,17 @@ def test_who_waits_for_others_is_not_waited_for_until_it_is_back(sync: Stale | A
         stage.pull(rank)
         return bool(stage.take(e.Send)) and bool(stage.take(e.Ack))
 
-    def aside(away: bool) -> list[e.Done]:
-        stage.event(0, e.Aside(11, 5, TABLE, away))
+    def pause(paused: bool) -> list[e.Done]:
+        stage.event(0, e.PauseTable(11, 5, TABLE, paused))
         return stage.take(e.Done)
 
     stage.pull(1)
     stage.take(e.Send)
     assert not goes_on(0)
-    assert aside(True) == [e.Done(11, 5)]
+    assert pause(True) == [e.Done(11, 5)]
     assert stage.take(e.Send), "what waited goes on at once"
     assert goes_on(0)
-    assert aside(False) == [e.Done(11, 5)]
+    assert pause(False) == [e.Done(11, 5)]
     stage.take(e.Ack)
     assert not goes_on(0)
     stage.members((0, 1), lost="another")
@@ -216,9 +216,9 @@ def test_who_waits_for_others_is_not_waited_for_until_it_is_back(sync: Stale | A
 def test_who_comes_back_after_it_was_lost_is_waited_for() -> None:
     clocks = Clocks(Stale(0))
     clocks.members((0, 1))
-    clocks.aside(1, 11, away=True)
-    clocks.aside(7, 17, away=True)  # nobody knows it
-    assert clocks.waiting == {1: 11}
+    clocks.pause(1, 11)
+    clocks.pause(7, 17)  # nobody knows it
+    assert clocks.paused == {1: 11}
     clocks.members((0,))
     clocks.members((0, 1))
     assert not clocks.may_read(0, 1)
@@ -226,7 +226,7 @@ def test_who_comes_back_after_it_was_lost_is_waited_for() -> None:
 
 def test_another_process_of_the_same_rank_is_waited_for() -> None:
     stage = Stage(spec(Stale(0), numel=8))
-    stage.event(0, e.Aside(11, 5, TABLE, True))
+    stage.event(0, e.PauseTable(11, 5, TABLE, True))
     stage.sessions[1] = 99
     stage.members((0, 1), lost="worker 1 is lost")  # the shard hears only that it is there again
     stage.push(0)

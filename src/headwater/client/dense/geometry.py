@@ -51,15 +51,15 @@ class ShardGeometry:
                 found.append((segment, flats[segment.parameter][segment.start * size : segment.stop * size]))
         return found
 
-    def cut(self, spans: Sequence[Span]) -> list[Span]:
-        """Spans that end where blocks do, each in one block."""
+    def cut(self, spans: Sequence[Span]) -> list[tuple[int, int, int]]:
+        """Pieces of spans that end where blocks do: local start and end, and where that is in the flat memory."""
         pieces = []
         for start, stop in spans:
             at = start
             while at < stop:
                 block = self.blocks[bisect_right(self._starts, at) - 1]
                 end = min(stop, block.local + block.size)
-                pieces.append((at, end))
+                pieces.append((at, end, block.start + at - block.local))
                 at = end
         return pieces
 

@@ -81,23 +81,24 @@ class DensePart(TablePart):
         frames = self._frames([(0, self.size)], clock, members)
         for frame in frames:
             frame.flags |= Flag.WANT
-        frames.append(self._frame(0, 0, clock, members))
-        frames[-1].flags |= Flag.END
+        frames.append(self._frame(Flag.END, 0, 0, clock, members))
         self.send_numbered(frames)
 
     def _frames(self, spans: list[Span], clock: int, members: int) -> list[Frame]:
         """One frame per block where bytes travel; a doorbell per span where they are shared; an empty one for none."""
-        pieces = spans if self.mapped is not None else self.geometry.cut(spans)
-        return [self._frame(start, stop, clock, members) for start, stop in pieces or ((0, 0),)]
-
-    def _frame(self, start: int, stop: int, clock: int, members: int) -> Frame:
-        frame = Frame(Kind.PUSH, table=self.table, lsn=self.lsn, clock=clock, start=start, stop=stop, members=members)
         if self.mapped is not None:
-            frame.flags = Flag.SHARED
-        elif stop > start:
-            at = self.geometry.flat(start)
-            frame.payload = self._flat_gradients[at : at + stop - start]
-        return frame
+            return [self._frame(Flag.SHARED, start, stop, clock, members) for start, stop in spans or ((0, 0),)]
+        gradients, frames = self._flat_gradients, []
+        for start, stop, at in self.geometry.cut(spans):
+            frame = self._frame(Flag.NONE, start, stop, clock, members)
+            frame.payload = gradients[at : at + stop - start]
+            frames.append(frame)
+        return frames or [self._frame(Flag.NONE, 0, 0, clock, members)]
+
+    def _frame(self, flags: int, start: int, stop: int, clock: int, members: int) -> Frame:
+        return Frame(
+            Kind.PUSH, flags, table=self.table, lsn=self.lsn, clock=clock, start=start, stop=stop, members=members
+        )
 
     def pull(self, clock: int) -> None:
         """Ask for all values; ``current`` when they are here."""

@@ -37,7 +37,7 @@ class PlanClient(Protocol):
     @property
     def runtime(self) -> Runtime: ...
     def ask(self, message: PlanNext, timeout: float | None = None) -> Any: ...
-    def resting(self) -> contextlib.AbstractContextManager[None]: ...
+    def paused(self) -> contextlib.AbstractContextManager[None]: ...
 
 
 class PlanReader:
@@ -172,7 +172,7 @@ class PlanReader:
         client, cursor = self._connected(), self._at()
         if cursor.over:
             return
-        with client.resting():  # else the others' steps would wait for ours
+        with client.paused():  # else the others' steps would wait for ours
             self._poll()
 
     def _poll(self) -> None:

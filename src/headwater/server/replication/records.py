@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from headwater.server.tables.plan import Contribution
+from headwater.server.tables.base import Contribution, Ranges
 from headwater.types import Hyper, TableSpec, read_spec
 from headwater.wire.messages import Commit, Members, Slot, decoded
 
-Ranges = tuple[tuple[int, int], ...]
 Groups = tuple[dict[str, Hyper], ...]
 
 
@@ -112,13 +111,13 @@ class SetSlots(msgspec.Struct, frozen=True, tag="set_slots"):
     reset: bool
 
 
-class Aside(msgspec.Struct, frozen=True, tag="aside"):
-    """Others' reads and steps do without this session's worker (``away``), or wait for it again."""
+class TablePaused(msgspec.Struct, frozen=True, tag="table_paused"):
+    """Others' reads and steps do without this session's worker (``paused``), or wait for it again."""
 
     table: int
     session: int
     request: int
-    away: bool
+    paused: bool
 
 
 class Publish(msgspec.Struct, frozen=True, tag="publish"):
@@ -128,7 +127,7 @@ class Publish(msgspec.Struct, frozen=True, tag="publish"):
     tables: tuple[int, ...]
 
 
-Body = Begin | Drop | Seat | Members | Prepare | Commit | Update | Values | SetSlots | Aside | Publish
+Body = Begin | Drop | Seat | Members | Prepare | Commit | Update | Values | SetSlots | TablePaused | Publish
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Body] = msgspec.msgpack.Decoder(Body, dec_hook=read_spec)
@@ -178,14 +177,3 @@ def spans(body: Body) -> Ranges:
             return ((body.start, body.start + body.length),) if body.length else ()
         case _:
             return ()
-
-
-def union(ranges: list[tuple[int, int]]) -> Ranges:
-    """Sorted, with neighbours joined; overlapping ranges count once."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in sorted(ranges):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(joined[-1][1], stop))
-        else:
-            joined.append((start, stop))
-    return tuple(joined)

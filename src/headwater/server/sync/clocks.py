@@ -23,7 +23,7 @@ class Clocks:
         self.applied = 0
         self.clock: dict[int, int] = {}
         self.read: dict[int, int] = {}
-        self.waiting: dict[int, int] = {}  # rank: session, of who waits for others and is not waited for
+        self.paused: dict[int, int] = {}  # rank: session, of who waits for others and is not waited for
         self._active: set[int] = set()  # ranks that have read and not yet pushed since
 
     def members(self, ranks: tuple[int, ...]) -> None:
@@ -31,15 +31,18 @@ class Clocks:
         slowest = min(self.clock.values(), default=0)
         self.clock = {rank: self.clock.get(rank, slowest) for rank in ranks}
         self.read = {rank: self.read.get(rank, self.applied) for rank in ranks}
-        self.waiting = {rank: session for rank, session in self.waiting.items() if rank in ranks}
+        self.paused = {rank: session for rank, session in self.paused.items() if rank in ranks}
         self._active &= set(ranks)
 
-    def aside(self, rank: int, session: int, *, away: bool) -> None:
-        """A worker waits for others, at a barrier or for data, or does not any more, or has ended."""
-        if away and rank in self.clock:
-            self.waiting[rank] = session
-        elif not away and self.waiting.get(rank) == session:
-            del self.waiting[rank]
+    def pause(self, rank: int, session: int) -> None:
+        """A worker waits for others, at a barrier or for data: nobody waits for it."""
+        if rank in self.clock:
+            self.paused[rank] = session
+
+    def resume(self, rank: int, session: int) -> None:
+        """It does not any more, or its session has ended."""
+        if self.paused.get(rank) == session:
+            del self.paused[rank]
 
     def pushed(self, rank: int, clock: int) -> int:
         """A worker's step was applied; returns its staleness in steps."""
@@ -60,7 +63,7 @@ class Clocks:
         """Whether the slowest of the others has reached ``clock`` minus the policy's read bound."""
         if self._bound is None or rank not in self.clock:
             return True
-        others = [at for other, at in self.clock.items() if other != rank and other not in self.waiting]
+        others = [at for other, at in self.clock.items() if other != rank and other not in self.paused]
         return not others or min(others) >= max(clock, self.clock[rank]) - self._bound
 
     def may_apply(self, rank: int, held: Collection[int] = ()) -> bool:
@@ -71,5 +74,5 @@ class Clocks:
         """
         if self._cap is None:
             return True
-        computing = self._active.difference(held, self.waiting, (rank,))
+        computing = self._active.difference(held, self.paused, (rank,))
         return all(self.applied + 1 - self.read[other] <= self._cap for other in computing)

@@ -1,4 +1,4 @@
-"""A worker that waits for others rests: their bulk steps do without it, and it comes back to where they are."""
+"""A worker that waits for others pauses: their bulk steps do without it, and it resumes where they are."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def _value(w: Dense) -> float:
     return float(value)
 
 
-def test_steps_go_on_without_a_worker_that_rests(connect: Connect, name: str) -> None:
+def test_steps_go_on_without_a_worker_that_is_paused(connect: Connect, name: str) -> None:
     (_, second), (a, b) = _pair(connect, name, Bulk())
     one = torch.ones(SHAPE)
     for ticket in [a.push(one), b.push(3 * one)]:
         ticket.wait()
     assert _value(b) == -2  # the mean of two
-    with second.resting():
+    with second.paused():
         for _ in range(3):
             a.push(one).wait()
     assert b.table.clock == a.table.clock == 4
@@ -51,21 +51,21 @@ def test_steps_go_on_without_a_worker_that_rests(connect: Connect, name: str) ->
     assert _value(a) == _value(b) == -7
 
 
-def test_a_step_under_way_is_finished_before_the_rest(connect: Connect, name: str) -> None:
+def test_a_step_under_way_is_finished_before_the_pause(connect: Connect, name: str) -> None:
     (_, second), (a, b) = _pair(connect, name, Bulk())
     one = torch.ones(SHAPE)
     ticket = b.push(one)
     a.push(one)
-    with second.resting():
+    with second.paused():
         assert ticket.done()
         a.push(one).wait()
     assert _value(b) == -2
 
 
-def test_resting_is_harmless_under_other_policies(connect: Connect, name: str) -> None:
+def test_a_pause_is_harmless_under_other_policies(connect: Connect, name: str) -> None:
     (first, second), (a, b) = _pair(connect, name, Async())
     one = torch.ones(SHAPE)
-    with first.resting(), second.resting():
+    with first.paused(), second.paused():
         a.push(one).wait()
     b.push(one).wait()
     assert _value(b) == -2
@@ -81,7 +81,7 @@ def test_nobody_waits_for_a_worker_that_waits(connect: Connect, name: str, sync:
     for ticket in [a.push(one), b.push(one)]:
         ticket.wait()
     _value(b)  # it has read, and would compute on that
-    with second.resting():
+    with second.paused():
         for _ in range(4):
             a.push(one).wait()
             _value(a)
@@ -112,24 +112,23 @@ def test_nobody_leaves_a_barrier_before_all_are_waited_for_again(
     connect: Connect, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clients, made = _pair(connect, name, Stale(0))
-    aside, left = made[1].table.aside, threading.Event()
+    resume, left = made[1].table.resume, threading.Event()
     early: list[bool] = []
 
-    def slow(away: bool, deadline: float) -> None:
-        if not away:
-            early.append(left.wait(0.2))
-        aside(away, deadline)
+    def slow(deadline: float) -> None:
+        early.append(left.wait(0.2))
+        resume(deadline)
 
     def first() -> None:
         clients[0].barrier()
         left.set()
 
-    monkeypatch.setattr(made[1].table, "aside", slow)
+    monkeypatch.setattr(made[1].table, "resume", slow)
     _together(first, clients[1].barrier)
     assert early == [False]
 
 
-def test_a_barrier_that_is_given_up_ends_in_time_and_leaves_nobody_aside(connect: Connect, name: str) -> None:
+def test_a_barrier_that_is_given_up_ends_in_time_and_leaves_nobody_paused(connect: Connect, name: str) -> None:
     (first, _), (a, b) = _pair(connect, name, Stale(0))
     with pytest.raises(DeadlineExceeded):
         first.barrier("alone", timeout=0.1)
@@ -157,13 +156,13 @@ def test_who_is_first_at_a_barrier_holds_nobody_up(connect: Connect, name: str, 
     done: list[int] = []
     _together(lambda: work(0, 1), lambda: work(1, 5))
     assert sorted(done) == [0, 1]
-    with clients[1].resting():
+    with clients[1].paused():
         assert _value(made[0]) == -18
 
 
-def test_a_rest_ends_with_what_ended_it(connect: Connect, name: str) -> None:
+def test_a_pause_ends_with_what_ended_it(connect: Connect, name: str) -> None:
     (_, second), (a, b) = _pair(connect, name, Bulk())
-    with pytest.raises(HeadwaterError, match="enough"), second.resting():
+    with pytest.raises(HeadwaterError, match="enough"), second.paused():
         raise HeadwaterError("enough")
     one = torch.ones(SHAPE)
     for ticket in [a.push(one), b.push(one)]:
