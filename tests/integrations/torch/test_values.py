@@ -468,7 +468,7 @@ def test_arguments_are_checked() -> None:
 
 def test_a_step_without_gradients_leaves_graphs_as_good_as_they_were() -> None:
     model, reference = chain(), chain()
-    opt, table = optimizer(model)
+    opt, _table = optimizer(model)
     plain = torch.optim.SGD(reference.parameters(), lr=0.25)
     for m, o in ((model, opt), (reference, plain)):
         loss = m(torch.ones(2, 4)).square().sum()
