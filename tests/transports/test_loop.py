@@ -359,7 +359,7 @@ def test_wrong_descriptors_are_refused_and_closed(server: tuple[Address, NodeHos
         (attach, (small,), "instead of"),
         (attach, (), "without a descriptor"),
         (attach, (small, small), "without a descriptor"),
-        (Frame(Kind.REQUEST, seq=1, body=m.pack(m.Attach(1, True, 0))), (small,), "smaller than table 1"),
+        (Frame(Kind.REQUEST, seq=1, body=m.pack(m.Attach(1, True, 0))), (small,), "smaller than table 't'"),
         (Frame(Kind.REQUEST, seq=1, body=m.pack(m.Slots(1))), (small, read), ""),
         (Frame(Kind.REQUEST, seq=1, body=b"\xc1"), (small,), "cannot be read"),
         (Frame(Kind.PULL, table=1), (small,), "only a request carries"),
@@ -458,7 +458,7 @@ def test_a_worker_comes_back_over_another_connection_and_goes_on_where_it_was(
             assert attached.seq == seq - 1
             wire.sock.sendall(bulk_push(seq, seq, table=2))
             assert wire.read().kind == Kind.ACK
-    assert host.node.shard.tables[2].values[: NUMEL * 4].view(torch.float32).eq(-2.0).all()
+    assert host.node.shard.tables[2].store.values[: NUMEL * 4].view(torch.float32).eq(-2.0).all()
 
 
 def test_a_duplicate_with_other_bytes_does_not_touch_what_is_pending(server: tuple[Address, NodeHost]) -> None:
@@ -473,7 +473,7 @@ def test_a_duplicate_with_other_bytes_does_not_touch_what_is_pending(server: tup
         wire.send(Frame(Kind.PUSH, Flag.END | Flag.WANT, table=1, epoch=1, seq=2, clock=1, members=1))
         while wire.read().kind != Kind.DATA:
             pass
-    assert host.node.shard.tables[1].values[: NUMEL * 4].view(torch.float32).eq(-1.0).all()
+    assert host.node.shard.tables[1].store.values[: NUMEL * 4].view(torch.float32).eq(-1.0).all()
 
 
 def test_a_checksum_that_is_wrong_keeps_the_push_out(server: tuple[Address, NodeHost]) -> None:

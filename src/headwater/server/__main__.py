@@ -155,9 +155,9 @@ def run_server(args: argparse.Namespace, token: bytes | None, outliving: Outlivi
     from headwater.server.node import Setting
     from headwater.server.replication.disk import Folder
     from headwater.server.server import Server
-    from headwater.server.tables import dense
+    from headwater.server.tables.dense import shard
 
-    dense.own_process = True
+    shard.own_process = True
     folder = Folder(Path(args.data)) if args.data else None
     asked = addresses.parse(args.listen)
     tcp = listen(asked, token)
@@ -194,12 +194,12 @@ def run_server(args: argparse.Namespace, token: bytes | None, outliving: Outlivi
         loop.serve(unix)
     loop.adopt(sock, COORDINATOR)
     server.answer_to(control)
-    loop.send(server.tick(time.monotonic()))
+    loop.dispatch(server.tick(time.monotonic()))
     for frame, _ in early:
-        loop.send(server.receive(COORDINATOR, frame))
+        loop.dispatch(server.receive(COORDINATOR, frame))
     if welcome.ack == "disk":
         loop.sync = server.sync
-        loop.send(server.sync())
+        loop.dispatch(server.sync())
     Heart(control, lambda: connect(coordinator, token, DIAL), welcome.heartbeat).start()
     _stop_on_signals(loop, outliving)
     _announce(args.ready_fd, join.address, server=welcome.server)

@@ -181,14 +181,14 @@ class Loop:
                     self._dialed(*self._dials.get())
                 if self._woken:
                     self._woken = False
-                    self.send(self.host.woken())
+                    self.dispatch(self.host.woken())
                 now = time.monotonic()
                 if now >= next_tick:
                     next_tick = now + TICK
                     self._expire(now)
-                    self.send(self.host.tick(now))
+                    self.dispatch(self.host.tick(now))
                 if self.sync is not None:
-                    self.send(self.sync())
+                    self.dispatch(self.sync())
         finally:
             self._close_all()
 
@@ -270,7 +270,7 @@ class Loop:
         except HeadwaterError as error:
             if isinstance(error, ProtocolError):
                 log.warning("peer %d: %s", connection.peer, error)
-                self._put(connection, Frame(Kind.ERROR, body=m.error_body(error)))
+                self._enqueue(connection, Frame(Kind.ERROR, body=m.error_body(error)))
                 self._flush(connection)
             self._close(connection)
 
@@ -279,10 +279,10 @@ class Loop:
             close_all(fds)
             raise ProtocolError(f"{frame.kind.name} with descriptors, which only a request carries")
         if connection.stage == "open":
-            self.send(self.host.receive(connection.peer, frame, fds))
+            self.dispatch(self.host.receive(connection.peer, frame, fds))
             after = self.host.work()
             if after:
-                self.send(after)
+                self.dispatch(after)
         else:
             self._handshake(connection, frame)
 
@@ -294,25 +294,25 @@ class Loop:
             connection.server_nonce = auth.nonce()
             mine = auth.proof(self._token, "server", connection.client_nonce, connection.server_nonce)
             connection.stage = "proof"
-            self._put(connection, Frame(Kind.CHALLENGE, body=m.pack(m.Challenge(connection.server_nonce, mine))))
+            self._enqueue(connection, Frame(Kind.CHALLENGE, body=m.pack(m.Challenge(connection.server_nonce, mine))))
         elif connection.stage == "proof" and frame.kind == Kind.PROOF:
             given = m.unpack(frame.body, m.Proof).proof
             try:
                 auth.check(self._token, "client", connection.client_nonce, connection.server_nonce, given)
             except HeadwaterError as error:
                 log.warning("peer %d: %s", connection.peer, error)
-                self._put(connection, Frame(Kind.ERROR, body=m.error_body(error)))
+                self._enqueue(connection, Frame(Kind.ERROR, body=m.error_body(error)))
                 connection.closing = True
             else:
                 connection.stage, connection.receiver.limit = "open", MAX_BODY
-                self._put(connection, Frame(Kind.WELCOME))
+                self._enqueue(connection, Frame(Kind.WELCOME))
         else:
             raise ProtocolError(f"{frame.kind.name} instead of the handshake's next message")
         self._flush(connection)
 
     # ---- sending ---------------------------------------------------------------------------------
 
-    def send(self, instructions: Iterable[Instruction]) -> None:
+    def dispatch(self, instructions: Iterable[Instruction]) -> None:
         """Carry out the host's instructions."""
         touched: dict[int, _Connection] = {}
         for out in instructions:
@@ -322,13 +322,13 @@ class Loop:
             connection = self._by_peer.get(out.peer)
             if connection is None:
                 continue
-            self._put(connection, out.frame, out.fds)
+            self._enqueue(connection, out.frame, out.fds)
             connection.closing = connection.closing or out.close
             touched[out.peer] = connection
         for connection in touched.values():
             self._flush(connection)
 
-    def _put(self, connection: _Connection, frame: Frame, fds: tuple[int, ...] = ()) -> None:
+    def _enqueue(self, connection: _Connection, frame: Frame, fds: tuple[int, ...] = ()) -> None:
         head = memoryview(encode(frame))
         lent: list[int] = []
         try:  # duplicates: their owner may close them before they are sent, and the numbers be used again
@@ -433,7 +433,7 @@ class Loop:
             if old is not None:
                 self._close(old)
             self.adopt(sock, peer)
-        self.send(self.host.dialed(key, peer))
+        self.dispatch(self.host.dialed(key, peer))
 
     # ---- ends ------------------------------------------------------------------------------------
 
@@ -454,7 +454,7 @@ class Loop:
         for entry in connection.outbox:
             close_all(entry.fds)
         if connection.stage == "open":
-            self.send(self.host.closed(connection.peer))
+            self.dispatch(self.host.closed(connection.peer))
 
     def _close_all(self) -> None:
         if threading.current_thread() is threading.main_thread():
