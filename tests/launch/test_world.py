@@ -11,7 +11,7 @@ import pytest
 
 from headwater.launch import Launcher, launch
 from headwater.launch.world import World, inherited, reserve
-from tests.launch.test_local import Collected
+from tests.launch.test_launcher import Collected
 
 SHOW = "import os; [print(name, value) for name, value in os.environ.items()]"
 
