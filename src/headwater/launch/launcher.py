@@ -186,7 +186,7 @@ class Launcher:
             self.coordinator = self._start_coordinator(0)
             (self.address,) = self._await_ready(self._hosts, self._hosts)
             for _ in range(self.shape.servers):
-                self._new_server(str(Address("tcp", self._listen.host, 0)))
+                self._new_server(str(Address(self._listen.scheme, self._listen.host, 0)))
             self._await_ready(self.servers, self._hosts)
             self.servers.sort(key=lambda server: (len(server.name), server.name))  # s2 before s10
             if self._advertise:
@@ -205,7 +205,8 @@ class Launcher:
         """
         if self.address is None:
             raise UsageError("there is no cluster that a server could be added to")
-        self._new_server(listen or str(Address("tcp", parse(self.address).host, 0)))
+        coordinator = parse(self.address)
+        self._new_server(listen or str(Address(coordinator.scheme, coordinator.host, 0)))
         self._await_ready(self.servers[-1:], self.servers[-1:])
         return self.servers[-1]
 
