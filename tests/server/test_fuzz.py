@@ -26,7 +26,7 @@ from headwater.server.replication import records as r
 from headwater.server.server import Server
 from headwater.transports import memory
 from headwater.transports.address import Address
-from headwater.transports.receiver import descriptors as ancillary
+from headwater.transports.channel import descriptors as ancillary
 from headwater.types import DenseSpec, Init, OptimizerSpec, ParameterSpec
 from headwater.wire import messages as m
 from headwater.wire.frames import Flag, Frame, Kind, encode

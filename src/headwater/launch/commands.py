@@ -65,14 +65,14 @@ class Commands:
     def add_server(self, number: int, listen: str | None) -> Place:
         """The place of one more server. ``listen``: a free port of the coordinator's interface if ``None``."""
         assert self.address is not None
-        listen = listen or str(Address("tcp", parse(self.address).host, 0))
+        listen = listen or _free_port(self.address)
         self._makers["server", number] = self._server(number, listen)
         return "server", number
 
     def _server(self, number: int, listen: str | None = None) -> Callable[[int], Command]:
         assert self.address is not None
         name = f"s{number}"
-        listen = listen or str(Address("tcp", parse(self._shape.listen).host, 0))
+        listen = listen or _free_port(self._shape.listen)
         options = ["--listen", listen, "--coordinator", self.address, *self._outlive, *self._shape.server_options(name)]
         return partial(self._host, name, "server", number, [*SERVER, "--role", "server", *options])
 
@@ -118,6 +118,12 @@ class Commands:
         if "HEADWATER_TOKEN" in env:
             env.pop("HEADWATER_TOKEN_FILE", None)
         return env
+
+
+def _free_port(beside: str) -> str:
+    """The same interface, where nobody listens yet."""
+    found = parse(beside)
+    return str(Address(found.scheme, found.host, 0))
 
 
 def _given_token() -> str | None:
