@@ -9,9 +9,9 @@ import torch
 
 from headwater import init
 from headwater.errors import UsageError
-from headwater.server.tables import initialise
+from headwater.server.tables.dense import initialise
 from headwater.types import DenseSpec, Init, OptimizerSpec, ParameterSpec
-from tests.server.tables.tools import Sharded
+from tests.server.tables.dense.tools import Sharded
 
 SHAPE = (400, 500)
 

@@ -135,6 +135,37 @@ def test_recipes_import_public_names_only() -> None:
     assert not bad, "\n" + "\n".join(bad)
 
 
+SOCKETS = {
+    "headwater/gateway/serving.py",  # hands its listening socket to the HTTP server's library
+    "headwater/cli/serve.py",  # takes it from there
+    "headwater/pretrained.py",  # whether a proxy for HTTPS answers; it lies below transports
+    "headwater_bench/plain.py",  # the ceilings: what a bare socket can
+    "headwater_bench/sockets.py",
+    "headwater_bench/rig/proxy.py",  # stands between two processes, and knows of no frames
+    "headwater_bench/rig/cluster.py",  # a free port for it
+    "headwater_bench/guard/counting.py",  # counts the calls of sockets
+}
+"""Files outside of ``transports`` that import ``socket``."""
+
+
+def test_only_transports_own_sockets() -> None:
+    found = set()
+    for package in ("headwater", *BESIDE):
+        for path in _files(package):
+            if _room_of(path) != "transports" and _imports_socket(path):
+                found.add(str(path.relative_to(SOURCE)))
+    assert found == SOCKETS
+
+
+def _imports_socket(path: Path) -> bool:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import) and any(alias.name == "socket" for alias in node.names):
+            return True
+        if isinstance(node, ast.ImportFrom) and node.module == "socket":
+            return True
+    return False
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 import headwater.server.__main__  # noqa: F401  (what a server imports)
+from headwater.server.tables.base import Contribution
 from headwater.server.tables.dense import DenseShard
-from headwater.server.tables.plan import Contribution
 from headwater.types import DenseSpec, OptimizerSpec, ParameterSpec, Segment
 
 ELEMENTS = 1024
@@ -25,7 +25,7 @@ def run_one_kernel() -> None:
     memory = torch.zeros(size + 64, dtype=torch.uint8)
     start = -memory.data_ptr() % 64
     shard = DenseShard(spec, [Segment(0, 0, ELEMENTS, 0, size)], size, memory[start : start + size])
-    shard.apply([Contribution(torch.zeros(size, dtype=torch.uint8), ((0, size),))])
+    shard.step([Contribution(torch.zeros(size, dtype=torch.uint8), ((0, size),))])
 
 
 def resident() -> int:

@@ -10,8 +10,9 @@ import torch
 
 import headwater
 from headwater.layout.dense import layout
-from headwater.server.snapshots.restore import Snapshot, load
+from headwater.server.snapshots.restore import Snapshot
 from headwater.server.tables.dense import DenseShard
+from headwater.server.tables.dense.saved import load
 from headwater_bench.kernel import OPTIMIZERS
 
 TABLE = "bench-snapshot"

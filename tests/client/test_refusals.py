@@ -138,7 +138,7 @@ def test_a_table_declared_otherwise_is_a_conflict(client: Client, name: str) -> 
 
 
 def test_a_table_that_is_too_large_is_refused_and_its_name_is_free(client: Client, name: str) -> None:
-    if client.shards.sessions[0].link is not None and not hasattr(client.shards.sessions[0].link, "_sock"):
+    if client.shards.sessions[0].link is not None and not hasattr(client.shards.sessions[0].link, "_channel"):
         with pytest.raises(NotEnoughMemory, match="over the bound"):
             client.dense(name, (1 << 40,))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from headwater.launch import Launcher, launch
-from headwater.launch.world import World, inherited, reserve
-from tests.launch.test_local import Collected
+from headwater.launch.world import World, inherited
+from headwater.transports.ports import ReservedPort
+from tests.launch.test_launcher import Collected
 
 SHOW = "import os; [print(name, value) for name, value in os.environ.items()]"
 
@@ -67,8 +69,8 @@ def test_two_runs_have_different_ports_and_ids() -> None:
 
 
 def test_the_port_is_rank_0s_and_nobody_elses() -> None:
-    with reserve() as held:
-        port = held.getsockname()[1]
+    with contextlib.closing(ReservedPort()) as held:
+        port = held.number
         with socket.socket() as thief, pytest.raises(OSError, match="in use"):
             thief.bind(("127.0.0.1", port))
         with socket.socket() as store:

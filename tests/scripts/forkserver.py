@@ -21,7 +21,7 @@ import threading
 import traceback
 from typing import Any
 
-from headwater.launch.entry import die_with
+from headwater.launch.engines.entry import die_with
 
 PRELOADED = (
     "torch",

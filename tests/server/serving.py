@@ -16,9 +16,11 @@ from headwater.server.hosts import CoordinatorHost
 from headwater.server.node import Node, Setting
 from headwater.server.server import Server
 from headwater.transports.address import Address
-from headwater.transports.loop import Host, Loop, Ranges, listen
+from headwater.transports.channel import channel_of, send_all
+from headwater.transports.loop import Host, Loop, Ranges
 from headwater.transports.memory import close_all
-from headwater.transports.receiver import Receiver, descriptors
+from headwater.transports.receiver import Receiver
+from headwater.transports.schemes import listen
 from headwater.types import DenseSpec
 from headwater.wire import auth
 from headwater.wire import messages as m
@@ -90,9 +92,8 @@ def serve(host: Host, token: bytes | None = TOKEN, unix: str = "") -> Iterator[A
     loop = Loop(host, token)
     if isinstance(host, NodeHost):
         host.detach = loop.detach
-    sock = listen(Address("local", unix) if unix else Address("tcp", "127.0.0.1", 0), token)
-    address = Address("local", unix) if unix else Address("tcp", "127.0.0.1", sock.getsockname()[1])
-    loop.serve(sock)
+    listener = listen(Address("local", unix) if unix else Address("tcp", "127.0.0.1", 0), token)
+    loop.serve(listener)
     crash: list[BaseException] = []
 
     def run() -> None:
@@ -104,7 +105,7 @@ def serve(host: Host, token: bytes | None = TOKEN, unix: str = "") -> Iterator[A
     thread = threading.Thread(target=run, name="loop")
     thread.start()
     try:
-        yield address
+        yield listener.address
     finally:
         loop.stop()
         thread.join(PATIENCE)
@@ -126,9 +127,10 @@ class Wire:
     def __init__(self, address: Address) -> None:
         family = socket.AF_UNIX if address.scheme == "local" else socket.AF_INET
         self.sock = socket.socket(family, socket.SOCK_STREAM)
-        self.sock.settimeout(PATIENCE)
         self.sock.connect("\0" + address.host if address.scheme == "local" else (address.host, address.port))
-        self._receiver = Receiver(self.sock, lambda frame: memoryview(bytearray(frame.payload_length)))
+        self.channel = channel_of(self.sock)
+        self.channel.settimeout(PATIENCE)
+        self._receiver = Receiver(self.channel, lambda frame: memoryview(bytearray(frame.payload_length)))
         self._frames: list[Frame] = []
 
     def __enter__(self) -> Wire:
@@ -136,14 +138,13 @@ class Wire:
 
     def __exit__(self, *_: object) -> None:
         self._receiver.close()
-        self.sock.close()
+        self.channel.close()
 
     def send(self, frame: Frame, payload: bytes = b"", fds: tuple[int, ...] = ()) -> None:
         frame.payload_length = frame.payload_length or len(payload)
         data = encode(frame) + payload
-        sent = self.sock.sendmsg([data], descriptors(fds))
-        if sent < len(data):
-            self.sock.sendall(data[sent:])
+        sent = self.channel.send([data], fds, wait=True)
+        send_all(self.channel, data[sent:])
 
     def read(self) -> Frame:
         """The next frame. ``LinkBroken`` at the end of the stream."""

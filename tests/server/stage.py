@@ -9,9 +9,10 @@ import torch
 from headwater.cluster.tables import decide
 from headwater.layout.dense import layout
 from headwater.server import events as e
-from headwater.server.replication.records import Ranges
 from headwater.server.shard import Shard
 from headwater.server.table import Table
+from headwater.server.tables.base import Ranges
+from headwater.server.tables.dense.store import DenseStore
 from headwater.types import Bulk, DenseSpec, Hyper, OptimizerSpec, ParameterSpec, Sync
 from headwater.wire.frames import Flag
 from headwater.wire.messages import Commit, Members, Ready, StepBody
@@ -43,7 +44,8 @@ class Memory:
 
     def create(self, number: int, spec: DenseSpec) -> Table:
         values = self.values[number] = torch.zeros(self.size(spec), dtype=torch.uint8)
-        return Table(number, spec, layout(spec, self.shards).segments[self.shard], values, alone=self.alone)
+        store = DenseStore(spec, layout(spec, self.shards).segments[self.shard], values)
+        return Table(number, store, alone=self.alone)
 
     def discard(self, number: int) -> None:
         self.values.pop(number, None)
@@ -147,7 +149,7 @@ class Stage:
         gradient: torch.Tensor | None
         if session in shard.sessions and TABLE in shard.tables:
             gradient = shard.staging(session, TABLE)
-            for segment in shard.tables[TABLE].dense.segments:
+            for segment in shard.tables[TABLE].store.segments:
                 if start <= segment.offset and segment.end <= stop:
                     gradient[segment.offset : segment.end].view(torch.float32).fill_(value)
         else:

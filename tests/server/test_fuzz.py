@@ -26,7 +26,7 @@ from headwater.server.replication import records as r
 from headwater.server.server import Server
 from headwater.transports import memory
 from headwater.transports.address import Address
-from headwater.transports.receiver import descriptors as ancillary
+from headwater.transports.channel import descriptors as ancillary
 from headwater.types import DenseSpec, Init, OptimizerSpec, ParameterSpec
 from headwater.wire import messages as m
 from headwater.wire.frames import Flag, Frame, Kind, encode
@@ -133,7 +133,10 @@ class Trial:
         """What no stranger has any business with: one whole shard, and the good client's tables on all of them."""
         nodes = [node for _, server in sorted(self.town.servers.items()) for _, node in sorted(server.nodes.items())]
         hashes = [node.shard.replica.digest() for node in nodes if node.shard.number == UNTOUCHED and self.settled]
-        return [hashes, *(node.shard.tables[number].values.numpy().tobytes() for node in nodes for number in MINE)]
+        return [
+            hashes,
+            *(node.shard.tables[number].store.values.numpy().tobytes() for node in nodes for number in MINE),
+        ]
 
     def batch(self, first: int, attack: Callable[[Trial, int], None], count: int = BATCH) -> None:
         """Many of them; then the good client must find everything as it should be."""
@@ -159,13 +162,13 @@ class Trial:
 def client_talk(trial: Trial, chance: random.Random, shard: int) -> list[Piece]:
     """What a worker or reader may say to a shard's primary, from its first frame on."""
     server = trial.town.primary(shard)
-    replica = server.nodes[shard].shard
+    led = server.nodes[shard].shard
     session = chance.choice((chance.getrandbits(62), 1000 + chance.randrange(3)))
     rank = chance.choice((0, 0, -1, 1, 7))
     table = chance.choice((BULK, PLAIN, STALE))
-    known = replica.sessions.get(session)
+    known = led.sessions.get(session)
     seq = 1 + (known.seq.get(table, 0) if known is not None else 0)
-    clock, epoch, members = replica.tables[table].gathering.clock + 1, replica.epoch, replica.replica.members.epoch
+    clock, epoch, members = led.tables[table].gathering.clock + 1, led.epoch, led.replica.members.epoch
 
     def ask(request: m.Request) -> Piece:
         return Frame(Kind.REQUEST, 0, shard, seq=chance.getrandbits(40), body=m.pack(request)), b""
@@ -514,7 +517,7 @@ def test_pushes_in_one_breath_do_not_overwrite_each_other_before_the_backup_has_
     town.run()
     assert town.digests()[0, 0] == town.digests()[1, 0]
     if table == STALE:  # SGD with learning rate 1
-        assert town.primary(0).nodes[0].shard.tables[table].values.view(torch.float32).eq(-6.0).all()
+        assert town.primary(0).nodes[0].shard.tables[table].store.values.view(torch.float32).eq(-6.0).all()
 
 
 def test_strangers_sessions_are_bounded(recorded: list[Said], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -535,8 +538,10 @@ def test_what_is_said_about_a_table_that_was_dropped_is_void(recorded: list[Said
     shard = trial.town.primary(0).nodes[0].shard
     gone = r.Update(99, GOOD, 0, 9, 9, (), end=True, want=True, skip=False, scale=None, norm=None, groups=None)
     before = trial.town.digests()
-    shard.propose(gone)
-    trial.town.carry(trial.town.primary(0), trial.town.primary(0).nodes[0].take(shard.handle(m.Members(0, (), 0))))
+    shard.proposals.propose(gone)
+    server = trial.town.primary(0)
+    server.nodes[0].carry_out(shard.handle(m.Members(0, (), 0)))
+    trial.town.carry(server, server.effects.drain())
     trial.town.run()
     assert len(set(before.values())) == len(set(trial.town.digests().values()))
 

@@ -26,7 +26,7 @@ def write(stage: Stage, rank: int, value: float) -> None:
     """Assign ``value`` everywhere, as a part of the pending step."""
     clock = stage.clock[rank] + 1
     for n, shard in enumerate(stage.shards):
-        for segment in shard.tables[TABLE].dense.segments:
+        for segment in shard.tables[TABLE].store.segments:
             data = torch.full(((segment.end - segment.offset) // 4,), value).view(torch.uint8)
             seq = stage.seq[10 + rank, n] = stage.seq.get((10 + rank, n), 0) + 1
             stage.event(n, e.Assign(10 + rank, seq, TABLE, segment.offset, data, False, clock, stage.epoch))
@@ -311,10 +311,10 @@ def test_written_values_that_are_sent_twice_count_once() -> None:
 def test_what_a_primary_had_sent_of_a_step_when_it_died_is_void_in_the_next_try() -> None:
     """Of its records only the written values came through; the worker has undone them meanwhile."""
     stage = Stage()
-    (segment,) = stage.shards[0].tables[TABLE].dense.segments
+    (segment,) = stage.shards[0].tables[TABLE].store.segments
     data = torch.full(((segment.end - segment.offset) // 4,), 9.0).view(torch.uint8)
     left = r.Values(TABLE, 0, 0, segment.offset, len(data), last=False, clock=1, members=stage.epoch)
-    stage.shards[0].propose(left, data, segment.offset)
+    stage.shards[0].proposals.propose(left, data, segment.offset)
     for rank in (0, 1):
         stage.push(rank, 1.0)
     stage.decide()

@@ -131,7 +131,7 @@ def test_a_range_must_lie_on_whole_segments(span: tuple[int, int], sync: Bulk | 
 
 def test_a_range_may_include_the_padding_behind_it_or_not() -> None:
     stage = Stage(spec(numel=17), ranks=(0,))
-    (segment,) = stage.shards[0].tables[TABLE].dense.segments
+    (segment,) = stage.shards[0].tables[TABLE].store.segments
     stage.push(0, span=(0, segment.end), number=0)
     stage.decide()
     stage.push(0, number=0)
@@ -268,7 +268,7 @@ def test_a_membership_that_is_told_again_leaves_a_prepared_step_alone() -> None:
     assert shard.tables[TABLE].prepared is not None
     stage.event(0, known)
     assert shard.tables[TABLE].prepared is not None, "the promise behind READY was broken"
-    shard.propose(known)  # nor does it when it is in the log twice
+    shard.proposals.propose(known)  # nor does it when it is in the log twice
     stage.event(0, Commit(TABLE, 1, stage.epoch, False))
     assert stage.value() == -1.0
 

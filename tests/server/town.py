@@ -5,7 +5,6 @@ Everything that is said is on ``tape``, so that a test can say it again, damaged
 
 from __future__ import annotations
 
-import socket
 from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -58,14 +57,13 @@ class Said(NamedTuple):
 
 
 class Pipe:
-    """What a receiver needs of a socket."""
-
-    family = socket.AF_INET
+    """What a receiver needs of a channel."""
 
     def __init__(self) -> None:
         self.data = bytearray()
+        self.fds: list[int] = []
 
-    def recv_into(self, target: memoryview, size: int, flags: int) -> int:
+    def recv_into(self, target: memoryview) -> int:
         count = min(len(target), len(self.data))
         if not count:
             raise BlockingIOError

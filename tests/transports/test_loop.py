@@ -28,8 +28,8 @@ from headwater.errors import (
 from headwater.transports import loop as loop_module
 from headwater.transports import memory
 from headwater.transports.address import Address, parse
-from headwater.transports.loop import listen
-from headwater.transports.stream import connect
+from headwater.transports.dial import dial
+from headwater.transports.schemes import listen
 from headwater.types import Async, Bulk, DenseSpec, OptimizerSpec, ParameterSpec, Sync
 from headwater.wire import auth
 from headwater.wire import messages as m
@@ -84,8 +84,8 @@ def test_a_wrong_token_is_refused_and_the_connection_closed(control: Address, to
 def test_a_client_refuses_a_server_that_does_not_know_the_token(control: Address) -> None:
     for token in (b"another token", None):
         with pytest.raises(AuthenticationFailed, match="the server's token is wrong; nothing was sent"):
-            connect(control, token, 5)
-    connect(control, TOKEN, 5).close()
+            dial(control, token, 5)
+    dial(control, TOKEN, 5).close()
 
 
 def test_a_proof_cannot_be_reflected(control: Address) -> None:
@@ -157,7 +157,7 @@ def test_a_client_gives_up_on_a_server_that_does_not_answer_the_handshake() -> N
     with socket.create_server(("127.0.0.1", 0)) as mute:
         address = Address("tcp", "127.0.0.1", mute.getsockname()[1])
         with pytest.raises(Unreachable, match="did not finish the handshake"):
-            connect(address, TOKEN, 0.05)
+            dial(address, TOKEN, 0.05)
 
 
 def test_a_client_is_not_confused_by_a_server_of_another_kind() -> None:
@@ -171,7 +171,7 @@ def test_a_client_is_not_confused_by_a_server_of_another_kind() -> None:
         thread = threading.Thread(target=answer, args=(other,))
         thread.start()
         with pytest.raises(ProtocolError, match="does not speak Headwater"):
-            connect(Address("tcp", "127.0.0.1", other.getsockname()[1]), TOKEN, 5)
+            dial(Address("tcp", "127.0.0.1", other.getsockname()[1]), TOKEN, 5)
         thread.join()
 
 
@@ -179,9 +179,9 @@ def test_nobody_there_is_unreachable() -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
     with pytest.raises(Unreachable, match=f"nobody answers at tcp://127.0.0.1:{port}"):
-        connect(Address("tcp", "127.0.0.1", port), TOKEN, 5)
+        dial(Address("tcp", "127.0.0.1", port), TOKEN, 5)
     with pytest.raises(Unreachable, match="nobody answers at local://"):
-        connect(Address("local", "headwater-nobody"), TOKEN, 5)
+        dial(Address("local", "headwater-nobody"), TOKEN, 5)
 
 
 # ---- listening -------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def test_wrong_descriptors_are_refused_and_closed(server: tuple[Address, NodeHos
         (attach, (small,), "instead of"),
         (attach, (), "without a descriptor"),
         (attach, (small, small), "without a descriptor"),
-        (Frame(Kind.REQUEST, seq=1, body=m.pack(m.Attach(1, True, 0))), (small,), "smaller than table 1"),
+        (Frame(Kind.REQUEST, seq=1, body=m.pack(m.Attach(1, True, 0))), (small,), "smaller than table 't'"),
         (Frame(Kind.REQUEST, seq=1, body=m.pack(m.Slots(1))), (small, read), ""),
         (Frame(Kind.REQUEST, seq=1, body=b"\xc1"), (small,), "cannot be read"),
         (Frame(Kind.PULL, table=1), (small,), "only a request carries"),
@@ -458,7 +458,7 @@ def test_a_worker_comes_back_over_another_connection_and_goes_on_where_it_was(
             assert attached.seq == seq - 1
             wire.sock.sendall(bulk_push(seq, seq, table=2))
             assert wire.read().kind == Kind.ACK
-    assert host.node.shard.tables[2].values[: NUMEL * 4].view(torch.float32).eq(-2.0).all()
+    assert host.node.shard.tables[2].store.values[: NUMEL * 4].view(torch.float32).eq(-2.0).all()
 
 
 def test_a_duplicate_with_other_bytes_does_not_touch_what_is_pending(server: tuple[Address, NodeHost]) -> None:
@@ -473,7 +473,7 @@ def test_a_duplicate_with_other_bytes_does_not_touch_what_is_pending(server: tup
         wire.send(Frame(Kind.PUSH, Flag.END | Flag.WANT, table=1, epoch=1, seq=2, clock=1, members=1))
         while wire.read().kind != Kind.DATA:
             pass
-    assert host.node.shard.tables[1].values[: NUMEL * 4].view(torch.float32).eq(-1.0).all()
+    assert host.node.shard.tables[1].store.values[: NUMEL * 4].view(torch.float32).eq(-1.0).all()
 
 
 def test_a_checksum_that_is_wrong_keeps_the_push_out(server: tuple[Address, NodeHost]) -> None:

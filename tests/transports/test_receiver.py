@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwater.errors import LinkBroken, ProtocolError
-from headwater.transports.receiver import BUFFER, Receiver, descriptors
+from headwater.transports.channel import channel_of, descriptors
+from headwater.transports.receiver import BUFFER, Receiver
 from headwater.wire.frames import Flag, Frame, Kind, checksum, encode
 
 
 @pytest.fixture
 def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     ours, theirs = socket.socketpair()
-    ours.setblocking(False)
     with ours, theirs:
         yield ours, theirs
 
@@ -55,8 +55,7 @@ def test_a_stream_may_be_cut_anywhere(parts: list[tuple[bytes, bytes | None]], c
         stream += encode(frame) + (payload or b"")
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        ours.setblocking(False)
-        receiver = Receiver(ours, land)
+        receiver = Receiver(channel_of(ours), land)
         frames: list[Frame] = []
         while stream:
             cut = chance.randint(1, min(len(stream), 400))
@@ -72,7 +71,7 @@ def test_a_stream_may_be_cut_anywhere(parts: list[tuple[bytes, bytes | None]], c
 def test_a_payload_goes_where_landing_says(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     home = bytearray(BUFFER)
-    receiver = Receiver(ours, lambda frame: memoryview(home)[frame.start : frame.stop])
+    receiver = Receiver(channel_of(ours), lambda frame: memoryview(home)[frame.start : frame.stop])
     payload = random.Random(1).randbytes(BUFFER // 2)
     theirs.sendall(encode(Frame(Kind.DATA, start=100, stop=100 + len(payload), payload_length=len(payload))) + payload)
     (frame,) = read_all(receiver)
@@ -83,7 +82,7 @@ def test_a_payload_goes_where_landing_says(pair: tuple[socket.socket, socket.soc
 
 def test_a_refused_landing_takes_no_memory(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
-    receiver = Receiver(ours, refuse)
+    receiver = Receiver(channel_of(ours), refuse)
     theirs.sendall(encode(Frame(Kind.PUSH, payload_length=1 << 33)))
     with pytest.raises(ProtocolError, match="no payload is expected"):
         list(receiver.read())
@@ -97,7 +96,7 @@ def test_a_frame_is_looked_at_when_the_one_before_it_is_dealt_with(pair: tuple[s
         assert known == [1], "the table of this payload is made by the frame before it"
         return land(frame)
 
-    receiver = Receiver(ours, landing)
+    receiver = Receiver(channel_of(ours), landing)
     theirs.sendall(encode(Frame(Kind.RECORD, seq=1)) + encode(Frame(Kind.RECORD, seq=2, payload_length=3)) + b"abc")
     frames = receiver.read()
     known.append(next(frames)[0].seq)
@@ -107,7 +106,7 @@ def test_a_frame_is_looked_at_when_the_one_before_it_is_dealt_with(pair: tuple[s
 
 def test_a_damaged_payload_is_not_handed_out(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
-    receiver = Receiver(ours, land)
+    receiver = Receiver(channel_of(ours), land)
     theirs.sendall(encode(Frame(Kind.PUSH, Flag.CHECKED, payload_length=4, check=checksum(b"good"))) + b"gord")
     with pytest.raises(ProtocolError, match="damaged"):
         list(receiver.read())
@@ -115,7 +114,7 @@ def test_a_damaged_payload_is_not_handed_out(pair: tuple[socket.socket, socket.s
 
 def test_the_buffer_grows_only_to_what_a_sound_header_announced(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
-    receiver = Receiver(ours, refuse, limit=4096)
+    receiver = Receiver(channel_of(ours), refuse, limit=4096)
     theirs.sendall(encode(Frame(Kind.REQUEST, body=bytes(5000)))[:200])
     with pytest.raises(ProtocolError, match="at most 4096"):
         list(receiver.read())
@@ -124,7 +123,7 @@ def test_the_buffer_grows_only_to_what_a_sound_header_announced(pair: tuple[sock
 
 def test_a_body_larger_than_the_buffer_arrives(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
-    receiver, frames = Receiver(ours, refuse), []
+    receiver, frames = Receiver(channel_of(ours), refuse), []
     data = encode(Frame(Kind.REQUEST, body=random.Random(2).randbytes(3 * BUFFER)))
     for at in range(0, len(data), 50_000):
         theirs.sendall(data[at : at + 50_000])
@@ -134,7 +133,7 @@ def test_a_body_larger_than_the_buffer_arrives(pair: tuple[socket.socket, socket
 
 def test_the_end_of_a_stream_is_a_broken_link_also_inside_a_frame(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
-    receiver = Receiver(ours, land)
+    receiver = Receiver(channel_of(ours), land)
     theirs.sendall(encode(Frame(Kind.PUSH, payload_length=1000)) + b"half")
     theirs.close()
     assert list(receiver.read()) == []
@@ -147,7 +146,8 @@ def test_descriptors_arrive_beside_their_frame_and_are_closed_if_nobody_takes_th
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     ours, theirs = pair
-    receiver = Receiver(ours, refuse)
+    channel = channel_of(ours)
+    receiver = Receiver(channel, refuse)
     read, write = os.pipe()
     theirs.sendmsg([encode(Frame(Kind.REQUEST))], descriptors((read,)))
     ((_, (got,)),) = list(receiver.read())
@@ -156,9 +156,9 @@ def test_descriptors_arrive_beside_their_frame_and_are_closed_if_nobody_takes_th
     os.close(got)
     theirs.sendmsg([encode(Frame(Kind.REQUEST))[:10]], descriptors((read, write)))
     assert read_all(receiver) == []
-    kept = receiver._fds
+    kept = tuple(channel.fds)
     assert len(kept) == 2
-    receiver.close()
+    channel.close()
     for fd in kept:
         with pytest.raises(OSError, match="Bad file"):
             os.fstat(fd)
@@ -168,14 +168,15 @@ def test_descriptors_arrive_beside_their_frame_and_are_closed_if_nobody_takes_th
 
 def test_a_frame_that_hoards_descriptors_is_refused(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
-    receiver = Receiver(ours, refuse)
+    channel = channel_of(ours)
+    receiver = Receiver(channel, refuse)
     read, write = os.pipe()
     frame = encode(Frame(Kind.REQUEST))
     for byte in range(3):
         theirs.sendmsg([frame[byte : byte + 1]], descriptors((read, write)))
     with pytest.raises(ProtocolError, match="descriptors"):
         read_all(receiver)
-    receiver.close()
+    channel.close()
     os.close(read)
     os.close(write)
 
@@ -195,9 +196,10 @@ def test_mutated_streams_raise_nothing_but_a_protocol_error() -> None:
         del stream[chance.randint(1, len(stream)) :]
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            ours.setblocking(False)
             theirs.sendall(stream)
             theirs.close()
-            receiver = Receiver(ours, lambda frame: land(frame) if frame.payload_length <= 4096 else refuse(frame))
+            receiver = Receiver(
+                channel_of(ours), lambda frame: land(frame) if frame.payload_length <= 4096 else refuse(frame)
+            )
             with pytest.raises((ProtocolError, LinkBroken)):
                 read_all(receiver)

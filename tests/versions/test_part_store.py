@@ -65,7 +65,7 @@ class Holder:
 
     @property
     def values(self) -> torch.Tensor:
-        return self.server.nodes[0].shard.tables[1].values
+        return self.server.nodes[0].shard.tables[1].store.values
 
     def tell(self, message: Any) -> None:
         kind = Kind.REQUEST if isinstance(message, m.Create) else Kind.NOTICE

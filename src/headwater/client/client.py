@@ -40,7 +40,11 @@ log = logging.getLogger("headwater")
 
 
 class Client:
-    """Made by ``headwater.connect``. A context manager; one thread at a time may use it."""
+    """Made by ``headwater.connect``. A context manager; one thread at a time may use it.
+
+    It has more methods than other classes because it is all that a script sees of a cluster; most are a line or two,
+    and the work is in ``Shards``, ``Pauses``, ``Control``, the tables and ``publication``.
+    """
 
     @interrupts.deferred
     def __init__(

@@ -15,8 +15,8 @@ from headwater.client.control import Dial
 from headwater.errors import Unreachable, UsageError
 from headwater.transports import forks, inproc, standard
 from headwater.transports.address import Address, host_identity, parse
+from headwater.transports.dial import dial as reach
 from headwater.transports.stream import Handler, Link, StreamLink
-from headwater.transports.stream import connect as open_socket
 from headwater.wire.auth import token_from_environment
 from headwater.wire.messages import ShardView
 
@@ -282,8 +282,8 @@ def _dial(coordinator: Address, timeout: float) -> Dial:
 
     def dial(view: ShardView | None, handler: Handler) -> Link:
         target = coordinator if view is None else _choose(view, host, force)
-        sock = interrupts.interruptible(open_socket, target, token, min(timeout, 10.0))
-        return StreamLink(sock, handler, checked and view is not None)
+        channel = interrupts.interruptible(reach, target, token, min(timeout, 10.0))
+        return StreamLink(channel, handler, checked and view is not None)
 
     return dial
 

@@ -30,6 +30,8 @@ _PAUSE = 0.01  # seconds
 class Table(ABC):
     """``number``: of the table in the cluster. ``clock``: of the last step that this worker has ended.
 
+    It has more methods than other classes because a kind of table is to be written by overriding its first ones.
+
     A subclass makes its parts and then calls ``_join``; it says what an attachment shares and brings (``_to_share``,
     ``_attached``), how values get there first (``load``), and what ``wait`` and ``pull`` are.
     """

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headwater.launch.local import Launcher, cores, launch
+    from headwater.launch.launcher import Launcher, cores, launch
     from headwater.launch.outcome import Outcome
     from headwater.launch.process import Process
     from headwater.launch.ready import address_of
@@ -21,5 +21,5 @@ _HOME = {"Outcome": "outcome", "Process": "process", "address_of": "ready", "Sha
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'local')}"), name)
+    found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'launcher')}"), name)
     return found

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Role = Literal["coordinator", "server", "worker"]
 Stream = Literal["stdout", "stderr"]
 
-_ENTRY = str(Path(__file__).with_name("entry.py"))
+_ENTRY = str(Path(__file__).with_name("engines") / "entry.py")
 _READ = 1 << 16
 _TAIL = 200
 _LINE = 1 << 16

@@ -9,8 +9,9 @@ until then the launcher holds the port, bound but not listening. Linux lets nobo
 from __future__ import annotations
 
 import secrets
-import socket
 from collections.abc import Mapping
+
+from headwater.transports.ports import ReservedPort
 
 _SHARED = ("MASTER_ADDR", "MASTER_PORT", "HEADWATER_RUN")
 _OF_A_LAUNCHER = ("HEADWATER_LOCAL_RANK", "TORCHELASTIC_RUN_ID")
@@ -39,7 +40,7 @@ class World:
 
     def __init__(self, count: int, first: int, size: int, given: Mapping[str, str], restarts: int = 0) -> None:
         self._count, self._first, self._size, self._restarts = count, first, size, restarts
-        self._port: socket.socket | None = None
+        self._port: ReservedPort | None = None
         self._shared = self._agreed(given)
 
     @property
@@ -96,27 +97,6 @@ class World:
             found.setdefault("HEADWATER_RUN", secrets.token_hex(8))
             found.setdefault("MASTER_ADDR", "127.0.0.1")
             if "MASTER_PORT" not in found:
-                self._port = reserve()
-                found["MASTER_PORT"] = str(self._port.getsockname()[1])
+                self._port = ReservedPort()
+                found["MASTER_PORT"] = str(self._port.number)
         return found
-
-
-def reserve() -> socket.socket:
-    """A port that is free on every address of this machine, and stays so until the socket is closed."""
-    for family, host in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):
-        try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-        except OSError:
-            continue
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            sock.bind((host, 0))
-        except OSError:
-            sock.close()
-            if family == socket.AF_INET:
-                raise
-        else:
-            return sock
-    raise OSError("no family of internet addresses can be used on this machine")

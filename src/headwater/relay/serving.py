@@ -14,8 +14,9 @@ from headwater.relay.core import KEEP, Relay, RelayEffects
 from headwater.relay.events import Event, News
 from headwater.relay.feeder import ANSWER, Feeder
 from headwater.transports import address as addresses
-from headwater.transports.loop import Loop, listen
+from headwater.transports.loop import Loop
 from headwater.transports.memory import close_all
+from headwater.transports.schemes import listen
 from headwater.versions.part_store import PartStore
 from headwater.wire import versions as v
 from headwater.wire.auth import token_from_environment
@@ -98,7 +99,7 @@ class Serving:
             raise UsageError(f"{asked} is not where anybody finds this relay: say by what address (--advertise)")
         token = token_from_environment()
         tcp = listen(asked, token)
-        self.address = str(addresses.Address("tcp", asked.host, tcp.getsockname()[1]))
+        self.address = str(tcp.address)
         try:
             host = addresses.host_identity()
             local = f"local://headwater-{secrets.token_hex(12)}" if host else ""

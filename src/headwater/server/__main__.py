@@ -12,7 +12,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -38,12 +37,15 @@ from headwater.server import COORDINATOR
 from headwater.server.outliving import Outliving
 from headwater.transports import address as addresses
 from headwater.transports import memory
-from headwater.transports.loop import Loop, listen
-from headwater.transports.receiver import Arrived, Receiver
-from headwater.transports.stream import connect
+from headwater.transports.channel import Channel
+from headwater.transports.dial import ask
+from headwater.transports.dial import dial as reach
+from headwater.transports.loop import Loop
+from headwater.transports.receiver import Arrived
+from headwater.transports.schemes import listen
 from headwater.wire import messages as m
 from headwater.wire.auth import token_from_environment
-from headwater.wire.frames import Frame, Kind, encode
+from headwater.wire.frames import Frame, Kind
 from headwater.wire.outgoing import Dial
 
 if TYPE_CHECKING:  # a coordinator holds no tensors and does not load torch
@@ -92,10 +94,6 @@ def _die_with_parent(parent: int | None) -> None:
             raise SystemExit(0)
 
 
-def _bound(sock: socket.socket, asked: addresses.Address) -> str:
-    return str(addresses.Address("tcp", asked.host, sock.getsockname()[1]))
-
-
 def _announce(fd: int | None, address: str, **more: int) -> None:
     line = json.dumps({"address": address, "pid": os.getpid(), **more}) + "\n"
     if fd is not None:
@@ -114,7 +112,6 @@ def run_coordinator(args: argparse.Namespace, token: bytes | None, outliving: Ou
     from headwater.server.hosts import CoordinatorHost
     from headwater.server.snapshots.keeper import Keeper
 
-    asked = addresses.parse(args.listen)
     if args.ack == "disk" and not args.state:
         raise UsageError("ack=disk is for a cluster that comes back: name a folder for the coordinator too (--state)")
     store = SqliteStore(args.state) if args.state else None
@@ -126,14 +123,14 @@ def run_coordinator(args: argparse.Namespace, token: bytes | None, outliving: Ou
     state = store.items() if store is not None else {}
     coordinator = Coordinator(rules, time.monotonic(), state or None, _begin_with(args.restore, state))
     keeper = Keeper(Path(args.snapshots)) if args.snapshots else None
-    sock = listen(asked, token)
+    listener = listen(addresses.parse(args.listen), token)
     if keeper is not None:
         keeper.sweep()
     host = addresses.host_identity()
     loop = Loop(CoordinatorHost(coordinator, store, keeper=keeper), token, lambda dial: _reach(dial, host, token))
-    loop.serve(sock)
+    loop.serve(listener)
     _stop_on_signals(loop, outliving)
-    _announce(args.ready_fd, _bound(sock, asked))
+    _announce(args.ready_fd, str(listener.address))
     loop.run()
 
 
@@ -155,18 +152,17 @@ def run_server(args: argparse.Namespace, token: bytes | None, outliving: Outlivi
     from headwater.server.node import Setting
     from headwater.server.replication.disk import Folder
     from headwater.server.server import Server
-    from headwater.server.tables import dense
+    from headwater.server.tables.dense import shard
 
-    dense.own_process = True
+    shard.own_process = True
     folder = Folder(Path(args.data)) if args.data else None
-    asked = addresses.parse(args.listen)
-    tcp = listen(asked, token)
+    tcp = listen(addresses.parse(args.listen), token)
     host = addresses.host_identity()
     local = f"headwater-{secrets.token_hex(12)}" if host else ""
     unix = listen(addresses.Address("local", local), token) if local else None
     coordinator = addresses.parse(args.coordinator)
     join = m.Join(
-        "server", secrets.randbits(63), host, os.getpid(), address=args.advertise or _bound(tcp, asked),
+        "server", secrets.randbits(63), host, os.getpid(), address=args.advertise or str(tcp.address),
         local=local and f"local://{local}",
     )  # fmt: skip
     loop: Loop | None = None  # not while the log is replayed: no answer refers to the values then
@@ -186,21 +182,21 @@ def run_server(args: argparse.Namespace, token: bytes | None, outliving: Outlivi
     def enter(join: m.Join) -> _Entered:
         return _join(coordinator, token, join)
 
-    server, join, (sock, welcome, early) = _enter(folder, join, make, enter)
+    server, join, (channel, welcome, early) = _enter(folder, join, make, enter)
     control = Control(server, join, welcome, args.coordinator, lambda: None if loop is None else loop.stop())
     loop = Loop(server, token, lambda dial: _reach(dial, host, token))
     loop.serve(tcp)
     if unix is not None:
         loop.serve(unix)
-    loop.adopt(sock, COORDINATOR)
+    loop.adopt(channel, COORDINATOR)
     server.answer_to(control)
-    loop.send(server.tick(time.monotonic()))
+    loop.dispatch(server.tick(time.monotonic()))
     for frame, _ in early:
-        loop.send(server.receive(COORDINATOR, frame))
+        loop.dispatch(server.receive(COORDINATOR, frame))
     if welcome.ack == "disk":
         loop.sync = server.sync
-        loop.send(server.sync())
-    Heart(control, lambda: connect(coordinator, token, DIAL), welcome.heartbeat).start()
+        loop.dispatch(server.sync())
+    Heart(control, lambda: reach(coordinator, token, DIAL), welcome.heartbeat).start()
     _stop_on_signals(loop, outliving)
     _announce(args.ready_fd, join.address, server=welcome.server)
     loop.run()
@@ -238,13 +234,13 @@ def _enter(
     return make(entered[1], join.session), join, entered
 
 
-def _reach(dial: Dial, host: str, token: bytes | None) -> socket.socket:
+def _reach(dial: Dial, host: str, token: bytes | None) -> Channel:
     """Another server, or the coordinator: over a unix socket where both are on one host."""
     same = bool(dial.local) and dial.host == host and os.environ.get("HEADWATER_TRANSPORT") != "tcp"
-    return connect(addresses.parse(dial.local if same else dial.address), token, DIAL)
+    return reach(addresses.parse(dial.local if same else dial.address), token, DIAL)
 
 
-_Entered = tuple[socket.socket, m.Welcome, list[Arrived]]
+_Entered = tuple[Channel, m.Welcome, list[Arrived]]
 
 
 def _join(coordinator: addresses.Address, token: bytes | None, join: m.Join) -> _Entered:
@@ -252,7 +248,7 @@ def _join(coordinator: addresses.Address, token: bytes | None, join: m.Join) -> 
     deadline = time.monotonic() + JOIN
     while True:
         try:
-            control = connect(coordinator, token, DIAL)
+            control = reach(coordinator, token, DIAL)
             return control, *_ask_to_join(control, join)
         except AuthenticationFailed:
             raise
@@ -262,14 +258,9 @@ def _join(coordinator: addresses.Address, token: bytes | None, join: m.Join) -> 
             time.sleep(AGAIN)
 
 
-def _ask_to_join(control: socket.socket, join: m.Join) -> tuple[m.Welcome, list[Arrived]]:
+def _ask_to_join(control: Channel, join: m.Join) -> tuple[m.Welcome, list[Arrived]]:
     """The coordinator's answer and the frames that came with it."""
-    control.settimeout(JOIN)
-    control.sendall(encode(Frame(Kind.REQUEST, seq=1, body=m.pack(join))))
-    receiver = Receiver(control, lambda frame: memoryview(b""))
-    frames: list[Arrived] = []
-    while not frames or not receiver.between:  # the loop's receiver must begin at the beginning of a frame
-        frames += receiver.read()
+    frames = ask(control, Frame(Kind.REQUEST, seq=1, body=m.pack(join)), JOIN)
     first = frames[0][0]
     if first.kind == Kind.ERROR:
         raise m.read_error(first.body)

@@ -13,7 +13,6 @@ import torch
 from headwater.errors import ClusterError, HeadwaterError, ProtocolError
 from headwater.server import events as e
 from headwater.server.effects import Effects
-from headwater.server.memory import Kept
 from headwater.server.replication.state import view
 from headwater.server.shard import Shard
 from headwater.transports import memory
@@ -39,15 +38,14 @@ class ClientLink:
 
 
 class Clients:
-    """``kept``: the shard's memory by table. ``links``: the connections, by peer."""
+    """``links``: the connections, by peer. A method for each kind of frame that comes, and for each that goes."""
 
-    def __init__(self, shard: Shard, kept: dict[int, Kept], effects: Effects, checked: bool) -> None:
+    def __init__(self, shard: Shard, effects: Effects, checked: bool) -> None:
         self.shard = shard
         self.pushed_bytes = self.pulled_bytes = 0
         self.refused: Counter[int] = Counter()  # pushes, by session
         self.links: dict[int, ClientLink] = {}
         self._replica = shard.replica
-        self._kept = kept
         self._effects = effects
         self._checked = checked
         self._of_session: dict[int, ClientLink] = {}
@@ -62,31 +60,31 @@ class Clients:
 
     def landing(self, link: ClientLink, frame: Frame) -> memoryview:
         """Where the payload that follows this header belongs. Raises before anything is allocated by its word."""
-        kept = self._kept.get(frame.table)
+        table = self.shard.tables.get(frame.table)
         session = self.shard.sessions.get(link.session) if link.session is not None else None
         if frame.kind == Kind.PULL:
             raise ProtocolError(f"PULL with keys from table {frame.table}, which has none; nothing was allocated")
-        if session is None or kept is None or frame.kind not in (Kind.PUSH, Kind.ASSIGN):
+        if session is None or table is None or frame.kind not in (Kind.PUSH, Kind.ASSIGN):
             raise ProtocolError(f"{frame.kind.name} for table {frame.table} before a session was opened on it")
-        end, length = frame.stop, frame.payload_length
-        if end > kept.values.numel() or length > kept.limit or end - frame.start != length:
+        end, length, limit = frame.stop, frame.payload_length, table.store.limit
+        if end > table.size or length > limit or end - frame.start != length:
             raise ProtocolError(
                 f"{frame.kind.name} of bytes {frame.start}:{end} with a payload of {length}, but the table has "
-                f"{kept.values.numel()} here in blocks of at most {kept.limit}; nothing was allocated"
+                f"{table.size} here in blocks of at most {limit}; nothing was allocated"
             )
         if frame.kind == Kind.PUSH:
             if frame.table in link.shared:
                 raise ProtocolError(f"bytes for table {frame.table}, whose gradients this client shares")
             again = frame.seq <= session.seq.get(frame.table, 0)  # a duplicate must not touch what is pending
-            eager = self.shard.table(frame.table).eager  # each is a record, which the next one must not overwrite
-            if not again and not eager and session.rank >= 0:  # the shard refuses a reader's, with a word
+            # An eager table's pushes are each a record, which the next one must not overwrite.
+            if not again and not table.eager and session.rank >= 0:  # the shard refuses a reader's, with a word
                 return view(self.shard.staging(session.number, frame.table)[frame.start : end])
         # One receive call may complete several small frames before the first is acted on: each lands apart.
         target = link.scratch
         if link.landed:
             target = torch.empty(length, dtype=torch.uint8, device="cpu")
         elif target.numel() < length:
-            target = link.scratch = torch.empty(kept.limit, dtype=torch.uint8, device="cpu")
+            target = link.scratch = torch.empty(limit, dtype=torch.uint8, device="cpu")
         link.landed[id(frame)] = target[:length]
         return view(link.landed[id(frame)])
 
@@ -161,16 +159,12 @@ class Clients:
 
     def _attached(self, link: ClientLink, frame: Frame, request: m.Attach, fds: tuple[int, ...]) -> e.Attached:
         session = self._session(link)
-        self.shard.table(request.table)
-        kept = self._kept[request.table]
+        store = self.shard.table(request.table).store
         shared: torch.Tensor | None = None
         if request.shared:
-            if len(fds) != 1 or not kept.fds:
+            if len(fds) != 1 or not store.fds:
                 raise ProtocolError("shared memory was asked for without a descriptor, or this server shares none")
-            memory.verify(fds[0], request.size)
-            if request.size < max((b.start + b.size for b in kept.blocks), default=0):
-                raise ProtocolError(f"gradient memory of {request.size} bytes is smaller than table {request.table}")
-            region = memory.Region([memory.Piece(fds[0], b.start, b.size) for b in kept.blocks], writable=False)
+            region = store.gradients_in(fds[0], request.size)
             link.shared[request.table] = region
             shared = torch.frombuffer(region.buffer, dtype=torch.uint8)[: region.size]
         if not 1 <= request.base < 1 << 62:
@@ -186,7 +180,7 @@ class Clients:
             body = m.pack(m.SlotPart(number, tuple(part), more))
             self._effects.tell(peer, Frame(Kind.REPLY, seq=frame.seq, body=body))
 
-        for parameter, name, start, tensor in self.shard.table(number).dense.read_slots():
+        for parameter, name, start, tensor in self.shard.table(number).store.read_slots():
             flat = tensor.reshape(-1)
             rows = max(1, SLOT_PART // flat.element_size())
             whole = flat.numel() <= rows
@@ -256,12 +250,12 @@ class Clients:
 
     def joined(self, x: e.Joined) -> None:
         """A session may use a table: where it stands, and its values' descriptors."""
-        table, kept = self.shard.table(x.table), self._kept[x.table]
+        table = self.shard.table(x.table)
         clock = table.gathering.clock if table.collective else min(table.clocks.clock.values(), default=0)
         done = self.shard.session(x.session).done.get(x.table, 0)
-        reply = m.Attached(self._replica.lsn, clock, kept.values.numel(), done, self._replica.members.epoch)
+        reply = m.Attached(self._replica.lsn, clock, table.size, done, self._replica.members.epoch)
         frame = Frame(Kind.REPLY, seq=x.request, body=m.pack(reply))
-        self._say(x.session, frame, kept.fds if x.shared else ())
+        self._say(x.session, frame, table.store.fds if x.shared else ())
 
     def done(self, event: e.Done) -> None:
         """A request was carried out, or refused."""
@@ -301,38 +295,38 @@ class Clients:
         self._say(f.session, frame, close=f.code == "ProtocolError")
 
     def send_values(self, s: e.Send) -> None:
-        """A grant where the client maps the values, else one DATA frame per block."""
+        """A grant where the client maps the values, else one DATA frame per piece of the answer."""
         link = self._of_session.get(s.session)
-        kept = self._kept.get(s.table)
-        if link is None or kept is None:
+        table = self.shard.tables.get(s.table)
+        if link is None or table is None:
             return
         self.pulled_bytes += s.length
         if s.table in link.shared:
             self._say(s.session, self._data(s, Flag.SHARED | Flag.END, s.start, s.length))
             return
-        stop = s.start + s.length
-        for block in kept.blocks:
-            start, end = max(s.start, block.local), min(stop, block.local + block.size)
-            if start < end:
-                frame = self._data(s, Flag.END if end == stop else Flag.NONE, start, end - start)
-                frame.payload = kept.view[start:end]
-                if self._checked:
-                    seal(frame)
-                self._say(s.session, frame)
-        if not s.length:
-            self._say(s.session, self._data(s, Flag.END, s.start, 0))
+        frames = []
+        for start, payload in table.store.answer(s.start, s.start + s.length):
+            frame = self._data(s, Flag.NONE, start, len(payload))
+            frame.payload = payload
+            frames.append(frame)
+        frames = frames or [self._data(s, Flag.NONE, s.start, 0)]
+        frames[-1].flags = int(Flag.END)
+        for frame in frames:
+            if self._checked:
+                seal(frame)
+            self._say(s.session, frame)
 
     def send_mean(self, s: e.SendMean) -> None:
         """The aggregate of a step under way: bytes, on every transport."""
-        kept = self._kept.get(s.table)
-        if kept is None:
+        table = self.shard.tables.get(s.table)
+        if table is None:
             return
         raw, body = view(s.mean), m.pack(m.MeanBody(s.ranges))
         frames = [
             Frame(
                 Kind.DATA, Flag.MEAN, self.shard.number, s.table, s.session, self.shard.epoch, s.seq, self._replica.lsn,
-                s.clock, block.local, block.local + block.size, payload=raw[block.local : block.local + block.size],
-            ) for block in kept.blocks
+                s.clock, start, stop, payload=raw[start:stop],
+            ) for start, stop in table.store.chunks()
         ] or [Frame(Kind.DATA, Flag.MEAN, table=s.table, seq=s.seq, clock=s.clock)]  # fmt: skip
         frames[0].body = body
         frames[-1].flags |= Flag.END

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from headwater.errors import HeadwaterError, LinkBroken, ProtocolError
 from headwater.server import COORDINATOR
+from headwater.transports.channel import Channel, send_all
 from headwater.wire import messages as m
 from headwater.wire.frames import Frame, Kind, encode
 from headwater.wire.outgoing import Dial
@@ -131,23 +130,23 @@ class Control(Orders):
 class Heart(threading.Thread):
     """Heartbeats on a connection of their own: neither bulk traffic nor a long step delays them."""
 
-    def __init__(self, control: Control, connect: Callable[[], socket.socket], period: float) -> None:
+    def __init__(self, control: Control, connect: Callable[[], Channel], period: float) -> None:
         super().__init__(name="headwater-heart", daemon=True)
         self._control = control
         self._connect = connect
         self._period = period
 
     def run(self) -> None:
-        sock: socket.socket | None = None
+        channel: Channel | None = None
         while True:
             time.sleep(self._period)
             if time.monotonic() - self._control.turned > STUCK:
                 continue
             try:
-                sock = sock or self._connect()
+                channel = channel or self._connect()
                 if self._control.beat:
-                    sock.sendall(self._control.beat)
+                    send_all(channel, self._control.beat)
             except (HeadwaterError, OSError):
-                with contextlib.suppress(OSError, AttributeError):
-                    sock.close()  # type: ignore[union-attr]
-                sock = None
+                if channel is not None:
+                    channel.close()
+                channel = None

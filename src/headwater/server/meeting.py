@@ -5,7 +5,7 @@ From what a table has gathered to what is answered. Nothing is proposed or appli
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -15,25 +15,24 @@ from headwater.server.notes import look, notes
 from headwater.server.replication import records as r
 from headwater.server.sync.bulk import Part
 from headwater.server.table import Table
-from headwater.server.tables.plan import Contribution
+from headwater.server.tables.base import Contribution, union
 from headwater.wire.messages import Ready
 
 
-def contributions(table: Table) -> list[Contribution]:
+def contributions(table: Table, parts: Sequence[Part]) -> list[Contribution]:
     """In rank order, each with its union of ranges; of gradients that are all workers' already, the first."""
-    parts = table.gathering.seated()
     merged = [part for part in parts if part.merged]
     found = [
-        Contribution(part.gradients, r.union(part.ranges)) for part in merged[:1] or parts if part.gradients is not None
+        Contribution(part.gradients, union(part.ranges)) for part in merged[:1] or parts if part.gradients is not None
     ]
     return found[:1] if table.spec.sync.combined == "lowest" else found
 
 
-def divisor(table: Table) -> int:
+def divisor(table: Table, parts: Sequence[Part]) -> int:
     """What their sum is divided by."""
-    mean = table.spec.sync.combined == "mean"
-    merged = any(part.merged for part in table.gathering.seated())
-    return len(table.gathering.ranks) if mean and not merged else 1
+    if table.spec.sync.combined != "mean" or any(part.merged for part in parts):
+        return 1
+    return len(table.gathering.ranks)
 
 
 def answers(table: Table) -> list[e.SendMean | e.Fail]:
@@ -43,15 +42,16 @@ def answers(table: Table) -> list[e.SendMean | e.Fail]:
         return _too_late(table, late)
     if gathering.apart():
         return [*give_up(table, gathering.disagreement() or "")]
-    asking = [part for part in gathering.seated() if part.asked]
+    parts = gathering.seated()
+    asking = [part for part in parts if part.asked]
     # Asked for while somebody has ended the step with the mean that it saw: that one is the step's.
-    found = contributions(table)
-    if not table.marks and not any(part.merged or part.past for part in gathering.seated()):
+    found = contributions(table, parts)
+    if not table.marks and not any(part.merged or part.past for part in parts):
         table.marks = look(table)  # while each one's gradient is its own
     mean = torch.zeros(table.size, dtype=torch.uint8, device="cpu")
     if found:
-        table.dense.aggregate(found, divisor(table), mean, gradients=True)
-    ranges, out = _covered(found), list[e.SendMean | e.Fail]()
+        table.store.aggregate(found, divisor(table, parts), mean, gradients=True)
+    ranges, out = table.store.extent(found), list[e.SendMean | e.Fail]()
     for part in asking:
         seq, part.asked = part.asked, 0
         out.append(e.SendMean(part.session, seq, table.number, gathering.clock + 1, mean, ranges))
@@ -71,26 +71,32 @@ def _too_late(table: Table, late: Collection[Part]) -> list[e.SendMean | e.Fail]
     return out
 
 
-def prepare(table: Table, shard: int) -> tuple[r.Prepare, list[Contribution]]:
-    """The step that every worker has ended, and the gradients that it is made of: none if it is skipped."""
+def prepare(table: Table, shard: int) -> tuple[r.Prepare, list[Contribution], int]:
+    """The step that every worker has ended, the gradients that it is made of, and what their sum is divided by.
+
+    If it is skipped there are none.
+    """
     gathering = table.gathering
-    skip = any(part.skip for part in gathering.seated())
-    found = [] if skip else contributions(table)
+    parts = {rank: part for rank, part in sorted(gathering.parts.items()) if rank in gathering.ranks}
+    seated = list(parts.values())
+    skip = any(part.skip for part in seated)
+    found = [] if skip else contributions(table, seated)
+    divide = divisor(table, seated)
     squares: tuple[float, ...] = ()
     if table.spec.max_grad_norm is not None and not skip:
-        squares = tuple(table.dense.square_norm(found, divisor(table)))
+        squares = tuple(table.store.square_norm(found, divide))
     clock, members = gathering.clock + 1, gathering.members
     ready = Ready(table.number, shard, clock, members, squares, skip)
-    parts = {rank: part for rank, part in sorted(gathering.parts.items()) if rank in gathering.ranks}
     table.words.count()
     groups = table.words.of_step({rank: part.session for rank, part in parts.items()})
     table.notes = notes(table, parts, skip)
     table.words.new = skip and table.words.new  # a step that is skipped takes no hyperparameters over
-    contributors = tuple(r.Contributor(rank, part.session, part.seq, part.wants) for rank, part in parts.items())
+    contributors = tuple([r.Contributor(rank, part.session, part.seq, part.wants) for rank, part in parts.items()])
     verdict = decide(table.spec, [ready]) if table.alone else None
-    spans = _covered(found)
-    writes = len(gathering.seated()[0].writes)
-    return r.Prepare(table.number, clock, members, skip, squares, spans, groups, contributors, verdict, writes), found
+    spans = table.store.extent(found)
+    writes = len(seated[0].writes)
+    body = r.Prepare(table.number, clock, members, skip, squares, spans, groups, contributors, verdict, writes)
+    return body, found, divide
 
 
 def writes(table: Table) -> list[tuple[r.Values, torch.Tensor]]:
@@ -101,12 +107,6 @@ def writes(table: Table) -> list[tuple[r.Values, torch.Tensor]]:
         (r.Values(table.number, 0, 0, start, len(data), last=False, clock=clock, members=members), data)
         for start, data in gathering.seated()[0].writes
     ]
-
-
-def _covered(found: list[Contribution]) -> r.Ranges:
-    if len(found) == 1:
-        return found[0].ranges
-    return r.union([span for c in found for span in c.ranges])
 
 
 def give_up(table: Table, why: str) -> list[e.Fail]:

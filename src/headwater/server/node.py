@@ -74,7 +74,11 @@ class Setting:
 
 
 class Node:
-    """One shard on one server. ``keys`` numbers dials; ``effects``: the server's, for what follows from anything."""
+    """One shard on one server. ``keys`` numbers dials; ``effects``: the server's, for what follows from anything.
+
+    More than 25 methods: views, connections, orders of the coordinator and versions each have a few, and all of them
+    change who leads or what is sent.
+    """
 
     def __init__(self, number: int, setting: Setting, keys: count[int], effects: Effects) -> None:
         self.memory = TableMemory(number, setting)
@@ -83,16 +87,14 @@ class Node:
         self.effects = effects
         self._setting = setting
         self._keys = keys
-        self.clients = Clients(self.shard, self.memory.kept, effects, setting.checked)
-        self.followers = Followers(
-            self.shard, self.memory.blocks, self.memory.lending, setting.host, setting.checked
-        )  # fmt: skip
-        self.disk = None if setting.data is None else DiskLog(setting.data, self.shard, self.memory.blocks)
+        self.clients = Clients(self.shard, effects, setting.checked)
+        self.followers = Followers(self.shard, self.memory.lending, setting.host, setting.checked)
+        self.disk = None if setting.data is None else DiskLog(setting.data, self.shard)
         self.part = Part(self.shard, threads=setting.threads)
         self.shard.applied.append(self.part.due)
         self.memory.copiers += [self.part.before_write, partial(setting.part_store.before_write, number),
                                 partial(setting.detach, number)]  # fmt: skip
-        self.memory.after_block = self.clients.consumed
+        self.memory.consumed = self.clients.consumed
         self.cuts: list[v.CutVersion] = []  # versions whose moment is still to come
         self.upstream: Upstream | None = None
         self.dialing = 0  # the key of the dial under way
@@ -326,7 +328,7 @@ class Node:
 
     def _create(self, request: m.Create) -> None:
         if request.table in self.shard.tables:
-            self._created(request.table, self.shard.tables[request.table].dense.nbytes)
+            self._created(request.table, self.shard.tables[request.table].store.nbytes)
             return
         try:
             self.memory.check_room(request.spec)

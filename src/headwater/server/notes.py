@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from headwater.server.replication import records as r
 from headwater.server.sync.alike import Marks, differ
 from headwater.server.sync.bulk import Part
 from headwater.server.table import Table
+from headwater.server.tables.base import union
 from headwater.wire.messages import AckBody
 
 
@@ -18,9 +18,9 @@ def notes(table: Table, parts: Mapping[int, Part], skip: bool) -> dict[int, AckB
     sessions = {rank: part.session for rank, part in parts.items()}
     found = table.words.notes(sessions, tuple(rank for rank, part in parts.items() if part.skip))
     marks, table.marks = table.marks, {}
-    gradients = table.spec.optimizer.name != "Assign" and not any(part.merged for part in parts.values())
-    if not marks and not skip and gradients:
-        marks = look(table)
+    if not marks and not skip and not table.alike.over(len(parts)):
+        gradients = table.spec.optimizer.name != "Assign" and not any(part.merged for part in parts.values())
+        marks = look(table) if gradients else {}
     for rank, (mark, others) in marks.items():
         found[rank] = msgspec.structs.replace(found.get(rank, AckBody()), alike=others, mark=mark)
     if not skip and _changed_differently(list(parts.values())):
@@ -33,11 +33,11 @@ def _changed_differently(parts: Sequence[Part]) -> bool:
     merged = [part for part in parts if part.merged]
     if not merged:
         return False
-    return len(merged) < len(parts) or differ([(part.gradients, r.union(part.ranges)) for part in merged])
+    return len(merged) < len(parts) or differ([(part.gradients, union(part.ranges)) for part in merged])
 
 
 def look(table: Table) -> Marks:
     """Who contributes the same bits to the pending step."""
     gathering = table.gathering
     parts = {rank: part for rank, part in sorted(gathering.parts.items()) if rank in gathering.ranks}
-    return table.alike.look({rank: (part.gradients, r.union(part.ranges)) for rank, part in parts.items()})
+    return table.alike.look({rank: (part.gradients, union(part.ranges)) for rank, part in parts.items()})

@@ -250,7 +250,7 @@ class Server:
         return m.Heartbeat(
             pushed_bytes=self._retired[0] + sum(n.clients.pushed_bytes for n in nodes),
             pulled_bytes=self._retired[1] + sum(n.clients.pulled_bytes for n in nodes) + parts.sent_bytes,
-            nbytes=parts.nbytes + sum(t.dense.nbytes for n in nodes for t in n.shard.tables.values()),
+            nbytes=parts.nbytes + sum(t.store.nbytes for n in nodes for t in n.shard.tables.values()),
             sessions=sum(len(n.clients) for n in leading),
             refused=tuple((k, c) for n in leading for k, c in n.clients.refused.items() if k in n.shard.sessions),
             tables=tuple(clocks.items()), shards=shards, server=self.setting.server, session=self.setting.session,

@@ -1,7 +1,7 @@
 """A shard at its primary: typed events in, typed instructions out. No sockets, no clock.
 
-A push goes `_push` → `_contribute` (bulk) or `_apply_now` (stale, async) → `propose` → every follower accepts →
-`Replica.apply` → `tables.dense.DenseShard.apply` → torch's kernel → `_react`. Every record has the next LSN.
+A push goes `Shard._admit` → `Collective.contribute` or `Paced.apply_now` → `Proposals.propose` → every follower
+accepts → `Replica.apply` → `TableStore.change` → torch's kernel → `Shard._react`. Every record has the next LSN.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from headwater.errors import (
     WorkerLost,
 )
 from headwater.server import events as e
-from headwater.server import meeting
+from headwater.server.collective import Collective
+from headwater.server.paced import Paced
+from headwater.server.proposals import Proposals
 from headwater.server.replication import records as r
 from headwater.server.replication.log import Log
 from headwater.server.replication.records import Record
 from headwater.server.replication.replica import Happened, Memory, Replica
-from headwater.server.sync.bulk import Part
 from headwater.server.table import Session, Table
 from headwater.wire.frames import Flag
-from headwater.wire.messages import Commit, Follow, Members, StepBody
+from headwater.wire.messages import Commit, Follow, Members
 
 NEWER = 1024  # membership epochs by which a client may be ahead of the shard
 STRANGERS = 1 << 16  # sessions beyond those that the coordinator has named: more are refused
-LEND = 64 << 10  # bytes from which a push is worth a copy into memory that followers share
 
 Asked = TypeVar("Asked", e.Push, e.Pull, e.AskMean)
 
@@ -47,6 +47,8 @@ class Shard:
     primary; what a client sent to an earlier one is refused. ``reign``: of the log that the replica holds now.
     ``before``: the reign of the log that it held when it became the primary, and ``base`` the last record of that log.
     ``applied``: called after each record that a primary has applied; a snapshot is taken between two records.
+
+    More than 25 methods: one for each event, and for what views and followers change.
     """
 
     observer: Observer | None = None  # called after each record, at a follower too: the simulator's oracles look
@@ -58,10 +60,10 @@ class Shard:
         self.epoch = 0
         self.primary = False
         self.since = self.reign = self.before = self.base = 0
-        self.log = Log()
+        self.proposals = Proposals(self.replica, memory)
         self.applied: list[Callable[[], None]] = []
-        self._memory = memory
-        self._out: list[e.Instruction] = []
+        self._collective = Collective(self.proposals, number)
+        self._paced = Paced(self.proposals)
         self._left: list[Record] = []  # proposed and not applied when this server stepped down
         self._told = 0  # the membership epoch of the last record about it
 
@@ -69,6 +71,10 @@ class Shard:
     def lsn(self) -> int:
         """The last record that is applied."""
         return self.replica.lsn
+
+    @property
+    def log(self) -> Log:
+        return self.proposals.log
 
     # ---- views -----------------------------------------------------------------------------------
 
@@ -79,7 +85,8 @@ class Shard:
         if first:
             self.primary, self.since = True, epoch
             self.before, self.base, self.reign = self.reign, self.replica.lsn, epoch
-            self.log, self._left = Log(self.replica.lsn), []
+            self.proposals.begin()
+            self._left = []
             self._told = self.replica.members.epoch
             for session in self.sessions.values():
                 session.seq, session.inflight = dict(session.done), 0
@@ -90,7 +97,9 @@ class Shard:
             self.log.required.setdefault(server, self.replica.lsn if first else 0)
         self.log.blocked = blocked
         if first:
-            self._out += [self.replica.ready(table) for table in self.tables.values() if table.prepared is not None]
+            self.proposals.out += [
+                self.replica.ready(table) for table in self.tables.values() if table.prepared is not None
+            ]
         return self._drain()
 
     def step_down(self, epoch: int) -> None:
@@ -99,7 +108,7 @@ class Shard:
         if self.primary:
             self.primary = False
             self._left = list(self.log.pending)
-            self.log = Log(self.replica.lsn)
+            self.proposals.begin()
             for table in self.tables.values():
                 table.follow_none()
 
@@ -156,7 +165,7 @@ class Shard:
     def handle(self, event: e.Event) -> list[e.Instruction]:
         """Take one event. Refusals of pushes and pulls are instructions; anything else raises a typed error."""
         if isinstance(event, e.Push):
-            self._guard(self._push, event)
+            self._guard(self._admit, event)
         elif isinstance(event, e.Pull):
             self._guard(self._read, event)
         elif isinstance(event, e.AskMean):
@@ -168,18 +177,18 @@ class Shard:
     def _rare(self, event: e.Rare) -> None:  # noqa: C901 - one line per kind
         match event:
             case Commit():
-                self._decided(event)
+                self._collective.decided(event)
             case Members():
                 if event.epoch > self._told:  # a coordinator that comes back repeats itself
                     self._told = event.epoch
-                    self.propose(event)
+                    self.proposals.propose(event)
             case e.Create():
                 if event.table not in self.tables:
-                    self.propose(r.Begin(event.table, event.spec, event.restore))
+                    self.proposals.propose(r.Begin(event.table, event.spec, event.restore))
             case e.Forget():
-                self.propose(r.Drop(event.table))  # a follower may have it even if it could not be made here
+                self.proposals.propose(r.Drop(event.table))  # a follower may have it even if it could not be made here
             case e.Publish():
-                self.propose(r.Publish(event.version, event.tables))
+                self.proposals.propose(r.Publish(event.version, event.tables))
             case e.Opened():
                 self._open(event)
             case e.Closed():
@@ -199,21 +208,11 @@ class Shard:
         except HeadwaterError as error:
             number = event.request if isinstance(event, e.Pull) else event.seq
             push = isinstance(event, e.Push)
-            self._out.append(e.Fail(event.session, number, event.table, event.clock, error.code, str(error), push))
+            self.proposals.out.append(
+                e.Fail(event.session, number, event.table, event.clock, error.code, str(error), push)
+            )
 
     # ---- the log ---------------------------------------------------------------------------------
-
-    def propose(
-        self, body: r.Body, gradient: torch.Tensor | None = None, base: int = 0, *, lasting: bool = False
-    ) -> Record:
-        """Give a record its LSN and send it to whoever follows; it is applied when all of them have it."""
-        return self._append(Record(self.log.last + 1, body, gradient, base, lasting=lasting))
-
-    def _append(self, record: Record) -> Record:
-        self.log.append(record)
-        if self.log.required:
-            self._out.append(e.Replicate(record))
-        return record
 
     def _drain(self) -> list[e.Instruction]:
         """Apply what everyone has; what follows from that may be proposed and applied in the same turn."""
@@ -224,17 +223,19 @@ class Shard:
             self._react(happened)
             for act in self.applied:
                 act()
-        out, self._out = self._out, []
+        out, self.proposals.out = self.proposals.out, []
         return out
 
     def _react(self, happened: list[Happened]) -> None:
         for x in happened:
             if isinstance(x, Table):
-                self._progress(x)
+                if x.collective:
+                    self._collective.check(x)
+                self._paced.let_go_on(x)
             elif not isinstance(x, e.Pull):
-                self._out.append(x)
+                self.proposals.out.append(x)
             elif x.session in self.sessions:
-                self._answer(x)
+                self._paced.serve(self.sessions[x.session], self.tables[x.table], x)
 
     # ---- sessions --------------------------------------------------------------------------------
 
@@ -263,9 +264,9 @@ class Shard:
         self.check_open(event)
         if event.rank < 0:
             self.sessions.setdefault(event.session, Session(event.session, -1))
-            self._out.append(e.Seated(event.session))
+            self.proposals.out.append(e.Seated(event.session))
         else:
-            self.propose(r.Seat(event.session, event.rank, event.members))
+            self.proposals.propose(r.Seat(event.session, event.rank, event.members))
 
     def _close(self, event: e.Closed) -> None:
         session = self.sessions.get(event.session)
@@ -283,7 +284,7 @@ class Shard:
             session.gradients[event.table] = event.gradients
         # Pushes before the base are done with, or the client has given them up.
         session.seq[event.table] = max(session.seq.get(event.table, 0), event.base - 1)
-        self._out.append(e.Joined(event.session, event.request, event.table, event.shared))
+        self.proposals.out.append(e.Joined(event.session, event.request, event.table, event.shared))
 
     def table(self, number: int) -> Table:
         """Raises ``UnknownTable``."""
@@ -311,7 +312,7 @@ class Shard:
 
     # ---- pushes ----------------------------------------------------------------------------------
 
-    def _push(self, event: e.Push) -> None:
+    def _admit(self, event: e.Push) -> None:
         session, table = self.session(event.session), self.table(event.table)
         if not self.since <= event.epoch <= self.epoch:
             raise StaleEpoch(
@@ -323,12 +324,12 @@ class Shard:
             return
         self._sequence(session, table, event.seq)
         if event.length:
-            table.check_range(event.start, event.start + event.length)
+            table.store.check(event.start, event.start + event.length)
         session.seq[table.number] = event.seq
         if table.collective:
-            self._contribute(session, table, event)
+            self._collective.contribute(session, table, event)
         else:
-            self._apply_now(session, table, event)
+            self._paced.apply_now(session, table, event)
 
     def _sequence(self, session: Session, table: Table, seq: int) -> None:
         last = session.seq.get(table.number, 0)
@@ -347,242 +348,29 @@ class Shard:
             return
         last = table.last_commit
         known = last if last is not None and last.clock == event.clock else None
-        self._out.append(
+        self.proposals.out.append(
             e.Ack(
                 session.number, event.seq, event.table, event.clock, self.replica.lsn, 0, bool(event.flags & Flag.END),
                 known is not None and known.skip, known.norm if known is not None else None,
             )
         )  # fmt: skip
 
-    def _part(self, session: Session, table: Table, clock: int, members: int) -> Part:
-        """What this worker has contributed to the step under way. Raises if it is another step, or has ended."""
-        gathering = table.gathering
-        if members < gathering.lost:
-            raise WorkerLost(self.replica.why_lost(clock))
-        if clock != gathering.clock + 1:
-            raise ProtocolError(
-                f"worker {session.rank} pushes step {clock} of table {table.spec.name!r}, "
-                f"which is at step {gathering.clock}; nothing was applied"
-            )
-        if session.rank not in gathering.ranks and members <= gathering.members:
-            raise SessionExpired(
-                f"worker {session.rank} is no member any more (it was silent for too long, or has left); "
-                "nothing was applied. Connect again"
-            )
-        part = gathering.part(session.rank, session.number, members)
-        if part.ended:
-            raise ProtocolError(f"worker {session.rank} pushes to step {clock}, which it has ended")
-        return part
+    # ---- reads -----------------------------------------------------------------------------------
 
-    def _contribute(self, session: Session, table: Table, event: e.Push) -> None:
-        part = self._part(session, table, event.clock, event.members)
-        self._hear(session, table, event)
-        part.seq = event.seq
-        if event.body is not None:
-            part.based = max(part.based, event.body.based)
-        if event.flags & Flag.ANEW:
-            part.anew()
-        if event.length:
-            part.gradients = self._gradients(session, table)
-            part.ranges.append((event.start, event.start + event.length))
-        if event.flags & Flag.END:
-            part.ended, part.skip = True, bool(event.flags & Flag.SKIP)
-            part.wants = bool(event.flags & Flag.WANT)
-            part.merged, part.wrote = bool(event.flags & Flag.MERGED), bool(event.flags & Flag.WROTE)
-            self._check_complete(table)
-            self._check_mean(table)
-
-    def _hear(self, session: Session, table: Table, event: e.Push) -> None:
-        if event.body is not None:
-            if event.body.groups is not None:
-                table.dense.check_groups(event.body.groups)
-            table.words.hear(session.number, event.body)
-
-    def _gradients(self, session: Session, table: Table) -> torch.Tensor:
-        found = session.gradients.get(table.number)
-        if found is None:
-            raise ProtocolError(f"a push to table {table.spec.name!r} without bytes and without shared memory")
-        return found
+    def _read(self, event: e.Pull) -> None:
+        self._paced.read(self.session(event.session), self.table(event.table), event)
 
     def _ask_mean(self, event: e.AskMean) -> None:
         session, table = self.session(event.session), self.table(event.table)
         if not table.collective:
             raise ProtocolError(f"table {table.spec.name!r} has no step of all workers whose mean could be asked for")
         _refuse_reader(session, "ask for gradients")
-        part = self._part(session, table, event.clock, event.members)
-        part.asked, part.past = event.seq, event.past
-        self._check_mean(table)
-
-    def _check_mean(self, table: Table) -> None:
-        """Whoever asks sees the aggregate of what all have contributed; nothing is applied."""
-        if table.gathering.meets():
-            self._out += meeting.answers(table)
-
-    def _check_complete(self, table: Table) -> None:
-        """With a contribution of every worker: aggregate them, and have the followers keep the result."""
-        gathering = table.gathering
-        if gathering.announced or table.prepared is not None or not gathering.complete():
-            return
-        if (why := gathering.disagreement()) is not None:
-            self._out += meeting.give_up(table, why)
-            return
-        gathering.announced = True
-        for values, data in meeting.writes(table):
-            self.propose(values, data, values.start, lasting=True)
-        body, contributions = meeting.prepare(table, self.number)
-        record = Record(self.log.last + 1, body, None, 0, contributions, meeting.divisor(table))
-        if self.log.replicated:
-            self.materialise(record)
-        self._append(record)
-
-    def materialise(self, record: Record) -> None:
-        """Turn a step's contributions into one aggregate: what followers are sent, and what is applied then."""
-        if record.contributions is None or not isinstance(record.body, r.Prepare):
-            return
-        table = self.tables[record.body.table]
-        aggregate = self._memory.lend(table.number, table.size, record.lsn, self.log.accepted_by_all)
-        if aggregate is None:
-            aggregate = torch.zeros(table.size, dtype=torch.uint8, device="cpu")
-        if record.contributions:
-            table.dense.aggregate(record.contributions, record.divide, aggregate)
-        record.gradient, record.contributions, record.divide = aggregate, None, 1
-
-    def _decided(self, event: Commit) -> None:
-        """The coordinator's verdict; one for a membership that is gone, or that came before, is passed over."""
-        table = self.tables.get(event.table)
-        if table is None or table.prepared is None:
-            return
-        body = table.prepared.body
-        if (body.clock, body.members) == (event.clock, event.members):
-            self.propose(event)
-
-    # ---- stale and asynchronous ------------------------------------------------------------------
-
-    def _apply_now(self, session: Session, table: Table, event: e.Push) -> None:
-        self._hear(session, table, event)
-        table.words.count()
-        end = bool(event.flags & Flag.END)
-        if table.eager and event.gradient is not None:
-            span = ((event.start, event.start + event.length),)
-            gradient, base = self._stable(table, event)
-            self._propose_update(session, table, event, span, gradient, base)
-            return
-        if event.length:
-            self._gradients(session, table)
-            table.staged.setdefault(session.number, []).append((event.start, event.start + event.length))
-        if end:
-            if not table.held and self._may_apply(session, table):
-                self._end_step(session, table, event)
-            else:  # behind those that wait already: they have the older values
-                table.held.append(event)
-                self._progress(table)
-
-    def _stable(self, table: Table, event: e.Push) -> tuple[torch.Tensor, int]:
-        """The push's gradient where followers can have it, and it stays until all do."""
-        assert event.gradient is not None
-        if not self.log.replicated:
-            return event.gradient, event.base
-        start, stop, base = event.start, event.start + event.length, event.base
-        lent = None
-        if event.length >= LEND:
-            lent = self._memory.lend(table.number, table.size, self.log.last + 1, self.log.accepted_by_all)
-        if lent is None:
-            return event.gradient[start - base : stop - base].clone(), start  # what is a client's may change
-        lent[start:stop] = event.gradient[start - base : stop - base]
-        return lent, 0
-
-    def _may_apply(self, session: Session, table: Table, held: Collection[int] = ()) -> bool:
-        """Under a cap one step at a time: the next is judged by what the last has changed."""
-        if table.capped and table.inflight:
-            return False
-        return table.clocks.may_apply(session.rank, held)
-
-    def _end_step(self, session: Session, table: Table, event: e.Push) -> None:
-        ranges = r.union(table.staged.pop(session.number, []))
-        gradient = self._gradients(session, table) if ranges else None
-        if gradient is not None and self.log.replicated:  # the worker's next push lands there, perhaps too early
-            lent = self._memory.lend(table.number, table.size, self.log.last + 1, self.log.accepted_by_all)
-            gradient = gradient.clone() if lent is None else lent.copy_(gradient)
-        self._propose_update(session, table, event, ranges, gradient, 0)
-
-    def _propose_update(
-        self, session: Session, table: Table, event: e.Push, ranges: r.Ranges, gradient: torch.Tensor | None, base: int
-    ) -> None:
-        body = event.body or StepBody()
-        end, skip = bool(event.flags & Flag.END), bool(event.flags & Flag.SKIP)
-        groups = table.words.groups.get(session.number)  # each worker's update is taken with its own
-        groups, table.stepped = (None if groups == table.stepped else groups), groups or table.stepped
-        session.inflight += 1
-        table.inflight += 1
-        update = r.Update(
-            table.number, session.number, session.rank, event.seq, event.clock, ranges, end,
-            bool(event.flags & Flag.WANT), skip, body.scale, body.norm, groups,
-        )  # fmt: skip
-        self.propose(update, gradient, base)
-
-    def _read(self, event: e.Pull) -> None:
-        """A worker that reads again is less stale: a step that waited for it may go on."""
-        session, table = self.session(event.session), self.table(event.table)
-        if event.start + event.length > table.size:
-            raise ProtocolError(f"a pull past the end of table {table.spec.name!r} on shard {self.number}")
-        held = any(push.session == session.number for push in table.held)
-        if held or session.inflight:  # a worker reads its own writes
-            table.waiting.append(event)
-        else:
-            self._answer(event)
-        if table.held:
-            self._progress(table)
-
-    def _answer(self, event: e.Pull) -> None:
-        session, table = self.session(event.session), self.table(event.table)
-        if not table.collective and not table.clocks.may_read(session.rank, event.clock):
-            table.waiting.append(event)
-            return
-        clocks = table.clocks
-        staleness = (
-            0 if table.collective else max(clocks.clock.values(), default=0) - min(clocks.clock.values(), default=0)
-        )
-        clocks.was_read(session.rank)
-        start, length = event.start, event.length
-        self._out.append(
-            e.Send(event.session, event.request, event.table, event.clock, self.replica.lsn, staleness, start, length)
-        )
-
-    def _held_ranks(self, table: Table) -> set[int]:
-        return {self.sessions[push.session].rank for push in table.held if push.session in self.sessions}
-
-    def _progress(self, table: Table) -> None:
-        """Something was applied or someone left: what waited may go on now, first come first served."""
-        if table.collective:
-            self._check_complete(table)
-            self._check_mean(table)
-        i = 0
-        while i < len(table.held):
-            push = table.held[i]
-            session = self.sessions.get(push.session)
-            if session is None or self._may_apply(session, table, self._held_ranks(table)):
-                del table.held[i]
-                if session is not None:
-                    self._end_step(session, table, push)
-                i = 0
-            else:
-                i += 1
-        if table.waiting:
-            waiting, table.waiting = table.waiting, []
-            for pull in waiting:
-                self._guard(self._read_again, pull)
-
-    def _read_again(self, event: e.Pull) -> None:
-        session, table = self.session(event.session), self.table(event.table)
-        if session.inflight or any(push.session == session.number for push in table.held):
-            table.waiting.append(event)
-        else:
-            self._answer(event)
+        self._collective.ask_mean(session, table, event)
 
     def _pause_table(self, event: e.PauseTable) -> None:
         session, table = self.session(event.session), self.table(event.table)
         _refuse_reader(session, "be waited for")
-        self.propose(r.TablePaused(table.number, session.number, event.request, event.paused))
+        self.proposals.propose(r.TablePaused(table.number, session.number, event.request, event.paused))
 
     # ---- assignments -----------------------------------------------------------------------------
 
@@ -591,33 +379,35 @@ class Shard:
         _refuse_reader(session, "assign")
         if event.request <= session.seq.get(table.number, 0):
             if event.request <= session.done.get(table.number, 0) and event.last:
-                self._out.append(e.Ack(event.session, event.request, event.table, 0, self.replica.lsn))
+                self.proposals.out.append(e.Ack(event.session, event.request, event.table, 0, self.replica.lsn))
             return
         self._sequence(session, table, event.request)
         start, length = event.start, event.data.numel()
         if length:
-            table.check_range(start, start + length)
+            table.store.check(start, start + length)
         session.seq[table.number] = event.request
         if event.clock:
-            part = self._part(session, table, event.clock, event.members)
+            part = self._collective.part(session, table, event.clock, event.members)
             part.seq = event.request
             if length:
                 part.writes.append((start, event.data.clone()))
             return
         data = event.data.clone() if self.log.replicated else event.data
-        self.propose(r.Values(table.number, session.number, event.request, start, length, event.last), data, start)
+        self.proposals.propose(
+            r.Values(table.number, session.number, event.request, start, length, event.last), data, start
+        )
 
     def _assigned_slots(self, event: e.AssignSlots) -> None:
         session, table = self.session(event.session), self.table(event.table)
         _refuse_reader(session, "assign")
-        self.propose(r.SetSlots(table.number, session.number, event.request, event.slots, event.reset))
+        self.proposals.propose(r.SetSlots(table.number, session.number, event.request, event.slots, event.reset))
 
     def validate(self) -> None:
         """Invariants, for tests: raises ``AssertionError`` with the state that breaks one."""
         for table in self.tables.values():
             g = table.gathering
             assert all(p.gradients is not None for p in g.parts.values() if p.ranges), f"nothing to add up: {g.parts}"
-            assert table.versions is None or all(v % 2 == 0 for v in table.versions), "a block was left half written"
+            table.store.validate()
             assert not (table.collective and (table.held or table.waiting)), "bulk steps neither hold nor delay"
         lsns = [record.lsn for record in self.log.pending]
         assert lsns == list(range(self.replica.lsn + 1, self.replica.lsn + 1 + len(lsns))), (

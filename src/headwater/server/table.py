@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 
 import torch
 
 from headwater.errors import ProtocolError
-from headwater.layout.dense import BLOCK
-from headwater.layout.words import spans
 from headwater.server import events as e
-from headwater.server.replication.records import Contributor, Groups, Prepare, Ranges
+from headwater.server.replication.records import Contributor, Groups, Prepare
 from headwater.server.sync import Alike, Clocks, Gathering, Words
 from headwater.server.sync.alike import Marks
-from headwater.server.tables.dense import DenseShard
-from headwater.server.tables.plan import Contribution
-from headwater.types import DenseSpec, Segment
+from headwater.server.tables.base import Contribution, TableStore
 from headwater.versions.part_store import PartSource
-from headwater.wire.messages import AckBody, Commit
+from headwater.wire.messages import AckBody, Commit, StepBody
 
 
 @dataclass(slots=True)
@@ -36,6 +31,13 @@ class Session:
     seq: dict[int, int] = field(default_factory=dict)
     inflight: int = 0  # its updates that are proposed and not applied
     gradients: dict[int, torch.Tensor] = field(default_factory=dict)  # by table: shared or staged
+
+    def gradients_of(self, table: Table) -> torch.Tensor:
+        """Where this worker's pushes to a table lie. Raises ``ProtocolError``."""
+        found = self.gradients.get(table.number)
+        if found is None:
+            raise ProtocolError(f"a push to table {table.spec.name!r} without bytes and without shared memory")
+        return found
 
     def finish(self, table: int, seq: int) -> None:
         """A push is applied."""
@@ -57,32 +59,27 @@ class Prepared:
 
 
 class Table:
-    """One table's slice and what its policy remembers."""
+    """One table's slice (``store``), and what its policy remembers. ``alone``: no other shard has a part of it."""
 
     def __init__(
         self,
         number: int,
-        spec: DenseSpec,
-        segments: tuple[Segment, ...],
-        values: torch.Tensor,
+        store: TableStore,
         *,
         alone: bool,
-        versions: memoryview | None = None,
     ) -> None:
+        spec = store.spec
         self.spec = spec
         self.number = number
-        self.dense = DenseShard(spec, segments, values.numel(), values)
-        self.values = values
-        self.size = values.numel()
+        self.store = store
+        self.size = store.size
         self.alone = alone
-        self.versions = versions
         self.collective = spec.sync.collective
         self.gathering = Gathering()
         self.clocks = Clocks(spec.sync)
         self.prepared: Prepared | None = None
         self.writes: list[tuple[int, torch.Tensor]] = []  # the values that the step to be committed starts from
         self.last_commit: Commit | None = None
-        self.have: Ranges | None = None  # a learner: the bytes that have arrived; None: all
         # What only a primary knows:
         self.words = Words()
         self.alike = Alike()
@@ -93,44 +90,20 @@ class Table:
         self.held: list[e.Push] = []
         self.staged: dict[int, list[tuple[int, int]]] = {}
         self.inflight = 0
-        self._starts = [s.offset for s in segments]
-        self._ends = [s.end for s in segments]
-        self._sound: set[tuple[int, int]] = {(0, 0), (0, self.size)}
         self.capped = spec.sync.staleness_cap is not None
         self.eager = spec.sync.immediate and spec.max_grad_norm is None
 
-    def check_range(self, start: int, stop: int) -> None:
-        """A range must begin and end on segments (padding included). Raises ``ProtocolError``."""
-        if (start, stop) in self._sound:
-            return
-        i, j = bisect_left(self._starts, start), bisect_right(self._ends, stop) - 1
-        begins = i < len(self._starts) and self._starts[i] == start
-        ends = j >= i and (j + 1 == len(self._starts) or self._starts[j + 1] >= stop)
-        if not (0 <= start < stop <= self.size and begins and ends):
-            raise ProtocolError(
-                f"bytes {start}:{stop} of table {self.spec.name!r} do not lie on whole segments of its "
-                f"{self.size} bytes here; nothing was applied"
-            )
-        self._sound.add((start, stop))
-
-    def touch(self, ranges: Ranges) -> None:
-        """Turn the block versions of ``ranges``: odd before a write, even after."""
-        if self.versions is None:
-            return
-        for start, stop in ranges:
-            for block in range(start // BLOCK, -(-stop // BLOCK)):
-                self.versions[block] += 1
-
-    def has(self, ranges: Ranges) -> Ranges:
-        """The parts of ``ranges`` that are here."""
-        if self.have is None:
-            return ranges
-        return tuple((max(a, lo), min(b, hi)) for a, b in ranges for lo, hi in self.have if max(a, lo) < min(b, hi))
+    def hear(self, session: Session, body: StepBody | None) -> None:
+        """What a worker says beside its push. Raises ``UnknownOptimizer``."""
+        if body is not None:
+            if body.groups is not None:
+                self.store.check_groups(body.groups)
+            self.words.hear(session.number, body)
 
     def source(self) -> PartSource:
         """What this shard's part of a version of the table is made from, if its moment is now."""
         clock = self.gathering.clock if self.collective else max(self.clocks.clock.values(), default=0)
-        return PartSource(self.number, clock, self.values, spans(self.spec, self.dense.segments, self.size))
+        return PartSource(self.number, clock, *self.store.published())
 
     def follow_none(self) -> None:
         """This replica is no primary any more, or not yet one: what only a primary knows is void."""

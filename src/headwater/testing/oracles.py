@@ -19,6 +19,7 @@ from headwater.layout.dense import only
 from headwater.server.replication import records as r
 from headwater.server.replication.records import Record
 from headwater.server.shard import Shard
+from headwater.server.tables.base import Ranges
 from headwater.types import DenseSpec
 from headwater.wire.messages import Commit, Members
 
@@ -337,7 +338,7 @@ class Oracles:
         if replica.lsn > log.lsn:  # it has accepted what its primary has not applied yet
             return
         for number, table in replica.tables.items():
-            if table.have is None and table.values.numpy().tobytes() != log.folds[number].at(replica.lsn):
+            if table.store.whole and table.store.published()[0].numpy().tobytes() != log.folds[number].at(replica.lsn):
                 raise Violation("fold", f"{where}: table {number} of shard {replica.number} at LSN {replica.lsn}")
 
 
@@ -386,14 +387,14 @@ def _copy(record: Record) -> Record:
 
 def _values(replica: Shard) -> dict[int, bytes]:
     """What a replica holds, of the tables that it has whole."""
-    return {n: t.values.numpy().tobytes() for n, t in replica.tables.items() if t.have is None}
+    return {n: t.store.published()[0].numpy().tobytes() for n, t in replica.tables.items() if t.store.whole}
 
 
 def _whole(replica: Shard) -> bool:
-    return all(table.have is None for table in replica.tables.values())
+    return all(table.store.whole for table in replica.tables.values())
 
 
-def _pieces(record: Record, ranges: r.Ranges) -> Pieces:
+def _pieces(record: Record, ranges: Ranges) -> Pieces:
     """What a record adds (or puts), copied: contributions added up in their order."""
     if record.contributions is not None:
         return _added_up(record, ranges)
@@ -403,7 +404,7 @@ def _pieces(record: Record, ranges: r.Ranges) -> Pieces:
     return [(a // 8, np.frombuffer(raw[a - record.base : b - record.base].tobytes())) for a, b in ranges]
 
 
-def _added_up(record: Record, ranges: r.Ranges) -> Pieces:
+def _added_up(record: Record, ranges: Ranges) -> Pieces:
     pieces = [(a // 8, np.zeros((b - a) // 8)) for a, b in ranges]
     for contribution in record.contributions or ():
         raw: Any = contribution.gradient.numpy()

@@ -6,31 +6,36 @@ import hashlib
 import ipaddress
 import os
 import platform
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 from headwater.errors import UsageError
 
+PORTED = {"tcp"}
+"""Schemes whose addresses have a port (``schemes.register`` adds to them)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """``tcp://host:port``, ``local://name`` (an abstract unix socket) or ``inproc://name``."""
+    """``tcp://host:port``, ``local://name`` (an abstract unix socket) or ``inproc://name``.
+
+    ``schemes.py`` says what else a scheme stands for.
+    """
 
     scheme: str
     host: str
     port: int = 0
 
     def __str__(self) -> str:
-        if self.scheme == "tcp":
+        if self.scheme in PORTED:
             host = f"[{self.host}]" if ":" in self.host else self.host
-            return f"tcp://{host}:{self.port}"
+            return f"{self.scheme}://{host}:{self.port}"
         return f"{self.scheme}://{self.host}"
 
     @property
     def loopback(self) -> bool:
         """Whether only this host can reach it."""
-        if self.scheme != "tcp":
+        if self.scheme not in PORTED:
             return True
         try:
             return ipaddress.ip_address(self.host).is_loopback
@@ -44,8 +49,8 @@ def parse(text: str) -> Address:
     if found and scheme in ("inproc", "local"):
         return Address(scheme, rest)
     host, colon, port = rest.rpartition(":")
-    if scheme == "tcp" and colon and port.isdigit() and int(port) < 65536:
-        return Address("tcp", host.strip("[]"), int(port))
+    if scheme in PORTED and colon and port.isdigit() and int(port) < 65536:
+        return Address(scheme, host.strip("[]"), int(port))
     raise UsageError(f"address {text!r} is none of tcp://HOST:PORT and inproc://NAME")
 
 
@@ -60,7 +65,3 @@ def host_identity() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     text = f"{boot}/{os.stat('/proc/self/ns/net').st_ino}/{os.getuid()}"
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-
-
-def family(address: Address) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address.host else socket.AF_INET

@@ -1,4 +1,4 @@
-"""The I/O of a process that others connect to: sockets, handshakes, time.
+"""The I/O of a process that others connect to: channels, handshakes, time.
 
 One thread, one epoll. Its host (a coordinator, a server, a relay) is a state machine: frames in, frames out.
 """
@@ -12,18 +12,19 @@ import os
 import queue
 import select
 import signal
-import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from headwater.errors import AddressInUse, HeadwaterError, ProtocolError, UsageError
-from headwater.transports.address import Address, family
+from headwater.errors import HeadwaterError, ProtocolError
+from headwater.transports.channel import Channel
 from headwater.transports.memory import close_all
-from headwater.transports.receiver import Receiver, descriptors
+from headwater.transports.receiver import Receiver
+from headwater.transports.schemes import Listener
+from headwater.transports.spin import SPIN, Spinning
 from headwater.wire import auth
 from headwater.wire import messages as m
 from headwater.wire.frames import MAX_BODY, Frame, Kind, encode
@@ -39,8 +40,8 @@ LENT = 1 << 20  # bytes that a descriptor on its way counts for
 OUTBOX = 64 << 20  # bytes of answers that a peer has not taken, above which it is asked to take them first
 LASTING = 0  # the key of a dial whose connection has that number too, each time anew: a server's to its coordinator
 READS = 64  # receive calls per connection and turn, so that one flood does not starve the others
-SPIN = 100e-6  # seconds
 VECTORS = 64  # buffers per send call
+JOINED = 4 << 10  # bytes: a smaller payload is copied behind its header rather than sent as a second buffer
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -70,10 +71,11 @@ class _Entry:
     span: tuple[int, int, int, int] | None = None  # shard, table, start, stop
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Connection:
     peer: int
-    sock: socket.socket
+    channel: Channel
+    fd: int
     deadline: float
     receiver: Receiver = field(init=False)
     outbox: deque[_Entry] = field(default_factory=deque)
@@ -85,67 +87,40 @@ class _Connection:
     closing: bool = False
 
 
-def listen(address: Address, token: bytes | None) -> socket.socket:
-    """A listening socket. Raises ``AddressInUse``, or ``UsageError`` for an open port without a token."""
-    if not address.loopback and not token:
-        raise UsageError(
-            f"{address} can be reached from other hosts and no token is set; nothing was bound. "
-            "Set HEADWATER_TOKEN or HEADWATER_TOKEN_FILE, or listen on 127.0.0.1"
-        )
-    if address.scheme == "local":
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        target: str | tuple[str, int] = "\0" + address.host
-    else:
-        sock = socket.socket(family(address), socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        target = (address.host, address.port)
-    try:
-        sock.bind(target)
-        sock.listen(128)
-    except OSError as error:
-        sock.close()
-        if error.errno == errno.EADDRINUSE:
-            raise AddressInUse(f"{address} is in use by another process; choose another port, or 0 for any") from None
-        raise UsageError(f"cannot listen on {address}: {error.strerror}") from None
-    sock.setblocking(False)
-    return sock
-
-
 class Loop:
-    """Serves ``host`` on the listening sockets until ``stop`` or a signal.
+    """Serves ``host`` on its listeners until ``stop`` or a signal.
 
     ``connector`` opens and authenticates a connection for a ``Dial``; it may block, in a thread of its own.
     ``sync`` is called once per turn: what the turn's frames have in common is done there.
     """
 
-    def __init__(
-        self, host: Host, token: bytes | None, connector: Callable[[Dial], socket.socket] | None = None
-    ) -> None:
+    def __init__(self, host: Host, token: bytes | None, connector: Callable[[Dial], Channel] | None = None) -> None:
         self.host = host
         self._token = token or b""
         self._epoll = select.epoll()
-        self._listeners: dict[int, socket.socket] = {}
+        self._listeners: dict[int, Listener] = {}
         self._by_fd: dict[int, _Connection] = {}
         self._by_peer: dict[int, _Connection] = {}
         self._next_peer = 1
         self._stopping = False
-        self._spins = False
+        self._spinning = Spinning()
+        self._unread: set[_Connection] = set()  # of which more is here than epoll knows
         self._woken = False
-        self._deaf: list[socket.socket] = []  # listeners that had no descriptor left to accept with
+        self._deaf: list[Listener] = []  # listeners that had no descriptor left to accept with
         self.sync: Callable[[], list[Instruction]] | None = None
         self._connector = connector
-        self._dials: queue.SimpleQueue[tuple[int, socket.socket | None]] = queue.SimpleQueue()
+        self._dials: queue.SimpleQueue[tuple[int, Channel | None]] = queue.SimpleQueue()
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._epoll.register(self._wake_r, select.EPOLLIN)
 
-    def serve(self, sock: socket.socket) -> None:
-        """Accept connections on a listening socket."""
-        self._listeners[sock.fileno()] = sock
-        self._epoll.register(sock.fileno(), select.EPOLLIN)
+    def serve(self, listener: Listener) -> None:
+        """Accept connections."""
+        self._listeners[listener.fileno()] = listener
+        self._epoll.register(listener.fileno(), select.EPOLLIN)
 
-    def adopt(self, sock: socket.socket, peer: int) -> None:
+    def adopt(self, channel: Channel, peer: int) -> None:
         """Take over a connection that this process made and that has shaken hands."""
-        connection = self._add(sock, peer)
+        connection = self._add(channel, peer)
         connection.stage, connection.receiver.limit = "open", MAX_BODY
 
     def stop_on_signals(self) -> None:
@@ -177,45 +152,46 @@ class Loop:
             while not self._stopping:
                 for fd, mask in self._poll(next_tick):
                     self._event(fd, mask)
+                if self._unread:
+                    self._read_on()
                 while not self._dials.empty():
                     self._dialed(*self._dials.get())
                 if self._woken:
                     self._woken = False
-                    self.send(self.host.woken())
+                    self.dispatch(self.host.woken())
                 now = time.monotonic()
                 if now >= next_tick:
                     next_tick = now + TICK
                     self._expire(now)
-                    self.send(self.host.tick(now))
+                    self.dispatch(self.host.tick(now))
                 if self.sync is not None:
-                    self.send(self.sync())
+                    self.dispatch(self.sync())
         finally:
             self._close_all()
 
     def _poll(self, until: float) -> list[tuple[int, int]]:
-        """What happened, by ``until`` at the latest.
-
-        Waking a sleeping core takes longer than a small message's whole work, so after a short wait the next
-        one is spun through first. A server that waits for long, as between training steps, never spins.
-        """
-        begun = time.monotonic()
-        while self._spins:
-            events = self._epoll.poll(0)
-            if events:
-                return events
-            if time.monotonic() - begun > SPIN:
-                break
-            os.sched_yield()
-        events = self._epoll.poll(max(0.0, until - time.monotonic()))
-        self._spins = time.monotonic() - begun < 2 * SPIN
-        return events
+        """What happened, by ``until`` at the latest."""
+        poll, now = self._epoll.poll, time.monotonic()
+        if self._unread:
+            return poll(0)
+        if self._spinning.pays():
+            end = min(until, now + SPIN)
+            while now < end:
+                events = poll(0)
+                if events:
+                    self._spinning.hit()
+                    return events
+                os.sched_yield()
+                now = time.monotonic()
+            self._spinning.missed()
+        return poll(max(0.0, until - now))
 
     def _event(self, fd: int, mask: int) -> None:
         connection = self._by_fd.get(fd)
         if connection is not None:
             if mask & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
                 self._readable(connection)
-            if mask & select.EPOLLOUT and connection.sock.fileno() >= 0:
+            if mask & select.EPOLLOUT and connection.peer in self._by_peer:
                 self._flush(connection)
         elif fd in self._listeners:
             self._accept(self._listeners[fd])
@@ -223,29 +199,26 @@ class Loop:
             with contextlib.suppress(BlockingIOError):
                 os.read(fd, 512)
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: Listener) -> None:
         try:
-            sock, _ = listener.accept()
+            channel = listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):  # it would stay ready: look again at the next tick
                 log.error("no descriptors are left: %s", error.strerror)
                 self._epoll.modify(listener.fileno(), 0)
                 self._deaf.append(listener)
             return
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         unproven = [c for c in self._by_fd.values() if c.stage != "open"]
         if len(unproven) >= UNPROVEN:
             self._close(min(unproven, key=lambda c: c.deadline))
-        self._add(sock, self._next_peer)
+        self._add(channel, self._next_peer)
         self._next_peer += 1
 
-    def _add(self, sock: socket.socket, peer: int) -> _Connection:
-        sock.setblocking(False)
-        connection = _Connection(peer, sock, time.monotonic() + HANDSHAKE)
-        connection.receiver = Receiver(sock, lambda frame: self._landing(connection, frame), HELLO_LIMIT)
-        self._by_fd[sock.fileno()] = self._by_peer[peer] = connection
-        self._epoll.register(sock.fileno(), select.EPOLLIN)
+    def _add(self, channel: Channel, peer: int) -> _Connection:
+        connection = _Connection(peer, channel, channel.fileno(), time.monotonic() + HANDSHAKE)
+        connection.receiver = Receiver(channel, lambda frame: self._landing(connection, frame), HELLO_LIMIT)
+        self._by_fd[connection.fd] = self._by_peer[peer] = connection
+        self._epoll.register(connection.fd, select.EPOLLIN)
         return connection
 
     def _landing(self, connection: _Connection, frame: Frame) -> memoryview:
@@ -255,34 +228,48 @@ class Loop:
 
     def _readable(self, connection: _Connection) -> None:
         """Receive what is there; a frame that is not allowed ends this connection and no other."""
+        receiver, channel = connection.receiver, connection.channel
         try:
             for _ in range(READS):
+                receiver.fill()
                 some = False
-                for frame, fds in connection.receiver.read():
+                while (arrived := receiver.next()) is not None:
                     some = True
-                    self._frame(connection, frame, fds)
+                    self._frame(connection, *arrived)
                     if connection.peer not in self._by_peer:
                         return  # closed meanwhile: what came behind is not looked at
-                if some and not connection.receiver.midway:
-                    break
+                if some and not receiver.midway and not channel.pending:
+                    return
         except BlockingIOError:
             return
         except HeadwaterError as error:
             if isinstance(error, ProtocolError):
                 log.warning("peer %d: %s", connection.peer, error)
-                self._put(connection, Frame(Kind.ERROR, body=m.error_body(error)))
+                self._enqueue(connection, Frame(Kind.ERROR, body=m.error_body(error)))
                 self._flush(connection)
             self._close(connection)
+            return
+        if channel.pending:
+            self._unread.add(connection)
+
+    def _read_on(self) -> None:
+        """What others had to wait less for is read, in turns."""
+        connections, self._unread = self._unread, set()
+        for connection in connections:
+            if connection.mask & select.EPOLLIN:
+                self._readable(connection)
 
     def _frame(self, connection: _Connection, frame: Frame, fds: tuple[int, ...]) -> None:
         if fds and (connection.stage != "open" or frame.kind != Kind.REQUEST):
             close_all(fds)
             raise ProtocolError(f"{frame.kind.name} with descriptors, which only a request carries")
         if connection.stage == "open":
-            self.send(self.host.receive(connection.peer, frame, fds))
-            after = self.host.work()
-            if after:
-                self.send(after)
+            out = self.host.receive(connection.peer, frame, fds)
+            if out:
+                self.dispatch(out)
+            out = self.host.work()
+            if out:
+                self.dispatch(out)
         else:
             self._handshake(connection, frame)
 
@@ -294,41 +281,65 @@ class Loop:
             connection.server_nonce = auth.nonce()
             mine = auth.proof(self._token, "server", connection.client_nonce, connection.server_nonce)
             connection.stage = "proof"
-            self._put(connection, Frame(Kind.CHALLENGE, body=m.pack(m.Challenge(connection.server_nonce, mine))))
+            self._enqueue(connection, Frame(Kind.CHALLENGE, body=m.pack(m.Challenge(connection.server_nonce, mine))))
         elif connection.stage == "proof" and frame.kind == Kind.PROOF:
             given = m.unpack(frame.body, m.Proof).proof
             try:
                 auth.check(self._token, "client", connection.client_nonce, connection.server_nonce, given)
             except HeadwaterError as error:
                 log.warning("peer %d: %s", connection.peer, error)
-                self._put(connection, Frame(Kind.ERROR, body=m.error_body(error)))
+                self._enqueue(connection, Frame(Kind.ERROR, body=m.error_body(error)))
                 connection.closing = True
             else:
                 connection.stage, connection.receiver.limit = "open", MAX_BODY
-                self._put(connection, Frame(Kind.WELCOME))
+                self._enqueue(connection, Frame(Kind.WELCOME))
         else:
             raise ProtocolError(f"{frame.kind.name} instead of the handshake's next message")
         self._flush(connection)
 
     # ---- sending ---------------------------------------------------------------------------------
 
-    def send(self, instructions: Iterable[Instruction]) -> None:
-        """Carry out the host's instructions."""
+    def dispatch(self, instructions: Sequence[Instruction]) -> None:
+        """Carry out the host's instructions; frames to one peer go together."""
         touched: dict[int, _Connection] = {}
         for out in instructions:
             if isinstance(out, Dial):
                 self._dial(out)
                 continue
-            connection = self._by_peer.get(out.peer)
+            peer, frame, fds, close = out
+            connection = self._by_peer.get(peer)
             if connection is None:
                 continue
-            self._put(connection, out.frame, out.fds)
-            connection.closing = connection.closing or out.close
-            touched[out.peer] = connection
+            if not (fds or close or connection.outbox) and len(instructions) == 1:
+                self._send_one(connection, frame)  # nine of ten
+                return
+            self._enqueue(connection, frame, fds)
+            connection.closing = connection.closing or close
+            touched[peer] = connection
         for connection in touched.values():
             self._flush(connection)
 
-    def _put(self, connection: _Connection, frame: Frame, fds: tuple[int, ...] = ()) -> None:
+    def _send_one(self, connection: _Connection, frame: Frame) -> None:
+        """Send a frame when nothing else waits to be sent."""
+        payload = frame.payload
+        if payload is not None and len(payload) > JOINED:
+            self._enqueue(connection, frame)
+            self._flush(connection)
+            return
+        data = encode(frame) if payload is None else encode(frame) + payload
+        try:
+            sent = connection.channel.send((data,))
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._close(connection)
+            return
+        if sent < len(data):
+            connection.outbox.append(_Entry(memoryview(data)[sent:]))
+            connection.queued += len(data) - sent
+            self._want_write(connection, True)
+
+    def _enqueue(self, connection: _Connection, frame: Frame, fds: tuple[int, ...] = ()) -> None:
         head = memoryview(encode(frame))
         lent: list[int] = []
         try:  # duplicates: their owner may close them before they are sent, and the numbers be used again
@@ -350,7 +361,7 @@ class Loop:
         outbox = connection.outbox
         try:
             while outbox:
-                connection.queued -= self._send_some(connection.sock, outbox)
+                connection.queued -= self._send_some(connection.channel, outbox)
         except BlockingIOError:
             if connection.closing:  # it does not read its refusal
                 self._close(connection)
@@ -364,18 +375,15 @@ class Loop:
         if connection.closing:
             self._close(connection)
 
-    def _send_some(self, sock: socket.socket, outbox: deque[_Entry]) -> int:
+    def _send_some(self, channel: Channel, outbox: deque[_Entry]) -> int:
         """One send call; the bytes that it took, and what the descriptors counted for."""
         first = outbox[0]
-        if len(outbox) == 1 and not first.fds:
-            sent = sock.send(first.data)
-        else:
-            batch = [first.data]
-            for i in range(1, 1 if first.fds else min(len(outbox), VECTORS)):  # descriptors travel with one frame
-                if outbox[i].fds:
-                    break
-                batch.append(outbox[i].data)
-            sent = sock.sendmsg(batch, descriptors(first.fds))
+        batch = [first.data]
+        for i in range(1, 1 if first.fds else min(len(outbox), VECTORS)):  # descriptors travel with one frame
+            if outbox[i].fds:
+                break
+            batch.append(outbox[i].data)
+        sent = channel.send(batch, first.fds)
         weight = sent + LENT * len(first.fds)
         if first.fds:
             close_all(first.fds)
@@ -396,7 +404,9 @@ class Loop:
         mask = (select.EPOLLIN if asks else 0) | (select.EPOLLOUT if wanted else 0)
         if mask != connection.mask:
             connection.mask = mask
-            self._epoll.modify(connection.sock.fileno(), mask)
+            self._epoll.modify(connection.fd, mask)
+            if asks and connection.channel.pending:
+                self._unread.add(connection)
 
     def detach(self, shard: int, table: int, ranges: Ranges) -> None:
         """Values are about to change: answers that still refer to them are copied out first."""
@@ -414,26 +424,26 @@ class Loop:
         threading.Thread(target=self._connect, args=(dial,), name="headwater-dial", daemon=True).start()
 
     def _connect(self, dial: Dial) -> None:
-        sock = None
+        channel = None
         try:
             if self._connector is not None:
-                sock = self._connector(dial)
+                channel = self._connector(dial)
         except (HeadwaterError, OSError) as error:
             log.debug("%s: %s", dial.address, error)
-        self._dials.put((dial.key, sock))
+        self._dials.put((dial.key, channel))
         with contextlib.suppress(OSError):
             os.write(self._wake_w, b"d")
 
-    def _dialed(self, key: int, sock: socket.socket | None) -> None:
+    def _dialed(self, key: int, channel: Channel | None) -> None:
         peer = None
-        if sock is not None:
+        if channel is not None:
             peer = LASTING if key == LASTING else self._next_peer
             self._next_peer += 1
             old = self._by_peer.get(peer)
             if old is not None:
                 self._close(old)
-            self.adopt(sock, peer)
-        self.send(self.host.dialed(key, peer))
+            self.adopt(channel, peer)
+        self.dispatch(self.host.dialed(key, peer))
 
     # ---- ends ------------------------------------------------------------------------------------
 
@@ -446,22 +456,24 @@ class Loop:
     def _close(self, connection: _Connection) -> None:
         if self._by_peer.pop(connection.peer, None) is None:
             return
-        self._by_fd.pop(connection.sock.fileno(), None)
+        self._by_fd.pop(connection.fd, None)
+        self._unread.discard(connection)
         with contextlib.suppress(OSError):
-            self._epoll.unregister(connection.sock.fileno())
-        connection.sock.close()
+            self._epoll.unregister(connection.fd)
+        connection.channel.close()
         connection.receiver.close()
         for entry in connection.outbox:
             close_all(entry.fds)
         if connection.stage == "open":
-            self.send(self.host.closed(connection.peer))
+            self.dispatch(self.host.closed(connection.peer))
 
     def _close_all(self) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)
-        for sock in [*self._listeners.values(), *(c.sock for c in self._by_fd.values())]:
-            sock.close()
+        for listener in self._listeners.values():
+            listener.close()
         for connection in self._by_fd.values():
+            connection.channel.close()
             connection.receiver.close()
             for entry in connection.outbox:
                 close_all(entry.fds)

@@ -1,4 +1,4 @@
-"""The client's end of a socket: unix (same host) or TCP.
+"""The client's end of a channel.
 
 Small frames are sent and received by the thread that wants them, without a hand-over. Bulk payloads are sent
 by a sender thread, and received by a prefetch thread while the caller computes. One thread at a time reads;
@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import socket
-import struct
 import threading
 import time
 from collections import deque
@@ -19,27 +17,16 @@ from collections.abc import Callable
 from typing import Protocol
 
 from headwater import interrupts
-from headwater.errors import (
-    AuthenticationFailed,
-    DeadlineExceeded,
-    HeadwaterError,
-    LinkBroken,
-    ProtocolError,
-    Unreachable,
-)
+from headwater.errors import AuthenticationFailed, DeadlineExceeded, HeadwaterError, LinkBroken, ProtocolError
 from headwater.transports import forks
-from headwater.transports.address import Address, family
-from headwater.transports.receiver import Arrived, Receiver, descriptors
-from headwater.wire import auth
-from headwater.wire import messages as m
-from headwater.wire.frames import Frame, Kind, encode, seal
+from headwater.transports.channel import Channel
+from headwater.transports.receiver import Receiver
+from headwater.transports.spin import SPIN, Spinning
+from headwater.wire.frames import Frame, encode, seal
 
+JOINED = 4 << 10  # bytes: a smaller payload is copied behind its header rather than sent as a second buffer
 INLINE = 128 << 10  # bytes: a larger payload is left to the sender thread
 TICK = 0.5  # seconds: how often a blocked call looks at its deadline
-HANDSHAKE = 10.0  # seconds
-SEND = 60  # seconds in which the other side must take some bytes
-SPIN = 100e-6  # seconds
-_DONTWAIT = int(socket.MSG_DONTWAIT)  # a number: see ``receiver``
 LAST = 2.0  # seconds that a thread of a closed connection has to end
 
 
@@ -63,74 +50,18 @@ class Link(Protocol):
     def close(self) -> None: ...
 
 
-def connect(address: Address, token: bytes | None, timeout: float) -> socket.socket:
-    """Connect and shake hands. Raises ``Unreachable`` or ``AuthenticationFailed``."""
-    try:
-        if address.scheme == "local":
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sock.settimeout(timeout)
-            sock.connect("\0" + address.host)
-        else:
-            sock = socket.socket(family(address), socket.SOCK_STREAM)
-            sock.settimeout(timeout)
-            sock.connect((address.host, address.port))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except OSError as error:
-        sock.close()
-        raise Unreachable(
-            f"nobody answers at {address} ({error.strerror or error}); is the cluster running and the address right?"
-        ) from None
-    try:
-        sock.settimeout(min(timeout, HANDSHAKE))
-        _shake_hands(sock, token or b"")
-    except (OSError, HeadwaterError) as error:
-        sock.close()
-        if isinstance(error, HeadwaterError) and not isinstance(error, LinkBroken):
-            raise
-        raise Unreachable(f"{address} accepted the connection but did not finish the handshake: {error}") from None
-    return sock
-
-
-def _shake_hands(sock: socket.socket, token: bytes) -> None:
-    """The client's side of FORMAT.md, section 3: the server proves itself first."""
-    mine = auth.nonce()
-    receiver = Receiver(sock, _no_payload, limit=4096)
-    sock.sendall(encode(Frame(Kind.HELLO, body=m.pack(m.Hello(mine, "headwater")))))
-    challenge = m.unpack(_expect(receiver, Kind.CHALLENGE).body, m.Challenge)
-    auth.check_nonce(challenge.nonce)
-    auth.check(token, "server", mine, challenge.nonce, challenge.proof)
-    answer = auth.proof(token, "client", mine, challenge.nonce)
-    sock.sendall(encode(Frame(Kind.PROOF, body=m.pack(m.Proof(answer)))))
-    _expect(receiver, Kind.WELCOME)
-
-
-def _expect(receiver: Receiver, kind: Kind) -> Frame:
-    frames: list[Arrived] = []
-    while not frames:
-        frames += receiver.read()
-    frame = frames[0][0]
-    if frame.kind == Kind.ERROR:
-        raise m.read_error(frame.body)
-    if frame.kind != kind:
-        raise ProtocolError(f"{frame.kind.name} instead of {kind.name} in the handshake")
-    return frame
-
-
-def _no_payload(frame: Frame) -> memoryview:
-    raise ProtocolError(f"{frame.kind.name} with a payload during the handshake")
-
-
 class StreamLink:
-    """A connected, authenticated socket. ``pump`` must be called for anything to arrive."""
+    """A connected, authenticated channel. ``pump`` must be called for anything to arrive."""
 
-    def __init__(self, sock: socket.socket, handler: Handler, checked: bool = False) -> None:
-        self.shared = sock.family == socket.AF_UNIX
-        self._sock = sock
+    def __init__(self, channel: Channel, handler: Handler, checked: bool = False) -> None:
+        self.shared = channel.shares
+        self._channel = channel
         self._handler = handler
         self._checked = checked
-        self._receiver = Receiver(sock, handler.landing)
+        self._receiver = Receiver(channel, handler.landing)
         self._poller = select.poll()
-        self._poller.register(sock.fileno(), select.POLLIN)
+        self._poller.register(channel.fileno(), select.POLLIN)
+        self._spinning = Spinning()
         self._error: HeadwaterError | None = None
         self._abandoned = False
         forks.watch(self)
@@ -138,14 +69,12 @@ class StreamLink:
         self._arrived = threading.Condition()
         self._waiters = 0
         self._sending = threading.Lock()
-        self._backlog: deque[tuple[list[memoryview], tuple[int, ...]]] = deque()
+        self._backlog: deque[tuple[list[memoryview | bytes], tuple[int, ...]]] = deque()
         self._has_backlog = threading.Condition(self._sending)
         self._sender: threading.Thread | None = None
         self._wanted: deque[Callable[[], bool]] = deque()
         self._has_wanted = threading.Condition()
         self._prefetcher: threading.Thread | None = None
-        sock.settimeout(None)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND, 0))
 
     @property
     def error(self) -> HeadwaterError | None:
@@ -163,23 +92,25 @@ class StreamLink:
         if self._checked:
             seal(frame)
         head = encode(frame)
-        parts = [memoryview(head)] + ([payload] if payload is not None else [])
+        parts: list[memoryview | bytes] = [head]
+        if payload is not None:
+            parts = [head + payload] if len(payload) <= JOINED else [head, payload]
         with self._sending:
             if not self._backlog and (payload is None or len(payload) <= INLINE):
                 try:  # the caller never waits for the other side to take it: the sender thread does
-                    parts, fds = self._send_now(parts, fds, _DONTWAIT), ()
+                    sent = self._channel.send(parts, fds)
                 except BlockingIOError:
-                    pass
+                    sent = 0
                 except OSError as error:
                     raise self._break(error) from None
+                if len(parts) == 1 and sent == len(parts[0]):
+                    return
+                if sent:
+                    parts, fds = _rest(parts, sent), ()
             if parts:
                 self._backlog.append((parts, fds))
                 self._start_sender()
                 self._has_backlog.notify()
-
-    def _send_now(self, parts: list[memoryview], fds: tuple[int, ...], flags: int = 0) -> list[memoryview]:
-        """One send call; what is left of the parts."""
-        return _rest(parts, self._sock.sendmsg(parts, descriptors(fds), flags))
 
     def _start_sender(self) -> None:
         if self._sender is None:
@@ -204,7 +135,7 @@ class StreamLink:
         try:
             # outside the lock: the entry stays in the backlog, so nobody overtakes it
             while parts:
-                parts, fds = self._send_now(parts, fds), ()
+                parts, fds = _rest(parts, self._channel.send(parts, fds, wait=True)), ()
         except OSError as error:
             self._break(error)
             return False
@@ -249,25 +180,27 @@ class StreamLink:
                 interrupts.check()
 
     def _look(self) -> bool:
-        """One receive call without waiting; whether something came."""
+        """One receive call, if something is there; whether it is."""
         if not self._reading.acquire(blocking=False):
             return False
         try:
-            return self._read_once(_DONTWAIT)
+            return (self._channel.pending or bool(self._poller.poll(0))) and self._read_once()
         finally:
             self._reading.release()
 
     def _wait(self, deadline: float) -> None:
         """Sleep until something comes, a tick or the deadline."""
         left = min(TICK, deadline - time.monotonic())
-        if left > 0 and interrupts.interruptible(self._poller.poll, left * 1000):
-            self._read_once(_DONTWAIT)
+        if left > 0 and (self._channel.pending or interrupts.interruptible(self._poller.poll, left * 1000)):
+            self._read_once()
 
-    def _read_once(self, flags: int = 0) -> bool:
+    def _read_once(self) -> bool:
         """One receive call; False if nothing came."""
+        receiver, receive = self._receiver, self._handler.receive
         try:
-            for frame, fds in self._receiver.read(flags):
-                self._handler.receive(frame, fds)
+            receiver.fill()
+            while (arrived := receiver.next()) is not None:
+                receive(*arrived)
         except BlockingIOError:
             return False
         except LinkBroken as error:
@@ -278,13 +211,18 @@ class StreamLink:
         return True
 
     def _spin(self) -> bool:
-        """Look for an answer without sleeping: waking a core takes longer than a small message's whole work."""
-        until = time.monotonic() + SPIN
-        while time.monotonic() < until:
-            if self._read_once(_DONTWAIT):
-                return True
+        """Look for an answer without sleeping."""
+        if not self._spinning.pays():
+            return False
+        poll, until = self._poller.poll, time.monotonic() + SPIN
+        while True:
+            if self._channel.pending or poll(0):
+                self._spinning.hit()
+                return self._read_once()
+            if time.monotonic() >= until:
+                self._spinning.missed()
+                return False
             os.sched_yield()
-        return False
 
     def prefetch(self, done: Callable[[], bool]) -> None:
         """Receive in the background until ``done()``: the caller computes meanwhile."""
@@ -333,23 +271,21 @@ class StreamLink:
     def abandon(self) -> None:
         """In a forked child: the parent goes on with the connection, this process has none."""
         self._error, self._abandoned = forks.refusal(), True
-        with contextlib.suppress(OSError):
-            os.close(self._sock.detach())  # without a shutdown, which would be the parent's too
+        self._channel.abandon()
 
     def _shut(self) -> None:
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        self._channel.shut()
         with self._reading:
-            self._sock.close()
+            self._channel.close()
             self._receiver.close()
 
 
-def _rest(parts: list[memoryview], sent: int) -> list[memoryview]:
+def _rest(parts: list[memoryview | bytes], sent: int) -> list[memoryview | bytes]:
     """What is left of ``parts`` when ``sent`` bytes of them are on their way."""
-    left = []
+    left: list[memoryview | bytes] = []
     for part in parts:
         if sent < len(part):
-            left.append(part[sent:])
+            left.append(memoryview(part)[sent:])
         sent = max(0, sent - len(part))
     return left
 

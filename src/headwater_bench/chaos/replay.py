@@ -6,15 +6,15 @@ A shard must answer such a push as a duplicate or refuse it for its epoch; the s
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 from collections import deque
 from collections.abc import Mapping
 
 from headwater.errors import HeadwaterError
 from headwater.transports.address import Address
+from headwater.transports.channel import Channel, send_all
+from headwater.transports.dial import dial
 from headwater.transports.receiver import Receiver
-from headwater.transports.stream import connect
 from headwater.wire import messages as m
 from headwater.wire.frames import HEADER, Frame, Kind, decode_header, encode
 from headwater_bench.rig.proxy import Tap
@@ -86,25 +86,25 @@ class Recorder:
 
 def _send(address: Address, token: str, recording: Recording) -> str:
     assert recording.opened is not None
-    with contextlib.closing(connect(address, token.encode(), 1.0)) as sock:
-        sock.settimeout(WAIT)
-        sock.sendall(encode(Frame(Kind.REQUEST, seq=1 << 62, body=m.pack(recording.opened))))
-        receiver = Receiver(sock, lambda frame: memoryview(bytearray(frame.payload_length)))
-        first = _answers(receiver, sock)
+    with contextlib.closing(dial(address, token.encode(), 1.0)) as channel:
+        channel.settimeout(WAIT)
+        send_all(channel, encode(Frame(Kind.REQUEST, seq=1 << 62, body=m.pack(recording.opened))))
+        receiver = Receiver(channel, lambda frame: memoryview(bytearray(frame.payload_length)))
+        first = _answers(receiver, channel)
         if not first or first[0].kind != Kind.REPLY:
             return ", ".join(_word(frame) for frame in first) or "silence"
-        sock.sendall(b"".join(recording.pushes))
-        return ", ".join(_word(frame) for frame in _answers(receiver, sock)) or "silence"
+        send_all(channel, b"".join(recording.pushes))
+        return ", ".join(_word(frame) for frame in _answers(receiver, channel)) or "silence"
 
 
-def _answers(receiver: Receiver, sock: socket.socket) -> list[Frame]:
+def _answers(receiver: Receiver, channel: Channel) -> list[Frame]:
     """What comes until it is silent for a moment, or closed."""
     found: list[Frame] = []
     until = time.monotonic() + WAIT
     with contextlib.suppress(TimeoutError, HeadwaterError, OSError):
         while time.monotonic() < until and len(found) < KEPT:
             found += [frame for frame, _ in receiver.read()]
-            sock.settimeout(0.1)
+            channel.settimeout(0.1)
     return found
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from headwater.errors import DeadlineExceeded, InternalError
-from headwater.launch.entry import die_with
+from headwater.launch.engines.entry import die_with
 
 PRELOADED = (
     "torch",

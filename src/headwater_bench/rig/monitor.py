@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Collection
@@ -11,10 +10,10 @@ from dataclasses import dataclass
 
 from headwater.errors import HeadwaterError, LinkBroken
 from headwater.transports.address import Address
-from headwater.transports.receiver import Arrived, Receiver
-from headwater.transports.stream import connect
+from headwater.transports.channel import Channel
+from headwater.transports.dial import ask, dial
 from headwater.wire import messages as m
-from headwater.wire.frames import Frame, Kind, encode
+from headwater.wire.frames import Frame, Kind
 
 PERIOD = 0.1
 
@@ -60,24 +59,18 @@ class Monitor:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                with contextlib.closing(connect(self._address, self._token, 1.0)) as sock:
-                    self._ask(sock)
+                with contextlib.closing(dial(self._address, self._token, 1.0)) as channel:
+                    self._ask(channel)
             except (HeadwaterError, OSError) as error:
                 self.problem = f"{type(error).__name__}: {error}"
             self._stop.wait(PERIOD)
 
-    def _ask(self, sock: socket.socket) -> None:
-        sock.settimeout(2.0)
-        receiver = Receiver(sock, lambda frame: memoryview(b""))
+    def _ask(self, channel: Channel) -> None:
         number = 0
         while not self._stop.is_set():
             number += 1
             asked = time.monotonic()
-            sock.sendall(encode(Frame(Kind.REQUEST, seq=number, body=m.pack(m.Status()))))
-            frames: list[Arrived] = []
-            while not frames:
-                frames = list(receiver.read())
-            reply = frames[0][0]
+            reply = ask(channel, Frame(Kind.REQUEST, seq=number, body=m.pack(m.Status())), 2.0)[0][0]
             if reply.kind != Kind.REPLY:
                 raise LinkBroken(f"{reply.kind.name} to a question for the status")
             status = m.unpack_reply(reply.body)

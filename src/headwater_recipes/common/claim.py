@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
+import platform
 from pathlib import Path
 
 from headwater.errors import DataError, RunInUse
@@ -44,7 +44,7 @@ def claim(folder: Path) -> bool:
     _held[place] = fd
     try:
         os.ftruncate(fd, 0)
-        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        os.pwrite(fd, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
     except OSError:  # no room for the name of the holder; the lock holds all the same
         pass
     return True

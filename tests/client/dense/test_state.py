@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -16,7 +16,7 @@ from headwater.errors import LinkBroken, ProtocolError
 from headwater.launch import Launcher
 from headwater.layout.dense import BLOCK
 from headwater.transports import receiver
-from headwater.transports.stream import StreamLink
+from headwater.transports.channel import SocketChannel
 from headwater.types import Async, Bulk, DenseSpec, Init, OptimizerSpec, ParameterSpec, Stale, Sync
 from headwater.wire import frames
 from headwater.wire.frames import Kind
@@ -217,26 +217,28 @@ def test_a_payload_byte_that_flips_on_the_way_is_noticed_by_either_side(
 ) -> None:
     w = checked.dense(name, (50_000,), lr=1.0)
     w.push(torch.ones(50_000)).wait()
-    send = StreamLink._send_now
+    send = SocketChannel.send
     flips = 2
 
-    def flip(self: StreamLink, parts: list[memoryview], fds: tuple[int, ...] = (), flags: int = 0) -> list[memoryview]:
+    def flip(
+        self: SocketChannel, parts: Sequence[memoryview | bytes], fds: tuple[int, ...] = (), *, wait: bool = False
+    ) -> int:
         nonlocal flips
         if parts[0][5] == Kind.PUSH and len(parts) > 1 and flips:
             flips -= 1
             damaged = bytearray(parts[1])
             damaged[len(damaged) // 2] ^= 1
             parts = [parts[0], memoryview(damaged)]
-        return send(self, parts, fds, flags)
+        return send(self, parts, fds, wait=wait)
 
-    monkeypatch.setattr(StreamLink, "_send_now", flip)
+    monkeypatch.setattr(SocketChannel, "send", flip)
     w.push(torch.ones(50_000)).wait()  # sent again over another connection
     assert flips == 0
     assert w.pull().eq(-2.0).all()
     flips = 1000
     with pytest.raises((ProtocolError, LinkBroken)):
         w.push(torch.ones(50_000)).wait()
-    monkeypatch.setattr(StreamLink, "_send_now", send)
+    monkeypatch.setattr(SocketChannel, "send", send)
     with headwater.connect(role="reader") as other:
         values = other.dense(name, (50_000,), lr=1.0).pull()
     assert values.max() == -2.0, "what was damaged was not applied"

@@ -77,7 +77,10 @@ class Script:
         self.backward(generator)
 
     def step(self, _generator: torch.Generator) -> None:
+        stepped = [p for p in self.model.parameters() if p.grad is not None]
         self.optimizer.step()
+        if type(self.optimizer) is torch.optim.AdamW:  # its fused kernel does not tell autograd, as all others do
+            torch.autograd.graph.increment_version(stepped)
 
     def zero(self, _generator: torch.Generator) -> None:
         self.optimizer.zero_grad()

@@ -10,7 +10,7 @@ from torch import nn
 
 import headwater
 from headwater.errors import GradientModified, LinkBroken, NonFiniteGradient, UsageError
-from headwater.integrations.torch.lazy import Gradient
+from headwater.integrations.torch.lazy import LazyGradient
 from tests.integrations.torch.fake_table import FakeClient, FakeTable
 
 
@@ -49,7 +49,7 @@ def test_a_gradient_moves_into_the_table_and_the_parameter_holds_it() -> None:
     backward(reference)
     for name, p in model.named_parameters():
         assert torch.equal(table.gradients[name], reference.get_parameter(name).grad)  # type: ignore[arg-type]
-        assert type(p.grad) is Gradient
+        assert type(p.grad) is LazyGradient
         assert torch.equal(p.grad, table.gradients[name])
         assert type(p.grad) is torch.Tensor, "whoever looks has a tensor of his own"
 
@@ -93,11 +93,11 @@ def test_buckets_follow_the_order_in_which_gradients_became_ready() -> None:
 
     model = Backwards()
     opt, _table = optimizer(model, bucket_bytes=64)
-    assert opt._core.departures.buckets == [("unused.weight",), ("first.weight",), ("last.weight",)]
+    assert opt._core.gradients.out.buckets == [("unused.weight",), ("first.weight",), ("last.weight",)]
     for _ in range(2):
         backward(model)
         opt.step()
-    assert opt._core.departures.buckets == [("last.weight",), ("first.weight",), ("unused.weight",)]
+    assert opt._core.gradients.out.buckets == [("last.weight",), ("first.weight",), ("unused.weight",)]
 
 
 def test_a_parameter_without_gradient_takes_no_part() -> None:
@@ -250,7 +250,7 @@ def test_what_the_gradient_is_at_step_counts_whatever_has_left(change: Any, by_b
 
 
 def test_gradients_that_a_script_keeps_stay_what_they_are() -> None:
-    """Gradient surgery: the gradients of two losses side by side."""
+    """LazyGradient surgery: the gradients of two losses side by side."""
     model, reference = chain(), chain()
     opt, _table = optimizer(model)
     plain = torch.optim.SGD(reference.parameters(), lr=0.25)

@@ -33,7 +33,8 @@ from torch.utils.data import (
 import headwater
 from headwater.client import Client
 from headwater.errors import DataError, UsageError
-from headwater.integrations.torch.loader import Crew, ShareSampler, deal, rounds
+from headwater.integrations.base.dealing import deal, rounds
+from headwater.integrations.torch.loader import Crew, ShareSampler
 from tests.integrations.torch.support import workers
 from tests.patience import PATIENCE
 

@@ -10,8 +10,9 @@ from torch import nn
 
 import headwater
 from headwater.errors import ShapeMismatch, UnknownOptimizer, UsageError
-from headwater.integrations.torch.model import complete_groups, materialise, optimizer_spec, plan, specs, trainable
-from headwater.types import Init
+from headwater.integrations.base.steps import TrainOptions
+from headwater.integrations.torch.model import complete_groups, materialise, set_up, specs, trainable
+from headwater.types import Bulk, Init
 
 SGD = {"lr": 0.1}
 
@@ -26,7 +27,7 @@ class Tied(nn.Module):
 
 def test_parameters_are_named_in_registration_order_and_tied_ones_once() -> None:
     model = nn.Sequential(nn.Linear(2, 3), Tied())
-    made = plan(model, torch.optim.SGD, None, (), SGD)
+    made = set_up(model, torch.optim.SGD, None, (), SGD)
     assert list(made.parameters) == ["0.weight", "0.bias", "1.embedding.weight"]
     assert [p.shape for p in specs(made.parameters, made.groups, None)] == [(3, 2), (3,), (5, 3)]
     assert {p.init for p in specs(made.parameters, made.groups, None)} == {Init("values")}
@@ -36,7 +37,7 @@ def test_frozen_parameters_are_in_the_groups_and_not_in_the_table() -> None:
     model = nn.Linear(2, 3)
     model.bias.requires_grad_(False)
     for params in (None, model.parameters()):
-        made = plan(model, torch.optim.SGD, params, (), SGD)
+        made = set_up(model, torch.optim.SGD, params, (), SGD)
         assert list(made.parameters) == ["weight", "bias"]
         assert [len(group["params"]) for group in made.groups] == [2], "as in torch, so that states fit"
         assert list(trainable(made.parameters)) == ["weight"]
@@ -44,24 +45,29 @@ def test_frozen_parameters_are_in_the_groups_and_not_in_the_table() -> None:
 
 def test_tensors_beside_the_model_are_named_by_their_place() -> None:
     model, alpha = nn.Linear(2, 3), torch.zeros((), requires_grad=True)
-    made = plan(model, torch.optim.SGD, [alpha, model.bias], (), SGD)
+    made = set_up(model, torch.optim.SGD, [alpha, model.bias], (), SGD)
     assert list(made.parameters) == ["bias", "beside.0"]
 
 
 def test_arguments_by_position_are_the_optimizers() -> None:
-    made = plan(nn.Linear(2, 3), torch.optim.SGD, None, (0.5, 0.9), {"nesterov": True})
+    made = set_up(nn.Linear(2, 3), torch.optim.SGD, None, (0.5, 0.9), {"nesterov": True})
     assert (made.groups[0]["lr"], made.groups[0]["momentum"], made.groups[0]["nesterov"]) == (0.5, 0.9, True)
     with pytest.raises(UsageError, match="lr is given by position and by name"):
-        plan(nn.Linear(2, 3), torch.optim.SGD, None, (0.5,), SGD)
+        set_up(nn.Linear(2, 3), torch.optim.SGD, None, (0.5,), SGD)
 
 
 def test_compiled_submodules_keep_their_names() -> None:
     model = nn.Sequential(nn.Linear(2, 3), torch.compile(nn.Linear(3, 1), backend="eager"))
-    assert list(plan(model, torch.optim.SGD, None, (), SGD).parameters) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert list(set_up(model, torch.optim.SGD, None, (), SGD).parameters) == [
+        "0.weight",
+        "0.bias",
+        "1.weight",
+        "1.bias",
+    ]
 
 
 def test_a_complex_parameter_is_pairs_of_real_numbers() -> None:
-    made = plan(_complex(), torch.optim.SGD, None, (), SGD)
+    made = set_up(_complex(), torch.optim.SGD, None, (), SGD)
     (spec,) = specs(made.parameters, made.groups, None)
     assert (spec.shape, spec.dtype) == ((2, 2), "float32")
 
@@ -69,13 +75,13 @@ def test_a_complex_parameter_is_pairs_of_real_numbers() -> None:
 def test_groups_get_torch_defaults_and_keep_their_own() -> None:
     model = nn.Linear(2, 3)
     groups = [{"params": [model.bias], "lr": 0.5, "weight_decay": 0.0}, {"params": [("w", model.weight)]}]
-    made = plan(model, torch.optim.AdamW, groups, (), {"lr": 0.1, "fused": True})
+    made = set_up(model, torch.optim.AdamW, groups, (), {"lr": 0.1, "fused": True})
     plain = torch.optim.AdamW([{"params": [model.bias], "lr": 0.5, "weight_decay": 0.0}, {"params": [model.weight]}],
                               lr=0.1, fused=True)  # fmt: skip
     assert [_rest(group) for group in made.groups] == [_rest(group) for group in plain.param_groups]
     assert made.defaults == plain.defaults
     assert [p.group for p in specs(made.parameters, made.groups, None)] == [1, 0]
-    sent = optimizer_spec("AdamW", made.groups)
+    sent = TrainOptions("AdamW", Bulk()).spec("model", (), made.groups).optimizer
     assert sent.groups[0]["lr"] == 0.5
     assert sent.groups[1]["betas"] == (0.9, 0.999)
     assert "params" not in sent.groups[0]
@@ -100,12 +106,12 @@ def test_no_state_is_allocated_to_find_the_defaults() -> None:
     ],
 )
 def test_init_by_glob_first_match_wins(init: Any, expected: list[str]) -> None:
-    made = plan(nn.Sequential(nn.Linear(2, 3)), torch.optim.SGD, None, (), SGD)
+    made = set_up(nn.Sequential(nn.Linear(2, 3)), torch.optim.SGD, None, (), SGD)
     assert [p.init.kind for p in specs(made.parameters, made.groups, init)] == expected
 
 
 def test_a_meta_parameter_needs_an_init() -> None:
-    made = plan(nn.Linear(2, 3, device="meta"), torch.optim.SGD, None, (), SGD)
+    made = set_up(nn.Linear(2, 3, device="meta"), torch.optim.SGD, None, (), SGD)
     assert [p.init.kind for p in specs(made.parameters, made.groups, headwater.init.zeros())] == ["zeros", "zeros"]
     with pytest.raises(UsageError, match="'bias' is on the meta device"):
         specs(made.parameters, made.groups, {"weight": headwater.init.zeros()})
@@ -146,7 +152,7 @@ def _float8() -> nn.Module:
 def test_neighbours_in_one_memory_do_not_overlap() -> None:
     model, shared = nn.Module(), torch.zeros(4, 5)
     model.a, model.b = nn.Parameter(shared[:2]), nn.Parameter(shared[2:].t())
-    assert list(trainable(plan(model, torch.optim.SGD, None, (), SGD).parameters)) == ["a", "b"]
+    assert list(trainable(set_up(model, torch.optim.SGD, None, (), SGD).parameters)) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -164,17 +170,17 @@ def test_neighbours_in_one_memory_do_not_overlap() -> None:
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 def test_what_cannot_be_held_is_refused(model: Any, params: Any, says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        trainable(plan(model, torch.optim.SGD, params, (), SGD).parameters)
+        trainable(set_up(model, torch.optim.SGD, params, (), SGD).parameters)
 
 
 def test_a_parameter_given_twice_is_refused() -> None:
     model = nn.Linear(1, 1)
     with pytest.raises(UsageError, match="names a parameter twice"):
-        plan(model, torch.optim.SGD, [{"params": [model.bias]}, {"params": model.parameters()}], (), SGD)
+        set_up(model, torch.optim.SGD, [{"params": [model.bias]}, {"params": model.parameters()}], (), SGD)
 
 
 def test_a_dtype_that_no_table_holds_is_named() -> None:
-    made = plan(_float8(), torch.optim.SGD, None, (), SGD)
+    made = set_up(_float8(), torch.optim.SGD, None, (), SGD)
     with pytest.raises(ShapeMismatch, match=r"parameter 'c': a table cannot hold torch\.float8_e4m3fn"):
         specs(made.parameters, made.groups, None)
 
@@ -190,7 +196,7 @@ def test_a_dtype_that_no_table_holds_is_named() -> None:
 )
 def test_optimizers_come_from_the_closed_list(optimizer: Any, hyper: dict[str, Any], says: str) -> None:
     with pytest.raises(UnknownOptimizer, match=says):
-        plan(nn.Linear(2, 2), optimizer, None, (), hyper)
+        set_up(nn.Linear(2, 2), optimizer, None, (), hyper)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +204,7 @@ def test_optimizers_come_from_the_closed_list(optimizer: Any, hyper: dict[str, A
 )
 def test_other_optimizers_run_at_the_worker(optimizer: Any) -> None:
     model = nn.Linear(2, 2)
-    made = plan(model, optimizer, None, (), SGD)
+    made = set_up(model, optimizer, None, (), SGD)
     assert type(made.inner) is optimizer
     assert made.groups is made.inner.param_groups
-    assert plan(model, torch.optim.SGD, None, (), SGD).inner is None
+    assert set_up(model, torch.optim.SGD, None, (), SGD).inner is None

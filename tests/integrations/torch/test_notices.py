@@ -14,8 +14,8 @@ from torch import nn
 import headwater
 from headwater.client import Client
 from headwater.client.tickets import Alike
-from headwater.integrations.torch import notices
-from headwater.integrations.torch.notices import SameSamples
+from headwater.integrations.base import notices
+from headwater.integrations.base.notices import SameSamples
 from tests.integrations.torch.support import workers
 from tests.patience import PATIENCE
 

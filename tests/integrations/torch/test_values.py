@@ -464,3 +464,20 @@ def test_arguments_are_checked() -> None:
     ):
         with pytest.raises(UsageError, match=says):
             optimizer(chain(), **arguments)
+
+
+def test_a_step_without_gradients_leaves_graphs_as_good_as_they_were() -> None:
+    model, reference = chain(), chain()
+    opt, _table = optimizer(model)
+    plain = torch.optim.SGD(reference.parameters(), lr=0.25)
+    for m, o in ((model, opt), (reference, plain)):
+        loss = m(torch.ones(2, 4)).square().sum()
+        o.step()  # nobody has a gradient
+        loss.backward()
+        o.step()
+    assert all(torch.equal(p, reference.get_parameter(name)) for name, p in model.named_parameters())
+    loss = model(torch.ones(2, 4)).square().sum()
+    model[0].weight.grad = None
+    opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

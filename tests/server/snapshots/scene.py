@@ -14,8 +14,9 @@ from headwater.server.snapshots.disk import DISK, Disk
 from headwater.server.snapshots.files import Piece, write_shard
 from headwater.server.snapshots.format import Mark, SessionMark, ShardMark, Written
 from headwater.server.snapshots.manifest import Manifest
+from headwater.server.tables.dense.saved import load
 from headwater.types import Async, DenseSpec, OptimizerSpec, ParameterSpec
-from tests.server.tables.tools import Sharded, gradients
+from tests.server.tables.dense.tools import Sharded, gradients
 
 SIZES = (1, 7, 100, 4097, 40000)
 
@@ -63,7 +64,7 @@ def back(path: Path, spec: DenseSpec, shards: int, seed: int = 0) -> Sharded:
     table = Sharded(spec, shards, seed=seed)
     with restore.newest(path).snapshot as snapshot:
         for dense in table.shards:
-            restore.load(snapshot, dense)
+            load(snapshot, dense)
     return table
 
 

@@ -17,7 +17,7 @@ from headwater.server.snapshots.format import Mark, SessionMark
 from headwater.versions import copying
 from tests.patience import PATIENCE
 from tests.server.snapshots import scene
-from tests.server.tables.tools import Sharded, table
+from tests.server.tables.dense.tools import Sharded, table
 
 
 def step(tables: Sharded, stepper: scene.Stepper, capture: Capture) -> None:

@@ -18,7 +18,7 @@ from headwater.server.snapshots.format import SessionMark
 from headwater.types import Bulk
 from tests.server.snapshots import scene
 from tests.server.snapshots.crashes import Crash, Recorder, crashes
-from tests.server.tables.tools import table
+from tests.server.tables.dense.tools import table
 
 RUNS = 4
 

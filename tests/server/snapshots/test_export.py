@@ -15,7 +15,7 @@ from headwater.server.snapshots.export import export
 from headwater.types import Bulk, DenseSpec, OptimizerSpec, ParameterSpec
 from tests.server.snapshots import scene
 from tests.server.snapshots.test_restore import MATRIX, OPTIMIZERS
-from tests.server.tables.tools import Sharded, gradients, reference, table
+from tests.server.tables.dense.tools import Sharded, gradients, reference, table
 
 CASES = [case for case in OPTIMIZERS + MATRIX if case[0] != "Assign"]
 

@@ -25,7 +25,7 @@ def part_of(stage: Stage, number: int = 0) -> Part:
     shard = stage.shards[number]
     part = Part(shard, threads=False)
     shard.applied.append(part.due)
-    shard._memory.before_write = part.before_write  # type: ignore[method-assign]
+    shard.replica._memory.before_write = part.before_write  # type: ignore[method-assign]
     return part
 
 
@@ -174,7 +174,7 @@ def test_a_table_that_begins_with_it(sync: Bulk | Async, tmp_path: Path) -> None
     (created,) = new.handle(e.Create(TABLE, stage.spec, str(folder)))
     assert isinstance(created, e.Created)
     table = new.tables[TABLE]
-    assert set(table.values[: 4 * 40_000].view(torch.float32).tolist()) == {-6.0}
+    assert set(table.store.values[: 4 * 40_000].view(torch.float32).tolist()) == {-6.0}
     assert table.clocks.applied == 3
     assert table.gathering.clock == (3 if isinstance(sync, Bulk) else 0)
     (refused,) = new.handle(e.Create(TABLE + 1, spec(), str(tmp_path / "none")))

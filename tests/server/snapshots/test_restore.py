@@ -17,10 +17,11 @@ from safetensors import safe_open
 from headwater.errors import SnapshotCorrupt, TableConflict, UnknownTable, UsageError
 from headwater.server.snapshots import manifest, restore
 from headwater.server.snapshots.format import CHUNK, Mark, SessionMark, Written
-from headwater.server.tables import DenseShard
+from headwater.server.tables.dense import DenseShard
+from headwater.server.tables.dense.saved import load
 from headwater.types import DenseSpec, OptimizerSpec, ParameterSpec
 from tests.server.snapshots import scene
-from tests.server.tables.tools import table
+from tests.server.tables.dense.tools import table
 
 OPTIMIZERS = [
     ("SGD", {"lr": 0.1}),
@@ -130,7 +131,7 @@ def test_another_table_is_refused(tmp_path: Path) -> None:
     with restore.newest(tmp_path).snapshot as snapshot:
         for other in (table("AdamW", [(4,)]), table("SGD", [(3,)])):
             with pytest.raises(TableConflict, match="nothing was read"):
-                restore.load(snapshot, DenseShard(other, (), 0, torch.empty(0, dtype=torch.uint8)))
+                load(snapshot, DenseShard(other, (), 0, torch.empty(0, dtype=torch.uint8)))
 
 
 def test_large_and_small_pieces_over_chunks(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwater.server import events as e
-from headwater.server.replication.records import union
 from headwater.server.sync import Gathering
+from headwater.server.tables.base import union
 from headwater.wire.messages import Members, Ready
 from tests.server.stage import TABLE, Stage, spec
 

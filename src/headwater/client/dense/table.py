@@ -36,6 +36,9 @@ class DenseTable(Table):
     ``gradients`` and ``values`` map names to CPU tensors of the parameters' shapes and dtypes, views of two flat
     memories. With ``live`` the values are the servers' own memory: a pull copies nothing. With ``by_bytes`` some push
     carries bytes; else servers read ``gradients`` itself, under ``Bulk`` after END.
+
+    It has more methods than other classes because an optimizer does all with it that can be done with a table; what
+    needs none is in ``ShardGeometry``, ``Gradients``, ``Values`` and ``slots``.
     """
 
     spec: DenseSpec

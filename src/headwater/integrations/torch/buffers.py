@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from headwater.errors import UsageError
+from headwater.integrations.base.notices import warn
 from headwater.integrations.torch.buffer_kinds import Kept, digest, same_bits, sort, write
-from headwater.integrations.torch.notices import warn
 from headwater.types import Bulk, DenseSpec, Init, OptimizerSpec, ParameterSpec, Sync
 from headwater.wire.tensors import dtype_name
 

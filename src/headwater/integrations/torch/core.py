@@ -9,45 +9,28 @@ import logging
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 import torch
 
 from headwater.errors import HeadwaterError, ParameterModified, UnknownOptimizer, UsageError
+from headwater.integrations.base.steps import Steps, TrainOptions
 from headwater.integrations.torch.buffers import Buffers, Mode
-from headwater.integrations.torch.gradients import Departures, Groups
-from headwater.integrations.torch.model import Inits, check_forwards, materialise, optimizer_spec, specs, trainable
-from headwater.integrations.torch.notices import Told
-from headwater.integrations.torch.parameters import Held, Leaf, as_kept, shared_with_strangers
-from headwater.integrations.torch.values import Arrivals
+from headwater.integrations.torch.gradients import Gradients
+from headwater.integrations.torch.model import Inits, check_forwards, materialise, specs, trainable
+from headwater.integrations.torch.parameters import Leaf, Parameters, as_kept, shared_with_strangers
+from headwater.integrations.torch.values import LazyValues
 from headwater.integrations.torch.wrappers import named_parameters
-from headwater.types import Claim, DenseSpec, OptimizerSpec, Sync
-from headwater.wire import optimizers
+from headwater.types import Claim
 
 if TYPE_CHECKING:
-    from headwater.client import Client, StepResult, Ticket
+    from headwater.client import Client, StepResult
+    from headwater.integrations.base.values import StepValues
 
-Nonfinite = Literal["error", "skip", "allow"]
 log = logging.getLogger("headwater")
 
 _SAID: weakref.WeakKeyDictionary[Client, set[str]] = weakref.WeakKeyDictionary()
 """What was said of each client's optimizers, once for all of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Manner:
-    """How an optimizer trains: the arguments of ``headwater.Optimizer`` that say so."""
-
-    kind: str  # of the servers' optimizers; "" if it runs here
-    sync: Sync
-    max_grad_norm: float | None
-    nonfinite: Nonfinite
-    buffers: Mode
-    bucket_bytes: int
-    seed: int
-    overlap: bool
 
 
 class Core:
@@ -62,21 +45,22 @@ class Core:
         model: torch.nn.Module,
         parameters: Mapping[str, torch.Tensor],
         groups: Callable[[], Sequence[Mapping[str, Any]]],
-        manner: Manner,
+        options: TrainOptions,
+        buffers: Mode,
     ) -> None:
         self.client = client
         self.model = model
-        self.manner = manner
+        self.options = options
+        self._buffers_mode = buffers
         self.parameters = dict(parameters)
         self.closed = False
         self.last: StepResult | None = None
         self._groups = groups
-        self._collective = manner.sync.collective
+        self._collective = options.sync.collective
         self._grown = 0
         self._aside: dict[int, dict[str, torch.Tensor]] = {}  # the state of parameters that are frozen
         self._steps = 0  # of the tables before this one
         self._beside = sum(name.startswith("beside.") for name in parameters)
-        self._ticket: Ticket | None = None
 
     # ---- the table -------------------------------------------------------------------------------
 
@@ -86,59 +70,42 @@ class Core:
             check_forwards(self.model)
         held = trainable(self.parameters)
         stay = shared_with_strangers(held.values())  # before we share it ourselves
-        spec = self._spec(name, held, inits)
+        groups = self._groups()
+        spec = self.options.spec(name, specs(held, groups, inits), groups)
         self.name = name
         given = {p.name: as_kept(held[p.name]) for p in spec.parameters if p.init.kind == "values"}
         known = spec.name in self.client.tables
         self.table = self.client.table(spec, given, claim)
         if known or claim == "resume":
             self.table.pull()  # an earlier optimizer's: others may have trained it on
-        self.buffers = Buffers(self.model, self.client, spec.name, self.manner.sync, self.manner.buffers)
+        self.buffers = Buffers(self.model, self.client, spec.name, self.options.sync, self._buffers_mode)
         self._hold(held, stay)
-
-    def _spec(self, name: str, held: Mapping[str, torch.Tensor], inits: Inits) -> DenseSpec:
-        m, groups = self.manner, self._groups()
-        if m.kind:
-            how = optimizer_spec(m.kind, groups)
-            return DenseSpec(name, specs(held, groups, inits), how, m.sync, m.max_grad_norm, m.nonfinite, m.seed)
-        # The worker's optimizer makes values: they are assigned under ``Bulk``, else what they moved by is subtracted.
-        how = OptimizerSpec("Assign", ({},)) if self._collective else OptimizerSpec("SGD", ({"lr": 1.0},))
-        plain = tuple(msgspec.structs.replace(p, group=0) for p in specs(held, groups, inits))
-        return DenseSpec(name, plain, how, m.sync, None, "allow", m.seed)
 
     def _hold(self, held: Mapping[str, torch.Tensor], stay: Collection[int]) -> None:
         self.table.wait()
-        self.held = Held(self.table, held, self.client.rank, stay)
+        self.held = Parameters(self.table, held, self.client.rank, stay)
         same = [leaf for leaf in self.held.leaves if leaf.holds_values()]
         leaves = [leaf for leaf in self.held.leaves if not leaf.copies]
         materialise([leaf.parameter for leaf in leaves], [leaf.values for leaf in leaves])
         self.buffers.retie()
-        self.held.arrived(self.held.leaves, same)
-        held_now = weakref.ref(self.held)  # else the client would keep the model
-        self._forget_renewals = self.table.when_renewed(lambda: _renew(held_now()))
+        self.held.show(self.held.leaves, same)
         self._frozen = [p for p in self.parameters.values() if not _trains(p)]
         self._grouped = self._grouping()
-        self._members = self.client.members
-        self._sent: Groups = None
-        self._ended_with: Groups = None  # the hyperparameters of the last step that was ended
-        self._told = Told(self.client, self.table.spec.name)
-        self._failures = 0  # the table's, when groups were sent last
-        m = self.manner
-        here = not m.kind
-        self.departures = Departures(
-            self.held, m.bucket_bytes, m.nonfinite, self._new_groups,
-            early=(self._collective or m.overlap) and not (here and not self.several()),
-            final=not self._collective and m.overlap,
-            several=self.several,
-            takes_sparse=here or m.kind in ("SGD", "Adagrad"),
+        self.steps = Steps(self.client, self.table, self.held.leaves, self.held, self._groups, self.options)
+        held_now, values_now = weakref.ref(self.held), weakref.ref(self.steps.values)  # else the client keeps the model
+        self._forget_renewals = self.table.when_renewed(lambda: _renew(held_now(), values_now()))
+        kind, here = self.options.kind, not self.options.kind
+        self.gradients = Gradients(
+            self.held, self.steps,
+            takes_sparse=here or kind in ("SGD", "Adagrad"),
             looks=here,
             say_looked=self._say_looked if not here else lambda: None,
         )  # fmt: skip
-        self.arrivals = Arrivals(self.model, self.held, self.buffers, overlap=m.overlap)
+        self.values = LazyValues(self.model, self.held, self.steps.values, self.buffers, overlap=self.options.overlap)
 
     def several(self) -> bool:
         """Whether a step is that of several workers, or may be."""
-        return self._collective and not (self.client.alone and self.client.members == self._members)
+        return self.steps.several()
 
     def follow_groups(self) -> None:
         """What the groups hold now is what is trained: what came, went, moved or was unfrozen makes a new table.
@@ -148,7 +115,7 @@ class Core:
         now = self._grouping()
         if now == self._grouped and not any(map(_trains, self._frozen)):
             return
-        if not self._collective and self.departures.have_left():
+        if not self._collective and self.gradients.out.have_left():
             raise UsageError(
                 "parameters were added or unfrozen when gradients of the step had left already (overlap=True), which "
                 "this policy applies as they arrive. Do that between step() and zero_grad()"
@@ -171,7 +138,7 @@ class Core:
     def _grow(self, parameters: Mapping[str, torch.Tensor]) -> None:
         self.arrive()
         old = {id(leaf.parameter): leaf.name for leaf in self.held.leaves}
-        slots = self.table.slots() if self.manner.kind else {}
+        slots = self.table.slots() if self.options.kind else {}
         aside = self._aside
         slots = {name: slots.get(old.get(id(p), ""), aside.get(id(p), {})) for name, p in parameters.items()}
         self.parameters = dict(parameters)
@@ -191,8 +158,8 @@ class Core:
 
     def let_go(self) -> None:
         """Leave the model with its present values in memory of its own."""
-        self.departures.close()
-        self.arrivals.close()
+        self.gradients.close()
+        self.values.close()
         self._forget_renewals()
         for leaf in self.held.leaves:
             if leaf.copies:
@@ -210,20 +177,9 @@ class Core:
         self.begin()
         writes = self.held.written()
         self.buffers.check()
-        self._write_first(writes)
-        merged = self.departures.finish()
-        self.end(writes, merged=merged, skip=self.departures.skip)
-
-    def _write_first(self, writes: Mapping[str, torch.Tensor]) -> None:
-        """Without steps of all workers what was written must be there before the gradient is applied to it."""
-        if not writes or self._collective:
-            return
-        if self.departures.have_left():
-            raise ParameterModified(
-                f"{min(writes)!r} was written on rank {self.client.rank}, and gradients of this step have left already "
-                "(overlap=True), which this policy applies as they arrive. Write by opt.assign(), or leave overlap out"
-            )
-        self.table.write(writes)
+        self.steps.write_first(writes)
+        merged = self.gradients.finish()
+        self.end(writes, merged=merged, skip=self.gradients.out.skip)
 
     def skip(self) -> None:
         """Give this step up, on all workers."""
@@ -242,52 +198,27 @@ class Core:
         """End the step, and wait for what comes of it."""
         self.note_last()
         self.buffers.settle()
-        groups = self._new_groups()
         self.table.digest = self.buffers.digest()
-        with_it = writes if self._collective else None
-        based = self.departures.based
-        self._ticket = self.table.step(groups=groups, skip=skip, merged=merged, based=based, writes=with_it)
-        self._ended_with = self._sent
+        self.steps.end(writes, skip=skip, merged=merged, based=self.gradients.based)
         self.buffers.step(skip)
-        self.held.wrote = self.table.clock if writes else 0
         self.held.next_step()
-        self.departures.next_step()
-        if writes or not self.arrivals.next_step():
+        self.gradients.next_step()
+        if writes or not self.values.next_step():
             self.arrive()
 
     def arrive(self) -> None:
         """Wait until the model holds the outcome of the last step: its parameters and buffers."""
-        self.arrivals.wait_all()
+        self.values.wait_all()
         self.note_last()
 
     def note_last(self) -> None:
-        """Remember the outcome of the last step if it is complete."""
-        if self._ticket is not None and self._ticket.done():
-            ticket, self._ticket = self._ticket, None
-            self.table.settle()  # raises what nobody has heard yet
-            try:
-                self.last = ticket.wait()
-            except HeadwaterError:
-                return
-            self._told.hear(self.last, self._ended_with)
-            if self.last.apart:
-                raise self.buffers.apart(self.last.clock)
-
-    def _new_groups(self) -> Groups:
-        """All groups' hyperparameters if they differ from those sent last; the first step always sends them.
-
-        Raises ``UnknownOptimizer`` for a value that the servers would refuse.
-        """
-        kind = self.manner.kind
-        if not kind:
-            return None
-        groups = [optimizers.select(kind, group) for group in self._groups()]
-        if groups == self._sent and self._failures == self.table.failures:
-            return None
-        for group in groups:
-            optimizers.complete(kind, group)
-        self._sent, self._failures = groups, self.table.failures
-        return groups
+        """Take note of the outcome of the last step if it is complete."""
+        found = self.steps.completed()
+        if found is None:
+            return
+        self.last = found
+        if found.apart:
+            raise self.buffers.apart(found.clock)
 
     # ---- the rest --------------------------------------------------------------------------------
 
@@ -340,7 +271,7 @@ class Core:
         """Set parameters on the servers, whatever was written here."""
         self.table.assign(values)
         self.table.refresh()
-        self.held.arrived([leaf for leaf in self.held.leaves if leaf.name in values])
+        self.steps.values.arrived([leaf for leaf in self.held.leaves if leaf.name in values])
 
     def close(self) -> None:
         """Leave the model with its present values in memory of its own, and the table on the servers."""
@@ -374,9 +305,10 @@ def _trains(parameter: torch.Tensor) -> bool:
     return parameter.requires_grad or parameter.grad is not None
 
 
-def _renew(held: Held | None) -> None:
-    if held is not None:
-        held.renewed()
+def _renew(held: Parameters | None, values: StepValues[Leaf] | None) -> None:
+    """After a rest the table has the values of later steps: copies of the last one's on other devices are old."""
+    if held is not None and values is not None:
+        values.arrived([leaf for leaf in held.copies_as_shown() if leaf.fresh == values.clock])
 
 
 def _as_tensor(value: Any) -> torch.Tensor:

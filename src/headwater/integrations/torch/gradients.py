@@ -1,8 +1,8 @@
 """Gradients leave during backward: hook → bucket → ``table.push``. What ``.grad`` holds at ``step()`` is what counts.
 
 A gradient moves into the table's memory as soon as autograd has finished it; the memory that autograd gave it is free
-then, and ``.grad`` is a ``Gradient`` over the table's. A bucket of them leaves when its last one is ready, as early as
-the step before has shown it to be (the last of several backward passes). At ``step()`` leaves what changed since:
+then, and ``.grad`` is a ``LazyGradient`` over the table's. A bucket of them leaves when its last one is ready, as early
+as the step before has shown it to be (the last of several backward passes). At ``step()`` leaves what changed since:
 nothing in a script that changes nothing, for which no byte is looked at again.
 """
 
@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
 
 from headwater import interrupts
-from headwater.errors import GradientModified, NonFiniteGradient, UsageError
-from headwater.integrations.torch.lazy import Gradient, no_torch_function
-from headwater.integrations.torch.parameters import Held, Leaf, as_kept
-from headwater.types import Hyper
-from headwater.wire.tensors import finite
+from headwater.errors import GradientModified, UsageError
+from headwater.integrations.torch.lazy import LazyGradient, no_torch_function
+from headwater.integrations.torch.parameters import Leaf, Parameters, as_kept
 
-Groups = list[dict[str, Hyper]] | None
-"""Hyperparameters of all groups if they changed since they were last sent, else None."""
+if TYPE_CHECKING:
+    from headwater.integrations.base.steps import Steps
 
 
 def _counted() -> int:
@@ -39,70 +37,41 @@ _OURS = _counted()
 """References to a ``.grad`` that nobody else has: a local variable's, the count's own, in some torch autograd's."""
 
 _UNHELD = 3
-"""References to a leaf's ``Gradient`` when nobody keeps it: the leaf's, a local variable's, and the count's own."""
+"""References to a leaf's ``LazyGradient`` when nobody keeps it: the leaf's, a local variable's, and the count's own."""
 
 
-class Bucket:
-    """Gradients that leave together. ``missing``: how many are not ready in this step."""
+class Gradients:
+    """The gradients of one optimizer, from autograd to what leaves (``out``).
 
-    __slots__ = ("leaves", "missing", "names")
-
-    def __init__(self, leaves: Sequence[Leaf]) -> None:
-        self.leaves = tuple(leaves)
-        self.names = tuple(leaf.name for leaf in leaves)
-        self.missing = len(self.leaves)
-        for leaf in self.leaves:
-            leaf.bucket = self
-
-
-class Departures:
-    """The way out of one optimizer's gradients.
-
-    ``early``: gradients leave during backward. ``final``: what has left is applied as it arrives and cannot be taken
-    back. ``several``: other workers' gradients count too, so that a script that looks at ``.grad`` wants their mean.
-    ``looks``: it is known that gradients will be looked at.
+    ``several``: other workers' gradients count too, so that a script that looks at ``.grad`` wants their mean.
+    ``looks``: it is known that gradients will be looked at. ``say_looked`` is called when one was.
     """
 
     def __init__(
         self,
-        held: Held,
-        bucket_bytes: int,
-        nonfinite: Literal["error", "skip", "allow"],
-        groups: Callable[[], Groups],
+        held: Parameters,
+        steps: Steps[Leaf],
         *,
-        early: bool,
-        final: bool,
-        several: Callable[[], bool],
         takes_sparse: bool = False,
         looks: bool = False,
         say_looked: Callable[[], None] = lambda: None,
     ) -> None:
         self.local = False  # inside no_sync(): gradients accumulate and stay
-        self.skip = False  # this step holds a gradient that is not finite, and the policy is to skip
+        self.out = steps.gradients
         self._held = held
-        self._bucket_bytes = bucket_bytes
-        self._nonfinite = nonfinite
-        self._groups = groups
-        self._early, self._final, self._several = early, final, several
+        self._values = steps.values
+        self._several = steps.several
         self._takes_sparse = takes_sparse
         self._say_looked = say_looked
         self._looks = looks  # the script looks at gradients between backward and step: learnt from the step before
         self._looked = False  # the same, in this step
         self._mean: dict[str, torch.Tensor] | None = None  # what ``.grad`` was given of all workers' mean
         self._marks: dict[str, int] = {}
-        self._void = False  # what was pushed last is no part of the step under way
-        self._order: list[Leaf] | None = []  # as gradients became ready, until the buckets follow it
-        self._buckets = pack(held.leaves[::-1], bucket_bytes)
         self._meeting = -1  # the backward that was noticed last
         self._meets = False  # the mean is fetched after it
         self.based = 0  # how many means of this step went, changed, into what this worker contributes
         self._local: set[str] = set()  # what it had a gradient of when it saw the mean
         self._hooks: dict[int, Any] = {id(leaf.parameter): self._hooked(leaf) for leaf in held.leaves}
-
-    @property
-    def buckets(self) -> list[tuple[str, ...]]:
-        """The names in each bucket, in the order in which they are expected to leave."""
-        return [bucket.names for bucket in self._buckets]
 
     def close(self) -> None:
         """Remove the hooks, and leave ``.grad`` with memory of its own."""
@@ -128,8 +97,8 @@ class Departures:
             return (None,)  # its gradient is set by hand
         with torch.enable_grad():
             node = parameter.view_as(parameter).grad_fn.next_functions[0][0]
-        before = node.register_prehook(_Weakly(self, leaf, Departures._coming))
-        return node, before, parameter.register_post_accumulate_grad_hook(_Weakly(self, leaf, Departures._ready))
+        before = node.register_prehook(_Weakly(self, leaf, Gradients._coming))
+        return node, before, parameter.register_post_accumulate_grad_hook(_Weakly(self, leaf, Gradients._ready))
 
     # ---- backward --------------------------------------------------------------------------------
 
@@ -148,7 +117,7 @@ class Departures:
         leaf.spent = False
         grad = leaf.parameter.grad
         if grad is leaf.current:
-            if leaf.fresh != self._held.clock:
+            if leaf.fresh != self._values.clock:
                 raise self._written_in_flight(leaf)
             leaf.changed = True  # autograd added to the table's memory
         if self.local:
@@ -162,10 +131,8 @@ class Departures:
             self._notice_backward()
         if grad is not leaf.current and not self._taken(leaf, grad, alone):
             return
-        if self._early and leaf.count == leaf.expected:
-            if self._order is not None:
-                self._order.append(leaf)
-            self._departs(leaf.bucket)
+        if self.out.early and leaf.count == leaf.expected:
+            self.out.ready(leaf)
 
     def _taken(self, leaf: Leaf, grad: torch.Tensor | None, alone: bool) -> bool:
         """Move a gradient that autograd has made into the table's memory; False if it stays where it is."""
@@ -210,7 +177,7 @@ class Departures:
             plain = _like(leaf, leaf.gradient)
             leaf.given = _address(plain)
             return plain
-        leaf.current = Gradient.over(leaf.gradient, self, leaf)
+        leaf.current = LazyGradient.over(leaf.gradient, self, leaf)
         return leaf.current
 
     def _after_backward(self) -> None:
@@ -219,7 +186,7 @@ class Departures:
             grad = leaf.parameter.grad
             if grad is None and leaf.parameter.requires_grad:
                 memory = torch.zeros_like(leaf.parameter, requires_grad=False) if leaf.copies else leaf.gradient
-                leaf.current = Gradient.over(memory, self, leaf)
+                leaf.current = LazyGradient.over(memory, self, leaf)
                 leaf.empty, leaf.spent, leaf.own = True, False, False
                 leaf.parameter.grad = leaf.current
             elif grad is not None and grad is not leaf.current and _address(grad) == leaf.given and _is_plain(grad):
@@ -238,8 +205,8 @@ class Departures:
 
     def _load(self, leaf: Leaf, grad: torch.Tensor) -> None:
         """Move the gradient into the table's memory, and let ``.grad`` be that."""
-        if leaf.fresh != self._held.clock:
-            self._held.wait([leaf])  # the servers may still read the memory
+        if leaf.fresh != self._values.clock:
+            self._values.wait([leaf])  # the servers may still read the memory
         kept = leaf.current
         if kept is not None and (kept.plain is not None or self._is_kept(leaf, kept)):
             kept = leaf.current = None
@@ -249,15 +216,15 @@ class Departures:
         leaf.gradient.copy_(grad.detach())
         leaf.changed = True
         if kept is None:
-            kept = leaf.current = Gradient.over(leaf.gradient, self, leaf)
+            kept = leaf.current = LazyGradient.over(leaf.gradient, self, leaf)
         leaf.parameter.grad = kept
 
     def _give(self, leaf: Leaf, grad: torch.Tensor) -> None:
         """A gradient on another device stays there; it is copied when it leaves."""
         if self._several():
-            leaf.parameter.grad = leaf.current = Gradient.over(grad.detach(), self, leaf)
+            leaf.parameter.grad = leaf.current = LazyGradient.over(grad.detach(), self, leaf)
 
-    def _is_kept(self, leaf: Leaf, gradient: Gradient) -> bool:
+    def _is_kept(self, leaf: Leaf, gradient: LazyGradient) -> bool:
         """Whether the script has kept an old ``.grad``, which must not become the new one: it gets a copy."""
         if sys.getrefcount(gradient) <= _UNHELD + 1:
             return False
@@ -265,24 +232,10 @@ class Departures:
             gradient.plain = leaf.gradient.clone()
         return True
 
-    def _departs(self, bucket: Bucket) -> None:
-        """One more of the bucket is ready; with the last one all leave, if they may."""
-        bucket.missing -= 1
-        if bucket.missing or not all(leaf.changed and not leaf.copies for leaf in bucket.leaves):
-            return
-        if self._nonfinite == "allow" or all(map(finite, self._held.table.gradient_runs(bucket.names))):
-            self._push(bucket.leaves, bucket.names)
-
-    def _push(self, leaves: Sequence[Leaf], names: Sequence[str], *, anew: bool = False) -> None:
-        self._held.table.push(names, groups=self._groups(), anew=anew or self._void)
-        self._void = False
-        for leaf in leaves:
-            leaf.left, leaf.changed = True, False
-
     # ---- looks -----------------------------------------------------------------------------------
 
     @interrupts.deferred
-    def reveal(self, leaf: Leaf, gradient: Gradient) -> torch.Tensor:
+    def reveal(self, leaf: Leaf, gradient: LazyGradient) -> torch.Tensor:
         """The script looks at a gradient: from here on ``.grad`` is a tensor of its own, of all workers' mean."""
         self._looked = True
         self._say_looked()
@@ -309,7 +262,7 @@ class Departures:
                 return leaf.current.detach().as_subclass(torch.Tensor)
         return leaf.gradient.clone()
 
-    def zero(self, leaf: Leaf, gradient: Gradient) -> torch.Tensor:
+    def zero(self, leaf: Leaf, gradient: LazyGradient) -> torch.Tensor:
         """The script zeroes a gradient, which needs no look at what it was."""
         gradient.plain = torch.zeros_like(leaf.parameter, requires_grad=False)
         if leaf.parameter.grad is gradient and leaf.empty:
@@ -364,10 +317,10 @@ class Departures:
             for leaf in self._held.leaves
             if leaf.spent and not leaf.empty and leaf.parameter.grad is leaf.current is not None
         ]
-        self._push(leaves, [leaf.name for leaf in leaves], anew=True)
+        self.out.push(leaves, [leaf.name for leaf in leaves], anew=True)
         for leaf in leaves:
             leaf.left = False
-        self._void = True
+        self.out.void = True
         mean, _ = self._held.table.mean(past=True)
         for leaf in leaves:
             assert leaf.current is not None
@@ -385,10 +338,6 @@ class Departures:
 
     # ---- the end of a step -----------------------------------------------------------------------
 
-    def have_left(self) -> bool:
-        """Whether some gradient of this step has."""
-        return any(leaf.left for leaf in self._held.leaves)
-
     def finish(self) -> bool:
         """Let leave what has not, and what changed since it left; True if that is all workers' gradient, changed.
 
@@ -405,12 +354,12 @@ class Departures:
         leaves = [leaf for leaf in self._held.leaves if leaf.parameter.grad is not None]
         for leaf in leaves:
             self._copy(leaf)
-        if self._may_leave(leaves):
-            self._push(leaves, [leaf.name for leaf in leaves], anew=True)
+        if self.out.may_leave(leaves):
+            self.out.push(leaves, [leaf.name for leaf in leaves], anew=True)
         return True
 
     def _contribute(self, *, checked: bool) -> None:
-        here, gone = [], self._void
+        here, gone = [], False
         for leaf in self._held.leaves:
             grad = leaf.parameter.grad
             if grad is None or (leaf.empty and grad is leaf.current):
@@ -419,14 +368,7 @@ class Departures:
             if grad is not leaf.current or leaf.copies:
                 self._copy(leaf)
             here.append(leaf)
-        if self._final and (gone or any(leaf.left and leaf.changed for leaf in here)):
-            raise self._too_late()
-        if checked and not self._may_leave([leaf for leaf in here if not leaf.left or leaf.changed]):
-            return
-        again = self._held.table.by_bytes  # where the servers read the memory itself, they read it as it is at the end
-        leaving = here if gone else [leaf for leaf in here if not leaf.left or (leaf.changed and again)]
-        if leaving or gone:
-            self._push(leaving, [leaf.name for leaf in leaving], anew=gone)
+        self.out.finish(here, gone=gone, checked=checked)
 
     def _copy(self, leaf: Leaf) -> None:
         """What ``.grad`` holds, into the table's memory."""
@@ -440,8 +382,8 @@ class Departures:
         kept = leaf.current
         if kept is not None and kept is not grad and kept.plain is None and self._is_kept(leaf, kept):
             leaf.current = None
-        if leaf.fresh != self._held.clock:
-            self._held.wait([leaf])
+        if leaf.fresh != self._values.clock:
+            self._values.wait([leaf])
         with no_torch_function():
             plain = grad.detach()
             leaf.gradient.copy_(plain if plain.layout is torch.strided else self._dense(leaf, plain))
@@ -456,21 +398,6 @@ class Departures:
         leaf.sparse = True
         return grad.to_dense()
 
-    def _may_leave(self, leaves: Sequence[Leaf]) -> bool:
-        """Whether the gradients may leave: the policy on NaN and Inf."""
-        if self._nonfinite == "allow" or self.skip:
-            return not self.skip
-        bad = next((leaf for leaf in leaves if not finite(leaf.gradient)), None)
-        if bad is None:
-            return True
-        if self._nonfinite == "skip":
-            self.skip = True
-            return False
-        raise NonFiniteGradient(
-            f"the gradient of {bad.name!r} on rank {self._held.rank} holds NaN or Inf; it was not applied and the "
-            "step was not taken. nonfinite='skip' passes over such steps on all workers, opt.skip_step() over this one"
-        )
-
     def _written_in_flight(self, leaf: Leaf) -> GradientModified:
         return GradientModified(
             f"backward() added to the gradient of {leaf.name!r} on rank {self._held.rank} after step() and before its "
@@ -478,47 +405,32 @@ class Departures:
             "zero_grad() or synchronize() first (overlap=False does)"
         )
 
-    def _too_late(self) -> GradientModified:
-        return GradientModified(
-            f"gradients changed on rank {self._held.rank} after they had left for the servers, which apply them as "
-            "they arrive under this policy; a part of the step may be applied. With overlap=False gradients leave at "
-            "step()"
-        )
-
     def next_step(self) -> None:
-        """The step was sent off: every gradient is missing again. Follow the observed order, once."""
-        self.skip, self._mean, self.based = False, None, 0
+        """The step was sent off, and ``out`` has heard of it."""
+        self._mean, self.based = None, 0
         self._looks, self._looked = self._looks or self._looked, False
         for leaf in self._held.leaves:
             if leaf.count:
                 leaf.expected = leaf.count
             leaf.count = 0
-            leaf.left = leaf.changed = False
             leaf.spent = True
             if leaf.empty and leaf.parameter.grad is leaf.current:
                 leaf.parameter.grad = None
             leaf.empty = False
-        for bucket in self._buckets:
-            bucket.missing = len(bucket.leaves)
-        if self._order:
-            seen = {leaf.name for leaf in self._order}
-            rest = [leaf for leaf in self._held.leaves[::-1] if leaf.name not in seen]
-            self._buckets = pack([*self._order, *rest], self._bucket_bytes)
-            self._order = None
 
 
 class _Weakly:
     """A hook that keeps nobody alive: an optimizer that the script has dropped is gone, and so is its model."""
 
-    __slots__ = ("_act", "_departures", "_leaf")
+    __slots__ = ("_act", "_gradients", "_leaf")
 
-    def __init__(self, departures: Departures, leaf: Leaf, act: Callable[[Departures, Leaf, Any], None]) -> None:
-        self._departures, self._leaf, self._act = weakref.ref(departures), weakref.ref(leaf), act
+    def __init__(self, gradients: Gradients, leaf: Leaf, act: Callable[[Gradients, Leaf, Any], None]) -> None:
+        self._gradients, self._leaf, self._act = weakref.ref(gradients), weakref.ref(leaf), act
 
     def __call__(self, given: Any) -> None:
-        departures, leaf = self._departures(), self._leaf()
-        if departures is not None and leaf is not None:
-            self._act(departures, leaf, given)
+        gradients, leaf = self._gradients(), self._leaf()
+        if gradients is not None and leaf is not None:
+            self._act(gradients, leaf, given)
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return _no_hook, ()  # a copied model has none
@@ -526,18 +438,6 @@ class _Weakly:
 
 def _no_hook() -> Callable[..., None]:
     return lambda *_args: None
-
-
-def pack(leaves: Sequence[Leaf], limit: int) -> list[Bucket]:
-    """Buckets of neighbours, each closed by the leaf that brings it to ``limit`` bytes."""
-    buckets, some, size = [], [], 0
-    for leaf in leaves:
-        some.append(leaf)
-        size += leaf.nbytes
-        if size >= limit:
-            buckets.append(Bucket(some))
-            some, size = [], 0
-    return [*buckets, Bucket(some)] if some else buckets
 
 
 def _is_plain(grad: torch.Tensor) -> bool:

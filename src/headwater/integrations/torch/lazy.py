@@ -1,8 +1,9 @@
 """What ``.grad`` holds between ``backward()`` and whoever looks at it.
 
 A gradient lies in the table's memory, where the next one will lie too, and with several workers it is one worker's
-share of what a script may want to clip. So ``.grad`` is a ``Gradient``: autograd adds to it as to any tensor, and the
-first operation on it that reads or writes elements is done on a tensor of its own, which ``.grad`` holds from then on.
+share of what a script may want to clip. So ``.grad`` is a ``LazyGradient``: autograd adds to it as to any tensor, and
+the first operation on it that reads or writes elements is done on a tensor of its own, which ``.grad`` holds from then
+on.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ _ZEROES: frozenset[Any] = frozenset([torch.Tensor.zero_, torch.zero_, torch._for
 class Keeper(Protocol):
     """Who knows what a gradient is when somebody looks."""
 
-    def reveal(self, leaf: Any, gradient: Gradient) -> torch.Tensor: ...
-    def zero(self, leaf: Any, gradient: Gradient) -> torch.Tensor: ...
+    def reveal(self, leaf: Any, gradient: LazyGradient) -> torch.Tensor: ...
+    def zero(self, leaf: Any, gradient: LazyGradient) -> torch.Tensor: ...
 
 
-class Gradient(torch.Tensor):
+class LazyGradient(torch.Tensor):
     """A gradient in the table's memory, until somebody looks.
 
     ``keeper.reveal(leaf, gradient)`` gives the tensor to do operations on; ``keeper.zero(leaf, gradient)`` one of
@@ -56,9 +57,9 @@ class Gradient(torch.Tensor):
     plain: torch.Tensor | None
 
     @staticmethod
-    def over(memory: torch.Tensor, keeper: Keeper, leaf: Any) -> Gradient:
+    def over(memory: torch.Tensor, keeper: Keeper, leaf: Any) -> LazyGradient:
         """One over ``memory``, a strided tensor without a graph."""
-        made: Gradient = torch.Tensor._make_subclass(Gradient, memory)  # noqa: SLF001 - torch's own name for it
+        made: LazyGradient = torch.Tensor._make_subclass(LazyGradient, memory)  # noqa: SLF001 - torch's own name for it
         made.keeper, made.leaf, made.plain = weakref.ref(keeper), weakref.ref(leaf), None
         return made
 
@@ -86,8 +87,8 @@ class Gradient(torch.Tensor):
 
 
 def _looked_at(value: Any, zeroes: bool) -> Any:
-    """``value`` with the plain tensor in place of each ``Gradient``, in containers too."""
-    if isinstance(value, Gradient):
+    """``value`` with the plain tensor in place of each ``LazyGradient``, in containers too."""
+    if isinstance(value, LazyGradient):
         return value.looked_at(zeroes)
     if isinstance(value, tuple | list):
         found = [_looked_at(item, zeroes) for item in value]

@@ -13,7 +13,7 @@ import torch
 from headwater.errors import ShapeMismatch, UnknownOptimizer, UsageError
 from headwater.integrations.torch.parameters import span
 from headwater.integrations.torch.wrappers import named_parameters
-from headwater.types import Init, OptimizerSpec, ParameterSpec
+from headwater.types import Init, ParameterSpec
 from headwater.wire import optimizers
 from headwater.wire.tensors import dtype_name
 
@@ -23,7 +23,7 @@ Inits = Init | Mapping[str, Init] | None
 _VALUES = Init("values")
 
 
-class Plan(NamedTuple):
+class Setup(NamedTuple):
     """What a model's optimizer will hold, before any server heard of it.
 
     ``parameters`` are all tensors of the groups by name, the model's in registration order and then those that are
@@ -80,13 +80,13 @@ def _shape(p: torch.Tensor) -> tuple[int, ...]:
     return (*p.shape, 2) if p.is_complex() else tuple(p.shape)
 
 
-def plan(
+def set_up(
     model: torch.nn.Module,
     optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
     params: Any,
     args: Sequence[Any],
     hyper: Mapping[str, Any],
-) -> Plan:
+) -> Setup:
     """Sort out the parameters of ``model`` and their groups.
 
     ``params`` is None (all parameters, one group) or what a torch optimizer takes: tensors, (name, tensor) pairs or
@@ -110,13 +110,13 @@ def plan(
     parameters = {name: p for name, p in named.items() if id(p) in given}
     parameters |= {f"beside.{number}": p for number, p in enumerate(beside)}
     if isinstance(optimizer, torch.optim.Optimizer):
-        return Plan(parameters, optimizer.param_groups, optimizer.defaults, optimizer)
+        return Setup(parameters, optimizer.param_groups, optimizer.defaults, optimizer)
     hyper = _by_name(optimizer, args, hyper)
     if not on_servers(optimizer):
         inner = _built(optimizer, groups, hyper)
-        return Plan(parameters, inner.param_groups, inner.defaults, inner)
+        return Setup(parameters, inner.param_groups, inner.defaults, inner)
     full, defaults = complete_groups(optimizer, groups, hyper)
-    return Plan(parameters, full, defaults)
+    return Setup(parameters, full, defaults)
 
 
 def on_servers(optimizer: Any) -> bool:
@@ -188,11 +188,6 @@ def complete_groups(
 
 def _shell(p: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.empty(_shape(p), dtype=p.real.dtype if p.is_complex() else p.dtype, device="meta"))
-
-
-def optimizer_spec(name: str, groups: Sequence[Mapping[str, Any]]) -> OptimizerSpec:
-    """The groups' hyperparameters as they travel."""
-    return OptimizerSpec(name, tuple(optimizers.select(name, group) for group in groups))
 
 
 def materialise(parameters: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> None:

@@ -20,11 +20,12 @@ import torch
 from headwater import interrupts
 from headwater.client import connecting
 from headwater.errors import UsageError
+from headwater.integrations.base.steps import TrainOptions
 from headwater.integrations.torch.buffers import Mode
-from headwater.integrations.torch.core import Core, Manner
-from headwater.integrations.torch.model import Inits, Plan, on_servers, plan
+from headwater.integrations.torch.core import Core
+from headwater.integrations.torch.model import Inits, Setup, on_servers, set_up
 from headwater.integrations.torch.state import State
-from headwater.integrations.torch.worker_optimizer import Here
+from headwater.integrations.torch.worker_optimizer import WorkerOptimizer
 from headwater.integrations.torch.wrappers import Watch, take_over, unwrapped
 from headwater.types import Bulk, Sync
 
@@ -141,22 +142,22 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(params, int | float) or (isinstance(params, torch.Tensor) and not params.ndim):
             params, args = None, (params, *args)  # torch.optim.SGD(model.parameters(), 0.1), without the parameters
         module, reducing, params = _sorted_out(model, params)
-        self._made(plan(module, optimizer, params, args, hyper))
+        self._made(set_up(module, optimizer, params, args, hyper))
         if on_servers(type(optimizer)):
             raise UsageError("an optimizer that is made already goes into headwater.wrap(optimizer, model)")
         kind = str(getattr(optimizer, "__name__", "")) if on_servers(optimizer) else ""
-        manner = Manner(
-            kind, Bulk() if sync is None else sync, max_grad_norm, nonfinite, buffers, bucket_bytes, seed, overlap
+        options = TrainOptions(
+            kind, Bulk() if sync is None else sync, max_grad_norm, nonfinite, bucket_bytes, seed, overlap
         )
-        self._connect(module, manner, client, name, init, resume)
+        self._connect(module, options, buffers, client, name, init, resume)
         take_over(reducing, _held_by_servers, self._core.say_once)
 
-    def _made(self, made: Plan) -> None:
+    def _made(self, made: Setup) -> None:
         """Be the torch optimizer that the arguments describe, of all but its state and step."""
         self._building = True
-        self._plan = made
+        self._setup = made
         self._state: Any = {}
-        self._here: Here | None = None
+        self._here: WorkerOptimizer | None = None
         super().__init__(made.groups, made.defaults)
         self._building = False
         if made.inner is not None:
@@ -165,16 +166,17 @@ class Optimizer(torch.optim.Optimizer):
     def _connect(
         self,
         module: torch.nn.Module,
-        manner: Manner,
+        options: TrainOptions,
+        buffers: Mode,
         client: Client | None,
         name: str | None,
         init: Inits,
         resume: bool,
     ) -> None:
-        made = self._plan
+        made = self._setup
         client = connecting.shared(self) if client is None else client
         groups = weakref.WeakMethod(self._present_groups)
-        core = Core(client, module, made.parameters, lambda: _called(groups), manner)
+        core = Core(client, module, made.parameters, lambda: _called(groups), options, buffers)
         try:
             core.attach(client.names.choose(name, resume, client.tables), init, "resume" if resume else "new")
         except BaseException:
@@ -182,7 +184,7 @@ class Optimizer(torch.optim.Optimizer):
             raise
         self._core: Core = core
         _take_from_others(made.parameters)
-        self._here = None if made.inner is None else Here(core, made.inner)
+        self._here = None if made.inner is None else WorkerOptimizer(core, made.inner)
         self._state = State(core.slots)
         client.names.take(core.name, self)
         self._watch: Any = None
@@ -193,7 +195,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def give_way(self, parameters: Iterable[torch.Tensor]) -> None:
         """Another optimizer serves the gradients of these."""
-        self._core.departures.give_way(parameters)
+        self._core.gradients.give_way(parameters)
 
     def _present_groups(self) -> list[dict[str, Any]]:
         return self.param_groups
@@ -253,7 +255,7 @@ class Optimizer(torch.optim.Optimizer):
         It is never needed: gradients of several ``backward()`` accumulate anyway. It says before the first step what is
         learnt from it otherwise: which of them is the last.
         """
-        return self._open_core().departures.staying()
+        return self._open_core().gradients.staying()
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Clip the gradient of this step, with several workers their mean, to ``max_norm``; returns its norm before.
@@ -263,7 +265,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         core = self._open_core()
         if core.several():
-            core.departures.see_mean()  # before gradients are listed: others may have some that this worker has not
+            core.gradients.see_mean()  # before gradients are listed: others may have some that this worker has not
         parameters = [p for group in self.param_groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
 

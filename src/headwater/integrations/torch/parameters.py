@@ -12,11 +12,11 @@ import torch
 import xxhash
 
 from headwater.errors import ParameterModified
+from headwater.integrations.base.parameter import TableParameter
 
 if TYPE_CHECKING:
     from headwater.client import DenseTable
-    from headwater.integrations.torch.gradients import Bucket
-    from headwater.integrations.torch.lazy import Gradient
+    from headwater.integrations.torch.lazy import LazyGradient
     from headwater.integrations.torch.values import Guard
 
 
@@ -56,59 +56,44 @@ def as_kept(parameter: torch.Tensor) -> torch.Tensor:
     return (torch.view_as_real(plain) if plain.is_complex() else plain).cpu().contiguous()
 
 
-class Leaf:
+class Leaf(TableParameter):
     """One parameter (a leaf of autograd's graph), its place in the table, and what was last seen of it.
 
-    ``gradient`` and ``values`` are the table's memory, in the parameter's shape and dtype, on the CPU; ``copies``: the
-    parameter has memory of its own. ``fresh``: the step at which its values are; ``stamp`` and ``digest``: how a copied
-    parameter looked then. Of the step under way: ``left``, its gradient was pushed; ``changed``, the table's memory
-    holds one that was not, or another than was; ``count`` backward passes reached it, ``expected`` of them in a step;
-    ``current`` is what ``.grad`` was given, ``spent`` once its step is taken. ``sparse``: autograd makes sparse ones.
-    ``own``: autograd adds to a tensor of the script's, one that is not at the address ``given``. ``empty``: this worker
-    has no gradient, and ``current`` stands for others'.
+    ``gradient`` and ``values`` are in the parameter's shape and dtype. ``counter`` and ``digest``: how a copied
+    parameter looked when its values arrived; ``counter`` is autograd's, of writes in place. Of the step under way:
+    ``count`` backward passes reached it, ``expected`` of them in a step; ``current`` is what ``.grad`` was given,
+    ``spent`` once its step is taken. ``sparse``: autograd makes sparse ones. ``own``: autograd adds to a tensor of the
+    script's, one that is not at the address ``given``. ``empty``: this worker has no gradient, and ``current`` stands
+    for others'.
     """
 
     __slots__ = (
-        "__weakref__",
-        "bucket",
-        "changed",
-        "copies",
         "count",
+        "counter",
         "current",
         "device",
         "digest",
         "empty",
         "expected",
-        "fresh",
         "given",
-        "gradient",
-        "left",
-        "name",
         "own",
         "parameter",
         "sparse",
         "spent",
-        "stamp",
-        "values",
     )
 
-    bucket: Bucket
-
     def __init__(self, name: str, parameter: torch.Tensor, table: DenseTable, stays: bool) -> None:
-        self.name = name
+        gradient, values = as_held(table.gradients[name], parameter), as_held(table.values[name], parameter)
+        super().__init__(name, gradient, values, copies=stays or not shares_memory(parameter))
         self.parameter = parameter
-        self.gradient = as_held(table.gradients[name], parameter)
-        self.values = as_held(table.values[name], parameter)
         self.device = parameter.device if not parameter.is_meta else self.values.device
-        self.copies = stays or not shares_memory(parameter)
-        self.left = self.changed = self.spent = self.sparse = False
+        self.spent = self.sparse = False
         self.own = self.empty = False
         self.given = 0
         self.count = 0
         self.expected = 1
-        self.current: Gradient | None = None
-        self.fresh = 0
-        self.stamp = parameter._version
+        self.current: LazyGradient | None = None
+        self.counter = parameter._version
         self.digest: int | None = None  # none: it was not looked at
 
     def shared_by_others(self) -> bool:
@@ -120,13 +105,9 @@ class Leaf:
         p = self.parameter
         return not p.is_meta and p.layout is torch.strided and torch.equal(p.detach().cpu(), self.values)
 
-    @property
-    def nbytes(self) -> int:
-        return self.gradient.nbytes
 
-
-class Held:
-    """The leaves of one optimizer and its clock: the number of the step being collected, from 0.
+class Parameters:
+    """The leaves of one optimizer: how the model gets their values (``Shell``), and what a script wrote into them.
 
     ``stay``: ids of parameters that must stay in the memory that they have.
     """
@@ -136,8 +117,6 @@ class Held:
     ) -> None:
         self.table = table
         self.rank = rank
-        self.clock = 0
-        self.wrote = 0  # the table's step that took along what the script wrote: what arrives takes its place
         self.guard: Guard | None = None
         self.leaves = tuple(Leaf(name, p, table, id(p) in stay) for name, p in parameters.items())
         self.parameters = [leaf.parameter for leaf in self.leaves]
@@ -146,34 +125,12 @@ class Held:
 
     # ---- values ----------------------------------------------------------------------------------
 
-    def pending(self) -> list[Leaf]:
-        """The leaves whose values of the last step are still to come."""
-        return [leaf for leaf in self.leaves if leaf.fresh != self.clock]
-
-    def wait(self, leaves: Sequence[Leaf]) -> None:
-        """Wait until these leaves hold the values of the last step; the caller picked those that do not yet."""
-        self.table.wait([leaf.name for leaf in leaves])
-        if self.wrote > self.table.clock:  # that step was refused: what was written is still to be said
-            self._as_they_are(leaves)
-            return
-        if self.wrote:
-            self.table.refresh()
-            self.wrote = 0
-        self.arrived(leaves)
-
-    def take_back(self) -> None:
-        """The parameters are those that arrived last, whatever was written since."""
-        self.wrote = 0
-        self.table.refresh()
-        self.arrived(self.leaves)
-
-    def _as_they_are(self, leaves: Sequence[Leaf]) -> None:
+    def keep(self, leaves: Sequence[Leaf]) -> None:
+        """Whoever looks at them need not wait any more."""
         if self.guard is not None:
             self.guard.take([leaf.parameter for leaf in leaves])
-        for leaf in leaves:
-            leaf.fresh = self.clock
 
-    def arrived(self, leaves: Sequence[Leaf], same: Collection[Leaf] = ()) -> None:
+    def show(self, leaves: Sequence[Leaf], same: Collection[Leaf] = ()) -> None:
         """These leaves' values are here: show them to autograd, and remember how they look.
 
         ``same``: those that had these values before. A graph that was built on them is as good as it was.
@@ -189,13 +146,11 @@ class Held:
         changed = [leaf for leaf in leaves if leaf not in same]
         torch.autograd.graph.increment_version([leaf.parameter for leaf in changed])
         for leaf in leaves:
-            leaf.fresh = self.clock
             if leaf.copies:
-                leaf.stamp, leaf.digest = leaf.parameter._version, _digest(leaf.parameter)
+                leaf.counter, leaf.digest = leaf.parameter._version, _digest(leaf.parameter)
 
     def next_step(self) -> None:
-        """A step was sent off: no leaf is fresh any more, and graphs built on the old values are void."""
-        self.clock += 1
+        """A step was sent off: graphs built on the old values are void."""
         if self.guard is not None:
             torch.autograd.graph.increment_version([leaf.parameter for leaf in self._shared])
 
@@ -213,7 +168,7 @@ class Held:
         for leaf in self.leaves:
             if leaf.copies:
                 self._check_like(leaf)
-                if leaf.stamp != leaf.parameter._version or leaf.digest != _digest(leaf.parameter):
+                if leaf.counter != leaf.parameter._version or leaf.digest != _digest(leaf.parameter):
                     names.add(leaf.name)
         return {leaf.name: as_kept(leaf.parameter).clone() for leaf in self.leaves if leaf.name in names}
 
@@ -284,13 +239,9 @@ class Held:
                 "or converted (model.to(), .half()) and the step was not taken. Do that before the optimizer is made"
             )
 
-    def renewed(self) -> None:
-        """After a rest the table has the values of later steps: copies of the last one's on other devices are old.
-
-        Parameters that somebody wrote into stay, and become the state with the next step.
-        """
-        here = [leaf for leaf in self.leaves if leaf.copies and leaf.fresh == self.clock]
-        self.arrived([leaf for leaf in here if leaf.stamp == leaf.parameter._version])
+    def copies_as_shown(self) -> list[Leaf]:
+        """Copied parameters that nobody wrote into. What was written stays, and is the state with the next step."""
+        return [leaf for leaf in self.leaves if leaf.copies and leaf.counter == leaf.parameter._version]
 
 
 def span(parameter: torch.Tensor) -> tuple[int, int]:

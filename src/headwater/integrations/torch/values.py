@@ -17,9 +17,10 @@ import torch
 from headwater import interrupts
 from headwater.errors import WorkerLost
 from headwater.integrations.torch.lazy import DESCRIBES, no_torch_function
-from headwater.integrations.torch.parameters import Held, Leaf
+from headwater.integrations.torch.parameters import Leaf, Parameters
 
 if TYPE_CHECKING:
+    from headwater.integrations.base.values import StepValues
     from headwater.integrations.torch.buffers import Buffers
 
 
@@ -43,13 +44,13 @@ class _Hook:
         return _Inert, ()
 
 
-class Arrival(_Hook):
+class ForwardHook(_Hook):
     """The forward pre-hook of one module. ``seen``: the step whose values it has waited for."""
 
-    __slots__ = ("arrivals", "leaves", "path", "seen")
+    __slots__ = ("leaves", "path", "seen", "values")
 
-    def __init__(self, arrivals: Arrivals, path: str, leaves: Sequence[Leaf]) -> None:
-        self.arrivals = arrivals
+    def __init__(self, values: LazyValues, path: str, leaves: Sequence[Leaf]) -> None:
+        self.values = values
         self.path = path
         self.leaves = list(leaves)
         self.seen = -1
@@ -57,26 +58,26 @@ class Arrival(_Hook):
     def __call__(self, _module: torch.nn.Module, _args: Any) -> None:
         if torch.compiler.is_compiling():
             self._untraced()
-        elif self.seen != self.arrivals.held.clock:
-            self.arrivals.arrive(self)
+        elif self.seen != self.values.step.clock:
+            self.values.arrive(self)
 
     @_untraceable  # type: ignore[untyped-decorator]
     def _untraced(self) -> None:
         """Inside ``torch.compile``: a step's number must not become a constant of the compiled graph."""
-        if self.seen != self.arrivals.held.clock:
-            self.arrivals.arrive(self)
+        if self.seen != self.values.step.clock:
+            self.values.arrive(self)
 
 
-class WholeState(_Hook):
+class StateDictHook(_Hook):
     """The hook before a model's ``state_dict`` is read or loaded: the model must hold what the servers do."""
 
-    __slots__ = ("arrivals",)
+    __slots__ = ("values",)
 
-    def __init__(self, arrivals: Arrivals) -> None:
-        self.arrivals = arrivals
+    def __init__(self, values: LazyValues) -> None:
+        self.values = values
 
     def __call__(self, *_args: Any) -> None:
-        self.arrivals.wait_all()
+        self.values.wait_all()
 
 
 _GRAD: Any = torch.Tensor.grad
@@ -144,7 +145,7 @@ def _compiles() -> bool:
     return any(backend is not None for backend in backends.values())
 
 
-class Arrivals:
+class LazyValues:
     """The way in of one optimizer's values.
 
     Without ``overlap`` there are no hooks. With it every module waits for its own parameters. Those of a module that
@@ -152,27 +153,30 @@ class Arrivals:
     waited for by the nearest module above it that was called; failing that, by whichever module is called first.
     """
 
-    def __init__(self, model: torch.nn.Module, held: Held, buffers: Buffers, *, overlap: bool) -> None:
+    def __init__(
+        self, model: torch.nn.Module, held: Parameters, values: StepValues[Leaf], buffers: Buffers, *, overlap: bool
+    ) -> None:
         self.held = held
+        self.step = values
         self._overlap = overlap
         self._guard = Guard(self.wait_all)
         held.guard = self._guard if overlap else None
         self._buffers = buffers
-        self._called: dict[str, Arrival] | None = {}  # in the first forward, by path in the order of use
+        self._called: dict[str, ForwardHook] | None = {}  # in the first forward, by path in the order of use
         self._strays: list[Leaf] = []  # waited for by the first module called after a step
         self._strays_seen = -1
         by_id = {id(leaf.parameter): leaf for leaf in held.leaves}
-        self._hooks: dict[str, Arrival] = {}
+        self._hooks: dict[str, ForwardHook] = {}
         self._handles: list[Any] = []
         if not overlap:
             return
         for path, module in model.named_modules():
             leaves = [by_id[id(p)] for p in module.parameters(recurse=False) if id(p) in by_id]
             if leaves or not path or buffers.owns(module):
-                hook = self._hooks[path] = Arrival(self, path, leaves)
+                hook = self._hooks[path] = ForwardHook(self, path, leaves)
                 # First of all hooks: weight_norm and others read parameters in hooks of their own.
                 self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
-        whole: Any = WholeState(self)
+        whole: Any = StateDictHook(self)
         self._handles.append(model.register_state_dict_pre_hook(whole))  # type: ignore[no-untyped-call]
         self._handles.append(model.register_load_state_dict_pre_hook(whole))  # type: ignore[no-untyped-call]
 
@@ -183,28 +187,28 @@ class Arrivals:
             handle.remove()
 
     @interrupts.deferred
-    def arrive(self, hook: Arrival) -> None:
+    def arrive(self, hook: ForwardHook) -> None:
         """A module with ``hook`` is about to run for the first time since a step."""
-        held = self.held
+        step = self.step
         if self._called is not None:
             self._called.setdefault(hook.path, hook)
         if not hook.path and not torch.is_grad_enabled():
             self.wait_all()  # evaluation may take other ways through the model, and has no backward to overlap
-        needed = hook.leaves if self._strays_seen == held.clock else hook.leaves + self._strays
-        pending = [leaf for leaf in dict.fromkeys(needed) if leaf.fresh != held.clock]
+        needed = hook.leaves if self._strays_seen == step.clock else hook.leaves + self._strays
+        pending = [leaf for leaf in dict.fromkeys(needed) if leaf.fresh != step.clock]
         self._wait(pending)
-        self._strays_seen = hook.seen = held.clock
+        self._strays_seen = hook.seen = step.clock
 
     @interrupts.deferred
     def wait_all(self) -> None:
         """Wait for all parameters and buffers."""
-        self._wait(self.held.pending())
+        self._wait(self.step.pending())
 
     def _wait(self, leaves: Sequence[Leaf]) -> None:
         """Wait for these leaves, and for the buffers if a step of them is under way."""
         try:
             if leaves:
-                self.held.wait(leaves)
+                self.step.wait(leaves)
             self._buffers.arrive()
         except WorkerLost:
             for settle in (self.held.table.settle, self._buffers.arrive):
@@ -234,7 +238,7 @@ class Arrivals:
         self._called = None
 
 
-def _nearest(path: str, called: Mapping[str, Arrival]) -> Arrival | None:
+def _nearest(path: str, called: Mapping[str, ForwardHook]) -> ForwardHook | None:
     """The called module nearest above ``path``."""
     while path:
         path = path.rpartition(".")[0]

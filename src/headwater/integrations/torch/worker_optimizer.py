@@ -15,7 +15,7 @@ from headwater.types import Bulk
 from headwater.wire.tensors import finite
 
 
-class Here:
+class WorkerOptimizer:
     """``inner`` steps the model's own parameters; what it wrote is the state that all workers go on from."""
 
     def __init__(self, core: Core, inner: torch.optim.Optimizer) -> None:
@@ -39,13 +39,13 @@ class Here:
         else:
             given: Any = self._evaluation(closure)
             loss = interrupts.interruptible(self.inner.step, given)
-        if core.manner.sync.collective:
+        if core.options.sync.collective:
             writes = core.held.written()
             core.table.push([], anew=True)  # the gradients have been used here
             try:
                 core.end(writes)
             except UsageError:  # another try begins where this one did
-                core.held.take_back()
+                core.steps.values.take_back()
                 raise
         else:
             self._push_moves()
@@ -64,17 +64,17 @@ class Here:
         """Let ``.grad`` be what the optimizer may step on; False if the step is to be skipped."""
         core = self._core
         if core.several():
-            core.departures.see_mean()
+            core.gradients.see_mean()
         gradients = [p.grad for p in core.held.parameters if p.grad is not None]
-        if core.manner.nonfinite != "allow" and not all(finite(_values(g)) for g in gradients):
-            if core.manner.nonfinite == "skip":
+        if core.options.nonfinite != "allow" and not all(finite(_values(g)) for g in gradients):
+            if core.options.nonfinite == "skip":
                 return False
             raise NonFiniteGradient(
                 f"a gradient on rank {core.client.rank} holds NaN or Inf; the step was not taken. nonfinite='skip' "
                 "passes over such steps on all workers, opt.skip_step() over this one"
             )
-        if core.manner.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(core.held.parameters, core.manner.max_grad_norm)
+        if core.options.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(core.held.parameters, core.options.max_grad_norm)
         return True
 
     def _mean_loss(self, loss: Any) -> Any:

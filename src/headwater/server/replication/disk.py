@@ -12,7 +12,7 @@ import contextlib
 import fcntl
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -27,7 +27,6 @@ from headwater.errors import (
     UsageError,
     other_format,
 )
-from headwater.layout.dense import Block
 from headwater.server.replication import records as r
 from headwater.server.replication import state as s
 from headwater.server.replication.followers import Follower, Followers
@@ -121,10 +120,10 @@ class Folder:
 class DiskLog:
     """The log of one replica. Whatever fails raises ``Halt``: what the disk does not take is not acknowledged."""
 
-    def __init__(self, folder: Path, shard: Shard, blocks: Callable[[int], tuple[Block, ...]]) -> None:
+    def __init__(self, folder: Path, shard: Shard) -> None:
         self.path = folder / f"shard-{shard.number:05d}.log"
         self._shard = shard
-        self._reader = Followers(shard, blocks, Lending(False), checked=True)
+        self._reader = Followers(shard, Lending(False), checked=True)
         self._follower = Follower(DISK, 0)
         self._file: _File | None = None
         self._next: _File | None = None  # the file that is being written anew
@@ -158,14 +157,14 @@ class DiskLog:
         """Hand over what was appended, so that the gradients may go."""
         due, self._due = self._due, []
         for record in due:
-            self._put(self._record(record))
+            self._write_frames(self._record(record))
             self.written = record.lsn
             self._restored = self._restored or (isinstance(record.body, r.Begin) and bool(record.body.restore))
 
     def mark(self) -> None:
         """From here on the log is of another reign; records above this replica's LSN that came before are void."""
         self.write()
-        self._put([Outgoing(0, self._reader.standing(False, self._shard.lsn))])
+        self._write_frames([Outgoing(0, self._reader.standing(False, self._shard.lsn))])
 
     def sync(self) -> None:
         """Everything that was appended is on the disk when this returns."""
@@ -183,7 +182,7 @@ class DiskLog:
         self._follower.arrived = self._follower.sent
         frames = self._reader.more(self._follower)
         with _writing(self.path):
-            self._next.put(frames)
+            self._next.append_frames(frames)
             self._next.sync()
             if self._follower.state is None:
                 self._finish(self._next)
@@ -210,7 +209,7 @@ class DiskLog:
         return self.path.with_suffix(".new")
 
     def _limit(self) -> int:
-        return max(LEAST, TIMES * sum(table.dense.nbytes for table in self._shard.tables.values()))
+        return max(LEAST, TIMES * sum(table.store.nbytes for table in self._shard.tables.values()))
 
     def renew(self) -> None:
         """Begin a new file with the state as it is; ``step`` goes on with it."""
@@ -220,10 +219,10 @@ class DiskLog:
         self._follower = self._reader.by_peer[0] = Follower(DISK, 0)
         with _writing(self.path):
             self._next = _File(self._fresh, os.O_TRUNC)
-            self._next.put([Outgoing(0, self._reader.standing(True, self._shard.lsn))])
-            self._next.put(self._reader.state(self._follower))
+            self._next.append_frames([Outgoing(0, self._reader.standing(True, self._shard.lsn))])
+            self._next.append_frames(self._reader.state(self._follower))
             for record in self._shard.ahead:
-                self._next.put(self._record(record))
+                self._next.append_frames(self._record(record))
             self._next.sync()
 
     def _finish(self, fresh: _File) -> None:
@@ -237,11 +236,11 @@ class DiskLog:
         self._reader.by_peer[0] = self._follower
         return self._reader.record(0, record)
 
-    def _put(self, frames: list[Outgoing]) -> None:
+    def _write_frames(self, frames: list[Outgoing]) -> None:
         with _writing(self.path):
             for file in (self._file, self._next):
                 if file is not None:
-                    file.put(frames)
+                    file.append_frames(frames)
 
     # ---- reading ---------------------------------------------------------------------------------
 
@@ -288,7 +287,7 @@ class _File:
         self.size = size
         self.dirty = True
 
-    def put(self, frames: list[Outgoing]) -> None:
+    def append_frames(self, frames: list[Outgoing]) -> None:
         for out in frames:
             parts = [memoryview(encode(out.frame))]
             if out.frame.payload is not None:

@@ -7,13 +7,10 @@ Whoever follows is waited for (``log.Log``), so no more than a few blocks and re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
-
 from headwater.errors import ProtocolError
-from headwater.layout.dense import Block
 from headwater.server.replication import records as r
 from headwater.server.replication import state as s
 from headwater.server.replication.lending import Buffer, Lending
@@ -22,7 +19,6 @@ from headwater.server.shard import Shard
 from headwater.wire import messages as m
 from headwater.wire.frames import Flag, Frame, Kind, seal
 from headwater.wire.outgoing import Outgoing
-from headwater.wire.tensors import dtype_name
 
 CREDITS = 4  # blocks of state under way to one newcomer
 PATIENCE = 1.0  # seconds that a follower may take to accept a record, or to come back after its connection ended
@@ -49,10 +45,9 @@ class Follower:
 
 @dataclass(slots=True)
 class Followers:
-    """All followers of one shard at its primary. ``blocks(table)``: how the table's memory here is cut."""
+    """All followers of one shard at its primary."""
 
     shard: Shard
-    blocks: Callable[[int], tuple[Block, ...]]
     lending: Lending
     host: str = ""
     checked: bool = False  # payloads carry a checksum
@@ -106,7 +101,7 @@ class Followers:
         return out
 
     def record(self, peer: int, record: Record, kind: Kind = Kind.RECORD, flags: int = 0) -> list[Outgoing]:
-        self.shard.materialise(record)
+        self.shard.proposals.materialise(record)
         follower = self.by_peer[peer]
         buffer = self.lending.of(record.gradient) if follower.shared and follower.synced else None
         if buffer is not None and buffer.fd >= 0:
@@ -188,7 +183,7 @@ class Followers:
                 out += self.record(follower.peer, kept, Kind.STATE, Flag.WANT)
                 if kept.gradient is not None:
                     p.sources, p.divide = kept.sources(p.body.ranges), 1
-        follower.state = iter([(t, b.local, b.local + b.size) for t in shard.tables for b in self.blocks(t) if b.size])
+        follower.state = iter([(n, *chunk) for n, table in shard.tables.items() for chunk in table.store.chunks()])
         return out + self.more(follower)
 
     def _tell(self, peer: int, body: s.State, flags: int = 0, payload: memoryview | None = None) -> Outgoing:
@@ -211,20 +206,12 @@ class Followers:
                 out.append(self._tell(follower.peer, s.Finished(), Flag.END))
             elif where[0] in self.shard.tables:
                 follower.sent += 1
-                out.append(self._block(follower.peer, *where))
+                out.append(self._chunk(follower.peer, *where))
         return out
 
-    def _block(self, peer: int, number: int, start: int, stop: int) -> Outgoing:
-        table = self.shard.tables[number]
-        counts, slots = table.dense.read_block(start, stop)
-        pieces = [table.values[start:stop]]
-        described = []
-        for place, name, _, tensor in slots:
-            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-            described.append(s.SlotState(place, name, tuple(tensor.shape), dtype_name(tensor.dtype), flat.numel()))
-            pieces.append(flat)
-        body = s.BlockState(number, start, stop, tuple(counts), tuple(described))
-        return self._tell(peer, body, payload=s.view(torch.cat(pieces)))
+    def _chunk(self, peer: int, number: int, start: int, stop: int) -> Outgoing:
+        body, payload = self.shard.tables[number].store.read_chunk(start, stop)
+        return self._tell(peer, s.ChunkHead(number, start, stop, body), payload=s.view(payload))
 
     # ---- ends ------------------------------------------------------------------------------------
 

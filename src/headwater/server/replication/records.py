@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from headwater.server.tables.plan import Contribution
+from headwater.server.tables.base import Contribution, Ranges
 from headwater.types import Hyper, TableSpec, read_spec
 from headwater.wire.messages import Commit, Members, Slot, decoded
 
-Ranges = tuple[tuple[int, int], ...]
 Groups = tuple[dict[str, Hyper], ...]
 
 
@@ -178,14 +177,3 @@ def spans(body: Body) -> Ranges:
             return ((body.start, body.start + body.length),) if body.length else ()
         case _:
             return ()
-
-
-def union(ranges: list[tuple[int, int]]) -> Ranges:
-    """Sorted, with neighbours joined; overlapping ranges count once."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in sorted(ranges):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(joined[-1][1], stop))
-        else:
-            joined.append((start, stop))
-    return tuple(joined)

@@ -7,6 +7,7 @@ state must be in the record or in the state itself: no clock, no connection, no 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -17,7 +18,7 @@ from headwater.server.replication import records as r
 from headwater.server.replication.records import Record
 from headwater.server.replication.state import SessionState, TableState, restore
 from headwater.server.table import Prepared, Session, Table
-from headwater.server.tables.plan import Contribution
+from headwater.server.tables.base import Contribution, Ranges
 from headwater.types import TableSpec
 from headwater.wire.messages import Commit, Members, Ready
 from headwater.wire.tensors import from_bytes
@@ -31,11 +32,10 @@ class Memory(Protocol):
     def discard(self, number: int) -> None: ...
     def load(self, table: Table, folder: str) -> None: ...
     def lend(self, table: int, size: int, lsn: int, accepted: int) -> torch.Tensor | None: ...
-    def before_write(self, table: int, ranges: r.Ranges) -> None: ...
+    def before_write(self, table: int, ranges: Ranges) -> None: ...
     def publish(self, version: int, tables: list[Table]) -> None: ...
 
 
-_BYTES = torch.uint8
 _OF_TABLES = (r.Update, Commit, r.Prepare, r.Values, r.SetSlots, r.TablePaused)
 
 Happened = e.Instruction | e.Pull | Table
@@ -45,7 +45,10 @@ that, now or later; the worker asked for it with its push. A table: it looks at 
 
 
 class Replica:
-    """``tables`` and ``sessions`` are the same two dictionaries from beginning to end."""
+    """``tables`` and ``sessions`` are the same two dictionaries from beginning to end.
+
+    More than 25 methods: one for each kind of record, and the state as it arrives.
+    """
 
     def __init__(self, number: int, memory: Memory) -> None:
         self.number = number
@@ -77,7 +80,7 @@ class Replica:
         self.tables[state.table] = table
         self._place(table)
         restore(table, state)
-        table.have = ()
+        table.store.begin_partial()
 
     # ---- records ---------------------------------------------------------------------------------
 
@@ -122,14 +125,14 @@ class Replica:
 
     def _begin(self, body: r.Begin) -> None:
         if body.table in self.tables:  # the coordinator asked again before the first was applied
-            self._emit(e.Created(body.table, self.tables[body.table].dense.nbytes))
+            self._emit(e.Created(body.table, self.tables[body.table].store.nbytes))
             return
         table = self._made(body)
         if table is None:
             return
         self.tables[body.table] = table
         self._place(table)
-        self._emit(e.Created(table.number, table.dense.nbytes))
+        self._emit(e.Created(table.number, table.store.nbytes))
 
     def _made(self, body: r.Begin) -> Table | None:
         """The table with its first values; ``None``: it cannot be, which has happened too."""
@@ -139,7 +142,7 @@ class Replica:
             if body.restore:
                 self._memory.load(table, body.restore)
             else:
-                table.dense.initialise()
+                table.store.initialise()
             return table
         except HeadwaterError as error:
             refusal = error
@@ -233,7 +236,7 @@ class Replica:
             self._write_values(table, start, data)
         if not body.skip:
             if prepared.body.groups is not None:
-                table.dense.set_groups(prepared.body.groups)
+                table.store.set_groups(prepared.body.groups)
             self._change(table, prepared.sources, prepared.divide, body.scale)
         table.prepared, table.last_commit = None, body
         wants = {part.session for part in table.gathering.finish() if part.wants}
@@ -254,28 +257,23 @@ class Replica:
             self._emit(e.Send(part.session, 0, table.number, body.clock, self.lsn, 0, 0, table.size))
 
     def _change(
-        self, table: Table, contributions: list[Contribution], divide: int = 1, scale: float | None = None
+        self, table: Table, contributions: Sequence[Contribution], divide: int = 1, scale: float | None = None
     ) -> None:
         """The one place where a gradient changes values."""
-        if table.have is not None:
-            contributions = [Contribution(c.gradient, table.has(c.ranges), c.base) for c in contributions]
-            contributions = [c for c in contributions if c.ranges]
-        if not contributions:
-            return
-        ranges = contributions[0].ranges
-        if len(contributions) > 1:
-            ranges = r.union([span for c in contributions for span in c.ranges])
-        self._memory.before_write(table.number, ranges)
-        table.touch(ranges)
-        table.dense.apply(contributions, divide, scale)
-        table.touch(ranges)
+        store = table.store
+        if not store.whole:
+            contributions = store.present(contributions)
+        if contributions:
+            ranges = store.touched(contributions)
+            self._memory.before_write(table.number, ranges)
+            store.change(contributions, ranges, divide, scale)
 
     # ---- stale and asynchronous ------------------------------------------------------------------
 
     def _update(self, record: Record, body: r.Update) -> None:
         table = self.tables[body.table]
         if body.groups is not None:
-            table.dense.set_groups(body.groups)
+            table.store.set_groups(body.groups)
         if body.ranges and not body.skip:
             self._change(table, record.sources(body.ranges), 1, body.scale)
         session = self.sessions.get(body.session)
@@ -327,12 +325,9 @@ class Replica:
             table.writes.append((body.start, data))
 
     def _write_values(self, table: Table, first: int, data: torch.Tensor) -> None:
-        for start, stop in table.has(((first, first + len(data)),)):
-            span = ((start, stop),)
-            self._memory.before_write(table.number, span)
-            table.touch(span)
-            table.values[start:stop] = data[start - first : stop - first]
-            table.touch(span)
+        for start, stop in table.store.written(first, first + len(data)):
+            self._memory.before_write(table.number, ((start, stop),))
+            table.store.assign(start, stop, data[start - first : stop - first])
 
     def _set_slots(self, body: r.SetSlots) -> None:
         table = self.tables[body.table]
@@ -340,10 +335,10 @@ class Replica:
         self._memory.before_write(body.table, ((0, table.size),))
         try:
             if body.reset:
-                table.dense.reset_slots()
+                table.store.reset_slots()
             for slot in body.slots:
                 piece = from_bytes(slot.data, slot.dtype, slot.shape)
-                table.dense.write_slot(slot.parameter, slot.name, slot.start, piece)
+                table.store.write_slot(slot.parameter, slot.name, slot.start, piece)
         except HeadwaterError as error:  # on every replica alike
             refusal = error
         except (RuntimeError, ValueError, OverflowError) as error:
@@ -359,10 +354,8 @@ class Replica:
         """SHA-256 of what replicas must agree on: values, optimizer state, clocks and session numbers."""
         found = hashlib.sha256()
         for number, table in sorted(self.tables.items()):
-            found.update(table.values.numpy().data)
-            for parameter, name, start, tensor in table.dense.read_slots():
-                found.update(f"{parameter} {name} {start}".encode())
-                found.update(tensor.detach().contiguous().reshape(-1).view(_BYTES).numpy().data)
+            for piece in table.store.fingerprint():
+                found.update(piece)
             clocks = (sorted(table.clocks.clock.items()), sorted(table.clocks.paused.items()))
             found.update(f"{number} {table.gathering.clock} {table.clocks.applied} {clocks}".encode())
         workers = [s for s in self.sessions.values() if s.rank >= 0]  # readers are known to the primary only

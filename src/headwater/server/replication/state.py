@@ -41,31 +41,20 @@ class TableState(msgspec.Struct, frozen=True, tag="table"):
     paused: tuple[tuple[int, int], ...] = ()  # (rank, session) that nobody waits for
 
 
-class SlotState(msgspec.Struct, frozen=True):
-    """A tensor of optimizer state in a block's payload. ``place``: see ``DenseShard.read_block``."""
-
-    place: int
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    nbytes: int
-
-
-class BlockState(msgspec.Struct, frozen=True, tag="block"):
-    """Bytes ``start:stop`` of a table. The payload: the values, then each slot."""
+class ChunkHead(msgspec.Struct, frozen=True, tag="chunk"):
+    """Chunk ``start:stop`` of a table's state. Only its store reads ``body`` and the payload (``read_chunk``)."""
 
     table: int
     start: int
     stop: int
-    counts: tuple[int, ...]
-    slots: tuple[SlotState, ...]
+    body: bytes
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
     """That was all."""
 
 
-State = ShardState | TableState | BlockState | Finished
+State = ShardState | TableState | ChunkHead | Finished
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[State] = msgspec.msgpack.Decoder(State, dec_hook=read_spec)
@@ -85,14 +74,14 @@ def table_state(table: Table) -> TableState:
     clocks = tuple(sorted(table.clocks.clock.items()))
     return TableState(
         table.number, table.spec, table.gathering.clock, table.gathering.lost, table.clocks.applied, clocks,
-        table.last_commit, tuple(dict(group) for group in table.dense.groups),
+        table.last_commit, tuple(dict(group) for group in table.store.groups),
         tuple(sorted(table.clocks.paused.items())),
     )  # fmt: skip
 
 
 def restore(table: Table, state: TableState) -> None:
     """The inverse of ``table_state``, on a table that was just made."""
-    table.dense.set_groups(state.groups)
+    table.store.set_groups(state.groups)
     table.gathering.clock, table.gathering.lost = state.clock, state.lost
     table.clocks.applied = state.applied
     table.clocks.clock, table.clocks.paused = dict(state.clocks), dict(state.paused)

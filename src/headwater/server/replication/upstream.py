@@ -17,7 +17,6 @@ from headwater.transports import memory
 from headwater.wire import messages as m
 from headwater.wire.frames import Flag, Frame, Kind
 from headwater.wire.outgoing import Outgoing
-from headwater.wire.tensors import DTYPES
 
 if TYPE_CHECKING:
     from headwater.server.replication.disk import DiskLog
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 SPARE = 2  # buffers per table that are kept for the next records
 AHEAD = 1 << 16  # records: how far the primary may be ahead of what is applied here
 BUFFERS = 2  # that a primary may lend for one table
-MOST = 16  # times the size of a block: values and slots of the most state-hungry optimizer
 
 # What the state machine raises for a record or a piece of state that does not fit it.
 _MISFITS = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
@@ -85,8 +83,8 @@ class Upstream:
             raise ProtocolError(f"{frame.kind.name} with a payload from a primary that has not answered")
         size = self._size(frame.table)
         if frame.kind == Kind.STATE and not frame.flags & Flag.WANT:
-            length = frame.payload_length
-            if length > MOST * (size + 4096):
+            table, length = self.shard.tables.get(frame.table), frame.payload_length
+            if table is None or length > table.store.chunk_limit:
                 raise ProtocolError(f"{length} bytes of state for a table of {size}; nothing was allocated")
             target = self._landed[id(frame)] = torch.empty(length, dtype=torch.uint8, device="cpu")
             return s.view(target)
@@ -232,7 +230,7 @@ class Upstream:
         if self.learning or self.broken is not None:
             return
         try:
-            self._apply(self._received)
+            self._apply_upto(self._received)
         except HeadwaterError as error:
             self.broken = error
         except _MISFITS as error:
@@ -240,7 +238,7 @@ class Upstream:
         if self.broken is not None:
             self._give_up()
 
-    def _apply(self, upto: int) -> None:
+    def _apply_upto(self, upto: int) -> None:
         while self._queue and self._queue[0].lsn <= upto:
             record = self._queue.popleft()
             prepared = self._prepared_steps() if isinstance(record.body, m.Commit | m.Members) else {}
@@ -276,15 +274,15 @@ class Upstream:
                 self.shard.replica.begin_anew(frame.lsn, body.members, body.sessions)
             case s.TableState():
                 self.shard.replica.begin_table(body)
-            case s.BlockState():
-                self._apply(frame.lsn)
-                self._block(body, self._landed.pop(id(frame), torch.empty(0, dtype=torch.uint8, device="cpu")))
+            case s.ChunkHead():
+                self._apply_upto(frame.lsn)
+                self._chunk(body, self._landed.pop(id(frame), torch.empty(0, dtype=torch.uint8, device="cpu")))
                 self._blocks += 1
                 return [self._accept()]
             case s.Finished():
-                self._apply(self._received)
+                self._apply_upto(self._received)
                 for table in self.shard.tables.values():
-                    table.have = None
+                    table.store.complete()
                 self.learning = self.shard.replica.partial = False
                 if self._disk is not None:
                     self._disk.renew()
@@ -305,23 +303,8 @@ class Upstream:
             table.writes.append((body.start, record.gradient[body.start : body.start + body.length].clone()))
             self._give_back(table.number, record.gradient)
 
-    def _block(self, body: s.BlockState, payload: torch.Tensor) -> None:
+    def _chunk(self, body: s.ChunkHead, payload: torch.Tensor) -> None:
         table = self.shard.tables.get(body.table)
         if table is None:  # dropped meanwhile
             return
-        size = body.stop - body.start
-        if size < 0 or body.stop > table.size or size + sum(x.nbytes for x in body.slots) != len(payload):
-            raise ProtocolError(f"a block of {size} bytes with {len(payload)} bytes of payload")
-        table.touch(((body.start, body.stop),))
-        table.values[body.start : body.stop] = payload[:size]
-        table.touch(((body.start, body.stop),))
-        slots = []
-        at = size
-        for x in body.slots:
-            if x.dtype not in DTYPES:
-                raise ProtocolError(f"a slot of dtype {x.dtype!r}")
-            # cloned: its bytes need not lie where the dtype wants them
-            slots.append((x.place, x.name, 0, payload[at : at + x.nbytes].clone().view(DTYPES[x.dtype]).view(x.shape)))
-            at += x.nbytes
-        table.dense.write_block(body.start, body.stop, body.counts, slots)
-        table.have = r.union([*(table.have or ()), (body.start, body.stop)])
+        table.store.write_chunk(body.start, body.stop, body.body, payload)

@@ -26,7 +26,7 @@ from headwater.server.snapshots.format import COUNT, VALUE
 from headwater.server.snapshots.manifest import TableEntry
 from headwater.server.snapshots.plain import Tensor, told, write
 from headwater.server.snapshots.restore import Snapshot
-from headwater.server.tables.kernels import FLAT, kernel
+from headwater.server.tables.dense.kernels import FLAT, kernel
 from headwater.wire import optimizers
 from headwater.wire.tensors import DTYPES
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from headwater.server.snapshots.capture import Capture
 from headwater.server.snapshots.disk import DISK, Disk
 from headwater.server.snapshots.format import Mark, SessionMark
-from headwater.server.snapshots.restore import Snapshot, load
+from headwater.server.snapshots.restore import Snapshot
 from headwater.wire import messages as m
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Part:
                 landed=self._landed, disk=self._disk, threads=self._threads,
             )  # fmt: skip
             for table in self._shard.tables.values():
-                self._capture.prepare(table.number, table.dense)
+                self._capture.prepare(table.number, table.store)
         self._cut, self._at = message, self._shard.log.last
         self.due()
 
@@ -77,7 +77,7 @@ class Part:
         tables = self._shard.tables.values()
         self._clocks = tuple((table.number, table.gathering.clock) for table in tables if table.collective)
         for table in tables:
-            self._capture.begin(_mark(table), table.dense)
+            self._capture.begin(_mark(table), table.store)
         self._capture.seal(self._lsn, self._sessions())
 
     def before_write(self, table: int, ranges: Sequence[tuple[int, int]]) -> None:
@@ -136,13 +136,13 @@ class Part:
 def _mark(table: Table) -> Mark:
     clocks = tuple(sorted(table.clocks.clock.items()))
     clock = table.gathering.clock if table.collective else max((clock for _, clock in clocks), default=0)
-    groups = tuple(dict(group) for group in table.dense.groups)
+    groups = tuple(dict(group) for group in table.store.groups)
     return Mark(table.number, clock, table.clocks.applied, () if table.collective else clocks, groups)
 
 
 def fill(table: Table, snapshot: Snapshot) -> None:
     """Values, optimizer state and clocks of a table that was just made. Raises ``SnapshotCorrupt``."""
-    load(snapshot, table.dense)
+    table.store.restore(snapshot)
     mark = snapshot.table(table.spec.name).mark
     table.clocks.applied = mark.applied
     table.clocks.clock = dict(mark.clocks)

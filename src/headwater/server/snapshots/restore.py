@@ -6,18 +6,16 @@ again, whatever ``newest`` has found before.
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from headwater.errors import SnapshotCorrupt, TableConflict
+from headwater.errors import SnapshotCorrupt
 from headwater.server.snapshots.format import COUNT
 from headwater.server.snapshots.opened import Found, OpenedSnapshot, Place, choose, start_of
-from headwater.server.tables.dense import DenseShard
-from headwater.types import ITEMSIZE, DenseSpec, Segment
+from headwater.types import ITEMSIZE
 from headwater.wire.tensors import DTYPES
 
 
@@ -77,6 +75,11 @@ class Snapshot(OpenedSnapshot):
         steps = {p.entry.start: float(self._load(p)) for p in counts}
         return self._load(max(inside, key=lambda p: steps.get(p.entry.start, 0.0)))
 
+    def every(self, name: str, parameter: int, slot: str) -> Iterator[torch.Tensor]:
+        """A slot that has no element per element, of every shard of the cluster that was: for kinds that cut by key."""
+        for place in self._wholes.get((self.table(name).table, parameter, slot), []):
+            yield self._load(place)
+
     def _read_part(self, place: Place, start: int, out: torch.Tensor) -> None:
         entry = place.entry
         if DTYPES[entry.dtype] is not out.dtype:
@@ -94,59 +97,6 @@ class Snapshot(OpenedSnapshot):
 def newest(path: Path, threads: int | None = None) -> Found[Snapshot]:
     """See ``opened.newest``."""
     return choose(path, Snapshot, threads)
-
-
-# ---- a shard -------------------------------------------------------------------------------------
-
-
-def load(snapshot: Snapshot, dense: DenseShard, threads: int | None = None) -> None:
-    """Values, optimizer state and hyperparameters of one shard of a table, which was just made.
-
-    Raises ``UnknownTable``, ``TableConflict`` (nothing was read) or ``SnapshotCorrupt`` (the shard is of no use then).
-    """
-    entry = snapshot.table(dense.spec.name)
-    _check_same(snapshot, entry.dense, dense.spec)
-    if entry.mark.groups is not None:
-        dense.set_groups(entry.mark.groups)
-    held = [segment for segment in dense.segments if segment.nbytes]
-    regions = dense.regions()
-    parts = [(segment, slot, memory) for slot, memory in regions.items() for segment in held]
-
-    def read(part: tuple[Segment, str, torch.Tensor]) -> None:
-        segment, slot, memory = part
-        dtype = DTYPES[entry.dense.parameters[segment.parameter].dtype]
-        out = memory[segment.offset : segment.end].view(dtype)
-        snapshot.read_into(entry.spec.name, segment.parameter, slot, segment.start, out)
-
-    with ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1), "headwater-restore") as pool:
-        for _ in pool.map(read, parts):
-            pass
-    counts = [snapshot.whole(entry.spec.name, s.parameter, COUNT, s.start, s.stop) for s in held]
-    if any(count is not None for count in counts):
-        dense.write_block(0, dense.size, [0 if count is None else int(count) for count in counts], [])
-    for segment in held:
-        _load_own(snapshot, dense, segment, {COUNT, *regions})
-
-
-def _load_own(snapshot: Snapshot, dense: DenseShard, segment: Segment, known: set[str]) -> None:
-    """What torch's own optimizers keep of a segment."""
-    name = dense.spec.name
-    for slot in snapshot.slots(name, segment.parameter):
-        if slot in known:
-            continue
-        tensor = snapshot.whole(name, segment.parameter, slot, segment.start, segment.stop)
-        if tensor is None:
-            tensor = snapshot.read(name, segment.parameter, slot, segment.start, segment.stop)
-        dense.write_slot(segment.parameter, slot, segment.start, tensor)
-
-
-def _check_same(snapshot: Snapshot, was: DenseSpec, now: DenseSpec) -> None:
-    old = [(p.name, p.shape, p.dtype) for p in was.parameters]
-    new = [(p.name, p.shape, p.dtype) for p in now.parameters]
-    if old != new or was.optimizer.name != now.optimizer.name:
-        raise TableConflict(
-            f"table {now.name!r} has other parameters or another optimizer than in {snapshot.folder}; nothing was read"
-        )
 
 
 def _inside(places: list[Place], start: int, stop: int) -> list[Place]:

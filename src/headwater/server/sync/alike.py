@@ -26,12 +26,13 @@ class Alike:
     def __init__(self) -> None:
         self._left = STEPS
 
-    def look(self, given: Mapping[int, tuple[torch.Tensor | None, Ranges]]) -> Marks:
-        """Compare contributions: by rank, gradient memory and ranges, in bytes.
+    def over(self, workers: int) -> bool:
+        """Whether there is nothing to look for any more, or only one worker."""
+        return self._left <= 0 or workers < 2
 
-        Empty once there is nothing to look for any more, or only one worker.
-        """
-        if self._left <= 0 or len(given) < 2:
+    def look(self, given: Mapping[int, tuple[torch.Tensor | None, Ranges]]) -> Marks:
+        """Compare contributions: by rank, gradient memory and ranges, in bytes. Empty once it is ``over``."""
+        if self.over(len(given)):
             return {}
         self._left -= 1
         marks = {rank: _mark(gradient, ranges) for rank, (gradient, ranges) in given.items()}

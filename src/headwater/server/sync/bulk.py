@@ -55,10 +55,20 @@ class Gathering:
 
     def complete(self) -> bool:
         """Every rank that the step needs has ended it."""
-        return bool(self.ranks) and all(r in self.parts and self.parts[r].ended for r in self.ranks)
+        parts = self.parts
+        for rank in self.ranks:
+            part = parts.get(rank)
+            if part is None or not part.ended:
+                return False
+        return bool(self.ranks)
 
     def meets(self) -> bool:
         """Somebody asks for the mean, and every rank that the step needs has contributed all it will."""
+        for part in self.parts.values():  # nearly always nobody asks
+            if part.asked:
+                break
+        else:
+            return False
         seated = self.seated()
         there = len(seated) == len(self.ranks) and all(part.ended or part.asked for part in seated)
         return there and any(part.asked for part in seated)
@@ -78,6 +88,11 @@ class Gathering:
 
         The lowest rank's changed gradient and written values count; where it has none, nobody may.
         """
+        for part in self.parts.values():  # nearly always nobody has changed or written anything
+            if part.merged or part.wrote or part.based:
+                break
+        else:
+            return None
         seated = [(rank, part) for rank, part in sorted(self.parts.items()) if rank in self.ranks]
         lowest, first = seated[0]
         merged = [rank for rank, part in seated if part.merged]
@@ -92,6 +107,9 @@ class Gathering:
 
     def seated(self) -> list[Part]:
         """The parts of the ranks that the step needs, in rank order."""
+        if len(self.parts) == 1:
+            (rank,) = self.parts
+            return [self.parts[rank]] if rank in self.ranks else []
         return [part for rank, part in sorted(self.parts.items()) if rank in self.ranks]
 
     def members_changed(self, epoch: int, ranks: tuple[int, ...], lost: int) -> list[Part]:

@@ -59,6 +59,8 @@ class Words:
 
     def notes(self, sessions: Mapping[int, int], skipped_by: tuple[int, ...]) -> dict[int, AckBody]:
         """What there is to say to each worker of a bulk step, by rank."""
+        if not self.new and not skipped_by:
+            return {}
         used = self.of_step(sessions)
         apart = self.new and len({self.digests.get(session, 0) for session in sessions.values()}) > 1
         found = {}

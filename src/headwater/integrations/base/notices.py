@@ -21,7 +21,7 @@ _SHARED: weakref.WeakSet[Client] = weakref.WeakSet()
 """Clients that were told about their data: one model's gradients say enough."""
 
 
-class Told:
+class Notices:
     """Of one optimizer. ``model``: the table's name."""
 
     def __init__(self, client: Client, model: str) -> None:

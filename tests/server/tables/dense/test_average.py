@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from headwater.types import Bulk, DenseSpec, OptimizerSpec, ParameterSpec
-from tests.server.tables.tools import Sharded
+from tests.server.tables.dense.tools import Sharded
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]

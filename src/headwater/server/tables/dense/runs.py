@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 
 from headwater.errors import InternalError, ShapeMismatch
-from headwater.server.tables.kernels import Cohort, Cut, Tensors, accumulator, aggregate
+from headwater.server.tables.base import Contribution
+from headwater.server.tables.dense.kernels import Cohort, Cut, Tensors, accumulator, aggregate
 from headwater.types import ITEMSIZE, DenseSpec, Segment
 from headwater.wire.tensors import DTYPES
 
@@ -27,19 +28,6 @@ ALIGNMENT = 64
 
 BLOCK = 256 * 1024
 """Elements that are aggregated at a time, so that the sum is still in the cache when the kernel reads it."""
-
-
-class Contribution(NamedTuple):
-    """One worker's gradient for a shard or a part of it.
-
-    ``gradient``: uint8, 1-D; its byte 0 is shard-local byte ``base``. It is only read. ``ranges``:
-    shard-local byte ranges that it covers, sorted and disjoint, each starting and ending on segment
-    boundaries (with or without the padding after the last segment).
-    """
-
-    gradient: torch.Tensor
-    ranges: tuple[tuple[int, int], ...]
-    base: int = 0
 
 
 Report = Callable[[int, int], None]

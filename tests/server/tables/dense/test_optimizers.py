@@ -13,7 +13,7 @@ import torch
 from headwater.errors import UnknownOptimizer
 from headwater.types import Bulk, DenseSpec, OptimizerSpec, ParameterSpec
 from headwater.wire.optimizers import KNOWN, check, checked, complete, select
-from tests.server.tables.tools import table
+from tests.server.tables.dense.tools import table
 
 TORCH = [name for name in KNOWN if hasattr(torch.optim, name)]
 MEANINGLESS = {"params", "foreach", "capturable", "differentiable"}

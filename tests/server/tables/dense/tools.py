@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from headwater.server.tables import Contribution, DenseShard
+from headwater.server.tables.base import Contribution
+from headwater.server.tables.dense.store import DenseStore
 from headwater.types import ITEMSIZE, DenseSpec, OptimizerSpec, ParameterSpec, Segment
 from headwater.wire import optimizers
 from headwater.wire.tensors import DTYPES
@@ -56,10 +57,10 @@ class Sharded:
     def __init__(self, spec: DenseSpec, shards: int, values: Sequence[torch.Tensor] | None = None, seed: int = 0):
         self.spec = spec
         self.memories: list[torch.Tensor] = []
-        self.shards: list[DenseShard] = []
+        self.shards: list[DenseStore] = []
         for segments, size in layouts(spec, shards, seed):
             self.memories.append(torch.zeros(size, dtype=torch.uint8))
-            self.shards.append(DenseShard(spec, segments, size, self.memories[-1]))
+            self.shards.append(DenseStore(spec, segments, self.memories[-1]))
         if values is not None:
             self.scatter(self.memories, dict(enumerate(values)))
 
@@ -94,7 +95,7 @@ class Sharded:
     def step(self, workers: Sequence[Mapping[int, torch.Tensor]], divide: int = 1, scale: float | None = None) -> None:
         for shard, given in zip(self.shards, self.contributions(workers), strict=True):
             before = [c.gradient.clone() for c in given]
-            shard.apply(given, divide, scale)
+            shard.step(given, divide, scale)
             assert all(torch.equal(b, c.gradient) for b, c in zip(before, given, strict=True)), "gradient written"
 
     def assert_padding_is_zero(self) -> None:

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwater.server.tables import Contribution, DenseShard
+from headwater.server.tables.base import Contribution
+from headwater.server.tables.dense import DenseShard
 from headwater.wire.exact import clip_factor, exact_add, exact_sum, merge
-from tests.server.tables.tools import Sharded, gradients, layouts, same, table
+from tests.server.tables.dense.tools import Sharded, gradients, layouts, same, table
 
 SPEC = table("SGD", [(1,), (7,), (70000,), (16384,), (33,), (100, 200), (3,)])
 

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from headwater.errors import DeadlineExceeded, UsageError
-from headwater.launch import escalation, output, registry
-from headwater.launch import outcome as words
+from headwater.launch import escalation, outcome, output, registry
 from headwater.launch.lines import Lines
 from headwater.launch.outcome import Outcome
 from headwater.launch.process import Process
@@ -187,7 +186,7 @@ class Launcher:
             self.coordinator = self._start_coordinator(0)
             (self.address,) = self._await_ready(self._hosts, self._hosts)
             for _ in range(self.shape.servers):
-                self._new_server(str(Address("tcp", self._listen.host, 0)))
+                self._new_server(str(Address(self._listen.scheme, self._listen.host, 0)))
             self._await_ready(self.servers, self._hosts)
             self.servers.sort(key=lambda server: (len(server.name), server.name))  # s2 before s10
             if self._advertise:
@@ -206,7 +205,8 @@ class Launcher:
         """
         if self.address is None:
             raise UsageError("there is no cluster that a server could be added to")
-        self._new_server(listen or str(Address("tcp", parse(self.address).host, 0)))
+        coordinator = parse(self.address)
+        self._new_server(listen or str(Address(coordinator.scheme, coordinator.host, 0)))
         self._await_ready(self.servers[-1:], self.servers[-1:])
         return self.servers[-1]
 
@@ -384,7 +384,7 @@ class Launcher:
         while any(b"\n" not in process.ready for process in processes):
             for process in beside:
                 if not process.running:
-                    raise words.stillborn(process)
+                    raise outcome.stillborn(process)
             if self._watch.requests:
                 number = self._watch.requests[0]
                 raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
@@ -449,10 +449,10 @@ class Launcher:
             self._ending = escalation.interrupt(now, self._patience, self._grace)
         else:
             self._ending = escalation.finish(now, self._patience)
-        self._outcome = words.of_signal(number)
+        self._outcome = outcome.of_signal(number)
 
-    def _end(self, outcome: Outcome, now: float) -> None:
-        self._outcome = outcome
+    def _end(self, how: Outcome, now: float) -> None:
+        self._outcome = how
         self._ending = escalation.terminate(now, self._grace)
 
     def _look_for_faults(self, now: float) -> float:
@@ -467,8 +467,8 @@ class Launcher:
                 return now
         if self.servers and not any(server.running or self._comes_back(server) for server in self.servers):
             last = self.servers[-1]
-            left = words.drained(last) and not self._own
-            self._end(Outcome() if left else words.of_host(last, copies=True, own=self._own), now)
+            left = outcome.drained(last) and not self._own
+            self._end(Outcome() if left else outcome.of_host(last, copies=True, own=self._own), now)
             return now
         return min(due, self._look_at_workers(now))
 
@@ -476,7 +476,7 @@ class Launcher:
         """Another process has taken a place."""
         before = self._returning.pop(process)
         ready_of(process)  # takes its name
-        title, again = words.title(process), f"pid {process.pid}, restart {process.restarts}"
+        title, again = outcome.title(process), f"pid {process.pid}, restart {process.restarts}"
         if process.name == before:
             self._note(f"{title} is back, as a new process ({again})")
         else:
@@ -506,16 +506,16 @@ class Launcher:
         """When another coordinator or server takes the place of this one."""
         self._returning.pop(process, None)
         server = process.role == "server"
-        if words.drained(process) or (server and self._keep_going and process.returncode == 0):
-            self._note(f"{words.title(process)} has left the cluster")
+        if outcome.drained(process) or (server and self._keep_going and process.returncode == 0):
+            self._note(f"{outcome.title(process)} has left the cluster")
             return escalation.NEVER
         if not (self._keep_going if server else self._state is not None):
-            self._end(words.of_host(process, copies=False, own=self._own), now)
+            self._end(outcome.of_host(process, copies=False, own=self._own), now)
             return now
         due = self._revivals.setdefault(process.place, Revival()).ended(process.worked, now)
-        self._note(words.loss_of_host(process, due is not None))
+        self._note(outcome.loss_of_host(process, due is not None))
         if due is None and not server:
-            self._end(words.of_host(process, copies=True, own=self._own), now)
+            self._end(outcome.of_host(process, copies=True, own=self._own), now)
         return escalation.NEVER if due is None else due
 
     def _look_at_workers(self, now: float) -> float:
@@ -526,7 +526,7 @@ class Launcher:
         if self._elastic:
             return self._go_on_without(failed, now)
         # Who reports that another worker was lost may be out of the door before that one is: wait for the culprit.
-        culprits = [worker for worker in failed if not words.is_victim(worker)]
+        culprits = [worker for worker in failed if not outcome.is_victim(worker)]
         settled = failed[0].ended + _SETTLE
         if not culprits and now < settled and any(worker.running for worker in self.workers):
             return settled
@@ -544,15 +544,15 @@ class Launcher:
         due = self._revivals.setdefault(worker.place, Revival(self._restart_workers)).ended(worker.worked, now)
         others = [other.name for other in self.workers if other.running]
         if due is not None:
-            self._note(f"{words.end_of_worker(worker)}; it is started again ({worker.restarts + 1} of "
+            self._note(f"{outcome.end_of_worker(worker)}; it is started again ({worker.restarts + 1} of "
                        f"{self._restart_workers})")  # fmt: skip
         elif others:
-            self._note(f"{words.end_of_worker(worker)}; {', '.join(others)} {'go' if others[1:] else 'goes'} on")
+            self._note(f"{outcome.end_of_worker(worker)}; {', '.join(others)} {'go' if others[1:] else 'goes'} on")
         return escalation.NEVER if due is None else due
 
     def _end_for_worker(self, worker: Process, now: float) -> None:
         others = [other.name for other in self.workers if other.running]
-        self._end(words.of_worker(worker, others, shown=self._watch.lines.seen(worker)), now)
+        self._end(outcome.of_worker(worker, others, shown=self._watch.lines.seen(worker)), now)
 
 
 def launch(

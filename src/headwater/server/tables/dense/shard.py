@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from headwater.errors import ShapeMismatch, UnknownOptimizer
-from headwater.server.tables import initialise, norms
-from headwater.server.tables.generic import Generic, Slot, copy_part, no_slot
-from headwater.server.tables.kernels import FLAT, Kernel, Tensors, accumulator, aggregate, average, kernel
-from headwater.server.tables.plan import (
+from headwater.server.tables.base import Contribution, Slot
+from headwater.server.tables.dense import initialise, norms
+from headwater.server.tables.dense.generic import Generic, copy_part, no_slot
+from headwater.server.tables.dense.kernels import FLAT, Kernel, Tensors, accumulator, aggregate, average, kernel
+from headwater.server.tables.dense.runs import (
     ALIGNMENT,
     BLOCK,
-    Contribution,
     GroupKey,
     Manner,
     Memory,
@@ -115,7 +115,7 @@ class DenseShard:
             for old, new in zip(self._groups, groups, strict=True)
         ]
 
-    def apply(self, contributions: Sequence[Contribution], divide: int = 1, scale: float | None = None) -> None:
+    def step(self, contributions: Sequence[Contribution], divide: int = 1, scale: float | None = None) -> None:
         """One optimizer step on what the contributions cover.
 
         The gradient is their sum, in the given order, divided by ``divide`` and multiplied by ``scale``. A
@@ -137,7 +137,7 @@ class DenseShard:
     def _apply_plan(self, plan: Plan, contributions: Sequence[Contribution], divide: int, scale: float | None) -> None:
         report = _Report(self.after_block) if self.after_block and len(contributions) > 1 else None
         if self._generic is not None:
-            self._generic.apply(plan, contributions, divide, scale, report)
+            self._generic.step_parts(plan, contributions, divide, scale, report)
         else:
             self._apply_flat(plan, contributions, divide, scale, report)
         if report:
@@ -159,7 +159,7 @@ class DenseShard:
     ) -> None:
         """Write the aggregate gradient (before any scale) to ``out``: uint8, laid out as the values.
 
-        ``apply`` of it alone gives the bits that ``apply`` of the contributions gives. ``gradients``: they are
+        ``step`` by it alone gives the bits that ``step`` by the contributions gives. ``gradients``: they are
         gradients whatever the optimizer: one that assigns otherwise takes them for state (see ``kernels.average``).
 
         Raises:

@@ -13,7 +13,7 @@ import pytest
 
 import headwater
 from headwater.launch import Launcher, Outcome, Process, launch
-from headwater.launch.local import cores
+from headwater.launch.launcher import cores
 from headwater.launch.registry import running
 from tests.launch.support import FOREVER, alive, python, wait_for_end
 from tests.patience import PATIENCE

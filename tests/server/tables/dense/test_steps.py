@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwater.errors import ShapeMismatch, UnknownOptimizer
-from headwater.server.tables import Contribution, DenseShard, state_bytes
+from headwater.server.tables.base import Contribution
+from headwater.server.tables.dense import DenseShard, state_bytes
 from headwater.types import DenseSpec, OptimizerSpec, ParameterSpec, Segment
-from tests.server.tables.tools import Sharded, gradients, reference, same, table
+from tests.server.tables.dense.tools import Sharded, gradients, reference, same, table
 
 BIG = ((70000,), (600_000,), (5,), (33,))
 
@@ -100,10 +101,10 @@ def test_a_gradient_of_a_part_of_the_shard_without_its_padding() -> None:
     memory = torch.zeros(128, dtype=torch.uint8)
     shard = DenseShard(spec, [Segment(0, 0, 3, 0, 12), Segment(1, 0, 5, 64, 20)], 128, memory)
     for _ in range(2):
-        shard.apply([Contribution(torch.ones(5).view(torch.uint8), ((64, 84),), base=64)])
+        shard.step([Contribution(torch.ones(5).view(torch.uint8), ((64, 84),), base=64)])
     assert torch.equal(memory[64:84].view(torch.float32), torch.full((5,), -2.9))
     shard._memory.scratch(torch.float32).fill_(7.0)  # left by a step before
-    shard.apply([Contribution(torch.ones(5).view(torch.uint8), ((64, 84),), base=64)] * 2, divide=2)
+    shard.step([Contribution(torch.ones(5).view(torch.uint8), ((64, 84),), base=64)] * 2, divide=2)
     assert not memory[:64].any()
     assert not memory[84:].any()
 
@@ -168,7 +169,7 @@ def test_a_contribution_that_does_not_fit_is_refused(contribution: Contribution)
         spec, [Segment(0, 0, 3, 0, 12), Segment(1, 0, 5, 64, 20)], 128, torch.zeros(128, dtype=torch.uint8)
     )
     with pytest.raises(ShapeMismatch):
-        shard.apply([contribution])
+        shard.step([contribution])
     assert shard.read_slots() == []
 
 
@@ -251,7 +252,7 @@ def test_state_bytes_is_values_slots_and_a_gradient(name: str, hyper: dict, slot
 def test_empty_parameters_and_no_contribution_do_nothing() -> None:
     spec = table("AdamW", [(0,), (2, 0), ()])
     ours = Sharded(spec, 1)
-    ours.shards[0].apply([])
+    ours.shards[0].step([])
     ours.step([{0: torch.zeros(0), 1: torch.zeros(2, 0), 2: torch.tensor(1.0)}])
     assert ours.values()[2] != 0
     assert {index for index, *_ in ours.shards[0].read_slots()} == {2}

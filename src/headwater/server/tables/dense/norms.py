@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from headwater.server.tables.kernels import accumulator, aggregate
-from headwater.server.tables.plan import Contribution, Memory, Piece, Plan, Run, packed, source
+from headwater.server.tables.base import Contribution
+from headwater.server.tables.dense.kernels import accumulator, aggregate
+from headwater.server.tables.dense.runs import Memory, Piece, Plan, Run, packed, source
 from headwater.wire.exact import exact_sum
 
 CHUNK = 16384

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from headwater.types import DenseSpec
-from tests.server.tables.tools import Sharded, gradients, reference, same, table
+from tests.server.tables.dense.tools import Sharded, gradients, reference, same, table
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"lr": 0.1}),

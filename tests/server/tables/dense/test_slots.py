@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from headwater.errors import ShapeMismatch, UnknownOptimizer
-from headwater.server.tables import Contribution
-from tests.server.tables.tools import Sharded, gradients, reference, same, table
+from headwater.server.tables.base import Contribution
+from tests.server.tables.dense.tools import Sharded, gradients, reference, same, table
 
 FLAT = [(1,), (7, 3), (40000,), (33,)]
 CASES: list[tuple[str, dict[str, Any], list[tuple[int, ...]]]] = [

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from headwater.errors import ShapeMismatch, UnknownOptimizer
-from headwater.server.tables.kernels import aggregate
-from headwater.server.tables.plan import Contribution, Plan, Report
+from headwater.server.tables.base import Contribution, Slot
+from headwater.server.tables.dense.kernels import aggregate
+from headwater.server.tables.dense.runs import Plan, Report
 from headwater.types import ITEMSIZE, DenseSpec, Hyper, Segment
 from headwater.wire import optimizers
 from headwater.wire.tensors import DTYPES
@@ -20,9 +21,6 @@ PART = 256 * 1024
 
 BATCH = 1024 * 1024
 """Elements of a batch of parts, which share an optimizer instance and, when aggregated, scratch memory."""
-
-Slot = tuple[int, str, int, torch.Tensor]
-"""(parameter index, slot name, first element, tensor): a part of one parameter's optimizer state."""
 
 
 class Part:
@@ -72,7 +70,7 @@ class Generic:
             hyper = groups[self._spec.parameters[batch.parts[0].parameter].group]
             batch.optimizer.param_groups[0].update(_arguments(self._name, hyper))
 
-    def apply(self, plan: Plan, contributions: Sequence[Contribution], divide: int, scale: float | None,
+    def step_parts(self, plan: Plan, contributions: Sequence[Contribution], divide: int, scale: float | None,
               report: Report | None) -> None:  # fmt: skip
         """One step on the parts that the plan's runs cover."""
         covered = [(run.lo, run.hi, run.owners) for run in plan.runs]
