@@ -137,7 +137,7 @@ def test_serve_knows_the_model_that_finetune_knows(monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     path = _package(monkeypatch, tmp_path)
     found = loading.plan("smollm2", base=None, module=None, name=None)
-    assert found == loading.Plan("smollm2", "model", str(path), "", complete=True)
+    assert found == loading.LoadPlan("smollm2", "model", str(path), "", complete=True)
     assert loading.plan("smollm2", base=None, module=None, name="chat").name == "chat"
     assert loading.plan("chat", base="smollm2", module=None, name=None).files == str(path)
 

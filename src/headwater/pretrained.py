@@ -64,7 +64,7 @@ _NAMED = 5
 """Tensors that a message names; it counts the rest."""
 
 
-class _Entry(NamedTuple):
+class _StoredTensor(NamedTuple):
     """A tensor of a safetensors file: its type as the file spells it, and its shape."""
 
     dtype: str
@@ -124,7 +124,7 @@ def packaged(name: str) -> Path:
     return found[0]
 
 
-def check_files(folder: Path, *, gguf: str | None = None) -> dict[str, _Entry]:
+def check_files(folder: Path, *, gguf: str | None = None) -> dict[str, _StoredTensor]:
     """A look at a model's folder before it is loaded: what is there, is it whole. Returns the tensors of its files.
 
     Args:
@@ -140,7 +140,7 @@ def check_files(folder: Path, *, gguf: str | None = None) -> dict[str, _Entry]:
                 _check_object(path)
     if gguf:
         return {}
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, _StoredTensor] = {}
     for path in _weights(folder):
         entries.update(_header(path))
     return entries
@@ -261,7 +261,7 @@ def _out_of_reach(endpoint: str) -> str:
 # ---- files -----------------------------------------------------------------------------------------
 
 
-def _look(name: str, gguf: str | None) -> dict[str, _Entry]:
+def _look(name: str, gguf: str | None) -> dict[str, _StoredTensor]:
     """``check_files`` of a folder; a name on the hub is left to the library."""
     path = Path(name)
     if path.is_dir():
@@ -328,7 +328,7 @@ def _weights(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _adapter_file(folder: Path) -> tuple[Path, dict[str, _Entry]]:
+def _adapter_file(folder: Path) -> tuple[Path, dict[str, _StoredTensor]]:
     """The file of an adapter's values, and what it holds. Raises ``DataError``."""
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
@@ -339,14 +339,14 @@ def _adapter_file(folder: Path) -> tuple[Path, dict[str, _Entry]]:
     return path, _header(path)
 
 
-def _header(path: Path) -> dict[str, _Entry]:
+def _header(path: Path) -> dict[str, _StoredTensor]:
     """What a safetensors file holds; its data is not read, but the file's length must be right."""
     from safetensors import safe_open
 
     try:
         with safe_open(path, framework="np") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            return {name: _Entry(part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+            return {name: _StoredTensor(part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
     except Exception as error:  # noqa: BLE001 - a SafetensorError is no more than that
         raise DataError(
             f"{path} is damaged ({error}): its copy was cut short, or it is another kind of file; copy it again"
@@ -419,7 +419,7 @@ def _check_shapes(name: str, wrong: Iterable[tuple[str, Any, Any]]) -> None:
         )
 
 
-def _check_kinds(name: str, module: Any, entries: Mapping[str, _Entry]) -> None:
+def _check_kinds(name: str, module: Any, entries: Mapping[str, _StoredTensor]) -> None:
     """Whole numbers where weights should be are codes that somebody must know how to read."""
     if getattr(module.config, "quantization_config", None) is not None:
         return

@@ -232,7 +232,7 @@ class Generator:
 
     def swaps(self, count: int) -> dict[str, Any]:
         """Streams that ask again whenever they are answered, while ``count`` versions are published one by one."""
-        from headwater.gateway.engine_types import Finished
+        from headwater.gateway.engine_types import GenerationEnded
 
         load = Load(self._engine, [self._request(p, TOKENS // 2) for p in self._prompts])
         versions = [{n: v.clone() for n, v in self._values.items()} for _ in range(2)]
@@ -250,7 +250,7 @@ class Generator:
             "seconds": time.perf_counter() - began,
             "tokens": self._engine.statistics().tokens_generated - before.tokens_generated,
             "requests": len(ended),
-            "failed": sum(not isinstance(s.end, Finished) for s in ended),
+            "failed": sum(not isinstance(s.end, GenerationEnded) for s in ended),
             "first": [s.first for s in streams if s.first],
         }
 

@@ -21,7 +21,7 @@ import torch
 import headwater
 from headwater.cli.serve import check_origins, parse_size
 from headwater.errors import UsageError
-from headwater.gateway.loading import Plan, make_module, plan
+from headwater.gateway.loading import LoadPlan, make_module, plan
 from headwater.launch import Launcher
 from tests.patience import PATIENCE
 
@@ -51,18 +51,18 @@ def test_what_model_means(tmp_path: Path) -> None:
     run.mkdir()
     (run / "config.json").touch()
     found = plan(str(run), base=None, module=None, name=None)
-    assert found == Plan("run", "model", str(run), "", complete=True)
+    assert found == LoadPlan("run", "model", str(run), "", complete=True)
     (run / "headwater.json").write_text('{"model": "lm", "other": 1}', encoding="utf-8")
-    assert plan(str(run), base=None, module=None, name="mine") == Plan("mine", "lm", str(run), "", complete=True)
-    assert plan(str(run), base=None, module="a:b", name=None) == Plan("run", "lm", "", "a:b", complete=True)
-    assert plan("lm", base=str(run), module=None, name=None) == Plan("lm", "lm", str(run), "", complete=False)
-    assert plan("lm", base=None, module="a:b", name=None) == Plan("lm", "lm", "", "a:b", complete=False)
+    assert plan(str(run), base=None, module=None, name="mine") == LoadPlan("mine", "lm", str(run), "", complete=True)
+    assert plan(str(run), base=None, module="a:b", name=None) == LoadPlan("run", "lm", "", "a:b", complete=True)
+    assert plan("lm", base=str(run), module=None, name=None) == LoadPlan("lm", "lm", str(run), "", complete=False)
+    assert plan("lm", base=None, module="a:b", name=None) == LoadPlan("lm", "lm", "", "a:b", complete=False)
     with pytest.raises(UsageError, match="name the folder that it lies in"):
         plan(str(run / "config.json"), base=None, module=None, name=None)
     with pytest.raises(UsageError, match="name the folder that it lies in"):
         plan("lm", base=str(run / "config.json"), module=None, name=None)
     hub = plan("someone/something", base=None, module=None, name=None)
-    assert hub == Plan("someone/something", "model", "someone/something", "", complete=True)
+    assert hub == LoadPlan("someone/something", "model", "someone/something", "", complete=True)
     for given in ({"base": None, "module": None}, {"base": "x", "module": "a:b"}):
         with pytest.raises(UsageError, match="nothing was started"):
             plan("lm", name=None, **given)

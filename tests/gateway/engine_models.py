@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from headwater.gateway.engine import Engine, EngineHandle
-from headwater.gateway.engine_types import Event, Failed, Finished, GenerationRequest, Token
+from headwater.gateway.engine_types import Event, Failed, GenerationEnded, GenerationRequest, Token
 from headwater.gateway.hf import ModelFolder
 from headwater.gateway.sources import MemorySource
 from headwater.types import VersionInfo
@@ -118,7 +118,7 @@ class Client:
 
     def __init__(self, on_token: Callable[[int], object] = lambda _: None) -> None:
         self.tokens: list[Token] = []
-        self.end: Finished | Failed | None = None
+        self.end: GenerationEnded | Failed | None = None
         self._on_token = on_token
         self._ended = threading.Event()
 
@@ -131,14 +131,14 @@ class Client:
             self.end = event
             self._ended.set()
 
-    def wait(self) -> Finished | Failed:
+    def wait(self) -> GenerationEnded | Failed:
         assert self._ended.wait(PATIENCE), "no end"
         assert self.end
         return self.end
 
-    def finished(self) -> Finished:
+    def finished(self) -> GenerationEnded:
         end = self.wait()
-        assert isinstance(end, Finished), end
+        assert isinstance(end, GenerationEnded), end
         return end
 
     def error(self) -> Exception:

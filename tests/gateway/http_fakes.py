@@ -23,7 +23,7 @@ from headwater.gateway.engine_types import (
     EngineStatistics,
     Event,
     Failed,
-    Finished,
+    GenerationEnded,
     GenerationRequest,
     Guide,
     OnEvent,
@@ -228,7 +228,7 @@ class FakeEngine:
         for one in [*self._running, *self._waiting]:
             late = self._steps == 0 and time.monotonic() > (one.request.deadline or math.inf)
             if one.cancelled or late:
-                self._end(one, Finished("cancelled" if one.cancelled else "deadline", *self._ended(one)))
+                self._end(one, GenerationEnded("cancelled" if one.cancelled else "deadline", *self._ended(one)))
         if self._steps == 0:
             return
         self._steps -= 1 if self._steps > 0 else 0
@@ -246,13 +246,13 @@ class FakeEngine:
         if one.sent == 0 and one.request.prompt_logprobs is not None:
             one.send(_prompt_read(one.request.prompt, one.request.prompt_logprobs))
         if not one.answer:
-            self._end(one, Finished("length", *self._ended(one)))
+            self._end(one, GenerationEnded("length", *self._ended(one)))
             return
         said = one.answer[: one.sent + 1]
         letter = one.answer[one.sent]
         one.sent += 1
         if any(said.endswith(stop) for stop in one.request.stop):
-            self._end(one, Finished("stop", *self._ended(one)))
+            self._end(one, GenerationEnded("stop", *self._ended(one)))
             return
         own = None if one.request.logprobs is None else Alternative(ord(letter), letter, -0.5)
         top = tuple(
@@ -261,7 +261,7 @@ class FakeEngine:
         one.send(Token(letter, ord(letter), own, top))
         if one.sent == len(one.answer):
             reason = "length" if len(one.answer) == one.request.max_tokens else "stop"
-            self._end(one, Finished(reason, *self._ended(one)))  # type: ignore[arg-type]
+            self._end(one, GenerationEnded(reason, *self._ended(one)))  # type: ignore[arg-type]
 
     def _ended(self, one: _Generation) -> tuple[int, int, VersionInfo]:
         return len(one.request.prompt), one.sent, one.version or self.version
@@ -270,7 +270,7 @@ class FakeEngine:
         for group in (self._running, self._waiting):
             if one in group:
                 group.remove(one)
-        reason = event.reason if isinstance(event, Finished) else "failed"
+        reason = event.reason if isinstance(event, GenerationEnded) else "failed"
         self._finished[reason] = self._finished.get(reason, 0) + 1
         one.send(event)
 

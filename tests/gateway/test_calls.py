@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwater.gateway.calls import Answer, Argued, Called, Calls, Said
-from headwater.gateway.engine_types import Finished, Token
+from headwater.gateway.engine_types import GenerationEnded, Token
 from tests.gateway.http_fakes import version
 
-END = Finished("stop", 1, 1, version(1))
+END = GenerationEnded("stop", 1, 1, version(1))
 
 
 def call(name: str, arguments: object) -> str:
@@ -61,7 +61,7 @@ def test_what_is_no_call_is_text(text: str) -> None:
 
 
 def test_arguments_that_are_cut_off_are_shown_as_they_are() -> None:
-    cut = Finished("length", 1, 1, version(1))
+    cut = GenerationEnded("length", 1, 1, version(1))
     answer = Answer(calls=True)
     answer.push(Token('<tool_call>\n{"name": "f", "arguments": {"x": {}', 0))
     answer.push(cut)

@@ -12,7 +12,7 @@ from random import Random
 import pytest
 
 from headwater.testing import battery
-from headwater.testing.faults import Plan, draw
+from headwater.testing.faults import FaultPlan, draw
 from headwater.testing.oracles import Ledger, Violation
 from headwater.testing.scenario import MODES, scenario
 
@@ -60,7 +60,7 @@ def test_a_seed_is_the_same_run_every_time(mode: str) -> None:
 
 
 def test_a_run_without_faults_knows_of_every_push() -> None:
-    one = replace(scenario(4, "bulk"), plan=Plan())
+    one = replace(scenario(4, "bulk"), plan=FaultPlan())
     outcome = battery.play(one)
     assert outcome.violation is None
     assert not outcome.failures

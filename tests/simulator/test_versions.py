@@ -13,7 +13,7 @@ from headwater.server.replication import records as r
 from headwater.server.replication.replica import Replica
 from headwater.server.table import Table
 from headwater.testing import battery
-from headwater.testing.faults import Plan
+from headwater.testing.faults import FaultPlan
 from headwater.testing.scenario import Scenario, harsh, published, scenario, usual
 from headwater.testing.versions import SimPartStore
 from headwater.versions.leases import Leases
@@ -135,7 +135,7 @@ def test_seeds_that_found_a_bug_once(seed: int, mode: str) -> None:
 
 
 def test_without_faults_everything_that_is_published_is_read_whole() -> None:
-    outcome = battery.play(replace(scenario(10, "bulk"), versions=True, plan=Plan(), seconds=3.0))
+    outcome = battery.play(replace(scenario(10, "bulk"), versions=True, plan=FaultPlan(), seconds=3.0))
     assert outcome.violation is None
     assert outcome.published > 0
     assert outcome.reads > outcome.published

@@ -22,7 +22,7 @@ from headwater.cli.options import Address
 from headwater.cli.status import locate
 from headwater.errors import UsageError
 from headwater.gateway import loading
-from headwater.gateway.loading import Dtype, FromReader, Plan, Still
+from headwater.gateway.loading import Dtype, FromReader, LoadPlan, Still
 from headwater.launch.registry import running
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def check_origins(origins: Sequence[str]) -> Sequence[str]:
     return origins
 
 
-def _cluster(wanted: Plan, address: str | None) -> str | None:
+def _cluster(wanted: LoadPlan, address: str | None) -> str | None:
     """The address of the cluster whose versions are served; None: there is none, and the files' own weights are.
 
     Raises ``UsageError``: several clusters run here, or a table set is wanted and none does.
@@ -199,7 +199,7 @@ def _log_to_stderr() -> None:
         logger.propagate = False
 
 
-def _announce(wanted: Plan, tag: str, where: str | None, sock: socket, api_keys: Path | None) -> None:
+def _announce(wanted: LoadPlan, tag: str, where: str | None, sock: socket, api_keys: Path | None) -> None:
     """What one needs to know to ask; each line can be copied whole, so none is wrapped."""
     host, port = sock.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

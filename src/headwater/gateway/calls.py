@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from headwater.gateway import grammar
 from headwater.gateway.detokenize import overlap
-from headwater.gateway.engine_types import Finished, Token
+from headwater.gateway.engine_types import GenerationEnded, Token
 from headwater.gateway.requests import finish_reason
 
 if TYPE_CHECKING:
@@ -122,14 +122,14 @@ class Answer:
         self.text = ""
         self.calls: list[Call] = []
 
-    def push(self, event: Token | Finished) -> list[Piece]:
+    def push(self, event: Token | GenerationEnded) -> list[Piece]:
         """What an event adds."""
         text = event.text
         if self._parser is None:
             pieces: list[Piece] = [Said(text)] if text else []
         else:
             pieces = self._parser.push(text)
-            if isinstance(event, Finished):
+            if isinstance(event, GenerationEnded):
                 pieces += self._parser.flush()
         for piece in pieces:
             match piece:
@@ -141,7 +141,7 @@ class Answer:
                     self.calls[number].arguments += argued
         return pieces
 
-    def finish_reason(self, end: Token | Finished) -> FinishReason:
+    def finish_reason(self, end: Token | GenerationEnded) -> FinishReason:
         """Of a choice that has ended; the other reasons are errors and do not come here."""
         reason = finish_reason(end)
         return "tool_calls" if self.calls and reason == "stop" else reason

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from headwater.gateway.calls import Answer, Argued, Called, Piece, Said
-from headwater.gateway.engine_types import Alternative, Finished, Token
+from headwater.gateway.engine_types import Alternative, GenerationEnded, Token
 from headwater.gateway.gate import record_of
 from headwater.gateway.generation import Run, answer
 from headwater.gateway.limits import read_json
@@ -83,7 +83,7 @@ class _Writer:
         self._calls = calls
         self._begun: dict[int, Answer] = {}
 
-    def event(self, run: Run, number: int, event: Token | Finished) -> Iterator[ChatChunk]:
+    def event(self, run: Run, number: int, event: Token | GenerationEnded) -> Iterator[ChatChunk]:
         if number not in self._begun:
             self._begun[number] = Answer(calls=self._calls)
             yield self._chunk(run, number, Delta(role="assistant", content=""))
@@ -95,7 +95,7 @@ class _Writer:
         for piece in pieces:
             yield self._chunk(run, number, _delta(piece), logprobs)
             logprobs = None
-        if isinstance(event, Finished):
+        if isinstance(event, GenerationEnded):
             chunk = self._chunk(run, number, Delta())
             chunk.choices[0].finish_reason = said.finish_reason(event)
             yield chunk
@@ -110,7 +110,7 @@ class _Writer:
             usage=run.usage(),
         )
 
-    def whole(self, run: Run, events: Sequence[Sequence[Token | Finished]]) -> ChatCompletion:
+    def whole(self, run: Run, events: Sequence[Sequence[Token | GenerationEnded]]) -> ChatCompletion:
         choices = []
         for number, of_choice in enumerate(events):
             said = Answer(calls=self._calls)
@@ -152,13 +152,13 @@ def _delta(piece: Piece) -> Delta:
             return Delta(tool_calls=[ToolCallDelta(number, FunctionDelta(arguments=text))])
 
 
-def _logprobs(events: Sequence[Token | Finished]) -> ChatLogprobs | None:
+def _logprobs(events: Sequence[Token | GenerationEnded]) -> ChatLogprobs | None:
     """Of the tokens among the events; None if they were not asked for."""
     found = logprobs_of(events)
     return ChatLogprobs(found) if found else None
 
 
-def logprobs_of(events: Sequence[Token | Finished]) -> list[TokenLogprob]:
+def logprobs_of(events: Sequence[Token | GenerationEnded]) -> list[TokenLogprob]:
     """Of the tokens among the events; empty if they were not asked for."""
     return [_logprob(e.own, e.top) for e in events if isinstance(e, Token) and e.own is not None]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from headwater.gateway.engine_types import Alternative, Finished, PromptToken, Token
+from headwater.gateway.engine_types import Alternative, GenerationEnded, PromptToken, Token
 from headwater.gateway.gate import record_of
 from headwater.gateway.generation import Run, answer
 from headwater.gateway.limits import read_json
@@ -43,7 +43,7 @@ async def completions(request: Request, gateway: Gateway) -> Response:
     echoed = await _texts(asked, prompts, generator, gateway) if plain else []
     record = record_of(request)
     run = Run(generator, requests, request.receive, record, gateway.runs, gateway.limits.deadline, asked.n or 1)
-    writer = _Writer(asked, usage, [text for text in echoed for _ in range(asked.n or 1)])
+    writer = _TextWriter(asked, usage, [text for text in echoed for _ in range(asked.n or 1)])
     return await answer(run, writer, record, stream=bool(asked.stream), usage=usage)
 
 
@@ -68,7 +68,7 @@ async def _texts(
     return texts or await gateway.tokenize(lambda: [generator.decode(prompt) for prompt in prompts])
 
 
-class _Writer:
+class _TextWriter:
     """A run as completions write it. ``echoed``: what each choice begins with; empty for nothing."""
 
     def __init__(self, asked: CompletionRequest, usage: bool, echoed: Sequence[str]) -> None:
@@ -79,7 +79,7 @@ class _Writer:
         self._echoed = dict(enumerate(echoed))
         self._written: dict[int, int] = {}
 
-    def event(self, run: Run, number: int, event: Token | Finished) -> Iterator[Completion]:
+    def event(self, run: Run, number: int, event: Token | GenerationEnded) -> Iterator[Completion]:
         begun = number in self._written
         written = self._written.setdefault(number, 0)
         choice = self._choice(run, number, [event], written, begun=begun)
@@ -99,19 +99,19 @@ class _Writer:
     def usage(self, run: Run) -> Completion:
         return self._completion(run, [])
 
-    def whole(self, run: Run, events: Sequence[Sequence[Token | Finished]]) -> Completion:
+    def whole(self, run: Run, events: Sequence[Sequence[Token | GenerationEnded]]) -> Completion:
         return self._completion(
             run, [self._choice(run, number, of_choice, 0, begun=False) for number, of_choice in enumerate(events)]
         )
 
     def _choice(
-        self, run: Run, number: int, events: Sequence[Token | Finished], written: int, *, begun: bool
+        self, run: Run, number: int, events: Sequence[Token | GenerationEnded], written: int, *, begun: bool
     ) -> CompletionChoice:
         """What the events add to a choice of which ``written`` characters are out; its first if it is not ``begun``."""
         read = None if begun else run.choices[number].prompt
         before = read.tokens if read else ()
         echoed = "" if begun else self._echoed.get(number, "") + "".join(token.text for token in before)
-        end = finish_reason(events[-1]) if isinstance(events[-1], Finished) else None
+        end = finish_reason(events[-1]) if isinstance(events[-1], GenerationEnded) else None
         return CompletionChoice(number, echoed + text_of(events), _logprobs(before, events, written), end)
 
     def _completion(self, run: Run, choices: list[CompletionChoice]) -> Completion:
@@ -126,7 +126,7 @@ class _Writer:
 
 
 def _logprobs(
-    prompt: Sequence[PromptToken], events: Sequence[Token | Finished], offset: int
+    prompt: Sequence[PromptToken], events: Sequence[Token | GenerationEnded], offset: int
 ) -> CompletionLogprobs | None:
     """Of a prompt's tokens and those among the events; None if not asked for.
 

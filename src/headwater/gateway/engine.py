@@ -30,7 +30,7 @@ from headwater.gateway.engine_types import (
     EngineStatistics,
     Event,
     Failed,
-    Finished,
+    GenerationEnded,
     GenerationFailed,
     GenerationRequest,
     Guide,
@@ -41,7 +41,7 @@ from headwater.gateway.engine_types import (
     Source,
     Token,
 )
-from headwater.gateway.follow import Follower, Ready
+from headwater.gateway.follow import StagedVersion, VersionFollower
 from headwater.gateway.prompt_scores import PromptScores
 from headwater.gateway.sampling import Choice, Sampler, Warper, likeliest
 from headwater.gateway.scheduler import Chunk, Scheduler, Sequence
@@ -82,7 +82,7 @@ class Model(Protocol):
 class _Live:
     """A version in use: its tensors, its lease, and the keys and values of the sequences that run on it."""
 
-    ready: Ready
+    ready: StagedVersion
     past: KeyValues
 
 
@@ -156,7 +156,7 @@ class Engine:
         self._position_bytes = 0
         self._live: dict[int, _Live] = {}  # by keys of our own: another cluster's versions count from 1 again
         self._keys = count(1)
-        self._follower = Follower(source, self._weights.fit, self._wake, tag=tag, retry=retry)
+        self._follower = VersionFollower(source, self._weights.fit, self._wake, tag=tag, retry=retry)
         self._newest, self._current = self._take(self._follower.first(base))
         self._warm_up()
         self._thread = threading.Thread(target=self._run, name="headwater-engine", daemon=True)
@@ -167,7 +167,7 @@ class Engine:
 
     def submit(self, request: GenerationRequest, on_event: OnEvent) -> EngineHandle:
         """Queue a request. ``on_event`` is called on the engine's thread and must not block; the last event is
-        ``Finished`` or ``Failed``.
+        ``GenerationEnded`` or ``Failed``.
 
         Raises ``QueueFull``, ``PromptTooLong``, ``PromptInvalid`` or ``EngineClosed``; then nothing was queued.
         """
@@ -429,7 +429,7 @@ class Engine:
         self._leave(sequence)
         self._finished[reason] += 1
         text = _rest(sequence.extra)[0] if reason in ("deadline", "cancelled") else ""
-        self._tell(sequence, Finished(reason, len(sequence.request.prompt), sequence.generated, version, text))
+        self._tell(sequence, GenerationEnded(reason, len(sequence.request.prompt), sequence.generated, version, text))
 
     def _fail(self, sequence: _Running, error: HeadwaterError) -> None:
         if sequence.extra.over:
@@ -462,7 +462,7 @@ class Engine:
 
     # Versions.
 
-    def _take(self, ready: Ready) -> tuple[VersionInfo, int]:
+    def _take(self, ready: StagedVersion) -> tuple[VersionInfo, int]:
         past = KeyValues(self._model.layers, self._scheduler.slots, self._model.context)
         key = next(self._keys)
         with self._work:

@@ -180,7 +180,7 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class GenerationEnded:
     """The end of a generation; the last event.
 
     ``version`` computed every token of it; if none was computed, it is the one that would have. ``text``: what was
@@ -201,7 +201,7 @@ class Failed:
     error: HeadwaterError
 
 
-Event = PromptRead | Token | Finished | Failed
+Event = PromptRead | Token | GenerationEnded | Failed
 OnEvent = Callable[[Event], None]
 
 

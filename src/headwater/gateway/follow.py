@@ -21,7 +21,7 @@ _PATIENCE = 1.0
 
 
 @dataclass(slots=True)
-class Ready:
+class StagedVersion:
     """A leased version that fits the model. ``seconds``: what it took from the lease to here."""
 
     binding: Binding
@@ -33,7 +33,7 @@ class Ready:
         self.lease.release()
 
 
-class Follower:
+class VersionFollower:
     """Keeps at most one version ready for ``take``: a newer one replaces one that was not taken.
 
     ``fit`` makes tensors ready for the model and may raise ``ShapeMismatch``: that version is passed over. ``wake`` is
@@ -56,14 +56,14 @@ class Follower:
         self._tag = tag
         self._retry = retry
         self._lock = threading.Lock()
-        self._next: Ready | None = None
+        self._next: StagedVersion | None = None
         self._ended = threading.Event()
         self._leasing = threading.Lock()
         self.refused = 0
         self.stale_since: float | None = None
         self.error = ""
 
-    def first(self, base: VersionInfo | None) -> Ready:
+    def first(self, base: VersionInfo | None) -> StagedVersion:
         """The version to begin with: the source's or, if it has none and ``base`` is given, the model's own values."""
         try:
             return self._lease()
@@ -72,7 +72,7 @@ class Follower:
                 raise
             self._failed(error)
             own = MemorySource(base.model).lease()
-            return Ready(self._fit(own, base), own, 0.0)
+            return StagedVersion(self._fit(own, base), own, 0.0)
 
     def start(self, newest: VersionInfo) -> None:
         """Follow the source from ``newest`` on."""
@@ -82,7 +82,7 @@ class Follower:
     def has_next(self) -> bool:
         return self._next is not None
 
-    def take(self) -> Ready | None:
+    def take(self) -> StagedVersion | None:
         """The version that became ready, once."""
         with self._lock:
             ready, self._next = self._next, None
@@ -97,11 +97,11 @@ class Follower:
         if ready:
             ready.release()
 
-    def _lease(self) -> Ready:
+    def _lease(self) -> StagedVersion:
         began = time.perf_counter()
         lease = self._source.lease(self._tag)
         try:
-            return Ready(self._fit(lease, lease.version), lease, time.perf_counter() - began)
+            return StagedVersion(self._fit(lease, lease.version), lease, time.perf_counter() - began)
         except BaseException:
             lease.release()
             raise
@@ -135,7 +135,7 @@ class Follower:
             self._offer(ready)
             return ready.binding.version
 
-    def _offer(self, ready: Ready) -> None:
+    def _offer(self, ready: StagedVersion) -> None:
         with self._lock:
             missed, self._next = self._next, ready
         if missed:

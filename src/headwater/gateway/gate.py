@@ -48,7 +48,7 @@ class ClientGone(Exception):
     """The client hung up; nobody is there to be answered."""
 
 
-class Record:
+class RequestRecord:
     """What is known of one request; handlers add to it."""
 
     def __init__(self) -> None:
@@ -77,8 +77,8 @@ class Record:
             self.versions.append(version)
 
 
-def record_of(request: Request) -> Record:
-    found: Record = request.scope[_RECORD]
+def record_of(request: Request) -> RequestRecord:
+    found: RequestRecord = request.scope[_RECORD]
     return found
 
 
@@ -95,7 +95,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = scope[_RECORD] = Record()
+        record = scope[_RECORD] = RequestRecord()
         record.named_by(scope["headers"])
         self._metrics.active.inc()
         try:
@@ -104,7 +104,7 @@ class Gate:
             self._metrics.active.dec()
             self._book(scope, record)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         try:
             if self._keys is not None and scope["path"] not in OPEN:
                 self._keys.check(scope["headers"])
@@ -118,13 +118,15 @@ class Gate:
             log.exception("%s %s failed", scope["method"], scope["path"])
             await self._refuse(unforeseen(), scope, receive, send, record)
 
-    async def _refuse(self, refusal: Refusal, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
+    async def _refuse(
+        self, refusal: Refusal, scope: Scope, receive: Receive, send: Send, record: RequestRecord
+    ) -> None:
         record.problem = refusal.slug or ""
         if record.status:
             raise refusal  # half an answer is out already: the connection is closed, which a client notices
         await refusal.response()(scope, receive, send)
 
-    def _naming_versions(self, record: Record, send: Send) -> Send:
+    def _naming_versions(self, record: RequestRecord, send: Send) -> Send:
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
@@ -133,7 +135,7 @@ class Gate:
 
         return named
 
-    def _version_headers(self, record: Record) -> list[tuple[bytes, bytes]]:
+    def _version_headers(self, record: RequestRecord) -> list[tuple[bytes, bytes]]:
         """An answer that no version computed (an error, a list) names the one that would answer now.
 
         Without a key that is needed, there is nothing to be learnt.
@@ -153,7 +155,7 @@ class Gate:
             named["x-headwater-stale"] = str(max(0, round(time.time() - standing.stale_since)))
         return [(name.encode(), value.encode("latin-1")) for name, value in named.items()]
 
-    def _book(self, scope: Scope, record: Record) -> None:
+    def _book(self, scope: Scope, record: RequestRecord) -> None:
         route = scope.get("route")
         record.route = getattr(route, "path", "other")
         seconds = time.monotonic() - record.began
@@ -175,7 +177,7 @@ def _shown(name: str, more: str = "") -> str:
     return shown if shown == shown.strip() else shown.replace(" ", "%20")
 
 
-def _own_headers(record: Record) -> list[tuple[bytes, bytes]]:
+def _own_headers(record: RequestRecord) -> list[tuple[bytes, bytes]]:
     """The request's id, and what of the request was ignored."""
     named = [_shown(field[:100], '"') or '""' for field in record.ignored[:_MOST_NAMED]]
     if len(record.ignored) > _MOST_NAMED:
@@ -184,7 +186,7 @@ def _own_headers(record: Record) -> list[tuple[bytes, bytes]]:
     return [*found, (b"x-headwater-ignored", ", ".join(named).encode())] if named else found
 
 
-def _line(scope: Scope, record: Record, seconds: float) -> str:
+def _line(scope: Scope, record: RequestRecord, seconds: float) -> str:
     client = scope.get("client")
     parts = [client[0] if client else "-", scope["method"], quote(scope["path"])[:200]]
     parts.append("gone" if record.gone else str(record.status))

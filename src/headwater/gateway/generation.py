@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import msgspec
 from starlette.responses import Response
 
-from headwater.gateway.engine_types import Event, Failed, Finished, PromptRead, Token
+from headwater.gateway.engine_types import Event, Failed, GenerationEnded, PromptRead, Token
 from headwater.gateway.gate import ClientGone
 from headwater.gateway.openai_types import Usage
 from headwater.gateway.problems import Refusal, refusal_of, too_late, unavailable
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from headwater.gateway.engine_types import GenerationRequest, Handle
-    from headwater.gateway.gate import Record
+    from headwater.gateway.gate import RequestRecord
     from headwater.gateway.served import Generator
     from headwater.types import VersionInfo
 
@@ -44,7 +44,7 @@ class Choice:
     handle: Handle
     tokens: int = 0
     prompt: PromptRead | None = None
-    finished: Finished | None = None
+    finished: GenerationEnded | None = None
 
     @property
     def version(self) -> VersionInfo | None:
@@ -52,7 +52,7 @@ class Choice:
 
 
 class Run:
-    """The generations of one request. Iterate over (choice's number, ``Token`` or ``Finished``); then ``close``.
+    """The generations of one request. Iterate over (choice's number, ``Token`` or ``GenerationEnded``); then ``close``.
 
     Args:
         deadline: seconds that the request had, for the message if they pass.
@@ -68,7 +68,7 @@ class Run:
         generator: Generator,
         requests: Sequence[GenerationRequest],
         receive: Receive,
-        record: Record,
+        record: RequestRecord,
         runs: Runs,
         deadline: float,
         each: int = 1,
@@ -79,7 +79,7 @@ class Run:
         self._record = record
         self._runs = runs
         self._deadline = deadline
-        self._held: tuple[int, Token | Finished] | None = None
+        self._held: tuple[int, Token | GenerationEnded] | None = None
         self.choices: list[Choice] = []
         try:
             for number, request in enumerate(requests):
@@ -107,10 +107,10 @@ class Run:
         """Wait until there is something to answer: its version is known then, and an error has its own status."""
         self._held = await anext(self, None)
 
-    def __aiter__(self) -> AsyncIterator[tuple[int, Token | Finished]]:
+    def __aiter__(self) -> AsyncIterator[tuple[int, Token | GenerationEnded]]:
         return self
 
-    async def __anext__(self) -> tuple[int, Token | Finished]:
+    async def __anext__(self) -> tuple[int, Token | GenerationEnded]:
         if self._held is not None:
             held, self._held = self._held, None
             return held
@@ -126,7 +126,7 @@ class Run:
             case (int(number), PromptRead() as prompt):
                 self.choices[number].prompt = prompt
                 return await anext(self)
-            case (int(number), Token() | Finished() as event):
+            case (int(number), Token() | GenerationEnded() as event):
                 self._note(number, event)
                 return number, event
             case other:
@@ -149,7 +149,7 @@ class Run:
     def _prompt_tokens(self) -> int:
         return sum(len(choice.request.prompt) for choice in self.choices[:: self._each])
 
-    def _note(self, number: int, event: Token | Finished) -> None:
+    def _note(self, number: int, event: Token | GenerationEnded) -> None:
         choice = self.choices[number]
         if isinstance(event, Token):
             choice.tokens += 1
@@ -158,11 +158,11 @@ class Run:
         else:
             choice.finished = event
         self._record.answered_by(choice.version)
-        if isinstance(event, Finished) and event.reason == "deadline":
+        if isinstance(event, GenerationEnded) and event.reason == "deadline":
             self._record.problem = "deadline"
             if not any(choice.tokens for choice in self.choices):
                 raise too_late(self._deadline, self._so_far())
-        if isinstance(event, Finished) and event.reason == "cancelled":
+        if isinstance(event, GenerationEnded) and event.reason == "cancelled":
             raise unavailable(f"the generation was cancelled; {self._so_far()}", "cancelled")
 
     def _so_far(self) -> str:
@@ -209,15 +209,15 @@ class Runs(set[Run]):
 class Writer(Protocol):
     """How a run becomes an answer: chat's way, or that of completions. ``event``: structs of one event of a stream."""
 
-    def event(self, run: Run, number: int, event: Token | Finished) -> Iterator[Any]: ...
+    def event(self, run: Run, number: int, event: Token | GenerationEnded) -> Iterator[Any]: ...
     def usage(self, run: Run) -> Any: ...
-    def whole(self, run: Run, events: Sequence[Sequence[Token | Finished]]) -> Any: ...
+    def whole(self, run: Run, events: Sequence[Sequence[Token | GenerationEnded]]) -> Any: ...
 
 
 async def answer(
     run: Run,
     writer: Writer,
-    record: Record,
+    record: RequestRecord,
     *,
     stream: bool,
     usage: bool,
@@ -233,7 +233,7 @@ async def answer(
             record.streamed = True
             await run.first()
             return (written or EventStream)(run, writer, record, usage)
-        events: list[list[Token | Finished]] = [[] for _ in run.choices]
+        events: list[list[Token | GenerationEnded]] = [[] for _ in run.choices]
         async for number, event in run:
             events[number].append(event)
         body = msgspec.json.encode(writer.whole(run, events))
@@ -253,7 +253,7 @@ class EventStream(Response):
     media_type = "text/event-stream"
     last = b"data: [DONE]\n\n"
 
-    def __init__(self, run: Run, writer: Writer, record: Record, usage: bool) -> None:
+    def __init__(self, run: Run, writer: Writer, record: RequestRecord, usage: bool) -> None:
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._run = run

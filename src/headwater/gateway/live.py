@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from headwater.gateway.engine_types import EngineClosed, Source
-from headwater.gateway.follow import Follower, Ready
+from headwater.gateway.follow import StagedVersion, VersionFollower
 from headwater.gateway.weights import Bindable
 from headwater.types import VersionInfo
 
@@ -40,7 +40,7 @@ class LiveStatistics:
 class _Held:
     """A version in memory: given back when it is not the newest any more and no forward runs on it."""
 
-    ready: Ready
+    ready: StagedVersion
     users: int = 0
 
     @property
@@ -84,7 +84,7 @@ class Live:
         for twin in self._twins:
             self._free.put(twin)
         self._swaps = 0
-        self._follower = Follower(source, self._twins[0].fit, self._swap, tag=tag, retry=retry)
+        self._follower = VersionFollower(source, self._twins[0].fit, self._swap, tag=tag, retry=retry)
         self._current = _Held(self._follower.first(None))
         self._living = [self._current]
         self._follower.start(self._current.version)

@@ -38,7 +38,7 @@ _TABLES = "model"
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-class Plan(NamedTuple):
+class LoadPlan(NamedTuple):
     """What is to be served. ``files``: a folder, a GGUF file or a hub's name; "" if ``module`` makes the model.
 
     ``tables``: the table set that the weights follow. ``complete``: the model has weights of its own, which are served
@@ -56,7 +56,7 @@ class _Note(msgspec.Struct):
     model: str = _TABLES
 
 
-def plan(model: str, *, base: str | None, module: str | None, name: str | None) -> Plan:
+def plan(model: str, *, base: str | None, module: str | None, name: str | None) -> LoadPlan:
     """What ``--model`` means: files, or a table set whose files ``--base`` or ``--module`` name.
 
     Raises ``UsageError`` if that is not clear; ``DataError`` for a model in a package that is not installed.
@@ -65,7 +65,7 @@ def plan(model: str, *, base: str | None, module: str | None, name: str | None) 
         raise UsageError("--base is for language models and --module for others: give one; nothing was started")
     path = Path(model)
     if model in pretrained.PACKAGED and not path.exists() and not base and not module:
-        return Plan(name or model, _TABLES, str(pretrained.packaged(model)), "", complete=True)
+        return LoadPlan(name or model, _TABLES, str(pretrained.packaged(model)), "", complete=True)
     if base in pretrained.PACKAGED and not Path(base).exists():
         base = str(pretrained.packaged(base))
     if path.exists():
@@ -73,20 +73,20 @@ def plan(model: str, *, base: str | None, module: str | None, name: str | None) 
             raise UsageError(f"--model {model} is a folder of its own, so --base is too much; nothing was started")
         if not module:
             _check_files(path)
-        return Plan(name or _called(path), _tables_of(path), "" if module else model, module or "", complete=True)
+        return LoadPlan(name or _called(path), _tables_of(path), "" if module else model, module or "", complete=True)
     if base or module:
         if base and Path(base).exists():
             _check_files(Path(base))
-        return Plan(name or model, model, base or "", module or "", complete=False)
+        return LoadPlan(name or model, model, base or "", module or "", complete=False)
     if "/" in model and not model.startswith((".", "/", "~")):
-        return Plan(name or model, _TABLES, model, "", complete=True)
+        return LoadPlan(name or model, _TABLES, model, "", complete=True)
     raise UsageError(
         f"--model {model}: no folder of that name. If it is a table set, name its files by --base FOLDER, or its "
         "module by --module PACKAGE.MODULE:FACTORY; nothing was started"
     )
 
 
-def check_reachable(wanted: Plan) -> None:
+def check_reachable(wanted: LoadPlan) -> None:
     """Raises ``DataError`` if the files are to come from the hub and cannot: at once, not when the server is up."""
     if wanted.files:
         pretrained.on_the_hub(wanted.files)
@@ -139,7 +139,7 @@ def make_module(factory: str) -> nn.Module:
 
 
 def load(
-    wanted: Plan,
+    wanted: LoadPlan,
     source: Source,
     limits: Limits,
     *,

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from headwater.gateway.engine_types import Finished, GenerationRequest, GrammarInvalid, GuideMissing, Token
+from headwater.gateway.engine_types import GenerationEnded, GenerationRequest, GrammarInvalid, GuideMissing, Token
 from headwater.gateway.openai_types import Common, FinishReason, Prompt
 from headwater.gateway.problems import Refusal
 
 if TYPE_CHECKING:
     from headwater.gateway.engine_types import Guide
-    from headwater.gateway.gate import Record
+    from headwater.gateway.gate import RequestRecord
     from headwater.gateway.gateway import Gateway
     from headwater.gateway.limits import Limits
     from headwater.gateway.served import Generator
@@ -89,7 +89,7 @@ def _generation(asked: Common, wanted: Wanted, limits: Limits) -> GenerationRequ
     )
 
 
-async def guide_of(form: Form, generator: Generator, gateway: Gateway, record: Record) -> Guide | None:
+async def guide_of(form: Form, generator: Generator, gateway: Gateway, record: RequestRecord) -> Guide | None:
     """What holds an answer to its form, if it has one. What cannot be enforced is noted as ignored.
 
     Raises ``Refusal``: no answer can be held to it; or, on a strict server, something of it cannot be enforced.
@@ -139,14 +139,14 @@ async def read_prompts(
     return await gateway.tokenize(lambda: [tuple(encode(text)) for text in texts])
 
 
-def text_of(events: Sequence[Token | Finished]) -> str:
+def text_of(events: Sequence[Token | GenerationEnded]) -> str:
     """The answer that a choice's events make."""
     return "".join(event.text for event in events)
 
 
-def finish_reason(event: Token | Finished) -> FinishReason:
+def finish_reason(event: Token | GenerationEnded) -> FinishReason:
     """Of a choice that has ended; the other reasons are errors and do not come here.
 
     Where the deadline passed, what there is is an answer that was cut, as by a limit of tokens.
     """
-    return "length" if isinstance(event, Finished) and event.reason in ("length", "deadline") else "stop"
+    return "length" if isinstance(event, GenerationEnded) and event.reason in ("length", "deadline") else "stop"

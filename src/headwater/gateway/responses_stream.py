@@ -11,7 +11,7 @@ import msgspec
 
 from headwater.gateway.calls import Answer, Argued, Called, Piece, Said
 from headwater.gateway.chat import logprobs_of
-from headwater.gateway.engine_types import Finished, Token
+from headwater.gateway.engine_types import GenerationEnded, Token
 from headwater.gateway.generation import EventStream
 from headwater.gateway.openai_types import TokenLogprob
 from headwater.gateway.responses_types import (
@@ -48,7 +48,7 @@ class Writer:
         self._sent = 0
         self._ended: Answered | None = None
 
-    def event(self, run: Run, number: int, event: Token | Finished) -> Iterator[StreamEvent]:
+    def event(self, run: Run, number: int, event: Token | GenerationEnded) -> Iterator[StreamEvent]:
         del number
         if not self._sent:
             yield self.made("response.created", response=self._answered(run, "in_progress"))
@@ -58,7 +58,7 @@ class Writer:
         for piece in pieces or ([Said("")] if logprobs else []):
             yield from self._piece(piece, logprobs)
             logprobs = []
-        if isinstance(event, Finished):
+        if isinstance(event, GenerationEnded):
             if not self._output:
                 yield from self._begin_text()
             whole = self._said.finish_reason(event) != "length"
@@ -70,7 +70,7 @@ class Writer:
         """Of a stream it is in the last event."""
         raise NotImplementedError
 
-    def whole(self, run: Run, events: Sequence[Sequence[Token | Finished]]) -> Answered:
+    def whole(self, run: Run, events: Sequence[Sequence[Token | GenerationEnded]]) -> Answered:
         for event in events[0]:
             for _ in self.event(run, 0, event):
                 pass

@@ -48,7 +48,7 @@ class Chunk(Generic[Extra]):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan(Generic[Extra]):
+class EngineStep(Generic[Extra]):
     """One step: who is over, who got a slot, which prompts are read, which versions generate."""
 
     over: tuple[tuple[Sequence[Extra], Reason], ...]
@@ -94,7 +94,7 @@ class Scheduler(Generic[Extra]):
             )
         self.waiting.append(sequence)
 
-    def plan(self, now: float, newest: int) -> Plan[Extra]:
+    def plan(self, now: float, newest: int) -> EngineStep[Extra]:
         """What to do now. Those that are over hold their rows until ``leave``; the free slots are given away."""
         over = [(s, reason) for s in (*self._all_running(), *self.waiting) if (reason := _verdict(s, now))]
         gone = {id(s) for s, _ in over}
@@ -106,7 +106,7 @@ class Scheduler(Generic[Extra]):
             self.batches.setdefault(newest, []).append(sequence)
             begun.append(sequence)
         versions = [v for v, rows in self.batches.items() if any(s.decoding and id(s) not in gone for s in rows)]
-        return Plan(tuple(over), tuple(begun), self._chunks(gone), tuple(versions))
+        return EngineStep(tuple(over), tuple(begun), self._chunks(gone), tuple(versions))
 
     def _chunks(self, gone: set[int]) -> tuple[Chunk[Extra], ...]:
         """Pieces of whole prompts or of ``chunk`` tokens, the oldest first: where a prompt is cut does not depend on

@@ -38,7 +38,7 @@ class ClientLink:
 
 
 class Clients:
-    """``links``: the connections, by peer."""
+    """``links``: the connections, by peer. A method for each kind of frame that comes, and for each that goes."""
 
     def __init__(self, shard: Shard, effects: Effects, checked: bool) -> None:
         self.shard = shard

@@ -74,7 +74,11 @@ class Setting:
 
 
 class Node:
-    """One shard on one server. ``keys`` numbers dials; ``effects``: the server's, for what follows from anything."""
+    """One shard on one server. ``keys`` numbers dials; ``effects``: the server's, for what follows from anything.
+
+    More than 25 methods: views, connections, orders of the coordinator and versions each have a few, and all of them
+    change who leads or what is sent.
+    """
 
     def __init__(self, number: int, setting: Setting, keys: count[int], effects: Effects) -> None:
         self.memory = TableMemory(number, setting)

@@ -44,17 +44,17 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class FaultPlan:
     """The faults of one run."""
 
     faults: tuple[Fault, ...] = ()
 
-    def without(self, drop: set[int]) -> Plan:
+    def without(self, drop: set[int]) -> FaultPlan:
         """The plan less some of its faults, by position."""
         return replace(self, faults=tuple(f for i, f in enumerate(self.faults) if i not in drop))
 
 
-def draw(random: Random, servers: int, workers: int, seconds: float, rate: float) -> Plan:
+def draw(random: Random, servers: int, workers: int, seconds: float, rate: float) -> FaultPlan:
     """About ``rate`` faults a second for ``seconds``."""
     faults = []
     at = 0.3 + random.expovariate(rate)
@@ -62,10 +62,10 @@ def draw(random: Random, servers: int, workers: int, seconds: float, rate: float
         faults.append(_fault(random, at, servers, workers))
         # now and then two at once: faults strike during recovery
         at += random.expovariate(rate) if random.random() < 0.8 else random.random() * 0.05
-    return Plan(tuple(faults))
+    return FaultPlan(tuple(faults))
 
 
-def kills(random: Random, seconds: float) -> Plan:
+def kills(random: Random, seconds: float) -> FaultPlan:
     """Servers that die, or lose their connections, as they say something about a record of shard 0."""
     faults = []
     at = 0.1
@@ -76,16 +76,16 @@ def kills(random: Random, seconds: float) -> Plan:
         daring, first = random.random() < 0.5, random.random() < 0.5
         faults.append(Fault(round(at, 6), kind, target, length, "" if kind == "isolate" else on, daring, first))
         at += 0.1 + 0.2 * random.random()
-    return Plan(tuple(faults))
+    return FaultPlan(tuple(faults))
 
 
-def watched(random: Random, plan: Plan, seconds: float) -> Plan:
+def watched(random: Random, plan: FaultPlan, seconds: float) -> FaultPlan:
     """The same plan, and faults of the reader of versions: some last longer than its leases."""
     faults = list(plan.faults)
     for _ in range(random.choice((0, 1, 2))):
         at, length = 0.3 + random.random() * (seconds - 0.3), random.choice((0.05, 0.5, 4.0)) * (0.5 + random.random())
         faults.append(Fault(round(at, 6), random.choice(WORKER), "v0", round(length, 6)))
-    return Plan(tuple(sorted(faults, key=lambda fault: fault.at)))
+    return FaultPlan(tuple(sorted(faults, key=lambda fault: fault.at)))
 
 
 def _fault(random: Random, at: float, servers: int, workers: int) -> Fault:

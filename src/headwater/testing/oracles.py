@@ -84,7 +84,7 @@ _Ahead = tuple[Record, int, dict[int, bytes]]  # a record, the epoch it was appl
 
 
 @dataclass(slots=True)
-class _Entry:
+class _Remembered:
     """What is remembered of a record: enough to see that another one took its number."""
 
     body: r.Body
@@ -97,7 +97,7 @@ class Log:
 
     def __init__(self, shard: int) -> None:
         self.shard = shard
-        self.entries: list[_Entry] = []
+        self.entries: list[_Remembered] = []
         self.folds: dict[int, Fold] = {}
         self.done: dict[tuple[int, int], dict[int, int]] = defaultdict(dict)  # (session, table) -> seq -> LSN
         self.last: dict[tuple[int, int], int] = {}  # (session, table) -> the last push of it that was applied
@@ -161,7 +161,7 @@ class Oracles:
             return
         if record.lsn != log.lsn + 1:
             raise Violation("log", f"shard {log.shard}: LSN {record.lsn} was applied after {log.lsn}")
-        log.entries.append(_Entry(record.body, _content(record), replica.epoch))
+        log.entries.append(_Remembered(record.body, _content(record), replica.epoch))
         self._fold(log, replica, record)
         for other, ahead in self._ahead.values():
             if other.number == log.shard and record.lsn in ahead:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from random import Random
 
-from headwater.testing.faults import Plan, draw, kills, watched
+from headwater.testing.faults import FaultPlan, draw, kills, watched
 from headwater.types import Async, Bulk, DenseSpec, Init, OptimizerSpec, ParameterSpec, Stale, Sync
 
 MODES = ("bulk", "stale", "async")
@@ -25,7 +25,7 @@ class Scenario:
     workers: int = 2
     reader: bool = True
     seconds: float = 2.0
-    plan: Plan = field(default_factory=Plan)
+    plan: FaultPlan = field(default_factory=FaultPlan)
     skew: bool = True
     clip: bool = False
     bound: int = 1

@@ -45,7 +45,10 @@ that, now or later; the worker asked for it with its push. A table: it looks at 
 
 
 class Replica:
-    """``tables`` and ``sessions`` are the same two dictionaries from beginning to end."""
+    """``tables`` and ``sessions`` are the same two dictionaries from beginning to end.
+
+    More than 25 methods: one for each kind of record, and the state as it arrives.
+    """
 
     def __init__(self, number: int, memory: Memory) -> None:
         self.number = number

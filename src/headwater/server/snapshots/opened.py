@@ -34,7 +34,7 @@ class Place:
 Key = tuple[int, int, str]  # table, parameter, slot
 
 
-class Opened:
+class OpenedSnapshot:
     """A finished snapshot. ``close`` it; threads may share it.
 
     Raises ``SnapshotCorrupt``: a file is missing, has another size, is unreadable or not the manifest's, or elements
@@ -136,7 +136,7 @@ def start_of(place: Place) -> int:
 # ---- choosing ------------------------------------------------------------------------------------
 
 
-S = TypeVar("S", bound=Opened)
+S = TypeVar("S", bound=OpenedSnapshot)
 
 
 class Found(NamedTuple, Generic[S]):
@@ -146,12 +146,12 @@ class Found(NamedTuple, Generic[S]):
     refused: tuple[SnapshotCorrupt, ...]
 
 
-def newest(path: Path, threads: int | None = None) -> Found[Opened]:
+def newest(path: Path, threads: int | None = None) -> Found[OpenedSnapshot]:
     """The newest sound snapshot in a folder of them, or the one that ``path`` names. Close it.
 
     Raises ``SnapshotCorrupt`` if the named one, or all of them, are damaged; ``UsageError`` if there is none.
     """
-    return choose(path, Opened, threads)
+    return choose(path, OpenedSnapshot, threads)
 
 
 def choose(path: Path, opens: Callable[[Path], S], threads: int | None = None) -> Found[S]:

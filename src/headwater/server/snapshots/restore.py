@@ -14,12 +14,12 @@ import torch
 
 from headwater.errors import SnapshotCorrupt
 from headwater.server.snapshots.format import COUNT
-from headwater.server.snapshots.opened import Found, Opened, Place, choose, start_of
+from headwater.server.snapshots.opened import Found, OpenedSnapshot, Place, choose, start_of
 from headwater.types import ITEMSIZE
 from headwater.wire.tensors import DTYPES
 
 
-class Snapshot(Opened):
+class Snapshot(OpenedSnapshot):
     """A finished snapshot whose tensors can be read. Raises ``SnapshotCorrupt`` where what is read is damaged."""
 
     def slots(self, name: str, parameter: int) -> tuple[str, ...]:
