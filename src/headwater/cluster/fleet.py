@@ -64,6 +64,7 @@ class Fleet:
         self._now = 0.0
         self._suspects: dict[tuple[int, int], float] = {}  # (shard, server): when it was last suspected
         self._changed: dict[int, m.View] = {}  # by shard: the view before the first change of this turn
+        self._settled: tuple[object, ...] | None = None  # what was seen when there was nothing to change
 
     # ---- events ----------------------------------------------------------------------------------
 
@@ -237,11 +238,20 @@ class Fleet:
 
     def plan(self) -> list[tuple[m.View, m.View]]:
         """Bring the views in line with who is there; (before, now) of every view that changed this turn."""
+        seen = self._seen()
+        if seen == self._settled and not self._changed:
+            return []  # nothing to look at again: this is asked behind every message
         for shard in list(self.views):
             self._repair(shard)
         self._balance()
         changed, self._changed = self._changed, {}
+        self._settled = None if changed else seen
         return [(old, self.views[shard]) for shard, old in sorted(changed.items())]
+
+    def _seen(self) -> tuple[object, ...]:
+        """All that ``plan`` decides by: what gave no change once gives none again."""
+        servers = [(n, s.alive, s.draining) for n, s in self.servers.items()]
+        return servers, [(n, view.epoch) for n, view in self.views.items()], list(self._suspects)
 
     def _up(self, server: int) -> bool:
         member = self.servers.get(server)
