@@ -98,6 +98,7 @@ class Pull:
     clock: int
     start: int
     length: int
+    keys: bytes = b""
 
 
 @dataclass(slots=True)
@@ -172,7 +173,7 @@ class Ack:
 
 @dataclass(slots=True)
 class Send:
-    """Answer a pull: bytes ``start:start+length`` of the values as they are at ``lsn``."""
+    """Answer a pull: bytes ``start:start+length`` of the values, or what ``keys`` name, as it is at ``lsn``."""
 
     session: int
     request: int
@@ -182,6 +183,7 @@ class Send:
     staleness: int
     start: int
     length: int
+    keys: bytes = b""
 
 
 @dataclass(slots=True)
