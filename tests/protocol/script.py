@@ -100,7 +100,7 @@ class Run:
             coord.begin()
 
     def do_start(self, *names: str) -> None:
-        """``s0 s1`` or ``w0 w1`` or ``r0``: these processes begin and join. ``coord``: it begins again from its store."""
+        """``s0 s1`` or ``w0 w1`` or ``r0``: these processes begin and join. ``coord``: again, from its store."""
         for name in names:
             if name == COORD:
                 self._begin()
