@@ -10,7 +10,7 @@ import torch
 
 from headwater.server.tables.base import Contribution
 from headwater.server.tables.dense.kernels import accumulator, aggregate
-from headwater.server.tables.dense.runs import Memory, Stretch, Plan, Run, packed, source
+from headwater.server.tables.dense.runs import Memory, Plan, Run, Stretch, packed, source
 from headwater.wire.exact import exact_sum
 
 CHUNK = 16384
