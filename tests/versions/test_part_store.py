@@ -206,8 +206,9 @@ def test_memory_for_the_next_version_is_ready_before_it_begins() -> None:
     holder = Holder(tables=2)
     size, pool = len(holder.values), holder.part_store.pool
     holder.publish(1, (1, 2))
-    if pool._thread is not None:
-        pool._thread.join(PATIENCE)
+    thread = pool._thread
+    if thread is not None:
+        thread.join(PATIENCE)
     ready = list(pool._free[size])
     assert len(ready) == 2
     holder.publish(2, (1, 2))
