@@ -508,6 +508,16 @@ def test_a_version_that_is_dropped_before_its_moment_is_never_made(holder: Holde
     assert not holder.part_store.parts
 
 
+def test_versions_whose_moments_come_together_all_begin(holder: Holder) -> None:
+    for number in (1, 2, 3):
+        holder.tell(v.CutVersion(number, 0, (1,), ((1, 5),)))
+    assert not holder.part_store.parts
+    holder.server.nodes[0].shard.tables[1].gathering.clock = 5
+    holder.tell(m.Members(2, (0,), 0))  # whatever happens next
+    assert not holder.server.nodes[0].cuts
+    assert [key.number for key in holder.part_store.parts] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("when", ["copying", "copied"])
 def test_what_is_dropped_is_gone(holder: Holder, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     gate = late(monkeypatch)
