@@ -96,7 +96,7 @@ class Shard:
         for server in backups:
             self.log.required.setdefault(server, self.replica.lsn if first else 0)
         self.log.blocked = blocked
-        if first:
+        if first:  # the old primary's READY may be lost, or the verdict on its way to it
             self.proposals.out += [
                 self.replica.ready(table) for table in self.tables.values() if table.prepared is not None
             ]
@@ -187,7 +187,7 @@ class Shard:
                     self.proposals.propose(r.Begin(event.table, event.spec, event.restore))
             case e.Forget():
                 self.proposals.propose(r.Drop(event.table))  # a follower may have it even if it could not be made here
-            case e.Publish():
+            case e.BeginVersion():
                 self.proposals.propose(r.Publish(event.version, event.tables))
             case e.Opened():
                 self._open(event)
