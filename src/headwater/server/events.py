@@ -34,7 +34,7 @@ class Forget:
 
 
 @dataclass(slots=True)
-class Publish:
+class BeginVersion:
     """The coordinator wants these tables' state as it is now, as a part of a version."""
 
     version: int
@@ -98,6 +98,7 @@ class Pull:
     clock: int
     start: int
     length: int
+    keys: bytes = b""
 
 
 @dataclass(slots=True)
@@ -148,7 +149,9 @@ class PauseTable:
     paused: bool
 
 
-Rare = Create | Forget | Publish | Opened | Closed | Attached | Assign | AssignSlots | PauseTable | Commit | Members
+Rare = (
+    Create | Forget | BeginVersion | Opened | Closed | Attached | Assign | AssignSlots | PauseTable | Commit | Members
+)
 Event = Push | Pull | AskMean | Rare
 
 # ---- instructions ----------------------------------------------------------------------------------
@@ -172,7 +175,7 @@ class Ack:
 
 @dataclass(slots=True)
 class Send:
-    """Answer a pull: bytes ``start:start+length`` of the values as they are at ``lsn``."""
+    """Answer a pull: bytes ``start:start+length`` of the values, or what ``keys`` name, as it is at ``lsn``."""
 
     session: int
     request: int
@@ -182,6 +185,7 @@ class Send:
     staleness: int
     start: int
     length: int
+    keys: bytes = b""
 
 
 @dataclass(slots=True)

@@ -187,7 +187,7 @@ class Shard:
                     self.proposals.propose(r.Begin(event.table, event.spec, event.restore))
             case e.Forget():
                 self.proposals.propose(r.Drop(event.table))  # a follower may have it even if it could not be made here
-            case e.Publish():
+            case e.BeginVersion():
                 self.proposals.propose(r.Publish(event.version, event.tables))
             case e.Opened():
                 self._open(event)
@@ -358,7 +358,10 @@ class Shard:
     # ---- reads -----------------------------------------------------------------------------------
 
     def _read(self, event: e.Pull) -> None:
-        self._paced.read(self.session(event.session), self.table(event.table), event)
+        session, table = self.session(event.session), self.table(event.table)
+        if event.keys:
+            table.store.check_keys(event.keys)
+        self._paced.read(session, table, event)
 
     def _ask_mean(self, event: e.AskMean) -> None:
         session, table = self.session(event.session), self.table(event.table)
