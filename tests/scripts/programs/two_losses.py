@@ -9,7 +9,7 @@ rank = int(os.environ.get("RANK", "0"))
 torch.manual_seed(0)
 trunk, left, right = nn.Linear(6, 20), nn.Linear(20, 1), nn.Linear(20, 2)
 model = nn.ModuleList([trunk, left, right])
-optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)  #> headwater.Optimizer(model, torch.optim.SGD, lr=0.05, momentum=0.9)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)  #> headwater.Optimizer(model, torch.optim.SGD, lr=0.02, momentum=0.9)
 torch.manual_seed(1 + rank)
 losses = []
 for step in range(20):

@@ -272,8 +272,8 @@ class Optimizer(torch.optim.Optimizer):
     @interrupts.deferred
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch."""
-        if not self._core.closed and set_to_none:
-            self._core.follow_groups()  # before a backward whose gradients somebody may look at
+        if not self._core.closed and set_to_none and self._core.options.sync.collective:
+            self._core.follow_groups()  # before a backward whose mean somebody may look at
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
