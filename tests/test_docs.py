@@ -54,3 +54,12 @@ def test_links_to_runs_of_the_protocol_lead_somewhere_and_none_is_left_out() -> 
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     linked = set(re.findall(r"\(\.\./tests/protocol/(\w+\.txt)\)", page))
     assert linked == {path.name for path in (ROOT / "tests" / "protocol").glob("*.txt")}
+
+
+def test_tests_that_pages_name_are_there() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("src/**/*.md")]
+    named = {
+        (page, path) for page in pages for path in re.findall(r"`(tests/[\w/.]+)`", page.read_text(encoding="utf-8"))
+    }
+    missing = [f"{page.relative_to(ROOT)}: {path}" for page, path in sorted(named) if not (ROOT / path).exists()]
+    assert not missing, "\n".join(missing)

@@ -52,6 +52,8 @@ class DenseStore(DenseShard):
     that copy without asking. More methods than other classes have: they are those of the protocol.
     """
 
+    key_limit = 0
+
     def __init__(
         self,
         spec: DenseSpec,
@@ -150,7 +152,10 @@ class DenseStore(DenseShard):
 
     # ---- answers -----------------------------------------------------------------------------------
 
-    def answer(self, start: int, stop: int) -> Sequence[tuple[int, memoryview]]:
+    def check_keys(self, keys: bytes) -> None:
+        raise ProtocolError(f"a pull by keys, which table {self.spec.name!r} has not")
+
+    def answer(self, start: int, stop: int, keys: bytes) -> Sequence[tuple[int, memoryview]]:
         pieces = []
         for block in self.blocks:
             first, last = max(start, block.local), min(stop, block.local + block.size)
