@@ -547,3 +547,37 @@ def test_a_step_at_the_worker_that_is_refused_is_taken_back() -> None:
         return found
 
     assert workers(2, life) == [[0.0, -1.5]] * 2
+
+
+class Leaping(torch.optim.Optimizer):
+    """Moves values so far that ``old - (old - new)`` is not ``new``."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.copy_(p * -3.3 + 0.123)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_without_bulk_the_model_is_what_the_servers_hold_after_a_step_at_the_worker(layout: torch.memory_format) -> None:
+    with connect() as client:
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3).to(memory_format=layout)
+        idle = nn.Parameter(torch.ones(3))
+        model.register_parameter("idle", idle)
+        opt = headwater.Optimizer(model, Leaping(model.parameters(), {}), sync=headwater.Async(), client=client)
+        graph = (idle**2).sum()
+        for _ in range(3):
+            opt.zero_grad()
+            model(torch.ones(1, 3, 4, 4)).sum().backward()
+            opt.step()
+            table = client.tables["model"]
+            assert isinstance(table, headwater.DenseTable)
+            for name, p in model.named_parameters():
+                assert torch.equal(p, table.truth[name]), name
+        graph.backward()  # no step was taken of what it was built on
+        assert idle.grad is not None
+        assert idle.grad.tolist() == [2.0, 2.0, 2.0]
+        opt.close()
