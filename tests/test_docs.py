@@ -6,6 +6,8 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 import headwater
 
 ROOT = Path(headwater.__file__).parents[2]
@@ -32,9 +34,13 @@ def _methods() -> dict[str, dict[str, set[str]]]:
     return found
 
 
-def test_the_way_of_a_push_names_what_there_is() -> None:
-    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    section = page.split("## The way of a push", 1)[1].split("\n## ", 1)[0]
+@pytest.mark.parametrize(
+    ("page", "title"),
+    [("design.md", "The way of a push"), ("reliability.md", "A primary dies between READY and COMMIT")],
+)
+def test_what_a_story_names_is_there(page: str, title: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    section = text.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
     methods = _methods()
     for file, kind, name in re.findall(r"^\| `([\w/]+\.py)` \| `(\w+)\.(\w+)`", section, re.MULTILINE):
         assert name in methods.get(file, {}).get(kind, set()), f"{file} has no {kind}.{name}"
@@ -42,3 +48,9 @@ def test_the_way_of_a_push_names_what_there_is() -> None:
         assert file in methods or (ROOT / file).exists(), f"there is no {file}"
     for kind, name in re.findall(r"`([A-Z]\w+)\.(\w+)`", section):
         assert any(name in classes.get(kind, set()) for classes in methods.values()), f"there is no {kind}.{name}"
+
+
+def test_links_to_runs_of_the_protocol_lead_somewhere_and_none_is_left_out() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\(\.\./tests/protocol/(\w+\.txt)\)", page))
+    assert linked == {path.name for path in (ROOT / "tests" / "protocol").glob("*.txt")}

@@ -29,7 +29,7 @@ def main() -> None:
 @contextlib.contextmanager
 def connected(environment: dict[str, str]) -> Iterator[headwater.Client]:
     """The one worker of a new cluster."""
-    with Launcher(servers=SERVERS, advertise=False) as launcher:
+    with Launcher(SERVERS, advertise=False) as launcher:
         os.environ.pop("HEADWATER_TRANSPORT", None)
         os.environ.update(launcher.environment() | environment)
         with headwater.connect(rank=0, world=1) as client:

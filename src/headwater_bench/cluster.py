@@ -8,7 +8,7 @@ from typing import Any
 
 import headwater
 from headwater.cli.environment import exported as exported
-from headwater.launch import Launcher, cores
+from headwater.launch import Launcher, Shape, cores
 from headwater_bench.options import Transport
 
 
@@ -23,10 +23,10 @@ def worker_environment(launcher: Launcher, rank: int, world: int, transport: Tra
     return launcher.environment() | {"HEADWATER_RANK": str(rank), "HEADWATER_WORLD_SIZE": str(world)} | forced
 
 
-def launcher(servers: int, transport: Transport = "local", replicas: int = 1, **options: Any) -> Launcher:
+def launcher(shape: Shape | int, transport: Transport = "local", **options: Any) -> Launcher:
     """A cluster whose servers reach each other as its workers do. Nobody's ``headwater status`` finds it."""
     forced = {"HEADWATER_TRANSPORT": "tcp"} if transport == "tcp" else {}
-    return Launcher(servers=servers, replicas=replicas, advertise=False, env=forced, **options)
+    return Launcher(shape, advertise=False, env=forced, **options)
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def connected(transport: Transport, servers: int, replicas: int = 1) -> Iterator
             yield client
         return
     with (
-        launcher(servers, transport, replicas) as cluster,
+        launcher(Shape(servers, replicas=replicas), transport) as cluster,
         exported(worker_environment(cluster, 0, 1, transport)),
         headwater.connect() as client,
     ):

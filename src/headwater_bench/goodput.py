@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from headwater.errors import DeadlineExceeded
-from headwater.launch import Launcher, Process
+from headwater.launch import Launcher, Process, Rules, Shape
 from headwater.transports.address import parse
 from headwater_bench.cluster import launcher
 from headwater_bench.options import Options
@@ -70,9 +70,10 @@ def measure(options: Options) -> list[Figure]:
     """The figures; ``rounds`` is the number of faults."""
     faults = options.rounds_or(FAULTS)
     options.note(f"recovery: {WORKERS} tiny workers, {faults} faults")
+    rules = Rules(elastic=True, restart_workers=1000)
     with (
         tempfile.TemporaryDirectory() as scratch,
-        launcher(SERVERS, replicas=2, elastic=True, restart_workers=1000, on_note=_quiet) as cluster,
+        launcher(Shape(SERVERS, replicas=2), rules=rules, on_note=_quiet) as cluster,
     ):
         observed = GoodputRun(cluster, Path(scratch)).run(faults)
     return goodput_figures(observed)

@@ -81,7 +81,7 @@ def _watch(options: Options, world: int) -> list[int]:
     """Bytes of all servers together after each of ``SAMPLES`` parts of the run."""
     part = max(1, options.rounds_or(STEPS) // SAMPLES)
     with contextlib.ExitStack() as stack:
-        launcher = stack.enter_context(Launcher(servers=options.servers, advertise=False))
+        launcher = stack.enter_context(Launcher(options.servers, advertise=False))
         workers = [
             stack.enter_context(
                 Child(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 import headwater
+from headwater.launch import Shape
 from headwater_bench.child import Child
 from headwater_bench.cluster import connected, launcher, server_threads, worker_environment
 from headwater_bench.kernel import OPTIMIZERS
@@ -64,7 +65,8 @@ def _steps(options: Options, transport: Transport, model: str, size: str) -> lis
 def _workers(options: Options, transport: Transport, copies: int, model: str, size: str) -> Iterator[list[Child]]:
     """Two workers of a cluster of their own, with the model."""
     with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(launcher(max(COPIES[-1], options.servers), transport, copies))
+        shape = Shape(max(COPIES[-1], options.servers), replicas=copies)
+        cluster = stack.enter_context(launcher(shape, transport))
         store = stack.enter_context(tempfile.TemporaryDirectory()) + "/gloo"
         yield [
             stack.enter_context(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import headwater
+from headwater.launch import Shape
 from headwater.server.snapshots.opened import newest
 from headwater.wire import messages as m
 from headwater_bench.child import Child
@@ -66,7 +67,7 @@ def measure(options: Options, size: int = SIZE, calm: float = CALM) -> list[Figu
 
 def _write(options: Options, root: Path, elements: int, rounds: int, calm: float) -> list[SnapshotRun]:
     with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(launcher(options.servers, snapshots=root))
+        cluster = stack.enter_context(launcher(Shape(options.servers, snapshots=root)))
         worker = stack.enter_context(Child("steady", environment=worker_environment(cluster, 0, 1), elements=elements))
         stack.enter_context(exported(cluster.environment()))
         reader = stack.enter_context(headwater.connect(role="reader"))
@@ -235,7 +236,7 @@ def _first_pull(elements: int, restore: Path | None) -> float:
     """Seconds from nothing to the table's values in a worker's hands."""
     start = time.perf_counter()
     with (
-        launcher(OTHERS, restore=restore) as cluster,
+        launcher(Shape(OTHERS, restore=restore)) as cluster,
         exported(worker_environment(cluster, 0, 1)),
         headwater.connect() as client,
     ):

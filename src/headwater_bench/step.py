@@ -32,7 +32,7 @@ def measure(options: Options, model: str = MODEL, size: str = SIZE) -> list[Figu
     found = []
     with contextlib.ExitStack() as stack:
         options.note("step: starting the servers and two workers with three copies of the model each")
-        launcher = stack.enter_context(Launcher(servers=options.servers, advertise=False))
+        launcher = stack.enter_context(Launcher(options.servers, advertise=False))
         store = stack.enter_context(tempfile.TemporaryDirectory()) + "/gloo"
         transport = options.transport or "local"
         workers = [

@@ -9,7 +9,7 @@ from headwater.launch import Launcher
 
 
 def test_in_a_cluster_that_it_was_sent_to_torchruns_rank_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Launcher(servers=1, advertise=False) as launcher:
+    with Launcher(1, advertise=False) as launcher:
         for name, value in launcher.environment().items():
             if name.startswith(("HEADWATER_ADDRESS", "HEADWATER_TOKEN")):
                 monkeypatch.setenv(name, value)

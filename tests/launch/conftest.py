@@ -42,6 +42,6 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
     ) -> None:
         script = tmp_path / "stand_in.py"
         script.write_text(STAND_IN.format(behaviour=behaviour, last=last), encoding="utf-8")
-        monkeypatch.setattr("headwater.launch.launcher.SERVER", (sys.executable, "-I", "-S", str(script)))
+        monkeypatch.setattr("headwater.launch.commands.SERVER", (sys.executable, "-I", "-S", str(script)))
 
     return install

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 import headwater
-from headwater.launch import Launcher, Outcome, Process, launch
-from headwater.launch.launcher import cores
+from headwater.launch import Launcher, Outcome, Process, Rules, Shape, cores, launch
 from headwater.launch.registry import running
 from tests.launch.support import FOREVER, alive, python, wait_for_end
 from tests.patience import PATIENCE
@@ -92,7 +91,7 @@ def test_a_signal_death_counts_as_in_a_shell() -> None:
 
 
 def test_one_that_ignores_sigterm_is_killed_after_the_grace() -> None:
-    job = Launcher(0, grace=0.2, on_line=Collected())
+    job = Launcher(0, rules=Rules(grace=0.2), on_line=Collected())
     with job:
         deaf, _ = job.start_workers(
             python(
@@ -240,7 +239,7 @@ def test_a_server_that_says_why_raises_that_error(stand_in: StandIn) -> None:
 
 def test_coming_up_has_a_deadline(stand_in: StandIn) -> None:
     stand_in("signal.pause()")
-    job = Launcher(1, on_line=Collected(), ready_timeout=0.2)
+    job = Launcher(1, on_line=Collected(), rules=Rules(ready_timeout=0.2))
     with pytest.raises(headwater.DeadlineExceeded, match="coordinator"):
         job.start()
     assert job.coordinator
@@ -249,17 +248,17 @@ def test_coming_up_has_a_deadline(stand_in: StandIn) -> None:
 
 def test_beyond_loopback_without_a_token_refuses_to_start() -> None:
     with pytest.raises(headwater.UsageError, match="HEADWATER_TOKEN"):
-        Launcher(1, listen="tcp://192.0.2.1:0")
-    Launcher(1, listen="tcp://192.0.2.1:0", token="a secret of ours").stop()
+        Launcher(Shape(1, listen="tcp://192.0.2.1:0"))
+    Launcher(Shape(1, listen="tcp://192.0.2.1:0"), token="a secret of ours").stop()
     with pytest.raises(headwater.UsageError, match="name one interface"):
-        Launcher(1, listen="tcp://0.0.0.0:0", token="a secret of ours")
+        Launcher(Shape(1, listen="tcp://0.0.0.0:0"), token="a secret of ours")
 
 
 def test_workers_of_a_running_cluster_get_its_address_and_the_callers_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADWATER_TOKEN", "theirs")
     collected = Collected()
     code = "import os; print(os.environ['HEADWATER_ADDRESS'], os.environ['HEADWATER_TOKEN'], os.environ['RANK'])"
-    with Launcher(address="tcp://127.0.0.1:9", on_line=collected) as job:
+    with Launcher(Shape(address="tcp://127.0.0.1:9"), on_line=collected) as job:
         job.start_workers(python(code), 1, first_rank=3, world=4)
         assert job.wait().code == 0
     assert collected.of("w3") == ["tcp://127.0.0.1:9 theirs 3"]
@@ -273,10 +272,10 @@ def test_ranks_that_do_not_fit(count: int, first: int, world: int | None) -> Non
 
 OUTER = """
 import os, signal, sys
-from headwater.launch import Launcher
+from headwater.launch import Launcher, Rules
 def show(process, stream, line):
     print(process.pid, line, flush=True)
-job = Launcher(0, on_line=show, grace=60, patience=60)
+job = Launcher(0, on_line=show, rules=Rules(grace=60, patience=60))
 with job.signals(), job:
     job.start_workers([sys.executable, "-S", "-c", sys.argv[1]], 2)
     sys.exit(job.wait().code)
@@ -316,13 +315,12 @@ def test_ctrl_c_in_a_terminal_reaches_a_worker_once() -> None:
 def test_what_is_claimed_of_the_end_is_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that the kernel holds outlives SIGKILL, and is named."""
     collected = Collected()
-    with Launcher(0, on_line=collected) as job:
+    with Launcher(0, rules=Rules(grace=0.0), on_line=collected) as job:
         (worker,) = job.start_workers(python(FOREVER), 1)
         with monkeypatch.context() as held:
             held.setattr(Process, "running", True)
             held.setattr(worker, "send_signal", lambda number: None)
             held.setattr("headwater.launch.escalation._AFTER_KILL", 0.0)
-            held.setattr(job, "_grace", 0.0)
             job.stop()
         assert job.outcome.remains.startswith(f"w0 (pid {worker.pid}) did not end upon SIGKILL")
         os.kill(worker.pid, signal.SIGKILL)

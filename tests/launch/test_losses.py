@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import headwater
-from headwater.launch import Launcher, Outcome, Process, registry
+from headwater.launch import Launcher, Outcome, Process, Rules, Shape, registry
 from tests.launch.support import FOREVER, python
 
 StandIn = Callable[..., None]
@@ -29,9 +29,9 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 class Job(Launcher):
     """A launcher that keeps what it says."""
 
-    def __init__(self, servers: int, **options: object) -> None:
+    def __init__(self, shape: Shape, rules: Rules | None = None, token: str | None = None) -> None:
         self.notes: list[str] = []
-        super().__init__(servers, on_line=self.hear, on_note=self.notes.append, **options)  # type: ignore[arg-type]
+        super().__init__(shape, rules=rules, token=token, on_line=self.hear, on_note=self.notes.append)
         self.lines: list[tuple[str, str]] = []
 
     def hear(self, process: Process, stream: str, line: str) -> None:
@@ -50,7 +50,7 @@ def _command(process: Process) -> str:
 
 def test_another_server_takes_the_place_of_one_that_dies(stand_in: StandIn) -> None:
     stand_in()
-    with Job(3, replicas=2) as job:
+    with Job(Shape(3, replicas=2)) as job:
         job.start_workers(python(FOREVER), 2)
         first = job.servers[1]
         os.kill(first.pid, signal.SIGKILL)
@@ -78,7 +78,7 @@ def test_servers_are_called_by_the_numbers_that_status_shows(stand_in: StandIn, 
         f"    try: os.mkdir({str(tally)!r} + f'/{{number}}'); said['server'] = number\n"
         "    except FileExistsError: number += 1"
     )
-    with Job(3, replicas=2) as job:
+    with Job(Shape(3, replicas=2)) as job:
         assert [server.name for server in job.servers] == ["s0", "s1", "s2"]
         os.kill(job.servers[1].pid, signal.SIGKILL)
         job.until(lambda: len(job.notes) == 2)
@@ -91,7 +91,7 @@ def test_servers_are_called_by_the_numbers_that_status_shows(stand_in: StandIn, 
 
 def test_the_reason_that_a_server_gave_is_passed_on(stand_in: StandIn) -> None:
     stand_in(last="headwater server: NotEnoughMemory: 3 GB too few")
-    with Job(2, replicas=2) as job:
+    with Job(Shape(2, replicas=2)) as job:
         os.kill(job.servers[0].pid, signal.SIGUSR1)
         job.until(lambda: len(job.notes) == 2)
     assert job.notes[0].startswith("server s0 exited with code 1 (NotEnoughMemory: 3 GB too few); its shards go on")
@@ -109,7 +109,7 @@ def third_time(tmp_path: Path) -> str:
 
 def test_a_server_that_cannot_live_is_given_up_and_the_others_go_on(stand_in: StandIn, third_time: str) -> None:
     stand_in(third_time)
-    with Job(2, replicas=2) as job:
+    with Job(Shape(2, replicas=2)) as job:
         os.kill(job.servers[1].pid, signal.SIGKILL)
         job.until(lambda: len(job.notes) == 3)
         assert job.poll(0.0)
@@ -122,7 +122,7 @@ def test_a_server_that_cannot_live_is_given_up_and_the_others_go_on(stand_in: St
 
 def test_without_any_server_the_job_ends(stand_in: StandIn, third_time: str) -> None:
     stand_in(third_time)
-    with Job(2, replicas=2) as job:
+    with Job(Shape(2, replicas=2)) as job:
         job.start_workers(python(FOREVER))
         for server in job.servers:
             os.kill(server.pid, signal.SIGKILL)
@@ -138,7 +138,7 @@ def test_a_coordinator_with_a_state_is_started_again_at_its_address(
 ) -> None:
     stand_in()
     state = tmp_path / "state"
-    with Job(2, replicas=copies, state=state) as job:
+    with Job(Shape(2, replicas=copies, state=state)) as job:
         first = job.coordinator
         assert first
         assert f"--state {state}" in _command(first)
@@ -155,7 +155,7 @@ def test_a_coordinator_with_a_state_is_started_again_at_its_address(
 
 def test_a_coordinator_that_cannot_live_ends_the_job(stand_in: StandIn, third_time: str) -> None:
     stand_in(third_time)
-    with Job(2, replicas=2) as job:
+    with Job(Shape(2, replicas=2)) as job:
         assert job.coordinator
         os.kill(job.coordinator.pid, signal.SIGKILL)
         outcome = job.wait()
@@ -164,7 +164,7 @@ def test_a_coordinator_that_cannot_live_ends_the_job(stand_in: StandIn, third_ti
 
 def test_one_copy_and_no_state_as_ever(stand_in: StandIn) -> None:
     stand_in()
-    with Job(2) as job:
+    with Job(Shape(2)) as job:
         assert job.coordinator
         assert "--state" not in _command(job.coordinator)
         os.kill(job.coordinator.pid, signal.SIGKILL)
@@ -177,7 +177,7 @@ def test_one_copy_and_no_state_as_ever(stand_in: StandIn) -> None:
 )
 def test_a_server_that_leaves_is_not_replaced(stand_in: StandIn, copies: int, said: str) -> None:
     stand_in(f"{WAIT}\n{said}")
-    with Job(2, replicas=copies) as job:
+    with Job(Shape(2, replicas=copies)) as job:
         os.kill(job.servers[0].pid, signal.SIGUSR1)
         job.until(lambda: bool(job.notes))
         assert job.poll(0.0)
@@ -186,13 +186,13 @@ def test_a_server_that_leaves_is_not_replaced(stand_in: StandIn, copies: int, sa
 
 def test_a_server_more(stand_in: StandIn) -> None:
     stand_in()
-    with Job(1) as job:
+    with Job(Shape(1)) as job:
         more = job.add_server()
         assert more.name == "s1"
         assert job.servers[1] is more
         assert f"--coordinator {job.address}" in _command(more)
     assert more.returncode == 0
-    with Job(0, address="tcp://127.0.0.1:9", token="t" * 64) as job:
+    with Job(Shape(address="tcp://127.0.0.1:9"), token="t" * 64) as job:
         os.kill(job.add_server().pid, signal.SIGKILL)
         outcome = job.wait()
     assert outcome.message.endswith("what only it held is lost; shards with a copy elsewhere go on there")
@@ -200,14 +200,14 @@ def test_a_server_more(stand_in: StandIn) -> None:
 
 def test_a_server_more_that_is_drained_ends_well(stand_in: StandIn) -> None:
     stand_in(f"{WAIT}\nprint('headwater server: Drained: gone', file=sys.stderr)")
-    with Job(0, address="tcp://127.0.0.1:9", token="t" * 64) as job:
+    with Job(Shape(address="tcp://127.0.0.1:9"), token="t" * 64) as job:
         os.kill(job.add_server().pid, signal.SIGUSR1)
         assert job.wait() == Outcome()
 
 
 def test_the_private_state_goes_with_the_job(stand_in: StandIn) -> None:
     stand_in()
-    with Job(2, replicas=2) as job:
+    with Job(Shape(2, replicas=2)) as job:
         (state,) = registry.folder().glob("*.state")
         assert state.stat().st_mode & 0o777 == 0o700
         assert job.coordinator
@@ -236,7 +236,7 @@ DIES = "import os, signal\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)
 
 def test_an_elastic_job_goes_on_without_a_worker() -> None:
     code = DIES + "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1]); print('here', flush=True)\n"
-    with Job(0, elastic=True) as job:
+    with Job(Shape(0), Rules(elastic=True)) as job:
         job.start_workers(python(code + "signal.sigwait([signal.SIGUSR1])"), 3)
         job.until(lambda: len(job.lines) == 2 and bool(job.notes))
         assert job.poll(0.0)
@@ -250,7 +250,7 @@ def test_an_elastic_job_goes_on_without_a_worker() -> None:
 
 
 def test_when_no_worker_remains_the_first_that_failed_is_told() -> None:
-    with Job(0, elastic=True) as job:
+    with Job(Shape(0), Rules(elastic=True)) as job:
         job.start_workers(python("import sys; sys.exit('ValueError: no')"), 2)
         outcome = job.wait()
     assert outcome.code == 1
@@ -258,14 +258,14 @@ def test_when_no_worker_remains_the_first_that_failed_is_told() -> None:
 
 
 def test_one_that_finished_is_enough() -> None:
-    with Job(0, elastic=True) as job:
+    with Job(Shape(0), Rules(elastic=True)) as job:
         job.start_workers(python(DIES), 2)
         assert job.wait().code == 0
 
 
 def test_a_worker_is_started_again_with_its_rank() -> None:
     code = "import os, sys; print(os.environ['RANK'], os.environ['WORLD_SIZE']); sys.exit(3)"
-    with Job(0, elastic=True, restart_workers=2) as job:
+    with Job(Shape(0), Rules(elastic=True, restart_workers=2)) as job:
         job.start_workers(python(code), 1, first_rank=1, world=4)
         outcome = job.wait()
     assert outcome.code == 3
@@ -277,7 +277,7 @@ def test_a_worker_is_started_again_with_its_rank() -> None:
 
 
 def test_ctrl_c_starts_nobody_again() -> None:
-    with Job(0, elastic=True, restart_workers=5) as job:
+    with Job(Shape(0), Rules(elastic=True, restart_workers=5)) as job:
         job.start_workers(python("print('here', flush=True);" + FOREVER), 2)
         job.until(lambda: len(job.lines) == 2)
         job.interrupt()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from headwater.launch.engines.splitter import LineSplitter
 from headwater.launch.output import Printer, note
-from headwater.launch.process import LineSplitter
 
 W1: Any = SimpleNamespace(name="w1", role="worker", rank=1)
 

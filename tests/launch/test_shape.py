@@ -9,7 +9,7 @@ import pytest
 
 from headwater.cluster.store.sqlite import SqliteStore
 from headwater.errors import StateInUse, UsageError
-from headwater.launch import Launcher, Shape
+from headwater.launch import Rules, Shape
 
 
 def test_what_was_not_asked_for_is_on_no_command_line() -> None:
@@ -107,9 +107,9 @@ def test_the_state_of_a_cluster_that_runs_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_running_cluster_has_its_shape() -> None:
     with pytest.raises(UsageError, match="runs already"):
-        Launcher(address="tcp://127.0.0.1:9", replicas=2)
+        Shape(address="tcp://127.0.0.1:9", replicas=2)
     with pytest.raises(UsageError, match="elastic"):
-        Launcher(0, restart_workers=1)
+        Rules(restart_workers=1)
 
 
 def test_what_is_restored_is_a_folder(tmp_path: Path) -> None:

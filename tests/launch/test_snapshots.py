@@ -16,7 +16,7 @@ import torch
 
 import headwater
 from headwater.errors import ClusterError, HeadwaterError, UsageError
-from headwater.launch import Launcher
+from headwater.launch import Launcher, Shape
 from headwater.server.snapshots import manifest
 from headwater.server.snapshots.restore import newest
 from headwater.wire import messages as m
@@ -28,7 +28,7 @@ SIZE = 30_000
 
 @contextmanager
 def cluster(monkeypatch: pytest.MonkeyPatch, servers: int, **options: object) -> Iterator[Launcher]:
-    with Launcher(servers, **options) as launcher:  # type: ignore[arg-type]
+    with Launcher(Shape(servers, **options)) as launcher:  # type: ignore[arg-type]
         for name, value in launcher.environment().items():
             monkeypatch.setenv(name, value)
         yield launcher

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from headwater.launch import Launcher, launch
+from headwater.launch import Launcher, Rules, launch
 from headwater.launch.world import World, inherited
 from headwater.transports.ports import ReservedPort
 from tests.launch.test_launcher import Collected
@@ -123,7 +123,7 @@ def test_a_worker_that_is_started_again_is_in_the_same_world(tmp_path: Path) -> 
         "sys.exit(os.environ['TORCHELASTIC_RESTART_COUNT'] == '0')\n"
     )
     collected = Collected()
-    with Launcher(0, on_line=collected, on_note=lambda _: None, elastic=True, restart_workers=1) as job:
+    with Launcher(0, on_line=collected, on_note=lambda _: None, rules=Rules(elastic=True, restart_workers=1)) as job:
         job.start_workers([sys.executable, "-S", "-c", code], 1)
         assert job.wait().code == 0
     first, second = (line.split() for line in collected.of("w0"))

@@ -80,13 +80,15 @@ class Run:
     # ---- who is there ---------------------------------------------------------------------------------
 
     def do_cluster(self, *words: str) -> None:
-        """``servers=2 shards=1 replicas=2``: a coordinator, which waits for so many servers."""
+        """``servers=2 shards=1 replicas=2``: a coordinator, which waits for so many servers. Also ``ack=disk`` and
+        ``silence=1``, the seconds without a heartbeat until a server counts as dead."""
         given = dict(word.split("=") for word in words)
         ack = given.pop("ack", "memory")
+        silence = float(given.pop("silence", "1e9"))
         shape = {name: int(value) for name, value in given.items()}
         rules = self.world.rules = Rules(
             **{"servers": 1, "shards": 1, **shape}, ack=ack,
-            silence=1e9, worker_silence=1e9, grace=GRACE, snapshots=True, durable=True,
+            silence=silence, worker_silence=1e9, grace=GRACE, snapshots=True, durable=True,
         )  # type: ignore[arg-type]  # fmt: skip
         self.world.names.shards = rules.shards
         coord = self.world.processes[COORD] = CoordProcess(self.world, rules, self.world.folder / "snapshots")

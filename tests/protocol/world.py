@@ -160,7 +160,15 @@ class CoordProcess(Process):
     def closed(self, end: End) -> None:
         self._do(self.machine.disconnected(end.peer, self.world.now))
 
+    def beat(self, server: ServerProcess) -> None:
+        """A heartbeat, which comes over a connection of its own. It is not written down."""
+        body = m.pack(server.machine.heartbeat())
+        self._do(self.machine.receive(-1 - server.number, Frame(Kind.NOTICE, body=body), self.world.now))
+
     def tick(self) -> None:
+        for process in self.world.processes.values():
+            if isinstance(process, ServerProcess) and (process.name, self.name) not in self.world.held:
+                self.beat(process)
         self._do(self.machine.tick(self.world.now))
         while (outcome := self.keeper.poll()) is not None:
             self.say(f"job done: {type(outcome).__name__}")

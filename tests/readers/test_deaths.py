@@ -13,7 +13,7 @@ import torch
 
 import headwater
 from headwater.errors import HeadwaterError, LinkError
-from headwater.launch import Launcher
+from headwater.launch import Launcher, Shape
 from tests.patience import PATIENCE
 
 SHAPE = (600, 500)
@@ -22,7 +22,7 @@ SHAPE = (600, 500)
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launcher]:
     """Three servers, two copies of each shard, and a coordinator that comes back."""
-    with Launcher(3, replicas=2, state=tmp_path / "state", advertise=False, on_note=lambda line: None) as made:
+    with Launcher(Shape(3, replicas=2, state=tmp_path / "state"), advertise=False, on_note=lambda line: None) as made:
         for key, value in made.environment().items():
             monkeypatch.setenv(key, value)
         yield made

@@ -17,7 +17,7 @@ import torch
 
 import headwater
 from headwater.cli.environment import exported
-from headwater.launch import Launcher
+from headwater.launch import Launcher, Shape
 from tests.patience import PATIENCE
 
 
@@ -69,7 +69,7 @@ def _private_runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_server_dies_under_a_relay_and_versions_go_on() -> None:
     with (
-        Launcher(servers=2, replicas=2) as cluster,
+        Launcher(Shape(2, replicas=2)) as cluster,
         exported(cluster.environment() | {"HEADWATER_RANK": "0", "HEADWATER_WORLD_SIZE": "1"}),
         headwater.connect(timeout=PATIENCE) as trainer,
     ):

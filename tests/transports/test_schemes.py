@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -18,7 +21,8 @@ from headwater.errors import ProtocolError, UsageError
 from headwater.transports.address import Address, parse
 from headwater.transports.dial import dial
 from headwater.transports.schemes import listen, scheme_of
-from headwater.wire.frames import MAGIC
+from headwater.transports.stream import StreamLink
+from headwater.wire.frames import MAGIC, Frame, Kind, encode
 from tests.patience import PATIENCE
 from tests.test_exactness import one_process, spec, unpack, worker
 from tests.transports.xor_channel import SCHEME, XorChannel, plain
@@ -84,3 +88,43 @@ def test_what_is_not_registered_is_refused() -> None:
         parse("rot13+tcp://127.0.0.1:1")
     with pytest.raises(UsageError, match="nothing is sent or received over inproc://"):
         scheme_of(parse("inproc://"))
+
+
+class Poller:
+    """Of a socket on which everything has arrived: to poll it when all of that is read would be to wait for ever."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+
+    def poll(self, milliseconds: float) -> list[tuple[int, int]]:
+        found = self._poll.poll(0)
+        assert found, "it would sleep, and the rest is here"
+        return found
+
+
+class Kept:
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+
+    def landing(self, frame: Frame) -> memoryview:
+        return memoryview(bytearray(frame.payload_length))
+
+    def receive(self, frame: Frame, fds: tuple[int, ...]) -> None:
+        self.frames.append(frame)
+
+
+def test_what_a_channel_has_read_ahead_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        payload = bytes(100_000)
+        data = (
+            encode(Frame(Kind.DATA, stop=len(payload), payload=memoryview(payload))) + payload + encode(Frame(Kind.ACK))
+        )
+        theirs.sendall(plain(data))
+        kept = Kept()
+        link = StreamLink(XorChannel(ours), kept)
+        monkeypatch.setattr(link, "_poller", Poller(ours))
+        link.pump(lambda: len(kept.frames) == 2, time.monotonic() + PATIENCE)
+        assert [frame.kind for frame in kept.frames] == [Kind.DATA, Kind.ACK]
+        link.close()

@@ -12,11 +12,10 @@ import headwater
 from headwater.cli.console import complain, note, out
 from headwater.cli.drain import empty, holdings
 from headwater.cli.options import Address
-from headwater.cli.run import report
+from headwater.cli.run import report, token_of
 from headwater.cli.status import locate
 from headwater.errors import HeadwaterError
-from headwater.launch import Launcher, address_of
-from headwater.launch.registry import find
+from headwater.launch import Launcher, Shape, address_of
 
 if TYPE_CHECKING:
     from headwater.launch import Process
@@ -37,8 +36,7 @@ def add_server(
     again and ends it; a second Ctrl-C ends it at once.
     """
     found = locate(address)
-    record = find(found)
-    job = Launcher(0, address=found, token=record.token if record else None)
+    job = Launcher(Shape(address=found), token=token_of(found))
     with job.signals(), job:
         process = job.add_server(listen)
         where = address_of(process).removeprefix("tcp://")

@@ -13,7 +13,7 @@ import typer
 from headwater.cli import options
 from headwater.cli.console import complain, counted, err, note
 from headwater.errors import UsageError
-from headwater.launch import Launcher
+from headwater.launch import Launcher, Rules, Shape
 from headwater.launch.registry import find
 
 if TYPE_CHECKING:
@@ -22,25 +22,48 @@ if TYPE_CHECKING:
     from headwater.launch import Outcome
 
 
+Words = Annotated[list[str], typer.Argument(metavar="SCRIPT [ARGUMENTS]...", help="What every worker runs.")]
+Servers = Annotated[int, typer.Option("--servers", "-s", min=0, help="Servers to start.")]
+Workers = Annotated[int, typer.Option("--workers", "-w", min=1, help="Workers to start.")]
+Module = Annotated[bool, typer.Option("--module", "-m", help="The script is a module, as in python -m.")]
+Joined = Annotated[
+    str | None, typer.Option(help="Join the cluster at this address (see headwater up) instead of starting one.")
+]
+Transport = Annotated[
+    str | None, typer.Option(help="Set HEADWATER_TRANSPORT for the workers: tcp leaves shared memory unused.")
+]
+FirstRank = Annotated[int, typer.Option(min=0, help="The rank of the first worker here.")]
+World = Annotated[
+    int | None, typer.Option(min=1, help="Workers in all, if others are launched elsewhere. Default: those here.")
+]
+Grace = Annotated[float, typer.Option(min=0.0, help="Seconds between SIGTERM and SIGKILL after a failure.")]
+Patience = Annotated[float, typer.Option(min=0.0, help="Seconds for workers to finish after Ctrl-C or SIGTERM.")]
+Elastic = Annotated[
+    bool, typer.Option("--elastic", help="A worker that dies does not end the job while another remains.")
+]
+RestartWorkers = Annotated[
+    int, typer.Option(min=0, help="With --elastic: start a worker that dies again, up to so many times.")
+]
+OnlyRank0 = Annotated[
+    bool, typer.Option("--only-rank0", help="Show what rank 0 writes, and why another fails if one does.")
+]
+StdinRank = Annotated[
+    int | None,
+    typer.Option(min=0, help="The worker that reads what you type. Default: a single one, or --only-rank0's."),
+]
+
+
 def run(
-    words: Annotated[list[str], typer.Argument(metavar="SCRIPT [ARGUMENTS]...", help="What every worker runs.")],
-    servers: Annotated[int, typer.Option("--servers", "-s", min=0, help="Servers to start.")] = 1,
-    workers: Annotated[int, typer.Option("--workers", "-w", min=1, help="Workers to start.")] = 1,
-    module: Annotated[bool, typer.Option("--module", "-m", help="The script is a module, as in python -m.")] = False,
-    address: Annotated[
-        str | None, typer.Option(help="Join the cluster at this address (see headwater up) instead of starting one.")
-    ] = None,
-    transport: Annotated[
-        str | None, typer.Option(help="Set HEADWATER_TRANSPORT for the workers: tcp leaves shared memory unused.")
-    ] = None,
-    first_rank: Annotated[int, typer.Option(min=0, help="The rank of the first worker here.")] = 0,
-    world: Annotated[
-        int | None, typer.Option(min=1, help="Workers in all, if others are launched elsewhere. Default: those here.")
-    ] = None,
-    grace: Annotated[float, typer.Option(min=0.0, help="Seconds between SIGTERM and SIGKILL after a failure.")] = 5.0,
-    patience: Annotated[
-        float, typer.Option(min=0.0, help="Seconds for workers to finish after Ctrl-C or SIGTERM.")
-    ] = 20.0,
+    words: Words,
+    servers: Servers = 1,
+    workers: Workers = 1,
+    module: Module = False,
+    address: Joined = None,
+    transport: Transport = None,
+    first_rank: FirstRank = 0,
+    world: World = None,
+    grace: Grace = 5.0,
+    patience: Patience = 20.0,
     shards: options.Shards = None,
     replicas: options.Replicas = 1,
     min_copies: options.MinCopies = 1,
@@ -49,19 +72,10 @@ def run(
     snapshots: options.Snapshots = None,
     snapshot_every: options.SnapshotEvery = None,
     restore: options.Restore = None,
-    elastic: Annotated[
-        bool, typer.Option("--elastic", help="A worker that dies does not end the job while another remains.")
-    ] = False,
-    restart_workers: Annotated[
-        int, typer.Option(min=0, help="With --elastic: start a worker that dies again, up to so many times.")
-    ] = 0,
-    only_rank0: Annotated[
-        bool, typer.Option("--only-rank0", help="Show what rank 0 writes, and why another fails if one does.")
-    ] = False,
-    stdin_rank: Annotated[
-        int | None,
-        typer.Option(min=0, help="The worker that reads what you type. Default: a single one, or --only-rank0's."),
-    ] = None,
+    elastic: Elastic = False,
+    restart_workers: RestartWorkers = 0,
+    only_rank0: OnlyRank0 = False,
+    stdin_rank: StdinRank = None,
 ) -> None:
     """Run SCRIPT in every worker, beside a cluster of its own.
 
@@ -79,44 +93,46 @@ def run(
     that dies is replaced, and training goes on meanwhile.
     """
     command = command_line(words, module)
-    env = {"HEADWATER_TRANSPORT": transport} if transport else {}
-    record = find(address) if address else None
+    stdin_rank = reader(stdin_rank, first_rank, workers, only_rank0)
     job = Launcher(
-        servers,
-        address=address,
-        token=record.token if record else None,
-        env=env,
-        grace=grace,
-        patience=patience,
-        shards=shards,
-        replicas=replicas,
-        min_copies=min_copies,
-        ack=ack,
-        state=state,
-        snapshots=snapshots,
-        snapshot_every=snapshot_every,
-        restore=restore,
-        elastic=elastic,
-        restart_workers=restart_workers,
+        Shape(servers, shards, replicas, min_copies, ack, None, state, snapshots, snapshot_every, restore, address),
+        rules=Rules(grace=grace, patience=patience, elastic=elastic, restart_workers=restart_workers),
+        token=token_of(address),
+        env={"HEADWATER_TRANSPORT": transport} if transport else {},
         only_rank0=only_rank0,
         once=True,
-        stdin_rank=reader(stdin_rank, first_rank, workers, only_rank0),
     )
     with job.signals(), job:
-        cluster = counted(len(job.servers), "server") if job.servers else "a cluster" if address else "no servers"
-        cluster += f", {replicas} copies of every shard," if replicas > 1 else ""
-        where = f"{cluster} at {job.address}" if job.address else cluster
-        note(f"headwater: {where}, {counted(workers, 'worker')}: {' '.join(words)}")
-        job.start_workers(command, workers, first_rank=first_rank, world=world)
-        if job.advice:
-            note(f"headwater: {job.advice}")
-        told = False
-        while job.poll(1.0):
-            if job.outcome.interrupted and not told:
-                told = True
-                note(f"headwater: the workers have {patience:g} s to end; another Ctrl-C does not wait")
+        note(f"headwater: {_cluster(job)}, {counted(workers, 'worker')}: {' '.join(words)}")
+        job.start_workers(command, workers, first_rank=first_rank, world=world, stdin_rank=stdin_rank)
+        _watch(job, patience)
     report(job.outcome)
     raise typer.Exit(job.outcome.code)
+
+
+def token_of(address: str | None) -> str | None:
+    """The token that the launcher of a running cluster has left for its user, if it is one of this host."""
+    record = find(address) if address else None
+    return record.token if record else None
+
+
+def _cluster(job: Launcher) -> str:
+    """``2 servers, 2 copies of every shard, at tcp://…``."""
+    joined = not job.shape.own
+    cluster = counted(len(job.servers), "server") if job.servers else "a cluster" if joined else "no servers"
+    cluster += f", {job.shape.replicas} copies of every shard," if job.shape.replicas > 1 else ""
+    return f"{cluster} at {job.address}" if job.address else cluster
+
+
+def _watch(job: Launcher, patience: float) -> None:
+    """Until the job has ended."""
+    if job.advice:
+        note(f"headwater: {job.advice}")
+    told = False
+    while job.poll(1.0):
+        if job.outcome.interrupted and not told:
+            told = True
+            note(f"headwater: the workers have {patience:g} s to end; another Ctrl-C does not wait")
 
 
 def reader(wanted: int | None, first_rank: int, workers: int, only_rank0: bool) -> int | None:

@@ -51,19 +51,10 @@ def up(
     of the three must be given.
     """
     given = read_token(token_file) if token_file else _from_environment()
-    job = Launcher(
-        servers,
-        listen=listen,
-        token=given,
-        shards=shards,
-        replicas=replicas,
-        min_copies=min_copies,
-        ack=ack,
-        state=state,
-        snapshots=snapshots,
-        snapshot_every=snapshot_every,
-        restore=restore,
-    )
+    shape = Shape(
+        servers, shards, replicas, min_copies, ack, None, state, snapshots, snapshot_every, restore, listen=listen
+    )  # fmt: skip
+    job = Launcher(shape, token=given)
     made: Path | None = None
     try:
         with job.signals(), job:

@@ -170,7 +170,7 @@ class Coordinator:
     def _effects(self) -> Effects:
         """What the event came to. The views change last: who is there is known now."""
         if not self.recovery.settling:
-            self.views.publish(self.now)
+            self.views.announce(self.now)
         for key, value in self.plans.changes().items():
             self.outbox.save(key, value)
         return self.outbox.take()

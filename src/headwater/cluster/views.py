@@ -73,13 +73,13 @@ class Views:
 
     # ---- making them known -----------------------------------------------------------------------
 
-    def publish(self, now: float) -> None:
+    def announce(self, now: float) -> None:
         """Bring the views in line with who is there, and tell of those that have changed."""
         for old, new in self._fleet.plan():
-            self._publish(old, new, now)
+            self._announce(old, new, now)
         self._answer_drains()
 
-    def _publish(self, old: m.View, new: m.View, now: float) -> None:
+    def _announce(self, old: m.View, new: m.View, now: float) -> None:
         """A view is durable first, then all who are in it, or were, hear of it."""
         self._outbox.save(f"view/{new.shard}", msgspec.msgpack.encode(new))
         for number in members_of(new):  # one that was forgotten as dead may be back
@@ -97,7 +97,8 @@ class Views:
             self.brief(new)
 
     def brief(self, view: m.View) -> None:
-        """A new primary hears what the old one may not have passed on, in this order."""
+        """A new primary hears what the old one may not have passed on: verdicts before the members, since a prepared
+        step is void under other members than it was prepared with."""
         self._tables.brief(view.shard)
         if self._membership.epoch:
             self._outbox.tell(view.shard, self._membership.announcement())

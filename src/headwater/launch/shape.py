@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -11,6 +11,7 @@ from headwater.errors import UsageError
 from headwater.transports.address import Address, parse
 
 Ack = Literal["memory", "disk"]
+_LISTEN = "tcp://127.0.0.1:0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,8 @@ class Shape:
         snapshots: folder that snapshots are written to.
         snapshot_every: seconds between two snapshots.
         restore: a snapshot, or a folder of them, to begin with.
+        address: join the cluster that runs there instead of starting one; no server is started then.
+        listen: where the coordinator listens; the servers take free ports of the same interface.
 
     Raises ``UsageError`` if these do not fit together.
     """
@@ -42,8 +45,16 @@ class Shape:
     snapshots: Path | None = None
     snapshot_every: float | None = None
     restore: Path | None = None
+    address: str | None = None
+    listen: str = _LISTEN
 
     def __post_init__(self) -> None:
+        for name in ("state", "snapshots", "restore"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, None if given is None else Path(given))
+        if self.address:
+            object.__setattr__(self, "servers", 0)
+        told = "the cluster at {} runs already: shards, copies, state and snapshots are chosen where it is started"
         for wrong, why in (
             (self.servers < 0, f"servers={self.servers}: a cluster has 0 servers (none) or more"),
             (self.shards is not None and self.shards < 1, f"shards={self.shards}: a cluster has 1 shard or more"),
@@ -70,14 +81,20 @@ class Shape:
                 self.snapshot_every is not None and self.snapshots is None,
                 "snapshot_every: name the folder that snapshots go to: snapshots=… (--snapshots)",
             ),
+            (self.address is not None and not self.plain, told.format(self.address)),
         ):
             if wrong:
                 raise UsageError(f"{why}; nothing was started")
 
     @property
+    def own(self) -> bool:
+        """Whether the job runs on a cluster of its own, or on none."""
+        return self.address is None
+
+    @property
     def plain(self) -> bool:
-        """Whether nothing but the number of servers was asked for."""
-        return self == Shape(self.servers)
+        """Whether nothing but the number of servers, and an address, was asked for."""
+        return replace(self, address=None, listen=_LISTEN) == Shape(self.servers)
 
     def prepare(self) -> None:
         """Make the folders. Raises ``UsageError`` if one cannot be made or there is nothing to restore."""
@@ -156,16 +173,3 @@ def checked_listen(listen: str, token: str | None) -> Address:
             "them (HEADWATER_TOKEN or HEADWATER_TOKEN_FILE); nothing was started"
         )
     return found
-
-
-def check_sense(address: str | None, shape: Shape, elastic: bool, restart_workers: int) -> None:
-    """Raises ``UsageError`` for wishes that contradict one another."""
-    if address and not shape.plain:
-        raise UsageError(
-            f"the cluster at {address} runs already: shards, copies, state and snapshots are chosen where it is "
-            "started; nothing was started"
-        )
-    if restart_workers < 0 or (restart_workers and not elastic):
-        raise UsageError(
-            f"restart_workers={restart_workers}: 0 or more, and above 0 only for an elastic job; nothing was started"
-        )

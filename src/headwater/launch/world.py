@@ -44,6 +44,11 @@ class World:
         self._shared = self._agreed(given)
 
     @property
+    def ranks(self) -> range:
+        """Of the workers here."""
+        return range(self._first, self._first + self._count)
+
+    @property
     def whole(self) -> bool:
         """Whether all of its workers are here. If not, this launcher knows no address and no id that all share."""
         return self._count == self._size

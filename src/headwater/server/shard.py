@@ -96,7 +96,7 @@ class Shard:
         for server in backups:
             self.log.required.setdefault(server, self.replica.lsn if first else 0)
         self.log.blocked = blocked
-        if first:
+        if first:  # the old primary's READY may be lost, or the verdict on its way to it
             self.proposals.out += [
                 self.replica.ready(table) for table in self.tables.values() if table.prepared is not None
             ]

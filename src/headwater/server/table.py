@@ -112,3 +112,4 @@ class Table:
         self.inflight = 0
         self.gathering.parts = {}
         self.gathering.announced = self.prepared is not None
+        self.clocks.forget_reads()

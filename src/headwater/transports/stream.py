@@ -27,6 +27,7 @@ from headwater.wire.frames import Frame, encode, seal
 JOINED = 4 << 10  # bytes: a smaller payload is copied behind its header rather than sent as a second buffer
 INLINE = 128 << 10  # bytes: a larger payload is left to the sender thread
 TICK = 0.5  # seconds: how often a blocked call looks at its deadline
+BRIEF = 1  # milliseconds that signal handlers may wait: to let them run takes as long as many an answer
 LAST = 2.0  # seconds that a thread of a closed connection has to end
 
 
@@ -190,8 +191,10 @@ class StreamLink:
 
     def _wait(self, deadline: float) -> None:
         """Sleep until something comes, a tick or the deadline."""
-        left = min(TICK, deadline - time.monotonic())
-        if left > 0 and (self._channel.pending or interrupts.interruptible(self._poller.poll, left * 1000)):
+        poll, left = self._poller.poll, 1000 * min(TICK, deadline - time.monotonic())
+        if left <= 0:
+            return
+        if self._channel.pending or poll(min(left, BRIEF)) or interrupts.interruptible(poll, left):
             self._read_once()
 
     def _read_once(self) -> bool:

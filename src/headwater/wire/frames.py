@@ -156,7 +156,7 @@ def encode(frame: Frame) -> bytes:
 
 
 def decode_header(data: Buffer, offset: int = 0) -> Frame:
-    """The frame whose header begins at ``offset``; its body must still be checked with ``check_body``.
+    """The frame whose header begins at ``offset``; ``parse`` checks it, and its body, against their checksum.
 
     Raises ``ProtocolError`` for a wrong magic, version, kind, flag, range or size. Nothing has been allocated then.
     """
@@ -193,12 +193,6 @@ def _unknown(kind: int, flags: int) -> ProtocolError:
     return ProtocolError(f"frame kind {kind} with flags {flags:#x} is not in version {VERSION} of the format")
 
 
-def check_body(head: Buffer, body: Buffer, crc: int) -> None:
-    """Compare header and body with the checksum behind the header. Raises ``ProtocolError`` where they differ."""
-    if zlib.crc32(body, zlib.crc32(head)) != crc:
-        raise ProtocolError("the checksum of a frame's header and body is wrong: bytes were damaged on the way")
-
-
 def check_payload(frame: Frame) -> None:
     """Raises ``ProtocolError`` if the payload is checked and damaged."""
     if frame.flags & Flag.CHECKED and frame.payload is not None and checksum(frame.payload) != frame.check:
@@ -220,7 +214,10 @@ def parse(view: memoryview, start: int, end: int, limit: int = MAX_BODY) -> tupl
     if end < stop:
         return None, stop - start
     fields = start + _FIELDS.size
-    body = bytes(view[start + HEADER : stop])
-    check_body(view[start:fields], body, _CRC.unpack_from(view, fields)[0])
-    frame.body = body
+    crc = zlib.crc32(view[start:fields])
+    if frame.body_length:
+        frame.body = bytes(view[start + HEADER : stop])
+        crc = zlib.crc32(frame.body, crc)
+    if crc != _CRC.unpack_from(view, fields)[0]:
+        raise ProtocolError("the checksum of a frame's header and body is wrong: bytes were damaged on the way")
     return frame, stop

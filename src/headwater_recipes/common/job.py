@@ -134,14 +134,12 @@ class Job(Generic[AnySettings]):
     def _run(self) -> int:
         s = self.settings
         self.launcher = launcher = launch.Launcher(
-            s.servers,
+            launch.Shape(s.servers, restore=self.restore, **settings.cluster(s)),
+            rules=launch.Rules(patience=self.recipe.patience),
             on_line=self._line,
             on_note=self._note,
             once=True,
             only_rank0=self.only_rank0,
-            patience=self.recipe.patience,
-            restore=self.restore,
-            **settings.cluster(s),
         )
         try:
             with launcher.signals(), contextlib.ExitStack() as cluster:

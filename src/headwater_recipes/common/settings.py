@@ -19,7 +19,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Ack = Literal["memory", "disk"]
 
 CLUSTER = ("shards", "replicas", "min_copies", "ack", "state", "snapshots", "snapshot_every")
-"""Settings that are ``headwater.launch.Launcher``'s, by the same names."""
+"""Settings that are ``headwater.launch.Shape``'s, by the same names."""
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from headwater.launch import Launcher, Process
+from headwater.launch import Launcher, Process, Rules
 
 SAMPLES, EPOCHS, BATCH = 240, 2, 8
 
@@ -52,7 +52,7 @@ def test_a_worker_that_is_killed_leaves_no_sample_out(policy: str, tmp_path: Pat
         if line.startswith("trained"):
             trained.update(int(word) for word in line.split()[1:])
 
-    with Launcher(2, elastic=True, on_line=hear, on_note=notes.append, advertise=False) as job:
+    with Launcher(2, rules=Rules(elastic=True), on_line=hear, on_note=notes.append, advertise=False) as job:
         arguments = [str(SAMPLES), str(EPOCHS), str(BATCH), policy, str(tmp_path / "killed")]
         job.start_workers([sys.executable, "-c", WORKER, *arguments], 2)
         outcome = job.wait()

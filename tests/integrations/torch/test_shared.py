@@ -15,7 +15,7 @@ import torch
 import headwater
 from headwater.client import Client
 from headwater.errors import UsageError
-from headwater.launch import Launcher
+from headwater.launch import Launcher, Shape
 from headwater.types import Sync
 from tests.integrations.torch.support import Zoo, digest, zoo
 from tests.patience import PATIENCE
@@ -211,7 +211,7 @@ def test_weights_that_all_clamp_after_each_step_are_those_of_one_process(transpo
 
 
 def test_what_was_written_survives_a_server(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Launcher(2, replicas=2, advertise=False) as job:
+    with Launcher(Shape(2, replicas=2), advertise=False) as job:
         for key, value in job.environment().items():
             monkeypatch.setenv(key, value)
 

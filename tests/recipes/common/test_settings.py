@@ -8,7 +8,7 @@ import pytest
 
 import headwater
 from headwater.errors import UsageError
-from headwater.launch import Launcher
+from headwater.launch import Shape
 from headwater_recipes.common.options import make_changes
 from headwater_recipes.common.settings import cluster, parse_sync
 from headwater_recipes.lm.settings import LmSettings
@@ -61,4 +61,4 @@ def test_what_the_launcher_is_told() -> None:
     assert cluster(LmSettings()).items() >= {"replicas": 1, "ack": "memory", "state": None}.items()
     found = cluster(LmSettings(replicas=2, snapshots="x", snapshot_every=5.0))
     assert (found["replicas"], found["snapshots"], found["snapshot_every"]) == (2, Path("x"), 5.0)
-    assert found.keys() <= inspect.signature(Launcher).parameters.keys()
+    assert found.keys() <= inspect.signature(Shape).parameters.keys()

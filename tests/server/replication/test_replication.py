@@ -442,6 +442,21 @@ def test_a_planned_hand_over_loses_nothing_and_the_old_primary_follows(sync: Syn
     assert ring.node(0).role == "backup"
 
 
+def test_after_a_failover_a_workers_own_steps_do_not_count_as_staleness() -> None:
+    """Reads are in no record, so a backup does not know that the worker has read after each of its steps."""
+    ring, worker = pair(Async())
+    for seed in range(3):
+        worker.push(seed)
+        worker.pull()
+    ring.kill(0)
+    ring.adopt(1)
+    worker.open(1, base=4)
+    worker.take(Kind.ACK)
+    worker.push(3)
+    (ack,) = worker.take(Kind.ACK)
+    assert (ack.seq, ack.start) == (4, 0)
+
+
 def test_a_chain_of_primaries_keeps_every_push() -> None:
     ring, worker = pair(Async(), "AdamW")
     reference, other = pair(Async(), "AdamW")

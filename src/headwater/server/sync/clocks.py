@@ -59,6 +59,11 @@ class Clocks:
             self.read[rank] = self.applied
             self._active.add(rank)
 
+    def forget_reads(self) -> None:
+        """Reads are in no record: to a new primary every worker has read just now, and computes nothing yet."""
+        self.read = dict.fromkeys(self.clock, self.applied)
+        self._active.clear()
+
     def may_read(self, rank: int, clock: int) -> bool:
         """Whether the slowest of the others has reached ``clock`` minus the policy's read bound."""
         if self._bound is None or rank not in self.clock:
