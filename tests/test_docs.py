@@ -74,4 +74,4 @@ def test_pages_name_files_that_are_there() -> None:
             for name in named
             if not any(ROOT.glob(os.path.relpath(name, ROOT)))
         ]
-    assert not missing
+    assert not missing, "\n".join(missing)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+from collections import Counter
 from pathlib import Path
 
 import hypothesis
@@ -56,6 +58,14 @@ def test_functions_are_short() -> None:
     assert not [f"{name}: {lines} lines" for name, lines in lengths if lines > FUNCTION]
     long = [f"{name}: {lines} lines" for name, lines in lengths if lines > USUAL]
     assert len(long) <= 0.02 * len(lengths), "\n" + "\n".join(long)
+
+
+def test_a_class_name_means_one_thing() -> None:
+    """Whoever searches for a class finds it: no name stands more than twice in the package."""
+    names: Counter[str] = Counter()
+    for path in _files("src"):
+        names.update(re.findall(r"^class (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+    assert not {name: count for name, count in names.items() if count > 2}
 
 
 def test_tests_do_not_sleep() -> None:

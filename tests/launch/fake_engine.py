@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from headwater.launch.engines.base import Event, Finished, Written
+from headwater.launch.engines.base import Event, OutputLine, ProcessEnded
 from headwater.launch.process import Command, Process, Stream
 
 MASTER = "tcp://10.0.0.1:7"
@@ -133,13 +133,13 @@ class FakeEngine:
     def _write(self, process: FakeProcess, stream: Stream, text: str) -> Iterator[Event]:
         if process.running:
             process.has_written(stream, [text])
-            yield Written(process, stream, text)
+            yield OutputLine(process, stream, text)
 
     def _end(self, process: FakeProcess, code: int) -> Iterator[Event]:
         if process.running:
             process.has_ended(code, self._clock)
             self._log(process, "end")
-            yield Finished(process)
+            yield ProcessEnded(process)
 
     def _signal(self, process: FakeProcess, number: int) -> None:
         self._log(process, signal.Signals(number).name)

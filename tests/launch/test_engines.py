@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,12 +28,16 @@ class Told:
         self.notes: list[str] = []
         self.lines: list[str] = []
         self.ended: list[str] = []
+        self.on_exit: Callable[[], None] = lambda: None
 
     def launcher(self, shape: Shape | int, engine: FakeEngine, rules: Rules | None = None, **more: Any) -> Launcher:
         return Launcher(
-            shape, rules=rules, engine=engine, on_note=self.notes.append, on_line=self._line,
-            on_exit=lambda process: self.ended.append(process.name), **more,
-        )  # fmt: skip
+            shape, rules=rules, engine=engine, on_note=self.notes.append, on_line=self._line, on_exit=self._end, **more
+        )
+
+    def _end(self, process: Process) -> None:
+        self.ended.append(process.name)
+        self.on_exit()
 
     def _line(self, process: Process, stream: str, line: str) -> None:
         self.lines.append(f"{process.name} {stream} {line}")
@@ -123,6 +128,38 @@ def test_a_worker_that_fails_ends_the_job_and_is_reported(told: Told) -> None:
         outcome = job.wait()
     assert outcome == Outcome(7, "w1 exited with code 7 after 2.5 s; w0 stopped", "\n".join(FAILED), "w1", shown=False)
     assert told.lines == []  # the report will show it
+
+
+def test_a_traceback_that_does_not_end_its_worker_is_shown_after_a_while(told: Told) -> None:
+    life = Life(says=[(2.0, "stderr", line) for line in FAILED], ends=(60.0, 0))
+    engine = FakeEngine({"w0": [life]})
+    with told.launcher(0, engine, once=True) as job:
+        job.start_workers(["train"])
+        engine.at(10.0, lambda: told.lines.append("ten seconds"))
+        assert job.wait() == Outcome()
+    assert told.lines == [*(f"w0 stderr {line}" for line in FAILED), "ten seconds"]
+
+
+def test_the_last_words_of_one_that_is_not_reported_are_shown_in_the_end(told: Told) -> None:
+    """It fails in the moment in which somebody asks the job to end."""
+    engine = FakeEngine({"w0": [Life(says=[(4.0, "stderr", line) for line in FAILED], ends=(5.0, 1))]})
+    with told.launcher(0, engine, once=True) as job:
+        told.on_exit = job.terminate
+        job.start_workers(["train"])
+        assert job.wait().message == "terminated"
+        assert told.lines == []
+    assert told.lines == [f"w0 stderr {line}" for line in FAILED]
+
+
+def test_a_coordinator_comes_back_at_its_address(told: Told) -> None:
+    engine = FakeEngine({"coordinator": [Life(ends=(9.0, -signal.SIGKILL)), Life()], "w0": [Life(ends=(20.0, 0))]})
+    with told.launcher(Shape(2, replicas=2), engine) as job:
+        job.start_workers(["train"])
+        assert job.wait() == Outcome()
+    first, again = (command.words for command in engine.commands if command.role == "coordinator")
+    assert first[first.index("--listen") + 1] == "tcp://127.0.0.1:0"
+    assert again[again.index("--listen") + 1] == MASTER
+    assert first[first.index("--state") + 1] == again[again.index("--state") + 1]
 
 
 def test_a_server_of_a_cluster_with_copies_is_replaced(told: Told) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from headwater.errors import LinkBroken, UsageError
-from headwater.launch.job import Closing, Decision, Job, Opening, Rules
+from headwater.launch.job import Closing, Decision, Opening, Rules, Supervisor
 from headwater.launch.process import Command, Process, Role
 from headwater.launch.shape import Shape
 from tests.launch.fake_engine import FakeProcess
@@ -28,9 +28,9 @@ def ready(each: Process, server: int = -1, now: float = 1.0) -> None:
 
 def running(
     shape: Shape | int = 0, workers: int = 0, rules: Rules | None = None, shown: Callable[[Process], bool] = bool
-) -> Job:
+) -> Supervisor:
     """A job whose cluster is ready and whose workers run."""
-    job = Job(Shape(shape) if isinstance(shape, int) else shape, rules or Rules(), shown)
+    job = Supervisor(Shape(shape) if isinstance(shape, int) else shape, rules or Rules(), shown)
     while places := job.opening():
         for place in places:
             job.started(process(*place))
@@ -45,13 +45,13 @@ def named(decision: Decision) -> list[tuple[str, signal.Signals]]:
 
 
 def test_the_coordinator_is_started_before_its_servers() -> None:
-    job = Job(Shape(2), Rules(), bool)
+    job = Supervisor(Shape(2), Rules(), bool)
     assert job.opening() == [("coordinator", 0)]
     job.started(process("coordinator", 0))
     assert job.opening() == [("server", 0), ("server", 1)]
     job.started(process("server", 0))
     assert job.opening() == []
-    assert Job(Shape(0), Rules(), bool).opening() == []
+    assert Supervisor(Shape(0), Rules(), bool).opening() == []
 
 
 def test_nothing_is_to_be_done_while_all_run() -> None:
@@ -168,6 +168,15 @@ def test_once_it_ends_nobody_comes_back() -> None:
     decision = job.look(11.0)
     assert (decision.replace, decision.notes) == ([], [])
     assert job.outcome.code == 130
+
+
+def test_who_was_to_come_back_does_not_hold_up_the_end() -> None:
+    job = running(0, 1, Rules(elastic=True, restart_workers=5))
+    job.workers[0].has_ended(1, 0.5)
+    assert job.look(0.5).due > 0.5
+    assert job.goes_on(0.5)
+    job.look(0.6, INT)
+    assert not job.goes_on(0.6)
 
 
 def test_restarts_are_for_elastic_jobs() -> None:

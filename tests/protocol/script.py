@@ -91,14 +91,21 @@ class Run:
             silence=silence, worker_silence=1e9, grace=GRACE, snapshots=True, durable=True,
         )  # type: ignore[arg-type]  # fmt: skip
         self.world.names.shards = rules.shards
+        self._begin()
+
+    def _begin(self) -> None:
+        rules = self.world.rules
         coord = self.world.processes[COORD] = CoordProcess(self.world, rules, self.world.folder / "snapshots")
         with self.world.block("coord begins", coord):
             coord.begin()
 
     def do_start(self, *names: str) -> None:
-        """``s0 s1`` or ``w0 w1`` or ``r0``: these processes begin and join."""
+        """``s0 s1`` or ``w0 w1`` or ``r0``: these processes begin and join. ``coord``: again, from its store."""
         for name in names:
-            self._start(name, [n for n in names if n.startswith("w")])
+            if name == COORD:
+                self._begin()
+            else:
+                self._start(name, [n for n in names if n.startswith("w")])
             self.world.run()
 
     def _start(self, name: str, workers: list[str]) -> None:

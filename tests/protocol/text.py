@@ -163,7 +163,12 @@ class Names:
     def _membership(self, x: msgspec.Struct) -> str:
         match x:
             case m.Join():
-                return f"Join {x.role} {self.who(x.session)}" + (" again" if x.resume else "")
+                has = "".join(
+                    f", has shard {h.shard} as {h.role} to lsn {h.lsn}"
+                    + "".join(f" with {self.message(commit)}" for commit in h.commits)
+                    for h in x.hosted
+                )
+                return f"Join {x.role} {self.who(x.session)}" + (" again" if x.resume else "") + has
             case m.Joined():
                 return f"Joined rank {x.rank} of {x.world} members {x.members}"
             case m.Welcome():

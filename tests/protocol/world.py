@@ -13,6 +13,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +27,7 @@ from headwater.cluster.coordinator import Coordinator, Rules
 from headwater.cluster.effects import Effects
 from headwater.errors import DeadlineExceeded, HeadwaterError, LinkBroken, ProtocolError, Unreachable
 from headwater.server import COORDINATOR
+from headwater.server.control import Control
 from headwater.server.node import Setting
 from headwater.server.replication.disk import DiskLog
 from headwater.server.replication.log import Log
@@ -134,13 +136,18 @@ class CoordProcess(Process):
 
     def __init__(self, world: World, rules: Rules, folder: Path) -> None:
         super().__init__(world, COORD)
-        self.machine = Coordinator(rules, world.now)
+        self.machine = Coordinator(rules, world.now, world.store)
         self.keeper = Keeper(folder, wall=lambda: 0.0, threads=False)
 
     def begin(self) -> None:
         self._do(self.machine.start())
 
     def _do(self, effects: Effects) -> None:
+        for key, value in effects.durable.items():
+            if value is None:
+                self.world.store.pop(key, None)
+            else:
+                self.world.store[key] = value
         if effects.durable:
             self.say("durable: " + ", ".join(self._kept(*item) for item in sorted(effects.durable.items())))
         for job in effects.jobs:
@@ -193,12 +200,22 @@ class ServerProcess(Process):
         setting.part_store = SimPartStore(number, rules.shards, self.copies.append)
         self.machine = Server(setting)
 
+        self._join = m.Join("server", self.session, address=self.name)
+        self._welcome: m.Welcome | None = None
+
     def join(self) -> None:
         end = self.world.connect(self, self.world.processes[COORD], COORDINATOR)
-        self.send(end, Frame(Kind.REQUEST, seq=1, body=m.pack(m.Join("server", self.session, address=self.name))))
+        self.send(end, Frame(Kind.REQUEST, seq=1, body=m.pack(self._join)))
+
+    def _welcomed(self, welcome: m.Reply) -> None:
+        assert isinstance(welcome, m.Welcome)
+        self._welcome = welcome
+        stop, clock = partial(self.world.kill, self.name), lambda: self.world.now
+        self.machine.answer_to(Control(self.machine, self._join, welcome, COORD, stop, clock))
 
     def take(self, end: End, frame: Frame) -> None:
-        if end.peer == COORDINATOR and frame.kind == Kind.REPLY:
+        if frame.kind == Kind.REPLY and self._welcome is None:
+            self._welcomed(m.unpack_reply(frame.body))
             return
         try:
             if frame.payload is not None:
@@ -233,7 +250,8 @@ class ServerProcess(Process):
         self.turn(self.machine.woken())
 
     def dialed(self, dial: Dial, there: Process | None) -> None:
-        end = None if there is None else self.world.connect(self, there)
+        peer = COORDINATOR if dial.key == COORDINATOR else None
+        end = None if there is None else self.world.connect(self, there, peer)
         self.turn(self.machine.dialed(dial.key, None if end is None else end.peer))
 
 
@@ -374,7 +392,19 @@ class ClientProcess(Process):
             self.resume(link)
 
     def tick(self) -> None:
+        """Whoever waits looks at the clock. A heartbeat finds out that the coordinator is another one."""
+        if (
+            self._call is None
+            and self.client is not None
+            and not any(e.there.name == COORD for e in self.ends.values())
+        ):
+            self.call(self._beat)
         self.resume(None)
+
+    def _beat(self) -> str:
+        assert self.client is not None
+        self.client._heartbeat()
+        return ""
 
 
 class ReaderProcess(Process):
@@ -420,6 +450,7 @@ class World:
         self.dials: deque[tuple[Process, Dial]] = deque()
         self.held: set[tuple[str, str]] = set()
         self.lines: list[str] = []
+        self.store: dict[str, bytes] = {}  # what the coordinator has made durable
         self.folder = folder
         self.rules = Rules()
         self._header = ""

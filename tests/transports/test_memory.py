@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from headwater.errors import NotEnoughMemory, ProtocolError
 from headwater.transports import memory
 from headwater.transports.memory import Piece, Region
+from tests.patience import PATIENCE
 
 PAGE = 4096
 
@@ -110,3 +113,33 @@ def test_too_much_is_refused_at_once_and_leaves_no_descriptor() -> None:
 
 def test_an_empty_region_has_no_bytes() -> None:
     assert len(Region([]).view) == 0
+
+
+EXITS_WHILE_A_THREAD_WRITES = """
+import threading
+import numpy as np
+from headwater.transports.memory import Sealed
+
+sealed = Sealed("version", 64 << 20)
+into = np.frombuffer(memoryview(sealed.region.buffer).cast("B"), dtype=np.uint8)
+source = np.ones_like(into)
+begun = threading.Event()
+
+
+def copy():
+    while True:
+        np.copyto(into, source)
+        begun.set()
+
+
+threading.Thread(target=copy, daemon=True).start()
+begun.wait()
+"""
+
+
+def test_a_process_may_end_while_a_thread_writes_into_shared_memory() -> None:
+    """As a server's copying thread does: the kernel unmaps, after the last thread; whoever did before crashed it."""
+    ended = subprocess.run(
+        [sys.executable, "-c", EXITS_WHILE_A_THREAD_WRITES], capture_output=True, timeout=PATIENCE, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, b"")

@@ -206,8 +206,9 @@ def test_memory_for_the_next_version_is_ready_before_it_begins() -> None:
     holder = Holder(tables=2)
     size, pool = len(holder.values), holder.part_store.pool
     holder.publish(1, (1, 2))
-    if pool._thread is not None:
-        pool._thread.join(PATIENCE)
+    thread = pool._thread
+    if thread is not None:
+        thread.join(PATIENCE)
     ready = list(pool._free[size])
     assert len(ready) == 2
     holder.publish(2, (1, 2))
@@ -506,6 +507,16 @@ def test_a_version_that_is_dropped_before_its_moment_is_never_made(holder: Holde
     holder.tell(v.DropVersion((1,)))
     assert [cut.number for cut in holder.server.nodes[0].cuts] == [2]
     assert not holder.part_store.parts
+
+
+def test_versions_whose_moments_come_together_all_begin(holder: Holder) -> None:
+    for number in (1, 2, 3):
+        holder.tell(v.CutVersion(number, 0, (1,), ((1, 5),)))
+    assert not holder.part_store.parts
+    holder.server.nodes[0].shard.tables[1].gathering.clock = 5
+    holder.tell(m.Members(2, (0,), 0))  # whatever happens next
+    assert not holder.server.nodes[0].cuts
+    assert [key.number for key in holder.part_store.parts] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("when", ["copying", "copied"])

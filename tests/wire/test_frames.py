@@ -207,6 +207,19 @@ def test_a_range_does_not_end_before_it_begins(kind: Kind) -> None:
             decode_header(encode(frame))
 
 
+@pytest.mark.parametrize("kind", list(Kind))
+def test_bytes_that_are_announced_and_do_not_come_are_refused(kind: Kind) -> None:
+    """Else a record's gradient, or the values that a reader waits for, would be missing without a word."""
+    frame = Frame(kind, start=8, stop=9)
+    if kind not in RANGED or kind == Kind.PULL:
+        assert decode_header(encode(frame)) == frame
+    else:
+        with pytest.raises(ProtocolError, match=f"{kind.name} of bytes 8:9 without them; nothing was allocated"):
+            decode_header(encode(frame))
+    empty = Frame(kind, start=8, stop=8)
+    assert decode_header(encode(empty)) == empty
+
+
 def test_an_encoded_payload_is_refused_where_no_codec_is_known() -> None:
     for frame in (
         Frame(Kind.PUSH, Flag.ENCODED, stop=9, payload_length=3),

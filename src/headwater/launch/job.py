@@ -1,8 +1,8 @@
 """What becomes of a job: who is started when, what an end means, who is started again, and how all of it is ended.
 
-Pure: no process is started or signalled here, and the time is passed in. ``Job`` reads what is known of its processes
-and answers with a ``Decision``; who holds the engine carries it out, tells the job of every process that was started
-(``Job.started``), and looks again when something has happened or is due. So every engine gets the same job.
+Pure: no process is started or signalled here, and the time is passed in. ``Supervisor`` reads what is known of its
+processes and answers with a ``Decision``; who holds the engine carries it out, tells of every process that was started
+(``Supervisor.started``), and asks again when something has happened or is due. So it is the same for every engine.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Decision:
     due: float = NEVER
 
 
-class Job:
-    """A cluster, its own or one that it has joined, and the workers that train with it.
+class Supervisor:
+    """Decides for one job: a cluster, its own or one that it has joined, and the workers that train with it.
 
     Args:
         shown: whether the last words of a process that has ended are on the screen already.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 from headwater.errors import UsageError
 from headwater.launch import engines, output, registry
 from headwater.launch.commands import Commands
-from headwater.launch.job import Closing, Job, Opening, Rules
+from headwater.launch.job import Closing, Opening, Rules, Supervisor
 from headwater.launch.lines import Lines
 from headwater.launch.ready import address_of
 from headwater.launch.requests import Requests
@@ -53,6 +53,8 @@ class Launcher:
             which holds it (see ``headwater.launch.lines``).
         advertise: let ``headwater status`` of the same user find the cluster.
         engine: what runs the processes (``headwater.launch.engines``), or its name there.
+
+    Attributes: ``servers`` and ``workers``: the process of each place that was started last.
 
     With ``Shape.state``, or with ``Rules.keep_going``, a coordinator that dies is started again at the same address. A
     process that dies three times in a row right after its start is not started again.
@@ -92,7 +94,8 @@ class Launcher:
         self._note = on_note or output.note
         self._advertise = advertise
         lines = Lines(once=once, only_rank0=only_rank0, stdout=on_line is None, elastic=self._rules.elastic)
-        self._job = Job(self.shape, self._rules, lines.seen)
+        self._supervisor = Supervisor(self.shape, self._rules, lines.seen)
+        self.servers, self.workers = self._supervisor.servers, self._supervisor.workers
         self._requests = Requests(self._engine.wake)
         self._screen = Screen(lines, on_line or output.Printer(), on_exit, self.terminate)
         self._left_behind: list[Path] = []  # private files, until the end
@@ -108,27 +111,17 @@ class Launcher:
     @property
     def coordinator(self) -> Process | None:
         """The one that was started last; ``None`` without a cluster of its own."""
-        return self._job.coordinator
-
-    @property
-    def servers(self) -> list[Process]:
-        """The one of each place that was started last."""
-        return self._job.servers
-
-    @property
-    def workers(self) -> list[Process]:
-        """As ``servers``."""
-        return self._job.workers
+        return self._supervisor.coordinator
 
     @property
     def outcome(self) -> Outcome:
         """How the job ended; so far, while it runs."""
-        return self._job.outcome
+        return self._supervisor.outcome
 
     @property
     def hurried(self) -> bool:
         """Whether somebody asked again, by a second Ctrl-C, not to wait for those that were to end."""
-        return self._job.hurried
+        return self._supervisor.hurried
 
     @property
     def advice(self) -> str:
@@ -155,14 +148,14 @@ class Launcher:
         try:
             self.shape.prepare()
             self.shape.set_aside(findable=self._listen.port != 0)
-            if self._commands.state is None and self._job.keeps_going:
+            if self._commands.state is None and self._supervisor.keeps_going:
                 self._commands.state = registry.private_state()
                 self._left_behind.append(self._commands.state)
-            while places := self._job.opening():
-                self._await_ready([self._start(place) for place in places], self._job.hosts)
+            while places := self._supervisor.opening():
+                self._await_ready([self._start(place) for place in places], self._supervisor.hosts)
                 if self._commands.address is None:
-                    self._commands.address = address_of(self._job.hosts[0])
-            self._job.sort_servers()
+                    self._commands.address = address_of(self._supervisor.hosts[0])
+            self._supervisor.sort_servers()
             self._leave_record()
         except BaseException:
             self.stop()
@@ -205,7 +198,7 @@ class Launcher:
     def _start(self, place: Place, instead_of: Process | None = None) -> Process:
         restarts = 0 if instead_of is None else instead_of.restarts + 1
         process = self._engine.start(self._commands.make(place, restarts))
-        self._job.started(process, instead_of)
+        self._supervisor.started(process, instead_of)
         return process
 
     def _await_ready(self, processes: Sequence[Process], beside: Sequence[Process]) -> None:
@@ -233,10 +226,10 @@ class Launcher:
         """
         until = self._engine.now() + timeout
         while True:
-            decision = self._job.look(self._engine.now(), self._requests.take())
+            decision = self._supervisor.look(self._engine.now(), self._requests.take())
             self._carry_out(decision)
             now = self._engine.now()
-            if not self._job.goes_on(now):
+            if not self._supervisor.goes_on(now):
                 return False
             if now >= until:
                 return True
@@ -294,13 +287,13 @@ class Launcher:
                 decision = closing.look(self._engine.now(), again)
                 if decision is None:
                     break
-                self._job.hurried = self._job.hurried or again
+                self._supervisor.hurried = self._supervisor.hurried or again
                 self._carry_out(decision)
                 self._pump(min(decision.due, self._engine.now() + 1.0))
             self._screen.show_rest(self.outcome.failed)
-        left = tuple(f"{p.name} (pid {p.pid})" for p in [*self.workers, *self._job.hosts] if p.running)
+        left = tuple(f"{p.name} (pid {p.pid})" for p in [*self.workers, *self._supervisor.hosts] if p.running)
         if left:
-            self._job.outcome = replace(self.outcome, left=left)
+            self._supervisor.outcome = replace(self.outcome, left=left)
         while self._left_behind:
             registry.withdraw(self._left_behind.pop(0))
         for world in self._worlds:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from headwater.launch.engines.base import Finished, Prompted, Written
+from headwater.launch.engines.base import OutputLine, ProcessEnded, Prompt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,12 +33,12 @@ class Screen:
 
     def show(self, event: Event, now: float) -> None:
         match event:
-            case Written(process, stream, line):
+            case OutputLine(process, stream, line):
                 for shown in self._lines.take(process, stream, line, now):
                     self._say(process, *shown)
-            case Prompted(process, stream, text):
+            case Prompt(process, stream, text):
                 self._say(process, stream, text, prompt=True)
-            case Finished(process):
+            case ProcessEnded(process):
                 for stream, line in self._lines.ended(process):
                     self._say(process, stream, line)
                 if self._on_exit:

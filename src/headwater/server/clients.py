@@ -153,6 +153,7 @@ class Clients:
             moved = m.error_body(ClusterError("the session has moved to another connection"))
             self._effects.tell(old.peer, Frame(Kind.ERROR, body=moved), close=True)
             self.links.pop(old.peer, None)
+            old.session = None  # what still comes over it is refused
         link.session, link.asked = request.session, frame.seq
         self._of_session[request.session] = link
         return event

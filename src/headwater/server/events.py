@@ -34,7 +34,7 @@ class Forget:
 
 
 @dataclass(slots=True)
-class Publish:
+class BeginVersion:
     """The coordinator wants these tables' state as it is now, as a part of a version."""
 
     version: int
@@ -148,7 +148,9 @@ class PauseTable:
     paused: bool
 
 
-Rare = Create | Forget | Publish | Opened | Closed | Attached | Assign | AssignSlots | PauseTable | Commit | Members
+Rare = (
+    Create | Forget | BeginVersion | Opened | Closed | Attached | Assign | AssignSlots | PauseTable | Commit | Members
+)
 Event = Push | Pull | AskMean | Rare
 
 # ---- instructions ----------------------------------------------------------------------------------

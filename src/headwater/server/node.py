@@ -25,7 +25,7 @@ from headwater.server.replication.disk import DISK, DiskLog
 from headwater.server.replication.followers import PATIENCE, Follower, Followers
 from headwater.server.replication.upstream import Upstream
 from headwater.server.shard import Shard
-from headwater.server.snapshots.part import Part
+from headwater.server.snapshots.part import SnapshotPart
 from headwater.server.snapshots.restore import Snapshot
 from headwater.versions.part_store import PartStore
 from headwater.wire import messages as m
@@ -90,7 +90,7 @@ class Node:
         self.clients = Clients(self.shard, effects, setting.checked)
         self.followers = Followers(self.shard, self.memory.lending, setting.host, setting.checked)
         self.disk = None if setting.data is None else DiskLog(setting.data, self.shard)
-        self.part = Part(self.shard, threads=setting.threads)
+        self.part = SnapshotPart(self.shard, threads=setting.threads)
         self.shard.applied.append(self.part.due)
         self.memory.copiers += [self.part.before_write, partial(setting.part_store.before_write, number),
                                 partial(setting.detach, number)]  # fmt: skip
@@ -374,12 +374,15 @@ class Node:
 
     def begin_due(self) -> None:
         """Begin the versions whose moment has come: everything that was decided until now is in the log before it."""
-        for cut in list(self.cuts) if self.leads else ():
-            # A table on this shard alone takes its steps by itself; those of others came before the coordinator's word.
-            alone = [(self.shard.tables.get(number), clock) for number, clock in cut.clocks]
-            if all(t is None or not t.alone or not t.collective or t.gathering.clock >= clock for t, clock in alone):
-                self.cuts.remove(cut)
-                self.carry_out(self.shard.handle(e.Publish(cut.number, cut.tables)))
+        # One at a time, looked up anew: to carry out the one may begin the others already (``carry_out``).
+        while self.leads and (cut := next(filter(self._is_due, self.cuts), None)) is not None:
+            self.cuts.remove(cut)
+            self.carry_out(self.shard.handle(e.BeginVersion(cut.number, cut.tables)))
+
+    def _is_due(self, cut: v.CutVersion) -> bool:
+        """A table on this shard alone takes its steps by itself; those of others came before the coordinator's word."""
+        alone = [(self.shard.tables.get(number), clock) for number, clock in cut.clocks]
+        return all(t is None or not t.alone or not t.collective or t.gathering.clock >= clock for t, clock in alone)
 
     def forget_cuts(self, numbers: Sequence[int]) -> None:
         """Nobody wants these versions any more."""

@@ -71,9 +71,8 @@ class Paced:
     def _end_step(self, session: Session, table: Table, event: e.Push) -> None:
         ranges = union(table.staged.pop(session.number, []))
         gradient = session.gradients_of(table) if ranges else None
-        if (
-            gradient is not None and self._proposals.log.replicated
-        ):  # the worker's next push lands there, perhaps too early
+        if gradient is not None and self._proposals.log.replicated:
+            # The worker's next push lands where this one did, perhaps before every follower has it.
             lent = self._proposals.lend(table)
             gradient = gradient.clone() if lent is None else lent.copy_(gradient)
         self._propose_update(session, table, event, ranges, gradient, 0)

@@ -187,7 +187,7 @@ class Shard:
                     self.proposals.propose(r.Begin(event.table, event.spec, event.restore))
             case e.Forget():
                 self.proposals.propose(r.Drop(event.table))  # a follower may have it even if it could not be made here
-            case e.Publish():
+            case e.BeginVersion():
                 self.proposals.propose(r.Publish(event.version, event.tables))
             case e.Opened():
                 self._open(event)

@@ -238,7 +238,8 @@ class Region:
             raise NotEnoughMemory(f"{taken} bytes of address space were refused; nothing was mapped")
         address = -(-begin // _HUGE) * _HUGE if huge else begin
         self.buffer = (ctypes.c_ubyte * room).from_address(address)
-        weakref.finalize(self.buffer, _unmap, begin, taken)
+        # Not at the process's exit, while daemon threads may still write there: the kernel unmaps after them.
+        weakref.finalize(self.buffer, _unmap, begin, taken).atexit = False
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable or private else 0)
         flags = (mmap.MAP_PRIVATE if private else mmap.MAP_SHARED) | _MAP_FIXED
         at = address

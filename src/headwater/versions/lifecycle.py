@@ -150,9 +150,7 @@ class Lifecycle:
             raise ProtocolError(f"server {done.server} has begun version number {done.number} before it was told to")
         self._check_part(entry, done)
         if entry.state == "cutting" and not leads and all(shard != done.shard for shard, _ in entry.parts):
-            entry.early[done.shard, done.server] = (
-                done  # a backup that reports before its primary: its record may be rolled back
-            )
+            entry.early[done.shard, done.server] = done  # before its primary: a backup's record may be rolled back
             return
         entry.pause = max(entry.pause, done.pause)
         if entry.state == "cutting" and done.shard not in entry.begun:
@@ -224,9 +222,7 @@ class Lifecycle:
         entry.state = "ready"
         self._desk.save(f"version/{entry.number}", saved(entry))
         for tag in entry.ask.tags:
-            if (
-                self._catalogue.tags.get((entry.info.model, tag), 0) < entry.number
-            ):  # a later version may have been ready before
+            if self._catalogue.tags.get((entry.info.model, tag), 0) < entry.number:  # a later one may have been ready
                 self._move(entry.info.model, tag, entry.number)
         awaiting, entry.awaiting = entry.awaiting, []
         for asker in awaiting:

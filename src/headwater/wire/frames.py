@@ -179,8 +179,11 @@ def decode_header(data: Buffer, offset: int = 0) -> Frame:
     if payload and (flags & Flag.SHARED or kind not in _RANGED):
         shared = " that is shared" if flags & Flag.SHARED else ""
         raise ProtocolError(f"{known.name}{shared} announces a payload, which it has not; nothing was allocated")
-    if start > stop and kind in _RANGED:
-        raise ProtocolError(f"{known.name} of bytes {start}:{stop}; nothing was allocated")
+    if start != stop and kind in _RANGED:
+        if start > stop:
+            raise ProtocolError(f"{known.name} of bytes {start}:{stop}; nothing was allocated")
+        if not payload and kind != Kind.PULL and not flags & Flag.SHARED:
+            raise ProtocolError(f"{known.name} of bytes {start}:{stop} without them; nothing was allocated")
     return Frame(
         known, flags, shard, table, session, epoch, seq, lsn, clock, start, stop, members, b"", None, check, body,
         payload,

@@ -12,7 +12,7 @@ from headwater.server import events as e
 from headwater.server.shard import Shard
 from headwater.server.snapshots import manifest
 from headwater.server.snapshots.format import Written
-from headwater.server.snapshots.part import Part, fill
+from headwater.server.snapshots.part import SnapshotPart, fill
 from headwater.server.snapshots.restore import Snapshot
 from headwater.server.table import Table
 from headwater.types import Async, Bulk
@@ -20,10 +20,10 @@ from headwater.wire import messages as m
 from tests.server.stage import TABLE, Memory, Stage, spec
 
 
-def part_of(stage: Stage, number: int = 0) -> Part:
+def part_of(stage: Stage, number: int = 0) -> SnapshotPart:
     """As a node wires it."""
     shard = stage.shards[number]
-    part = Part(shard, threads=False)
+    part = SnapshotPart(shard, threads=False)
     shard.applied.append(part.due)
     shard.replica._memory.before_write = part.before_write  # type: ignore[method-assign]
     return part
@@ -33,7 +33,7 @@ def cut(folder: Path, clock: int | None = None, number: int = 1) -> m.Cut:
     return m.Cut(number, 0, str(folder), () if clock is None else ((TABLE, clock),))
 
 
-def finished(part: Part) -> m.CutDone:
+def finished(part: SnapshotPart) -> m.CutDone:
     for _ in range(100):
         part.advance(1)
         done = part.result()

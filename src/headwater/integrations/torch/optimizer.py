@@ -26,7 +26,7 @@ from headwater.integrations.torch.core import Core
 from headwater.integrations.torch.model import Inits, Setup, on_servers, set_up
 from headwater.integrations.torch.state import State
 from headwater.integrations.torch.worker_optimizer import WorkerOptimizer
-from headwater.integrations.torch.wrappers import Watch, take_over, unwrapped
+from headwater.integrations.torch.wrappers import LateWrapperHook, take_over, unwrapped
 from headwater.types import Bulk, Sync
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class Optimizer(torch.optim.Optimizer):
         client.names.take(core.name, self)
         self._watch: Any = None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._watch = module.register_forward_pre_hook(Watch(_held_by_servers, core.say_once))
+            self._watch = module.register_forward_pre_hook(LateWrapperHook(_held_by_servers, core.say_once))
         with _OPEN_LOCK:
             _OPEN.add(self)
 

@@ -80,7 +80,7 @@ def take_over(
             say("the servers reduce gradients; DistributedDataParallel, which wraps the model, does not any more")
 
 
-class Watch:
+class LateWrapperHook:
     """The forward pre-hook that notices that DistributedDataParallel was put around the model later."""
 
     def __init__(self, held: Callable[[], Collection[int]], say: Callable[[str], None]) -> None:

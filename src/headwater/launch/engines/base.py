@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from headwater.launch.process import Command, Process, Stream
 
 
-class Written(NamedTuple):
+class OutputLine(NamedTuple):
     """A line of a process's output, which ``Process.has_written`` has taken in."""
 
     process: Process
@@ -22,7 +22,7 @@ class Written(NamedTuple):
     line: str
 
 
-class Prompted(NamedTuple):
+class Prompt(NamedTuple):
     """A line that is not finished, as its process waits for an answer on its standard input."""
 
     process: Process
@@ -30,13 +30,13 @@ class Prompted(NamedTuple):
     text: str
 
 
-class Finished(NamedTuple):
+class ProcessEnded(NamedTuple):
     """A process has ended; all that it had written was told before."""
 
     process: Process
 
 
-Event = Written | Prompted | Finished
+Event = OutputLine | Prompt | ProcessEnded
 
 
 class Engine(Protocol):

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from headwater.launch.engines.base import Event, Finished, Prompted, Written
+from headwater.launch.engines.base import Event, OutputLine, ProcessEnded, Prompt
 from headwater.launch.engines.splitter import LineSplitter
 from headwater.launch.process import Command, Process
 
@@ -86,7 +86,7 @@ class LocalEngine:
                 yield from self._reap(process)
             else:
                 for line in process.read(what) or []:
-                    yield Written(process, what, line)
+                    yield OutputLine(process, what, line)
                 if what not in process.open:
                     self._selector.unregister(key.fd)
         for process in list(self._blind):
@@ -94,7 +94,7 @@ class LocalEngine:
         now = time.monotonic()
         for process in self._answered:
             for stream, text in process.prompts(now):
-                yield Prompted(process, stream, text)
+                yield Prompt(process, stream, text)
 
     def _reap(self, process: LocalProcess) -> Iterator[Event]:
         if not process.reap():
@@ -104,8 +104,8 @@ class LocalEngine:
             if key.data is not None and key.data[0] is process:
                 self._selector.unregister(key.fd)
         for stream, line in process.close():
-            yield Written(process, stream, line)
-        yield Finished(process)
+            yield OutputLine(process, stream, line)
+        yield ProcessEnded(process)
 
     def wake(self) -> None:
         with contextlib.suppress(OSError):

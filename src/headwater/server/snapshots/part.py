@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from headwater.server.table import Table
 
 
-class Part:
+class SnapshotPart:
     """One at a time: a new ``Cut`` ends the one before.
 
     ``threads=False``: nothing happens by itself, ``advance`` copies and writes; for the simulator.

@@ -23,7 +23,7 @@ BATCH = 1024 * 1024
 """Elements of a batch of parts, which share an optimizer instance and, when aggregated, scratch memory."""
 
 
-class Part:
+class ParameterSlice:
     """Elements ``start:stop`` of a parameter at shard-local byte ``offset``; ``tensor`` is their value."""
 
     def __init__(self, parameter: int, start: int, stop: int, offset: int, tensor: torch.Tensor) -> None:
@@ -33,13 +33,13 @@ class Part:
         self.room = -(-(stop - start) // 64) * 64  # elements
 
     def __repr__(self) -> str:
-        return f"Part(parameter={self.parameter}, elements={self.start}:{self.stop}, offset={self.offset})"
+        return f"ParameterSlice(parameter={self.parameter}, elements={self.start}:{self.stop}, offset={self.offset})"
 
 
 class Batch:
     """Parts of one group, and the ``torch.optim`` instance that steps those of them that have a gradient."""
 
-    def __init__(self, parts: list[Part], name: str, hyper: Mapping[str, Hyper]) -> None:
+    def __init__(self, parts: list[ParameterSlice], name: str, hyper: Mapping[str, Hyper]) -> None:
         self.parts = parts
         self.optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(
             [part.tensor for part in parts], **_arguments(name, hyper)
@@ -145,7 +145,7 @@ class Generic:
             if isinstance(value, torch.Tensor)
         )
 
-    def _write_part(self, batch: Batch, part: Part, name: str, start: int, tensor: torch.Tensor) -> None:
+    def _write_part(self, batch: Batch, part: ParameterSlice, name: str, start: int, tensor: torch.Tensor) -> None:
         state = batch.optimizer.state[part.tensor]
         if not state:
             state.update(self._blank(part))
@@ -164,7 +164,7 @@ class Generic:
                 f"{tuple(kept.shape)}, not {tuple(tensor.shape)}; it was not written"
             )
 
-    def _blank(self, part: Part) -> dict[str, Any]:
+    def _blank(self, part: ParameterSlice) -> dict[str, Any]:
         """The state that torch gives a parameter at its first step: made by a step of a copy."""
         twin = part.tensor.clone()
         twin.grad = torch.zeros_like(twin)
@@ -173,21 +173,25 @@ class Generic:
         optimizer.step()
         return dict(optimizer.state[twin])
 
-    def _cut(self, segment: Segment, values: torch.Tensor) -> list[Part]:
+    def _cut(self, segment: Segment, values: torch.Tensor) -> list[ParameterSlice]:
         parameter = self._spec.parameters[segment.parameter]
         flat = values[segment.offset : segment.end].view(DTYPES[parameter.dtype])
         if optimizers.info(self._name).whole_tensor:
-            return [Part(segment.parameter, segment.start, segment.stop, segment.offset, flat.view(parameter.shape))]
+            return [
+                ParameterSlice(
+                    segment.parameter, segment.start, segment.stop, segment.offset, flat.view(parameter.shape)
+                )
+            ]
         itemsize = ITEMSIZE[parameter.dtype]
         return [
-            Part(segment.parameter, segment.start + lo, segment.start + lo + len(flat[lo : lo + PART]),
+            ParameterSlice(segment.parameter, segment.start + lo, segment.start + lo + len(flat[lo : lo + PART]),
                  segment.offset + lo * itemsize, flat[lo : lo + PART])
             for lo in range(0, len(flat), PART)
         ]  # fmt: skip
 
     def _batched(self) -> list[Batch]:
         """Consecutive parts of one group and dtype, up to BATCH elements (or one larger part)."""
-        groups: list[list[Part]] = []
+        groups: list[list[ParameterSlice]] = []
         room = 0
         key = None
         for part in self._parts:
@@ -205,7 +209,7 @@ class Generic:
 
     def _apply_batch(self, batch: Batch, covered: list[tuple[int, int, tuple[int, ...]]],
                      contributions: Sequence[Contribution], divide: int,
-                     scale: float | None) -> list[Part]:  # fmt: skip
+                     scale: float | None) -> list[ParameterSlice]:  # fmt: skip
         """Step the parts that have a gradient, and return them."""
         plain = divide == 1 and scale is None
         used = 0
@@ -255,7 +259,7 @@ def no_slot(spec: DenseSpec, parameter: int, name: str, has: tuple[str, ...]) ->
     )
 
 
-def _owners(part: Part, covered: list[tuple[int, int, tuple[int, ...]]]) -> tuple[int, ...]:
+def _owners(part: ParameterSlice, covered: list[tuple[int, int, tuple[int, ...]]]) -> tuple[int, ...]:
     index = bisect_right(covered, part.offset, key=_start) - 1
     return covered[index][2] if index >= 0 and part.offset < covered[index][1] else ()
 
@@ -264,7 +268,7 @@ def _start(run: tuple[int, int, tuple[int, ...]]) -> int:
     return run[0]
 
 
-def _gradient(contribution: Contribution, part: Part) -> torch.Tensor:
+def _gradient(contribution: Contribution, part: ParameterSlice) -> torch.Tensor:
     gradient, _, base = contribution
     flat = gradient[part.offset - base : part.end - base].view(part.tensor.dtype)
     return flat.view(part.tensor.shape)

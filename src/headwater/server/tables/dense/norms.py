@@ -10,7 +10,7 @@ import torch
 
 from headwater.server.tables.base import Contribution
 from headwater.server.tables.dense.kernels import accumulator, aggregate
-from headwater.server.tables.dense.runs import Memory, Piece, Plan, Run, packed, source
+from headwater.server.tables.dense.runs import Memory, Plan, Run, Stretch, packed, source
 from headwater.wire.exact import exact_sum
 
 CHUNK = 16384
@@ -57,9 +57,9 @@ def spans(run: Run) -> list[tuple[int, int, list[int]]]:
     return run.spans
 
 
-def _chunks(run: Run) -> Iterator[Piece]:
+def _chunks(run: Run) -> Iterator[Stretch]:
     """The run's chunks, in elements from its start."""
     for segment in run.segments:
         shift = (segment.offset - run.lo) // run.itemsize - segment.start
         for lo in range(segment.start, segment.stop, CHUNK):
-            yield Piece(lo + shift, min(lo + CHUNK, segment.stop) + shift)
+            yield Stretch(lo + shift, min(lo + CHUNK, segment.stop) + shift)

@@ -40,7 +40,7 @@ Coverage = tuple[tuple[tuple[int, int], ...], ...]
 """The ranges of each contribution: the key of a plan."""
 
 
-class Piece(NamedTuple):
+class Stretch(NamedTuple):
     """A stretch of a run that a kernel gets as one tensor; ``lo``/``hi`` in elements from the run's start."""
 
     lo: int
@@ -125,11 +125,11 @@ class Run:
     def blocks(self) -> list[Block]:
         """The run in parts that fit the scratch memory; parts of a piece start at multiples of BLOCK in it."""
         parts = [
-            Piece(lo, min(lo + BLOCK, piece.hi)) for piece in self.pieces for lo in range(piece.lo, piece.hi, BLOCK)
+            Stretch(lo, min(lo + BLOCK, piece.hi)) for piece in self.pieces for lo in range(piece.lo, piece.hi, BLOCK)
         ]
         return [self._block(group) for group in packed(parts, BLOCK)]
 
-    def _block(self, parts: list[Piece]) -> Block:
+    def _block(self, parts: list[Stretch]) -> Block:
         lo, hi = parts[0].lo, parts[-1].hi
         total = self._memory.scratch(accumulator(self.dtype))[: hi - lo]
         return Block(
@@ -141,16 +141,16 @@ class Run:
             tuple([slot[a:b] for a, b in parts] for slot in self._slots),
         )
 
-    def _cut(self, cut: Cut) -> Iterator[Piece]:
+    def _cut(self, cut: Cut) -> Iterator[Stretch]:
         """The run's pieces as its kernel wants them (see kernels.py)."""
         if cut == "padded":
-            yield Piece(0, self.elements)
+            yield Stretch(0, self.elements)
             return
         start = self.lo
         for index, segment in enumerate(self.segments):
             last = index + 1 == len(self.segments)
             if cut == "segments" or last or self.segments[index + 1].offset != segment.end:
-                yield Piece((start - self.lo) // self.itemsize, (segment.end - self.lo) // self.itemsize)
+                yield Stretch((start - self.lo) // self.itemsize, (segment.end - self.lo) // self.itemsize)
                 start = segment.end if last else self.segments[index + 1].offset
 
 
@@ -303,9 +303,9 @@ class Planner:
         return Run(segments, hi, manner, owners, key, self._cohorts[first], self._memory)
 
 
-def packed(parts: Sequence[Piece], limit: int) -> Iterator[list[Piece]]:
+def packed(parts: Sequence[Stretch], limit: int) -> Iterator[list[Stretch]]:
     """Consecutive parts in groups that span at most ``limit`` elements each."""
-    group: list[Piece] = []
+    group: list[Stretch] = []
     for part in parts:
         if group and part.hi - group[0].lo > limit:
             yield group
