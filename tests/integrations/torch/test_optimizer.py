@@ -581,3 +581,18 @@ def test_without_bulk_the_model_is_what_the_servers_hold_after_a_step_at_the_wor
         assert idle.grad is not None
         assert idle.grad.tolist() == [2.0, 2.0, 2.0]
         opt.close()
+
+
+def test_all_workers_begin_with_the_same_bits() -> None:
+    """Where a parameter is copied, rank 1's −0 becomes rank 0's 0: its sign would come back in ``1 / p``."""
+
+    def life(client: Client) -> bool:
+        model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            model.weight.fill_(-0.0 if client.rank else 0.0)
+        opt = headwater.Optimizer(model, torch.optim.SGD, lr=1.0, client=client)
+        signs = bool(torch.signbit(model.weight).any())
+        opt.close()
+        return signs
+
+    assert workers(2, life) == [False, False]
