@@ -561,7 +561,7 @@ class Leaping(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_without_bulk_the_model_is_what_the_servers_hold_after_a_step_at_the_worker(layout: torch.memory_format) -> None:
+def test_without_bulk_the_model_is_what_the_servers_hold(layout: torch.memory_format) -> None:
     with connect() as client:
         torch.manual_seed(0)
         model = nn.Conv2d(3, 4, 3).to(memory_format=layout)
