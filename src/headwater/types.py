@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import cache
+from importlib import import_module
 from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -236,6 +238,7 @@ class TableSpec:
 
 
 K = TypeVar("K", bound=TableSpec)
+KindRoom = Literal["layout", "server", "client"]
 KINDS: dict[str, type[TableSpec]] = {}
 """The kinds of table, by what the wire calls them."""
 
@@ -246,6 +249,29 @@ def table_kind(kind: type[K]) -> type[K]:
     return kind
 
 
+def load_kind(name: str, room: KindRoom) -> None:
+    """Let a package that was installed beside Headwater register its part of a kind of table, if there is one.
+
+    An entry point ``NAME = PACKAGE`` of the group ``headwater.kinds`` says that ``PACKAGE.layout`` has the spec and its
+    geometry, ``PACKAGE.server`` the store and ``PACKAGE.client`` the client's table. They are apart because a
+    coordinator, which needs the first, loads no torch. Raises ``ValueError`` if it cannot be imported.
+    """
+    package = _kind_packages().get(name)
+    if package is None:
+        return
+    try:
+        import_module(f"{package}.{room}")
+    except ImportError as error:
+        raise ValueError(f"a table of kind {name!r}, whose {package}.{room} cannot be imported: {error}") from error
+
+
+@cache
+def _kind_packages() -> dict[str, str]:
+    from importlib import metadata  # takes long, and most never come here
+
+    return {point.name: point.value for point in metadata.entry_points(group="headwater.kinds")}
+
+
 def read_spec(wanted: type, found: object) -> object:
     """The ``dec_hook`` of every msgspec decoder of something that holds a ``TableSpec``.
 
@@ -254,6 +280,8 @@ def read_spec(wanted: type, found: object) -> object:
     if wanted is not TableSpec:
         raise NotImplementedError(f"nothing reads {wanted.__name__}")
     name = found.get("kind") if isinstance(found, dict) else None
+    if isinstance(name, str) and name not in KINDS:
+        load_kind(name, "layout")
     if not isinstance(name, str) or name not in KINDS:
         raise ValueError(f"a table of kind {name!r}; this Headwater knows {', '.join(map(repr, KINDS))}")
     return msgspec.convert(found, KINDS[name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import cast
 
@@ -14,8 +13,9 @@ from headwater.transports.stream import Handler, Link
 from headwater.types import DenseSpec, OptimizerSpec, TableSpec
 from headwater.wire import messages as m
 from headwater.wire.frames import Flag, Frame, Kind
-from tests.client.fake_counters import CounterSpec, CounterTable, packed, unpacked
 from tests.client.fake_links import Line, Still
+from tests.kinds.counters.client import CounterTable
+from tests.kinds.counters.layout import CounterSpec, Counts, pack, shard_of, unpack
 
 SPEC = CounterSpec("hits")
 
@@ -24,7 +24,7 @@ class CounterShard:
     """A shard's primary, over as many connections as it takes: what it has applied, and up to which push."""
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
+        self.counts: Counts = {}
         self.done = 0
         self.pushes: list[tuple[int, int]] = []  # numbers and membership epochs
         self.breaks = False  # with the next frame, after it has been applied
@@ -44,7 +44,7 @@ class CounterLine(Line):
         if frame.kind == Kind.PUSH:
             self._push(frame)
         elif frame.kind == Kind.PULL:
-            payload = packed(self._at.counts)
+            payload = pack(self._at.counts)
             data = Frame(Kind.DATA, Flag.END, table=frame.table, payload=memoryview(payload))
             data.payload_length = len(payload)
             self._due.append(data)
@@ -61,7 +61,8 @@ class CounterLine(Line):
             return
         if frame.seq > at.done:
             at.done = frame.seq
-            at.counts += unpacked(bytes(frame.payload or b""))
+            for key, n in unpack(bytes(frame.payload or b"")).items():
+                at.counts[key] = at.counts.get(key, 0) + n
         self._due.append(Frame(Kind.ACK, frame.flags & Flag.END, table=frame.table, seq=frame.seq, lsn=frame.seq))
 
     def pump(self, done: Callable[[], bool], deadline: float) -> None:
@@ -104,8 +105,8 @@ class FakeCluster:
             return m.Attached(at.done, 0, seq=at.done)
         return m.Opened(1, 0) if isinstance(request, m.Open) else m.Done()
 
-    def counts(self) -> Counter[str]:
-        return self.shards[0].counts + self.shards[1].counts
+    def counts(self) -> Counts:
+        return self.shards[0].counts | self.shards[1].counts
 
 
 @pytest.fixture
@@ -121,13 +122,13 @@ def table(cluster: FakeCluster) -> CounterTable:
 
 
 def test_what_is_pushed_is_counted_and_pulled(cluster: FakeCluster, table: CounterTable) -> None:
-    table.push({"a": 2, "bc": 3, "a longer name": 1})
-    table.push({"a": 1})
+    table.push({b"a": 2, b"bc": 3, b"a longer name": 1})
+    table.push({b"a": 1})
     result = table.step().wait()
     assert (result.clock, result.applied) == (1, True)
     assert table.counts == {}, "not pulled yet"
     table.pull().wait()
-    assert table.counts == cluster.counts() == {"a": 3, "bc": 3, "a longer name": 1}
+    assert table.counts == cluster.counts() == {b"a": 3, b"bc": 3, b"a longer name": 1}
     assert all(shard.counts for shard in cluster.shards)
 
 
@@ -136,23 +137,23 @@ def test_the_spec_travels_as_its_kind(cluster: FakeCluster, table: CounterTable)
 
 
 def test_over_a_broken_connection_each_push_counts_once(cluster: FakeCluster, table: CounterTable) -> None:
-    table.push({"a": 1})
-    cluster.shards[1].breaks = True
-    table.push({"a": 5})
+    table.push({b"a": 1})
+    cluster.shards[shard_of(b"a", 2)].breaks = True
+    table.push({b"a": 5})
     table.step().wait()
-    assert cluster.counts() == {"a": 6}
-    table.push({"a": 1})
+    assert cluster.counts() == {b"a": 6}
+    table.push({b"a": 1})
     table.step().wait()
-    assert cluster.counts() == {"a": 7}
+    assert cluster.counts() == {b"a": 7}
 
 
 def test_a_step_that_a_death_undid_is_pushed_again(cluster: FakeCluster, table: CounterTable) -> None:
-    shard = cluster.shards[1]
+    shard = cluster.shards[shard_of(b"a", 2)]
     shard.refuses = [WorkerLost("worker 1 died")] * 2
-    table.push({"a": 4})
+    table.push({b"a": 4})
     table.step().wait()
     assert shard.pushes == [(1, 1), (2, 1), (3, 2), (4, 2)]
-    assert cluster.counts() == {"a": 4}
+    assert cluster.counts() == {b"a": 4}
 
 
 def test_a_kind_that_a_client_has_no_table_for_is_refused(cluster: FakeCluster) -> None:

@@ -14,6 +14,7 @@ from functools import lru_cache
 import msgspec
 
 from headwater.errors import NotEnoughMemory, UsageError
+from headwater.layout.saved import VALUE, Saved
 from headwater.types import ITEMSIZE, DenseSpec, ParameterSpec, Segment, TableSpec
 from headwater.wire.optimizers import KNOWN, check
 
@@ -161,6 +162,21 @@ def check_table(spec: DenseSpec) -> None:
     if spec.max_grad_norm is not None and not spec.max_grad_norm >= 0:
         raise UsageError(f"max_grad_norm={spec.max_grad_norm} is not 0 or more; nothing was declared")
     check(spec)
+
+
+def missing(spec: DenseSpec, shards: int, saved: Saved) -> str:
+    """See ``kinds.missing``: every element of every parameter must be there once."""
+    for index, parameter in enumerate(spec.parameters):
+        at = 0
+        for extent in saved(index, VALUE):
+            if extent.whole:
+                continue
+            if extent.start != at or extent.dtype != parameter.dtype:
+                break
+            at = extent.stop
+        if at != parameter.numel:
+            return f"element {at} of parameter {parameter.name!r}"
+    return ""
 
 
 def only(spec: TableSpec) -> DenseSpec:

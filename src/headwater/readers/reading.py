@@ -6,10 +6,11 @@ import contextlib
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from headwater.client import publication
 from headwater.client.connecting import dial_for
@@ -23,7 +24,7 @@ from headwater.errors import (
     UsageError,
     VersionExpired,
 )
-from headwater.readers.fetch import Counts, Fetcher
+from headwater.readers.fetch import SILENT, Counts, Fetcher, Got
 from headwater.readers.stored import Base
 from headwater.transports.address import host_identity
 from headwater.types import TableSpec, VersionInfo
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from headwater.readers.stored import Stored
     from headwater.readers.weights import Weights
 
+T = TypeVar("T")
 LATEST = "latest"
 BEAT = 1.0  # seconds between two signs of life: its leases end 10 s after the last
 QUIET = 5.0  # seconds without an answer after which one is asked for
@@ -99,6 +101,7 @@ class Reader:
         self._runtime = runtime or Threads()
         session = self._runtime.token()
         self._control = Control(dial, m.Join("reader", session, host_identity(), os.getpid()), self._runtime, timeout)
+        self._dial = dial
         self._fetcher = Fetcher(dial, share=share, now=self._runtime.now)
         self._specs: dict[int, TableSpec] = {}
         self._known: dict[int, int] = {}  # their fingerprints
@@ -130,11 +133,22 @@ class Reader:
             DeadlineExceeded: not in ``timeout`` seconds (default: the reader's).
             LinkError: the cluster cannot be reached. Versions that are leased already stay whole.
         """
+        return self._patiently(name, timeout, self._leased)
+
+    def raw(self, name: str = LATEST, timeout: float | None = None) -> dict[tuple[str, int], bytes]:
+        """A version's bytes by (table, shard), as the kind of table has published them: where they are no tensors.
+
+        Raises as ``lease``, which is over when this returns.
+        """
+        return self._patiently(name, timeout, self._raw)
+
+    def _patiently(self, name: str, timeout: float | None, take: Callable[[str, float], T]) -> T:
+        """Until somebody who lives has it, or the deadline."""
         _check_name(name)
         deadline = self._runtime.now() + (self.timeout if timeout is None else timeout)
         while True:
             try:
-                return self._leased(name, deadline)
+                return take(name, deadline)
             except (LinkError, VersionExpired) as error:  # somebody died, or the newest is another one now
                 self._failed(error)
                 lasting = isinstance(error, VersionExpired) and name != LATEST
@@ -142,9 +156,8 @@ class Reader:
                     raise
                 self._runtime.sleep(AGAIN)
 
-    def _leased(self, name: str, deadline: float) -> Weights:
-        from headwater.readers.weights import Weights
-
+    def _hold(self, name: str, deadline: float) -> tuple[int, v.Leased]:
+        """A lease, and the turn that ends it."""
         with self._guard:
             self._turn = turn = self._turn + 1
             self._asking.add(turn)
@@ -153,19 +166,41 @@ class Reader:
             leased = self._ask(v.Lease(self.model, name, tuple(self._known.items()), patience, turn), deadline)
             if not isinstance(leased, v.Leased):
                 raise InternalError(f"{type(leased).__name__} came in answer to the wish for a lease")
-            number = self._open[turn] = leased.info.number
+            self._open[turn] = leased.info.number
+            return turn, leased
         finally:
             with self._guard:
                 self._asking.discard(turn)
+
+    def _leased(self, name: str, deadline: float) -> Weights:
+        from headwater.readers.weights import Weights
+
+        turn, leased = self._hold(name, deadline)
         try:
             stored = self._store_in_turn(leased, deadline)
             with self._guard:
-                if name == LATEST or self._newest is None or number > self._newest.number:
+                if name == LATEST or self._newest is None or leased.info.number > self._newest.number:
                     self._newest = stored.info
         except BaseException:
             self._release(turn)
             raise
         return Weights(stored, lambda: self._release(turn), partial(self._forget, turn))
+
+    def _raw(self, name: str, deadline: float) -> dict[tuple[str, int], bytes]:
+        turn, leased = self._hold(name, deadline)
+        specs = {**self._specs, **dict(leased.specs)}
+        found: dict[tuple[str, int], bytes] = {}
+
+        def got(part: Got) -> None:
+            found[specs[part.at.table].name, part.at.shard] = part.buffer.array.tobytes()
+
+        fetcher = Fetcher(self._dial, share=False, now=self._runtime.now)  # into memory that is this call's
+        try:
+            fetcher.parts(leased.info.number, leased.parts, 0, {}, SILENT, got)
+        finally:
+            fetcher.close()
+            self._release(turn)
+        return found
 
     def _store_in_turn(self, leased: v.Leased, deadline: float) -> Stored:
         patience = max(0.0, deadline - self._runtime.now())

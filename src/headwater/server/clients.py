@@ -62,11 +62,13 @@ class Clients:
         """Where the payload that follows this header belongs. Raises before anything is allocated by its word."""
         table = self.shard.tables.get(frame.table)
         session = self.shard.sessions.get(link.session) if link.session is not None else None
-        if frame.kind == Kind.PULL:
+        if frame.kind == Kind.PULL and (table is None or not table.store.key_limit):
             raise ProtocolError(f"PULL with keys from table {frame.table}, which has none; nothing was allocated")
-        if session is None or table is None or frame.kind not in (Kind.PUSH, Kind.ASSIGN):
+        if session is None or table is None or frame.kind not in (Kind.PUSH, Kind.ASSIGN, Kind.PULL):
             raise ProtocolError(f"{frame.kind.name} for table {frame.table} before a session was opened on it")
         end, length, limit = frame.stop, frame.payload_length, table.store.limit
+        if frame.kind == Kind.PULL:
+            return self._keys_landing(link, frame, table.store.key_limit)
         if end > table.size or length > limit or end - frame.start != length:
             raise ProtocolError(
                 f"{frame.kind.name} of bytes {frame.start}:{end} with a payload of {length}, but the table has "
@@ -88,13 +90,23 @@ class Clients:
         link.landed[id(frame)] = target[:length]
         return view(link.landed[id(frame)])
 
+    def _keys_landing(self, link: ClientLink, frame: Frame, limit: int) -> memoryview:
+        length = frame.payload_length
+        if length > limit or frame.stop > frame.start or frame.flags & Flag.MEAN:
+            raise ProtocolError(
+                f"PULL of bytes {frame.start}:{frame.stop} with {length} bytes of keys, but table {frame.table} takes "
+                f"{limit} at most, and no range with them; nothing was allocated"
+            )
+        link.landed[id(frame)] = keys = torch.empty(length, dtype=torch.uint8, device="cpu")
+        return view(keys)
+
     def event(self, link: ClientLink, frame: Frame, fds: tuple[int, ...]) -> e.Event | None:
         """What a frame means to the shard; ``None``: it is answered already. Raises what the client is told."""
         payload = link.landed.pop(id(frame), None)
         if frame.kind == Kind.PUSH:
             return self._pushed(link, frame, payload)
         if frame.kind == Kind.PULL:
-            return self._pulled(link, frame)
+            return self._pulled(link, frame, payload)
         if frame.kind == Kind.ASSIGN:
             return self._assigned(link, frame, payload)
         if frame.kind == Kind.REQUEST:
@@ -224,12 +236,13 @@ class Clients:
             frame.flags, gradient, base, body,
         )  # fmt: skip
 
-    def _pulled(self, link: ClientLink, frame: Frame) -> e.Pull | e.AskMean:
+    def _pulled(self, link: ClientLink, frame: Frame, payload: torch.Tensor | None) -> e.Pull | e.AskMean:
         session = self._session(link)
         if frame.flags & Flag.MEAN:
             past = bool(frame.flags & Flag.END)
             return e.AskMean(session, frame.seq, frame.members, frame.table, frame.clock, past)
-        return e.Pull(session, frame.seq, frame.table, frame.clock, frame.start, frame.stop - frame.start)
+        keys = b"" if payload is None else bytes(view(payload))
+        return e.Pull(session, frame.seq, frame.table, frame.clock, frame.start, frame.stop - frame.start, keys)
 
     def _assigned(self, link: ClientLink, frame: Frame, payload: torch.Tensor | None) -> e.Assign:
         if frame.flags & Flag.SHARED or (frame.stop > frame.start and payload is None):
@@ -306,10 +319,12 @@ class Clients:
             self._say(s.session, self._data(s, Flag.SHARED | Flag.END, s.start, s.length))
             return
         frames = []
-        for start, payload in table.store.answer(s.start, s.start + s.length):
+        for start, payload in table.store.answer(s.start, s.start + s.length, s.keys):
             frame = self._data(s, Flag.NONE, start, len(payload))
             frame.payload = payload
             frames.append(frame)
+        if not s.length:  # by keys: their number is not known before
+            self.pulled_bytes += sum(frame.length for frame in frames)
         frames = frames or [self._data(s, Flag.NONE, s.start, 0)]
         frames[-1].flags = int(Flag.END)
         for frame in frames:

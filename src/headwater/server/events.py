@@ -98,6 +98,7 @@ class Pull:
     clock: int
     start: int
     length: int
+    keys: bytes = b""
 
 
 @dataclass(slots=True)
@@ -174,7 +175,7 @@ class Ack:
 
 @dataclass(slots=True)
 class Send:
-    """Answer a pull: bytes ``start:start+length`` of the values as they are at ``lsn``."""
+    """Answer a pull: bytes ``start:start+length`` of the values, or what ``keys`` name, as it is at ``lsn``."""
 
     session: int
     request: int
@@ -184,6 +185,7 @@ class Send:
     staleness: int
     start: int
     length: int
+    keys: bytes = b""
 
 
 @dataclass(slots=True)

@@ -120,8 +120,11 @@ class Paced:
         clocks.was_read(session.rank)
         start, length = event.start, event.length
         self._proposals.out.append(
-            e.Send(event.session, event.request, event.table, event.clock, self._replica.lsn, staleness, start, length)
-        )
+            e.Send(
+                event.session, event.request, event.table, event.clock, self._replica.lsn, staleness, start, length,
+                event.keys,
+            )
+        )  # fmt: skip
 
     def _held_ranks(self, table: Table) -> set[int]:
         return {self._sessions[push.session].rank for push in table.held if push.session in self._sessions}

@@ -358,7 +358,10 @@ class Shard:
     # ---- reads -----------------------------------------------------------------------------------
 
     def _read(self, event: e.Pull) -> None:
-        self._paced.read(self.session(event.session), self.table(event.table), event)
+        session, table = self.session(event.session), self.table(event.table)
+        if event.keys:
+            table.store.check_keys(event.keys)
+        self._paced.read(session, table, event)
 
     def _ask_mean(self, event: e.AskMean) -> None:
         session, table = self.session(event.session), self.table(event.table)

@@ -21,8 +21,9 @@ import msgspec
 import torch
 
 from headwater.errors import UsageError
+from headwater.layout.saved import VALUE
 from headwater.server.snapshots.disk import DISK, PART, held, replace
-from headwater.server.snapshots.format import COUNT, VALUE
+from headwater.server.snapshots.format import COUNT
 from headwater.server.snapshots.manifest import TableEntry
 from headwater.server.snapshots.plain import Tensor, told, write
 from headwater.server.snapshots.restore import Snapshot

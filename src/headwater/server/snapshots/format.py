@@ -32,7 +32,6 @@ from headwater.types import ITEMSIZE, Hyper
 CHUNK = 256 << 10
 """Bytes of data that share a checksum: they stay in a core's cache between read, check and copy."""
 
-VALUE = "value"
 COUNT = "count"
 """The slot of a segment's number of steps (int64), for the optimizers whose kernels are our own."""
 

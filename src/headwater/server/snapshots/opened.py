@@ -10,14 +10,16 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Generic, NamedTuple, Self, TypeVar
 
 from headwater.errors import SnapshotCorrupt, UnknownTable, UsageError
+from headwater.layout import kinds
+from headwater.layout.saved import Extent
 from headwater.server.snapshots import manifest as manifests
-from headwater.server.snapshots.format import VALUE, Entry, SessionMark, ShardFile
+from headwater.server.snapshots.format import Entry, SessionMark, ShardFile
 from headwater.server.snapshots.manifest import Manifest, TableEntry
-from headwater.types import DenseSpec
 
 _AT_ONCE = 256
 """Chunks that a thread checks before it looks for more work."""
@@ -114,19 +116,16 @@ class OpenedSnapshot:
         self._check_complete()
 
     def _check_complete(self) -> None:
-        """Every element of every dense table is there, once."""
+        """All values of every table are there, as its kind understands it."""
         for table in self.manifest.tables:
-            for index, parameter in enumerate(table.spec.parameters if isinstance(table.spec, DenseSpec) else ()):
-                at = 0
-                for place in self._ranges.get((table.table, index, VALUE), []):
-                    if place.entry.start != at or place.entry.dtype != parameter.dtype:
-                        break
-                    at = place.entry.stop
-                if at != parameter.numel:
-                    raise SnapshotCorrupt(
-                        f"{self.folder}: element {at} of parameter {parameter.name!r} of table "
-                        f"{table.spec.name!r} is missing"
-                    )
+            missing = kinds.missing(table.spec, self.manifest.shards, partial(self._extents, table.table))
+            if missing:
+                raise SnapshotCorrupt(f"{self.folder}: {missing} of table {table.spec.name!r} is missing")
+
+    def _extents(self, table: int, parameter: int, slot: str) -> list[Extent]:
+        key = (table, parameter, slot)
+        places = [*self._ranges.get(key, ()), *self._wholes.get(key, ())]
+        return [Extent(e.start, e.stop, e.dtype, e.whole) for e in (place.entry for place in places)]
 
 
 def start_of(place: Place) -> int:

@@ -43,7 +43,8 @@ class TableStore(Protocol):
     """The content of one table on one shard. One loop owns it; nothing here waits or fails halfway.
 
     ``size``: bytes of the address space of pushes. ``limit``: no payload of a frame is longer. ``fds``: descriptors by
-    which a client of this host maps the values; none if it cannot.
+    which a client of this host maps the values; none if it cannot. ``key_limit``: no pull's keys are longer; 0 where
+    a pull has none.
     """
 
     @property
@@ -52,6 +53,8 @@ class TableStore(Protocol):
     def size(self) -> int: ...
     @property
     def limit(self) -> int: ...
+    @property
+    def key_limit(self) -> int: ...
     @property
     def fds(self) -> tuple[int, ...]: ...
 
@@ -128,8 +131,11 @@ class TableStore(Protocol):
 
     # ---- answers -----------------------------------------------------------------------------------
 
-    def answer(self, start: int, stop: int) -> Sequence[tuple[int, memoryview]]:
-        """What a pull of bytes ``start:stop`` is answered: pieces with where each begins, in order.
+    def check_keys(self, keys: bytes) -> None:
+        """Raises ``ProtocolError`` if no pull can be of these. Called only where there is a ``key_limit``."""
+
+    def answer(self, start: int, stop: int, keys: bytes) -> Sequence[tuple[int, memoryview]]:
+        """What a pull of bytes ``start:stop`` is answered, or of ``keys``: pieces with where each begins, in order.
 
         A view of memory that ``change`` overwrites is good for as long as ``touched`` is told.
         """

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from headwater.errors import TableConflict
+from headwater.layout.saved import VALUE
 from headwater.server.snapshots.files import Piece
-from headwater.server.snapshots.format import COUNT, VALUE
+from headwater.server.snapshots.format import COUNT
 from headwater.server.snapshots.restore import Snapshot
 from headwater.server.tables.dense.shard import DenseShard
 from headwater.types import ITEMSIZE, DenseSpec, Segment

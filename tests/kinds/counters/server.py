@@ -1,91 +1,43 @@
-"""A second kind of table, for tests: counters with keys of any length. All that it needs is in this file.
-
-A push is a list of (key, amount), each amount is added to its key's counter; keys come into being by that. A key lives
-on the shard that its checksum names. There is no address space but that of a payload, which begins at 0.
-"""
+"""The store of counters on one shard: see ``layout.py``. A push is a list of keys and amounts, which begins at 0."""
 
 from __future__ import annotations
 
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
-import msgspec
 import torch
 
 from headwater.errors import ProtocolError, UnknownOptimizer
-from headwater.layout import kinds as geometries
 from headwater.server.snapshots.files import Piece
 from headwater.server.snapshots.restore import Snapshot
 from headwater.server.tables import kinds
 from headwater.server.tables.base import Contribution, Ranges, Slot, StoreKind
 from headwater.transports.memory import Region
-from headwater.types import Async, Hyper, NonFinite, OptimizerSpec, Span, Sync, TableSpec, table_kind
+from headwater.types import Hyper, Span
 from headwater.versions.copying import Allocate, Cut
-
-LIMIT = 1 << 16
-"""Bytes of one push, or of what a step of all workers comes to."""
+from tests.kinds.counters.layout import SLOT, CounterSpec, Counts, pack, shard_of, unpack
 
 CHUNKS = 8
-HEAD = struct.Struct("<HHq")
-SLOT = "counts"
-
-Counts = dict[bytes, int]
 
 
-@table_kind
-class CounterSpec(TableSpec, msgspec.Struct, frozen=True, tag_field="kind", tag="test-counters"):
-    """A table of counters."""
-
-    name: str
-    sync: Sync = Async()
-    optimizer: OptimizerSpec = OptimizerSpec("Sum", ())
-    max_grad_norm: float | None = None
-    nonfinite: NonFinite = "error"
+def _tensor(packed: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8) if packed else torch.empty(0, dtype=torch.uint8)
 
 
-class Everywhere(NamedTuple):
-    """Any shard may hold any number of keys."""
-
-    participants: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-
-def shard_of(key: bytes, shards: int) -> int:
-    return zlib.crc32(key) % shards
-
-
-def pack(counts: Mapping[bytes, int]) -> torch.Tensor:
-    """Each key behind its length and its count, in the order of the keys, in multiples of four bytes."""
-    data = bytearray()
-    for key, count in sorted(counts.items()):
-        data += HEAD.pack(len(key), 0, count) + key + bytes(-len(key) % 4)
-    return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-
-
-def unpack(data: torch.Tensor | bytes) -> Counts:
-    raw = data if isinstance(data, bytes) else data.numpy().tobytes()
-    found: Counts = {}
-    at = 0
-    while at < len(raw):
-        length, _, count = HEAD.unpack_from(raw, at)
-        at += HEAD.size
-        key = raw[at : at + length]
-        found[key] = found.get(key, 0) + count
-        at += length + -length % 4
-    return found
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.numpy().tobytes()
 
 
 class CounterStore:
     """See ``base.TableStore``."""
 
-    size = limit = chunk_limit = LIMIT
     fds = ()
     groups: tuple[Mapping[str, Hyper], ...] = ()
 
     def __init__(self, spec: CounterSpec, shards: int, shard: int) -> None:
         self.spec = spec
+        self.size = self.limit = self.chunk_limit = self.key_limit = spec.limit
         self.counts: Counts = {}
         self._shards, self._shard = shards, shard
         self._have: set[int] | None = None  # the chunks that have arrived
@@ -99,7 +51,7 @@ class CounterStore:
 
     def restore(self, snapshot: Snapshot) -> None:
         for piece in snapshot.every(self.spec.name, 0, SLOT):
-            mine = {key: n for key, n in unpack(piece).items() if shard_of(key, self._shards) == self._shard}
+            mine = {key: n for key, n in unpack(_bytes(piece)).items() if shard_of(key, self._shards) == self._shard}
             self.counts.update(mine)
 
     def close(self) -> None:
@@ -125,14 +77,14 @@ class CounterStore:
     def aggregate(
         self, contributions: Sequence[Contribution], divide: int, out: torch.Tensor, *, gradients: bool = False
     ) -> None:
-        packed = pack(self._sum(contributions))
+        packed = _tensor(pack(self._sum(contributions)))
         out[: len(packed)] = packed
 
     def square_norm(self, contributions: Sequence[Contribution], divide: int = 1) -> list[float]:
         return [float(sum(count * count for count in self._sum(contributions).values()))]
 
     def present(self, parts: Sequence[Contribution]) -> Sequence[Contribution]:
-        packed = pack({key: n for key, n in self._sum(parts).items() if _chunk(key) in (self._have or ())})
+        packed = _tensor(pack({key: n for key, n in self._sum(parts).items() if _chunk(key) in (self._have or ())}))
         return [Contribution(packed, ((0, len(packed)),))] if len(packed) else []
 
     def touched(self, parts: Sequence[Contribution]) -> Ranges:
@@ -146,7 +98,7 @@ class CounterStore:
         total: Counts = {}
         for gradient, ranges, base in parts:
             for start, stop in ranges:
-                for key, count in unpack(gradient[start - base : stop - base]).items():
+                for key, count in unpack(_bytes(gradient[start - base : stop - base])).items():
                     total[key] = total.get(key, 0) + count
         return total
 
@@ -154,7 +106,7 @@ class CounterStore:
         return ((start, stop),)
 
     def assign(self, start: int, stop: int, data: torch.Tensor) -> None:
-        self.counts.update(unpack(data))
+        self.counts.update(unpack(_bytes(data)))
 
     def read_slots(self) -> list[Slot]:
         return []
@@ -165,17 +117,25 @@ class CounterStore:
     def reset_slots(self) -> None:
         """There is none."""
 
-    def answer(self, start: int, stop: int) -> Sequence[tuple[int, memoryview]]:
-        return [(0, memoryview(pack(self.counts).numpy().tobytes()))]
+    def check_keys(self, keys: bytes) -> None:
+        try:
+            unpack(keys)
+        except struct.error:
+            raise ProtocolError(f"{len(keys)} bytes that are no list of keys") from None
+
+    def answer(self, start: int, stop: int, keys: bytes) -> Sequence[tuple[int, memoryview]]:
+        """The counters of these keys, or all."""
+        wanted = {key: self.counts.get(key, 0) for key in unpack(keys)} if keys else self.counts
+        return [(0, memoryview(pack(wanted)))]
 
     def chunks(self) -> list[tuple[int, int]]:
         return [(i, i + 1) for i in range(CHUNKS)]
 
     def read_chunk(self, start: int, stop: int) -> tuple[bytes, torch.Tensor]:
-        return b"", pack({key: n for key, n in self.counts.items() if start <= _chunk(key) < stop})
+        return b"", _tensor(pack({key: n for key, n in self.counts.items() if start <= _chunk(key) < stop}))
 
     def write_chunk(self, start: int, stop: int, body: bytes, payload: torch.Tensor) -> None:
-        self.counts.update(unpack(payload))
+        self.counts.update(unpack(_bytes(payload)))
         if self._have is not None:
             self._have.update(range(start, stop))
 
@@ -193,11 +153,11 @@ class CounterStore:
         return CounterCut(table, self, self._shard)
 
     def published(self) -> tuple[torch.Tensor, tuple[Span, ...]]:
-        packed = pack(self.counts)
+        packed = _tensor(pack(self.counts))
         return packed, (Span(0, len(packed), 4),)
 
     def fingerprint(self) -> list[bytes | memoryview]:
-        return [pack(self.counts).numpy().tobytes()]
+        return [pack(self.counts)]
 
     def validate(self) -> None:
         assert all(shard_of(key, self._shards) == self._shard for key in self.counts), f"not all mine: {self.counts}"
@@ -214,7 +174,7 @@ class CounterCut:
 
     def begin(self, *, thread: bool = True) -> None:
         self.copy.drop()
-        self.copy = Cut({SLOT: pack(self._store.counts)})
+        self.copy = Cut({SLOT: _tensor(pack(self._store.counts))})
         self.copy.begin(thread=thread)
 
     def pieces(self) -> Iterator[Piece]:
@@ -225,20 +185,8 @@ def _chunk(key: bytes) -> int:
     return zlib.adler32(key) % CHUNKS
 
 
-def _check(spec: CounterSpec) -> None:
-    """Any may be."""
-
-
-def _place(spec: CounterSpec, shards: int) -> Everywhere:
-    return Everywhere(tuple(range(shards)), (LIMIT,) * shards)
-
-
-def _spans(spec: CounterSpec, shards: int, shard: int, size: int) -> tuple[Span, ...]:
-    return (Span(0, size, 4),)
-
-
 def _room(spec: CounterSpec, shards: int, shard: int) -> int:
-    return LIMIT
+    return spec.limit
 
 
 def _make(
@@ -247,5 +195,4 @@ def _make(
     return CounterStore(spec, shards, shard)
 
 
-geometries.register(CounterSpec, geometries.Geometry(_check, _place, _spans))
 kinds.register(CounterSpec, StoreKind(_room, _make))
