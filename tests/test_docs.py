@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from pathlib import Path
 
@@ -56,10 +57,21 @@ def test_links_to_runs_of_the_protocol_lead_somewhere_and_none_is_left_out() -> 
     assert linked == {path.name for path in (ROOT / "tests" / "protocol").glob("*.txt")}
 
 
-def test_tests_that_pages_name_are_there() -> None:
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("src/**/*.md")]
-    named = {
-        (page, path) for page in pages for path in re.findall(r"`(tests/[\w/.]+)`", page.read_text(encoding="utf-8"))
-    }
-    missing = [f"{page.relative_to(ROOT)}: {path}" for page, path in sorted(named) if not (ROOT / path).exists()]
+def test_pages_name_files_that_are_there() -> None:
+    pages = [
+        *ROOT.glob("*.md"),
+        *(path for place in ("docs", "benchmarks", "src") for path in (ROOT / place).rglob("*.md")),
+    ]
+    code = [path for place in ("src", "tests") for path in (ROOT / place).rglob("*.py")]
+    missing = []
+    for path in (*pages, *code):
+        text = path.read_text(encoding="utf-8")
+        named = {ROOT / name for name in re.findall(r"`((?:src|tests|docs|benchmarks)/[\w./*-]+)`", text)}
+        if path.suffix == ".md":
+            named |= {path.parent / name for name in re.findall(r"\]\(([\w./-]+)\)", text)}
+        missing += [
+            f"{path.relative_to(ROOT)}: {os.path.relpath(name, ROOT)}"
+            for name in named
+            if not any(ROOT.glob(os.path.relpath(name, ROOT)))
+        ]
     assert not missing, "\n".join(missing)

@@ -13,7 +13,7 @@ import pytest
 
 import headwater
 from headwater.errors import HeadwaterError, LinkBroken, ProtocolError, UsageError
-from headwater.launch import Launcher
+from headwater.launch import Launcher, Shape
 from headwater.layout import kinds
 from headwater.layout.saved import Extent
 from headwater.server.snapshots.opened import newest
@@ -172,12 +172,15 @@ def test_a_version_is_cut_and_read_as_its_kind_has_published_it() -> None:
 # ---- in processes of their own -----------------------------------------------------------------------
 
 
+def cluster_of(shape: Shape, env: dict[str, str]) -> Launcher:
+    return Launcher(shape, env=env, advertise=False, on_note=lambda line: None)
+
+
 def test_a_cluster_of_processes_goes_on_without_a_server_and_another_from_its_snapshot(
     tmp_path: Path, installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "snapshots"
-    quiet = {"advertise": False, "on_note": lambda line: None}
-    with Launcher(2, replicas=2, snapshots=folder, env=installed, **quiet) as cluster:  # type: ignore[arg-type]
+    with cluster_of(Shape(2, replicas=2, snapshots=folder), installed) as cluster:
         for name, value in cluster.environment().items():
             monkeypatch.setenv(name, value)
         with headwater.connect(timeout=PATIENCE) as ps, headwater.reader("words", timeout=PATIENCE) as reader:
@@ -197,7 +200,7 @@ def test_a_cluster_of_processes_goes_on_without_a_server_and_another_from_its_sn
             assert {key: n for part in parts for key, n in unpack(part).items()} == wanted
 
     newest(folder).snapshot.close()
-    with Launcher(3, restore=folder, env=installed, **quiet) as cluster:  # type: ignore[arg-type]
+    with cluster_of(Shape(3, restore=folder), installed) as cluster:
         for name, value in cluster.environment().items():
             monkeypatch.setenv(name, value)
         with headwater.connect(timeout=PATIENCE) as ps:
@@ -243,7 +246,7 @@ def test_a_package_that_is_installed_beside_headwater_is_found_when_a_kind_is_un
 
 
 def test_a_cluster_without_the_package_refuses_the_table_and_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Launcher(1, advertise=False, on_note=lambda line: None) as cluster:
+    with cluster_of(Shape(1), {}) as cluster:
         for name, value in cluster.environment().items():
             monkeypatch.setenv(name, value)
         with (

@@ -263,6 +263,23 @@ def test_a_buffer_that_is_not_wanted_any_more_is_not_made_ready(close: bool, mon
     assert pool._thread is None
 
 
+@pytest.mark.parametrize("error", [NotEnoughMemory("full"), MemoryError("full"), OSError("no descriptors left")])
+def test_no_memory_for_it(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread ends, and begins again when there is some."""
+
+    def full(*args: object) -> None:
+        raise error
+
+    pool = BufferPool(share=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(buffers_module, "Buffer", full)
+        pool.prepare(SIZE)
+        settled(pool)
+    pool.prepare(SIZE)
+    settled(pool)
+    assert len(pool._free[SIZE]) == 1
+
+
 def test_no_thread_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

@@ -398,7 +398,7 @@ def test_wrong_descriptors_are_refused_and_closed(server: tuple[Address, NodeHos
         ),
         (Frame(Kind.DATA, table=1, stop=1 << 33, payload_length=1 << 33), "DATA for table 1 before"),
         (Frame(Kind.ASSIGN, Flag.SHARED, table=1, stop=64), "an assignment needs its bytes"),
-        (Frame(Kind.ASSIGN, table=1, stop=64), "an assignment needs its bytes"),
+        (Frame(Kind.ASSIGN, table=1, stop=64), "ASSIGN of bytes 0:64 without them"),
         (Frame(Kind.PUSH, table=1, seq=1, stop=64), "PUSH of bytes 0:64 without them"),
         (Frame(Kind.PUSH, table=1, seq=1, stop=64, payload_length=32), "nothing was allocated"),
         (Frame(Kind.PUSH, table=1, seq=1, start=64, stop=32), "PUSH of bytes 64:32"),

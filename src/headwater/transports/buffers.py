@@ -186,7 +186,7 @@ class BufferPool:
         with self._guard:
             size = None if self._closed else self._lacking()
             if size is not None:
-                with contextlib.suppress(NotEnoughMemory):
+                with contextlib.suppress(NotEnoughMemory, MemoryError, OSError):  # then there are none
                     self._coming = Buffer(size, self._share, self._promised)
                     return self._coming
                 del self._wanted[size]

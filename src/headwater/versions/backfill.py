@@ -53,10 +53,6 @@ class Backfills:
     def __contains__(self, peer: int) -> bool:
         return peer in self._by_peer
 
-    def dials(self, key: int) -> bool:
-        """Whether the dial of this number is for a backfill."""
-        return key in self._by_key
-
     def begin(self, order: v.Hold) -> list[Instruction]:
         """The coordinator wants this server to hold a shard's part of a version too."""
         if self._part_store.has_begun(order.number, order.shard, order.parts):

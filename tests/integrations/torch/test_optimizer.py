@@ -547,3 +547,52 @@ def test_a_step_at_the_worker_that_is_refused_is_taken_back() -> None:
         return found
 
     assert workers(2, life) == [[0.0, -1.5]] * 2
+
+
+class Leaping(torch.optim.Optimizer):
+    """Moves values so far that ``old - (old - new)`` is not ``new``."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.copy_(p * -3.3 + 0.123)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_without_bulk_the_model_is_what_the_servers_hold(layout: torch.memory_format) -> None:
+    with connect() as client:
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3).to(memory_format=layout)
+        idle = nn.Parameter(torch.ones(3))
+        model.register_parameter("idle", idle)
+        opt = headwater.Optimizer(model, Leaping(model.parameters(), {}), sync=headwater.Async(), client=client)
+        graph = (idle**2).sum()
+        for _ in range(3):
+            opt.zero_grad()
+            model(torch.ones(1, 3, 4, 4)).sum().backward()
+            opt.step()
+            table = client.tables["model"]
+            assert isinstance(table, headwater.DenseTable)
+            for name, p in model.named_parameters():
+                assert torch.equal(p, table.truth[name]), name
+        graph.backward()  # no step was taken of what it was built on
+        assert idle.grad is not None
+        assert idle.grad.tolist() == [2.0, 2.0, 2.0]
+        opt.close()
+
+
+def test_all_workers_begin_with_the_same_bits() -> None:
+    """Where a parameter is copied, rank 1's −0 becomes rank 0's 0: its sign would come back in ``1 / p``."""
+
+    def life(client: Client) -> bool:
+        model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            model.weight.fill_(-0.0 if client.rank else 0.0)
+        opt = headwater.Optimizer(model, torch.optim.SGD, lr=1.0, client=client)
+        signs = bool(torch.signbit(model.weight).any())
+        opt.close()
+        return signs
+
+    assert workers(2, life) == [False, False]

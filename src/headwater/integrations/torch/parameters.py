@@ -56,6 +56,10 @@ def as_kept(parameter: torch.Tensor) -> torch.Tensor:
     return (torch.view_as_real(plain) if plain.is_complex() else plain).cpu().contiguous()
 
 
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return as_kept(tensor).reshape(-1).view(torch.uint8)
+
+
 class Leaf(TableParameter):
     """One parameter (a leaf of autograd's graph), its place in the table, and what was last seen of it.
 
@@ -101,9 +105,9 @@ class Leaf(TableParameter):
         return not self.copies and users(self.parameter) > 1 + (self.parameter is not self.values)
 
     def holds_values(self) -> bool:
-        """Whether the parameter has the table's values already."""
+        """Whether the parameter has the table's values already, to the bit: −0 is not 0."""
         p = self.parameter
-        return not p.is_meta and p.layout is torch.strided and torch.equal(p.detach().cpu(), self.values)
+        return not p.is_meta and p.layout is torch.strided and torch.equal(_bits(p), _bits(self.values))
 
 
 class Parameters:

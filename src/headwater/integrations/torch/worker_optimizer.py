@@ -100,9 +100,10 @@ class WorkerOptimizer:
             now = torch.view_as_real(now) if now.is_complex() else now
             target = core.table.gradients[leaf.name]
             torch.sub(truth, now.cpu(), out=target)
-            moved.append(leaf.name)
+            if target.any():
+                moved.append(leaf)
         core.table.refresh()
-        core.table.push(moved)
+        core.steps.gradients.push(moved, [leaf.name for leaf in moved])
         core.end({})
 
 

@@ -2,7 +2,7 @@
 
 A kernel gets lists of matching *pieces* (1-D tensors: parameter, gradient, slots) and steps them in place,
 with the arithmetic of ``torch.optim`` to the last bit. How the pieces must be cut for that is measured, and
-held by tests/server/tables/test_bits.py:
+held by tests/server/tables/dense/test_bits.py:
 
 - ``padded``: one piece may run over many parameters and the zero padding between them. Holds for unfused
   kernels in float32 and float64, and for ``torch._fused_sgd_`` in those dtypes *when it meets no scalar tail*:

@@ -238,19 +238,28 @@ def make(spec: DenseSpec, shards: int, shard: int, share: bool, consumed: Callab
     """Zeros, in memory of its own kind if it is to be shared. Raises ``NotEnoughMemory``."""
     plan = layout(spec, shards)
     segments, size, blocks = plan.segments[shard], plan.sizes[shard], plan.blocks_of(shard)
-    if share:
-        count = -(-size // BLOCK)
-        room = -(-count * 8 // PAGE) * PAGE
-        fd = memory.create(spec.name[:64], size)
-        counters = memory.create(f"{spec.name[:64]}.versions", room)
-        region = memory.Region([memory.Piece(fd, 0, size)])
-        versions = memory.Region([memory.Piece(counters, 0, room)]).view[: count * 8].cast("Q")
-        values = torch.frombuffer(region.buffer, dtype=torch.uint8)[:size]
-        store = DenseStore(spec, segments, values, blocks, versions, (fd, counters))
-    else:
+    if not share:
         store = DenseStore(spec, segments, torch.zeros(size, dtype=torch.uint8, device="cpu"), blocks)
+    else:
+        store = _shared(spec, segments, size, blocks)
     store.after_block = consumed
     return store
+
+
+def _shared(spec: DenseSpec, segments: Sequence[Segment], size: int, blocks: Sequence[Block]) -> DenseStore:
+    """In memory that clients can map. If something of it cannot be made, nothing of it stays."""
+    count = -(-size // BLOCK)
+    room = -(-count * 8 // PAGE) * PAGE
+    fds = [memory.create(spec.name[:64], size)]
+    try:
+        fds.append(memory.create(f"{spec.name[:64]}.versions", room))
+        region = memory.Region([memory.Piece(fds[0], 0, size)])
+        versions = memory.Region([memory.Piece(fds[1], 0, room)]).view[: count * 8].cast("Q")
+        values = torch.frombuffer(region.buffer, dtype=torch.uint8)[:size]
+        return DenseStore(spec, segments, values, blocks, versions, tuple(fds))
+    except BaseException:
+        memory.close_all(fds)
+        raise
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
