@@ -78,3 +78,21 @@ def test_two_workers_train_as_one_process_that_plays_both(
 
     for rank, found in enumerate(workers(2, life)):
         assert same(found, reference.scripts[rank].outcome()), repr(words)
+
+
+def test_where_a_tensor_lies_does_not_tell_whose_it_is() -> None:
+    """The script's own gradient may lie where autograd's lay before: freed memory is used again, by chance."""
+    words = [("gathered", 30), ("give_one", 74), ("backward", 73), ("backward", 59), ("step", 4)]
+
+    def life(client: Any) -> list[torch.Tensor | None]:
+        script = machine.Script(client.rank, lambda m: headwater.Optimizer(m, torch.optim.SGD, client=client, lr=0.1))
+        for word, seed in words:
+            script.say(word, seed)
+        return script.outcome()
+
+    reference = machine.Several(2, lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+    for word, seed in words:
+        reference.say(word, seed)
+    for _ in range(15):
+        for rank, found in enumerate(workers(2, life)):
+            assert same(found, reference.scripts[rank].outcome())

@@ -122,7 +122,7 @@ class Gradients:
             leaf.changed = True  # autograd added to the table's memory
         if self.local:
             if grad is not None and grad is not leaf.current and not leaf.own:
-                leaf.given = _address(grad)
+                leaf.given = weakref.ref(grad)
             return
         leaf.count += 1
         leaf.empty = False
@@ -157,7 +157,7 @@ class Gradients:
             leaf.parameter.grad = leaf.current = None  # it stood for others' gradients: this worker has one now
         leaf.empty = False
         grad = leaf.parameter.grad
-        leaf.own = grad is not None and grad is not leaf.current and _address(grad) != leaf.given
+        leaf.own = grad is not None and grad is not leaf.current and not _was_given(leaf, grad)
 
     def _take_back(self) -> None:
         """The mean was looked at and not changed: ``.grad`` is this worker's again, which lies where it lay."""
@@ -175,7 +175,7 @@ class Gradients:
     def _restored(self, leaf: Leaf) -> torch.Tensor:
         if leaf.copies:
             plain = _like(leaf, leaf.gradient)
-            leaf.given = _address(plain)
+            leaf.given = weakref.ref(plain)
             return plain
         leaf.current = LazyGradient.over(leaf.gradient, self, leaf)
         return leaf.current
@@ -189,7 +189,7 @@ class Gradients:
                 leaf.current = LazyGradient.over(memory, self, leaf)
                 leaf.empty, leaf.spent, leaf.own = True, False, False
                 leaf.parameter.grad = leaf.current
-            elif grad is not None and grad is not leaf.current and _address(grad) == leaf.given and _is_plain(grad):
+            elif grad is not None and grad is not leaf.current and _was_given(leaf, grad) and _is_plain(grad):
                 self._load(leaf, grad)  # gathered under no_sync() only
         if self._meets:
             self._meets = False
@@ -252,7 +252,7 @@ class Gradients:
             plain = gradient.plain = self._own(leaf)
             if leaf.parameter.grad is gradient:
                 leaf.parameter.grad = plain
-                leaf.given = _address(plain)
+                leaf.given = weakref.ref(plain)
         return gradient.plain
 
     def _own(self, leaf: Leaf) -> torch.Tensor:
@@ -269,7 +269,7 @@ class Gradients:
             leaf.parameter.grad = None  # this worker has none
         elif leaf.parameter.grad is gradient:
             leaf.parameter.grad = gradient.plain
-            leaf.given = gradient.plain.data_ptr()
+            leaf.given = weakref.ref(gradient.plain)
         return gradient.plain
 
     def see_mean(self) -> None:
@@ -307,7 +307,7 @@ class Gradients:
         if leaf.current is not None and grad is leaf.current:
             leaf.current.plain = mean
         leaf.parameter.grad = mean
-        leaf.given = _address(mean)
+        leaf.given = weakref.ref(mean)
         return mean
 
     def _fetch_past(self) -> None:
@@ -325,7 +325,7 @@ class Gradients:
         for leaf in leaves:
             assert leaf.current is not None
             leaf.current.plain = leaf.parameter.grad = plain = _like(leaf, mean[leaf.name])
-            leaf.given = _address(plain)
+            leaf.given = weakref.ref(plain)
 
     def _changed(self, mean: Mapping[str, torch.Tensor]) -> bool:
         """Whether some ``.grad`` is not the mean, to the bit, that it was given."""
@@ -445,9 +445,9 @@ def _is_plain(grad: torch.Tensor) -> bool:
     return not grad.requires_grad and grad.layout is torch.strided
 
 
-def _address(grad: torch.Tensor) -> int:
-    """Where a gradient's elements lie; 0 for a sparse one, which has no such place."""
-    return grad.data_ptr() if grad.layout is torch.strided else 0
+def _was_given(leaf: Leaf, grad: torch.Tensor) -> bool:
+    """Whether ``.grad`` is what autograd, or we, put there: the object, since memory that is freed is used again."""
+    return grad.layout is not torch.strided or (leaf.given is not None and leaf.given() is grad)
 
 
 def _like(leaf: Leaf, mean: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ class Leaf(TableParameter):
     parameter looked when its values arrived; ``counter`` is autograd's, of writes in place. Of the step under way:
     ``count`` backward passes reached it, ``expected`` of them in a step; ``current`` is what ``.grad`` was given,
     ``spent`` once its step is taken. ``sparse``: autograd makes sparse ones. ``own``: autograd adds to a tensor of the
-    script's, one that is not at the address ``given``. ``empty``: this worker has no gradient, and ``current`` stands
+    script's, which is not the one ``given``. ``empty``: this worker has no gradient, and ``current`` stands
     for others'.
     """
 
@@ -93,7 +94,7 @@ class Leaf(TableParameter):
         self.device = parameter.device if not parameter.is_meta else self.values.device
         self.spent = self.sparse = False
         self.own = self.empty = False
-        self.given = 0
+        self.given: weakref.ref[torch.Tensor] | None = None
         self.count = 0
         self.expected = 1
         self.current: LazyGradient | None = None
