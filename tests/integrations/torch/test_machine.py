@@ -96,3 +96,21 @@ def test_where_a_tensor_lies_does_not_tell_whose_it_is() -> None:
     for _ in range(15):
         for rank, found in enumerate(workers(2, life)):
             assert same(found, reference.scripts[rank].outcome())
+
+
+def test_what_nobody_has_a_gradient_of_has_none_whatever_the_script_makes_of_it() -> None:
+    """Who looks first sees zeros; a weight that decays must not take them for a gradient."""
+    words = [("half", 0), ("replace", 0), ("step", 0)]
+    kind, hyper = OPTIMIZERS[2]
+
+    def life(client: Any) -> list[torch.Tensor | None]:
+        script = machine.Script(client.rank, lambda m: headwater.Optimizer(m, kind, client=client, **hyper))
+        for word, seed in words:
+            script.say(word, seed)
+        return script.outcome()
+
+    reference = machine.Several(2, lambda m: kind(m.parameters(), **hyper))
+    for word, seed in words:
+        reference.say(word, seed)
+    for rank, found in enumerate(workers(2, life)):
+        assert same(found, reference.scripts[rank].outcome())

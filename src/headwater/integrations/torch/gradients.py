@@ -69,6 +69,7 @@ class Gradients:
         self._marks: dict[str, int] = {}
         self._meeting = -1  # the backward that was noticed last
         self._meets = False  # the mean is fetched after it
+        self._nobodys: set[str] = set()  # shown as zeros to who looked at it first; no worker has a gradient of it
         self.based = 0  # how many means of this step went, changed, into what this worker contributes
         self._local: set[str] = set()  # what it had a gradient of when it saw the mean
         self._hooks: dict[int, Any] = {id(leaf.parameter): self._hooked(leaf) for leaf in held.leaves}
@@ -157,6 +158,7 @@ class Gradients:
             leaf.parameter.grad = leaf.current = None  # it stood for others' gradients: this worker has one now
         leaf.empty = False
         grad = leaf.parameter.grad
+        self._nobodys.discard(leaf.name)
         leaf.own = grad is not None and grad is not leaf.current and not _was_given(leaf, grad)
 
     def _take_back(self) -> None:
@@ -291,6 +293,7 @@ class Gradients:
         for leaf in self._held.leaves:
             if leaf.empty and leaf.parameter.grad is leaf.current and leaf.name not in names:
                 leaf.parameter.grad = None  # nobody has one; what the script has of it are zeros
+                self._nobodys.add(leaf.name)
                 leaf.current.plain = torch.zeros_like(leaf.parameter, requires_grad=False)  # type: ignore[union-attr]
             leaf.empty = False
         for leaf in self._held.leaves:
@@ -298,6 +301,11 @@ class Gradients:
                 continue
             self._marks[leaf.name] = _mark(mean[leaf.name])
             self._mean[leaf.name] = self._show(leaf, _like(leaf, mean[leaf.name]))
+
+    def _made_of_zeros(self, leaf: Leaf) -> bool:
+        """Whether the script made ``.grad`` out of the zeros that stood for nobody's: then it has none, as in torch."""
+        grad = leaf.parameter.grad
+        return leaf.name in self._nobodys and grad is not None and _is_plain(grad) and not bool(grad.any())
 
     def _show(self, leaf: Leaf, mean: torch.Tensor) -> torch.Tensor:
         """Let ``.grad`` be the mean; a tensor that the script may have already takes its values."""
@@ -351,7 +359,9 @@ class Gradients:
             return False
         if not self._changed(self._mean):
             return False
-        leaves = [leaf for leaf in self._held.leaves if leaf.parameter.grad is not None]
+        leaves = [
+            leaf for leaf in self._held.leaves if leaf.parameter.grad is not None and not self._made_of_zeros(leaf)
+        ]
         for leaf in leaves:
             self._copy(leaf)
         if self.out.may_leave(leaves):
@@ -408,6 +418,7 @@ class Gradients:
     def next_step(self) -> None:
         """The step was sent off, and ``out`` has heard of it."""
         self._mean, self.based = None, 0
+        self._nobodys.clear()
         self._looks, self._looked = self._looks or self._looked, False
         for leaf in self._held.leaves:
             if leaf.count:
