@@ -100,7 +100,7 @@ def test_where_a_tensor_lies_does_not_tell_whose_it_is() -> None:
 
 def test_what_nobody_has_a_gradient_of_has_none_whatever_the_script_makes_of_it() -> None:
     """Who looks first sees zeros; a weight that decays must not take them for a gradient."""
-    words = [("half", 0), ("replace", 0), ("step", 0)]
+    words = [("half", 0), ("replace", 0), ("step", 0), ("step", 0)]
     kind, hyper = OPTIMIZERS[2]
 
     def life(client: Any) -> list[torch.Tensor | None]:

@@ -359,9 +359,10 @@ class Gradients:
             return False
         if not self._changed(self._mean):
             return False
-        leaves = [
-            leaf for leaf in self._held.leaves if leaf.parameter.grad is not None and not self._made_of_zeros(leaf)
-        ]
+        for leaf in self._held.leaves:
+            if self._made_of_zeros(leaf):
+                leaf.parameter.grad = None
+        leaves = [leaf for leaf in self._held.leaves if leaf.parameter.grad is not None]
         for leaf in leaves:
             self._copy(leaf)
         if self.out.may_leave(leaves):
