@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 
@@ -18,13 +17,13 @@ import torch
 import headwater
 from headwater.launch import Shape
 from headwater_bench.child import Child
-from headwater_bench.cluster import connected, launcher, server_threads, worker_environment
+from headwater_bench.cluster import connected, launcher, server_threads
 from headwater_bench.kernel import OPTIMIZERS
 from headwater_bench.options import MEBIBYTE, Options, Transport
 from headwater_bench.report import Figure, figure
 from headwater_bench.sockets import RawSocket
 from headwater_bench.statistics import Measure, interleave, median_of, median_ratio
-from headwater_bench.step import BATCHES, LENGTH, MODEL, SIZE, WORLD
+from headwater_bench.step import BATCHES, LENGTH, MODEL, SIZE, trainers
 
 ROUNDS = 8
 PHASE = 8
@@ -67,22 +66,7 @@ def _workers(options: Options, transport: Transport, copies: int, model: str, si
     with contextlib.ExitStack() as stack:
         shape = Shape(max(COPIES[-1], options.servers), replicas=copies)
         cluster = stack.enter_context(launcher(shape, transport))
-        store = stack.enter_context(tempfile.TemporaryDirectory()) + "/gloo"
-        yield [
-            stack.enter_context(
-                Child(
-                    "trainer",
-                    environment=worker_environment(cluster, rank, WORLD, transport) | {"GLOO_SOCKET_IFNAME": "lo"},
-                    rank=rank,
-                    world=WORLD,
-                    store=store,
-                    model=model,
-                    size=size,
-                    kinds=["headwater"],
-                )
-            )
-            for rank in range(WORLD)
-        ]
+        yield trainers(stack, cluster, transport, model=model, size=size, kinds=["headwater"])
 
 
 def _phase(workers: list[Child], batch: int) -> Measure:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import statistics
 import tempfile
+from typing import Any
 
 from headwater.launch import Launcher
 from headwater_bench.child import Child
 from headwater_bench.cluster import worker_environment
-from headwater_bench.options import Options
+from headwater_bench.options import Options, Transport
 from headwater_bench.report import Figure, figure
 from headwater_bench.statistics import Measure, interleave, median_ratio
 from headwater_bench.trainer import KINDS
@@ -27,28 +28,32 @@ MODEL = "headwater_recipes.lm.model:config"
 SIZE = "12m"
 
 
+def trainers(stack: contextlib.ExitStack, launcher: Launcher, transport: Transport, **arguments: Any) -> list[Child]:
+    """The workers of a cluster, which end with ``stack``. ``arguments``: of each ``StepTrainer``."""
+    store = stack.enter_context(tempfile.TemporaryDirectory()) + "/gloo"
+    return [
+        stack.enter_context(
+            Child(
+                "trainer",
+                environment=worker_environment(launcher, rank, WORLD, transport) | {"GLOO_SOCKET_IFNAME": "lo"},
+                rank=rank,
+                world=WORLD,
+                store=store,
+                **arguments,
+            )
+        )
+        for rank in range(WORLD)
+    ]
+
+
 def measure(options: Options, model: str = MODEL, size: str = SIZE) -> list[Figure]:
     """The figures of every batch size."""
     found = []
     with contextlib.ExitStack() as stack:
         options.note("step: starting the servers and two workers with three copies of the model each")
         launcher = stack.enter_context(Launcher(options.servers, advertise=False))
-        store = stack.enter_context(tempfile.TemporaryDirectory()) + "/gloo"
         transport = options.transport or "local"
-        workers = [
-            stack.enter_context(
-                Child(
-                    "trainer",
-                    environment=worker_environment(launcher, rank, WORLD, transport) | {"GLOO_SOCKET_IFNAME": "lo"},
-                    rank=rank,
-                    world=WORLD,
-                    store=store,
-                    model=model,
-                    size=size,
-                )
-            )
-            for rank in range(WORLD)
-        ]
+        workers = trainers(stack, launcher, transport, model=model, size=size)
         parameters = workers[0].ask("parameters")
         found.append(figure("step", "the model's parameters", parameters / 1e6, "millions"))
         for batch in BATCHES:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from headwater.errors import HeadwaterError, RankTaken, VersionExists
 from headwater.wire.versions import SetTag
 from headwater_bench.races import values
 from headwater_bench.races.counters import Counters
+from headwater_bench.races.work import work_until_told
 
 EVERY = 2  # steps between two publications
 LARGE = 10  # steps between two of the large table
@@ -114,17 +114,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--pace", type=float, required=True)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    with Counters(args.counters) as counters:
-        try:
-            with _connect() as client:
-                publisher = RacePublisher(client, counters, args.pace)
-                signal.signal(signal.SIGTERM, lambda *_: setattr(publisher, "stopping", True))
-                publisher.run()
-        except HeadwaterError as error:
-            counters.failed(error.code, str(error))
-            counters.say(f"ended by {error.code}: {error}")
-            return 3
-    return 0
+    return work_until_told(args.counters, _connect, lambda client, counters: RacePublisher(client, counters, args.pace))
 
 
 if __name__ == "__main__":

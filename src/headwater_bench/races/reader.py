@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from headwater.readers import Reader, Weights
 from headwater_bench.races import values
 from headwater_bench.races.counters import Counters
 from headwater_bench.races.publisher import TAG
+from headwater_bench.races.work import work_until_told
 
 PATIENCE = 10.0  # seconds that a lease may take
 HELD = 3  # versions that a reader keeps beside the newest
@@ -165,17 +165,11 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     os.nice(5)  # there are more readers than cores: what they race against must get its turn
-    with Counters(args.counters) as counters:
-        try:
-            with _connect(args.model) as reader:
-                work = RaceReader(reader, counters, args.seed, steady=args.steady)
-                signal.signal(signal.SIGTERM, lambda *_: setattr(work, "stopping", True))
-                work.run()
-        except HeadwaterError as error:
-            counters.failed(error.code, str(error))
-            counters.say(f"ended by {error.code}: {error}")
-            return 3
-    return 0
+    return work_until_told(
+        args.counters,
+        lambda: _connect(args.model),
+        lambda reader, counters: RaceReader(reader, counters, args.seed, steady=args.steady),
+    )
 
 
 if __name__ == "__main__":

@@ -45,6 +45,24 @@ def same(mine: list[torch.Tensor | None], theirs: list[torch.Tensor | None]) -> 
     return all((a is None) == (b is None) and (a is None or b is None or torch.equal(a, b)) for a, b in pairs)
 
 
+def play_both(words: list[Word], optimizer: tuple[Any, dict[str, Any]], times: int = 1) -> None:
+    """Two workers end, each of ``times``, with what one process that plays both has."""
+    kind, hyper = optimizer
+    reference = machine.Several(2, lambda model: kind(model.parameters(), **hyper))
+    for word, seed in words:
+        reference.say(word, seed)
+
+    def life(client: Any) -> list[torch.Tensor | None]:
+        script = machine.Script(client.rank, lambda model: headwater.Optimizer(model, kind, client=client, **hyper))
+        for word, seed in words:
+            script.say(word, seed)
+        return script.outcome()
+
+    for _ in range(times):
+        for rank, found in enumerate(workers(2, life)):
+            assert same(found, reference.scripts[rank].outcome()), repr(words)
+
+
 @settings(max_examples=EXAMPLES)
 @given(scripts(OFTEN + ALIKE + ALONE), st.sampled_from(OPTIMIZERS))
 def test_one_worker_trains_as_plain_torch(words: list[Word], optimizer: tuple[Any, dict[str, Any]]) -> None:
@@ -65,52 +83,15 @@ def test_one_worker_trains_as_plain_torch(words: list[Word], optimizer: tuple[An
 def test_two_workers_train_as_one_process_that_plays_both(
     words: list[Word], optimizer: tuple[Any, dict[str, Any]]
 ) -> None:
-    kind, hyper = optimizer
-    reference = machine.Several(2, lambda model: kind(model.parameters(), **hyper))
-    for word, seed in words:
-        reference.say(word, seed)
-
-    def life(client: Any) -> list[torch.Tensor | None]:
-        script = machine.Script(client.rank, lambda model: headwater.Optimizer(model, kind, client=client, **hyper))
-        for word, seed in words:
-            script.say(word, seed)
-        return script.outcome()
-
-    for rank, found in enumerate(workers(2, life)):
-        assert same(found, reference.scripts[rank].outcome()), repr(words)
+    play_both(words, optimizer)
 
 
 def test_where_a_tensor_lies_does_not_tell_whose_it_is() -> None:
     """The script's own gradient may lie where autograd's lay before: freed memory is used again, by chance."""
     words = [("gathered", 30), ("give_one", 74), ("backward", 73), ("backward", 59), ("step", 4)]
-
-    def life(client: Any) -> list[torch.Tensor | None]:
-        script = machine.Script(client.rank, lambda m: headwater.Optimizer(m, torch.optim.SGD, client=client, lr=0.1))
-        for word, seed in words:
-            script.say(word, seed)
-        return script.outcome()
-
-    reference = machine.Several(2, lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
-    for word, seed in words:
-        reference.say(word, seed)
-    for _ in range(15):
-        for rank, found in enumerate(workers(2, life)):
-            assert same(found, reference.scripts[rank].outcome())
+    play_both(words, OPTIMIZERS[0], times=15)
 
 
 def test_what_nobody_has_a_gradient_of_has_none_whatever_the_script_makes_of_it() -> None:
     """Who looks first sees zeros; a weight that decays must not take them for a gradient."""
-    words = [("half", 0), ("replace", 0), ("step", 0), ("step", 0)]
-    kind, hyper = OPTIMIZERS[2]
-
-    def life(client: Any) -> list[torch.Tensor | None]:
-        script = machine.Script(client.rank, lambda m: headwater.Optimizer(m, kind, client=client, **hyper))
-        for word, seed in words:
-            script.say(word, seed)
-        return script.outcome()
-
-    reference = machine.Several(2, lambda m: kind(m.parameters(), **hyper))
-    for word, seed in words:
-        reference.say(word, seed)
-    for rank, found in enumerate(workers(2, life)):
-        assert same(found, reference.scripts[rank].outcome())
+    play_both([("half", 0), ("replace", 0), ("step", 0), ("step", 0)], OPTIMIZERS[2])
