@@ -95,3 +95,9 @@ def test_where_a_tensor_lies_does_not_tell_whose_it_is() -> None:
 def test_what_nobody_has_a_gradient_of_has_none_whatever_the_script_makes_of_it() -> None:
     """Who looks first sees zeros; a weight that decays must not take them for a gradient."""
     play_both([("half", 0), ("replace", 0), ("step", 0), ("step", 0)], OPTIMIZERS[2])
+
+
+def test_to_a_mean_beside_a_gradient_of_the_scripts_own_is_added() -> None:
+    """It was given after the last backward: who goes on adding to it has it too, and all else is as under DDP."""
+    words = [("backward", 0), ("give_one", 0), ("norm", 0), ("backward", 1), ("step", 0)]
+    play_both(words, OPTIMIZERS[0])

@@ -8,7 +8,7 @@ from torch import nn
 rank = int(os.environ.get("RANK", "0"))
 torch.manual_seed(0)
 experts = nn.ModuleList([nn.Linear(6, 1) for _ in range(4)])
-optimizer = torch.optim.SGD(experts.parameters(), lr=0.05, momentum=0.9)  #> headwater.Optimizer(experts, torch.optim.SGD, lr=0.05, momentum=0.9)
+optimizer = torch.optim.SGD(experts.parameters(), lr=0.02, momentum=0.9)  #> headwater.Optimizer(experts, torch.optim.SGD, lr=0.02, momentum=0.9)
 torch.manual_seed(1 + rank)
 losses = []
 for step in range(24):

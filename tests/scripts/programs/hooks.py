@@ -9,7 +9,7 @@ rank = int(os.environ.get("RANK", "0"))
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 1))
 model[0].weight.register_hook(lambda grad: grad * 0.5)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)  #> headwater.Optimizer(model, torch.optim.SGD, lr=0.05, momentum=0.9)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)  #> headwater.Optimizer(model, torch.optim.SGD, lr=0.02, momentum=0.9)
 model[2].bias.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
 seen = {"forward": 0, "backward": 0, "accumulated": 0, "before": 0, "after": 0}
 

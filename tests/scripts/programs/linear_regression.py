@@ -7,7 +7,7 @@ import torch
 rank = int(os.environ.get("RANK", "0"))
 torch.manual_seed(0)
 model = torch.nn.Linear(5, 1)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)  #> headwater.Optimizer(model, torch.optim.SGD, lr=0.05, momentum=0.9)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)  #> headwater.Optimizer(model, torch.optim.SGD, lr=0.02, momentum=0.9)
 torch.manual_seed(1 + rank)
 truth = torch.arange(5.0)[:, None]
 losses = []

@@ -8,7 +8,7 @@ from torch import nn
 rank = int(os.environ.get("RANK", "0"))
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3))
-optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)  #> headwater.Optimizer(model, torch.optim.SGD, lr=0.2, momentum=0.9)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)  #> headwater.Optimizer(model, torch.optim.SGD, lr=0.05, momentum=0.9)
 centres = torch.randn(3, 6)
 same = torch.Generator().manual_seed(9)
 torch.manual_seed(1 + rank)

@@ -8,7 +8,7 @@ from torch import nn
 rank = int(os.environ.get("RANK", "0"))
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 1))
-optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)  #> headwater.Optimizer(model, torch.optim.SGD, lr=0.05, momentum=0.9)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)  #> headwater.Optimizer(model, torch.optim.SGD, lr=0.02, momentum=0.9)
 buffers = [torch.zeros_like(p) for p in model.parameters()]
 for p, buffer in zip(model.parameters(), buffers):
     p.grad = buffer

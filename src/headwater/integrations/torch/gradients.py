@@ -157,16 +157,15 @@ class Gradients:
         if leaf.empty and leaf.parameter.grad is leaf.current:
             leaf.parameter.grad = leaf.current = None  # it stood for others' gradients: this worker has one now
         leaf.empty = False
-        grad = leaf.parameter.grad
         self._nobodys.discard(leaf.name)
-        leaf.own = grad is not None and grad is not leaf.current and not _was_given(leaf, grad)
+        leaf.own = _is_own(leaf)
 
     def _take_back(self) -> None:
         """The mean was looked at and not changed: ``.grad`` is this worker's again, which lies where it lay."""
         mean, self._mean = self._mean, None
         if mean is None:
             return
-        if any(leaf.own and leaf.name in mean for leaf in self._held.leaves) or self._changed(mean):
+        if any(leaf.name in mean and _is_own(leaf) for leaf in self._held.leaves) or self._changed(mean):
             self.based += 1
             return
         for leaf in self._held.leaves:
@@ -455,6 +454,12 @@ def _no_hook() -> Callable[..., None]:
 def _is_plain(grad: torch.Tensor) -> bool:
     """Whether a gradient can move: one with a graph of its own stays, and a sparse one is made dense in ``step()``."""
     return not grad.requires_grad and grad.layout is torch.strided
+
+
+def _is_own(leaf: Leaf) -> bool:
+    """Whether ``.grad`` is the script's tensor now, to which it expects autograd to add."""
+    grad = leaf.parameter.grad
+    return grad is not None and grad is not leaf.current and not _was_given(leaf, grad)
 
 
 def _was_given(leaf: Leaf, grad: torch.Tensor) -> bool:
