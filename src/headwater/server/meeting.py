@@ -30,9 +30,10 @@ def contributions(table: Table, parts: Sequence[Part]) -> list[Contribution]:
 
 def divisor(table: Table, parts: Sequence[Part]) -> int:
     """What their sum is divided by."""
-    if table.spec.sync.combined != "mean" or any(part.merged for part in parts):
+    workers = len(table.gathering.ranks)
+    if workers == 1 or table.spec.sync.combined != "mean" or any(part.merged for part in parts):
         return 1
-    return len(table.gathering.ranks)
+    return workers
 
 
 def answers(table: Table) -> list[e.SendMean | e.Fail]:
@@ -79,7 +80,7 @@ def prepare(table: Table, shard: int) -> tuple[r.Prepare, list[Contribution], in
     gathering = table.gathering
     parts = {rank: part for rank, part in sorted(gathering.parts.items()) if rank in gathering.ranks}
     seated = list(parts.values())
-    skip = any(part.skip for part in seated)
+    skip = any([part.skip for part in seated])
     found = [] if skip else contributions(table, seated)
     divide = divisor(table, seated)
     squares: tuple[float, ...] = ()
@@ -88,7 +89,7 @@ def prepare(table: Table, shard: int) -> tuple[r.Prepare, list[Contribution], in
     clock, members = gathering.clock + 1, gathering.members
     ready = Ready(table.number, shard, clock, members, squares, skip)
     table.words.count()
-    groups = table.words.of_step({rank: part.session for rank, part in parts.items()})
+    groups = table.words.of_step({rank: part.session for rank, part in parts.items()}) if table.words.new else None
     table.notes = notes(table, parts, skip)
     table.words.new = skip and table.words.new  # a step that is skipped takes no hyperparameters over
     contributors = tuple([r.Contributor(rank, part.session, part.seq, part.wants) for rank, part in parts.items()])

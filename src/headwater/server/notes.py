@@ -15,6 +15,8 @@ from headwater.wire.messages import AckBody
 
 def notes(table: Table, parts: Mapping[int, Part], skip: bool) -> dict[int, AckBody]:
     """By rank, of a step that all ``parts`` have ended; ranks that there is nothing to tell are left out."""
+    if not (skip or table.words.new or table.marks) and _nothing_to_compare(table, parts):  # nearly always
+        return {}
     sessions = {rank: part.session for rank, part in parts.items()}
     found = table.words.notes(sessions, tuple(rank for rank, part in parts.items() if part.skip))
     marks, table.marks = table.marks, {}
@@ -26,6 +28,10 @@ def notes(table: Table, parts: Mapping[int, Part], skip: bool) -> dict[int, AckB
     if not skip and _changed_differently(list(parts.values())):
         found = {rank: msgspec.structs.replace(found.get(rank, AckBody()), differ=True) for rank in parts}
     return found
+
+
+def _nothing_to_compare(table: Table, parts: Mapping[int, Part]) -> bool:
+    return table.alike.over(len(parts)) and not any([part.merged for part in parts.values()])
 
 
 def _changed_differently(parts: Sequence[Part]) -> bool:

@@ -199,6 +199,8 @@ class StoreKind(NamedTuple):
 
 def union(ranges: list[tuple[int, int]]) -> Ranges:
     """Sorted, with neighbours joined; overlapping ranges count once."""
+    if len(ranges) == 1:
+        return tuple(ranges)
     joined: list[tuple[int, int]] = []
     for start, stop in sorted(ranges):
         if joined and start <= joined[-1][1]:

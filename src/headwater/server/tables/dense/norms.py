@@ -10,7 +10,7 @@ import torch
 
 from headwater.server.tables.base import Contribution
 from headwater.server.tables.dense.kernels import accumulator, aggregate
-from headwater.server.tables.dense.runs import Memory, Plan, Run, Stretch, packed, source
+from headwater.server.tables.dense.runs import Memory, Plan, Run, Stretch, packed
 from headwater.wire.exact import exact_sum
 
 CHUNK = 16384
@@ -29,7 +29,7 @@ def square_norm(plan: Plan, contributions: Sequence[Contribution], divide: int, 
     """
     sums: list[float] = []
     for run in plan.runs:
-        sources = [source(run, contributions[owner]) for owner in run.owners]
+        sources = run.sources(contributions)
         wide = memory.scratch(torch.float64)
         for lo, hi, edges in spans(run):
             parts = [part[lo:hi] for part in sources]

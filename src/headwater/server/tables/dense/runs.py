@@ -9,10 +9,11 @@ Legend: ``lo``/``hi`` are shard-local bytes unless a name says elements.
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -85,6 +86,18 @@ class Memory:
         return self._scratch[dtype]
 
 
+class Source:
+    """A contributor's gradient as a run takes it: ``flat``, in the run's dtype, shorter than the run only by padding."""
+
+    __slots__ = ("base", "flat", "gradient", "pieces")
+
+    def __init__(self, gradient: weakref.ref[torch.Tensor], base: int, flat: torch.Tensor) -> None:
+        self.gradient = gradient
+        self.base = base
+        self.flat = flat
+        self.pieces: Tensors | None = None
+
+
 class Run:
     """One stretch of shard memory that is stepped alike. Views are made once and kept."""
 
@@ -105,6 +118,32 @@ class Run:
         self.pieces = list(self._cut(manner.cut))
         self.params = [self._values[a:b] for a, b in self.pieces]
         self.slots = tuple([slot[a:b] for a, b in self.pieces] for slot in self._slots)
+        self._sources: dict[int, Source] = {}  # by contributor
+
+    def sources(self, contributions: Sequence[Contribution]) -> Tensors:
+        """The gradients of those who contribute to the run, flat, in the order of ``owners``."""
+        return [self._source(owner, contributions[owner]).flat for owner in self.owners]
+
+    def gradients(self, contributions: Sequence[Contribution]) -> Tensors | None:
+        """The pieces of the one gradient that there is. ``None``: there are more, or it is too short for them."""
+        if len(self.owners) > 1:
+            return None
+        (owner,) = self.owners
+        found = self._source(owner, contributions[owner])
+        if found.pieces is None and found.flat.numel() == self.elements:
+            found.pieces = self._split(found.flat)
+        return found.pieces
+
+    def _source(self, owner: int, contribution: Contribution) -> Source:
+        """Made once for memory that comes step after step, and forgotten when whoever owns that lets go of it."""
+        gradient, _, base = contribution
+        found = self._sources.get(owner)
+        if found is None or found.gradient() is not gradient or found.base != base:
+            have = (min(self.hi - base, gradient.numel()) - (self.lo - base)) // self.itemsize * self.itemsize
+            flat = gradient[self.lo - base : self.lo - base + have].view(self.dtype)
+            forget = partial(_forget, self._sources, owner)
+            found = self._sources[owner] = Source(weakref.ref(gradient, forget), base, flat)
+        return found
 
     @cached_property
     def split_sizes(self) -> list[int]:
@@ -115,9 +154,8 @@ class Run:
             sizes += [piece.hi - piece.lo, following - piece.hi]
         return sizes
 
-    def gradients(self, flat: torch.Tensor) -> Tensors:
-        """The pieces of ``flat``, the run's gradient."""
-        if len(self.pieces) == 1 and len(flat) == self.pieces[0].hi:
+    def _split(self, flat: torch.Tensor) -> Tensors:
+        if len(self.pieces) == 1 and self.elements == self.pieces[0].hi:
             return [flat]
         return list(flat.split_with_sizes(self.split_sizes)[::2])
 
@@ -315,18 +353,15 @@ def packed(parts: Sequence[Stretch], limit: int) -> Iterator[list[Stretch]]:
         yield group
 
 
-def source(run: Run, contribution: Contribution) -> torch.Tensor:
-    """The contribution's gradient for the run, flat, in the run's dtype; shorter than the run only by padding."""
-    gradient, _, base = contribution
-    have = (min(run.hi - base, len(gradient)) - (run.lo - base)) // run.itemsize * run.itemsize
-    return gradient[run.lo - base : run.lo - base + have].view(run.dtype)
+def _forget(sources: dict[int, Source], owner: int, _gradient: object) -> None:
+    sources.pop(owner, None)
 
 
 def fill(block: Block, sources: Tensors, divide: int, scale: float | None, merge: Merge = aggregate) -> None:
     """Merge ``sources`` (the gradients for the block's run) into ``block.total``; missing padding is zero."""
     parts = [part[block.lo : block.hi] for part in sources]
-    have = min(map(len, parts))
-    if have == len(block.total):
+    have = min([part.numel() for part in parts])
+    if have == block.total.numel():
         merge(block.total, parts, divide, scale)
     else:
         merge(block.total[:have], [part[:have] for part in parts], divide, scale)
@@ -335,7 +370,7 @@ def fill(block: Block, sources: Tensors, divide: int, scale: float | None, merge
 
 def _check_memory(contribution: Contribution) -> None:
     gradient, ranges, base = contribution
-    if ranges and not (base <= ranges[0][0] and ranges[-1][1] <= base + len(gradient)):
+    if ranges and not (base <= ranges[0][0] and ranges[-1][1] <= base + gradient.numel()):
         raise ShapeMismatch(
             f"a gradient of {len(gradient)} bytes from byte {base} does not hold its ranges "
             f"{ranges[0][0]}:{ranges[-1][1]}; nothing was applied"

@@ -23,7 +23,6 @@ from headwater.server.tables.dense.runs import (
     Report,
     Run,
     fill,
-    source,
 )
 from headwater.types import ITEMSIZE, DenseSpec, Hyper, Segment
 from headwater.wire import optimizers
@@ -167,7 +166,7 @@ class DenseShard:
         """
         merge = aggregate if gradients else self._merge
         for run in self._planner.plan(contributions).runs:
-            sources = [source(run, contributions[owner]) for owner in run.owners]
+            sources = run.sources(contributions)
             total = out[run.lo : run.hi].view(run.dtype)
             for lo in range(0, min(map(len, sources)), BLOCK):
                 parts = [part[lo : lo + BLOCK] for part in sources]
@@ -307,13 +306,13 @@ class DenseShard:
             cohort.advance()
         plain = divide == 1 and scale is None
         for run in plan.runs:
-            sources = [source(run, contributions[owner]) for owner in run.owners]
-            if plain and len(sources) == 1 and len(sources[0]) == run.elements:
-                self._kernels[run.key](run.params, run.gradients(sources[0]), run.slots, run.cohort)
-                if report:
-                    report(run.lo, run.hi)
-            else:
-                self._apply_blocks(run, sources, divide, scale, report)
+            gradients = run.gradients(contributions) if plain else None
+            if gradients is None:
+                self._apply_blocks(run, run.sources(contributions), divide, scale, report)
+                continue
+            self._kernels[run.key](run.params, gradients, run.slots, run.cohort)
+            if report:
+                report(run.lo, run.hi)
 
     def _apply_blocks(self, run: Run, sources: Tensors, divide: int, scale: float | None,
                       report: Report | None) -> None:  # fmt: skip
