@@ -305,7 +305,7 @@ class Tables:
 def decide(spec: TableSpec, answers: list[m.Ready]) -> m.Commit:
     """The verdict on a bulk step whose shards are all ready: skipped by all, or applied with one clip factor."""
     first = answers[0]
-    if any([answer.skip for answer in answers]):
+    if any(answer.skip for answer in answers):
         return m.Commit(first.table, first.clock, first.members, skip=True)
     if spec.max_grad_norm is None:
         return m.Commit(first.table, first.clock, first.members, skip=False)

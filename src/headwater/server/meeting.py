@@ -80,7 +80,7 @@ def prepare(table: Table, shard: int) -> tuple[r.Prepare, list[Contribution], in
     gathering = table.gathering
     parts = {rank: part for rank, part in sorted(gathering.parts.items()) if rank in gathering.ranks}
     seated = list(parts.values())
-    skip = any([part.skip for part in seated])
+    skip = any(part.skip for part in seated)
     found = [] if skip else contributions(table, seated)
     divide = divisor(table, seated)
     squares: tuple[float, ...] = ()

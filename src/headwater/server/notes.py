@@ -31,7 +31,7 @@ def notes(table: Table, parts: Mapping[int, Part], skip: bool) -> dict[int, AckB
 
 
 def _nothing_to_compare(table: Table, parts: Mapping[int, Part]) -> bool:
-    return table.alike.over(len(parts)) and not any([part.merged for part in parts.values()])
+    return table.alike.over(len(parts)) and not any(part.merged for part in parts.values())
 
 
 def _changed_differently(parts: Sequence[Part]) -> bool:

@@ -63,8 +63,8 @@ def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 def check_tensor(p: ParameterSpec, value: torch.Tensor) -> None:
     """Raises ``ShapeMismatch`` naming what differs."""
-    strided = value.is_cpu and value.layout == torch.strided
-    if value.shape != p.shape or value.dtype != DTYPES[p.dtype] or not strided:
+    strided = value.is_cpu and value.layout is torch.strided
+    if value.shape != p.shape or value.dtype is not DTYPES[p.dtype] or not strided:
         raise ShapeMismatch(
             f"{p.name!r} is {p.dtype} of shape {p.shape}, strided, on the cpu; this tensor is {value.dtype} of shape "
             f"{tuple(value.shape)}, {str(value.layout).removeprefix('torch.')}, on {value.device}; nothing was sent"

@@ -96,9 +96,7 @@ class DensePart(TablePart):
         return frames or [self._frame(Flag.NONE, 0, 0, clock, members)]
 
     def _frame(self, flags: int, start: int, stop: int, clock: int, members: int) -> Frame:
-        return Frame(
-            Kind.PUSH, flags, table=self.table, lsn=self.lsn, clock=clock, start=start, stop=stop, members=members
-        )
+        return Frame(Kind.PUSH, flags, 0, self.table, 0, 0, 0, self.lsn, clock, start, stop, members)
 
     def pull(self, clock: int) -> None:
         """Ask for all values; ``current`` when they are here."""

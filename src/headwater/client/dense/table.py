@@ -254,6 +254,9 @@ class DenseTable(Table):
     @interrupts.deferred
     def push_step(self, names: Sequence[str], *, want: bool) -> Ticket:
         """``push`` and ``step`` in one; ``want`` asks for fresh values."""
+        return self._push_step(names, want)
+
+    def _push_step(self, names: Sequence[str], want: bool) -> Ticket:
         if self._open:
             self._settle(None)
         self._pushed.update(names)
@@ -264,7 +267,7 @@ class DenseTable(Table):
         """Push everything and get everything back, block by block as it is applied where the policy lets it."""
         streams = self.spec.sync.immediate and not self.spec.sync.paced
         if not streams or self.spec.max_grad_norm is not None or any(p.mapped for p in self._parts):
-            return self.push_step(self._names, want=True)
+            return self._push_step(self._names, True)
         if self._open:
             self._settle(None)
         for part in self._parts:

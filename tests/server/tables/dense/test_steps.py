@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -256,3 +258,39 @@ def test_empty_parameters_and_no_contribution_do_nothing() -> None:
     ours.step([{0: torch.zeros(0), 1: torch.zeros(2, 0), 2: torch.tensor(1.0)}])
     assert ours.values()[2] != 0
     assert {index for index, *_ in ours.shards[0].read_slots()} == {2}
+
+
+def _one() -> tuple[DenseShard, torch.Tensor]:
+    """A shard of four elements, all 0, that a step takes the gradient from; and its values."""
+    spec = table("SGD", [(4,)], groups=[{"lr": 1.0}])
+    values = torch.zeros(64, dtype=torch.uint8)
+    return DenseShard(spec, [Segment(0, 0, 4, 0, 16)], 64, values), values.view(torch.float32)[:4]
+
+
+def test_memory_that_comes_again_is_read_anew_each_time() -> None:
+    """A run keeps its view of a gradient: of this one, from this byte on."""
+    shard, values = _one()
+    gradient = torch.zeros(128, dtype=torch.uint8)
+    numbers = gradient.view(torch.float32)
+    for base, first in ((0, 0), (0, 0), (-16, 4), (-16, 4), (0, 0)):
+        numbers.copy_(torch.arange(32.0))
+        before = values.clone()
+        shard.step([Contribution(gradient, ((0, 16),), base)])
+        assert torch.equal(values, before - numbers[first : first + 4])
+    other = torch.ones(32).view(torch.uint8)
+    before = values.clone()
+    shard.step([Contribution(other, ((0, 16),))])
+    assert torch.equal(values, before - 1)
+
+
+def test_a_gradient_that_its_owner_lets_go_of_is_freed() -> None:
+    """A worker that is gone takes its memory along, whatever a step has kept of it."""
+    shard, _ = _one()
+    owner = np.zeros(64, np.uint8)
+    there = weakref.ref(owner)
+    gradient = torch.from_numpy(owner)
+    del owner
+    shard.step([Contribution(gradient, ((0, 16),))])
+    assert there() is not None
+    del gradient
+    assert there() is None

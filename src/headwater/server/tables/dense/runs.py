@@ -87,7 +87,7 @@ class Memory:
 
 
 class Source:
-    """A contributor's gradient as a run takes it: ``flat``, in the run's dtype, shorter than the run only by padding."""
+    """A contributor's gradient as a run takes it: flat, in the run's dtype, shorter than the run by padding at most."""
 
     __slots__ = ("base", "flat", "gradient", "pieces")
 
