@@ -7,6 +7,7 @@ HeadwaterError
 │   ├── ParameterModified               a parameter was changed in place outside the optimizer
 │   ├── NonFiniteGradient               NaN or Inf in a gradient, and the policy is "error"
 │   ├── UnknownOptimizer                not in the closed list, or a hyperparameter it lacks
+│   ├── BadInput                        a request to a served model that it cannot read
 │   ├── DataError                       a corpus that is empty, unreadable or not text; a run folder that exists
 │   └── RunInUse                        another process works in the run's folder
 ├── ClusterError                        the cluster refused; it goes on
@@ -71,6 +72,14 @@ class NonFiniteGradient(UsageError):
 
 class UnknownOptimizer(UsageError):
     """The optimizer is not in the closed list, or does not take this hyperparameter."""
+
+
+class BadInput(UsageError):
+    """What a client sent to a served model cannot be read; ``status`` is the answer's: 400, 413 or 415."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class DataError(UsageError):

@@ -107,9 +107,12 @@ def making(kind: str, asked: Path | None) -> Iterator[Path]:
         raise
 
 
-def begin(folder: Path, settings: Training) -> None:
-    """Say in a run's folder what is to be done in it, and which table set readers of the run follow."""
-    write_json(folder / "headwater.json", {"model": TABLE})
+def begin(recipe: Recipe[Any], folder: Path, settings: Training) -> None:
+    """Say in a run's folder what is to be done in it, which table set readers of the run follow, and whose recipe
+    answers with its model, if one does.
+    """
+    served = {"recipe": recipe.name} if recipe.served else {}
+    write_json(folder / "headwater.json", {"model": TABLE, **served})
     write_json(folder / "trainer.json", State(seed=settings.seed, settings=settings))
 
 

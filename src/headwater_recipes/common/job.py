@@ -40,7 +40,7 @@ def prepare(recipe: Recipe[AnySettings], wanted: AnySettings, run: Path | None, 
     fill = recipe.load().prepare(wanted, console)
     with checkpoint.making(recipe.name, run) as folder:
         fill(folder)
-        checkpoint.begin(folder, wanted)
+        checkpoint.begin(recipe, folder, wanted)
     return folder
 
 
@@ -85,7 +85,7 @@ def _go_on(recipe: Recipe[AnySettings], folder: Path, changes: dict[str, Any]) -
             f"{folder} has reached its end (step {state.step}, {state.elapsed / 60:.1f} minutes). Nothing was changed; "
             f"to train on, give a greater total: --steps or --minutes."
         )
-    checkpoint.begin(folder, wanted)  # progress stands in the checkpoint
+    checkpoint.begin(recipe, folder, wanted)  # progress stands in the checkpoint
     metrics.write_rows(folder, metrics.read_rows(folder, upto=state.step))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, cast
 from headwater_recipes.common.settings import AnySettings
 
 if TYPE_CHECKING:
+    from headwater_recipes.common.serving import Served
     from headwater_recipes.common.task import Task
 
 
@@ -44,6 +45,8 @@ class Recipe(Generic[AnySettings]):
         settings: their type.
         command: what the user types; ``headwater train NAME`` if it is "".
         patience: seconds that the workers get after Ctrl-C, SIGTERM or SIGHUP to end their step and save.
+        served: ``module:Class``, a ``serving.Served``, by which ``headwater serve`` answers with a run's model; ""
+            if it is not served in this way.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Recipe(Generic[AnySettings]):
     command: str = ""
     wording: Wording = _PLAIN
     patience: float = 60.0
+    served: str = ""
 
     @property
     def typed(self) -> str:
@@ -62,3 +66,7 @@ class Recipe(Generic[AnySettings]):
     def load(self) -> type[Task[Any]]:
         """The task's class; loads torch."""
         return cast("type[Task[Any]]", pkgutil.resolve_name(self.task))
+
+    def load_served(self) -> type[Served]:
+        """The class that answers with a run's model; loads torch. ``served`` must not be ""."""
+        return cast("type[Served]", pkgutil.resolve_name(self.served))

@@ -115,7 +115,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(place: Path, tmp_p
     _train(whole)
     state = checkpoint.read_state(parts, FinetuneSettings)
     half = msgspec.structs.replace(state.settings, steps=4, save_every=2)
-    checkpoint.begin(parts, half)
+    checkpoint.begin(RECIPE, parts, half)
     with headwater.connect("inproc://", rank=0, world=1, servers=1) as ps:
         worker = Trainer(RECIPE, parts, ps)
         worker.stopping = True  # after two steps
