@@ -15,7 +15,7 @@ def augmented(mel_btm: Tensor, lengths_b: Tensor, random: torch.Generator) -> Te
     Stretching along the bands is what another length of the vocal tract does (Jaitly and Hinton 2013), the gaps are
     SpecAugment's (Park and others 2019). Frames after a sound's end are as they come.
     """
-    batch, frames, bands = mel_btm.shape
+    batch, _, bands = mel_btm.shape
     x = _warped(mel_btm, random) + _coloured(batch, bands, random)
     x = torch.logaddexp(x, _noise(x, lengths_b, random))
     return _with_gaps(x, random)

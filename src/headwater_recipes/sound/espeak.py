@@ -18,7 +18,7 @@ _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 
 class Manner(NamedTuple):
-    """How something is said: ``voice`` is an accent with a variant, as ``en-gb+f2``; ``speed`` in words per minute (80
+    """How something is said: ``voice`` is an accent with a variant, as ``en-us+f2``; ``speed`` in words per minute (80
     to 450); ``pitch`` and ``range`` of it from 0 to 99.
     """
 
@@ -72,4 +72,4 @@ class Espeak:
         failed = self._library.espeak_Synth(body, ctypes.c_size_t(len(body) + 1), 0, 0, 0, _UTF8, None, None)
         if failed or self._library.espeak_Synchronize() or not self._said:
             raise DataError(f"eSpeak NG did not say {text!r} with the voice {manner.voice!r} (code {failed})")
-        return np.concatenate(self._said).astype(np.float32) / 32768
+        return np.concatenate(self._said).astype(np.float32) / np.float32(32768)

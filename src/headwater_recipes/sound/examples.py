@@ -33,6 +33,10 @@ class Clip(NamedTuple):
     speaker: str
 
 
+Heard = tuple[Clip, Tensor]
+"""A sound, and its log-mel: float16 (T, M)."""
+
+
 class Facts(msgspec.Struct, kw_only=True):
     """``sounds.json``: by sound ``paths`` and ``speakers`` (its number in ``who``); what was left out, and why."""
 
@@ -83,8 +87,9 @@ class Examples:
         """Raises ``DataError`` if they are not whole."""
         try:
             facts = msgspec.json.decode((folder / "sounds.json").read_bytes(), type=Facts)
-            return cls(facts, **load_file(folder / "sounds.safetensors"))
-        except (OSError, msgspec.MsgspecError, TypeError) as error:
+            found = load_file(folder / "sounds.safetensors")
+            return cls(facts, found["frames"], found["starts"], found["labels"], found["held"])
+        except (OSError, msgspec.MsgspecError, KeyError) as error:
             raise DataError(f"{folder}: the sounds cannot be read ({error})") from error
 
 
@@ -111,6 +116,13 @@ def from_folder(folder: Path) -> list[Clip]:
             f"needed, each in a subfolder of its name; nothing was started"
         )
     return found
+
+
+def from_folders(folders: Sequence[str]) -> list[Clip]:
+    """The one folder that can be given. Raises ``DataError``: there are more, or what ``from_folder`` says."""
+    if len(folders) > 1:
+        raise DataError(f"--data: give one folder, with a subfolder per label, not {len(folders)}; nothing was started")
+    return from_folder(Path(folders[0]))
 
 
 def hold_out(clips: Sequence[Clip], seed: int, share: float = 0.2) -> set[str]:
@@ -149,13 +161,13 @@ def hold_out(clips: Sequence[Clip], seed: int, share: float = 0.2) -> set[str]:
     return held
 
 
-def read_all(clips: Iterable[Clip], held: set[str], mel: MelSettings) -> Examples:
+def read_all(clips: Iterable[Clip], held: set[str], mel: MelSettings, *, names: tuple[str, ...] = ()) -> Examples:
     """Decode every sound. The same bytes count once; silent and unreadable ones are left out and counted.
 
     Raises:
         DataError: more than a tenth cannot be read, or a side has no sound of a label.
     """
-    kept: list[tuple[Clip, Tensor]] = []
+    kept: list[Heard] = []
     left: Counter[str] = Counter()
     seen: set[bytes] = set()
     worst = ""
@@ -179,16 +191,23 @@ def read_all(clips: Iterable[Clip], held: set[str], mel: MelSettings) -> Example
         kept.append((clip, log_mel(sound.samples, mel).half()))
     if left["unreadable"] > _SHARE * len(seen):
         raise DataError(f"{left['unreadable']} of {len(seen)} sounds cannot be read, as {worst}; nothing was started")
-    return _put_together(kept, held, mel, {name: count for name, count in left.items() if count})
+    return put_together(kept, held, mel, {name: count for name, count in left.items() if count}, names=names)
 
 
-def _put_together(
-    kept: Sequence[tuple[Clip, Tensor]], held: set[str], mel: MelSettings, left: dict[str, int]
+def put_together(
+    kept: Sequence[Heard], held: set[str], mel: MelSettings, left: dict[str, int], *, names: tuple[str, ...] = ()
 ) -> Examples:
-    names = tuple(sorted({clip.label for clip, _ in kept}))
+    """What was heard of the ``held`` speakers and of others; ``names``: the labels, if nothing
+    is to be learnt from these sounds and some may be missing.
+
+    Raises:
+        DataError: a side has no sound of a label, or there is one label only.
+    """
+    only_judged = bool(names)
+    names = names or tuple(sorted({clip.label for clip, _ in kept}))
     who = tuple(sorted({clip.speaker for clip, _ in kept}))
     sides = {side: {c.label for c, _ in kept if (c.speaker in held) == side} for side in (False, True)}
-    missing = [name for name in names if name not in sides[False] or name not in sides[True]]
+    missing = [name for name in names if not only_judged and not all(name in sides[side] for side in sides)]
     if missing or len(names) < 2:
         raise DataError(
             f"{len(names)} labels are left of the sounds, and {', '.join(missing) or 'none'} without one to learn from "
@@ -210,4 +229,15 @@ def _put_together(
         lengths.cumsum(0),
         torch.tensor([names.index(clip.label) for clip, _ in kept]),
         torch.tensor([clip.speaker in held for clip, _ in kept]),
+    )
+
+
+def describe(found: Examples) -> str:
+    """For the user: how much there is, and how it is split."""
+    learnt, held = (len(found.places(side)) for side in (False, True))
+    spoken = [len(found.speakers(side)) for side in (False, True)]
+    left = ", ".join(f"{count} {name}" for name, count in found.facts.left_out.items() if name != "cut")
+    return (
+        f"{len(found.facts.names)} labels: {learnt:,} sounds of {spoken[0]} speakers to learn from, {held:,} of "
+        f"{spoken[1]} others held out{f'; left out: {left}' if left else ''}"
     )

@@ -75,7 +75,7 @@ def mfcc(mel_tm: Tensor, count: int = 20) -> Tensor:
     places = torch.arange(bands, dtype=torch.float32) + 0.5
     basis = torch.cos(torch.pi / bands * places[:, None] * torch.arange(count)) * (2 / bands) ** 0.5
     basis[:, 0] /= 2**0.5
-    found = mel_tm @ basis
+    found: Tensor = mel_tm @ basis
     return found - found.mean(0)
 
 
@@ -88,9 +88,7 @@ def statistics(mel_tm: Tensor) -> Tensor:
         found = found.repeat(2, 1)
     steps = found.diff(dim=0)
     half = max(1, len(steps) // 2)
-    return torch.cat(
-        [found.std(0), steps.abs().mean(0), steps[:half].abs().mean(0), steps[-half:].abs().mean(0)]
-    )
+    return torch.cat([found.std(0), steps.abs().mean(0), steps[:half].abs().mean(0), steps[-half:].abs().mean(0)])
 
 
 def in_equal_parts(mel_tm: Tensor, parts: int = 12) -> Tensor:

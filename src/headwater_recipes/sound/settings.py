@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from headwater_recipes.common.options import Option
 from headwater_recipes.common.recipe import Wording
@@ -30,7 +30,7 @@ class SoundTraining(Training, frozen=True, kw_only=True, forbid_unknown_fields=T
         ),
     ] = ()
     rate: Annotated[
-        Literal[8000, 16000], Option("Samples per second that sounds are brought to.", least=8000, most=16000)
+        int, Option("Samples per second that sounds are brought to.", least=4000, most=48_000, fixed=True)
     ] = 8000
     seconds: Annotated[float, Option("Of a sound, that the network sees at once.", above=0.2, fixed=True)] = 2.0
     width: Annotated[int, Option("Of the network; 4 to 512.", least=4, most=512, fixed=True)] = 32

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from headwater_recipes.common.stages import clock, say
-from headwater_recipes.common.task import Batch, Ended, Sums, Task
-from headwater_recipes.sound import score
+from headwater_recipes.common.task import Batch, Sums, Task
 from headwater_recipes.sound.augment import augmented
 from headwater_recipes.sound.examples import Examples
 from headwater_recipes.sound.network import NetworkSettings, SoundNetwork, logits_of
@@ -106,14 +103,3 @@ class SoundTask(Task[AnySound]):
         assert isinstance(saved, SoundNetwork)
         with torch.no_grad():
             return float((logits_of(model, mel) - logits_of(saved, mel)).abs().max())
-
-    def answers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the saved model, in evaluation mode: log-probabilities (N, C) of the held-out sounds, their embeddings
-        (N, E) and labels (N,).
-        """
-        model = SoundNetwork.from_pretrained(self.folder).eval()
-        places = self.examples.places(held=True)
-        with torch.no_grad():
-            found = torch.stack([F.log_softmax(logits_of(model, self.examples.mel(place)), 0) for place in places])
-            seen = torch.stack([embedding_of(model, self.examples.mel(place)) for place in places])
-        return found, seen, self.examples.labels[places]
