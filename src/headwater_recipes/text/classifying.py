@@ -40,6 +40,9 @@ class Classifying(Task[AnyClassifying]):
         self.order = Order(self.texts.lengths, settings.batch, 1, rank, world, settings.seed)
 
     def batches(self, step: int) -> Sequence[Batch]:
+        s = self.settings
+        # What dropout leaves out in the pass that follows hangs on the step too, not on what was drawn before.
+        torch.manual_seed(int(np.random.SeedSequence([s.seed, step, self.rank]).generate_state(1, np.uint64)[0] >> 1))
         return [_batch(self.texts.batch(chosen, self.padding)) for chosen in self.order.chosen(step)]
 
     def held_out(self, whole: bool) -> Iterable[Batch]:

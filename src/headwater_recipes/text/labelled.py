@@ -137,7 +137,7 @@ def _csv(path: Path, text: str, columns: Columns) -> Iterator[tuple[int, dict[st
                 )
             yield reader.line_num, dict(line)
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: {error}. Nothing was started; mend the file.") from error
+        raise DataError(f"{path}:{reader.reader.line_num}: {error}. Nothing was started; mend the file.") from error
     finally:
         csv.field_size_limit(before)
 

@@ -87,7 +87,8 @@ def test_a_folder_gives_its_own_split(tmp_path: Path) -> None:
 
 
 def test_no_text_is_on_both_sides_and_none_is_there_twice() -> None:
-    rows = [Row("So good!", "1"), Row("so   GOOD", "1"), Row("Bad.", "0"), Row("bad", "1"), Row("Dull", "0"), *_rows(9)]
+    rows = [Row("So good!", "1"), Row("so   GOOD", "1"), Row("Bad.", "0"), Row("bad", "1"), Row("Dull", "0")]
+    rows += [Row(f"text {i}", str(i % 2)) for i in range(9)]
     held = [Row("so good", "1"), Row("dull?", "0"), Row("dull", "0")]
     found = labelled.settle(rows, held, "here")
     assert [row.text for row in found.held_out] == ["so good", "dull?"]
