@@ -71,7 +71,7 @@ def test_what_is_no_text_is_refused(body: bytes, kind: str, status: int) -> None
     ],
 )
 def test_what_lacks_a_field_is_refused(body: bytes, kind: str, status: int) -> None:
-    with pytest.raises(BadInput, match='with "question", "context"') as caught:
+    with pytest.raises(BadInput, match=r'this model takes {"inputs": {…}} with "question", "context"') as caught:
         serving.read_json(body, kind, ("question", "context"))
     assert caught.value.status == status
     good = b'{"question": "Why?", "context": "c", "more": 1}'
