@@ -15,7 +15,7 @@ from headwater_recipes.data import cache
 from headwater_recipes.image import model
 from headwater_recipes.image.settings import ImageSettings
 from headwater_recipes.images.decode import Pixels
-from headwater_recipes.images.folder import Found, read_folder
+from headwater_recipes.images.folder import Gathered, read_folder
 from headwater_recipes.images.idx import read_idx
 from headwater_recipes.images.store import Images, Scale, Split
 
@@ -54,10 +54,10 @@ def prepare(wanted: ImageSettings, console: Console) -> Callable[[Path], None]:
     return fill
 
 
-def read(wanted: ImageSettings) -> Found:
+def read(wanted: ImageSettings) -> Gathered:
     """The images that a run is about. Raises ``DataError``."""
     if not wanted.data:
-        return Found(read_fashion(cache.folder(FASHION), wanted.size))
+        return Gathered(read_fashion(cache.folder(FASHION), wanted.size))
     if len(wanted.data) > 1:
         raise UsageError(f"--data: {len(wanted.data)} folders were given; give the one that holds all classes")
     return read_folder(Path(wanted.data[0]), wanted.size)
@@ -90,7 +90,7 @@ def _resized(pixels: Pixels, size: int) -> Pixels:
     return np.stack([np.asarray(Image.fromarray(each).resize((size, size), bilinear)) for each in pixels])
 
 
-def _describe(wanted: ImageSettings, found: Found) -> str:
+def _describe(wanted: ImageSettings, found: Gathered) -> str:
     images = found.images
     source = wanted.data[0] if wanted.data else "Fashion-MNIST"
     text = (

@@ -36,14 +36,14 @@ _EVERY = 10
 
 
 @dataclass(frozen=True)
-class Found:
+class Gathered:
     """What a folder was read into. ``skipped``: what could not be read, and why."""
 
     images: Images
     skipped: list[str] = field(default_factory=list)
 
 
-def read_folder(folder: Path, size: int) -> Found:
+def read_folder(folder: Path, size: int) -> Gathered:
     """All images of a folder, ``size`` pixels wide and high.
 
     Raises:
@@ -66,7 +66,7 @@ def read_folder(folder: Path, size: int) -> Found:
             f"{folder}: {len(skipped)} of {total} images cannot be read, above {MOST_UNREADABLE:.0%}; the first is "
             f"{skipped[0]}. Nothing was started; mend or remove them."
         )
-    return Found(Images(classes, *sides), skipped)
+    return Gathered(Images(classes, *sides), skipped)
 
 
 def _parts(folder: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
