@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pkgutil
 import subprocess
 import sys
@@ -156,14 +155,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, help="default: as many as the run has taken")
     parser.add_argument("--ddp", action="store_true")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--store", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     kind: type[Task[Any]] = pkgutil.resolve_name(asked.task)
     if not asked.ddp:
         print(json.dumps(in_one_process(kind, asked.run, asked.threads, asked.steps)))
-    elif "HEADWATER_PLAIN_RANK" in os.environ:
-        rank, store = os.environ["HEADWATER_PLAIN_RANK"].split(":", 1)
-        found = under_ddp(kind, asked.run, int(rank), store, asked.steps)
-        if rank == "0":
+    elif asked.rank is not None:
+        found = under_ddp(kind, asked.run, asked.rank, asked.store, asked.steps)
+        if asked.rank == 0:
             print(json.dumps(found))
     else:
         _start_ranks(checkpoint.read_state(asked.run, kind.recipe.settings).settings.workers)
@@ -172,12 +172,8 @@ def main() -> None:
 def _start_ranks(world: int) -> None:
     """This command once for each rank; ends with the first code that is not 0."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "headwater_recipes.common.plain", *sys.argv[1:]]
-        place = f"{folder}/store"
-        ranks = [
-            subprocess.Popen(command, env=os.environ | {"HEADWATER_PLAIN_RANK": f"{rank}:{place}"})
-            for rank in range(world)
-        ]
+        command = [sys.executable, "-m", "headwater_recipes.common.plain", *sys.argv[1:], "--store", f"{folder}/store"]
+        ranks = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(world)]
         codes = [rank.wait() for rank in ranks]
     sys.exit(next((code for code in codes if code), 0))
 
