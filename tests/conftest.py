@@ -45,7 +45,9 @@ _OF_A_JOB = (
 
 @pytest.fixture(autouse=True)
 def _no_outer_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test that runs inside ``headwater run`` or with HEADWATER_* exported sees a bare environment."""
+    """A test that runs inside ``headwater run`` or with HEADWATER_* exported sees a bare environment;
+    only where data sets lie is as outside.
+    """
     for name in list(os.environ):
-        if name.startswith("HEADWATER_") or name in _OF_A_JOB:
+        if (name.startswith("HEADWATER_") and name != "HEADWATER_CACHE") or name in _OF_A_JOB:
             monkeypatch.delenv(name)

@@ -48,6 +48,7 @@ def command(recipe: Recipe[Any]) -> Callable[..., None]:
 
     parameters = [_parameter(recipe, field) for field in _ordered(recipe)]
     train.__doc__ = recipe.help
+    train.recipe = recipe  # type: ignore[attr-defined] # by which `headwater recipes` knows a recipe's command
     train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # typer reads it
     train.recipe = recipe  # type: ignore[attr-defined] # who finds the command by its entry point finds this
     train.__annotations__ = {each.name: each.annotation for each in parameters}

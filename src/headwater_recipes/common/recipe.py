@@ -34,6 +34,28 @@ class Wording(NamedTuple):
 _PLAIN = Wording()
 
 
+class About(NamedTuple):
+    """What ``headwater recipes`` says of a recipe, with its default settings.
+
+    Attributes:
+        task: what the model learns to do: image classification.
+        data: names in the catalog of data sets, whose licences are shown too; or words, for data that are in none.
+        model: which architecture, of how many parameters.
+        metric: what it is judged by on data that it never saw.
+        baseline: what stands beside it.
+        minutes: that a run takes on two cores, evaluation included.
+        licence: of data that are in no catalog.
+    """
+
+    task: str
+    data: tuple[str, ...]
+    model: str
+    metric: str
+    baseline: str
+    minutes: float
+    licence: str = ""
+
+
 @dataclass(frozen=True)
 class Recipe(Generic[AnySettings]):
     """Light: nothing that it names is loaded before it is wanted.
@@ -47,6 +69,7 @@ class Recipe(Generic[AnySettings]):
         patience: seconds that the workers get after Ctrl-C, SIGTERM or SIGHUP to end their step and save.
         served: ``module:Class``, a ``serving.Served``, by which ``headwater serve`` answers with a run's model; ""
             if it is not served in this way.
+        about: for the table of all recipes.
     """
 
     name: str
@@ -57,6 +80,7 @@ class Recipe(Generic[AnySettings]):
     wording: Wording = _PLAIN
     patience: float = 60.0
     served: str = ""
+    about: About | None = None
 
     @property
     def typed(self) -> str:

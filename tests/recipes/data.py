@@ -1,0 +1,33 @@
+"""The data sets that tests train on."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import pytest
+
+from headwater.errors import HeadwaterError
+from headwater_recipes.data import cache
+
+
+def need(name: str) -> Path:
+    """The folder of a data set of the catalog, fetched if it is not there. Where it cannot be had the test is skipped,
+    on a CI machine it fails.
+    """
+    found = _tried(name)
+    if isinstance(found, Path):
+        return found
+    if os.environ.get("CI"):
+        pytest.fail(f"the data set {name!r} cannot be had on this CI machine: {found}", pytrace=False)
+    pytest.skip(f"the data set {name!r} is not here: {found}")
+
+
+@functools.cache
+def _tried(name: str) -> Path | str:
+    """Without a network every try takes a while, so there is one."""
+    try:
+        return cache.get(name)
+    except HeadwaterError as error:
+        return str(error)
