@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pkgutil
 import subprocess
 import sys
@@ -143,7 +144,7 @@ def under_ddp(kind: type[Task[Any]], folder: Path, rank: int, store: str, steps:
     distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=plain.world)
     model = DistributedDataParallel(plain.model, find_unused_parameters=False)
     rate = plain.train(lambda step: plain.backward(model, plain.tasks[0], step))
-    distributed.destroy_process_group()
+    distributed.barrier()
     return {"units_per_second": rate * plain.world, "steps": plain.steps}
 
 
@@ -164,7 +165,8 @@ def main() -> None:
     elif asked.rank is not None:
         found = under_ddp(kind, asked.run, asked.rank, asked.store, asked.steps)
         if asked.rank == 0:
-            print(json.dumps(found))
+            print(json.dumps(found), flush=True)
+        os._exit(0)  # Gloo's end may wait for a rank that has ended before
     else:
         _start_ranks(checkpoint.read_state(asked.run, kind.recipe.settings).settings.workers)
 
@@ -174,6 +176,10 @@ def _start_ranks(world: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "headwater_recipes.common.plain", *sys.argv[1:], "--store", f"{folder}/store"]
         ranks = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(world)]
+        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+            time.sleep(0.1)
+        for rank in ranks:  # one that failed is waited for by the others in vain
+            rank.terminate()
         codes = [rank.wait() for rank in ranks]
     sys.exit(next((code for code in codes if code), 0))
 
