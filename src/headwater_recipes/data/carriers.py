@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import IO
 
 from headwater_recipes.data.errors import DataMissing
 
-Entries = Iterator[tuple[str, IO[bytes]]]
+Entries = Generator[tuple[str, IO[bytes]], None, None]
 """Files of a package: path inside it, with slashes, and the open file, to be read before the next one is asked for."""
 
 _LAST = 400

@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Mapping
+from contextlib import closing
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -17,15 +18,26 @@ from typing import IO
 from headwater_recipes.data.carriers import Entries
 from headwater_recipes.data.errors import DataDamaged, DataMissing
 
-_BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError)
+_BROKEN: tuple[type[Exception], ...] = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError)
 _CHUNK = 1 << 20
 
 
-def unpack(entries: Entries, root: str, patterns: tuple[str, ...], place: Path) -> None:
+def unpack(entries: Entries, root: str, patterns: tuple[str, ...], place: Path, source: str = "the package") -> None:
     """Write what lies below the package's folder ``root`` and matches a pattern to the same path below ``place``.
 
-    A ``*`` in a pattern stands for slashes too. Raises ``DataDamaged`` for a path that leads out of ``place``.
+    A ``*`` in a pattern stands for slashes too. ``source`` is how messages call the package. Raises ``DataDamaged`` for
+    a path that leads out of ``place``, and for a package that cannot be read to its end.
     """
+    with closing(entries):
+        try:
+            _unpack(entries, root, patterns, place)
+        except _BROKEN as error:
+            raise DataDamaged(
+                f"{source}: the package is damaged ({error}); nothing was changed. Fetch it again"
+            ) from error
+
+
+def _unpack(entries: Entries, root: str, patterns: tuple[str, ...], place: Path) -> None:
     for name, opened in entries:
         path = PurePosixPath(name)
         if not path.is_relative_to(root):
@@ -45,26 +57,21 @@ def archived(archive: Path) -> Entries:
     """The files of a package that is one file, by the paths that they have once installed.
 
     Raises:
-        DataDamaged: it is no package of these kinds, or a damaged one.
+        DataDamaged: it is no package of these kinds.
         DataMissing: there is no such file, or no tool to open it.
     """
     if not archive.is_file():
         raise DataMissing(f"{archive}: there is no such file; nothing was changed")
     name = archive.name.lower()
-    try:
-        if name.endswith((".whl", ".zip")):
-            yield from _zipped(archive)
-        elif name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")):
-            with tarfile.open(archive) as opened:
-                yield from _tarred(opened, strip=1)
-        elif name.endswith(".deb"):
-            yield from _debian(archive)
-        else:
-            raise DataDamaged(f"{archive}: neither a wheel (.whl), an sdist (.tar.gz) nor a .deb; nothing was unpacked")
-    except _BROKEN as error:
-        raise DataDamaged(
-            f"{archive}: the package is damaged ({error}); nothing was unpacked. Fetch it again"
-        ) from error
+    if name.endswith((".whl", ".zip")):
+        yield from _zipped(archive)
+    elif name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")):
+        with tarfile.open(archive) as opened:
+            yield from _tarred(opened, strip=1)
+    elif name.endswith(".deb"):
+        yield from _debian(archive)
+    else:
+        raise DataDamaged(f"{archive}: neither a wheel (.whl), an sdist (.tar.gz) nor a .deb; nothing was unpacked")
 
 
 def _zipped(archive: Path) -> Entries:
@@ -96,7 +103,7 @@ def _debian(archive: Path) -> Entries:
         finally:
             process.stdout.close() if process.stdout else None
     if process.returncode:
-        raise DataDamaged(f"{archive}: the package is damaged (dpkg-deb cannot read it); nothing was unpacked")
+        raise tarfile.ReadError("dpkg-deb cannot read it")
 
 
 def digests(folder: Path) -> dict[str, str]:
