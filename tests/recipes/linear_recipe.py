@@ -21,7 +21,7 @@ class LinearSettings(Training, frozen=True, kw_only=True):
 
 
 class Linear(Task[LinearSettings]):
-    recipe = Recipe("linear", "Fit y = βx.", "linear_recipe:Linear", LinearSettings)
+    recipe = Recipe("plane", "Fit y = βx.", "linear_recipe:Linear", LinearSettings)
 
     def build(self) -> torch.nn.Module:
         torch.manual_seed(self.settings.seed)

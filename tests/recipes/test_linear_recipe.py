@@ -30,7 +30,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     described.mkdir()
     (described / "METADATA").write_text("Metadata-Version: 2.1\nName: linear-recipe\nVersion: 1.0\n", encoding="utf-8")
     (described / "entry_points.txt").write_text(
-        "[headwater.commands]\ntrain.linear = linear_recipe:train\n", encoding="utf-8"
+        "[headwater.commands]\ntrain.plane = linear_recipe:train\n", encoding="utf-8"
     )
     return place
 
@@ -43,14 +43,14 @@ def _headwater(package: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_its_settings_are_its_options(package: Path) -> None:
-    shown = _headwater(package, "train", "linear", "--help").stdout
+    shown = _headwater(package, "train", "plane", "--help").stdout
     assert "Fit y = βx." in shown
     assert "Standard deviation of y around the plane. Default: 0.1." in shown
     assert "Samples per worker and step. Default: 4." in shown  # of all recipes
-    assert "runs/linear-DATE-TIME" in shown
+    assert "runs/plane-DATE-TIME" in shown
     assert "--seq" not in shown
-    assert "linear" in _headwater(package, "train", "--help").stdout
-    refused = _headwater(package, "train", "linear", "--noise", "0")
+    assert "plane" in _headwater(package, "train", "--help").stdout
+    refused = _headwater(package, "train", "plane", "--noise", "0")
     assert refused.returncode == 1
     assert "--noise 0.0: must be above 0; nothing was started" in refused.stderr
 
@@ -58,7 +58,7 @@ def test_its_settings_are_its_options(package: Path) -> None:
 def test_two_workers_and_two_servers_train_it_and_go_on(package: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     sizes = ["--workers", "2", "--servers", "2", "--log-every", "20", "--publish-every", "50"]
-    done = _headwater(package, "train", "linear", "--run", str(run), "--steps", "100", *sizes)
+    done = _headwater(package, "train", "plane", "--run", str(run), "--steps", "100", *sizes)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "samples/s" in done.stdout
     assert "trained 100 steps in" in done.stdout
@@ -66,7 +66,7 @@ def test_two_workers_and_two_servers_train_it_and_go_on(package: Path, tmp_path:
     assert report["step"] == 100
     assert report["validation_loss"] < 10 * BOUND
 
-    done = _headwater(package, "train", "linear", "--run", str(run), "--resume", "--steps", "200")
+    done = _headwater(package, "train", "plane", "--run", str(run), "--resume", "--steps", "200")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     assert report["step"] == 200
