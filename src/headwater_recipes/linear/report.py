@@ -23,7 +23,9 @@ _NAMED = 25
 
 
 def figures(task: Linear, ended: Ended) -> dict[str, Any]:
-    """For ``report.json``; draws ``beta.png``. Errors are ``mse``, in the square of y's own unit."""
+    """For ``report.json``; draws ``beta.png``. ``mse`` is in the square of y's own unit; the largest difference of β from
+    the closed form's in standard deviations of y for one of the column.
+    """
     training, held = task.split.training, task.split.held_out
     found = task.read(task.folder)
     assert isinstance(found, model.Regression)
@@ -46,7 +48,7 @@ def figures(task: Linear, ended: Ended) -> dict[str, Any]:
         "beta_closed_form": _named(training, ols),
         "beta_standard_error": _named(training, errors),
         "beta_true": None if training.truth is None else _named(training, training.truth),
-        "largest_beta_difference_in_standard_errors": float((np.abs(found.beta - ols) / errors).max()),
+        "largest_beta_difference": float((np.abs(found.beta - ols) * training.x.std(0)).max() / training.y.std()),
         "pictures": ["beta.png"],
     }
 
@@ -79,8 +81,8 @@ def tell(folder: Path, found: Mapping[str, Any], console: Console) -> None:
         ("mean", plain, "   (the baseline: the mean of y)"),
     ):
         say(console, f"  {name:<12} R² {value['r2']:.4f}   mean squared error {value['mse']:.4g}{beside}")
-    far = found["largest_beta_difference_in_standard_errors"]
-    say(console, f"  β is at most {far:.2g} standard errors from the closed form's")
+    far = found["largest_beta_difference"]
+    say(console, f"  largest difference of β from the closed form's: {far:.1e} (columns and y in standard deviations)")
     say(console, f"{folder}: model.safetensors, beta.png, metrics.jsonl, loss.png, report.json", whole=True)
 
 
@@ -98,14 +100,16 @@ def draw(folder: Path, table: Numbers, beta: Array, ols: Array, errors: Array) -
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     x, y = against * scale, beta * scale
-    low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
+    spread = 2 * errors * scale  # what chance alone gives: twice the closed form's standard error to both sides
+    low, high = float(min(x.min(), (y - spread).min())), float(max(x.max(), (y + spread).max()))
     margin = 0.08 * (high - low) or 1.0
     axes.axline((low, low), (high + margin, high + margin), color="#888888", lw=1, ls="--")
-    # The spread that chance alone gives: twice the closed form's standard error to both sides.
-    axes.errorbar(x, y, yerr=2 * errors * scale, fmt="o", color="#4878a8", ecolor="#a8c0d8", ms=5, capsize=2)
+    axes.errorbar(x, y, yerr=spread, fmt="o", color="#4878a8", ecolor="#a8c0d8", ms=5, capsize=2)
     if len(x) <= _NAMED:
-        for name, across, up in zip(table.names, x, y, strict=True):
-            axes.annotate(name, (across, up), (6, -10), textcoords="offset points", fontsize=8)
+        for place, i in enumerate(np.argsort(x)):  # neighbours on different sides
+            offset = (6, -10) if place % 2 else (-6, 5)
+            side = "left" if place % 2 else "right"
+            axes.annotate(table.names[i], (x[i], y[i]), offset, textcoords="offset points", fontsize=8, ha=side)
     axes.set(
         xlabel=f"{label} × standard deviation of its column",
         ylabel="trained β × standard deviation of its column",

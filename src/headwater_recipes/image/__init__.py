@@ -1,0 +1,1 @@
+"""``headwater train image``: which of some classes is an image of?"""
