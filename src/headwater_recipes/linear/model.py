@@ -35,7 +35,7 @@ class Regression(torch.nn.Module):
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         """(N, F) → (N,), both float64 and in their own units."""
-        return self(x).double() * self.target[1] + self.target[0]
+        return self.forward(x).double() * self.target[1] + self.target[0]
 
     @property
     def beta(self) -> Array:
@@ -62,6 +62,7 @@ def closed_form(training: Numbers) -> tuple[Array, float, Array]:
     found, _, rank, _ = np.linalg.lstsq(design, training.y, rcond=None)
     left = training.y - design @ found
     variance = left @ left / max(1, len(training.y) - rank)
-    errors: Array = np.sqrt(variance * np.diag(np.linalg.pinv(design.T @ design, hermitian=True)))
-    beta: Array = found[:-1]
+    inverse = np.linalg.pinv(design.T @ design, hermitian=True)
+    errors: Array = np.sqrt(variance * np.diag(inverse)).astype(np.float64)
+    beta: Array = found[:-1].astype(np.float64)
     return beta, float(found[-1]), errors[:-1]

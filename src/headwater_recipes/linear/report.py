@@ -23,8 +23,8 @@ _NAMED = 25
 
 
 def figures(task: Linear, ended: Ended) -> dict[str, Any]:
-    """For ``report.json``; draws ``beta.png``. ``mse`` is in the square of y's own unit; the largest difference of β from
-    the closed form's in standard deviations of y for one of the column.
+    """For ``report.json``; draws ``beta.png``. ``mse`` is in the square of y's own unit; the largest difference of β
+    from the closed form's in standard deviations of y for one of the column.
     """
     training, held = task.split.training, task.split.held_out
     found = task.read(task.folder)

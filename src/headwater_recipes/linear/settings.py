@@ -16,8 +16,8 @@ GENERATED, DIABETES = "generated", "diabetes"
 
 
 class LinearSettings(Training, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A run has a number of steps, not of minutes. Two workers of the default ``batch`` see all default rows in each step:
-    then the gradient is that of the whole table, and β comes to the closed form's.
+    """A run has a number of steps, not of minutes. Two workers of the default ``batch`` see all default rows in each
+    step: then the gradient is that of the whole table, and β comes to the closed form's.
     """
 
     data: Annotated[

@@ -33,7 +33,7 @@ class Linear(Task[LinearSettings]):
         return model.build(self.split.training)
 
     def batches(self, step: int) -> Sequence[Batch]:
-        """Every row that there is, if the workers take as many; else drawn ones. Each takes its share of a step's rows."""
+        """Every row that there is, if the workers take as many; else drawn ones. Each rank has its share of them."""
         rows = np.arange(len(self.split.training.y))
         wanted = self.settings.batch * self.world
         if wanted < len(rows):

@@ -65,7 +65,7 @@ def test_a_table_that_tells_nothing_is_refused() -> None:
     table = data.generated(60, 3, 1.0, 0)
     with pytest.raises(DataError, match="10 rows: of these 2 are held out, and 3 columns and 9 workers need 9"):
         data.divide(data.generated(10, 3, 1.0, 0), 0, workers=9)
-    with pytest.raises(DataError, match="6 rows: .* need 5 to train on"):
+    with pytest.raises(DataError, match=r"6 rows: .* need 5 to train on"):
         data.divide(data.generated(6, 3, 1.0, 0), 0, workers=1)
     table.x[:, 1] = 4
     with pytest.raises(DataError, match="column x2: the same in all rows"):
