@@ -223,3 +223,26 @@ def test_two_workers_and_two_servers_train_it_and_go_on(package: Path, tmp_path:
     assert (settings.workers, settings.steps, settings.publish_every) == (2, 200, 50)
     found = load_file(run / "model.safetensors")
     assert [round(value, 1) for value in (*found["weight"][0].tolist(), *found["bias"].tolist())] == [1, -2, 3, 4]
+
+
+def _plain(package: Path, run: Path, *words: str) -> dict[str, Any]:
+    """What the run comes to without servers."""
+    path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "headwater_recipes.common.plain", "linear_recipe:Linear", str(run), *words]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_one_plain_process_comes_to_the_same_model(package: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = _headwater(package, "train", "linear", "--run", str(run), "--steps", "30", "--precision", "float32")
+    assert done.returncode == 0, done.stdout + done.stderr
+    alone = _plain(package, run, "--threads", "1")
+    assert alone["steps"] == 30
+    assert alone["largest_difference"] < 1e-6  # the norm that clips is summed in another order
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    assert alone["metrics"]["loss"] == pytest.approx(report["validation_loss"], rel=1e-5)
+    assert _plain(package, run, "--threads", "1", "--steps", "20")["largest_difference"] > 1e-3
+    assert _plain(package, run, "--ddp")["units_per_second"] > 0
