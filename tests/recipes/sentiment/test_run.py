@@ -101,7 +101,7 @@ def test_it_answers_and_the_ecosystem_loads_it(tmp_path: Path) -> None:
     for index, word in enumerate(("хорошо", "плохо", "так себе")):
         said = served.answer(model, served.inputs(f"письмо {word}".encode(), "text/plain"), {})
         assert said[0]["label"] == f"class {index}"
-        theirs: Any = asked(f"письмо {word}")
+        theirs: Any = asked([f"письмо {word}"])[0]
         assert [each["label"] for each in theirs] == [each["label"] for each in said]
         assert [each["score"] for each in theirs] == pytest.approx([each["score"] for each in said], abs=1e-5)
     long = served.inputs(("письмо " * 500 + "плохо").encode(), "text/plain")
