@@ -238,6 +238,24 @@ _SETS = [
         for code, language, folder, voice, licence, count, sha256 in _ASTERISK
     ),
     DataSet(
+        name="espeak",
+        title="eSpeak NG: a speech synthesizer for Linux on x86-64, with its English voices",
+        licence="GPL-3.0-or-later (eSpeak NG's; the package names none)",
+        source="eSpeak NG, https://github.com/espeak-ng/espeak-ng; in espeakng-loader by thewh1teagle",
+        count="9 accents of English, 104 variants of the voice",
+        carrier=Pypi("espeakng-loader", "0.2.4"),
+        root="espeakng_loader",
+        files=(
+            "libespeak-ng.so",
+            "espeak-ng-data/phon*",
+            "espeak-ng-data/intonations",
+            "espeak-ng-data/en_dict",
+            "espeak-ng-data/lang/gmw/en*",
+            "espeak-ng-data/voices/!v/*",
+        ),
+        sha256="c149b113e3380921d4dcdfcc9099b734710fd1f0e7899483e88b60d4c3dbde66",
+    ),
+    DataSet(
         name="diabetes",
         title="Diabetes: ten measures of patients, and how far the disease was a year later",
         licence="BSD-3-Clause (that of the package)",
