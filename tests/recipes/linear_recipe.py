@@ -25,7 +25,7 @@ class LinearSettings(Training, frozen=True, kw_only=True):
 
 
 class Linear(Task[LinearSettings]):
-    recipe = Recipe("linear", "Fit y = βx.", "linear_recipe:Linear", LinearSettings, served="linear_recipe:Plane")
+    recipe = Recipe("plane", "Fit y = βx.", "linear_recipe:Linear", LinearSettings, served="linear_recipe:Plane")
 
     def build(self) -> torch.nn.Module:
         torch.manual_seed(self.settings.seed)

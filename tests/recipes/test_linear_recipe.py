@@ -41,7 +41,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     described.mkdir()
     (described / "METADATA").write_text("Metadata-Version: 2.1\nName: linear-recipe\nVersion: 1.0\n", encoding="utf-8")
     (described / "entry_points.txt").write_text(
-        "[headwater.commands]\ntrain.linear = linear_recipe:train\n", encoding="utf-8"
+        "[headwater.commands]\ntrain.plane = linear_recipe:train\n", encoding="utf-8"
     )
     return place
 
@@ -108,7 +108,7 @@ def serve(package: Path) -> Iterator[Callable[..., Server]]:
 
 
 def write_run(folder: Path, weight: list[float], bias: float, step: int = 0) -> Path:
-    """What ``headwater train linear`` leaves of a model."""
+    """What ``headwater train plane`` leaves of a model."""
     settings = LinearSettings()
     folder.mkdir()
     checkpoint.begin(Linear.recipe, folder, settings)
@@ -157,7 +157,7 @@ def test_a_run_that_is_trained_is_served_at_its_newest_version(
 @pytest.mark.parametrize(
     ("note", "words", "said"),
     [
-        ('{"recipe": "linear"}', ["--dtype", "bfloat16"], "--dtype bfloat16: models of a recipe compute in the dtype"),
+        ('{"recipe": "plane"}', ["--dtype", "bfloat16"], "--dtype bfloat16: models of a recipe compute in the dtype"),
         ('{"recipe": "strange"}', [], "the recipe 'strange', which is not installed here"),
         ('{"recipe": "lm"}', [], "the recipe 'lm' (headwater_recipes.lm.commands:train) does not say how it is served"),
     ],
@@ -176,7 +176,7 @@ def test_a_run_that_cannot_be_served_is_refused_at_once(
 def test_a_run_without_a_model_yet_is_no_model(package: Path, tmp_path: Path) -> None:
     checkpoint.begin(Linear.recipe, tmp_path, LinearSettings())
     done = _headwater(package, "serve", "--model", str(tmp_path), "--static", "--port", "0")
-    assert (done.returncode, "a run of 'linear' without a model yet" in done.stderr) == (1, True)
+    assert (done.returncode, "a run of 'plane' without a model yet" in done.stderr) == (1, True)
 
 
 def _headwater(package: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -187,14 +187,14 @@ def _headwater(package: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_its_settings_are_its_options(package: Path) -> None:
-    shown = _headwater(package, "train", "linear", "--help").stdout
+    shown = _headwater(package, "train", "plane", "--help").stdout
     assert "Fit y = βx." in shown
     assert "Standard deviation of y around the plane. Default: 0.1." in shown
     assert "Samples per worker and step. Default: 4." in shown  # of all recipes
-    assert "runs/linear-DATE-TIME" in shown
+    assert "runs/plane-DATE-TIME" in shown
     assert "--seq" not in shown
-    assert "linear" in _headwater(package, "train", "--help").stdout
-    refused = _headwater(package, "train", "linear", "--noise", "0")
+    assert "plane" in _headwater(package, "train", "--help").stdout
+    refused = _headwater(package, "train", "plane", "--noise", "0")
     assert refused.returncode == 1
     assert "--noise 0.0: must be above 0; nothing was started" in refused.stderr
 
@@ -202,7 +202,7 @@ def test_its_settings_are_its_options(package: Path) -> None:
 def test_two_workers_and_two_servers_train_it_and_go_on(package: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     sizes = ["--workers", "2", "--servers", "2", "--log-every", "20", "--publish-every", "50"]
-    done = _headwater(package, "train", "linear", "--run", str(run), "--steps", "100", *sizes)
+    done = _headwater(package, "train", "plane", "--run", str(run), "--steps", "100", *sizes)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "samples/s" in done.stdout
     assert "trained 100 steps in" in done.stdout
@@ -210,7 +210,7 @@ def test_two_workers_and_two_servers_train_it_and_go_on(package: Path, tmp_path:
     assert report["step"] == 100
     assert report["validation_loss"] < 10 * BOUND
 
-    done = _headwater(package, "train", "linear", "--run", str(run), "--resume", "--steps", "200")
+    done = _headwater(package, "train", "plane", "--run", str(run), "--resume", "--steps", "200")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     assert report["step"] == 200
@@ -237,7 +237,7 @@ def _plain(package: Path, run: Path, *words: str) -> dict[str, Any]:
 
 def test_one_plain_process_comes_to_the_same_model(package: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = _headwater(package, "train", "linear", "--run", str(run), "--steps", "30", "--precision", "float32")
+    done = _headwater(package, "train", "plane", "--run", str(run), "--steps", "30", "--precision", "float32")
     assert done.returncode == 0, done.stdout + done.stderr
     alone = _plain(package, run, "--threads", "1")
     assert alone["steps"] == 30

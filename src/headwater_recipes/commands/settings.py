@@ -22,7 +22,7 @@ class CommandsSettings(SoundTraining, frozen=True, kw_only=True, forbid_unknown_
     parts: int = 4
     dropout: float = 0.1
     smoothing: float = 0.05
-    lr: float = 4e-3
+    warmup: int = 50
 
 
 RECIPE = Recipe(

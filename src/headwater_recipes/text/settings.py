@@ -29,7 +29,7 @@ CLASSES = Wording(
     prepared="the data as tokens",
 )
 
-HEAD_LR, SCRATCH_LR = 1e-4, 1e-3
+HEAD_LR, SCRATCH_LR = 2e-4, 1e-3
 """Peak learning rates where none was given: of a pretrained encoder with a new head, and of one from its first values.
 """
 
@@ -56,7 +56,7 @@ class ClassifyingTraining(TextTraining, frozen=True, kw_only=True, forbid_unknow
     ] = False
     seq: Annotated[int, Option("Tokens of a text at most. Default: {default}.", least=1, fixed=True)] = 64
     batch: Annotated[int, Option("Texts per worker and step. Default: {default}.", least=1)] = 32
-    lr: Annotated[float, Option("Peak learning rate. Default: 1e-4, with --scratch 1e-3.", above=0)] = HEAD_LR
+    lr: Annotated[float, Option("Peak learning rate. Default: 2e-4, with --scratch 1e-3.", above=0)] = HEAD_LR
     weight_decay: float = 0.01
     warmup: int = 20
     validate_every: int = 50

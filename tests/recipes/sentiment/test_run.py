@@ -10,16 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import InferenceClient
 from rich.console import Console
 from safetensors.torch import load_file
 
 import headwater
 from headwater.errors import BadInput
+from headwater.gateway.live import Live
+from headwater.gateway.loading import Still
+from headwater.gateway.tasks import TaskModel
 from headwater_recipes.common import checkpoint, job, metrics, schedule
 from headwater_recipes.common.trainer import Trainer
 from headwater_recipes.sentiment.settings import RECIPE, SentimentSettings
 from headwater_recipes.text import classifying
 from headwater_recipes.text.serving import ServedClassifier
+from tests.gateway.http_fakes import PATIENCE, running
 from tests.recipes.data import need
 
 TINY: dict[str, Any] = {
@@ -101,9 +106,12 @@ def test_it_answers_and_the_ecosystem_loads_it(tmp_path: Path) -> None:
     for index, word in enumerate(("хорошо", "плохо", "так себе")):
         said = served.answer(model, served.inputs(f"письмо {word}".encode(), "text/plain"), {})
         assert said[0]["label"] == f"class {index}"
-        theirs: Any = asked(f"письмо {word}")
+        theirs: Any = asked([f"письмо {word}"])[0]
         assert [each["label"] for each in theirs] == [each["label"] for each in said]
         assert [each["score"] for each in theirs] == pytest.approx([each["score"] for each in said], abs=1e-5)
+    with running(TaskModel(Live(model, Still("run", 100), retry=0.01), served)) as server:
+        heard: Any = InferenceClient(model=server.url, timeout=PATIENCE).text_classification("письмо плохо")
+    assert heard[0]["label"] == "class 1"
     long = served.inputs(("письмо " * 500 + "плохо").encode(), "text/plain")
     assert long["input_ids"].shape[1] == TINY["seq"]
     with pytest.raises(BadInput, match="not UTF-8"):
