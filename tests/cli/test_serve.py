@@ -21,8 +21,9 @@ import torch
 import headwater
 from headwater.cli.serve import check_origins, parse_size
 from headwater.errors import UsageError
-from headwater.gateway.loading import LoadPlan, make_module, plan
+from headwater.gateway.loading import LoadPlan, check_run, make_module, plan
 from headwater.launch import Launcher
+from headwater.types import VersionInfo
 from tests.patience import PATIENCE
 
 Command = Callable[..., Any]
@@ -71,6 +72,23 @@ def test_what_model_means(tmp_path: Path) -> None:
     (run / "headwater.json").write_text("[", encoding="utf-8")
     with pytest.raises(UsageError, match=r"headwater\.json"):
         plan(str(run), base=None, module=None, name=None)
+
+
+def test_a_version_of_another_run_is_said_and_one_of_another_recipe_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = LoadPlan("mine", "model", str(tmp_path / "mine"), "", complete=True, recipe="image")
+
+    def version(**said: str) -> VersionInfo:
+        return VersionInfo("model", 1, "step-1", 0, 1, 0.0, (), 0, "", said)
+
+    check_run(wanted, version())
+    check_run(wanted, version(run="mine", recipe="image"))
+    assert not caplog.records
+    check_run(wanted, version(run="other", recipe="image"))
+    assert "the cluster's versions are of the run 'other' and not of 'mine'" in caplog.text
+    with pytest.raises(UsageError, match="versions of the run 'mine' of the recipe 'faces'"):
+        check_run(wanted, version(run="mine", recipe="faces"))
 
 
 @pytest.mark.parametrize(("text", "size"), [("1MiB", 1 << 20), ("500 kB", 500_000), ("64", 64), ("2GiB", 1 << 31)])

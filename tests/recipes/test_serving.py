@@ -44,6 +44,11 @@ def test_a_wrong_parameter_is_named(parameters: dict[str, Any], said: str) -> No
     assert caught.value.status == 400
 
 
+def test_a_model_that_has_diverged_has_no_likeliest_class() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        serving.classes(torch.tensor([0.0, math.nan, 1.0]), LABELS, {})
+
+
 def test_labels_that_are_not_the_models_are_no_answer() -> None:
     with pytest.raises(ValueError, match="2 logits for 3 labels"):
         serving.classes(torch.zeros(2), LABELS, {})

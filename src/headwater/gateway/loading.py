@@ -179,6 +179,7 @@ def load(
         return _predictor(module, source, limits, tag, kind)
     folder = Path(wanted.files)
     if recipe is not None:
+        check_run(wanted, source.wait(-1, tag, _PATIENCE))
         return _task_model(recipe, folder, source, limits, tag)
     if (folder / "modules.json").is_file():
         return _encoder(folder, source, limits, tag, kind)
@@ -194,6 +195,24 @@ def _predictor(module: nn.Module, source: Source, limits: Limits, tag: str, dtyp
     from headwater.gateway.predict import ModulePredictor
 
     return ModulePredictor(Live(module, source, tag=tag, dtype=dtype, threads=limits.threads))
+
+
+def check_run(wanted: LoadPlan, version: VersionInfo) -> None:
+    """Whether a cluster's version is of the run that is served; its trainer has said which it is of.
+
+    Another run of the same recipe fits as well, and answers otherwise: the log warns, as a folder may have been renamed.
+
+    Raises ``UsageError``: it is of another recipe.
+    """
+    run, recipe = version.metadata.get("run"), version.metadata.get("recipe", wanted.recipe)
+    here = Path(wanted.files).resolve().name
+    if recipe != wanted.recipe:
+        raise UsageError(
+            f"the cluster has versions of the run {run!r} of the recipe {recipe!r}, and {here!r} is of {wanted.recipe!r}; "
+            "give the --address of its own cluster, or --static; nothing is served"
+        )
+    if run not in (None, here):
+        log.warning("the cluster's versions are of the run %r and not of %r: they answer, not the folder's", run, here)
 
 
 def _task_model(recipe: type[Task], folder: Path, source: Source, limits: Limits, tag: str) -> Model:

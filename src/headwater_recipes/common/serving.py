@@ -118,6 +118,8 @@ def classes(logits: Tensor, labels: Sequence[str], parameters: Mapping[str, Any]
     if function not in (None, "softmax", "sigmoid", "none"):
         raise BadInput(f"'function_to_apply' is {json.dumps(function)[:50]}; it is softmax, sigmoid or none")
     values = logits.detach().float().flatten()
+    if not values.isfinite().all():
+        raise ValueError("the model's logits are not finite: its training has diverged")
     if values.numel() != len(labels):
         raise ValueError(f"{values.numel()} logits for {len(labels)} labels")
     if function != "none":
