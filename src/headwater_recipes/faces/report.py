@@ -71,7 +71,7 @@ def baselines(images: Images) -> dict[str, Vectors]:
         part.pixels.mean(-1, dtype=np.float64).reshape(len(part.labels), -1)
         for part in (images.training, images.held_out)
     )
-    fitted = PCA(min(_COMPONENTS, len(training) - 1), whiten=True, random_state=0).fit(training)
+    fitted = PCA(min(_COMPONENTS, len(training) - 1, training.shape[1]), whiten=True, random_state=0).fit(training)
     return {"pixels": _unit(held_out - training.mean(0)), "eigenfaces": _unit(fitted.transform(held_out))}
 
 
