@@ -12,7 +12,7 @@ TEST_DATA = $(sort $(shell grep -rhoE --include='*.py' '\bneed\("[a-z0-9-]+"\)' 
 export PIP_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo data test test-scripts chaos clients lint format protocol bench bench-guard bench-peers clean clean-venv
+.PHONY: help install demo data test test-scripts chaos clients lint format protocol bench bench-guard recipes bench-peers clean clean-venv
 
 help:
 	@echo "make demo         install, then train a small language model: 2 workers, 2 servers, about 3 minutes"
@@ -23,6 +23,7 @@ help:
 	@echo "make clients      lm-eval and LiteLLM ask a served model, in an environment of their own"
 	@echo "make bench        the figures of benchmarks/*.md on this machine"
 	@echo "make bench-guard  calls and memory of a push, a step and a lease against benchmarks/guard.json (UPDATE=1: new figures)"
+	@echo "make recipes      trains every application, beside plain torch and DDP, and writes docs/applications.md"
 	@echo "make bench-peers  the same work on Gloo, Ray and TensorFlow, each in its own environment"
 	@echo "make protocol     writes the answers in tests/protocol/*.txt anew, where the protocol was changed on purpose"
 	@echo "make lint         ruff and mypy only;  make format rewrites the layout"
@@ -101,6 +102,10 @@ bench: $(VENV)/.installed-demo
 SHOW ?= 0
 bench-guard: $(VENV)/.installed-test
 	$(BIN)/python -m headwater_bench.guard --show $(SHOW) $(if $(UPDATE),--update)
+
+# NAMES="image speech" for some of them; each takes some ten minutes.
+recipes: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/applications.py $(NAMES)
 
 bench-peers: $(VENV)/.installed-demo
 	$(BIN)/python benchmarks/peers/run.py

@@ -40,7 +40,7 @@ def test_the_licences_are_those_of_the_data() -> None:
 
 def test_a_recipe_that_says_nothing_is_shown_by_its_help() -> None:
     shown = listing.row(Linear.recipe)
-    assert (shown.command, shown.task, shown.minutes) == ("headwater train linear", "Fit y = βx.", None)
+    assert (shown.command, shown.task, shown.minutes) == ("headwater train plane", "Fit y = βx.", None)
 
 
 def test_the_command_shows_it_as_a_table_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,8 +49,8 @@ def test_the_command_shows_it_as_a_table_and_as_json(monkeypatch: pytest.MonkeyP
     shown = runner.invoke(app, ["recipes"])
     assert shown.exit_code == 0
     assert "bits per byte · unigram" in shown.stdout
-    assert "headwater train linear" in shown.stdout
+    assert "headwater train plane" in shown.stdout
     told = json.loads(runner.invoke(app, ["recipes", "--json"]).stdout)
-    assert [each["command"] for each in told] == ["headwater train lm", "headwater train linear"]
+    assert [each["command"] for each in told] == ["headwater train lm", "headwater train plane"]
     assert told[0]["minutes"] == 3
     assert told[1]["minutes"] is None

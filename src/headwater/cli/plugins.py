@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from importlib import import_module, metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -19,6 +19,8 @@ from headwater.errors import UsageError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
+
+    from headwater.gateway.tasks import Task
 
 GROUP = "headwater.commands"
 _LATE = {
@@ -93,6 +95,41 @@ def _miss(app: typer.Typer, name: str, called: str | None) -> None:
 
 def _nothing() -> None:
     """A line of the help."""
+
+
+def find_task(recipe: str) -> type[Task]:
+    """What answers with the models of a recipe, which is found by its command as the command line finds it.
+
+    A run's folder names a recipe and no code: only what is installed here is loaded.
+
+    Raises ``UsageError``: no such recipe is installed, or it does not say how it is served.
+    """
+    points = [each for each in metadata.entry_points(group=GROUP) if each.name.startswith("train.")]
+    for point in sorted(points, key=lambda each: each.name != f"train.{recipe}"):
+        found = _recipe_of(point, recipe)
+        if found is None:
+            continue
+        if not found.served:
+            raise UsageError(
+                f"the recipe {recipe!r} ({point.value}) does not say how it is served; nothing was started"
+            )
+        served: type[Task] = found.load_served()
+        return served
+    raise UsageError(
+        f"the folder is of a run of the recipe {recipe!r}, which is not installed here (headwater train --help lists "
+        "those that are): install the package that it comes from; nothing was started"
+    )
+
+
+def _recipe_of(point: EntryPoint, name: str) -> Any:
+    """The recipe of a command, if it is the one. Others that cannot be loaded are passed over."""
+    try:
+        recipe = getattr(point.load(), "recipe", None)
+    except ImportError:
+        if point.name == f"train.{name}":
+            raise
+        return None
+    return recipe if getattr(recipe, "name", None) == name else None
 
 
 def extra_of(module: str) -> str | None:

@@ -9,13 +9,15 @@ import sys
 import threading
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 from rich.text import Text
 
 import headwater
+from headwater.cli import plugins
 from headwater.cli.console import err, out
 from headwater.cli.environment import let_threads_sleep
 from headwater.cli.options import Address
@@ -29,12 +31,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from socket import socket
 
+    from headwater.gateway.engine_types import Source
+    from headwater.gateway.limits import Limits
     from headwater.gateway.served import Model, Served
     from headwater.gateway.serving import Server
 
 log = logging.getLogger("headwater.gateway")
 
 _UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+_BODY, _RECIPE_BODY = "1MiB", "16MiB"
 
 _PATIENCE = 5.0
 """Seconds that a model which is being loaded when the server ends has to come to its end."""
@@ -60,7 +66,9 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get 429.")] = 64,
     deadline: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 60.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 4096,
-    max_body: Annotated[str, typer.Option(help="Of a request.")] = "1MiB",
+    max_body: Annotated[
+        str | None, typer.Option(help="Of a request. Default: 1MiB; 16MiB for a recipe's model.")
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse requests with unknown fields. Default: ignore and name them.")
     ] = False,
@@ -76,7 +84,9 @@ def serve(
 
     Language models have the OpenAI-compatible /v1/completions,
     /v1/chat/completions and /v1/responses, sentence encoders
-    /v1/embeddings, any other module (--module) /v1/predict.
+    /v1/embeddings, runs of other recipes the Hugging Face inference API
+    of their task, any other module (--module) /v1/predict. In a browser
+    the address has a page to try the model.
 
     Example: headwater serve --model runs/lm-20260101-120000
 
@@ -85,36 +95,83 @@ def serve(
     """
     let_threads_sleep()
     with err().status("loading the server …"):
-        from headwater.gateway.app import make_app
-        from headwater.gateway.auth import Keys
+        import headwater.gateway.app
+        import headwater.gateway.serving  # noqa: F401 - both are needed later, and take their time here
         from headwater.gateway.limits import Limits
-        from headwater.gateway.served import Served
-        from headwater.gateway.serving import Server, bind
 
     wanted = loading.plan(model, base=base, module=module, name=name)
-    limits = Limits(body=parse_size(max_body), deadline=deadline, max_tokens=max_tokens, queue=queue, strict=strict)
-    origins = check_origins(cors or ())
-    keys = Keys(api_keys) if api_keys else None
-    made = loading.make_module(wanted.module) if wanted.module else None
-    with closing(bind(host, port, proven=keys is not None)) as sock:
-        where = None if static else _cluster(wanted, address)
+    size = parse_size(max_body or (_RECIPE_BODY if wanted.recipe else _BODY))
+    limits = Limits(body=size, deadline=deadline, max_tokens=max_tokens, queue=queue, strict=strict)
+    door = _Door(host, port, api_keys, check_origins(cors or ()))
+    _run(wanted, _Weights(tag, static, address, slots, dtype), limits, door)
+
+
+class _Weights(NamedTuple):
+    """Which weights answer, and how they compute: the options of these names."""
+
+    tag: str
+    static: bool
+    address: str | None
+    slots: int
+    dtype: Dtype | None
+
+
+class _Door(NamedTuple):
+    """Where clients come in, and who may: the options of these names; ``origins`` is --cors."""
+
+    host: str
+    port: int
+    api_keys: Path | None
+    origins: Sequence[str]
+
+
+def _run(wanted: LoadPlan, weights: _Weights, limits: Limits, door: _Door) -> None:
+    """Serve until the end. Whatever cannot work is found before the server listens, but for the model's files."""
+    from headwater.gateway.app import make_app
+    from headwater.gateway.auth import Keys
+    from headwater.gateway.served import Served
+    from headwater.gateway.serving import Server, bind
+
+    keys = Keys(door.api_keys) if door.api_keys else None
+    make = _maker(wanted, weights, limits)
+    with closing(bind(door.host, door.port, proven=keys is not None)) as sock:
+        where = None if weights.static else _cluster(wanted, weights.address)
         with err().status("looking for the model …"):
             loading.check_reachable(wanted)
         _log_to_stderr()
-        with closing(FromReader(headwater.reader(wanted.tables, where)) if where else Still(wanted.tables)) as source:
+        with closing(_source(wanted, where)) as source:
             served = Served(wanted.name)
-            server = Server(make_app(served, limits, keys, origins), limits)
-            loader = _Loader(
-                served,
-                server,
-                lambda: loading.wait_for_first(source, tag, served),
-                lambda: loading.load(wanted, source, limits, tag=tag, slots=slots, dtype=dtype, module=made),
-            )
-            _announce(wanted, tag, where, sock, api_keys)
+            server = Server(make_app(served, limits, keys, door.origins), limits)
+            wait = partial(loading.wait_for_first, source, weights.tag, served)
+            loader = _Loader(served, server, wait, partial(make, source))
+            _announce(wanted, weights.tag, where, sock, door.api_keys)
             loader.start()
             server.run(sockets=[sock])
             loader.finish()
     out().print("The server has ended.")
+
+
+def _maker(wanted: LoadPlan, weights: _Weights, limits: Limits) -> Callable[[Source], Model]:
+    """What loads the model, once its source has a version. Raises ``UsageError``: its code is not here."""
+    if wanted.recipe and weights.dtype:
+        raise UsageError(
+            f"--dtype {weights.dtype}: models of a recipe compute in the dtype that they were trained in, as "
+            f"{wanted.recipe!r} makes their inputs; leave it out; nothing was started"
+        )
+    module = loading.make_module(wanted.module) if wanted.module else None
+    recipe = plugins.find_task(wanted.recipe) if wanted.recipe else None
+
+    def make(source: Source) -> Model:
+        tag, slots, dtype = weights.tag, weights.slots, weights.dtype
+        return loading.load(wanted, source, limits, tag=tag, slots=slots, dtype=dtype, module=module, recipe=recipe)
+
+    return make
+
+
+def _source(wanted: LoadPlan, where: str | None) -> FromReader | Still:
+    if where:
+        return FromReader(headwater.reader(wanted.tables, where))
+    return Still(wanted.tables, loading.step_of(wanted))
 
 
 def parse_size(text: str) -> int:
@@ -212,6 +269,7 @@ def _announce(wanted: LoadPlan, tag: str, where: str | None, sock: socket, api_k
         "address": f"{url}/v1",
         "keys": f"those in {api_keys}" if api_keys else "none: whoever can reach the address may ask",
         "to look": f"curl {url}/readyz",
+        "to try": f"{url}/ in a browser",
         "to end": "Ctrl-C",
     }
     console = out()

@@ -14,20 +14,22 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from headwater.gateway.chat import chat_completions
 from headwater.gateway.completions import completions
 from headwater.gateway.embeddings import embeddings
-from headwater.gateway.gate import Gate
+from headwater.gateway.gate import Gate, plain
 from headwater.gateway.gateway import Gateway
 from headwater.gateway.limits import Limits
 from headwater.gateway.metrics import CONTENT_TYPE, Metrics
 from headwater.gateway.openai_types import ModelList
-from headwater.gateway.openapi import HEADERS, document
+from headwater.gateway.openapi import HEADERS, Info, document
+from headwater.gateway.page import page
 from headwater.gateway.predict import predict
 from headwater.gateway.problems import no_such_model, not_allowed, not_found
 from headwater.gateway.responses import responses
+from headwater.gateway.tasks import answer
 from headwater.gateway.tokens import detokenize, tokenize, tokenizer_info
 
 if TYPE_CHECKING:
@@ -93,12 +95,13 @@ def _route(gateway: Gateway, method: str, path: str, handler: Handler) -> Route:
 
 def _unrouted(request: Request, error: Exception) -> Response:
     """What the router refuses: no such path, another method."""
-    path, headers = request.url.path, getattr(error, "headers", None) or {}
+    path = request.url.path
     if getattr(error, "status_code", 404) == 405:
-        refusal = not_allowed(request.method, path, headers.get("Allow", "").split(", "))
+        here = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        refusal = not_allowed(request.method, path, sorted({each for route in here for each in route.methods}))
     else:
         refusal = not_found(path)
-    return refusal.response()
+    return refusal.response(plain=plain(path))
 
 
 async def healthz(request: Request, gateway: Gateway) -> Response:
@@ -133,6 +136,18 @@ async def model(request: Request, gateway: Gateway) -> Response:
     return _json(gateway.served.card())
 
 
+async def info(request: Request, gateway: Gateway) -> Response:
+    """What is served, and the task that it does."""
+    del request
+    served, card = gateway.served, gateway.served.card()
+    return _json(Info(served.name, served.task(), ready=card.headwater_version is not None))
+
+
+async def answer_by_name(request: Request, gateway: Gateway) -> Response:
+    """As POST /, by the model's name."""
+    return await answer(request, gateway)
+
+
 async def metrics(request: Request, gateway: Gateway) -> Response:
     """Prometheus' text format."""
     del request
@@ -154,6 +169,10 @@ ROUTES: dict[tuple[str, str], Handler] = {
     ("GET", "/readyz"): readyz,
     ("GET", "/metrics"): metrics,
     ("GET", "/openapi.json"): openapi,
+    ("GET", "/"): page,
+    ("POST", "/"): answer,
+    ("POST", "/models/{model}"): answer_by_name,
+    ("GET", "/info"): info,
     ("GET", "/v1/models"): models,
     ("GET", "/v1/models/{model}"): model,
     ("POST", "/v1/completions"): completions,

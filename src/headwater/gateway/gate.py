@@ -44,6 +44,16 @@ _MOST_NAMED = 16
 """Ignored fields that the header names; of more, the number."""
 
 
+def _open(scope: Scope) -> bool:
+    """Whether it needs no key. The page in the browser is the same whatever the model is; it asks with one."""
+    return scope["path"] in OPEN or (scope["path"] == "/" and scope["method"] in ("GET", "HEAD"))
+
+
+def plain(path: str) -> bool:
+    """Whether errors at a path have the form of the Hugging Face API, and not OpenAI's."""
+    return path == "/" or path.startswith("/models/")
+
+
 class ClientGone(Exception):
     """The client hung up; nobody is there to be answered."""
 
@@ -106,9 +116,9 @@ class Gate:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         try:
-            if self._keys is not None and scope["path"] not in OPEN:
+            if self._keys is not None and not _open(scope):
                 self._keys.check(scope["headers"])
-            record.admitted = self._keys is None or scope["path"] not in OPEN
+            record.admitted = self._keys is None or not _open(scope)
             await self._app(scope, receive, send)
         except ClientGone:
             record.gone = True
@@ -124,7 +134,7 @@ class Gate:
         record.problem = refusal.slug or ""
         if record.status:
             raise refusal  # half an answer is out already: the connection is closed, which a client notices
-        await refusal.response()(scope, receive, send)
+        await refusal.response(plain=plain(scope["path"]))(scope, receive, send)
 
     def _naming_versions(self, record: RequestRecord, send: Send) -> Send:
         async def named(message: Message) -> None:

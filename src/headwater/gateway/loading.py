@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from headwater.gateway.engine_types import Source, Weights
     from headwater.gateway.limits import Limits
     from headwater.gateway.served import Model, Served
+    from headwater.gateway.tasks import Task
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class LoadPlan(NamedTuple):
     """What is to be served. ``files``: a folder, a GGUF file or a hub's name; "" if ``module`` makes the model.
 
     ``tables``: the table set that the weights follow. ``complete``: the model has weights of its own, which are served
-    if no cluster runs.
+    if no cluster runs. ``recipe``: the one that trained the model and answers with it; "": the server knows how.
     """
 
     name: str
@@ -50,10 +51,12 @@ class LoadPlan(NamedTuple):
     files: str
     module: str
     complete: bool
+    recipe: str = ""
 
 
 class _Note(msgspec.Struct):
     model: str = _TABLES
+    recipe: str = ""
 
 
 def plan(model: str, *, base: str | None, module: str | None, name: str | None) -> LoadPlan:
@@ -71,9 +74,7 @@ def plan(model: str, *, base: str | None, module: str | None, name: str | None) 
     if path.exists():
         if base:
             raise UsageError(f"--model {model} is a folder of its own, so --base is too much; nothing was started")
-        if not module:
-            _check_files(path)
-        return LoadPlan(name or _called(path), _tables_of(path), "" if module else model, module or "", complete=True)
+        return _plan_of_files(path, module or "", name)
     if base or module:
         if base and Path(base).exists():
             _check_files(Path(base))
@@ -84,6 +85,22 @@ def plan(model: str, *, base: str | None, module: str | None, name: str | None) 
         f"--model {model}: no folder of that name. If it is a table set, name its files by --base FOLDER, or its "
         "module by --module PACKAGE.MODULE:FACTORY; nothing was started"
     )
+
+
+def _plan_of_files(path: Path, module: str, name: str | None) -> LoadPlan:
+    note = _note_of(path)
+    found = LoadPlan(name or _called(path), note.model, "" if module else str(path), module, complete=True)
+    if module:
+        return found
+    if not note.recipe:
+        _check_files(path)
+        return found
+    if not any(path.glob("*.safetensors")):
+        raise UsageError(
+            f"{path}: a run of {note.recipe!r} without a model yet: none was saved (see --save-every of the training); "
+            "nothing was started"
+        )
+    return found._replace(recipe=note.recipe)
 
 
 def check_reachable(wanted: LoadPlan) -> None:
@@ -107,12 +124,12 @@ def _called(path: Path) -> str:
     return path.stem if path.is_file() else path.resolve().name
 
 
-def _tables_of(path: Path) -> str:
+def _note_of(path: Path) -> _Note:
     note = path / NOTE
     if not note.is_file():
-        return _TABLES
+        return _Note()
     try:
-        return msgspec.json.decode(note.read_bytes(), type=_Note).model
+        return msgspec.json.decode(note.read_bytes(), type=_Note)
     except (OSError, msgspec.MsgspecError) as error:
         raise UsageError(f"{note}: {error}; nothing was started") from None
 
@@ -147,8 +164,11 @@ def load(
     slots: int,
     dtype: Dtype | None,
     module: nn.Module | None = None,
+    recipe: type[Task] | None = None,
 ) -> Model:
-    """The model at the source's version, following it. ``module``: what ``make_module`` made, if the plan has one.
+    """The model at the source's version, following it.
+
+    ``module``: what ``make_module`` made, if the plan has one; ``recipe``: what answers with the plan's recipe's model.
 
     Raises ``UsageError``: the files cannot be loaded; ``ShapeMismatch``: the version is of another model.
     """
@@ -158,6 +178,8 @@ def load(
     if module is not None:
         return _predictor(module, source, limits, tag, kind)
     folder = Path(wanted.files)
+    if recipe is not None:
+        return _task_model(recipe, folder, source, limits, tag)
     if (folder / "modules.json").is_file():
         return _encoder(folder, source, limits, tag, kind)
     from headwater.gateway import hf
@@ -174,6 +196,16 @@ def _predictor(module: nn.Module, source: Source, limits: Limits, tag: str, dtyp
     return ModulePredictor(Live(module, source, tag=tag, dtype=dtype, threads=limits.threads))
 
 
+def _task_model(recipe: type[Task], folder: Path, source: Source, limits: Limits, tag: str) -> Model:
+    """It computes in the dtype that it was trained in: its recipe makes the inputs."""
+    from headwater.gateway.live import Live
+    from headwater.gateway.tasks import TaskModel
+
+    module, answers = recipe.read(folder)
+    module.eval().requires_grad_(requires_grad=False)
+    return TaskModel(Live(module, source, tag=tag, threads=limits.threads), answers)
+
+
 def _encoder(folder: Path, source: Source, limits: Limits, tag: str, dtype: torch.dtype | None) -> Model:
     from headwater.gateway import sentence
     from headwater.gateway.live import Live
@@ -182,6 +214,14 @@ def _encoder(folder: Path, source: Source, limits: Limits, tag: str, dtype: torc
     module, tokenizer = sentence.load(folder)
     live = Live(module, source, tag=tag, dtype=dtype, threads=limits.threads)
     return sentence.SentenceEncoder(live, tokenizer, recipe)
+
+
+def step_of(wanted: LoadPlan) -> int | None:
+    """The step of a recipe's model as it lies in its run's folder; None: the files do not say."""
+    if not wanted.recipe:
+        return None
+    saved = (path.name for path in Path(wanted.files).glob("checkpoints/*"))
+    return max((int(name) for name in saved if name.isdecimal()), default=None)
 
 
 class _Unchanged(Mapping[str, "Tensor"]):
@@ -204,10 +244,14 @@ class _Unchanged(Mapping[str, "Tensor"]):
 
 
 class Still:
-    """A source for a model that is just served: its own values are the only version, ``static``, number 0."""
+    """A source for a model that is just served: its own values are the only version, number 0.
 
-    def __init__(self, name: str) -> None:
-        self._version = VersionInfo(name, 0, "static", 0, 0, time.time(), (), 0, "")
+    It is called ``static``; of a run that saved at ``step``, as the run's versions are: ``step-400``.
+    """
+
+    def __init__(self, name: str, step: int | None = None) -> None:
+        called = "static" if step is None else f"step-{step}"
+        self._version = VersionInfo(name, 0, called, 0, step or 0, time.time(), (), 0, "")
         self._closed = threading.Event()
 
     def lease(self, name: str = "latest") -> Weights:

@@ -21,8 +21,9 @@ from headwater.gateway.openai_types import (
     ModelCard,
     ModelList,
 )
-from headwater.gateway.problems import ErrorAnswer
+from headwater.gateway.problems import ErrorAnswer, PlainError
 from headwater.gateway.responses_types import Answered, ResponseRequest, StreamEvent
+from headwater.gateway.tasks import TaskRequest
 from headwater.gateway.tensors import SAFETENSORS, Prediction, PredictRequest
 from headwater.gateway.tokens_types import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 
@@ -38,16 +39,25 @@ class Health(msgspec.Struct):
     status: str
 
 
+class Info(msgspec.Struct):
+    """``task``: its name in the Hugging Face API, "" if there is none. ``ready``: a version answers."""
+
+    model: str
+    task: str
+    ready: bool
+
+
 class Operation(NamedTuple):
     """One path's method. ``takes`` and ``gives``: content types with a struct, or with a schema of their own.
 
-    ``errors``: statuses with the body of an error; 500 is among every operation's.
+    ``errors``: statuses with the body of an error, a ``failure``; 500 is among every operation's.
     """
 
     gives: Mapping[str, Any]
     takes: Mapping[str, Any] = {}
     errors: tuple[int, ...] = ()
     open: bool = False
+    failure: type[msgspec.Struct] = ErrorAnswer
 
 
 _POST = (400, 404, 408, 413, 415, 429, 503, 504)
@@ -65,11 +75,18 @@ def _events(kind: type[msgspec.Struct]) -> dict[str, Any]:
     }
 
 
+_TASK = Operation({_JSON: {}}, {_JSON: TaskRequest, "application/octet-stream": _BINARY}, _POST, failure=PlainError)
+"""An answer is what its task says; bodies are also text/plain, image/…, audio/… and multipart/form-data."""
+
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/healthz"): Operation({_JSON: Health}, open=True),
     ("GET", "/readyz"): Operation({_JSON: Health}, open=True),
     ("GET", "/metrics"): Operation({"text/plain": {"type": "string"}}),
     ("GET", "/openapi.json"): Operation({_JSON: {"type": "object"}}),
+    ("GET", "/"): Operation({"text/html": {"type": "string"}}, open=True, failure=PlainError),
+    ("POST", "/"): _TASK,
+    ("POST", "/models/{model}"): _TASK,
+    ("GET", "/info"): Operation({_JSON: Info}),
     ("GET", "/v1/models"): Operation({_JSON: ModelList}),
     ("GET", "/v1/models/{model}"): Operation({_JSON: ModelCard}, errors=(404,)),
     ("POST", "/v1/completions"): Operation(
@@ -130,7 +147,9 @@ def document(handlers: Mapping[tuple[str, str], Any], *, version: str, keys: boo
     """
     headers = {name: {"description": said, "schema": {"type": kind}} for name, (said, kind) in HEADERS.items()}
     structs = [kind for operation in OPERATIONS.values() for kind in _structs(operation)]
-    _, schemas = msgspec.json.schema_components([*structs, ErrorAnswer, ChatChunk, StreamEvent], ref_template=_TEMPLATE)
+    _, schemas = msgspec.json.schema_components(
+        [*structs, ErrorAnswer, PlainError, ChatChunk, StreamEvent], ref_template=_TEMPLATE
+    )
     if strict:
         _close(schemas, [kind for operation in OPERATIONS.values() for kind in operation.takes.values()])
     paths: dict[str, dict[str, Any]] = {}
@@ -170,7 +189,7 @@ def _close(schemas: dict[str, Any], kinds: Sequence[Any]) -> None:
 
 def _operation(method: str, path: str, operation: Operation, handler: Any, keys: bool) -> dict[str, Any]:
     errors = [500, *operation.errors, *([401] if keys and not operation.open else [])]
-    responses = {str(status): _response(_SAID[status], {_JSON: ErrorAnswer}) for status in sorted(errors)}
+    responses = {str(status): _response(_SAID[status], {_JSON: operation.failure}) for status in sorted(errors)}
     if operation.gives.get(_JSON) is Health:
         responses["503"] = _response("Not yet, or no more.", operation.gives)
     made: dict[str, Any] = {

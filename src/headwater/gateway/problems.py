@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from starlette.responses import Response
 
-from headwater.errors import DeadlineExceeded, HeadwaterError, InternalError, UsageError
+from headwater.errors import BadInput, DeadlineExceeded, HeadwaterError, InternalError, UsageError
 from headwater.gateway.engine_types import (
     EngineClosed,
     GenerationFailed,
@@ -53,6 +53,12 @@ class ErrorAnswer(msgspec.Struct, frozen=True):
     error: ErrorBody
 
 
+class PlainError(msgspec.Struct, frozen=True):
+    """The body of an error at the paths of the Hugging Face API."""
+
+    error: str
+
+
 class Refusal(HeadwaterError):
     """An answer that is an error. ``kind`` is OpenAI's ``type``, ``slug`` its ``code``."""
 
@@ -76,10 +82,10 @@ class Refusal(HeadwaterError):
     def answer(self) -> ErrorAnswer:
         return ErrorAnswer(ErrorBody(str(self), self.kind, self.param, self.slug))
 
-    def response(self) -> Response:
-        return Response(
-            msgspec.json.encode(self.answer()), self.status, headers=self.headers, media_type="application/json"
-        )
+    def response(self, *, plain: bool = False) -> Response:
+        """``plain``: in the form of the Hugging Face API."""
+        answer = PlainError(str(self)) if plain else self.answer()
+        return Response(msgspec.json.encode(answer), self.status, headers=self.headers, media_type="application/json")
 
 
 def bounded(text: str, most: int = _LONGEST) -> str:
@@ -182,6 +188,8 @@ def refusal_of(error: HeadwaterError) -> Refusal:
             return unavailable(str(error), "closing")
         case GenerationFailed():
             return Refusal(500, str(error), kind="server_error", slug="generation_failed")
+        case BadInput():
+            return Refusal(error.status, str(error), param="inputs", slug="invalid_inputs")
         case UsageError():
             return Refusal(400, str(error), slug="invalid_value")
         case InternalError():

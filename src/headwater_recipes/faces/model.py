@@ -35,6 +35,11 @@ def embed(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     return F.normalize(model(pixel_values=pixels).pooler_output.flatten(1).float())
 
 
+def embed_both(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """As ``embed``, of the mean over a face and its mirror image, for judging and answering."""
+    return F.normalize(embed(model, pixels) + embed(model, pixels.flip(3)))
+
+
 def contrast(vectors: torch.Tensor, labels: torch.Tensor, margin: float, temperature: float) -> torch.Tensor:
     """Supervised contrastive loss (Khosla and others, 2020, equation 2), where the cosine of two images of one person
     is lessened by a margin first, as in CosFace (Wang and others, 2018). Summed over the N images.

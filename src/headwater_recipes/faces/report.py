@@ -13,7 +13,7 @@ from rich.console import Console
 
 from headwater_recipes.common.stages import clock, say
 from headwater_recipes.common.task import Ended
-from headwater_recipes.faces.model import embed
+from headwater_recipes.faces.model import embed_both
 from headwater_recipes.images.pictures import draw_gallery, new_figure
 from headwater_recipes.images.store import Images, Labels, Scale, Split
 
@@ -57,7 +57,7 @@ def embedded(model: torch.nn.Module, split: Split, scale: Scale, together: int =
     model.eval()
     with torch.no_grad():
         parts = [
-            embed(model, scale.tensor(split.pixels[start : start + together]))
+            embed_both(model, scale.tensor(split.pixels[start : start + together]))
             for start in range(0, len(split.labels), together)
         ]
     return torch.cat(parts).double().numpy()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from headwater_recipes.common.serving import check_names
-from headwater_recipes.faces.model import embed, read
+from headwater_recipes.faces.model import embed_both, read
 from headwater_recipes.images.serving import image_pixels
 from headwater_recipes.images.store import Scale
 
@@ -35,5 +35,5 @@ class FacesServed:
     def answer(self, model: nn.Module, inputs: torch.Tensor, parameters: Mapping[str, Any]) -> list[float]:
         """D numbers, a vector of length one."""
         check_names(parameters, ())
-        found: list[float] = embed(model, inputs)[0].tolist()
+        found: list[float] = embed_both(model, inputs)[0].tolist()
         return found

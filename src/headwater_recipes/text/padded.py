@@ -46,12 +46,42 @@ class Padded(NamedTuple):
         return int(self.mask_BT.sum())
 
 
-class Batches:
-    """What one rank trains on. A step's batches depend on (seed, rank, world, step) only, so a run can go on anywhere.
+class Order:
+    """Which of N examples one rank learns from in a step. It depends on (seed, rank, world, step) only, so a run can go
+    on anywhere.
 
     Args:
+        lengths: (N,) tokens of each.
         size: B, examples that go through the model at once.
         count: batches of this rank in a step.
+    """
+
+    def __init__(self, lengths: npt.NDArray[np.int64], size: int, count: int, rank: int, world: int, seed: int) -> None:
+        self._lengths, self._size, self._count, self._rank, self._seed = lengths, size, count, rank, seed
+        self._round = size * count * world
+        self._rounds = max(1, len(lengths) // self._round)
+        self._order = lru_cache(maxsize=2)(self._shuffle)
+
+    def _shuffle(self, epoch: int) -> npt.NDArray[np.int64]:
+        """(rounds, examples of a round); those left over have their turn in another epoch."""
+        random = np.random.default_rng([self._seed, epoch])
+        order = np.resize(random.permutation(len(self._lengths)), self._rounds * self._round)
+        pool = _POOL * self._round
+        for start in range(0, len(order), pool):
+            part = order[start : start + pool]
+            part[:] = part[np.argsort(self._lengths[part], kind="stable")]
+        rounds = order.reshape(self._rounds, self._round)
+        return random.permutation(rounds, axis=0)
+
+    def chosen(self, step: int) -> list[list[int]]:
+        """The examples of this rank's batches in a step."""
+        epoch, place = divmod(step, self._rounds)
+        each = self._order(epoch)[place].reshape(self._count, -1, self._size)
+        return [row[self._rank].tolist() for row in each]
+
+
+class Batches:
+    """What one rank trains on, in an ``Order``.
 
     Raises:
         DataError: no example.
@@ -62,29 +92,12 @@ class Batches:
     ) -> None:
         if len(examples) == 0:
             raise DataError("no example to train on; nothing was started. Give more data, or a greater --seq")
-        self._examples, self._size, self._count, self._rank = examples, size, count, rank
-        self._seed, self._padding = seed, padding
-        self._round = size * count * world
-        self._rounds = max(1, len(examples) // self._round)
-        self._order = lru_cache(maxsize=2)(self._shuffle)
-
-    def _shuffle(self, epoch: int) -> npt.NDArray[np.int64]:
-        """(rounds, examples of a round); those left over have their turn in another epoch."""
-        random = np.random.default_rng([self._seed, epoch])
-        order = np.resize(random.permutation(len(self._examples)), self._rounds * self._round)
-        lengths = self._examples.lengths
-        pool = _POOL * self._round
-        for start in range(0, len(order), pool):
-            part = order[start : start + pool]
-            part[:] = part[np.argsort(lengths[part], kind="stable")]
-        rounds = order.reshape(self._rounds, self._round)
-        return random.permutation(rounds, axis=0)
+        self._examples, self._padding = examples, padding
+        self.order = Order(examples.lengths, size, count, rank, world, seed)
 
     def chosen(self, step: int) -> list[list[int]]:
         """The examples of this rank's batches in a step."""
-        epoch, place = divmod(step, self._rounds)
-        each = self._order(epoch)[place].reshape(self._count, -1, self._size)
-        return [row[self._rank].tolist() for row in each]
+        return self.order.chosen(step)
 
     def step(self, step: int) -> list[Padded]:
         """This rank's batches in a step."""

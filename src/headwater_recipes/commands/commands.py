@@ -1,0 +1,6 @@
+"""``headwater train commands``."""
+
+from headwater_recipes.commands.settings import RECIPE
+from headwater_recipes.common.command import command
+
+train = command(RECIPE)

@@ -1,0 +1,188 @@
+"""A run once more without servers, to compare it with: ``python -m headwater_recipes.common.plain MODULE:TASK RUN``.
+
+The same batches in the same order, in one process that plays every rank (``--threads``), or with ``--ddp`` in as many
+processes as the run had workers, under ``DistributedDataParallel`` over Gloo. What comes of it is printed as JSON: the
+metrics of all held-out data, units per second of training, and how far the model is from the run's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from headwater.errors import UsageError
+from headwater_recipes.common import checkpoint
+from headwater_recipes.common.schedule import Schedule, factor
+from headwater_recipes.common.settings import Training
+from headwater_recipes.common.task import Task, add
+from headwater_recipes.common.trainer import fast_bfloat16
+
+WARM = 3
+"""Steps at the beginning that rates leave out."""
+
+
+class Plain:
+    """``ranks``: one task for each rank that this process plays."""
+
+    def __init__(self, kind: type[Task[Any]], folder: Path, ranks: Sequence[int], steps: int | None) -> None:
+        self.folder = folder
+        settings: Training = checkpoint.read_state(folder, kind.recipe.settings).settings
+        self.settings = settings
+        self.steps = steps or _taken(folder)
+        self.world = settings.workers
+        self.tasks = [kind(settings, folder, rank, self.world) for rank in ranks]
+        self.model = self.tasks[0].build()
+        if any(p.is_meta for p in self.model.parameters()):
+            raise UsageError(f"the servers draw the first values of {kind.recipe.name}: there is no plain run of it")
+        self.optimizer = torch.optim.AdamW(
+            self.tasks[0].groups(self.model), lr=settings.lr, betas=settings.betas, fused=True
+        )
+        schedule = Schedule(0, 0.0, 1 / self.steps, self.steps)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: factor(schedule.at(step), step, settings.warmup)
+        )
+        self.bfloat16 = settings.precision == "bfloat16" or (settings.precision == "auto" and fast_bfloat16())
+
+    def precision(self) -> torch.autocast:
+        """As the workers' matrix products."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16)
+
+    def train(self, act: Callable[[int], int]) -> float:
+        """Units per second; ``act(step)`` leaves the step's gradient and returns the units that it saw."""
+        self.model.train()
+        begun, seen = time.monotonic(), 0
+        for step in range(self.steps):
+            if step == min(WARM, self.steps - 1):
+                begun, seen = time.monotonic(), 0
+            seen += act(step)
+            if self.settings.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+        return seen / (time.monotonic() - begun)
+
+    def alone(self, step: int) -> int:
+        """Every rank's gradient in turns, and their mean in the order of ranks, as servers under ``Bulk`` make it."""
+        seen, total = 0, dict[torch.nn.Parameter, torch.Tensor]()
+        for task in self.tasks:
+            seen += self.backward(self.model, task, step)
+            for p in self.model.parameters():
+                if p.grad is not None:
+                    total[p] = total[p] + p.grad if p in total else p.grad
+                    p.grad = None
+        for p, gradient in total.items():
+            p.grad = gradient / self.world
+        return seen
+
+    def backward(self, model: torch.nn.Module, task: Task[Any], step: int) -> int:
+        """One rank's gradient. Returns the units that it saw."""
+        batches = task.batches(step)
+        learnt = sum(batch.learnt for batch in batches)
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with nullcontext() if last or not isinstance(model, DistributedDataParallel) else _no_sync(model):
+                with self.precision():
+                    loss = task.loss(model, batch) / learnt
+                loss.backward()  # type: ignore[no-untyped-call]
+        return sum(batch.seen for batch in batches)
+
+    def metrics(self) -> dict[str, float]:
+        """Of all held-out data, as the workers measure it at the end of a run."""
+        self.model.eval()
+        with torch.no_grad(), self.precision():
+            sums = add(task.measure(self.model, batch) for task in self.tasks for batch in task.held_out(whole=True))
+        return self.tasks[0].metrics(sums)
+
+    def difference(self) -> float:
+        """The largest between a parameter of this model and of the run's."""
+        theirs = dict(self.tasks[0].read(self.folder).named_parameters())
+        return max(float((p - theirs[name]).abs().max()) for name, p in self.model.named_parameters())
+
+
+def _no_sync(model: DistributedDataParallel) -> AbstractContextManager[None]:
+    return model.no_sync()
+
+
+def _taken(folder: Path) -> int:
+    report = folder / "report.json"
+    if not report.is_file():
+        raise UsageError(f"{folder} holds no report.json: the run did not come to its end; give --steps")
+    return int(json.loads(report.read_text(encoding="utf-8"))["step"])
+
+
+def in_one_process(kind: type[Task[Any]], folder: Path, threads: int, steps: int | None) -> dict[str, Any]:
+    """Train as one process that plays all ranks. ``threads``: of torch; with 1 the sums are in the workers' order."""
+    torch.set_num_threads(threads)
+    world = checkpoint.read_state(folder, kind.recipe.settings).settings.workers
+    plain = Plain(kind, folder, range(world), steps)
+    rate = plain.train(plain.alone)
+    return {
+        "units_per_second": rate, "threads": threads, "steps": plain.steps, "metrics": plain.metrics(),
+        "largest_difference": plain.difference(),
+    }  # fmt: skip
+
+
+def under_ddp(kind: type[Task[Any]], folder: Path, rank: int, store: str, steps: int | None) -> dict[str, Any]:
+    """One rank of a run under ``DistributedDataParallel`` over Gloo, with one thread."""
+    torch.set_num_threads(1)
+    plain = Plain(kind, folder, [rank], steps)
+    distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=plain.world)
+    model = DistributedDataParallel(plain.model, find_unused_parameters=False)
+    rate = plain.train(lambda step: plain.backward(model, plain.tasks[0], step))
+    distributed.barrier()
+    return {"units_per_second": rate * plain.world, "steps": plain.steps}
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("task", help="MODULE:TASK, as a recipe names it")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="default: as many as the run has taken")
+    parser.add_argument("--ddp", action="store_true")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--store", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    kind: type[Task[Any]] = pkgutil.resolve_name(asked.task)
+    if not asked.ddp:
+        print(json.dumps(in_one_process(kind, asked.run, asked.threads, asked.steps)))
+    elif asked.rank is not None:
+        found = under_ddp(kind, asked.run, asked.rank, asked.store, asked.steps)
+        if asked.rank == 0:
+            print(json.dumps(found), flush=True)
+        os._exit(0)  # Gloo's end may wait for a rank that has ended before
+    else:
+        _start_ranks(checkpoint.read_state(asked.run, kind.recipe.settings).settings.workers)
+
+
+def _start_ranks(world: int) -> None:
+    """This command once for each rank; ends with the first code that is not 0."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "headwater_recipes.common.plain", *sys.argv[1:], "--store", f"{folder}/store"]
+        ranks = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(world)]
+        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+            time.sleep(0.1)
+        for rank in ranks:  # one that failed is waited for by the others in vain
+            rank.terminate()
+        codes = [rank.wait() for rank in ranks]
+    sys.exit(next((code for code in codes if code), 0))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""From folders of sounds to spectrograms: who speaks, who is held out, what is left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from headwater.errors import DataError
+from headwater_recipes.sound.examples import Clip, Examples, from_folder, from_folders, hold_out, read_all
+from headwater_recipes.sound.features import MelSettings
+
+MEL = MelSettings()
+
+
+def write(path: Path, hertz: float, seconds: float = 0.3) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(8000 * seconds)) / 8000), 8000)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two labels, three speakers who say both."""
+    for label, hertz in (("high", 2000), ("low", 300)):
+        for number, speaker in enumerate(("ann", "bob", "eve")):
+            for take in range(2):
+                write(tmp_path / label / f"{speaker}_nohash_{take}.wav", hertz + 20 * number + take)
+    return tmp_path
+
+
+def test_speakers_are_told_by_folder_or_name(folder: Path) -> None:
+    write(folder / "low" / "zoe" / "a.flac", 310)
+    write(folder / "low" / "alone.wav", 320)
+    write(folder / "_background_noise_" / "ann_0.wav", 50)
+    found = {(clip.label, clip.speaker) for clip in from_folder(folder)}
+    assert found == {
+        *((label, speaker) for label in ("high", "low") for speaker in ("ann", "bob", "eve")),
+        ("low", "zoe"),
+        ("low", str(folder / "low" / "alone.wav")),
+    }
+
+
+def test_whole_speakers_are_held_out_and_every_label_is_on_both_sides(folder: Path) -> None:
+    clips = from_folder(folder)
+    for seed in range(10):
+        held = hold_out(clips, seed)
+        assert len(held) == 1
+        found = read_all(clips, held, MEL)
+        assert found.speakers(held=True) == sorted(held)
+        assert not set(found.speakers(held=True)) & set(found.speakers(held=False))
+        for side in (True, False):
+            assert set(found.labels[found.places(side)].tolist()) == {0, 1}
+    assert len({frozenset(hold_out(clips, seed)) for seed in range(10)}) > 1
+
+
+def test_of_many_speakers_a_fifth_of_the_sounds_is_held_out() -> None:
+    clips = [Clip(Path(f"{n}"), "ab"[n % 2], f"s{n // 2}") for n in range(100)]
+    held = hold_out(clips, 0)
+    assert sum(clip.speaker in held for clip in clips) == 20
+
+
+def test_a_label_of_one_speaker_cannot_be_judged(folder: Path) -> None:
+    write(folder / "middle" / "ann_0.wav", 900)
+    with pytest.raises(DataError, match="label 'middle' is said by 1 speaker"):
+        hold_out(from_folder(folder), 0)
+
+
+def test_they_are_the_same_when_they_are_read_again(folder: Path, tmp_path: Path) -> None:
+    made = read_all(from_folder(folder), {"ann"}, MEL)
+    made.save(tmp_path)
+    found = Examples.load(tmp_path)
+    assert found.facts == made.facts
+    assert len(found) == 12
+    assert all(torch.equal(found.mel(place), made.mel(place)) for place in range(12))
+    assert found.facts.paths[found.places(held=True)[0]].endswith("high/ann_nohash_0.wav")
+    (tmp_path / "sounds.json").write_text("{}")
+    with pytest.raises(DataError, match="cannot be read"):
+        Examples.load(tmp_path)
+
+
+def test_what_cannot_be_heard_is_left_out_and_counted(folder: Path) -> None:
+    soundfile.write(folder / "low" / "bob_silent.wav", np.zeros(800), 8000)
+    write(folder / "low" / "bob_long.wav", 350, seconds=31)
+    (folder / "low" / "bob_again.wav").write_bytes((folder / "low" / "bob_nohash_0.wav").read_bytes())
+    (folder / "low" / "bob_broken.wav").write_bytes(b"RIFF")
+    found = read_all(from_folder(folder), {"ann"}, MEL)
+    assert found.facts.left_out == {"silent": 1, "cut": 1, "again": 1, "unreadable": 1}
+    assert len(found) == 13
+    assert int((found.starts.diff()).max()) == pytest.approx(3000, abs=3)
+
+
+def test_many_unreadable_files_are_an_error(folder: Path) -> None:
+    for number in range(3):
+        (folder / "low" / f"bob_broken{number}.ogg").write_bytes(b"no sound" + bytes([number]))
+    with pytest.raises(DataError, match=r"3 of 15 sounds cannot be read, as .*bob_broken0"):
+        read_all(from_folder(folder), {"ann"}, MEL)
+
+
+def test_a_folder_that_holds_nothing_of_use_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        from_folder(tmp_path / "none")
+    with pytest.raises(DataError, match=r"0 labels \(none\)"):
+        from_folder(tmp_path)
+    write(tmp_path / "one" / "a_0.wav", 300)
+    with pytest.raises(DataError, match=r"1 labels \(one\)"):
+        from_folder(tmp_path)
+    with pytest.raises(DataError, match="one folder"):
+        from_folders([str(tmp_path), str(tmp_path)])
+
+
+def test_a_side_without_a_label_is_an_error(folder: Path) -> None:
+    for path in (folder / "low").glob("ann*"):
+        soundfile.write(path, np.zeros(800), 8000)
+    with pytest.raises(DataError, match="low without one"):
+        read_all(from_folder(folder), {"ann"}, MEL)
