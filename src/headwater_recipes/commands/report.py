@@ -20,5 +20,4 @@ def figures(folder: Path, examples: Examples, ended: Ended) -> dict[str, Any]:
     if (folder / RECORDED).is_dir():
         sets[PEOPLE] = report.judge(folder, Examples.load(folder / RECORDED))
     found = report.figures(examples, ended, sets, (baselines.CENTROID, baselines.centroid))
-    shown, judged = list(sets.items())[-1]
-    return {**found, "pictures": report.draw(folder, examples.facts.names, judged, shown)}
+    return {**found, "pictures": report.draw(folder, examples.facts.names, sets)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from headwater_recipes.common.options import Option
 from headwater_recipes.common.recipe import About, Recipe
@@ -12,11 +12,17 @@ from headwater_recipes.sound.settings import WORDING, SoundTraining
 class CommandsSettings(SoundTraining, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``takes`` are of each voice."""
 
+    MINUTES: ClassVar[float] = 3.5
+
     takes: Annotated[
         int, Option("How often each voice says each word. Default: {default}.", least=1, most=50, fixed=True)
     ] = 2
     words: Annotated[str, Option("Of the 74 words these alone, as zero,one,hello. Default: all.", fixed=True)] = ""
     seconds: float = 1.0
+    parts: int = 4
+    dropout: float = 0.1
+    smoothing: float = 0.05
+    warmup: int = 50
 
 
 RECIPE = Recipe(

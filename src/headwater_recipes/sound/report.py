@@ -79,12 +79,16 @@ def figures(
     }
 
 
-def draw(folder: Path, names: Sequence[str], judged: Judged, what: str) -> list[str]:
-    """The pictures of a set of sounds; their names."""
+def draw(folder: Path, names: Sequence[str], sets: Mapping[str, Judged]) -> list[str]:
+    """The pictures, and their names: confusions and embeddings of the first set, spectrograms of the last."""
+    first, last = next(iter(sets)), list(sets)[-1]
+    judged, seen = sets[first], sets[last]
     told, labels = judged.told, judged.labels
-    pictures.confusion(folder / "confusion.png", told, labels, names, f"{folder.name}: {what}")
-    pictures.embedding_map(folder / "embedding.png", judged.embeddings, labels, names, f"{folder.name}: {what}")
-    pictures.spectrograms(folder / "spectrograms.png", judged.mels, told, labels, names, f"{what}: what is told")
+    pictures.confusion(folder / "confusion.png", told, labels, names, f"{folder.name}: {first}")
+    pictures.embedding_map(folder / "embedding.png", judged.embeddings, labels, names, f"{folder.name}: {first}")
+    pictures.spectrograms(
+        folder / "spectrograms.png", seen.mels, seen.told, seen.labels, names, f"what is told: {last}"
+    )
     return ["confusion.png", "embedding.png", "spectrograms.png"]
 
 

@@ -37,6 +37,7 @@ class SoundTraining(Training, frozen=True, kw_only=True, forbid_unknown_fields=T
     batch: int = 32
     lr: float = 2e-3
     warmup: int = 20
+    parts: int = 1
     dropout: float = 0.3
     smoothing: float = 0.1
     validate_every: int = 100

@@ -42,9 +42,15 @@ class SoundTask(Task[AnySound]):
         facts = self.examples.facts
         s = self.settings
         torch.manual_seed(s.seed)
-        return SoundNetwork(
-            NetworkSettings(labels=facts.names, mel=facts.mel, frames=self._frames, width=s.width, dropout=s.dropout)
+        network = NetworkSettings(
+            labels=facts.names,
+            mel=facts.mel,
+            frames=self._frames,
+            width=s.width,
+            parts=s.parts,
+            dropout=s.dropout,
         )
+        return SoundNetwork(network)
 
     def read(self, folder: Path) -> torch.nn.Module:
         return SoundNetwork.from_pretrained(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from headwater.errors import BadInput, DataError
 from headwater_recipes.sound.augment import augmented
 from headwater_recipes.sound.features import MelSettings, log_mel, mfcc, statistics
-from headwater_recipes.sound.network import NetworkSettings, SoundNetwork, logits_of, pieces
+from headwater_recipes.sound.network import NetworkSettings, SoundNetwork, _weights, logits_of, pieces
 from headwater_recipes.sound.served import AudioClassification
 from tests.recipes.sound.test_decode import encoded, tone
 
@@ -19,10 +20,10 @@ MEL = MelSettings()
 SETTINGS = NetworkSettings(labels=("a", "b", "c"), mel=MEL, frames=50, width=8)
 
 
-@pytest.fixture
-def network() -> SoundNetwork:
+@pytest.fixture(params=[1, 3])
+def network(request: pytest.FixtureRequest) -> SoundNetwork:
     torch.manual_seed(0)
-    return SoundNetwork(SETTINGS).eval()
+    return SoundNetwork(msgspec.structs.replace(SETTINGS, parts=request.param)).eval()
 
 
 @pytest.fixture
@@ -62,6 +63,14 @@ def test_padding_and_the_microphone_change_nothing(network: SoundNetwork, mel: t
         assert not torch.allclose(logits_of(network, mel.flip(0)), told, atol=1e-4)
 
 
+def test_parts_tell_what_came_first() -> None:
+    inside = torch.arange(12)[None] < torch.tensor([[12], [9], [1]])
+    found = _weights(inside, 3)
+    assert torch.allclose(found.sum(2), torch.ones(3, 3))
+    assert not found[~inside[:, None].expand(-1, 3, -1)].any()
+    assert found[1].argmax(1).tolist() == [0, 4, 8]
+
+
 def test_every_frame_of_a_long_sound_is_in_a_piece() -> None:
     found, lengths = pieces(torch.arange(130.0)[:, None], 50)
     assert found.shape == (3, 50, 1)
@@ -74,7 +83,7 @@ def test_every_frame_of_a_long_sound_is_in_a_piece() -> None:
 def test_saved_and_read_again_it_is_the_same(network: SoundNetwork, mel: torch.Tensor, tmp_path: Path) -> None:
     network.save_pretrained(tmp_path)
     found = SoundNetwork.from_pretrained(tmp_path).eval()
-    assert found.settings == SETTINGS
+    assert found.settings == network.settings
     with torch.no_grad():
         assert torch.equal(logits_of(found, mel), logits_of(network, mel))
     (tmp_path / "model.safetensors").write_bytes(b"rubbish")

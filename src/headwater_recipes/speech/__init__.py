@@ -1,0 +1,1 @@
+"""``headwater train speech``: which language is spoken, told of people who were never heard before."""
