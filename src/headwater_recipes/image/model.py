@@ -20,13 +20,6 @@ def labels(classes: Sequence[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}
 
 
-def quiet() -> None:
-    """No progress bars from transformers: ours shows the progress."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
 def build(classes: Sequence[str], seed: int) -> ResNetForImageClassification:
     """A ResNet (He et al., 2015) of three stages of one basic block each, 0.3 million parameters.
 

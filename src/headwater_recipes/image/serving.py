@@ -9,9 +9,9 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from headwater_recipes.common.serving import BadInput, classes
+from headwater_recipes.common.serving import classes
 from headwater_recipes.image import model
-from headwater_recipes.images.decode import TooLarge, Unreadable, read_image, square
+from headwater_recipes.images.serving import image_pixels
 from headwater_recipes.images.store import Scale
 
 
@@ -32,15 +32,7 @@ class ImageServed:
 
     def inputs(self, body: bytes, content_type: str) -> torch.Tensor:
         """Pixels of shape (1, 3, size, size)."""
-        if not content_type.startswith("image/") and content_type != "application/octet-stream":
-            raise BadInput(f"this model takes the bytes of an image, not {content_type}", 415)
-        try:
-            image = read_image(body)
-        except TooLarge as error:
-            raise BadInput(f"the image is too large: {error}; nothing was answered", 413) from error
-        except Unreadable as error:
-            raise BadInput(f"the image cannot be read: {error}; nothing was answered") from error
-        return self._scale.tensor(square(image, self._size)[None])
+        return image_pixels(body, content_type, self._scale, self._size)
 
     def answer(self, model: nn.Module, inputs: torch.Tensor, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
         """``[{"label", "score"}]``, likeliest first."""

@@ -16,7 +16,7 @@ from headwater_recipes.common.task import Batch, Ended, Sums, Task
 from headwater_recipes.image import data, model, report
 from headwater_recipes.image.settings import RECIPE, ImageSettings
 from headwater_recipes.images.batches import Order, vary
-from headwater_recipes.images.store import Images, Scale
+from headwater_recipes.images.store import Images, Scale, quiet
 
 PERIODIC = 1000
 """Images of a periodic validation, over all workers; the final one takes all that are held out."""
@@ -32,7 +32,7 @@ class ImageClassification(Task[ImageSettings]):
 
     def __init__(self, settings: ImageSettings, folder: Path, rank: int = 0, world: int = 1) -> None:
         super().__init__(settings, folder, rank, world)
-        model.quiet()
+        quiet()
         self.images = Images.load(folder)
         self.scale = Scale.read(folder)
         self.order = Order(len(self.images.training.labels), settings.batch, rank, world, settings.seed)

@@ -2,5 +2,5 @@
 
 ``decode`` reads one image, ``folder`` a folder with a subfolder for each class and ``idx`` MNIST's file format;
 ``store`` is how a run folder keeps pixels and labels, ``batches`` draws and varies them, ``pictures`` shows confusions
-and galleries.
+and galleries, ``serving`` takes what a client sends.
 """

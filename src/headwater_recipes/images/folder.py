@@ -60,13 +60,31 @@ def read_folder(folder: Path, size: int) -> Gathered:
         split, bad = _read([(path, classes.index(name)) for name in part for path in part[name]], size)
         sides.append(split)
         skipped += bad
-    total = sum(len(side.labels) for side in sides) + len(skipped)
+    _check_skipped(folder, sum(len(side.labels) for side in sides), skipped)
+    return Gathered(Images(classes, *sides), skipped)
+
+
+def read_classes(folder: Path, size: int) -> tuple[tuple[str, ...], Split, list[str]]:
+    """All images of DIR/CLASS/…, of which nothing is held out: names of the classes, images, and what was left out.
+
+    Raises:
+        DataError: as ``read_folder``.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; {_WANTED}")
+    found = _classes(folder)
+    split, skipped = _read([(path, label) for label, name in enumerate(found) for path in found[name]], size)
+    _check_skipped(folder, len(split.labels), skipped)
+    return tuple(found), split, skipped
+
+
+def _check_skipped(folder: Path, read: int, skipped: Sequence[str]) -> None:
+    total = read + len(skipped)
     if len(skipped) > MOST_UNREADABLE * total:
         raise DataError(
             f"{folder}: {len(skipped)} of {total} images cannot be read, above {MOST_UNREADABLE:.0%}; the first is "
             f"{skipped[0]}. Nothing was started; mend or remove them."
         )
-    return Gathered(Images(classes, *sides), skipped)
 
 
 def _parts(folder: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:

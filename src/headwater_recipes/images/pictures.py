@@ -61,8 +61,8 @@ def draw_gallery(path: Path, images: Sequence[Pixels], words: Sequence[str], tit
     figure.suptitle(title)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
-        axes.axis("off")
+        axes.set(xticks=[], yticks=[], frame_on=False)
     for axes, image, said in zip(grid.flat, images, words, strict=False):
         axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
-        axes.set_title(said, fontsize=7, y=-0.02, va="top")
+        axes.set_xlabel(said, fontsize=7, labelpad=3)
     figure.savefig(path, dpi=110)

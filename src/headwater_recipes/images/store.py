@@ -127,6 +127,13 @@ class Scale(NamedTuple):
         return int(_processor(folder)["size"]["height"])
 
 
+def quiet() -> None:
+    """No progress bars from transformers: ours shows the progress."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def _processor(folder: Path) -> dict[str, Any]:
     path = folder / "preprocessor_config.json"
     try:

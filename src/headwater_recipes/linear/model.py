@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
+from headwater.errors import DataError
 from headwater_recipes.linear.data import Array, Numbers
 
 
@@ -50,6 +55,16 @@ def build(training: Numbers) -> Regression:
     made.mean.copy_(torch.from_numpy(training.x.mean(0)))
     made.scale.copy_(torch.from_numpy(training.x.std(0)))
     made.target.copy_(torch.tensor([training.y.mean(), training.y.std()]))
+    return made
+
+
+def read(folder: Path, features: int) -> Regression:
+    """The model of a run folder. Raises ``DataError``: it is not whole."""
+    made = Regression(features)
+    try:
+        made.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"{folder}: the model cannot be read ({error})") from error
     return made
 
 

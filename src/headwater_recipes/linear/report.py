@@ -28,7 +28,6 @@ def figures(task: Linear, ended: Ended) -> dict[str, Any]:
     """
     training, held = task.split.training, task.split.held_out
     found = task.read(task.folder)
-    assert isinstance(found, model.Regression)
     ols, constant, errors = model.closed_form(training)
     with torch.no_grad():
         ours = found.predict(torch.from_numpy(held.x)).numpy()
@@ -83,6 +82,7 @@ def tell(folder: Path, found: Mapping[str, Any], console: Console) -> None:
         say(console, f"  {name:<12} R² {value['r2']:.4f}   mean squared error {value['mse']:.4g}{beside}")
     far = found["largest_beta_difference"]
     say(console, f"  largest difference of β from the closed form's: {far:.1e} (columns and y in standard deviations)")
+    say(console, f"serve it: headwater serve --model {folder}", whole=True)
     say(console, f"{folder}: model.safetensors, beta.png, metrics.jsonl, loss.png, report.json", whole=True)
 
 

@@ -77,10 +77,11 @@ RECIPE = Recipe(
     wording=Wording(
         unit="rows", loss="share of the variance", headline="R² {r2:.4f}", data="rows", prepared="the prepared table"
     ),
+    served="headwater_recipes.linear.serving:ServedRegression",
     about=About(
         task="linear regression",
         data=("generated", DIABETES),
-        licence="none needed",
+        licence="generated: none",
         model="a table of coefficients",
         metric="R², β",
         baseline="mean, closed form",

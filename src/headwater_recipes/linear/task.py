@@ -32,6 +32,9 @@ class Linear(Task[LinearSettings]):
     def build(self) -> model.Regression:
         return model.build(self.split.training)
 
+    def read(self, folder: Path) -> model.Regression:
+        return model.read(folder, self.split.training.x.shape[1])
+
     def batches(self, step: int) -> Sequence[Batch]:
         """Every row that there is, if the workers take as many; else drawn ones. Each rank has its share of them."""
         rows = np.arange(len(self.split.training.y))

@@ -37,3 +37,17 @@ def test_images_are_moved_and_mirrored(kind: Augment) -> None:
 
 def test_rows_of_a_confusion_matrix_are_the_truth() -> None:
     assert confusion_matrix(np.array([0, 0, 1]), np.array([1, 1, 1]), 3).tolist() == [[0, 2, 0], [0, 1, 0], [0, 0, 0]]
+
+
+def test_a_warped_image_is_the_same_thing_seen_otherwise() -> None:
+    pixels = np.full((200, 30, 30, 3), 100, np.uint8)
+    pixels[:, 5:25, 18:22] = 200  # a bar right of the middle
+    found = vary(pixels, "warp", np.random.default_rng(0))
+    assert found.shape == pixels.shape
+    assert found.dtype == np.uint8
+    hidden = (found == 128).all(-1).sum((1, 2))
+    assert (hidden >= 100).all()
+    assert len({image.tobytes() for image in found}) == 200
+    brightest = found.mean(-1).mean(1).argmax(1)
+    assert 0.3 < (brightest < 15).mean() < 0.7  # mirrored
+    assert (vary(pixels, "warp", np.random.default_rng(0)) == found).all()

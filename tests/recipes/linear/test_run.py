@@ -12,8 +12,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from headwater.errors import UsageError
+from headwater.errors import BadInput, DataError, UsageError
 from headwater_recipes.common import job
+from headwater_recipes.linear.serving import ServedRegression
 from headwater_recipes.linear.settings import RECIPE, LinearSettings
 from headwater_recipes.linear.task import Linear
 from tests.recipes.data import need
@@ -48,6 +49,11 @@ def test_of_a_table_that_was_made_beta_is_the_true_one(tmp_path: Path) -> None:
     with torch.no_grad():
         said = model.predict(torch.from_numpy(held.x)).numpy()
     assert ((said - held.y) ** 2).mean() == pytest.approx(report["mse"])
+    served, answerer = ServedRegression.read(run)
+    shuffled = {"data": {name: held.x[:, i].tolist() for i, name in reversed([*enumerate(held.names)])}}
+    for form in (shuffled, held.x.tolist()):
+        x = answerer.inputs(json.dumps(form).encode(), "application/json")
+        assert answerer.answer(served, x, {}) == pytest.approx(said.tolist())
 
 
 def test_the_ranks_share_each_steps_rows(tmp_path: Path) -> None:
@@ -77,3 +83,35 @@ def test_a_files_name_is_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert LinearSettings.look_up({"data": ("diabetes",)}, quiet) == {"data": ("diabetes",)}
     assert LinearSettings.look_up({"data": ("a.csv",)}, quiet) == {"data": (str(tmp_path / "a.csv"),)}
     assert LinearSettings.look_up({}, quiet) == {}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "told", "status"),
+    [
+        ({"data": {"a": [1]}}, "this model takes", 400),
+        ({"data": {"a": [1], "b": [1], "c": [1]}}, "this model takes", 400),
+        ({"data": {"a": [1, 2], "b": [1]}}, "columns must be lists of the same length", 400),
+        ({"data": {"a": 1, "b": 1}}, "columns must be lists of the same length", 400),
+        ({"data": {"a": [], "b": []}}, "this model takes", 400),
+        ([[1, 2], [1]], "row 2: this model takes", 400),
+        ([[1, "2"]], "row 1 holds something that is no finite number", 400),
+        ([[1, True]], "row 1 holds something that is no finite number", 400),
+        ([[1, float("nan")]], "row 1 holds something that is no finite number", 400),
+        ("text", "this model takes", 400),
+        ([[1, 2]] * 100_001, "100,001 rows; at most 100,000", 413),
+    ],
+)
+def test_what_the_server_refuses(inputs: Any, told: str, status: int) -> None:
+    with pytest.raises(BadInput, match=told) as caught:
+        ServedRegression(["a", "b"]).inputs(json.dumps(inputs).encode(), "application/json")
+    assert caught.value.status == status
+
+
+def test_what_is_no_json_and_no_model(tmp_path: Path) -> None:
+    with pytest.raises(BadInput) as caught:
+        ServedRegression(["a", "b"]).inputs(b"\x89PNG", "image/png")
+    assert caught.value.status == 415
+    (tmp_path / "columns.json").write_text('{"names": ["a"]}', encoding="utf-8")
+    (tmp_path / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(DataError, match="the model cannot be read"):
+        ServedRegression.read(tmp_path)
