@@ -87,7 +87,7 @@ def test_a_version_of_another_run_is_said_and_one_of_another_recipe_is_refused(
     assert not caplog.records
     check_run(wanted, version(run="other", recipe="image"))
     assert "the cluster's versions are of the run 'other' and not of 'mine'" in caplog.text
-    with pytest.raises(UsageError, match="versions of the run 'mine' of the recipe 'faces'"):
+    with pytest.raises(UsageError, match="versions of the run 'mine' of recipe 'faces'"):
         check_run(wanted, version(run="mine", recipe="faces"))
 
 

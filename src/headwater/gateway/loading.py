@@ -200,7 +200,7 @@ def _predictor(module: nn.Module, source: Source, limits: Limits, tag: str, dtyp
 def check_run(wanted: LoadPlan, version: VersionInfo) -> None:
     """Whether a cluster's version is of the run that is served; its trainer has said which it is of.
 
-    Another run of the same recipe fits as well, and answers otherwise: the log warns, as a folder may have been renamed.
+    Another run of the same recipe fits as well, and answers otherwise: the log warns, as folders may be renamed.
 
     Raises ``UsageError``: it is of another recipe.
     """
@@ -208,7 +208,7 @@ def check_run(wanted: LoadPlan, version: VersionInfo) -> None:
     here = Path(wanted.files).resolve().name
     if recipe != wanted.recipe:
         raise UsageError(
-            f"the cluster has versions of the run {run!r} of the recipe {recipe!r}, and {here!r} is of {wanted.recipe!r}; "
+            f"the cluster has versions of the run {run!r} of recipe {recipe!r}, and {here!r} is of {wanted.recipe!r}; "
             "give the --address of its own cluster, or --static; nothing is served"
         )
     if run not in (None, here):
