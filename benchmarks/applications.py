@@ -25,6 +25,7 @@ from headwater_recipes.common.recipe import Recipe
 HERE = Path(__file__).parent
 RUNS, DOCS = HERE / "runs", HERE.parent / "docs"
 DDP_STEPS = 60
+WITHHELD = ("nearest.png", "mistakes.png")
 HEAD = """# Applications
 
 What `headwater train NAME` trains, judged on data that it has never seen. Written by `make recipes`: every figure is
@@ -43,6 +44,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="headwater-") as folder:
             found = measured(known[name], Path(folder) / "run")
         (RUNS / f"recipe-{name}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    write_page(known)
+
+
+def write_page(known: dict[str, Recipe[Any]]) -> None:
+    """All that has been measured."""
     sections = [section(known[name], read(name)) for name in known if (RUNS / f"recipe-{name}.json").is_file()]
     (DOCS / "applications.md").write_text("\n".join([HEAD, *sections]), encoding="utf-8")
 
@@ -60,13 +66,18 @@ def measured(recipe: Recipe[Any], run: Path) -> dict[str, Any]:
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     unit = recipe.wording.unit
     rates = [row[f"{unit}_per_second"] for row in metrics.read_rows(run) if row["kind"] == "step"]
-    for picture in report.get("pictures", ()):
+    for picture in shown(report):
         (DOCS / "pictures").mkdir(exist_ok=True)
         shutil.copy(run / picture, DOCS / "pictures" / f"{recipe.name}-{picture}")
     return {
         "machine": str(where), "report": report, "unit": unit, "rate": statistics.median(rates),
         "plain": plain(recipe, run), "ddp": plain(recipe, run, "--ddp", "--steps", str(DDP_STEPS)),
     }  # fmt: skip
+
+
+def shown(report: dict[str, Any]) -> list[str]:
+    """The pictures for the page: not those that show the data themselves, which the repository must not hold."""
+    return [picture for picture in report.get("pictures", ()) if picture not in WITHHELD]
 
 
 def plain(recipe: Recipe[Any], run: Path, *words: str) -> dict[str, Any] | None:
@@ -89,23 +100,31 @@ def section(recipe: Recipe[Any], found: dict[str, Any]) -> str:
         f"Machine: {found['machine']}.", "",
         "| on held-out data | Headwater | plain |", "|---|---:|---:|",
     ]  # fmt: skip
-    for name, value in _numbers(report).items():
-        if name.startswith("validation_"):
-            short = name.removeprefix("validation_")
+    for name, value in _numbers({name: value for name, value in report.items() if not isinstance(value, dict)}).items():
+        short = name.removeprefix("validation_")
+        if name not in ("step", "training_seconds") and not name.startswith("largest_"):
             alone = beside.get("metrics", {}).get(short)
             lines.append(f"| {short.replace('_', ' ')} | {_said(value)} | {_said(alone)} |")
     baselines = _numbers(report.get("baseline", {}))
-    lines += ["", "Baselines: " + ", ".join(f"{name} {_said(value)}" for name, value in baselines.items()) + "."]
+    words = [f"{name.replace('_', ' ')} {_said(value)}" for name, value in baselines.items()]
+    lines += ["", f"Baselines: {', '.join(words)}."]
     lines += ["", f"| {unit} a second | Headwater | plain, 2 threads | DDP over Gloo |", "|---|---:|---:|---:|"]
     rates = [found["rate"], beside.get("units_per_second"), (found["ddp"] or {}).get("units_per_second")]
     lines.append("| | " + " | ".join(_said(rate) for rate in rates) + " |")
-    for picture in report.get("pictures", ()):
+    for picture in shown(report):
         lines += ["", f"![{picture.partition('.')[0]}](pictures/{recipe.name}-{picture})"]
     return "\n".join([*lines, ""])
 
 
 def _numbers(figures: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in figures.items() if isinstance(value, int | float)}
+    """Also those of a baseline that has several, each named by both."""
+    found: dict[str, float] = {}
+    for name, value in figures.items():
+        if isinstance(value, int | float):
+            found[name] = value
+        elif isinstance(value, dict):
+            found |= {f"{name} {part}": each for part, each in value.items() if isinstance(each, int | float)}
+    return found
 
 
 def _said(value: float | None) -> str:

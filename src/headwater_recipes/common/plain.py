@@ -111,7 +111,7 @@ class Plain:
     def difference(self) -> float:
         """The largest between a parameter of this model and of the run's."""
         theirs = dict(self.tasks[0].read(self.folder).named_parameters())
-        return max(float((p - theirs[name]).abs().max()) for name, p in self.model.named_parameters())
+        return max(float((p - theirs[name]).detach().abs().max()) for name, p in self.model.named_parameters())
 
 
 def _no_sync(model: DistributedDataParallel) -> AbstractContextManager[None]:
