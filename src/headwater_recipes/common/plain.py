@@ -114,6 +114,16 @@ class Plain:
         return max(float((p - theirs[name]).detach().abs().max()) for name, p in self.model.named_parameters())
 
 
+class _Distributed(DistributedDataParallel):
+    """A task may ask a model for more than its forward: that of the module is found."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
 def _no_sync(model: DistributedDataParallel) -> AbstractContextManager[None]:
     return model.no_sync()
 
@@ -142,7 +152,7 @@ def under_ddp(kind: type[Task[Any]], folder: Path, rank: int, store: str, steps:
     torch.set_num_threads(1)
     plain = Plain(kind, folder, [rank], steps)
     distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=plain.world)
-    model = DistributedDataParallel(plain.model, find_unused_parameters=False)
+    model = _Distributed(plain.model)
     rate = plain.train(lambda step: plain.backward(model, plain.tasks[0], step))
     distributed.barrier()
     return {"units_per_second": rate * plain.world, "steps": plain.steps}
