@@ -125,7 +125,7 @@ def _recipe_of(point: EntryPoint, name: str) -> Any:
     """The recipe of a command, if it is the one. Others that cannot be loaded are passed over."""
     try:
         recipe = getattr(point.load(), "recipe", None)
-    except ImportError:
+    except (ImportError, AttributeError):
         if point.name == f"train.{name}":
             raise
         return None
