@@ -100,12 +100,13 @@ def section(recipe: Recipe[Any], found: dict[str, Any]) -> str:
         f"Machine: {found['machine']}.", "",
         "| on held-out data | Headwater | plain |", "|---|---:|---:|",
     ]  # fmt: skip
-    for name, value in _numbers({name: value for name, value in report.items() if not isinstance(value, dict)}).items():
+    for name, value in report.items():
         short = name.removeprefix("validation_")
-        if name not in ("step", "training_seconds") and not name.startswith("largest_"):
+        told = name in ("step", "training_seconds") or name.startswith("largest_")
+        if isinstance(value, int | float) and not told:
             alone = beside.get("metrics", {}).get(short)
             lines.append(f"| {short.replace('_', ' ')} | {_said(value)} | {_said(alone)} |")
-    baselines = _numbers(report.get("baseline", {}))
+    baselines = flat(report.get("baseline", {}))
     words = [f"{name.replace('_', ' ')} {_said(value)}" for name, value in baselines.items()]
     lines += ["", f"Baselines: {', '.join(words)}."]
     lines += ["", f"| {unit} a second | Headwater | plain, 2 threads | DDP over Gloo |", "|---|---:|---:|---:|"]
@@ -116,14 +117,14 @@ def section(recipe: Recipe[Any], found: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _numbers(figures: dict[str, Any]) -> dict[str, float]:
-    """Also those of a baseline that has several, each named by both."""
+def flat(figures: dict[str, Any], before: str = "") -> dict[str, float]:
+    """The numbers; those of a baseline that has several are named by both."""
     found: dict[str, float] = {}
     for name, value in figures.items():
-        if isinstance(value, int | float):
-            found[name] = value
-        elif isinstance(value, dict):
-            found |= {f"{name} {part}": each for part, each in value.items() if isinstance(each, int | float)}
+        if isinstance(value, dict):
+            found |= flat(value, f"{before}{name} ")
+        elif isinstance(value, int | float):
+            found[before + name] = value
     return found
 
 

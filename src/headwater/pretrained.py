@@ -71,6 +71,13 @@ class _StoredTensor(NamedTuple):
     shape: tuple[int, ...]
 
 
+def quiet() -> None:
+    """No progress bars from transformers: whoever loads a model by it shows the progress."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def load(auto: Any, name: str, *, unused: str = "", **options: Any) -> Any:
     """``auto.from_pretrained(name, **options)`` with every value out of the files.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from headwater_recipes.common import checkpoint
+from headwater_recipes.common.pictures import new_figure
 from headwater_recipes.common.recipe import Wording
 
 
@@ -31,11 +32,7 @@ def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 def plot(folder: Path, rows: list[dict[str, Any]], wording: Wording, baseline: tuple[str, float] | None = None) -> None:
     """``loss.png``: training and validation loss by step, beside the name and value of a ``baseline``."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     steps = [row for row in rows if row["kind"] == "step"]
     held = [row for row in rows if row["kind"] == "validation"]

@@ -29,7 +29,7 @@ from headwater_recipes.common import checkpoint
 from headwater_recipes.common.schedule import Schedule, factor
 from headwater_recipes.common.settings import Training
 from headwater_recipes.common.task import Task, add
-from headwater_recipes.common.trainer import fast_bfloat16
+from headwater_recipes.common.trainer import takes_bfloat16
 
 WARM = 3
 """Steps at the beginning that rates leave out."""
@@ -55,7 +55,7 @@ class Plain:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: factor(schedule.at(step), step, settings.warmup)
         )
-        self.bfloat16 = settings.precision == "bfloat16" or (settings.precision == "auto" and fast_bfloat16())
+        self.bfloat16 = takes_bfloat16(settings)
 
     def precision(self) -> torch.autocast:
         """As the workers' matrix products."""

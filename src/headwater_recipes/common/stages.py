@@ -52,3 +52,14 @@ def clock(seconds: float | None) -> str:
         return "–"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d}"
+
+
+SAME = 1e-4
+"""What a saved model says may differ by this much from what it said in training: another order of summation."""
+
+
+def say_saved(console: Console, loader: str, what: str, difference: float | None) -> None:
+    """Whether what a library's ``loader`` makes of the run folder gives the same ``what`` as the model in training."""
+    if difference is not None:
+        verdict = f"gives the same {what}" if difference <= SAME else f"DOES NOT give the same {what}"
+        say(console, f"  {loader} {verdict} (largest difference {difference:.1e})")

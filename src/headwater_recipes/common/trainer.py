@@ -21,7 +21,7 @@ import headwater
 from headwater_recipes.common import checkpoint, reports
 from headwater_recipes.common.recipe import Recipe
 from headwater_recipes.common.schedule import Pace, Schedule, ScheduleFile, factor
-from headwater_recipes.common.settings import AnySettings, State, parse_sync
+from headwater_recipes.common.settings import AnySettings, State, Training, parse_sync
 from headwater_recipes.common.task import Batch, Task, add
 
 _GLANCE = 1.0
@@ -47,7 +47,7 @@ class Trainer(Generic[AnySettings]):
         self.start = asked if found is None else checkpoint.read_state(found, recipe.settings)
         self.settings = s = asked.settings
         self.step = self.start.step
-        self.bfloat16 = s.precision == "bfloat16" or (s.precision == "auto" and fast_bfloat16())
+        self.bfloat16 = takes_bfloat16(s)
         self.task: Task[AnySettings] = recipe.load()(s, folder, ps.rank, ps.world)
         self.model = self.task.build() if found is None else self.task.read(found)
         self.optimizer = self._optimizer(None if found else self.task.first_values())
@@ -308,6 +308,11 @@ def main(recipe: Recipe[Any], folder: Path) -> None:
         except headwater.DiskFull as error:
             sys.exit(f"headwater.errors.DiskFull: {error}")
         worker.optimizer.close()
+
+
+def takes_bfloat16(settings: Training) -> bool:
+    """Whether the matrix products of a run are made in bfloat16 on this machine."""
+    return settings.precision == "bfloat16" or (settings.precision == "auto" and fast_bfloat16())
 
 
 def fast_bfloat16() -> bool:

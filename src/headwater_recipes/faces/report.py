@@ -11,19 +11,18 @@ import numpy.typing as npt
 import torch
 from rich.console import Console
 
-from headwater_recipes.common.stages import clock, say
+from headwater_recipes.common.pictures import new_figure
+from headwater_recipes.common.scores import equal_error_rate
+from headwater_recipes.common.stages import clock, say, say_saved
 from headwater_recipes.common.task import Ended
 from headwater_recipes.faces.model import embed_both
-from headwater_recipes.images.pictures import draw_gallery, new_figure
+from headwater_recipes.images.pictures import draw_gallery
 from headwater_recipes.images.store import Images, Labels, Scale, Split
 
 PICTURES = ("roc.png", "nearest.png")
 
 _COMPONENTS = 50
 """Eigenfaces, at most."""
-
-_SAME = 1e-4
-"""Vectors of the saved model may differ by this much from those in training: another order of summation."""
 
 Vectors = npt.NDArray[np.float64]
 """(N, D): rows of length one."""
@@ -104,11 +103,7 @@ def verification(vectors: Vectors, labels: Labels) -> tuple[float, float, Curve]
     first, second = np.triu_indices(len(labels), 1)
     same, alike = labels[first] == labels[second], (vectors @ vectors.T)[first, second]
     wrongly, rightly, _ = roc_curve(same, alike)
-    gap = wrongly - (1 - rightly)  # rises from -1 to 1
-    after = int(np.argmax(gap >= 0))
-    share = -gap[after - 1] / (gap[after] - gap[after - 1])
-    equal = wrongly[after - 1] + share * (wrongly[after] - wrongly[after - 1])
-    return float(equal), float(roc_auc_score(same, alike)), (wrongly, rightly)
+    return equal_error_rate(wrongly, rightly), float(roc_auc_score(same, alike)), (wrongly, rightly)
 
 
 def draw_roc(path: Path, curves: Mapping[str, Curve], scores: Mapping[str, Mapping[str, float]]) -> None:
@@ -167,8 +162,6 @@ def tell(folder: Path, found: Mapping[str, Any], console: Console) -> None:
     for name, row in rows.items():
         figures = f"rank-1 {row['rank_1']:.1%}   EER {row['equal_error_rate']:.1%}   ROC-AUC {row['roc_auc']:.3f}"
         say(console, f"  {name:<11}{figures}{'' if name == 'model' else '   (a baseline)'}")
-    difference = found["largest_difference_of_saved_model"]
-    verdict = "gives the same vectors" if difference <= _SAME else "DOES NOT give the same vectors"
-    say(console, f"  AutoModel.from_pretrained {verdict} (largest difference {difference:.1e})")
+    say_saved(console, "AutoModel.from_pretrained", "vectors", found["largest_difference_of_saved_model"])
     names = "model.safetensors, config.json, preprocessor_config.json, metrics.jsonl, loss.png, report.json"
     say(console, f"{folder}: {names}, {', '.join(PICTURES)}", whole=True)

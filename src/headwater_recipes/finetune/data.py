@@ -12,19 +12,19 @@ import msgspec
 import numpy as np
 from rich.console import Console
 
+from headwater import pretrained
 from headwater.errors import DataError
 from headwater_recipes.common import checkpoint
 from headwater_recipes.common.stages import say, stage
 from headwater_recipes.finetune import adapter, answers, docstrings, model
 from headwater_recipes.finetune.settings import FinetuneSettings
 from headwater_recipes.text import chats, examples
-from headwater_recipes.text.task import quiet
 
 
 def prepare(wanted: FinetuneSettings, console: Console) -> Callable[[Path], None]:
     """See ``Task.prepare``. Raises ``DataError`` too if the model cannot be used."""
     with stage(console, "loading transformers"):
-        quiet()
+        pretrained.quiet()
     found = _read(wanted, console)
     loaded, tokenizer = _load(wanted, console)
     with stage(console, "writing the data as tokens"):

@@ -12,15 +12,14 @@ import numpy.typing as npt
 import torch
 from rich.console import Console
 
-from headwater_recipes.common.stages import clock, say
+from headwater_recipes.common.pictures import draw_confusion
+from headwater_recipes.common.scores import confusion_matrix
+from headwater_recipes.common.stages import clock, say, say_saved
 from headwater_recipes.common.task import Ended
-from headwater_recipes.images.pictures import confusion_matrix, draw_confusion, draw_gallery
+from headwater_recipes.images.pictures import draw_gallery
 from headwater_recipes.images.store import Images, Scale, Split
 
 PICTURES = ("confusion.png", "mistakes.png")
-
-_SAME = 1e-4
-"""Logits of the saved model may differ by this much from those in training: another order of summation."""
 
 _LINEAR_SIDE = 28
 _LINEAR_MOST = 60_000
@@ -122,8 +121,11 @@ def tell(folder: Path, found: Mapping[str, Any], console: Console) -> None:
     say(console, f"  baselines: linear model {beside['linear']:.2%}, most frequent class {beside['majority']:.2%}")
     weakest = sorted(found["accuracy_by_class"].items(), key=lambda item: item[1])[:3]
     say(console, "  weakest classes: " + ", ".join(f"{name} {share:.1%}" for name, share in weakest))
-    difference = found["largest_logit_difference_of_saved_model"]
-    verdict = "gives the same logits" if difference <= _SAME else "DOES NOT give the same logits"
-    say(console, f"  AutoModelForImageClassification.from_pretrained {verdict} (largest difference {difference:.1e})")
+    say_saved(
+        console,
+        "AutoModelForImageClassification.from_pretrained",
+        "logits",
+        found["largest_logit_difference_of_saved_model"],
+    )
     names = "model.safetensors, config.json, preprocessor_config.json, metrics.jsonl, loss.png, report.json"
     say(console, f"{folder}: {names}, {', '.join(PICTURES)}", whole=True)

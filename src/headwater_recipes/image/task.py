@@ -11,12 +11,11 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from headwater_recipes.common import checkpoint
-from headwater_recipes.common.task import Batch, Ended, Sums, Task
+from headwater_recipes.common.task import Batch, Ended, Sums
 from headwater_recipes.image import data, model, report
 from headwater_recipes.image.settings import RECIPE, ImageSettings
 from headwater_recipes.images.batches import Order, vary
-from headwater_recipes.images.store import Images, Scale, quiet
+from headwater_recipes.images.task import ImageTask
 
 PERIODIC = 1000
 """Images of a periodic validation, over all workers; the final one takes all that are held out."""
@@ -25,16 +24,13 @@ TOGETHER = 250
 """Images that are looked at at once when nothing is learnt."""
 
 
-class ImageClassification(Task[ImageSettings]):
+class ImageClassification(ImageTask[ImageSettings]):
     """Cross-entropy over the classes; the figure is the accuracy."""
 
     recipe = RECIPE
 
     def __init__(self, settings: ImageSettings, folder: Path, rank: int = 0, world: int = 1) -> None:
         super().__init__(settings, folder, rank, world)
-        quiet()
-        self.images = Images.load(folder)
-        self.scale = Scale.read(folder)
         self.order = Order(len(self.images.training.labels), settings.batch, rank, world, settings.seed)
 
     @classmethod
@@ -45,8 +41,7 @@ class ImageClassification(Task[ImageSettings]):
         places = self.order.places(step)
         random = np.random.default_rng([self.settings.seed, step, self.rank])
         pixels = vary(self.images.training.pixels[places], self.settings.augment, random)
-        labels = torch.from_numpy(self.images.training.labels[places])
-        return [Batch((self.scale.tensor(pixels), labels), len(labels), len(labels))]
+        return [self.batch(pixels, self.images.training.labels[places])]
 
     def held_out(self, whole: bool) -> Iterable[Batch]:
         pixels, labels = self.images.held_out
@@ -54,7 +49,7 @@ class ImageClassification(Task[ImageSettings]):
         mine = places.astype(np.int64)[self.rank :: self.world]
         for start in range(0, len(mine), TOGETHER):
             some = mine[start : start + TOGETHER]
-            yield Batch((self.scale.tensor(pixels[some]), torch.from_numpy(labels[some])), len(some), len(some))
+            yield self.batch(pixels[some], labels[some])
 
     def build(self) -> torch.nn.Module:
         s = self.settings
@@ -62,21 +57,22 @@ class ImageClassification(Task[ImageSettings]):
             model.begin(s.model, self.images.classes, s.seed) if s.model else model.build(self.images.classes, s.seed)
         )
 
-    def write(self, model: torch.nn.Module, folder: Path) -> None:
-        checkpoint.write_model(model, folder)
-        self.scale.processor(self.settings.size).save_pretrained(folder)
-
     def read(self, folder: Path) -> torch.nn.Module:
         found: torch.nn.Module = model.read(folder)
         return found
 
+    def outputs(self, model: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, classes) logits."""
+        logits: torch.Tensor = model(pixel_values=pixels).logits
+        return logits
+
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         pixels, labels = batch.inputs
-        return F.cross_entropy(model(pixel_values=pixels).logits, labels, reduction="sum")
+        return F.cross_entropy(self.outputs(model, pixels), labels, reduction="sum")
 
     def measure(self, model: torch.nn.Module, batch: Batch) -> Sums:
         pixels, labels = batch.inputs
-        logits = model(pixel_values=pixels).logits
+        logits = self.outputs(model, pixels)
         loss = F.cross_entropy(logits, labels, reduction="sum").item()
         return {"loss": loss, "right": int((logits.argmax(1) == labels).sum()), "count": len(labels)}
 
@@ -84,13 +80,6 @@ class ImageClassification(Task[ImageSettings]):
     def metrics(cls, sums: Sums) -> dict[str, float]:
         count = max(1, sums["count"])
         return {"loss": sums["loss"] / count, "accuracy": sums["right"] / count}
-
-    def verify(self, model: torch.nn.Module) -> float:
-        pixels = self.scale.tensor(self.images.held_out.pixels[:16])
-        model.eval()
-        with torch.no_grad():
-            ours, theirs = (each(pixel_values=pixels).logits for each in (model, self.read(self.folder).eval()))
-        return float((ours - theirs).abs().max())
 
     def figures(self, ended: Ended) -> dict[str, Any]:
         return report.figures(self.folder, self.images, self.scale, self.read(self.folder), ended)

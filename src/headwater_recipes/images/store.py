@@ -41,6 +41,11 @@ class Images:
     training: Split
     held_out: Split
 
+    @property
+    def size(self) -> int:
+        """S."""
+        return int(self.training.pixels.shape[1])
+
     def check(self, workers: int) -> Self:
         """Raises ``DataError`` if nothing can be learnt, or known, from them."""
         if len(self.classes) < 2:
@@ -125,13 +130,6 @@ class Scale(NamedTuple):
     def read_size(folder: Path) -> int:
         """S, from there as well."""
         return int(_processor(folder)["size"]["height"])
-
-
-def quiet() -> None:
-    """No progress bars from transformers: ours shows the progress."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _processor(folder: Path) -> dict[str, Any]:

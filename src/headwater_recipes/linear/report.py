@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from headwater_recipes.common.pictures import new_figure
 from headwater_recipes.common.stages import clock, say
 from headwater_recipes.common.task import Ended
 from headwater_recipes.linear import model
@@ -91,13 +92,9 @@ def draw(folder: Path, table: Numbers, beta: Array, ols: Array, errors: Array) -
 
     Times the deviation, as coefficients of columns in different units are not alike.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     scale = table.x.std(0)
     against, label = (ols, "closed form") if table.truth is None else (table.truth, "true β")
-    figure = Figure(figsize=(6, 6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6, 6)
     axes = figure.add_subplot()
     x, y = against * scale, beta * scale
     spread = 2 * errors * scale  # what chance alone gives: twice the closed form's standard error to both sides

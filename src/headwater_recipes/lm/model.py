@@ -11,7 +11,6 @@ import headwater
 from headwater import pretrained
 from headwater_recipes.lm.settings import size
 from headwater_recipes.text import generation, tokenizer
-from headwater_recipes.text.task import quiet
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -77,7 +76,7 @@ def generate_text(folder: Path, prompt: str, **choice: Any) -> str:
     Raises:
         DataError: no model there. UsageError: an argument out of range.
     """
-    quiet()
+    pretrained.quiet()
     return generation.continue_text(load(folder), tokenizer.load(folder), prompt, **choice)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from headwater_recipes.common.stages import clock, say
+from headwater_recipes.common.stages import clock, say, say_saved
 from headwater_recipes.common.task import Ended
 from headwater_recipes.lm.model import generate_text
 from headwater_recipes.lm.settings import LmSettings
@@ -17,9 +17,6 @@ from headwater_recipes.text.task import score_of
 
 PROMPT = "def __init__(self"
 """What the sample at the end begins with, when the corpus is the standard library."""
-
-_SAME = 1e-4
-"""Logits of the saved model may differ by this much from those in training: another order of summation."""
 
 
 def figures(arrays: tokenizer.Arrays, length: int, ended: Ended) -> dict[str, Any]:
@@ -47,9 +44,9 @@ def tell(folder: Path, settings: LmSettings, found: Mapping[str, Any], console: 
     for name, beside in (("validation", ""), ("unigram", "   (the baseline: no context)")):
         bits, loss = found[f"{name}_bits_per_byte"], found[f"{name}_loss"]
         say(console, f"  {name:<12} {bits:.3f} bits per byte   loss {loss:.3f}{beside}")
-    difference = found["largest_logit_difference_of_saved_model"]
-    verdict = "gives the same logits" if difference <= _SAME else "DOES NOT give the same logits"
-    say(console, f"  AutoModelForCausalLM.from_pretrained {verdict} (largest difference {difference:.1e})")
+    say_saved(
+        console, "AutoModelForCausalLM.from_pretrained", "logits", found["largest_logit_difference_of_saved_model"]
+    )
     say(console, "")
     say(console, sample(folder, prompt_of(folder, settings.data), settings.seed), whole=True)
     say(console, "")

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from rich.console import Console
 
+from headwater import pretrained
 from headwater.errors import DataError
 from headwater_recipes.common import checkpoint
 from headwater_recipes.common.stages import say, stage
@@ -25,7 +26,6 @@ from headwater_recipes.sentiment import model
 from headwater_recipes.sentiment.settings import SentimentSettings
 from headwater_recipes.text import classified, labelled, linear
 from headwater_recipes.text.labelled import Columns, Labelled, Row
-from headwater_recipes.text.task import quiet
 
 POLARITY = {"0": "negative", "1": "positive"}
 
@@ -41,7 +41,7 @@ _STRANGE = 0.1
 def prepare(wanted: SentimentSettings, console: Console) -> Callable[[Path], None]:
     """See ``Task.prepare``."""
     with stage(console, "loading transformers"):
-        quiet()
+        pretrained.quiet()
     with stage(console, "reading the texts"):
         found = _shuffled(read(wanted), wanted.seed)
     if len(found.training) < wanted.workers:

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from headwater import pretrained
 from headwater_recipes.common import checkpoint
-from headwater_recipes.common.stages import clock, say
+from headwater_recipes.common.pictures import draw_confusion
+from headwater_recipes.common.stages import clock, say, say_saved
 from headwater_recipes.common.task import Ended
 from headwater_recipes.text import classified, classifying, encoder, pictures
 from headwater_recipes.text.labelled import Row
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from headwater_recipes.sentiment.task import Sentiment
 
 PICTURES = ("confusion.png", "words.png")
-_SAME = 1e-4
-"""Logits of the saved model may differ by this much from those in training: another order of summation."""
 _SHOWN = 3
 _TOLD = 20
 _BARS = 15
@@ -39,9 +38,7 @@ def figures(task: Sentiment, ended: Ended) -> dict[str, Any]:
     found = classifying.confusion(ended.sums)
     counts[: len(found), : len(found)] = found
     accuracy, held = ended.metrics["accuracy"], int(counts.sum())
-    pictures.confusions(
-        folder / PICTURES[0], counts, names, f"{folder.name}: {held:,} held-out texts, {accuracy:.1%} right"
-    )
+    draw_confusion(folder / PICTURES[0], counts, names, f"{folder.name}: {held:,} held-out texts, {accuracy:.1%} right")
     title = "words that alone are taken for a class, and how surely"
     pictures.telling_words(folder / PICTURES[1], telling(model, folder, names), title)
     checkpoint.write_json(folder / "mistakes.json", mistakes(task.said(model), folder, names))
@@ -100,10 +97,7 @@ def tell(folder: Path, found: Mapping[str, Any], console: Console) -> None:
     tfidf, majority = (found["baseline"][name] for name in ("tfidf_logistic_regression", "majority"))
     for name, score in (("this model", found), ("TF-IDF + logistic regression", tfidf), ("commonest class", majority)):
         say(console, f"  {name:<29} accuracy {score['accuracy']:.1%}   macro-F1 {score['macro_f1']:.3f}")
-    difference = found["largest_logit_difference_of_saved_model"]
-    if difference is not None:
-        verdict = "gives the same logits" if difference <= _SAME else "DOES NOT give the same logits"
-        say(console, f"  AutoModelForSequenceClassification {verdict} (largest difference {difference:.1e})")
+    say_saved(console, "AutoModelForSequenceClassification", "logits", found["largest_logit_difference_of_saved_model"])
     for each in msgspec.json.decode((folder / "mistakes.json").read_bytes())[:_SHOWN]:
         text = textwrap.shorten(each["text"], 160, placeholder=" …")
         say(console, f"  {each['label']}, taken for {each['said']} ({each['share']:.0%}): {text}")

@@ -9,45 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from headwater_recipes.common.pictures import new_figure
 from headwater_recipes.sound.score import Floats, Ints
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _FEW = 20
-"""Labels whose counts are written into a confusion matrix."""
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def confusion(path: Path, told: Ints, labels: Ints, names: Sequence[str], title: str) -> None:
-    """Rows are what is said, each adding up to 1; columns what is told."""
-    from sklearn.metrics import confusion_matrix
-
-    counts = confusion_matrix(labels, told, labels=np.arange(len(names)))
-    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
-    size = 3.2 + min(9.0, 0.45 * len(names))
-    figure = _figure(size + 0.8, size)
-    axes = figure.add_subplot()
-    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="told", ylabel="said", title=title)
-    small = 9 if len(names) <= _FEW else 6
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=small)
-    axes.set_yticks(range(len(names)), names, fontsize=small)
-    if len(names) <= _FEW:
-        for row, column in np.ndindex(counts.shape):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
-    figure.colorbar(shown, ax=axes, shrink=0.7, label="share of what is said")
-    figure.savefig(path, dpi=110)
+"""Labels that a map names in its legend."""
 
 
 def embedding_map(path: Path, seen: Floats, labels: Ints, names: Sequence[str], title: str) -> None:
@@ -56,7 +25,7 @@ def embedding_map(path: Path, seen: Floats, labels: Ints, names: Sequence[str], 
 
     nearness = max(1.0, min(30.0, (len(seen) - 1) / 3))
     plane = TSNE(perplexity=nearness, init="pca", random_state=0).fit_transform(seen)
-    figure = _figure(8.5, 6.5)
+    figure = new_figure(8.5, 6.5)
     axes = figure.add_subplot()
     if len(names) <= _FEW:
         for label, name in enumerate(names):
@@ -80,7 +49,7 @@ def spectrograms(
     places = np.unique(np.linspace(0, len(mels) - 1, min(most, len(mels))).round().astype(int))
     columns = 4
     rows = -(-len(places) // columns)
-    figure = _figure(11, 1 + 1.9 * rows)
+    figure = new_figure(11, 1 + 1.9 * rows)
     for index, place in enumerate(places):
         axes: Axes = figure.add_subplot(rows, columns, index + 1)
         axes.imshow(mels[place].T.numpy(), origin="lower", aspect="auto", cmap="magma")

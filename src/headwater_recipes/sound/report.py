@@ -11,6 +11,8 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
+from headwater_recipes.common.pictures import draw_confusion
+from headwater_recipes.common.scores import confusion_matrix
 from headwater_recipes.common.stages import clock, say
 from headwater_recipes.common.task import Ended
 from headwater_recipes.sound import baselines, pictures
@@ -84,7 +86,8 @@ def draw(folder: Path, names: Sequence[str], sets: Mapping[str, Judged]) -> list
     first, last = next(iter(sets)), list(sets)[-1]
     judged, seen = sets[first], sets[last]
     told, labels = judged.told, judged.labels
-    pictures.confusion(folder / "confusion.png", told, labels, names, f"{folder.name}: {first}")
+    counts = confusion_matrix(labels, told, len(names))
+    draw_confusion(folder / "confusion.png", counts, names, f"{folder.name}: {first}")
     pictures.embedding_map(folder / "embedding.png", judged.embeddings, labels, names, f"{folder.name}: {first}")
     pictures.spectrograms(
         folder / "spectrograms.png", seen.mels, seen.told, seen.labels, names, f"what is told: {last}"

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from headwater_recipes.common.scores import equal_error_rate as error_rate_of
+
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
 
@@ -40,10 +42,4 @@ def equal_error_rate(log_probabilities: Floats, labels: Ints) -> float:
     odds = p - np.log(np.maximum(-np.expm1(np.minimum(p, -1e-12)), 1e-300))
     target = np.arange(p.shape[1])[None] == np.asarray(labels)[:, None]
     false_alarms, hits, _ = roc_curve(target.ravel(), odds.ravel(), drop_intermediate=False)
-    misses = 1 - hits
-    after = int(np.argmax(false_alarms >= misses))
-    if after == 0:
-        return float(false_alarms[0])
-    above, below = (misses - false_alarms)[[after - 1, after]]
-    weight = above / (above - below)
-    return float(false_alarms[after - 1] + weight * (false_alarms[after] - false_alarms[after - 1]))
+    return error_rate_of(false_alarms, hits)

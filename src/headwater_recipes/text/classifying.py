@@ -14,12 +14,12 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
+from headwater import pretrained
 from headwater_recipes.common.task import Batch, Sums, Task
 from headwater_recipes.text import classified, encoder
 from headwater_recipes.text.classified import ClassifiedTexts, TextBatch
 from headwater_recipes.text.padded import Order
 from headwater_recipes.text.settings import ClassifyingTraining
-from headwater_recipes.text.task import quiet
 
 AnyClassifying = TypeVar("AnyClassifying", bound=ClassifyingTraining)
 
@@ -33,7 +33,7 @@ class Classifying(Task[AnyClassifying]):
 
     def __init__(self, settings: AnyClassifying, folder: Path, rank: int = 0, world: int = 1) -> None:
         super().__init__(settings, folder, rank, world)
-        quiet()
+        pretrained.quiet()
         self.texts = classified.load(folder, "training")
         self.aside = classified.load(folder, "held_out")
         self.padding = 0

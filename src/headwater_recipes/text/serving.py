@@ -12,7 +12,6 @@ from torch import nn
 from headwater import pretrained
 from headwater_recipes.common import serving
 from headwater_recipes.text import encoder
-from headwater_recipes.text.task import quiet
 
 
 class ServedClassifier:
@@ -27,7 +26,7 @@ class ServedClassifier:
 
     @classmethod
     def read(cls, folder: Path) -> tuple[nn.Module, Self]:
-        quiet()
+        pretrained.quiet()
         model = encoder.read(folder).eval()
         tokenizer = pretrained.load_tokenizer(str(folder))
         return model, cls(tokenizer, encoder.class_names(model), int(tokenizer.model_max_length))

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from headwater import pretrained
 from headwater_recipes.common.task import Batch, Sums, Task
 from headwater_recipes.text.score import Score
 from headwater_recipes.text.settings import TextTraining
@@ -20,7 +21,7 @@ class TextTask(Task[AnyText]):
 
     def __init__(self, settings: AnyText, folder: Path, rank: int = 0, world: int = 1) -> None:
         super().__init__(settings, folder, rank, world)
-        quiet()
+        pretrained.quiet()
 
     @abstractmethod
     def nbytes(self, batch: Batch) -> int:
@@ -38,10 +39,3 @@ class TextTask(Task[AnyText]):
 def score_of(sums: Sums) -> Score:
     """What ``TextTask.measure`` added up."""
     return Score(float(sums["nats"]), int(sums["tokens"]), int(sums["nbytes"]))
-
-
-def quiet() -> None:
-    """No progress bars from transformers: ours shows the progress."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from transformers import AutoImageProcessor, AutoModel
 
 from headwater.errors import DataError, UsageError
-from headwater_recipes.common import job
 from headwater_recipes.faces import data, model, report
 from headwater_recipes.faces.serving import FacesServed
 from headwater_recipes.faces.settings import RECIPE, FacesSettings
 from headwater_recipes.images.store import Images, Split
 from tests.recipes.data import need
+from tests.recipes.runs import SAID, train
 
 TINY: dict[str, Any] = {
     "steps": 30,
@@ -46,13 +44,7 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(people: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run by two workers and two servers."""
-    out = io.StringIO()
-    console = Console(file=out, width=150)
-    settings = FacesSettings(data=(str(people),), **TINY)
-    folder = job.prepare(RECIPE, settings, tmp_path_factory.mktemp("run") / "run", console)
-    assert job.Job(RECIPE, folder, console).run() == 0, out.getvalue()
-    (folder / "said.txt").write_text(out.getvalue(), encoding="utf-8")
-    return folder
+    return train(RECIPE, FacesSettings(data=(str(people),), **TINY), tmp_path_factory.mktemp("run") / "run")
 
 
 def test_people_never_seen_are_recognised(run: Path) -> None:
@@ -68,7 +60,7 @@ def test_people_never_seen_are_recognised(run: Path) -> None:
     for name in (*found["pictures"], "loss.png"):
         with Image.open(run / name) as picture:
             assert picture.width > 400
-    said = (run / "said.txt").read_text(encoding="utf-8")
+    said = (run / SAID).read_text(encoding="utf-8")
     assert "12 people in 120 images to train on, 4 people in 40 held out" in said
     assert "Traceback" not in said
     assert "Warning" not in said

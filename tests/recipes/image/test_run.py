@@ -24,6 +24,7 @@ from headwater_recipes.image.serving import ImageServed
 from headwater_recipes.image.settings import RECIPE, ImageSettings
 from headwater_recipes.images.store import Images, Split
 from tests.recipes.data import need
+from tests.recipes.runs import SAID, train
 
 CLASSES = ("Trouser", "Bag", "Ankle boot")
 
@@ -56,13 +57,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run by two workers and two servers."""
-    out = io.StringIO()
-    console = Console(file=out, width=150)
-    settings = ImageSettings(data=(str(photos),), **TINY)
-    folder = job.prepare(RECIPE, settings, tmp_path_factory.mktemp("run") / "run", console)
-    assert job.Job(RECIPE, folder, console).run() == 0, out.getvalue()
-    (folder / "said.txt").write_text(out.getvalue(), encoding="utf-8")
-    return folder
+    return train(RECIPE, ImageSettings(data=(str(photos),), **TINY), tmp_path_factory.mktemp("run") / "run")
 
 
 def test_a_classifier_is_trained_through_servers(run: Path) -> None:
@@ -78,7 +73,7 @@ def test_a_classifier_is_trained_through_servers(run: Path) -> None:
     for name in (*report["pictures"], "loss.png"):
         with Image.open(run / name) as picture:
             assert picture.width > 400
-    said = (run / "said.txt").read_text(encoding="utf-8")
+    said = (run / SAID).read_text(encoding="utf-8")
     assert "3 classes, 179 to train on, 90 held out; 1 left out as they cannot be read" in said
     assert "Traceback" not in said
     assert "Warning" not in said

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from headwater_recipes.common.scores import confusion_matrix
 from headwater_recipes.images.batches import Augment, Order, vary
-from headwater_recipes.images.pictures import confusion_matrix
 
 
 def test_an_epoch_of_all_ranks_visits_every_image_once() -> None:

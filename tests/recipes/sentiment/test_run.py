@@ -26,6 +26,7 @@ from headwater_recipes.text import classifying
 from headwater_recipes.text.serving import ServedClassifier
 from tests.gateway.http_fakes import PATIENCE, running
 from tests.recipes.data import need
+from tests.recipes.runs import SAID, train
 
 TINY: dict[str, Any] = {
     "scratch": True,
@@ -69,11 +70,8 @@ def test_two_workers_and_two_servers_learn_what_critics_say(tmp_path: Path) -> N
     settings = SentimentSettings(
         data=(str(place),), seq=32, batch=12, steps=36, warmup=4, lr=2e-4, publish_every=18, log_every=6
     )
-    out = io.StringIO()
-    console = Console(file=out, width=150)
-    run = job.prepare(RECIPE, settings, tmp_path / "run", console)
-    assert job.Job(RECIPE, run, console).run() == 0, out.getvalue()
-    text = out.getvalue()
+    run = train(RECIPE, settings, tmp_path / "run")
+    text = (run / SAID).read_text(encoding="utf-8")
     assert "% right" in text
     assert "AutoModelForSequenceClassification gives the same logits" in text
     assert "Traceback" not in text
