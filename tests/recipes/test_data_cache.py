@@ -184,7 +184,7 @@ from headwater_recipes.data import cache, catalog
 from tests.recipes import test_data_cache as here
 catalog.CATALOG = {"colours": here.described(here.Debian("colours-data"))}
 if sys.argv[2:] == ["killed"]:
-    cache._replace = lambda place, made: os.kill(os.getpid(), signal.SIGKILL)
+    cache._replace = lambda place, made, found: os.kill(os.getpid(), signal.SIGKILL)
 cache.get("colours", Path(sys.argv[1]) if sys.argv[1] else None)
 """
 

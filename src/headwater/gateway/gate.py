@@ -116,9 +116,10 @@ class Gate:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         try:
-            if self._keys is not None and not _open(scope):
-                self._keys.check(scope["headers"])
-            record.admitted = self._keys is None or not _open(scope)
+            if self._keys is None or not _open(scope):
+                if self._keys is not None:
+                    self._keys.check(scope["headers"])
+                record.admitted = True
             await self._app(scope, receive, send)
         except ClientGone:
             record.gone = True

