@@ -1,8 +1,10 @@
-"""Train the applications and write docs/applications.md: ``python benchmarks/applications.py [NAME …]``.
+"""Train the applications and write docs/applications.md: ``python benchmarks/applications.py [NAME …] [--only PART]``.
 
-Each recipe with its defaults, then the same steps in one plain process with 2 threads, then a few of them under
-DistributedDataParallel over Gloo. What was measured of the others stays as it is in ``benchmarks/runs/``, which git
-ignores; the page is made of all that is there.
+Three parts. ``run`` needs a machine that does nothing else: each recipe with its defaults, then the rates of the same
+loop in one plain process with 2 threads, and under DistributedDataParallel over Gloo. ``plain`` is the whole run once
+more in one process with one thread, two recipes at a time; ``seeds`` trains those whose held-out data are few with two
+other seeds. What was measured before of other recipes and parts stays in ``benchmarks/runs/``, which git ignores; the
+page is made of all that is there.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,65 +27,128 @@ from headwater_recipes.common.recipe import Recipe
 
 HERE = Path(__file__).parent
 RUNS, DOCS = HERE / "runs", HERE.parent / "docs"
-DDP_STEPS = 60
+RATE_STEPS = 60
+FEW = ("detection", "faces", "qa", "speech")
+"""Recipes that are judged on few things."""
+SEEDS = (1, 2)
+"""Beside the default, 0."""
+JUDGED = {
+    "commands": ("accuracy", "baseline MFCC and nearest centroid accuracy"),
+    "faces": ("validation rank 1", "baseline pixels rank 1"),
+    "finetune": ("held out loss", "held out loss before"),
+    "image": ("validation accuracy", "baseline linear"),
+    "linear": ("validation r2", "baseline closed form r2"),
+    "lm": ("validation bits per byte", "unigram bits per byte"),
+    "sentiment": ("accuracy", "baseline tfidf logistic regression accuracy"),
+    "speech": ("accuracy", "baseline MFCC statistics and logistic regression accuracy"),
+}
+"""The figure by which a recipe is judged, and the baseline's beside it: their names in ``flat(report)``."""
+TOLD = ("step", "training seconds", "largest ")
+"""Figures that are told elsewhere, or are none of quality."""
 WITHHELD = ("nearest.png", "mistakes.png")
 HEAD = """# Applications
 
-What `headwater train NAME` trains, judged on data that it has never seen. Written by `make recipes`: every figure is
-measured. *Plain* is the same number of steps on the same batches in one process with two threads and no servers
-(`python -m headwater_recipes.common.plain`); *DDP* is `DistributedDataParallel` over Gloo with as many workers.
+What `headwater train NAME` trains by 2 workers through 2 servers, judged on data that it has never seen. Written by
+`make recipes`: every figure is measured.
+
+*Plain* is the same number of steps on the same batches in one process with one thread and no servers
+(`python -m headwater_recipes.common.plain`). Its parameters are compared with the run's: *same* says that no bit of any
+of them differs. Minutes are those of the whole command, preparation and evaluation included. Rates are those of
+training: of the run, of the same loop in one plain process with two threads, and of `DistributedDataParallel` over Gloo
+with two workers. *±* is the standard deviation over three seeds, where what is held out is small.
 """
 
 
 def main() -> None:
     """See the module."""
-    known = {recipe.name: recipe for recipe in listing.found() if recipe.typed.startswith("headwater train ")}
+    known = {recipe.name: recipe for recipe in listing.found() if recipe.name in JUDGED}
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("names", nargs="*", choices=[*known, []], default=[*known])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(known)}")
+    parser.add_argument("--only", choices=["run", "plain", "seeds", "page"], help="default: all, one after another")
+    asked = parser.parse_args()
+    if strange := [name for name in asked.names if name not in known]:
+        parser.error(f"{', '.join(strange)}: there is {', '.join(known)}")
+    recipes = [known[name] for name in asked.names or known]
     RUNS.mkdir(exist_ok=True)
-    for name in parser.parse_args().names:
-        with tempfile.TemporaryDirectory(prefix="headwater-") as folder:
-            found = measured(known[name], Path(folder) / "run")
-        (RUNS / f"recipe-{name}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    if asked.only in (None, "run"):
+        for recipe in recipes:
+            keep(recipe, run(recipe))
+    if asked.only in (None, "plain"):
+        with ThreadPoolExecutor(2) as both:
+            for recipe, found in zip(recipes, both.map(plain, recipes), strict=True):
+                keep(recipe, {"plain": found})
+    if asked.only in (None, "seeds"):
+        for recipe in recipes:
+            if recipe.name in FEW:
+                keep(recipe, {"seeds": [report_of(recipe, trained(recipe, seed)) for seed in SEEDS]})
     write_page(known)
 
 
-def write_page(known: dict[str, Recipe[Any]]) -> None:
-    """All that has been measured."""
-    sections = [section(known[name], read(name)) for name in known if (RUNS / f"recipe-{name}.json").is_file()]
-    (DOCS / "applications.md").write_text("\n".join([HEAD, *sections]), encoding="utf-8")
+# ---- measuring -------------------------------------------------------------------------------------
 
 
-def read(name: str) -> dict[str, Any]:
-    """What was measured last of a recipe."""
-    found: dict[str, Any] = json.loads((RUNS / f"recipe-{name}.json").read_text(encoding="utf-8"))
+def folder(recipe: Recipe[Any], seed: int = 0) -> Path:
+    """The run's."""
+    return RUNS / (f"{recipe.name}-{seed}" if seed else recipe.name)
+
+
+def kept(recipe: Recipe[Any]) -> dict[str, Any]:
+    """What was measured last of a recipe; nothing of what was never measured."""
+    path = RUNS / f"recipe-{recipe.name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
 
 
-def measured(recipe: Recipe[Any], run: Path) -> dict[str, Any]:
-    """One run with the defaults, and what stands beside it."""
-    where = machine()
-    subprocess.run([sys.executable, "-m", "headwater", *recipe.typed.split()[1:], "--run", str(run)], check=True)
-    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    unit = recipe.wording.unit
-    rates = [row[f"{unit}_per_second"] for row in metrics.read_rows(run) if row["kind"] == "step"]
+def keep(recipe: Recipe[Any], found: dict[str, Any]) -> None:
+    """Beside what other parts have found."""
+    text = json.dumps({**kept(recipe), **found}, indent=1)
+    (RUNS / f"recipe-{recipe.name}.json").write_text(text, encoding="utf-8")
+
+
+def trained(recipe: Recipe[Any], seed: int = 0) -> Path:
+    """The folder of a run with the defaults, and nothing of one that was there."""
+    place = folder(recipe, seed)
+    shutil.rmtree(place, ignore_errors=True)
+    words = [*recipe.typed.split()[1:], "--run", str(place), "--seed", str(seed)]
+    subprocess.run([sys.executable, "-m", "headwater", *words], check=True)
+    return place
+
+
+def report_of(recipe: Recipe[Any], place: Path) -> dict[str, Any]:
+    """``report.json``; a run of another seed is not needed any more."""
+    found: dict[str, Any] = json.loads((place / "report.json").read_text(encoding="utf-8"))
+    if place != folder(recipe):
+        shutil.rmtree(place)
+    return found
+
+
+def run(recipe: Recipe[Any]) -> dict[str, Any]:
+    """The defaults, and the rates beside them. What other parts have found belongs to the run before."""
+    (RUNS / f"recipe-{recipe.name}.json").unlink(missing_ok=True)
+    where, begun = machine(), time.monotonic()
+    place = trained(recipe)
+    minutes = (time.monotonic() - begun) / 60
+    report, unit = report_of(recipe, place), recipe.wording.unit
     for picture in shown(report):
         (DOCS / "pictures").mkdir(exist_ok=True)
-        shutil.copy(run / picture, DOCS / "pictures" / f"{recipe.name}-{picture}")
+        shutil.copy(place / picture, DOCS / "pictures" / f"{recipe.name}-{picture}")
+    rates = [row[f"{unit}_per_second"] for row in metrics.read_rows(place) if row["kind"] == "step"]
+    quick = ("--rate", "--steps", str(RATE_STEPS))
+    others = [without_servers(recipe, *quick, *more) for more in (("--threads", "2"), ("--ddp",))]
     return {
-        "machine": str(where), "report": report, "unit": unit, "rate": statistics.median(rates),
-        "plain": plain(recipe, run), "ddp": plain(recipe, run, "--ddp", "--steps", str(DDP_STEPS)),
+        "machine": str(where), "minutes": minutes, "report": report, "unit": unit,
+        "rates": [statistics.median(rates), *(found and found["units_per_second"] for found in others)],
     }  # fmt: skip
 
 
-def shown(report: dict[str, Any]) -> list[str]:
-    """The pictures for the page: not those that show the data themselves, which the repository must not hold."""
-    return [picture for picture in report.get("pictures", ()) if picture not in WITHHELD]
+def plain(recipe: Recipe[Any]) -> dict[str, Any] | None:
+    """The whole run in one process with one thread, as a worker has: the same sums in the same order."""
+    return without_servers(recipe, "--threads", "1")
 
 
-def plain(recipe: Recipe[Any], run: Path, *words: str) -> dict[str, Any] | None:
-    """Without servers; ``None`` where there is no such run (the servers draw the model's first values)."""
-    command = [sys.executable, "-m", "headwater_recipes.common.plain", recipe.task, str(run), *words]
+def without_servers(recipe: Recipe[Any], *words: str) -> dict[str, Any] | None:
+    """``None`` where there is no such run: the servers draw the model's first values."""
+    command = [sys.executable, "-m", "headwater_recipes.common.plain", recipe.task, str(folder(recipe)), *words]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if done.returncode:
         return None
@@ -90,45 +156,95 @@ def plain(recipe: Recipe[Any], run: Path, *words: str) -> dict[str, Any] | None:
     return found
 
 
+# ---- the page --------------------------------------------------------------------------------------
+
+
+def write_page(known: dict[str, Recipe[Any]]) -> None:
+    """All that has been measured."""
+    recipes = [recipe for recipe in known.values() if "rates" in kept(recipe)]
+    parts = [HEAD, *table(recipes), "", *[section(recipe, kept(recipe)) for recipe in recipes]]
+    (DOCS / "applications.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def shown(report: dict[str, Any]) -> list[str]:
+    """The pictures for the page: not those that show the data themselves, which the repository must not hold."""
+    return [picture for picture in report.get("pictures", ()) if picture not in WITHHELD]
+
+
+def table(recipes: list[Recipe[Any]]) -> list[str]:
+    """All of them at a glance."""
+    head = ("command", "judged by", "Headwater", "plain", "baseline", "minutes", "a second", "plain", "DDP")
+    lines = [f"| {' | '.join(head)} |", "|---|---|---:|---|---|---:|---:|---:|---:|"]
+    for recipe in recipes:
+        found = kept(recipe)
+        name, beside = JUDGED[recipe.name]
+        baseline = f"{beside.removeprefix('baseline ')} {said(flat(found['report']).get(beside))}"
+        rate, *others = map(said, found["rates"])
+        cells = [
+            f"`{recipe.typed}`", words(name), spread(found, name), alone(found, name), baseline,
+            f"{found['minutes']:.1f}", f"{rate} {found['unit']}", *others,
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def section(recipe: Recipe[Any], found: dict[str, Any]) -> str:
     """A recipe's part of the page."""
-    row, report, unit = listing.row(recipe), found["report"], found["unit"]
-    beside = found["plain"] or {}
+    row, report = listing.row(recipe), found["report"]
     lines = [
         f"## {row.task.capitalize()}: `{row.command}`", "",
-        f"{row.data} ({row.licence}); {row.model}. {report['step']} steps in {report['training_seconds']:.0f} s.",
+        f"{row.data} ({row.licence}); {row.model}.",
+        f"{report['step']:,} steps in {report['training_seconds']:.0f} s, {found['minutes']:.1f} minutes in all.",
         f"Machine: {found['machine']}.", "",
         "| on held-out data | Headwater | plain |", "|---|---:|---:|",
     ]  # fmt: skip
-    for name, value in report.items():
-        short = name.removeprefix("validation_")
-        told = name in ("step", "training_seconds") or name.startswith("largest_")
-        if isinstance(value, int | float) and not told:
-            alone = beside.get("metrics", {}).get(short)
-            lines.append(f"| {short.replace('_', ' ')} | {_said(value)} | {_said(alone)} |")
-    baselines = flat(report.get("baseline", {}))
-    words = [f"{name.replace('_', ' ')} {_said(value)}" for name, value in baselines.items()]
-    lines += ["", f"Baselines: {', '.join(words)}."]
-    lines += ["", f"| {unit} a second | Headwater | plain, 2 threads | DDP over Gloo |", "|---|---:|---:|---:|"]
-    rates = [found["rate"], beside.get("units_per_second"), (found["ddp"] or {}).get("units_per_second")]
-    lines.append("| | " + " | ".join(_said(rate) for rate in rates) + " |")
+    figures = {name: value for name, value in flat(report).items() if not name.startswith(TOLD)}
+    ours = [name for name in figures if "baseline " not in name]
+    lines += [f"| {words(name)} | {spread(found, name)} | {alone(found, name)} |" for name in ours]
+    beside = [f"{name.replace('baseline ', '')} {said(figures[name])}" for name in figures if name not in ours]
+    lines += ["", f"Baselines: {', '.join(beside)}."] if beside else []
     for picture in shown(report):
         lines += ["", f"![{picture.partition('.')[0]}](pictures/{recipe.name}-{picture})"]
     return "\n".join([*lines, ""])
 
 
+def spread(found: dict[str, Any], name: str) -> str:
+    """A figure of the run; with more seeds than one the mean, and how far they lie apart."""
+    values = [flat(report)[name] for report in (found["report"], *found.get("seeds", ()))]
+    if len(values) == 1 or len(set(values)) == 1:
+        return said(values[0])
+    return f"{said(statistics.mean(values))} ± {statistics.stdev(values):.2g}"
+
+
+def alone(found: dict[str, Any], name: str) -> str:
+    """A figure of the plain run."""
+    beside = found.get("plain")
+    if beside is None:
+        return "–"
+    value = flat(beside["figures"]).get(name)
+    same = beside["largest_difference"] == 0 and value == flat(found["report"])[name]
+    return "same" if same else said(value)
+
+
 def flat(figures: dict[str, Any], before: str = "") -> dict[str, float]:
-    """The numbers; those of a baseline that has several are named by both."""
+    """The numbers by their names, as people write them; those of a part are named by it too."""
     found: dict[str, float] = {}
-    for name, value in figures.items():
+    for key, value in figures.items():
+        name = f"{before}{key.replace('_', ' ')}"
         if isinstance(value, dict):
-            found |= flat(value, f"{before}{name} ")
+            found |= flat(value, f"{name} ")
         elif isinstance(value, int | float):
-            found[before + name] = value
+            found[name] = value
     return found
 
 
-def _said(value: float | None) -> str:
+def words(name: str) -> str:
+    """Of held-out data they all are."""
+    return name.removeprefix("validation ")
+
+
+def said(value: float | None) -> str:
+    """Three digits, or a whole number."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"

@@ -2,15 +2,18 @@
 
 The same batches in the same order, in one process that plays every rank (``--threads``), or with ``--ddp`` in as many
 processes as the run had workers, under ``DistributedDataParallel`` over Gloo. What comes of it is printed as JSON: the
-metrics of all held-out data, units per second of training, and how far the model is from the run's.
+figures that a report of it has, units per second of training, and how far the model is from the run's: nothing at all
+with one thread, as a worker has, if nobody's updates were late (``Bulk``).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import pkgutil
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,10 +28,10 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from headwater.errors import UsageError
-from headwater_recipes.common import checkpoint
+from headwater_recipes.common import checkpoint, metrics
 from headwater_recipes.common.schedule import Schedule, factor
 from headwater_recipes.common.settings import Training
-from headwater_recipes.common.task import Task, add
+from headwater_recipes.common.task import Ended, Task, add
 from headwater_recipes.common.trainer import takes_bfloat16
 
 WARM = 3
@@ -70,23 +73,32 @@ class Plain:
                 begun, seen = time.monotonic(), 0
             seen += act(step)
             if self.settings.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+                clip(self.model, self.settings.max_grad_norm)
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
         return seen / (time.monotonic() - begun)
 
     def alone(self, step: int) -> int:
-        """Every rank's gradient in turns, and their mean in the order of ranks, as servers under ``Bulk`` make it."""
+        """Every rank's gradient in turns, and their mean in the order of ranks, as servers under ``Bulk`` make it; of
+        running statistics too, which every rank goes on with from the same.
+        """
         seen, total = 0, dict[torch.nn.Parameter, torch.Tensor]()
+        running = {b: (b.clone(), torch.zeros_like(b)) for b in self.model.buffers() if b.is_floating_point()}
         for task in self.tasks:
+            for buffer, (before, _) in running.items():
+                buffer.copy_(before)
             seen += self.backward(self.model, task, step)
+            for buffer, (_, found) in running.items():
+                found += buffer
             for p in self.model.parameters():
                 if p.grad is not None:
                     total[p] = total[p] + p.grad if p in total else p.grad
                     p.grad = None
         for p, gradient in total.items():
             p.grad = gradient / self.world
+        for buffer, (_, found) in running.items():
+            buffer.copy_(found / self.world)
         return seen
 
     def backward(self, model: torch.nn.Module, task: Task[Any], step: int) -> int:
@@ -101,17 +113,35 @@ class Plain:
                 loss.backward()  # type: ignore[no-untyped-call]
         return sum(batch.seen for batch in batches)
 
-    def metrics(self) -> dict[str, float]:
-        """Of all held-out data, as the workers measure it at the end of a run."""
+    def figures(self, seconds: float) -> dict[str, Any]:
+        """What ``report.json`` would say of this model, measured as the workers measure theirs at the end of a run."""
         self.model.eval()
         with torch.no_grad(), self.precision():
             sums = add(task.measure(self.model, batch) for task in self.tasks for batch in task.held_out(whole=True))
-        return self.tasks[0].metrics(sums)
+        first = self.tasks[0]
+        ended = Ended(self.steps, seconds, sums, first.metrics(sums), metrics.read_rows(self.folder), None)
+        with tempfile.TemporaryDirectory() as place:  # a recipe may draw, and read the model from its folder
+            folder = Path(place) / self.folder.name
+            shutil.copytree(self.folder, folder, ignore=shutil.ignore_patterns("checkpoints", "*.png"))
+            first.write(self.model, folder)
+            return type(first)(self.settings, folder).figures(ended)
 
     def difference(self) -> float:
-        """The largest between a parameter of this model and of the run's."""
-        theirs = dict(self.tasks[0].read(self.folder).named_parameters())
-        return max(float((p - theirs[name]).detach().abs().max()) for name, p in self.model.named_parameters())
+        """The largest between this model's parameters and running statistics, and the run's."""
+        theirs = self.tasks[0].read(self.folder).state_dict()
+        found = [(value, theirs[name]) for name, value in self.model.state_dict().items() if value.is_floating_point()]
+        return max(float((mine - other).abs().max()) for mine, other in found if mine.numel())
+
+
+def clip(model: torch.nn.Module, max_norm: float) -> None:
+    """As ``torch.nn.utils.clip_grad_norm_``, with the norm of the servers: of a sum that is not rounded on the way
+    (here in float64), so that it does not depend on how the parameters lie on them.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
+    if (factor := max_norm / (norm + 1e-6)) < 1:
+        for gradient in gradients:
+            gradient.mul_(factor)
 
 
 class _Distributed(DistributedDataParallel):
@@ -135,16 +165,25 @@ def _taken(folder: Path) -> int:
     return int(json.loads(report.read_text(encoding="utf-8"))["step"])
 
 
-def in_one_process(kind: type[Task[Any]], folder: Path, threads: int, steps: int | None) -> dict[str, Any]:
+def in_one_process(
+    kind: type[Task[Any]], folder: Path, threads: int, steps: int | None, *, figures: bool = True
+) -> dict[str, Any]:
     """Train as one process that plays all ranks. ``threads``: of torch; with 1 the sums are in the workers' order."""
     torch.set_num_threads(threads)
     world = checkpoint.read_state(folder, kind.recipe.settings).settings.workers
     plain = Plain(kind, folder, range(world), steps)
+    begun = time.monotonic()
     rate = plain.train(plain.alone)
-    return {
-        "units_per_second": rate, "threads": threads, "steps": plain.steps, "metrics": plain.metrics(),
-        "largest_difference": plain.difference(),
-    }  # fmt: skip
+    seconds = round(time.monotonic() - begun, 1)
+    found: dict[str, Any] = {
+        "units_per_second": rate,
+        "threads": threads,
+        "steps": plain.steps,
+        "training_seconds": seconds,
+    }
+    if figures:
+        found |= {"figures": plain.figures(seconds), "largest_difference": plain.difference()}
+    return found
 
 
 def under_ddp(kind: type[Task[Any]], folder: Path, rank: int, store: str, steps: int | None) -> dict[str, Any]:
@@ -165,13 +204,14 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, help="default: as many as the run has taken")
-    parser.add_argument("--ddp", action="store_true")
+    parser.add_argument("--rate", action="store_true", help="units per second, and no figures")
+    parser.add_argument("--ddp", action="store_true", help="the same, under DistributedDataParallel")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     kind: type[Task[Any]] = pkgutil.resolve_name(asked.task)
     if not asked.ddp:
-        print(json.dumps(in_one_process(kind, asked.run, asked.threads, asked.steps)))
+        print(json.dumps(in_one_process(kind, asked.run, asked.threads, asked.steps, figures=not asked.rate)))
     elif asked.rank is not None:
         found = under_ddp(kind, asked.run, asked.rank, asked.store, asked.steps)
         if asked.rank == 0:
