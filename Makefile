@@ -51,14 +51,16 @@ install: $(VENV)/.installed-test
 demo: $(VENV)/.installed-demo
 	$(BIN)/headwater train lm
 
-# These start few processes or none: they run beside one another, the others after them and alone.
+# These start few processes or none: they run beside one another. Recipes load libraries for seconds, on one core: two
+# files of them run beside one another. The others run alone.
 ALONGSIDE := $(addprefix tests/,wire layout cluster server protocol simulator gateway transports)
-# All three always run, so that one call shows everything that fails.
+# All four always run, so that one call shows everything that fails.
 test: $(VENV)/.installed-test data
 	@failed=; \
 	$(MAKE) --no-print-directory lint || failed="$$failed lint,"; \
 	$(BIN)/python -m pytest -n $(shell nproc) $(ALONGSIDE) || failed="$$failed tests side by side,"; \
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(ALONGSIDE)) || failed="$$failed the other tests,"; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/recipes || failed="$$failed tests of recipes,"; \
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(ALONGSIDE) tests/recipes) || failed="$$failed the other tests,"; \
 	if [ -n "$$failed" ]; then echo "make test: failed:$${failed%,}" >&2; exit 1; fi
 
 # Into the cache of this machine, by pip and apt; what is there is only checked. Without a network the tests that want

@@ -37,13 +37,13 @@ JUDGED = {
     "faces": ("validation rank 1", "baseline pixels rank 1"),
     "finetune": ("held out loss", "held out loss before"),
     "image": ("validation accuracy", "baseline linear"),
-    "linear": ("validation r2", "baseline closed form r2"),
+    "linear": ("r2", "baseline closed form r2"),
     "lm": ("validation bits per byte", "unigram bits per byte"),
     "sentiment": ("accuracy", "baseline tfidf logistic regression accuracy"),
     "speech": ("accuracy", "baseline MFCC statistics and logistic regression accuracy"),
 }
 """The figure by which a recipe is judged, and the baseline's beside it: their names in ``flat(report)``."""
-TOLD = ("step", "training seconds", "largest ")
+TOLD = ("step", "training seconds", "largest ", "beta ")
 """Figures that are told elsewhere, or are none of quality."""
 WITHHELD = ("nearest.png", "mistakes.png")
 HEAD = """# Applications
@@ -147,7 +147,7 @@ def plain(recipe: Recipe[Any]) -> dict[str, Any] | None:
 
 
 def without_servers(recipe: Recipe[Any], *words: str) -> dict[str, Any] | None:
-    """``None`` where there is no such run: the servers draw the model's first values."""
+    """``None`` where there is no such run, say of a loop that DistributedDataParallel cannot wrap."""
     command = [sys.executable, "-m", "headwater_recipes.common.plain", recipe.task, str(folder(recipe)), *words]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if done.returncode:

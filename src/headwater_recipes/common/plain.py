@@ -3,7 +3,7 @@
 The same batches in the same order, in one process that plays every rank (``--threads``), or with ``--ddp`` in as many
 processes as the run had workers, under ``DistributedDataParallel`` over Gloo. What comes of it is printed as JSON: the
 figures that a report of it has, units per second of training, and how far the model is from the run's: nothing at all
-with one thread, as a worker has, if nobody's updates were late (``Bulk``).
+with one thread, as a worker has, if nobody's updates were late (``Bulk``) and nothing stopped it on the way.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
+import headwater
 from headwater.errors import UsageError
 from headwater_recipes.common import checkpoint, metrics
-from headwater_recipes.common.schedule import Schedule, factor
+from headwater_recipes.common.schedule import Schedule, factor, of, recorded
 from headwater_recipes.common.settings import Training
 from headwater_recipes.common.task import Ended, Task, add
 from headwater_recipes.common.trainer import takes_bfloat16
@@ -50,13 +51,13 @@ class Plain:
         self.tasks = [kind(settings, folder, rank, self.world) for rank in ranks]
         self.model = self.tasks[0].build()
         if any(p.is_meta for p in self.model.parameters()):
-            raise UsageError(f"the servers draw the first values of {kind.recipe.name}: there is no plain run of it")
+            self.model = drawn(self.tasks[0], self.model)
         self.optimizer = torch.optim.AdamW(
             self.tasks[0].groups(self.model), lr=settings.lr, betas=settings.betas, fused=True
         )
-        schedule = Schedule(0, 0.0, 1 / self.steps, self.steps)
+        schedules = recorded(folder) or [Schedule(0, 0.0, 1 / self.steps, self.steps)]
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: factor(schedule.at(step), step, settings.warmup)
+            self.optimizer, lambda step: factor(of(schedules, step).at(step), step, settings.warmup)
         )
         self.bfloat16 = takes_bfloat16(settings)
 
@@ -131,6 +132,20 @@ class Plain:
         theirs = self.tasks[0].read(self.folder).state_dict()
         found = [(value, theirs[name]) for name, value in self.model.state_dict().items() if value.is_floating_point()]
         return max(float((mine - other).abs().max()) for mine, other in found if mine.numel())
+
+
+def drawn(task: Task[Any], model: torch.nn.Module) -> torch.nn.Module:
+    """A model with the first values that servers draw: they do not depend on how many these are, so one in this process
+    is enough. What the optimizer has made of ``model`` is left behind.
+    """
+    settings = task.settings
+    with headwater.connect("inproc://plain") as client, tempfile.TemporaryDirectory() as place:
+        headwater.Optimizer(
+            model, torch.optim.AdamW, params=task.groups(model), lr=settings.lr, client=client,
+            init=task.first_values(), seed=settings.seed, name=checkpoint.TABLE,
+        )  # fmt: skip
+        task.write(model, Path(place))
+        return task.read(Path(place))
 
 
 def clip(model: torch.nn.Module, max_norm: float) -> None:

@@ -8,8 +8,10 @@ begins the step after the next has waited for that contribution.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -18,6 +20,8 @@ from headwater_recipes.common import checkpoint
 
 NAME = "schedule.json"
 """The file in the run folder that all ranks read."""
+RECORD = "schedules.jsonl"
+"""All that there were, from the beginning of the run: so it can be gone through once more (``common.plain``)."""
 LEAD = 2
 ASKED = "stop"
 """The file by which another rank than 0 asks for the end."""
@@ -46,25 +50,43 @@ def factor(progress: float, step: int, warmup: int) -> float:
     return cosine * min(1.0, (step + 1) / max(1, warmup))
 
 
+def of(schedules: Sequence[Schedule], step: int) -> Schedule:
+    """The one that holds for ``step``: of those in force by then the last that was made."""
+    return next((each for each in reversed(schedules) if each.step <= step), schedules[0])
+
+
+def recorded(folder: Path) -> list[Schedule]:
+    """All that rank 0 made of a run; of a run that went on from a checkpoint the later ones count from there."""
+    path = folder / RECORD
+    return msgspec.json.Decoder(Schedule).decode_lines(path.read_bytes()) if path.is_file() else []
+
+
 class ScheduleFile:
     """``schedule.json`` in the run folder: the last few schedules. Rank 0 writes it, atomically; all read it."""
 
     def __init__(self, folder: Path, first: Schedule) -> None:
         self._path = folder / NAME
         self._asked = folder / ASKED
+        self._record = folder / RECORD
         self._schedules = [first]
         self._seen: tuple[int, int] | None = None
 
     def at(self, step: int) -> Schedule:
         """The schedule that holds for ``step``."""
         self._read()
-        return next((each for each in reversed(self._schedules) if each.step <= step), self._schedules[0])
+        return of(self._schedules, step)
 
     def publish(self, schedule: Schedule) -> None:
         """Add a schedule; rank 0 only. Raises ``DiskFull``."""
         # Stopping can follow a new estimate at once, before that has taken effect: keep more than two.
         self._schedules = [*self._schedules[-3:], schedule]
         checkpoint.replace(self._path, msgspec.json.encode(self._schedules))
+        self.record(schedule)
+
+    def record(self, schedule: Schedule) -> None:
+        """For who goes through the run once more; rank 0 only. Training does not end for the lack of it."""
+        with contextlib.suppress(OSError), self._record.open("ab") as file:
+            file.write(msgspec.json.encode(schedule) + b"\n")
 
     @property
     def stop_asked(self) -> bool:

@@ -83,6 +83,8 @@ class Trainer(Generic[AnySettings]):
             first = Schedule(start.step, min(1.0, start.elapsed / budget), 0.0)
         self.pace = Pace(first, budget)
         self.schedules = ScheduleFile(self.folder, first)
+        if self.ps.rank == 0:
+            self.schedules.record(first)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
             lambda taken: factor(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from headwater_recipes.common.schedule import FLOOR, LEAD, Pace, Schedule, ScheduleFile, factor
+from headwater_recipes.common.schedule import FLOOR, LEAD, Pace, Schedule, ScheduleFile, factor, of, recorded
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_floor() -> None:
@@ -67,3 +67,18 @@ def test_the_others_read_what_rank_0_wrote(tmp_path: Path) -> None:
         assert each.at(12) == later
         assert each.at(13) == stop
         assert each.at(20) == stop
+
+
+def test_a_run_can_be_gone_through_once_more(tmp_path: Path) -> None:
+    """Also where it went on from step 30 after it had come to 50."""
+    assert recorded(tmp_path) == []
+    begun, again = Schedule(0, 0.0, 0.01), Schedule(30, 0.5, 0.02)
+    first = ScheduleFile(tmp_path, begun)
+    first.record(begun)
+    for step in range(10, 50, 10):
+        first.publish(Schedule(step, step / 100, 0.001 * step))
+    ScheduleFile(tmp_path, again).record(again)
+    found = recorded(tmp_path)
+    assert [of(found, step).per_step for step in (0, 9, 10, 29, 30, 50)] == [0.01, 0.01, 0.01, 0.02, 0.02, 0.02]
+    assert of(found, 29).step == 20
+    assert of(found, 50) == again
