@@ -1,0 +1,82 @@
+"""Translating with a trained model: long texts in pieces, those of like length together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+BEAMS = 1
+ROWS = 64
+_SENTENCE = re.compile(r"(?<=[.!?;:。！？])\s+")
+
+
+def pieces(tokenizer: Any, text: str, longest: int) -> list[str]:
+    """The text, if it has ``longest`` tokens or fewer; else its sentences, of which a piece holds as many as fit.
+
+    A sentence that is longer still is cut between words. No piece is empty.
+    """
+    if _count(tokenizer, text) <= longest:
+        return [text]
+    found: list[str] = []
+    for sentence in _SENTENCE.split(text.strip()):
+        if found and _count(tokenizer, f"{found[-1]} {sentence}") <= longest:
+            found[-1] += f" {sentence}"
+        else:
+            found += _cut(tokenizer, sentence, longest)
+    return found
+
+
+def _cut(tokenizer: Any, sentence: str, longest: int) -> list[str]:
+    words, found = sentence.split(), list[str]()
+    while words:
+        size = len(words)
+        while size > 1 and _count(tokenizer, " ".join(words[:size])) > longest:
+            size = (size + 1) // 2
+        found.append(" ".join(words[:size]))
+        words = words[size:]
+    return found
+
+
+def _count(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, verbose=False)["input_ids"])
+
+
+def translate(
+    model: Any, tokenizer: Any, texts: Sequence[str], longest: int, beams: int = BEAMS, new: int | None = None
+) -> list[str]:
+    """Of each text its translation; ``new``: tokens of a piece's translation at most (default: 1.5 times those of the
+    piece, and 10).
+    """
+    cut = [pieces(tokenizer, text, longest) for text in texts]
+    flat = [(index, piece) for index, part in enumerate(cut) for piece in part]
+    lengths = [_count(tokenizer, piece) for _, piece in flat]
+    order = sorted(range(len(flat)), key=lambda i: lengths[i])
+    said = [""] * len(flat)
+    for first in range(0, len(order), ROWS):
+        chosen = order[first : first + ROWS]
+        for index, text in zip(
+            chosen, _batch(model, tokenizer, [flat[i][1] for i in chosen], longest, beams, new), strict=True
+        ):
+            said[index] = text
+    found: list[list[str]] = [[] for _ in texts]
+    for (index, _), text in zip(flat, said, strict=True):
+        found[index].append(text)
+    return [" ".join(part) for part in found]
+
+
+def _batch(model: Any, tokenizer: Any, texts: Sequence[str], longest: int, beams: int, new: int | None) -> list[str]:
+    given = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=longest)
+    most = new or int(1.5 * given["input_ids"].shape[1]) + 10
+    with torch.no_grad():
+        ids = model.generate(
+            input_ids=given["input_ids"],
+            attention_mask=given["attention_mask"],
+            num_beams=beams,
+            do_sample=False,
+            max_new_tokens=most,
+            max_length=None,
+        )
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
