@@ -14,19 +14,12 @@ _SENTENCE = re.compile(r"(?<=[.!?;:。！？])\s+")
 
 
 def pieces(tokenizer: Any, text: str, longest: int) -> list[str]:
-    """The text, if it has ``longest`` tokens or fewer; else its sentences, of which a piece holds as many as fit.
-
-    A sentence that is longer still is cut between words. No piece is empty.
+    """The text, if it has ``longest`` tokens or fewer; else its sentences. One that is longer still is cut between
+    words. No piece is empty.
     """
     if _count(tokenizer, text) <= longest:
         return [text]
-    found: list[str] = []
-    for sentence in _SENTENCE.split(text.strip()):
-        if found and _count(tokenizer, f"{found[-1]} {sentence}") <= longest:
-            found[-1] += f" {sentence}"
-        else:
-            found += _cut(tokenizer, sentence, longest)
-    return found
+    return [piece for sentence in _SENTENCE.split(text.strip()) for piece in _cut(tokenizer, sentence, longest)]
 
 
 def _cut(tokenizer: Any, sentence: str, longest: int) -> list[str]:

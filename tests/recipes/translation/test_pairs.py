@@ -149,7 +149,7 @@ def test_what_is_held_out_is_nowhere_else(tmp_path: Path) -> None:
         ({"train_en": "a\n"}, "train.es beside it is not: one language is missing"),
         ({"train_de": "a\n", "train_es": "a\n"}, "train.en beside it is not"),
         ({"train_de": "a\n"}, "no train.en and train.es"),
-        ({"train_en": "\n\n", "train_es": "a\nb\n"}, "0 pairs of two texts, too few"),
+        ({"train_en": "a\n\n", "train_es": "\nb\n"}, "0 pairs of two texts, too few"),
         ({"train_en": "a\nb\n", "train_es": "a\nb\n"}, "2 pairs of two texts, too few"),
     ],
 )
@@ -210,16 +210,16 @@ def test_a_data_set_in_the_form_of_wmt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_is_made_of_what_cannot_be_used(tmp_path: Path) -> None:
-    place = _folder(tmp_path / "a", train_en="a b\nc d\ne f\ng h\n", train_es="a b\nc d\ne f\ng h\n")
+    few = _folder(tmp_path / "a", train_en="a b\nc d\ne f\ng h\n", train_es="a b\nc d\ne f\ng h\n")
+    digits = "".join(f"{i**9} {i**8}\n" for i in range(100, 140))
+    long = _folder(tmp_path / "b", train_en=digits, train_es=digits)
     run = tmp_path / "run"
     for changes, said in (
-        ({"workers": 3}, "2 pairs to train on, fewer than the 3 workers"),
-        ({"seq": 4, "vocabulary": 300, "data": (str(_folder(tmp_path / "b", train_en="a\nb\nc\nabcdefgh\n" * 1,
-          train_es="abcdefgh\nabcdefgi\nabcdefgj\nabcdefgk\n")),)}, "more than 4 tokens"),
-    ):  # fmt: skip
-        settings = _settings(**{"data": (str(place),), **changes})
+        ({"data": (str(few),), "workers": 3}, "2 pairs to train on, fewer than the 3 workers"),
+        ({"data": (str(long),), "seq": 4, "vocabulary": 300}, "all but 0 of the 37 pairs .* have more than 4 tokens"),
+    ):
         with pytest.raises(DataError, match=said):
-            job.prepare(RECIPE, settings, run, Console(quiet=True))
+            job.prepare(RECIPE, _settings(**changes), run, Console(quiet=True))
     assert not run.exists()
     for given, said in (
         ({"source": "es"}, "--source and --target are both 'es'"),

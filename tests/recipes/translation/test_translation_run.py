@@ -36,7 +36,7 @@ TINY: dict[str, Any] = {
     "vocabulary": 400,
     "seq": 24,
     "batch": 8,
-    "warmup": 4,
+    "warmup": 6,
     "log_every": 2,
     "save_every": 100,
     "validate_every": 100,
@@ -63,7 +63,7 @@ def _prepare(path: Path, run: Path, **changes: Any) -> Path:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("translation")
-    settings = TranslationSettings.of({"data": (str(_sentences(place)),), **TINY, "steps": 110, "publish_every": 50})
+    settings = TranslationSettings.of({"data": (str(_sentences(place)),), **TINY, "steps": 60, "publish_every": 30})
     return train(RECIPE, settings, place / "run")
 
 
@@ -71,7 +71,7 @@ def test_two_workers_and_two_servers_learn_to_translate(trained: Path) -> None:
     found = json.loads((trained / "report.json").read_text(encoding="utf-8"))
     assert found["bleu"] > 70
     baselines = found["baseline"]
-    assert baselines["copying"]["bleu"] < 10 < baselines["word_by_word"]["bleu"] < found["bleu"] - 10
+    assert baselines["copying"]["bleu"] < baselines["word_by_word"]["bleu"] < found["bleu"] - 20
     assert found["chrf"] > baselines["word_by_word"]["chrf"] > baselines["copying"]["chrf"]
     assert "|tok:13a|" in found["signatures"][0]
     assert found["held_out_pairs"] == found["translated_pairs"] == 6
@@ -102,7 +102,7 @@ def test_the_ecosystem_loads_it_and_says_the_same(trained: Path) -> None:
 def test_it_is_asked_as_the_api_of_hugging_face(trained: Path) -> None:
     model, served = ServedTranslator.read(trained)
     wanted = "La casa blanca duerme."
-    with running(TaskModel(Live(model, Still("run", 110), retry=0.01), served)) as server:
+    with running(TaskModel(Live(model, Still("run", 60), retry=0.01), served)) as server:
         client = InferenceClient(model=server.url, timeout=PATIENCE)
         assert client.translation("The white house sleeps.").translation_text == wanted
         named = client.translation("The white house sleeps.", src_lang="en", tgt_lang="es")
@@ -157,7 +157,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) ->
     _train(parts)
     expected, found = (load_file(run / "model.safetensors") for run in (whole, parts))
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
-    assert sum("embed" in name and "positions" not in name for name in expected) == 1  # tied tables are one
+    tables = [name for name in expected if "shared" in name or "embed_tokens" in name or "lm_head" in name]
+    assert tables == ["model.shared.weight"]  # tied
 
 
 @pytest.mark.parametrize("kind", ["t5", "marian"])
