@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,14 @@ WARM = 3
 
 
 class Plain:
-    """``ranks``: one task for each rank that this process plays."""
+    """``ranks``: one task for each rank that this process plays. ``exact``: clip as the servers do, and not as a plain
+    script does, which is quicker.
+    """
 
-    def __init__(self, kind: type[Task[Any]], folder: Path, ranks: Sequence[int], steps: int | None) -> None:
-        self.folder = folder
+    def __init__(
+        self, kind: type[Task[Any]], folder: Path, ranks: Sequence[int], steps: int | None, *, exact: bool
+    ) -> None:
+        self.folder, self.clip = folder, clip if exact else torch.nn.utils.clip_grad_norm_
         settings: Training = checkpoint.read_state(folder, kind.recipe.settings).settings
         self.settings = settings
         self.steps = steps or _taken(folder)
@@ -74,7 +78,7 @@ class Plain:
                 begun, seen = time.monotonic(), 0
             seen += act(step)
             if self.settings.max_grad_norm:
-                clip(self.model, self.settings.max_grad_norm)
+                self.clip(self.model.parameters(), self.settings.max_grad_norm)
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
@@ -148,11 +152,11 @@ def drawn(task: Task[Any], model: torch.nn.Module) -> torch.nn.Module:
         return task.read(Path(place))
 
 
-def clip(model: torch.nn.Module, max_norm: float) -> None:
+def clip(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> None:
     """As ``torch.nn.utils.clip_grad_norm_``, with the norm of the servers: of a sum that is not rounded on the way
     (here in float64), so that it does not depend on how the parameters lie on them.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
     if (factor := max_norm / (norm + 1e-6)) < 1:
         for gradient in gradients:
@@ -167,6 +171,10 @@ class _Distributed(DistributedDataParallel):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("module"), name)
+
+    def get_buffer(self, target: str) -> torch.Tensor:
+        """The module's."""
+        return self.module.get_buffer(target)  # type: ignore[no-any-return]
 
 
 def _no_sync(model: DistributedDataParallel) -> AbstractContextManager[None]:
@@ -186,7 +194,7 @@ def in_one_process(
     """Train as one process that plays all ranks. ``threads``: of torch; with 1 the sums are in the workers' order."""
     torch.set_num_threads(threads)
     world = checkpoint.read_state(folder, kind.recipe.settings).settings.workers
-    plain = Plain(kind, folder, range(world), steps)
+    plain = Plain(kind, folder, range(world), steps, exact=figures)
     begun = time.monotonic()
     rate = plain.train(plain.alone)
     seconds = round(time.monotonic() - begun, 1)
@@ -204,7 +212,7 @@ def in_one_process(
 def under_ddp(kind: type[Task[Any]], folder: Path, rank: int, store: str, steps: int | None) -> dict[str, Any]:
     """One rank of a run under ``DistributedDataParallel`` over Gloo, with one thread."""
     torch.set_num_threads(1)
-    plain = Plain(kind, folder, [rank], steps)
+    plain = Plain(kind, folder, [rank], steps, exact=False)
     distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=plain.world)
     model = _Distributed(plain.model)
     rate = plain.train(lambda step: plain.backward(model, plain.tasks[0], step))
