@@ -43,7 +43,6 @@ def from_scratch(pairs: Sequence[Pair], vocabulary: int, seq: int, seed: int) ->
         init_std=256**-0.5,  # so that tokens count as much as their places
         pad_token_id=0,
         eos_token_id=1,
-        bos_token_id=None,
         decoder_start_token_id=0,
         forced_eos_token_id=None,
     )
