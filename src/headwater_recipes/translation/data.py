@@ -14,7 +14,7 @@ from headwater.errors import DataError
 from headwater_recipes.common import checkpoint
 from headwater_recipes.common.stages import say, stage
 from headwater_recipes.translation import dictionary, model, pairs, tokens
-from headwater_recipes.translation.pairs import Corpus
+from headwater_recipes.translation.pairs import Parallel
 from headwater_recipes.translation.settings import TranslationSettings
 from headwater_recipes.translation.verses import Pair
 
@@ -62,7 +62,7 @@ def prepare(wanted: TranslationSettings, console: Console) -> Callable[[Path], N
     return fill
 
 
-def _check_enough(training: Sequence[Pair], found: Corpus, wanted: TranslationSettings) -> None:
+def _check_enough(training: Sequence[Pair], found: Parallel, wanted: TranslationSettings) -> None:
     if len(training) < wanted.workers:
         raise DataError(
             f"--data {found.source}: {len(training)} pairs to train on, fewer than the {wanted.workers} workers. "
@@ -70,7 +70,7 @@ def _check_enough(training: Sequence[Pair], found: Corpus, wanted: TranslationSe
         )
 
 
-def _check(found: Corpus, encoded: dict[str, tokens.Tokenized], wanted: TranslationSettings) -> None:
+def _check(found: Parallel, encoded: dict[str, tokens.EncodedPairs], wanted: TranslationSettings) -> None:
     for part, each in encoded.items():
         if len(each.pairs) < (wanted.workers if part == "training" else 1):
             raise DataError(

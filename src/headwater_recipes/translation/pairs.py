@@ -21,7 +21,7 @@ SHARE = 20
 _PARTS = {"training": ("train",), "validation": ("valid", "validation", "dev"), "held_out": ("test",)}
 
 
-class Corpus(NamedTuple):
+class Parallel(NamedTuple):
     """Pairs to train on, to look at on the way, and held out; ``notes``: what was left out, in words."""
 
     training: tuple[Pair, ...]
@@ -31,7 +31,7 @@ class Corpus(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def read(wanted: TranslationSettings) -> Corpus:
+def read(wanted: TranslationSettings) -> Parallel:
     """What ``--data`` names, settled. Raises ``DataError``."""
     name = wanted.data[0]
     if name == "verses":
@@ -46,14 +46,14 @@ def read(wanted: TranslationSettings) -> Corpus:
     return settle(parts, path.name)
 
 
-def _verses(wanted: TranslationSettings) -> Corpus:
+def _verses(wanted: TranslationSettings) -> Parallel:
     found = verses.aligned(wanted.source, wanted.target)
     aside = {*verses.HELD_OUT, *verses.VALIDATION}
     training, validation, held_out = (
         tuple(pair for (book, *_), pair in found.pairs.items() if test(book))
         for test in (lambda b: b not in aside, verses.VALIDATION.__contains__, verses.HELD_OUT.__contains__)
     )
-    return Corpus(training, validation, held_out, "Bible verses", found.notes)
+    return Parallel(training, validation, held_out, "Bible verses", found.notes)
 
 
 # ---- reading ---------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def _rows(name: str, table: Any, wanted: TranslationSettings) -> list[Pair]:
 # ---- what may stand on which side ------------------------------------------------------------------
 
 
-def settle(parts: dict[str, list[Pair]], source: str) -> Corpus:
+def settle(parts: dict[str, list[Pair]], source: str) -> Parallel:
     """No empty text, no pair twice, and no text of held-out pairs among those to train on.
 
     Raises ``DataError``: too little is left.
@@ -178,7 +178,7 @@ def settle(parts: dict[str, list[Pair]], source: str) -> Corpus:
         )
     notes = [f"{empty:,} pairs skipped of which a text is empty"] if empty else []
     notes += [f"{left:,} left out that stand elsewhere too"] if left else []
-    return Corpus(tuple(training), tuple(validation), tuple(held_out), source, tuple(notes))
+    return Parallel(tuple(training), tuple(validation), tuple(held_out), source, tuple(notes))
 
 
 def _trimmed(pair: Pair) -> Pair:

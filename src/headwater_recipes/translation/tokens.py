@@ -68,7 +68,7 @@ def _side(ids: npt.NDArray[np.int32], ends: npt.NDArray[np.int64], chosen: Seque
     return torch.from_numpy(found)
 
 
-class Tokenized(NamedTuple):
+class EncodedPairs(NamedTuple):
     """``long``: pairs that were left out, as a text has too many tokens; ``unknown``: the share of tokens that the
     vocabulary has no word for.
     """
@@ -78,7 +78,7 @@ class Tokenized(NamedTuple):
     unknown: float
 
 
-def encode(tokenizer: Any, pairs: Sequence[Pair], seq: int) -> Tokenized:
+def encode(tokenizer: Any, pairs: Sequence[Pair], seq: int) -> EncodedPairs:
     """Pairs of at most ``seq`` tokens on either side: an end that is cut off would teach to stop early."""
     sources = tokenizer([pair.source for pair in pairs], verbose=False)["input_ids"]
     targets = tokenizer(text_target=[pair.target for pair in pairs], verbose=False)["input_ids"]
@@ -91,7 +91,7 @@ def encode(tokenizer: Any, pairs: Sequence[Pair], seq: int) -> Tokenized:
     unknown = tokenizer.unk_token_id
     ids = np.concatenate([sides[0], sides[2]])
     share = float((ids == unknown).mean()) if unknown is not None and len(ids) else 0.0
-    return Tokenized(TokenPairs(*sides), len(pairs) - len(kept), share)
+    return EncodedPairs(TokenPairs(*sides), len(pairs) - len(kept), share)
 
 
 def save(folder: Path, name: str, pairs: TokenPairs) -> None:

@@ -31,7 +31,7 @@ def _folder(place: Path, **files: str) -> Path:
     return place
 
 
-def _read(path: Path, **changes: Any) -> pairs.Corpus:
+def _read(path: Path, **changes: Any) -> pairs.Parallel:
     return pairs.read(_settings(data=(str(path),), **changes))
 
 
