@@ -13,7 +13,7 @@ from headwater import pretrained
 from headwater.errors import DataError
 from headwater_recipes.common import checkpoint
 from headwater_recipes.common.stages import say, stage
-from headwater_recipes.translation import dictionary, model, pairs, tokens
+from headwater_recipes.translation import clauses, dictionary, model, pairs, tokens
 from headwater_recipes.translation.pairs import Parallel
 from headwater_recipes.translation.settings import TranslationSettings
 from headwater_recipes.translation.verses import Pair
@@ -36,8 +36,8 @@ def prepare(wanted: TranslationSettings, console: Console) -> Callable[[Path], N
             made, tokenizer = model.from_scratch(found.training, wanted.vocabulary, wanted.seq, wanted.seed)
     with stage(console, "writing the texts as tokens"):
         encoded = {
-            part: tokens.encode(tokenizer, getattr(found, part), wanted.seq)
-            for part in ("training", "validation", "held_out")
+            part: tokens.encode(tokenizer, texts if wanted.whole else list(clauses.paired(texts)), wanted.seq)
+            for part, texts in zip(("training", "validation", "held_out"), found[:3], strict=True)
         }
     _check(found, encoded, wanted)
     with stage(console, "learning a dictionary to compare with"):
@@ -45,11 +45,13 @@ def prepare(wanted: TranslationSettings, console: Console) -> Callable[[Path], N
     long = sum(part.long for part in encoded.values())
     counts = [f"{len(found.training):,} pairs to train on, {len(found.validation):,} to look at on the way"]
     counts += [f"{len(found.held_out):,} held out", *found.notes]
+    counts += [] if wanted.whole else [f"learnt as {len(encoded['training'].pairs):,} clauses"]
     counts += [f"{long:,} of more than {wanted.seq} tokens, not learnt from"] if long else []
     say(console, f"data: {found.source}; {'; '.join(counts)}")
 
     def fill(run: Path) -> None:
         with stage(console, "writing the model and the data"):
+            made.config.headwater_clauses = not wanted.whole
             made.config.headwater_languages = [wanted.source, wanted.target]
             made.config.headwater_scripts = pairs.scripts(pair.source for pair in found.training[:5000])
             tokenizer.save_pretrained(run)

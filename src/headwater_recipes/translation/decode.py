@@ -1,4 +1,4 @@
-"""Translating with a trained model: long texts in pieces, those of like length together."""
+"""Translating with a trained model: texts in pieces, those of like length together."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from typing import Any
 
 import torch
 
+from headwater_recipes.translation import clauses
+
 BEAMS = 1
 ROWS = 64
+_REPEATED = 3
+"""So many tokens are not said twice in a piece: a model that has learnt little may else say them without end."""
 _SENTENCE = re.compile(r"(?<=[.!?;:。！？])\s+")
 
 
-def pieces(tokenizer: Any, text: str, longest: int) -> list[str]:
-    """The text, if it has ``longest`` tokens or fewer; else its sentences. One that is longer still is cut between
-    words. No piece is empty.
+def pieces(tokenizer: Any, text: str, longest: int, *, whole: bool) -> list[str]:
+    """Its clauses; or, ``whole``, the text, if it has ``longest`` tokens or fewer, else its sentences. A piece that is
+    longer still is cut between words. None is empty.
     """
-    if _count(tokenizer, text) <= longest:
+    if whole and _count(tokenizer, text) <= longest:
         return [text]
-    return [piece for sentence in _SENTENCE.split(text.strip()) for piece in _cut(tokenizer, sentence, longest)]
+    parts = _SENTENCE.split(text.strip()) if whole else clauses.split(text)
+    return [piece for part in parts for piece in _cut(tokenizer, part, longest)]
 
 
 def _cut(tokenizer: Any, sentence: str, longest: int) -> list[str]:
@@ -43,7 +48,8 @@ def translate(
     """Of each text its translation; ``new``: tokens of a piece's translation at most (default: 1.5 times those of the
     piece, and 10).
     """
-    cut = [pieces(tokenizer, text, longest) for text in texts]
+    whole = not getattr(model.config, "headwater_clauses", False)
+    cut = [pieces(tokenizer, text, longest, whole=whole) for text in texts]
     flat = [(index, piece) for index, part in enumerate(cut) for piece in part]
     lengths = [_count(tokenizer, piece) for _, piece in flat]
     order = sorted(range(len(flat)), key=lambda i: lengths[i])
@@ -69,6 +75,7 @@ def _batch(model: Any, tokenizer: Any, texts: Sequence[str], longest: int, beams
             attention_mask=given["attention_mask"],
             num_beams=beams,
             do_sample=False,
+            no_repeat_ngram_size=_REPEATED,
             max_new_tokens=most,
             max_length=None,
         )

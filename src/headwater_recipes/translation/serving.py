@@ -15,23 +15,24 @@ from headwater.errors import BadInput
 from headwater_recipes.common import serving
 from headwater_recipes.translation import decode, model, pairs
 
-PIECES = 50
-"""Of a text at most."""
+PIECES = 200
+"""Clauses or sentences of a text at most."""
 _STRANGE = 0.5
 """A larger share of letters of scripts that the model has not read is refused."""
 _BEAMS = 8
 
 
 class ServedTranslator:
-    """Answers ``{"translation_text"}`` for each text. A long one is translated sentence by sentence, up to ``PIECES``
-    times the tokens that the model's training saw. See ``serving.Served``.
+    """Answers ``{"translation_text"}`` for each text. It is translated as the model has learnt it, clause by clause or
+    whole; a long one sentence by sentence, up to ``PIECES``. See ``serving.Served``.
     """
 
     task = "translation"
 
-    def __init__(self, tokenizer: Any, longest: int, languages: tuple[str, str], scripts: list[str]) -> None:
-        self._tokenizer, self._longest = tokenizer, longest
-        self._languages, self._scripts = languages, scripts
+    def __init__(self, tokenizer: Any, config: Any) -> None:
+        self._tokenizer, self._longest = tokenizer, int(tokenizer.model_max_length)
+        self._whole = not config.headwater_clauses
+        self._languages, self._scripts = tuple(config.headwater_languages), list(config.headwater_scripts)
         self._lock = threading.Lock()  # padding and truncation are the tokenizer's own state
 
     @classmethod
@@ -39,10 +40,7 @@ class ServedTranslator:
         pretrained.quiet()
         found = model.read(folder).eval()
         tokenizer = pretrained.load_tokenizer(str(folder))
-        source, target = found.config.headwater_languages
-        return found, cls(
-            tokenizer, int(tokenizer.model_max_length), (source, target), list(found.config.headwater_scripts)
-        )
+        return found, cls(tokenizer, found.config)
 
     def inputs(self, body: bytes, content_type: str) -> Any:
         """The text."""
@@ -55,11 +53,11 @@ class ServedTranslator:
                 f"{', '.join(self._scripts)} ({self._languages[0]}); nothing was answered"
             )
         with self._lock:
-            count = len(decode.pieces(self._tokenizer, text, self._longest))
+            count = len(decode.pieces(self._tokenizer, text, self._longest, whole=self._whole))
         if count > PIECES:
             raise BadInput(
-                f"the text is as long as {count} times what this model translates at once ({self._longest} tokens); it "
-                f"takes {PIECES}; nothing was answered: send it in parts",
+                f"the text has {count} clauses or sentences, and this server translates {PIECES} at once; nothing was "
+                f"answered: send it in parts",
                 413,
             )
         return text

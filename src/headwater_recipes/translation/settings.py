@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-import msgspec
 from rich.console import Console
 
 from headwater.errors import UsageError
@@ -41,14 +40,17 @@ class TranslationSettings(TextTraining, frozen=True, kw_only=True, forbid_unknow
             fixed=True,
         ),
     ] = ""
+    whole: Annotated[
+        bool, Option("Learn and translate whole texts, as with --model, and not clause by clause.", fixed=True)
+    ] = False
     vocabulary: Annotated[
         int, Option("Tokens that both languages share, of a new model. Default: {default}.", least=300, fixed=True)
     ] = 4000
     seq: Annotated[
         int, Option("Tokens of a text at most; longer pairs are not learnt. Default: {default}.", least=4, fixed=True)
-    ] = 96
-    batch: Annotated[int, Option("Pairs per worker and step. Default: {default}.", least=1)] = 32
-    lr: Annotated[float, Option("Peak learning rate. Default: 1e-3, with --model 1e-4.", above=0)] = 1e-3
+    ] = 48
+    batch: Annotated[int, Option("Pairs per worker and step. Default: {default}.", least=1)] = 64
+    lr: Annotated[float, Option("Peak learning rate. Default: 2e-3, with --model 1e-4.", above=0)] = 2e-3
     smoothing: Annotated[
         float, Option("Share of the target spread over all tokens (label smoothing). Default: {default}.")
     ] = 0.1
@@ -60,8 +62,8 @@ class TranslationSettings(TextTraining, frozen=True, kw_only=True, forbid_unknow
 
     @classmethod
     def of(cls, changes: dict[str, Any]) -> Self:
-        made = cls(**changes)
-        return msgspec.structs.replace(made, lr=PRETRAINED_LR) if made.model and "lr" not in changes else made
+        given = {"lr": PRETRAINED_LR, "whole": True} if changes.get("model") else {}
+        return cls(**given | changes)
 
     @classmethod
     def look_up(cls, changes: dict[str, Any], console: Console) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from headwater.errors import DataError, UsageError
 from headwater_recipes.common import job
 from headwater_recipes.data import cache
 from headwater_recipes.data.errors import DataDamaged, DataMissing
-from headwater_recipes.translation import dictionary, pairs, verses
+from headwater_recipes.translation import clauses, dictionary, pairs, verses
 from headwater_recipes.translation.settings import RECIPE, TranslationSettings
 from headwater_recipes.translation.verses import Pair, Verse
 from tests.recipes.data import need
@@ -239,6 +239,25 @@ def test_model_1_finds_which_words_go_together() -> None:
     known = dictionary.learn([Pair("the house", "das Haus"), Pair("the book", "das Buch"), Pair("a book", "ein Buch")])
     assert known == {"the": "das", "house": "Haus", "book": "Buch", "a": "ein"}
     assert dictionary.translate("the book, Ruth!", known) == "das Buch, Ruth!"
+
+
+def test_clauses_are_paired_where_both_texts_have_as_many() -> None:
+    verse = Pair("God said, “Let there be light;” and it was so.", "Y dijo Dios: Sea la luz; y fué así.")
+    assert list(clauses.paired([verse])) == [
+        Pair("God said,", "Y dijo Dios:"),
+        Pair("“Let there be light;”", "Sea la luz;"),
+        Pair("and it was so.", "y fué así."),
+    ]
+    assert " ".join(clauses.split(verse.source)) == verse.source
+    commas = Pair("He, she, and they came here. All went.", "Vinieron aquí todos. Todos se fueron.")
+    assert list(clauses.paired([commas])) == [
+        Pair("He, she, and they came here.", "Vinieron aquí todos."), Pair("All went.", "Todos se fueron.")
+    ]  # fmt: skip
+    other = [
+        Pair("One, two.", "Uno dos."),
+        Pair("Yes, he will come back again to this house.", "El vendrá otra vez á esta casa, sí."),
+    ]
+    assert list(clauses.paired(other)) == other
 
 
 def test_scripts_are_named_as_unicode_does() -> None:

@@ -128,11 +128,11 @@ def test_long_texts_and_other_scripts(trained: Path) -> None:
     text = " ".join(["The white house sleeps."] * 12)
     said = served.answer(model, served.inputs(text.encode(), "text/plain"), {})
     assert said["translation_text"].count("La casa blanca duerme.") == 12
-    cut = decode.pieces(served._tokenizer, "white " * 100, 24)
+    cut = decode.pieces(served._tokenizer, "white " * 100, 24, whole=True)
     assert " ".join(cut) == " ".join(["white"] * 100)
     assert all(len(served._tokenizer(piece)["input_ids"]) <= 24 for piece in cut)
-    with pytest.raises(BadInput, match="times what this model translates at once") as caught:
-        served.inputs(text.encode() * 100, "text/plain")
+    with pytest.raises(BadInput, match="this server translates 200 at once") as caught:
+        served.inputs(text.encode() * 20, "text/plain")
     assert caught.value.status == 413
     with pytest.raises(BadInput, match=r"the text is in CYRILLIC letters, and this model reads LATIN \(en\)"):
         served.inputs("Белый дом спит.".encode(), "text/plain")
