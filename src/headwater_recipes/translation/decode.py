@@ -18,8 +18,8 @@ _SENTENCE = re.compile(r"(?<=[.!?;:。！？])\s+")
 
 
 def pieces(tokenizer: Any, text: str, longest: int, *, whole: bool) -> list[str]:
-    """Its clauses; or, ``whole``, the text, if it has ``longest`` tokens or fewer, else its sentences. A piece that is
-    longer still is cut between words. None is empty.
+    """Its clauses; or, ``whole``, the text, if it has ``longest`` tokens or fewer, else its sentences. What is longer
+    still is cut between words, and a word of more tokens within it: nothing is lost. None is empty.
     """
     if whole and _count(tokenizer, text) <= longest:
         return [text]
@@ -28,11 +28,16 @@ def pieces(tokenizer: Any, text: str, longest: int, *, whole: bool) -> list[str]
 
 
 def _cut(tokenizer: Any, sentence: str, longest: int) -> list[str]:
+    """As few parts as fit, by halves: between words, and within one that is too long by itself."""
     words, found = sentence.split(), list[str]()
     while words:
         size = len(words)
         while size > 1 and _count(tokenizer, " ".join(words[:size])) > longest:
             size = (size + 1) // 2
+        if size == 1 and len(words[0]) > 1 and _count(tokenizer, words[0]) > longest:
+            half = len(words[0]) // 2
+            words[:1] = [words[0][:half], words[0][half:]]
+            continue
         found.append(" ".join(words[:size]))
         words = words[size:]
     return found

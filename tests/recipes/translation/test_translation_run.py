@@ -131,6 +131,9 @@ def test_long_texts_and_other_scripts(trained: Path) -> None:
     cut = decode.pieces(served._tokenizer, "white " * 100, 24, whole=True)
     assert " ".join(cut) == " ".join(["white"] * 100)
     assert all(len(served._tokenizer(piece)["input_ids"]) <= 24 for piece in cut)
+    script = decode.pieces(served._tokenizer, "白い家が眠る" * 20, 24, whole=True)  # no space in it
+    assert "".join(script) == "白い家が眠る" * 20
+    assert all(len(served._tokenizer(piece)["input_ids"]) <= 24 for piece in script)
     with pytest.raises(BadInput, match="this server translates 200 at once") as caught:
         served.inputs(text.encode() * 20, "text/plain")
     assert caught.value.status == 413
