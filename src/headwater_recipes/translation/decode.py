@@ -47,14 +47,19 @@ def _count(tokenizer: Any, text: str) -> int:
     return len(tokenizer(text, verbose=False)["input_ids"])
 
 
+def pieces_of(model: Any, tokenizer: Any, texts: Sequence[str], longest: int) -> list[list[str]]:
+    """Of each text the pieces that the model translates at once."""
+    whole = not getattr(model.config, "headwater_clauses", False)
+    return [pieces(tokenizer, text, longest, whole=whole) for text in texts]
+
+
 def translate(
     model: Any, tokenizer: Any, texts: Sequence[str], longest: int, beams: int = BEAMS, new: int | None = None
 ) -> list[str]:
     """Of each text its translation; ``new``: tokens of a piece's translation at most (default: 1.5 times those of the
     piece, and 10).
     """
-    whole = not getattr(model.config, "headwater_clauses", False)
-    cut = [pieces(tokenizer, text, longest, whole=whole) for text in texts]
+    cut = pieces_of(model, tokenizer, texts, longest)
     flat = [(index, piece) for index, part in enumerate(cut) for piece in part]
     lengths = [_count(tokenizer, piece) for _, piece in flat]
     order = sorted(range(len(flat)), key=lambda i: lengths[i])

@@ -44,8 +44,7 @@ def figures(task: Translation, ended: Ended) -> dict[str, Any]:
     shown = rows[:: max(1, len(rows) // _SHOWN)][:_SHOWN]
     (folder / "translations.txt").write_text("\n\n".join(map(_lines, shown)) + "\n", encoding="utf-8")
     draw_translations(folder / PICTURES[0], shown, f"{folder.name}: held-out sentences, evenly drawn")
-    short = min(rows, key=lambda row: abs(len(row["source"].split()) - 10))
-    draw_attention(folder / PICTURES[1], model, tokenizer, short["source"])
+    draw_attention(folder / PICTURES[1], model, tokenizer, _of_ten_words(model, tokenizer, sources))
     return {
         **score(said, pairs),
         "loss": ended.metrics["loss"],
@@ -60,6 +59,12 @@ def figures(task: Translation, ended: Ended) -> dict[str, Any]:
         "pictures": list(PICTURES),
         "largest_logit_difference_of_saved_model": ended.difference,
     }
+
+
+def _of_ten_words(model: Any, tokenizer: Any, sources: Sequence[str]) -> str:
+    """A piece, as the model translates it at once, that can be looked at."""
+    found = decode.pieces_of(model, tokenizer, sources, tokenizer.model_max_length)
+    return min((piece for part in found for piece in part), key=lambda piece: abs(len(piece.split()) - 10))
 
 
 def score(said: Sequence[str], pairs: Sequence[Pair]) -> dict[str, Any]:
