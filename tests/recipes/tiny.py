@@ -102,6 +102,15 @@ def squares(place: Path, count: int, side: int = 64, each: int = 4) -> Path:
     return place / "boxes.csv"
 
 
+def _translation(place: Path) -> dict[str, Any]:
+    made = [f"The {kind} house is {i}.\tLa casa {said} es {i}." for i in range(30) for kind, said in _KINDS.items()]
+    (place / "pairs.tsv").write_text("\n".join(["en\tes", *made]), encoding="utf-8")
+    return {"data": (str(place / "pairs.tsv"),), "vocabulary": 300, "seq": 24, "batch": 4}
+
+
+_KINDS = {"white": "blanca", "small": "pequeña", "old": "vieja"}
+
+
 TINY: dict[str, Callable[[Path], dict[str, Any]]] = {
     "commands": sounds,
     "detection": _detection,
@@ -112,6 +121,7 @@ TINY: dict[str, Callable[[Path], dict[str, Any]]] = {
     "lm": _lm,
     "sentiment": texts,
     "speech": sounds,
+    "translation": _translation,
 }
 """From an empty folder to the settings; data are written there. Nothing is fetched, and a run takes seconds."""
 
