@@ -11,12 +11,12 @@ import torch
 
 from headwater_recipes.detection import tiles
 from headwater_recipes.detection.boxes import Picture
-from headwater_recipes.detection.model import Found
+from headwater_recipes.detection.model import Detections
 
 Array = npt.NDArray[Any]
 
 
-def of(training: Sequence[Picture], held: Sequence[Picture], classes: int) -> dict[str, list[Found]]:
+def of(training: Sequence[Picture], held: Sequence[Picture], classes: int) -> dict[str, list[Detections]]:
     """Of each held-out image what each says. All is of the commonest class."""
     corners = np.concatenate([each.corners for each in training if each.boxes])
     size = (corners[:, 2:] - corners[:, :2]).mean(0)
@@ -27,7 +27,7 @@ def of(training: Sequence[Picture], held: Sequence[Picture], classes: int) -> di
     }
 
 
-def _grid(picture: Picture, size: Array, label: int) -> Found:
+def _grid(picture: Picture, size: Array, label: int) -> Detections:
     """Side by side over the whole image, all as sure."""
     x, y = np.meshgrid(
         *(np.arange(each / 2, most, each) for each, most in zip(size, (picture.width, picture.height), strict=True))
@@ -35,7 +35,7 @@ def _grid(picture: Picture, size: Array, label: int) -> Found:
     return _around(np.stack([x.ravel(), y.ravel()], 1), np.ones(x.size), size, label)
 
 
-def _blobs(picture: Picture, size: Array, label: int) -> Found:
+def _blobs(picture: Picture, size: Array, label: int) -> Detections:
     """Mean boxes around the peaks of how green the image is (2 g - r - b), smoothed by a quarter of the mean box."""
     from scipy import ndimage
 
@@ -46,8 +46,10 @@ def _blobs(picture: Picture, size: Array, label: int) -> Found:
     return _around(np.stack([x, y], 1), smooth[y, x], size, label)
 
 
-def _around(middles: Array, scores: Array, size: Array, label: int) -> Found:
+def _around(middles: Array, scores: Array, size: Array, label: int) -> Detections:
     order = np.argsort(-scores, kind="stable")[: tiles.MOST]
     boxes = np.concatenate([middles[order] - size / 2, middles[order] + size / 2], 1)
     labels = torch.full((len(order),), label, dtype=torch.int64)
-    return Found(torch.from_numpy(boxes.astype(np.float32)), torch.from_numpy(scores[order].astype(np.float32)), labels)
+    return Detections(
+        torch.from_numpy(boxes.astype(np.float32)), torch.from_numpy(scores[order].astype(np.float32)), labels
+    )

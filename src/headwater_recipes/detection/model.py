@@ -56,7 +56,7 @@ def _layer(before: int, after: int, stride: int = 1) -> nn.Sequential:
     )
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Two layers, and what goes in added to what comes out (He and others 2016)."""
 
     def __init__(self, width: int) -> None:
@@ -76,9 +76,10 @@ class Detector(nn.Module):
         self.settings = settings
         w = settings.width
         widths = (2 * w, 3 * w, 4 * w)
-        self.stem = nn.Sequential(_layer(3, w, 2), _layer(w, 2 * w, 2), Block(2 * w))
+        self.stem = nn.Sequential(_layer(3, w, 2), _layer(w, 2 * w, 2), ResidualBlock(2 * w))
         self.down = nn.ModuleList(
-            nn.Sequential(_layer(before, after, 2), Block(after)) for before, after in itertools.pairwise(widths)
+            nn.Sequential(_layer(before, after, 2), ResidualBlock(after))
+            for before, after in itertools.pairwise(widths)
         )
         self.up = nn.ModuleList(nn.Conv2d(after, before, 1) for before, after in itertools.pairwise(widths))
         self.merge = nn.ModuleList(_layer(each, each) for each in widths[:-1])
@@ -189,7 +190,7 @@ def _cells(middle: Tensor, shape: torch.Size) -> Tensor:
     return torch.minimum((middle / STRIDE).long().clamp(min=0), most)
 
 
-class Found(NamedTuple):
+class Detections(NamedTuple):
     """Boxes (K, 4) in pixels, scores (K,) of 0 to 1 and labels (K,), surest first."""
 
     boxes: Tensor
@@ -197,7 +198,7 @@ class Found(NamedTuple):
     labels: Tensor
 
 
-def peaks(told: Told, size: tuple[float, float], least: float, most: int) -> list[Found]:
+def peaks(told: Told, size: tuple[float, float], least: float, most: int) -> list[Detections]:
     """Of each image the cells that are surer than their eight neighbours, up to ``most`` of score ``least`` or more."""
     shares = told.heat.sigmoid()
     highest = F.max_pool2d(shares, 3, 1, 1) == shares
@@ -208,5 +209,5 @@ def peaks(told: Told, size: tuple[float, float], least: float, most: int) -> lis
         label, y, x = (each[order][:most] for each in (label, y, x))
         middle = (torch.stack([x, y], 1) + told.offset[image][:, y, x].T) * STRIDE
         half = told.size[image][:, y, x].T.clamp(-4, 4).exp() * torch.tensor(size) / 2
-        found.append(Found(torch.cat([middle - half, middle + half], 1), scores[:most], label))
+        found.append(Detections(torch.cat([middle - half, middle + half], 1), scores[:most], label))
     return found

@@ -17,7 +17,7 @@ from headwater_recipes.common.stages import clock, say, say_saved
 from headwater_recipes.common.task import Ended
 from headwater_recipes.detection import baselines, tiles
 from headwater_recipes.detection.boxes import Picture, Pictures
-from headwater_recipes.detection.model import Detector, Found
+from headwater_recipes.detection.model import Detections, Detector
 
 PICTURE = "boxes.png"
 LEAST = 0.01
@@ -50,7 +50,7 @@ def figures(folder: Path, pictures: Pictures, model: Detector, ended: Ended) -> 
     }
 
 
-def average_precision(found: Sequence[Found], held: Sequence[Picture]) -> dict[str, float]:
+def average_precision(found: Sequence[Detections], held: Sequence[Picture]) -> dict[str, float]:
     """COCO's mAP@[50:95] and mAP@50 (Lin and others 2014), by its own pycocotools, with up to ``tiles.MOST`` boxes of
     an image (COCO's limit of 100 would cut an image of 279 trees); over the classes that occur.
     """
@@ -99,7 +99,7 @@ def _mean(precision: npt.NDArray[np.float64]) -> float:
     return float(there.mean()) if there.size else 0.0
 
 
-def draw(path: Path, held: Sequence[Picture], found: Sequence[Found], classes: Sequence[str]) -> None:
+def draw(path: Path, held: Sequence[Picture], found: Sequence[Detections], classes: Sequence[str]) -> None:
     """Up to four images, true boxes thin and white, those that were found in the colour of their class."""
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from headwater_recipes.detection.boxes import Picture
-from headwater_recipes.detection.model import MULTIPLE, Detector, Found, peaks
+from headwater_recipes.detection.model import MULTIPLE, Detections, Detector, peaks
 from headwater_recipes.images.decode import Pixels, read_image
 
 MOST = 1000
@@ -100,7 +100,7 @@ def grid(width: int, height: int, side: int) -> Iterator[tuple[int, int]]:
             yield left, top
 
 
-def find(model: Detector, pixels: Pixels, least: float) -> Found:
+def find(model: Detector, pixels: Pixels, least: float) -> Detections:
     """All boxes of an image (H, W, 3), surest first: of each piece those whose middle lies nearer to the piece's own
     than to a neighbour's, so that nothing is found twice.
     """
@@ -126,8 +126,8 @@ def find(model: Detector, pixels: Pixels, least: float) -> Found:
         kept &= (x < (last[0] if last[0] + margin < width else width)) & (
             y < (last[1] if last[1] + margin < height else height)
         )
-        parts.append(Found(boxes[kept], found.scores[kept], found.labels[kept]))
+        parts.append(Detections(boxes[kept], found.scores[kept], found.labels[kept]))
     boxes, scores, labels = (torch.cat(each) for each in zip(*parts, strict=True))
     scores, order = scores.sort(descending=True, stable=True)
     boxes = boxes[order][:MOST].clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-    return Found(boxes, scores[:MOST], labels[order][:MOST])
+    return Detections(boxes, scores[:MOST], labels[order][:MOST])

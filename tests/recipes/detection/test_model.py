@@ -12,7 +12,7 @@ from PIL import Image
 from headwater_recipes.detection import baselines, report, tiles
 from headwater_recipes.detection import model as network
 from headwater_recipes.detection.boxes import Picture
-from headwater_recipes.detection.model import Detector, Found, NetworkSettings, Told
+from headwater_recipes.detection.model import Detections, Detector, NetworkSettings, Told
 from headwater_recipes.detection.tiles import Tile
 
 SETTINGS = NetworkSettings(
@@ -132,13 +132,15 @@ def test_average_precision_is_coco_s(tmp_path: Path) -> None:
     corners = torch.from_numpy(held[0].corners)
     labels = torch.zeros(len(corners), dtype=torch.long)
     scores = torch.linspace(1, 0.5, len(corners))
-    assert report.average_precision([Found(corners, scores, labels)], held) == {"map_50_95": 1.0, "map_50": 1.0}
-    half = report.average_precision([Found(corners[:80], scores[:80], labels[:80])], held)
+    assert report.average_precision([Detections(corners, scores, labels)], held) == {"map_50_95": 1.0, "map_50": 1.0}
+    half = report.average_precision([Detections(corners[:80], scores[:80], labels[:80])], held)
     assert half["map_50"] == pytest.approx(0.5, abs=0.01)
-    moved = report.average_precision([Found(corners + torch.tensor([2.0, 0, 2, 0]), scores, labels)], held)  # IoU 0.6
+    moved = report.average_precision(
+        [Detections(corners + torch.tensor([2.0, 0, 2, 0]), scores, labels)], held
+    )  # IoU 0.6
     assert moved["map_50"] == pytest.approx(1.0)
     assert moved["map_50_95"] == pytest.approx(0.3)
-    assert report.average_precision([Found(corners[:0], scores[:0], labels[:0])], held) == {
+    assert report.average_precision([Detections(corners[:0], scores[:0], labels[:0])], held) == {
         "map_50_95": 0.0,
         "map_50": 0.0,
     }
