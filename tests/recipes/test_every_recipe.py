@@ -189,14 +189,14 @@ def test_who_takes_a_place_trains_on_where_the_others_are(
     sync: str, rank: int, prepared: Callable[..., Path], tmp_path: Path
 ) -> None:
     """A run that is long enough for a process to start in it."""
-    changes = {"elastic": True, "steps": 8000, "save_every": 500, "validate_every": 500, "log_every": 100}
+    changes = {"elastic": True, "steps": 4000, "save_every": 500, "validate_every": 500, "log_every": 100}
     run = prepared("linear", tmp_path / "run", sync=sync, **changes)
     done = _train(RECIPES["linear"], run, kills=f"worker {rank}")
-    assert 0 < done.board.started[rank].step < 8000
+    assert 0 < done.board.started[rank].step < 4000
     assert 0 < done.board.started[1 - rank].step + 1 < 100
-    assert {each.step for each in done.board.finished.values()} == {8000}
+    assert {each.step for each in done.board.finished.values()} == {4000}
     rows = [row["step"] for row in metrics.read_rows(run) if row["kind"] == "step"]
-    assert rows == list(range(100, 8001, 100))
+    assert rows == list(range(100, 4001, 100))
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     assert report["r2"] == pytest.approx(report["baseline"]["closed_form"]["r2"], abs=0.03)
 
