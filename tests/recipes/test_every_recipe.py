@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 import headwater
 from headwater.launch import Process
 from headwater_recipes import listing
-from headwater_recipes.common import checkpoint, claim, job, metrics, schedule
+from headwater_recipes.common import checkpoint, claim, job, metrics, reports, schedule
 from headwater_recipes.common.recipe import Recipe
 from headwater_recipes.common.trainer import Trainer
 from tests.recipes import tiny
 
-RECIPES = {recipe.name: recipe for recipe in listing.found()}
+RECIPES = {recipe.name: recipe for recipe in listing.found() if recipe.task.startswith("headwater_recipes.")}
 EVERY = pytest.mark.parametrize("name", sorted(RECIPES))
 LONG = pytest.mark.recipes
 STEPS = tiny.SHARED["steps"]
@@ -60,8 +60,9 @@ class _Job(job.Job[Any]):
         before = len(self.board.rows)
         super()._line(process, stream, line)
         if self.kills and len(self.board.rows) > before == 0:
-            victims = {"server": self.launcher.servers, "worker": self.launcher.workers}[self.kills]
-            os.kill(victims[-1].pid, signal.SIGKILL)
+            what, rank = self.kills.split()
+            victims = {"server": self.launcher.servers, "worker": self.launcher.workers}[what]
+            os.kill(victims[int(rank)].pid, signal.SIGKILL)
 
 
 def _train(recipe: Recipe[Any], run: Path, *, stop: bool = False, kills: str = "") -> _Job:
@@ -160,8 +161,64 @@ def test_a_server_is_killed_and_it_goes_on_with_the_same_bits(
     recipe = RECIPES[name]
     whole, run = (prepared(name, tmp_path / each, replicas=2, steps=40) for each in ("whole", "run"))
     _train(recipe, whole)
-    _train(recipe, run, kills="server")
+    _train(recipe, run, kills="server 0")
     assert "was killed by SIGKILL" in (run / "events.jsonl").read_text(encoding="utf-8")
     _check(recipe, run, steps=40)
     expected, found = _weights(whole), _weights(run)
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+
+
+@LONG
+@EVERY
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_is_killed_and_another_takes_its_place(
+    name: str, rank: int, prepared: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = RECIPES[name]
+    run = prepared(name, tmp_path / "run", elastic=True, steps=40)
+    done = _train(recipe, run, kills=f"worker {rank}")
+    assert "it is started again (1 of 3)" in (run / "events.jsonl").read_text(encoding="utf-8")
+    assert {each.step for each in done.board.finished.values()} == {40}
+    _check(recipe, run, steps=40)
+
+
+@LONG
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("sync", ["bulk", "stale:1", "async"])
+def test_who_takes_a_place_trains_on_where_the_others_are(
+    sync: str, rank: int, prepared: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A run that is long enough for a process to start in it."""
+    changes = {"elastic": True, "steps": 4000, "save_every": 500, "validate_every": 500, "log_every": 100}
+    run = prepared("linear", tmp_path / "run", sync=sync, **changes)
+    done = _train(RECIPES["linear"], run, kills=f"worker {rank}")
+    assert 0 < done.board.started[rank].step < 4000
+    assert 0 < done.board.started[1 - rank].step + 1 < 100
+    assert {each.step for each in done.board.finished.values()} == {4000}
+    rows = [row["step"] for row in metrics.read_rows(run) if row["kind"] == "step"]
+    assert rows == list(range(100, 4001, 100))
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    assert report["r2"] == pytest.approx(report["baseline"]["closed_form"]["r2"], abs=0.03)
+
+
+class _Murderer(job.Job[Any]):
+    """Kills rank 1 whenever it begins to train."""
+
+    def _line(self, process: Process, stream: str, line: str) -> None:
+        super()._line(process, stream, line)
+        said = reports.hear(line)
+        if isinstance(said, reports.Started) and said.rank == 1:
+            os.kill(process.pid, signal.SIGKILL)
+
+
+@LONG
+def test_who_dies_again_and_again_ends_the_run_which_is_saved(prepared: Callable[..., Path], tmp_path: Path) -> None:
+    run = prepared("linear", tmp_path / "run", elastic=True, steps=10**9, log_every=100, save_every=10**9)
+    out = io.StringIO()
+    done = _Murderer(RECIPES["linear"], run, Console(file=out, width=150))
+    assert done.run() == 128 + signal.SIGTERM, out.getvalue()
+    assert "w1 has died 4 times; the others are told to save and to end" in out.getvalue()
+    saved = checkpoint.newest(run)
+    assert saved is not None
+    assert f"step {int(saved.name)} is saved in {run}" in out.getvalue()
+    assert int(saved.name) == done.board.finished[0].step

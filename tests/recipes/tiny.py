@@ -75,8 +75,45 @@ def _finetune(place: Path) -> dict[str, Any]:
     return {"model": str(write_model(place / "model")), "data": data, "seq": 48, "batch": 2, "publish_every": 0}
 
 
+def _detection(place: Path) -> dict[str, Any]:
+    return {"data": (str(squares(place, 6)),), "tile": 32, "width": 8, "batch": 2}
+
+
+def squares(place: Path, count: int, side: int = 64, each: int = 4) -> Path:
+    """Bright squares, and round things in another colour, on noise; a CSV file of their boxes."""
+    draw = np.random.default_rng(0)
+    lines = ["image,xmin,ymin,xmax,ymax,label"]
+    for number in range(count):
+        pixels = draw.integers(0, 60, (side, side, 3)).astype(np.uint8)
+        for at in range(each):
+            row, column = divmod(at, 2)
+            size = int(draw.integers(10, 16))
+            x, y = (int(draw.integers(0, side // 2 - size)) + side // 2 * place_ for place_ in (column, row))
+            round_ = bool(draw.integers(2))
+            inside = (
+                np.hypot(*(np.mgrid[:size, :size] - (size - 1) / 2)) < size / 2
+                if round_
+                else np.ones((size, size), bool)
+            )
+            pixels[y : y + size, x : x + size][inside] = (60, 220, 60) if round_ else (230, 80, 80)
+            lines.append(f"{number}.png,{x},{y},{x + size},{y + size},{'round' if round_ else 'square'}")
+        Image.fromarray(pixels).save(place / f"{number}.png")
+    (place / "boxes.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return place / "boxes.csv"
+
+
+def _translation(place: Path) -> dict[str, Any]:
+    made = [f"The {kind} house is {i}.\tLa casa {said} es {i}." for i in range(30) for kind, said in _KINDS.items()]
+    (place / "pairs.tsv").write_text("\n".join(["en\tes", *made]), encoding="utf-8")
+    return {"data": (str(place / "pairs.tsv"),), "vocabulary": 300, "seq": 24, "batch": 4}
+
+
+_KINDS = {"white": "blanca", "small": "pequeña", "old": "vieja"}
+
+
 TINY: dict[str, Callable[[Path], dict[str, Any]]] = {
     "commands": sounds,
+    "detection": _detection,
     "faces": _faces,
     "finetune": _finetune,
     "image": _image,
@@ -84,6 +121,7 @@ TINY: dict[str, Callable[[Path], dict[str, Any]]] = {
     "lm": _lm,
     "sentiment": texts,
     "speech": sounds,
+    "translation": _translation,
 }
 """From an empty folder to the settings; data are written there. Nothing is fetched, and a run takes seconds."""
 
