@@ -22,7 +22,10 @@ def of(asked: Asked) -> dict[str, Any]:
     """For ``report.json``."""
     if asked.spans:
         told = [sliding_window(each.question, each.passage) for each in asked.held_out]
-        return {"sliding_window": squad(told, asked.held_out)}
+        found = {"sliding_window": squad(told, asked.held_out)}
+        if any(each.start < 0 for each in asked.training):
+            found["never_an_answer"] = squad([""] * len(told), asked.held_out)
+        return found
     return {**linear.baselines(labelled(asked))}
 
 

@@ -78,8 +78,10 @@ def _apart(training: list[Question], held_out: list[Question], spans: bool, sour
         if len(kept) < len(training):
             notes.append(f"{len(training) - len(kept):,} left out of training whose passage is held out")
     else:
-        kept = [each for each in training if _mark(key(each)) % HELD_OUT]
-        held_out = [each for each in training if not _mark(key(each)) % HELD_OUT]
+        passages = sorted({key(each) for each in training}, key=_mark)
+        aside = set(passages[: max(1, len(passages) // HELD_OUT)])
+        kept = [each for each in training if key(each) not in aside]
+        held_out = [each for each in training if key(each) in aside]
     if not kept or not held_out:
         raise DataError(
             f"{source}: {len(kept)} questions to train on and {len(held_out)} held out; there must be some of both. "
@@ -93,9 +95,9 @@ def key(each: Question) -> str:
     return " ".join(re.findall(r"\w+", each.passage.rpartition(" -- ")[2].casefold())[:30])
 
 
-def _mark(text: str) -> int:
+def _mark(text: str) -> bytes:
     # Not hash(): that differs from process to process.
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 # ---- sources ---------------------------------------------------------------------------------------
