@@ -38,13 +38,15 @@ def labelled(asked: Asked) -> Labelled:
 
 
 def squad(told: Sequence[str], asked: Sequence[Question]) -> dict[str, float]:
-    """``exact_match`` and ``f1``, shares of 1, as SQuAD defines them (Rajpurkar and others 2016), by torchmetrics."""
+    """``exact_match`` and ``f1``, shares of 1, as SQuAD defines them (Rajpurkar and others 2016), by torchmetrics: of
+    several right answers the one that fits best counts.
+    """
     from torchmetrics.functional.text import squad as measured
 
     said = [{"prediction_text": text, "id": str(at)} for at, text in enumerate(told)]
     truth = [
-        {"answers": {"answer_start": [each.start], "text": [each.answer]}, "id": str(at)}
-        for at, each in enumerate(asked)
+        {"answers": {"answer_start": [0] * len(right), "text": right}, "id": str(at)}
+        for at, right in enumerate([each.answer, *each.others] for each in asked)
     ]
     found: Mapping[str, Any] = measured(said, truth)  # type: ignore[arg-type]
     return {"exact_match": float(found["exact_match"]) / 100, "f1": float(found["f1"]) / 100}

@@ -17,9 +17,14 @@ from headwater_recipes.qa import baselines, model, questions, spans
 from headwater_recipes.qa.questions import Asked, Question
 from headwater_recipes.qa.settings import QaSettings
 from headwater_recipes.text import classified
+from headwater_recipes.text.labelled import Row, other_scripts
 
 HELD_OUT = "held_out.jsonl"
 """The held-out questions, as they were read."""
+_UNKNOWN = 0.5
+"""A larger share of tokens that the encoder has no word for is an error; a share of other letters above ``_STRANGE`` is
+told."""
+_STRANGE = 0.1
 SPANS = "spans"
 """The file that says of a run folder that its answers are spans."""
 
@@ -35,6 +40,7 @@ def prepare(wanted: QaSettings, console: Console) -> Callable[[Path], None]:
         made, tokenizer = model.make(wanted, asked)
     with stage(console, "writing the questions as tokens"):
         training, held_out = (_tokens(tokenizer, part, asked.spans, wanted.seq) for part in asked[:2])
+    _check_script(asked, wanted, tokenizer, training, console)
     with stage(console, "fitting the baselines"):
         beside = baselines.of(asked)
     kind = "spans" if asked.spans else "yes or no"
@@ -66,6 +72,24 @@ def _check(asked: Asked, wanted: QaSettings) -> None:
     if not asked.spans and len({each.answer for each in asked.training}) < 2:
         only = asked.training[0].answer
         raise DataError(f"{asked.source}: all answers are {only!r}. Nothing was started; give questions of both kinds.")
+
+
+def _check_script(
+    asked: Asked, wanted: QaSettings, tokenizer: Any, training: classified.ClassifiedTexts, console: Console
+) -> None:
+    """Text in a script that the encoder has not learnt."""
+    if tokenizer.unk_token_id is not None and (training.ids == tokenizer.unk_token_id).mean() > _UNKNOWN:
+        raise DataError(
+            f"{asked.source}: the encoder has no word for most of these texts: another script than it has learnt. "
+            f"Nothing was started; give --model an encoder of this language, or --scratch."
+        )
+    other = other_scripts([Row(each.passage, "") for each in asked.training])
+    if other > _STRANGE and not wanted.scratch and wanted.model == "minilm":
+        say(
+            console,
+            f"{other:.0%} of the letters are not Latin, and MiniLM has learnt English: it will do little better than "
+            f"guess. --model takes an encoder of another language.",
+        )
 
 
 def _tokens(tokenizer: Any, part: list[Question], of_spans: bool, seq: int) -> classified.ClassifiedTexts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,17 +20,22 @@ HELD_OUT = 10
 _LEFT_OUT = 0.1
 """A larger share of answers that are not in their passages is an error."""
 _SUFFIXES = (".jsonl", ".json")
-_YES_NO: Mapping[str, str] = {"true": "yes", "false": "no", "yes": "yes", "no": "no", "1": "yes", "0": "no"}
+_YES_NO: Mapping[str, str] = {"true": "yes", "false": "no", "yes": "yes", "no": "no"}
+_NUMBERS: Mapping[int, str] = {1: "yes", 0: "no"}
+"""True and false too; but "0" in quotes may be words of a passage."""
 
 
 class Question(NamedTuple):
-    """``answer``: yes or no, or the characters ``start`` to ``end`` of the passage; "" where the passage has none."""
+    """``answer``: yes or no, or the characters ``start`` to ``end`` of the passage; "" where the passage has none.
+    ``others``: spans that are as right (people do not mark the same words): judged by, not trained on.
+    """
 
     question: str
     passage: str
     answer: str
     start: int = -1
     end: int = -1
+    others: tuple[str, ...] = ()
 
 
 class Asked(NamedTuple):
@@ -208,16 +214,19 @@ def _kind(raws: list[_Raw], source: str) -> bool:
     spans = any(_yes_no(raw) is None for raw in raws)
     odd = [raw.place for raw in raws if spans and isinstance(raw.item.get("answer", raw.item.get("label")), bool | int)]
     if odd:
+        other = next(raw.place for raw in raws if _yes_no(raw) is None)
         raise DataError(
-            f"{source}: answers of two kinds, spans and (at {odd[0]}) true or false: one model gives one kind. "
-            f"Nothing was started; take them apart."
+            f"{source}: answers of two kinds, at {odd[0]} true or false and at {other} neither: one model gives one "
+            f"kind. Nothing was started; mend the answer, or take them apart."
         )
     return spans
 
 
 def _yes_no(raw: _Raw) -> str | None:
     value = raw.item.get("answer", raw.item.get("label"))
-    return _YES_NO.get(str(value).lower()) if isinstance(value, bool | int | str) else None
+    if isinstance(value, str):
+        return _YES_NO.get(value.strip().lower())
+    return _NUMBERS.get(value) if isinstance(value, bool | int) else None
 
 
 def _text(raw: _Raw, *names: str) -> str:
@@ -235,29 +244,39 @@ def _question(raw: _Raw, spans: bool, left: list[str]) -> Question | None:
     question, passage = _text(raw, "question"), _text(raw, "passage", "context")
     if not spans:
         return Question(question, passage, _yes_no(raw) or "")
-    found = _span(raw, passage)
-    if found is None:
+    given = _answers(raw)
+    if not given:
+        return Question(question, passage, "")
+    places = [place for text, at in given if (place := _place(text, at, passage)) is not None]
+    if not places:
         left.append(raw.place)
         return None
-    start, end = found
-    return Question(question, passage, passage[start:end] if start >= 0 else "", start, end)
+    texts = list(dict.fromkeys(passage[start:end] for start, end in places))
+    return Question(question, passage, texts[0], *places[0], tuple(texts[1:]))
 
 
-def _span(raw: _Raw, passage: str) -> tuple[int, int] | None:
-    """Where the first answer stands, (-1, -1) of a question that has none (SQuAD 2); None: not in the passage."""
+def _answers(raw: _Raw) -> list[tuple[str, int | None]]:
+    """The answers' texts, and where each is said to start; none of a question that its passage does not answer (SQuAD
+    2). The library datasets has texts and starts side by side.
+    """
     given = raw.item.get("answers", raw.item.get("answer"))
-    if isinstance(given, Mapping):  # the library datasets has lists side by side
-        given = [
-            {"text": text, "answer_start": at} for text, at in zip(given["text"], given["answer_start"], strict=True)
-        ]
-    if given == [] and ("answers" in raw.item):
-        return -1, -1
-    first = given[0] if isinstance(given, list) and given else given
-    text = first.get("text") if isinstance(first, Mapping) else first
-    if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{raw.place}: 'answer' is missing, empty or no text. Nothing was started; mend it.")
-    at = first.get("answer_start") if isinstance(first, Mapping) else None
-    if isinstance(at, int) and passage[at : at + len(text)] == text:
+    if isinstance(given, Mapping) and isinstance(given.get("text"), list):
+        starts = given.get("answer_start") or []
+        given = [{"text": text, "answer_start": at} for text, at in zip_longest(given["text"], starts)]
+    if given == [] and "answers" in raw.item:
+        return []
+    found: list[tuple[str, int | None]] = []
+    for each in given if isinstance(given, list) and given else [given]:
+        text, at = (each.get("text"), each.get("answer_start")) if isinstance(each, Mapping) else (each, None)
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{raw.place}: 'answer' is missing, empty or no text. Nothing was started; mend it.")
+        found.append((text, at if isinstance(at, int) else None))
+    return found
+
+
+def _place(text: str, at: int | None, passage: str) -> tuple[int, int] | None:
+    """Where an answer stands; if not where it is said to, its first place. None: not in the passage."""
+    if at is not None and at >= 0 and passage[at : at + len(text)] == text:
         return at, at + len(text)
     return locate(text, passage)
 

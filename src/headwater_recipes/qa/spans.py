@@ -92,7 +92,10 @@ def right(model: Any, batch: TextBatch) -> tuple[float, int]:
 
 
 def best(model: Any, tokenizer: Any, questions: Sequence[str], passages: Sequence[str], seq: int) -> list[Best]:
-    """Of each passage the likeliest span over all its windows, of at most ``LONGEST`` tokens."""
+    """Of each passage the likeliest span over all its windows, of at most ``LONGEST`` tokens.
+
+    Raises ``ValueError``: the model's logits are not numbers.
+    """
     found = windows(tokenizer, questions, passages, seq)
     rows = found["overflow_to_sample_mapping"]
     order = sorted(range(len(rows)), key=lambda number: len(found.encodings[number].ids))
@@ -101,6 +104,8 @@ def best(model: Any, tokenizer: Any, questions: Sequence[str], passages: Sequenc
         chosen = order[first : first + _TOGETHER]
         encodings = [found.encodings[number] for number in chosen]
         starts, ends = (each.softmax(1).numpy() for each in logits(model, _batch(encodings, tokenizer.pad_token_id)))
+        if not (np.isfinite(starts).all() and np.isfinite(ends).all()):
+            raise ValueError("the model's logits are not finite: its training has diverged")
         for number, encoding, start, end in zip(chosen, encodings, starts, ends, strict=True):
             here, before = _likeliest(encoding, start, end), told[rows[number]]
             better = here if here.score > before.score else before

@@ -96,8 +96,10 @@ def test_a_folder_keeps_its_parts_and_loses_what_is_on_both_sides(tmp_path: Path
         ),
         (
             [*_yes_no(9), {"question": "q", "passage": "p", "answer": "p"}],
-            r"answers of two kinds, spans and \(at .*:1\)",
+            r"answers of two kinds, at .*:1 true or false and at .*:10 neither",
         ),
+        ([{"question": "q", "passage": "p", "answers": {"start": [0]}}], "'answer' is missing, empty or no text"),
+        ([{"question": "q", "passage": "p", "answers": {"text": [], "answer_start": [1]}}], "'answer' is missing"),
         (_yes_no(1), "0 questions to train on and 1 held out"),
         ([" "], "the file is empty"),
     ],
@@ -156,6 +158,32 @@ def test_a_name_of_the_library_datasets(monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_answer_is_found_whatever_the_spaces_in_it(answer: str, passage: str, found: str | None) -> None:
     place = locate(answer, passage)
     assert (place and passage[slice(*place)]) == found
+
+
+def test_of_several_right_answers_the_first_is_learnt_and_the_best_counts(tmp_path: Path) -> None:
+    texts = ["the grey wolf", "wolf", "grey wolf", "fox"]
+    answers = {"text": texts, "answer_start": [0, 9]}  # the library's form, its starts cut short
+    rows = [{"question": "Who?", "passage": f"the grey wolf ran {n}", "answers": answers} for n in range(20)]
+    found = read([_lines(tmp_path / "a.jsonl", *rows)]).held_out[0]
+    assert (found.answer, found.start, found.end) == ("the grey wolf", 0, 13)
+    assert found.others == ("wolf", "grey wolf")  # a fox is not in the passage
+    assert baselines.squad(["wolf"], [found]) == {"exact_match": 1.0, "f1": 1.0}
+
+
+def test_figures_in_quotes_are_words_of_a_passage(tmp_path: Path) -> None:
+    rows = [{"question": "How many?", "passage": f"{n % 2} of {n}", "answer": str(n % 2)} for n in range(20)]
+    assert read([_lines(tmp_path / "a.jsonl", *rows)]).spans
+    numbers = [{**row, "answer": int(row["answer"])} for row in rows]
+    assert not read([_lines(tmp_path / "b.jsonl", *numbers)]).spans
+
+
+def test_a_start_that_is_wrong_is_looked_for(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Who?", "passage": f"{n} an owl", "answers": [{"text": "owl", "answer_start": at}]}
+        for n, at in enumerate((5, -3, 99, None, 1.5), start=10)
+    ]
+    found = read([_lines(tmp_path / "a.jsonl", *rows)])
+    assert {(each.start, each.end) for each in (*found.training, *found.held_out)} == {(6, 9)}
 
 
 def test_exact_match_and_f1_are_those_of_squad() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,15 @@ def test_of_a_long_passage_every_window_is_looked_at(run: Path) -> None:
     assert all(len(each.ids) <= 40 for each in found.encodings)
 
 
+def test_a_diverged_model_gives_no_answer(run: Path) -> None:
+    model, served = ServedAnswers.read(run)
+    with torch.no_grad():
+        next(parameter for parameter in model.parameters() if parameter.ndim == 1).fill_(torch.nan)
+    asked = served.inputs(b'{"question": "Who?", "context": "It was Clara."}', "application/json")
+    with pytest.raises(ValueError, match="its training has diverged"):
+        served.answer(model, asked, {})
+
+
 def test_what_is_no_question_is_refused(run: Path) -> None:
     model, served = ServedAnswers.read(run)
     with pytest.raises(BadInput, match="'context' is missing"):
@@ -168,6 +178,25 @@ def test_yes_and_no_are_two_classes(tmp_path: Path) -> None:
         torch.set_num_threads(threads)
     assert alone["largest_difference"] == 0
     assert alone["figures"]["accuracy"] == report["accuracy"]
+
+
+def test_text_in_another_script_is_refused_or_told(tmp_path: Path) -> None:
+    need("minilm")
+    out = io.StringIO()
+    for name, letters in (("known", "день идёт снег"), ("unknown", "ᠮᠣᠩᠭᠣᠯ ᠪᠢᠴᠢᠭ ᠨᠢ ᠮᠣᠩᠭᠣᠯ")):
+        rows = [
+            {"question": f"{letters} {n}", "passage": f"{letters} " * (n + 1), "answer": n % 2 == 0} for n in range(40)
+        ]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+        settings = QaSettings(data=(str(path),), seq=48)
+        if name == "unknown":
+            with pytest.raises(DataError, match="no word for most of these texts"):
+                job.prepare(RECIPE, settings, tmp_path / name, Console(file=out, width=300))
+            assert not (tmp_path / name).exists()
+        else:
+            job.prepare(RECIPE, settings, tmp_path / name, Console(file=out, width=300))
+    assert "100% of the letters are not Latin, and MiniLM has learnt English" in out.getvalue()
 
 
 def test_the_kind_follows_the_folder(run: Path, tmp_path: Path) -> None:
