@@ -41,11 +41,12 @@ JUDGED = {
     "lm": ("validation bits per byte", "unigram bits per byte"),
     "sentiment": ("accuracy", "baseline tfidf logistic regression accuracy"),
     "speech": ("accuracy", "baseline MFCC statistics and logistic regression accuracy"),
+    "translation": ("bleu", "baseline word by word bleu"),
 }
 """The figure by which a recipe is judged, and the baseline's beside it: their names in ``flat(report)``."""
 TOLD = ("step", "training seconds", "largest ", "beta ")
 """Figures that are told elsewhere, or are none of quality."""
-WITHHELD = ("nearest.png", "mistakes.png")
+WITHHELD = ("nearest.png", "mistakes.png", "translations.png")
 HEAD = """# Applications
 
 What `headwater train NAME` trains by 2 workers through 2 servers, judged on data that it has never seen. Written by

@@ -115,9 +115,12 @@ async def answer(request: Request, gateway: Gateway) -> Response:
 
 
 def _answer(model: Answerer, asked: Asked) -> tuple[bytes, VersionInfo]:
-    """Called in a thread. The classes of one text come in a list of lists, as Hugging Face gives them."""
+    """Called in a thread. The classes of one text come in a list of lists, as Hugging Face gives them, and the one
+    translation in a list.
+    """
     found, version = model.answer(asked.things, asked.parameters)
-    return msgspec.json.encode(found[0] if asked.single and model.task != "text-classification" else found), version
+    listed = not asked.single or model.task in ("text-classification", "translation")
+    return msgspec.json.encode(found if listed else found[0]), version
 
 
 async def _read(request: Request, task: str, limits: Limits) -> Asked:

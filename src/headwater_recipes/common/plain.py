@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,12 +41,12 @@ WARM = 3
 
 
 class Plain:
-    """``ranks``: one task for each rank that this process plays. ``exact``: clip as the servers do, and not as a plain
-    script does, which is quicker.
+    """``ranks``: one task for each rank that this process plays. ``begun``: a folder with the model's first values.
+    ``exact``: clip as the servers do, and not as a plain script does, which is quicker.
     """
 
     def __init__(
-        self, kind: type[Task[Any]], folder: Path, ranks: Sequence[int], steps: int | None, *, exact: bool
+        self, kind: type[Task[Any]], folder: Path, ranks: Sequence[int], steps: int | None, *, begun: Path, exact: bool
     ) -> None:
         self.folder, self.clip = folder, clip if exact else torch.nn.utils.clip_grad_norm_
         settings: Training = checkpoint.read_state(folder, kind.recipe.settings).settings
@@ -53,7 +54,7 @@ class Plain:
         self.steps = steps or _taken(folder)
         self.world = settings.workers
         self.tasks = [kind(settings, folder, rank, self.world) for rank in ranks]
-        self.model = self.tasks[0].build()
+        self.model = kind(settings, begun, ranks[0], self.world).build()
         if any(p.is_meta for p in self.model.parameters()):
             self.model = drawn(self.tasks[0], self.model)
         self.optimizer = torch.optim.AdamW(
@@ -77,8 +78,7 @@ class Plain:
             if step == min(WARM, self.steps - 1):
                 begun, seen = time.monotonic(), 0
             seen += act(step)
-            if self.settings.max_grad_norm:
-                self.clip(self.model.parameters(), self.settings.max_grad_norm)
+            self.clip(self.model.parameters(), self.settings.max_grad_norm)
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
@@ -193,11 +193,15 @@ def in_one_process(
 ) -> dict[str, Any]:
     """Train as one process that plays all ranks. ``threads``: of torch; with 1 the sums are in the workers' order."""
     torch.set_num_threads(threads)
-    world = checkpoint.read_state(folder, kind.recipe.settings).settings.workers
-    plain = Plain(kind, folder, range(world), steps, exact=figures)
-    begun = time.monotonic()
+    settings = checkpoint.read_state(folder, kind.recipe.settings).settings
+    with tempfile.TemporaryDirectory() as place:
+        begun = Path(place) if figures else folder
+        if figures:  # the run's folder may hold the trained model where the first values were
+            kind.prepare(settings, Console(quiet=True))(begun)
+        plain = Plain(kind, folder, range(settings.workers), steps, begun=begun, exact=figures)
+    start = time.monotonic()
     rate = plain.train(plain.alone)
-    seconds = round(time.monotonic() - begun, 1)
+    seconds = round(time.monotonic() - start, 1)
     found: dict[str, Any] = {
         "units_per_second": rate,
         "threads": threads,
@@ -212,7 +216,7 @@ def in_one_process(
 def under_ddp(kind: type[Task[Any]], folder: Path, rank: int, store: str, steps: int | None) -> dict[str, Any]:
     """One rank of a run under ``DistributedDataParallel`` over Gloo, with one thread."""
     torch.set_num_threads(1)
-    plain = Plain(kind, folder, [rank], steps, exact=False)
+    plain = Plain(kind, folder, [rank], steps, begun=folder, exact=False)
     distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=plain.world)
     model = _Distributed(plain.model)
     rate = plain.train(lambda step: plain.backward(model, plain.tasks[0], step))

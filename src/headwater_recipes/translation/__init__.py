@@ -1,0 +1,1 @@
+"""From one language into another: `headwater train translation`."""
