@@ -12,13 +12,14 @@ TEST_DATA = $(sort $(shell grep -rhoE --include='*.py' '\bneed\("[a-z0-9-]+"\)' 
 export PIP_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo data test test-scripts chaos clients lint format protocol bench bench-guard recipes bench-peers clean clean-venv
+.PHONY: help install demo data test test-scripts test-recipes chaos clients lint format protocol bench bench-guard recipes bench-peers clean clean-venv
 
 help:
 	@echo "make demo         install, then train a small language model: 2 workers, 2 servers, about 3 minutes"
 	@echo "make test         install, then ruff, mypy and pytest"
 	@echo "make data         the data sets that tests train on, into the cache; make test does it too"
 	@echo "make test-scripts the compatibility suite: scripts in the shape of what people write, with one line changed"
+	@echo "make test-recipes every recipe, tiny, under every policy, stopped and gone on with, with servers and workers killed"
 	@echo "make chaos        a cluster under kills, stops and network faults, 3 minutes per policy"
 	@echo "make clients      lm-eval and LiteLLM ask a served model, in an environment of their own"
 	@echo "make bench        the figures of benchmarks/*.md on this machine"
@@ -73,6 +74,10 @@ data: $(VENV)/.installed-test
 # SCRIPTS="-k gan" for some of them.
 test-scripts: $(VENV)/.installed-scripts
 	$(BIN)/python -m pytest -n $(shell nproc) -m "scripts or not scripts" tests/scripts tests/cases $(SCRIPTS)
+
+# The slow part of tests/recipes/test_every_recipe.py; RECIPES="-k image" for some of it.
+test-recipes: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 -m recipes tests/recipes $(RECIPES)
 
 # CHAOS_SECONDS=600 for longer, CHAOS_SEED=7 for other faults.
 CHAOS_SECONDS ?= 180

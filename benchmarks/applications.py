@@ -34,6 +34,7 @@ SEEDS = (1, 2)
 """Beside the default, 0."""
 JUDGED = {
     "commands": ("accuracy", "baseline MFCC and nearest centroid accuracy"),
+    "detection": ("validation map 50", "baseline green blobs map 50"),
     "faces": ("validation rank 1", "baseline pixels rank 1"),
     "finetune": ("held out loss", "held out loss before"),
     "image": ("validation accuracy", "baseline linear"),
@@ -46,7 +47,7 @@ JUDGED = {
 """The figure by which a recipe is judged, and the baseline's beside it: their names in ``flat(report)``."""
 TOLD = ("step", "training seconds", "largest ", "beta ")
 """Figures that are told elsewhere, or are none of quality."""
-WITHHELD = ("nearest.png", "mistakes.png", "translations.png")
+WITHHELD = ("nearest.png", "mistakes.png", "translations.png", "boxes.png")
 HEAD = """# Applications
 
 What `headwater train NAME` trains by 2 workers through 2 servers, judged on data that it has never seen. Written by

@@ -71,9 +71,10 @@ def test_who_fails_at_the_same_place_says_nothing_more() -> None:
     for rank in range(3):
         screen.say(rank, *FAILED[: 4 if rank < 2 else 2])
     assert screen.end(0) is False
-    assert screen.end(1)
+    assert screen.end(1) is False  # the report may be about it
     assert screen.end(2, 143, signalled=True)  # stopped amid its traceback
     assert screen.shown == []
+    assert screen.lines.rest("w0") == []
 
 
 def test_another_reason_at_the_same_place_is_a_line() -> None:
@@ -180,6 +181,18 @@ def test_the_last_words_of_one_that_nobody_reports_are_shown_in_the_end() -> Non
     assert screen.lines.rest("w1") == []
     assert [line for _, (_, line) in screen.lines.rest("coordinator")] == FAILED
     assert screen.lines.rest("coordinator") == []
+
+
+@pytest.mark.parametrize("only_rank0", [False, True])
+@pytest.mark.parametrize("reported", [1, 2])
+def test_of_two_that_fail_at_once_the_one_that_is_reported_is_shown(only_rank0: bool, reported: int) -> None:
+    """Both have ended before anybody was asked to: whose end counts as the first is another's choice."""
+    screen = _Screen(only_rank0=only_rank0)
+    for rank in (2, 1):
+        screen.say(rank, *FAILED)
+    assert [screen.end(rank) for rank in (2, 1)] == [False, False]  # so the report has the words of either
+    assert (screen.shown, screen.lines.rest(f"w{reported}")) == ([], [])
+    assert [line for _, (_, line) in screen.lines.rest("coordinator")] == FAILED  # once
 
 
 def test_in_an_elastic_job_every_end_is_shown_at_once() -> None:

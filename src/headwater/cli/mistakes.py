@@ -14,7 +14,7 @@ from headwater.cli.console import note
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_FEW = 8
+_FEW = 12
 """Commands that a message can name all of."""
 _MOST = 3
 """Suggestions."""

@@ -9,6 +9,8 @@ from headwater.launch.outcome import TYPED, is_victim
 from headwater.launch.process import begins_traceback
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from headwater.launch.process import Process, Stream
 
 HOLD = 3.0
@@ -71,6 +73,11 @@ class Lines:
             self._unseen.add(process)
             del self._held[process]
             return []
+        if self._told(process):  # two that fail at once: the report may be about either
+            self._unseen.add(process)
+            self._known[process] = process.last_words.splitlines()
+            del self._held[process]
+            return []
         if self._known or process.signalled:  # the report is about another
             return self._release(process)
         self._unseen.add(process)
@@ -87,10 +94,22 @@ class Lines:
         return process not in self._unseen
 
     def rest(self, reported: str) -> list[tuple[Process, Line]]:
-        """The job is over, and what is reported is the end of the process of this name: others' last words."""
-        found = [process for process in self._known if process in self._unseen and process.name != reported]
+        """The job is over, and what is reported is the end of the process of this name: others' last words, but for
+        those that are the same as what is reported, or as another's.
+        """
+        told = [known for process, known in self._known.items() if process.name == reported]
+        found = []
+        for process, known in self._known.items():
+            if process in self._unseen and process.name != reported and not _same(known, told):
+                told.append(known)
+                found.append(process)
         self._unseen.difference_update(found)
         return [(process, ("stderr", line)) for process in found for line in self._known[process]]
+
+    def _told(self, process: Process) -> bool:
+        """Whether what a process has ended with, by itself, is what another will be reported with."""
+        unseen = [known for each, known in self._known.items() if each in self._unseen]
+        return not process.signalled and _same(process.last_words.splitlines(), unseen)
 
     def _mute(self, process: Process) -> bool:
         return self._only_rank0 and process.rank != 0
@@ -127,6 +146,11 @@ def _alike(lines: list[str], known: list[str]) -> bool:
     """Whether two tracebacks are of one place, or the first of as much of it as was written when a signal came."""
     frames, others = ([line for line in each if line.lstrip(" |").startswith("File ")] for each in (lines, known))
     return bool(frames) and frames == others[: len(frames)]
+
+
+def _same(words: list[str], others: Iterable[list[str]]) -> bool:
+    """Whether last words are of the same place and reason as some of the others."""
+    return any(_alike(words, known) and words[-1] == known[-1] for known in others)
 
 
 def _interrupted(process: Process, lines: list[str]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -22,7 +22,8 @@ from headwater_recipes.common.task import Sums, Task, add
 
 
 class Board:
-    """Pure: reports in, rows out. A row needs every rank's report of its step.
+    """Pure: reports in, rows out. A row of a training step needs the report of every rank that is there; one of
+    held-out data, of which each rank has a share, that of every rank.
 
     Attributes: ``latest`` the last figures of each rank; ``doing`` what the rank that spoke last does beside training
     ("" if it trains); ``rows`` the metrics so far, oldest first; ``saved`` the
@@ -32,8 +33,10 @@ class Board:
 
     def __init__(self, task: type[Task[Any]], world: int, rows: list[dict[str, Any]] | None = None) -> None:
         self._task, self._world = task, world
+        self._since: dict[int, int] = dict.fromkeys(range(world), -1)  # the step after which each rank reports
         self._steps: dict[int, dict[int, Stepped]] = {}
-        self._validations: dict[tuple[int, bool], dict[int, Validated]] = {}
+        self._validations: dict[int, dict[int, Validated]] = {}
+        self._finals: dict[int, Validated] = {}
         self.started: dict[int, Started] = {}
         self.latest: dict[int, Figures] = {}
         self.doing = ""
@@ -48,6 +51,8 @@ class Board:
         row = None
         match report:
             case Started():
+                if report.rank in self.started:  # in the place of one that died
+                    self._since[report.rank] = report.step
                 self.started[report.rank] = report
                 self.doing = ""
             case Doing():
@@ -71,23 +76,37 @@ class Board:
             self.rows.append(row)
         return row
 
+    def lost(self, rank: int) -> list[dict[str, Any]]:
+        """A rank died; the rows that waited for it alone. It is there again when it has ``Started``."""
+        self._since.pop(rank, None)
+        rows = [row for step in sorted(self._steps) if (row := self._whole_step(step)) is not None]
+        self.rows += rows
+        return rows
+
+    def _all(self, step: int, ranks: Collection[int]) -> bool:
+        """Whether these are all that report of a step."""
+        return all(rank in ranks for rank, since in self._since.items() if since < step)
+
     def _step(self, report: Stepped) -> dict[str, Any] | None:
-        parts = self._steps.setdefault(report.step, {})
-        parts[report.rank] = report
-        if len(parts) < self._world:
+        self._steps.setdefault(report.step, {})[report.rank] = report
+        return self._whole_step(report.step)
+
+    def _whole_step(self, step: int) -> dict[str, Any] | None:
+        if not self._all(step, self._steps[step]):
             return None
-        parts = self._steps.pop(report.step)
+        parts = self._steps.pop(step)
         return self._row([parts[rank] for rank in sorted(parts)])
 
     def _validation(self, report: Validated) -> dict[str, Any] | None:
-        key = (report.step, report.final)
-        parts = self._validations.setdefault(key, {})
+        parts = self._finals if report.final else self._validations.setdefault(report.step, {})
         parts[report.rank] = report
-        if len(parts) < self._world:
+        if len(parts) < self._world or (report.final and self.final is not None):
             return None
-        sums = add(each.sums for each in self._validations.pop(key).values())
+        sums = add(each.sums for each in parts.values())
         if report.final:
             self.final = sums
+        else:
+            del self._validations[report.step]
         return {
             "kind": "final" if report.final else "validation",
             "step": report.step,

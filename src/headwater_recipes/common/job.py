@@ -26,6 +26,8 @@ from headwater_recipes.common.stages import say, stage
 from headwater_recipes.common.task import Ended
 
 _STATUS_EVERY = 1.0
+RESTARTS = 3
+"""How often each worker of an elastic run is started again. One that dies more often would go on to."""
 
 
 def prepare(recipe: Recipe[AnySettings], wanted: AnySettings, run: Path | None, console: Console) -> Path:
@@ -121,7 +123,7 @@ class Job(Generic[AnySettings]):
         self.display: display.Display | None = None
         self._incomplete: set[str] = set()
         console.file = cast("IO[str]", launch.Sturdy(console.file, self._deaf))
-        for name in (schedule.NAME, schedule.ASKED):  # an earlier launch's, with its stop
+        for name in (schedule.NAME, schedule.ASKED, schedule.BEGUN):  # an earlier launch's, with its stop
             (folder / name).unlink(missing_ok=True)
 
     def run(self) -> int:
@@ -135,8 +137,11 @@ class Job(Generic[AnySettings]):
         s = self.settings
         self.launcher = launcher = launch.Launcher(
             launch.Shape(s.servers, restore=self.restore, **settings.cluster(s)),
-            rules=launch.Rules(patience=self.recipe.patience),
+            rules=launch.Rules(
+                patience=self.recipe.patience, elastic=s.elastic, restart_workers=RESTARTS if s.elastic else 0
+            ),
             on_line=self._line,
+            on_exit=self._exited,
             on_note=self._note,
             once=True,
             only_rank0=self.only_rank0,
@@ -207,6 +212,16 @@ class Job(Generic[AnySettings]):
         if self.display is not None:
             self.display.note(f"headwater: {text}")
         self._append("events.jsonl", {"time": round(time.time(), 3), "event": text})
+
+    def _exited(self, process: launch.Process) -> None:
+        """Of an elastic run: what was said of the steps of a worker that died is all that there will be."""
+        if process.role != "worker" or not process.returncode or not self.settings.elastic:
+            return
+        for row in self.board.lost(process.rank):
+            self._append("metrics.jsonl", row)
+        if process.restarts >= RESTARTS and not process.signalled:
+            self._note(f"{process.name} has died {process.restarts + 1} times; the others are told to save and to end")
+            self.launcher.terminate()
 
     def _deaf(self, error: OSError) -> None:
         """Nobody sees any more what is shown. A closed pipe ends the job as SIGTERM does, anything else does not."""

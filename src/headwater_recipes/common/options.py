@@ -82,7 +82,7 @@ def make_changes(struct: type[msgspec.Struct], given: Mapping[str, Any]) -> dict
     changes = {}
     for field in fields(struct):
         value = given.get(field.name)
-        if value is None:
+        if value is None or (field.kind is bool and not value):  # a switch says nothing unless it is given
             continue
         if field.choices and value not in field.choices:
             raise UsageError(f"{field.flag} {value}: must be one of {', '.join(field.choices)}")

@@ -25,6 +25,8 @@ RECORD = "schedules.jsonl"
 LEAD = 2
 ASKED = "stop"
 """The file by which another rank than 0 asks for the end."""
+BEGUN = "begun.json"
+"""The file that says where this launch began: for a worker that takes the place of one that died."""
 REPLAN = 10
 """Steps between two schedules."""
 FLOOR = 0.05
@@ -32,16 +34,29 @@ FLOOR = 0.05
 
 
 class Schedule(msgspec.Struct, frozen=True):
-    """From ``step`` on, progress grows from ``progress`` by ``per_step``; ``stop`` is the first step not taken."""
+    """From ``step`` on, progress grows from ``progress`` by ``per_step``; ``stop`` is the first step not taken.
+
+    ``asked``: somebody wants the run to stop there, and its end is not reached.
+    """
 
     step: int
     progress: float
     per_step: float
     stop: int | None = None
+    asked: bool = False
 
     def at(self, step: int) -> float:
         """Progress at the beginning of ``step``, 0 to 1."""
         return min(1.0, max(0.0, self.progress + (step - self.step) * self.per_step))
+
+
+class Begun(msgspec.Struct, frozen=True):
+    """``step``, ``progress`` and ``elapsed`` at the beginning of a launch, and ``time.monotonic()`` when it began."""
+
+    step: int
+    progress: float
+    elapsed: float
+    monotonic: float
 
 
 def factor(progress: float, step: int, warmup: int) -> float:
@@ -137,7 +152,7 @@ class Pace:
             effect = step + LEAD
             if self._schedule.stop is not None and self._schedule.stop <= effect:
                 return None
-            return self._take(Schedule(effect, self._schedule.at(effect), self._schedule.per_step, effect))
+            return self._take(Schedule(effect, self._schedule.at(effect), self._schedule.per_step, effect, not late))
         if self._budget is not None and step % REPLAN == 0:
             self._marks.append((step, elapsed))
             if len(self._marks) > 1:

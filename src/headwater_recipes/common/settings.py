@@ -45,6 +45,9 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = None
     snapshots: Annotated[str | None, Option("Folder that the cluster's snapshots go to.", path=True)] = None
     snapshot_every: Annotated[float | None, Option("Seconds between two snapshots.")] = None
+    elastic: Annotated[
+        bool, Option("A worker that dies is started again; the others go on meanwhile, each with its own batches.")
+    ] = False
     sync: Annotated[str, Option("bulk, stale:N, async or async:N. Default: {default}.")] = "bulk"
     batch: Annotated[int, Option("Samples per worker and step. Default: {default}.", least=1)] = 4
     lr: Annotated[float, Option("Peak learning rate.", above=0)] = 1e-3

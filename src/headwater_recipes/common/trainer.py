@@ -8,6 +8,7 @@ rank 0 chose. Then they save.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -15,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple
 
+import msgspec
 import torch
 
 import headwater
-from headwater_recipes.common import checkpoint, reports
+from headwater_recipes.common import checkpoint, reports, schedule
 from headwater_recipes.common.recipe import Recipe
 from headwater_recipes.common.schedule import Pace, Schedule, ScheduleFile, factor
 from headwater_recipes.common.settings import AnySettings, State, Training, parse_sync
@@ -46,7 +48,10 @@ class Trainer(Generic[AnySettings]):
         asked = checkpoint.read_state(folder, recipe.settings)
         self.start = asked if found is None else checkpoint.read_state(found, recipe.settings)
         self.settings = s = asked.settings
-        self.step = self.start.step
+        self.begun = 0.0
+        self.late = self._takes_a_place()
+        if self.late:  # values and state are those of the servers
+            found = None
         self.bfloat16 = takes_bfloat16(s)
         self.task: Task[AnySettings] = recipe.load()(s, folder, ps.rank, ps.world)
         self.model = self.task.build() if found is None else self.task.read(found)
@@ -55,8 +60,37 @@ class Trainer(Generic[AnySettings]):
             self.optimizer.load_state_dict(checkpoint.load_optimizer(found))
             for group in self.optimizer.param_groups:
                 group["initial_lr"] = s.lr
-        ps.barrier("ready")  # nobody pushes while another still writes state
+        self._meet("ready")  # nobody pushes while another still writes state
+        self.step = self._reached()
         self._schedule()
+
+    def _takes_a_place(self) -> bool:
+        """Whether this worker comes instead of one of this launch that died. ``start`` is where the launch began then,
+        however many checkpoints there are since.
+        """
+        path = self.folder / schedule.BEGUN
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not path.is_file():
+            return False
+        said = msgspec.json.decode(path.read_bytes(), type=schedule.Begun)
+        self.start = msgspec.structs.replace(self.start, step=said.step, progress=said.progress, elapsed=said.elapsed)
+        self.begun = said.monotonic
+        return True
+
+    def _meet(self, place: str) -> None:
+        """A barrier. Who comes late does not meet the others, who may have been there; in an elastic run they go on
+        without it.
+        """
+        if self.late:
+            return
+        try:
+            self.ps.barrier(place)
+        except headwater.WorkerLost:
+            if not self.settings.elastic:
+                raise
+
+    def _reached(self) -> int:
+        """The run's step, by the clock of the table, which counts from the beginning of the launch."""
+        return self.start.step + self.ps.tables[checkpoint.TABLE].clock
 
     def _optimizer(self, first_values: Mapping[str, Any] | None) -> headwater.Optimizer:
         s = self.settings
@@ -83,13 +117,14 @@ class Trainer(Generic[AnySettings]):
             first = Schedule(start.step, min(1.0, start.elapsed / budget), 0.0)
         self.pace = Pace(first, budget)
         self.schedules = ScheduleFile(self.folder, first)
-        if self.ps.rank == 0:
+        if self.ps.rank == 0 and not self.late:
             self.schedules.record(first)
+        if self.late:
+            self.pace = Pace(self.schedules.at(self.step), budget)
+        base = self.step
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
-            lambda taken: factor(
-                self.schedules.at(start.step + taken).at(start.step + taken), start.step + taken, s.warmup
-            ),
+            lambda taken: factor(self.schedules.at(base + taken).at(base + taken), base + taken, s.warmup),
         )
 
     @property
@@ -99,26 +134,46 @@ class Trainer(Generic[AnySettings]):
 
     def run(self) -> None:
         """Train until the schedule says stop, then save, verify and validate."""
-        self.begun = time.monotonic()
+        if not self.late:
+            self.begun = time.monotonic()
         size = sum(p.numel() for p in self.model.parameters())
         precision = "bfloat16" if self.bfloat16 else "float32"
         reports.say(reports.Started(self.ps.rank, self.step, size, precision))
+        if not self.late:
+            self._begin()
+        self.meter = Meter(self.ps, time.monotonic())
+        self.model.train()
+        while not self._over():
+            taken = self._learn(self.task.batches(self.step))
+            if self._step():
+                self._after_step(taken)
+        self._finish()
+
+    def _begin(self) -> None:
+        """Before the first step of a launch."""
         if self.task.validates_first and self.start.step == 0:
             self._doing("validating before the first step")
             self.validate(whole=True)
         if self.settings.publish_every:
             self._publish()
         self.begun = time.monotonic()
-        self.meter = Meter(self.ps, self.begun)
-        self.model.train()
-        while not self._over():
-            taken = self._learn(self.task.batches(self.step))
+        if self.ps.rank == 0 and self.settings.elastic:
+            said = schedule.Begun(self.start.step, self.start.progress, self.start.elapsed, self.begun)
+            checkpoint.write_json(self.folder / schedule.BEGUN, said)
+
+    def _step(self) -> bool:
+        """Take a step; False if it was not taken, as another worker died in it: it is to be learnt for once more."""
+        try:
             self.optimizer.step()
-            self.scheduler.step()
+        except headwater.WorkerLost:
+            if not self.settings.elastic:
+                raise
             self.optimizer.zero_grad()
-            self.step += 1
-            self._after_step(taken)
-        self._finish()
+            return False
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return True
 
     def _learn(self, batches: Sequence[Batch]) -> Step:
         """Forward and backward; the mean over all that the step learns from, however it lies in its batches."""
@@ -144,8 +199,10 @@ class Trainer(Generic[AnySettings]):
                 self.schedules.publish(decided)
         elif self.stopping:
             self.schedules.ask_to_stop()
-        stop = self.schedules.at(self.step).stop
-        return stop is not None and self.step >= stop
+        held = self.schedules.at(self.step)
+        over = held.stop is not None and self.step >= held.stop
+        self.stopping = self.stopping or (over and held.asked)  # it may be that only another rank was told
+        return over
 
     def _after_step(self, taken: Step) -> None:
         s = self.settings
@@ -224,7 +281,7 @@ class Trainer(Generic[AnySettings]):
         self._settle()
         self._doing("waiting for the other workers")
         table = self.ps.tables[checkpoint.TABLE]
-        self.ps.barrier("trained")
+        self._meet("trained")
         table.pull().wait()  # under Stale and Async: what the others pushed last
         difference = None
         if self.ps.rank == 0:
@@ -234,7 +291,7 @@ class Trainer(Generic[AnySettings]):
         if not self.stopping:
             self._doing("validating on all held-out data")
             self.validate(whole=True, final=True)
-        self.ps.barrier("validated")
+        self._meet("validated")
         reason: Literal["done", "stopped"] = "stopped" if self.stopping else "done"
         reports.say(reports.Finished(self.ps.rank, self.step, elapsed, reason, difference))
 

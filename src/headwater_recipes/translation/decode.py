@@ -10,7 +10,8 @@ import torch
 
 from headwater_recipes.translation import clauses
 
-BEAMS = 1
+BEAMS = 4
+"""1.6 BLEU and 2.1 chrF more than one beam, on verses to tune on."""
 ROWS = 64
 _REPEATED = 3
 """So many tokens are not said twice in a piece: a model that has learnt little may else say them without end."""

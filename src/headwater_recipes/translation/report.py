@@ -22,7 +22,7 @@ from headwater_recipes.translation.verses import Pair
 if TYPE_CHECKING:
     from headwater_recipes.translation.task import Translation
 
-SAMPLE = 1000
+SAMPLE = 600
 """Held-out pairs that are translated, drawn at random."""
 PICTURES = ("translations.png", "attention.png")
 _SHOWN = 10

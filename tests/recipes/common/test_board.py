@@ -102,3 +102,32 @@ def test_reports_travel_as_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert hear(line) == _step(1, 10, 2.5)
     assert hear("a library's own words") is None
     assert hear(line[:20]) is None
+
+
+def test_nobody_waits_for_a_rank_that_died_until_it_is_there_again() -> None:
+    board = Board(LanguageModel, 2)
+    for rank in (0, 1):
+        board.hear(Started(rank, 0, 5, "float32"))
+    board.hear(_step(0, 10, 4.0))
+    board.hear(_step(0, 20, 3.0))
+    assert [row["step"] for row in board.lost(1)] == [10, 20]
+    assert board.hear(_step(0, 30, 2.0)) == board.rows[-1]
+    assert board.hear(_step(0, 40, 2.0)) is not None
+    board.hear(Started(1, 43, 5, "float32"))
+    assert board.hear(_step(0, 50, 2.0)) is None
+    row = board.hear(_step(1, 50, 1.0))
+    assert row is not None
+    assert (row["loss"], [each["step"] for each in board.rows]) == (1.5, [10, 20, 30, 40, 50])
+
+
+def test_all_held_out_data_are_judged_though_a_rank_died() -> None:
+    board = Board(LanguageModel, 2)
+    sums = {"nats": 4.0, "tokens": 2, "nbytes": 4}
+    board.hear(Validated(0, 20, 1.0, sums, False))
+    assert board.lost(1) == []  # a part of the data says nothing that could be compared
+    assert board.hear(Validated(0, 60, 1.0, sums, True)) is None
+    assert board.final is None
+    row = board.hear(Validated(1, 60, 2.0, sums, True))
+    assert row is not None
+    assert (row["kind"], row["step"], board.final) == ("final", 60, {name: 2 * value for name, value in sums.items()})
+    assert board.hear(Validated(1, 60, 2.0, sums, True)) is None  # once more, by who took its place

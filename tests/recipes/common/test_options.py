@@ -61,6 +61,12 @@ def test_what_typer_makes_of_each_word() -> None:
     assert get_args(kinds["deep"])[0] is bool
 
 
+def test_a_switch_says_nothing_unless_it_is_given() -> None:
+    """So that a run that began with it goes on with it."""
+    assert make_changes(Training, {"elastic": False}) == {}
+    assert make_changes(Training, {"elastic": True}) == {"elastic": True}
+
+
 def test_paths_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     given = {"files": [Path("a"), Path("b")], "state": Path("c"), "share": None, "seed": 3}

@@ -49,7 +49,7 @@ def test_a_number_of_steps_is_taken_exactly() -> None:
 def test_who_asks_to_stop_is_heard_once() -> None:
     first = Schedule(0, 0.0, 0.001)
     pace = Pace(first, 60.0)
-    assert pace.decide(7, 1.0, asked=True) == Schedule(9, first.at(9), 0.001, 9)
+    assert pace.decide(7, 1.0, asked=True) == Schedule(9, first.at(9), 0.001, 9, asked=True)
     assert pace.decide(8, 1.1, asked=True) is None
     nearly = Pace(Schedule(0, 0.0, 0.1, 10), None)
     assert nearly.decide(9, 1.0, asked=True) is None  # the end comes first

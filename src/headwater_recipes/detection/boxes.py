@@ -1,0 +1,315 @@
+"""Boxes of images: from the catalog's trees, CSV, COCO's JSON or a ``datasets`` name; checked against their images.
+
+A box is xmin, ymin, xmax, ymax in pixels, of which the first two are inside and the others the first outside. What is
+over an image's edge by no more than ``SLACK`` is clipped, as annotation tools round; more of it, or no area, is an
+error.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from headwater.errors import DataError
+from headwater_recipes.data import cache
+from headwater_recipes.images.decode import Unreadable, read_image
+
+TREES = "tree-crowns"
+"""Its name in the catalog."""
+HELD_OUT_TREES = "2019_YELL_2_541000_4977000_image_crop"
+"""Taken 13 km from the other image of Yellowstone; the other two are of Florida and of California."""
+
+SLACK = 2.0
+"""Pixels."""
+MOST_UNREADABLE = 0.1
+_EVERY = 10
+"""One image in so many is held out, where the data have no part that is."""
+_COLUMNS = ("image", "xmin", "ymin", "xmax", "ymax", "label")
+_SUFFIXES = (".csv", ".json")
+
+
+class Picture(msgspec.Struct, frozen=True):
+    """An image and what is in it.
+
+    Attributes:
+        path: the file.
+        boxes: (N, 4), see the module.
+        labels: (N,) indices of classes.
+        width, height: pixels.
+    """
+
+    path: str
+    boxes: list[tuple[float, float, float, float]]
+    labels: list[int]
+    width: int
+    height: int
+
+    @property
+    def corners(self) -> npt.NDArray[np.float32]:
+        """(N, 4) float32."""
+        return np.array(self.boxes, np.float32).reshape(-1, 4)
+
+
+class Pictures(msgspec.Struct, frozen=True):
+    """What a run is about. ``skipped``: images that cannot be read, and why."""
+
+    classes: list[str]
+    training: list[Picture]
+    held_out: list[Picture]
+    skipped: list[str] = []
+
+
+class _Raw(msgspec.Struct):
+    """An image's boxes as they were read; ``places`` says where each stood."""
+
+    path: Path
+    boxes: list[tuple[float, float, float, float]]
+    labels: list[str]
+    places: list[str]
+
+
+def read(names: Iterable[str]) -> Pictures:
+    """What ``--data`` names. Raises ``DataError``."""
+    training: list[_Raw] = []
+    held_out: list[_Raw] = []
+    given = tuple(names)
+    for name in given or (TREES,):
+        learnt, aside = _sources(name)
+        training += learnt
+        held_out += aside
+    if not held_out:
+        training, held_out = training[::], training[::_EVERY] if len(training) > 1 else []
+        chosen = {id(each) for each in held_out}
+        training = [each for each in training if id(each) not in chosen]
+    classes = sorted({label for raw in training for label in raw.labels})
+    source = ", ".join(Path(name).name for name in given) or TREES
+    if not classes:
+        raise DataError(f"{source}: no box to learn from. Nothing was started; give images with boxes.")
+    skipped: list[str] = []
+    sides = [
+        [found for raw in part if (found := _checked(raw, classes, skipped)) is not None]
+        for part in (training, held_out)
+    ]
+    total = len(training) + len(held_out)
+    if len(skipped) > MOST_UNREADABLE * total:
+        raise DataError(
+            f"{source}: {len(skipped)} of {total} images cannot be read, above {MOST_UNREADABLE:.0%}; the first is "
+            f"{skipped[0]}. Nothing was started; mend or remove them."
+        )
+    if not sides[1] or not any(each.boxes for each in sides[1]):
+        raise DataError(
+            f"{source}: no held-out image has a box, so nothing could be said of the model. Give more images."
+        )
+    return Pictures(classes, sides[0], sides[1], skipped)
+
+
+def _checked(raw: _Raw, classes: list[str], skipped: list[str]) -> Picture | None:
+    if not raw.path.is_file():
+        raise DataError(
+            f"{raw.places[0] if raw.places else raw.path}: no image {raw.path}. Nothing was started; check the path."
+        )
+    try:
+        width, height = read_image(raw.path).size
+    except Unreadable as error:
+        skipped.append(f"{raw.path}: {error}")
+        return None
+    found: list[tuple[float, float, float, float]] = []
+    for box, label, place in zip(raw.boxes, raw.labels, raw.places, strict=True):
+        if label not in classes:
+            raise DataError(
+                f"{place}: the label {label!r} is held out and has no box to learn from. Nothing was started."
+            )
+        found.append(_inside(box, width, height, place))
+    return Picture(str(raw.path), found, [classes.index(label) for label in raw.labels], width, height)
+
+
+def _inside(
+    box: tuple[float, float, float, float], width: int, height: int, place: str
+) -> tuple[float, float, float, float]:
+    left, top, right, bottom = box
+    if not all(np.isfinite(box)):
+        raise DataError(f"{place}: the box {box} has no place. Nothing was started; mend it, or leave it out.")
+    over = max(-left, -top, right - width, bottom - height)
+    if over > SLACK:
+        raise DataError(
+            f"{place}: the box {box} is {over:g} pixels outside its image of {width} × {height}. Nothing was started; "
+            f"mend it, or leave it out."
+        )
+    kept = (max(0.0, left), max(0.0, top), min(float(width), right), min(float(height), bottom))
+    if kept[2] - kept[0] < 1 or kept[3] - kept[1] < 1:
+        raise DataError(
+            f"{place}: the box {box} has no area (it is xmin, ymin, xmax, ymax, of a pixel or more). Nothing was "
+            f"started; mend it, or leave it out."
+        )
+    return kept
+
+
+# ---- sources ---------------------------------------------------------------------------------------
+
+
+def _sources(name: str) -> tuple[list[_Raw], list[_Raw]]:
+    path = Path(name)
+    if name == TREES and not path.exists():
+        return _trees(cache.folder(TREES))
+    if path.is_dir():
+        return list(_file(_part(path, "train"))), list(_file(_part(path, "test", "validation", "val")))
+    if path.exists() or path.suffix in _SUFFIXES:
+        return list(_file(path)), []
+    return _hub(name)
+
+
+def _trees(place: Path) -> tuple[list[_Raw], list[_Raw]]:
+    """PASCAL VOC's form, in which pixels count from 1 and the last one is inside. Alive or dead, all are trees."""
+    found: tuple[list[_Raw], list[_Raw]] = ([], [])
+    for path in sorted(place.glob("*.xml")):
+        boxes = []
+        for each in ET.parse(path).getroot().iter("object"):
+            box = [float(each.findtext(f"bndbox/{edge}") or "nan") for edge in ("xmin", "ymin", "xmax", "ymax")]
+            boxes.append((box[0] - 1, box[1] - 1, box[2], box[3]))
+        raw = _Raw(
+            path.with_suffix(".png"), boxes, ["tree"] * len(boxes), [f"{path}: object {n}" for n in range(len(boxes))]
+        )
+        found[path.stem == HELD_OUT_TREES].append(raw)
+    return found
+
+
+def _part(place: Path, *names: str) -> Path:
+    for name in names:
+        for suffix in _SUFFIXES:
+            if (path := place / f"{name}{suffix}").is_file():
+                return path
+    raise DataError(
+        f"--data {place}: no file {' or '.join(f'{name}.*' for name in names)} there ({', '.join(_SUFFIXES)}). A "
+        f"folder holds train.* and test.*. Nothing was started; name a file: of one a tenth of the images is held out."
+    )
+
+
+def _file(path: Path) -> Iterator[_Raw]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--data {path}: it cannot be read ({error}). Nothing was started; check it.") from error
+    if path.suffix == ".csv":
+        return _csv(path, text)
+    if path.suffix == ".json":
+        return _coco(path, text)
+    raise DataError(f"--data {path}: boxes are in a {' or '.join(_SUFFIXES)} file. Nothing was started; convert it.")
+
+
+def _csv(path: Path, text: str) -> Iterator[_Raw]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    names = {"image_path": "image"}  # deepforest's own name
+    columns = [names.get(name, name) for name in reader.fieldnames or []]
+    missing = [name for name in _COLUMNS if name not in columns]
+    if missing:
+        raise DataError(
+            f"--data {path}: no column {missing[0]!r}; the first line names {', '.join(columns)[:200]}. Nothing was "
+            f"started; mend it."
+        )
+    reader.fieldnames = columns
+    found: dict[str, _Raw] = {}
+    for row in reader:
+        place = f"{path}:{reader.line_num}"
+        image = row["image"] or ""
+        raw = found.setdefault(image, _Raw(path.parent / image, [], [], []))
+        values = [row[name] or "" for name in _COLUMNS[1:]]
+        if not any(values):
+            continue
+        try:
+            left, top, right, bottom = map(float, values[:4])
+        except ValueError:
+            raise DataError(
+                f"{place}: {', '.join(values[:4])!r} are no four numbers. Nothing was started; mend the line."
+            ) from None
+        if not values[4].strip():
+            raise DataError(f"{place}: no label. Nothing was started; mend the line, or leave it out.")
+        raw.boxes.append((left, top, right, bottom))
+        raw.labels.append(values[4].strip())
+        raw.places.append(place)
+    yield from found.values()
+
+
+def _coco(path: Path, text: str) -> Iterator[_Raw]:
+    """COCO's form (Lin and others 2014): boxes as x, y, width, height; groups that are not told apart are left out."""
+    try:
+        held = json.loads(text)
+        classes = {each["id"]: each["name"] for each in held["categories"]}
+        found = {each["id"]: _Raw(path.parent / each["file_name"], [], [], []) for each in held["images"]}
+        for number, each in enumerate(held["annotations"]):
+            if each.get("iscrowd"):
+                continue
+            place = f"{path}: annotation {number}"
+            if each["category_id"] not in classes or each["image_id"] not in found:
+                raise DataError(f"{place}: its category or image is none of the file's. Nothing was started; mend it.")
+            x, y, width, height = map(float, each["bbox"])
+            raw = found[each["image_id"]]
+            raw.boxes.append((x, y, x + width, y + height))
+            raw.labels.append(str(classes[each["category_id"]]))
+            raw.places.append(place)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"--data {path}: not in COCO's form: {error!r}. Nothing was started; or give a .csv file."
+        ) from error
+    images = path.parent / "images"
+    for raw in found.values():
+        beside = images / raw.path.name
+        yield msgspec.structs.replace(raw, path=beside) if not raw.path.exists() and beside.exists() else raw
+
+
+def _hub(name: str) -> tuple[list[_Raw], list[_Raw]]:
+    """A data set of ``datasets`` with columns image and objects (bbox as x, y, width, height; category). Its images
+    are written into Headwater's cache, where workers read them.
+    """
+    try:
+        import datasets  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise DataError(
+            f"--data {name}: no such file or folder here, and the package datasets, which would look for it on the "
+            f"hub, is not installed. Nothing was started; check the path, or pip install datasets."
+        ) from None
+    path, _, configuration = name.partition(":")
+    try:
+        found = datasets.load_dataset(path, configuration or None)
+    except Exception as error:  # of any kind: network, cache, format
+        raise DataError(f"--data {name}: {error}. Nothing was started; check the name, or give a file.") from error
+    if "train" not in found:
+        raise DataError(f"--data {name}: no part 'train', but {', '.join(found)}. Nothing was started; give another.")
+    aside = next((part for part in ("test", "validation") if part in found), None)
+    keep = cache.root().parent / "images" / re.sub(r"\W+", "-", name)
+    learnt, held = (
+        [
+            _of_row(row, f"{name}, {part} {n}", keep / f"{part}-{n:06}.png", found[part])
+            for n, row in enumerate(found[part])
+        ]
+        if part
+        else []
+        for part in ("train", aside)
+    )
+    return learnt, held
+
+
+def _of_row(row: Any, place: str, path: Path, table: Any) -> _Raw:
+    try:
+        objects = row["objects"]
+        category = table.features["objects"]["category"]
+        names = getattr(getattr(category, "feature", category), "names", None)
+        labels = [names[each] if names else str(each) for each in objects["category"]]
+        boxes = [(x, y, x + width, y + height) for x, y, width, height in objects["bbox"]]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row["image"].convert("RGB").save(path)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DataError(
+            f"{place}: no image with objects (bbox, category), or a category out of range: {error!r}. Nothing was "
+            f"started; mend the data set."
+        ) from error
+    return _Raw(path, boxes, labels, [f"{place}, object {n}" for n in range(len(boxes))])

@@ -1,0 +1,165 @@
+"""Boxes of all forms, and what of them is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from headwater.errors import DataError
+from headwater_recipes.detection import boxes, data
+from headwater_recipes.detection.boxes import read
+from tests.recipes.data import need
+from tests.recipes.tiny import squares
+
+HEAD = "image,xmin,ymin,xmax,ymax,label"
+
+
+def _csv(place: Path, *lines: str, images: int = 2) -> tuple[str]:
+    for number in range(images):
+        Image.new("RGB", (40, 30)).save(place / f"{number}.png")
+    (place / "a.csv").write_text("\n".join([HEAD, *lines]), encoding="utf-8")
+    return (str(place / "a.csv"),)
+
+
+def test_of_the_trees_an_image_taken_elsewhere_is_held_out() -> None:
+    need("tree-crowns")
+    found = read(())
+    assert found.classes == ["tree"]
+    assert sorted(len(each.boxes) for each in found.training) == [37, 61, 574]
+    (aside,) = found.held_out
+    assert (len(aside.boxes), aside.width, aside.height) == (279, 1249, 1035)
+    for picture in (*found.training, aside):
+        assert (picture.corners[:, 2:] - picture.corners[:, :2]).min() >= 8
+        assert (picture.corners >= 0).all()
+        assert (picture.corners <= [picture.width, picture.height] * 2).all()
+
+
+def test_a_csv_file_holds_one_image_in_ten_out(tmp_path: Path) -> None:
+    found = read((str(squares(tmp_path, 20)),))
+    assert found.classes == ["round", "square"]
+    assert (len(found.training), len(found.held_out)) == (18, 2)
+    assert not {each.path for each in found.training} & {each.path for each in found.held_out}
+
+
+def test_coco_s_form_and_a_folder_with_parts(tmp_path: Path) -> None:
+    """Boxes are x, y, width, height there; crowds are left out; images may lie in images/."""
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (40, 30)).save(tmp_path / "images" / name)
+    for part, name in (("train", "a.png"), ("test", "b.png")):
+        held = {
+            "categories": [{"id": 7, "name": "cat"}],
+            "images": [{"id": 1, "file_name": name}],
+            "annotations": [
+                {"image_id": 1, "category_id": 7, "bbox": [2, 3, 10, 20], "iscrowd": 0},
+                {"image_id": 1, "category_id": 7, "bbox": [0, 0, 40, 30], "iscrowd": 1},
+            ],
+        }
+        (tmp_path / f"{part}.json").write_text(json.dumps(held), encoding="utf-8")
+    found = read((str(tmp_path),))
+    assert found.training[0].boxes == found.held_out[0].boxes == [(2, 3, 12, 23)]
+    assert [Path(each.path).name for each in (*found.training, *found.held_out)] == ["a.png", "b.png"]
+
+
+def test_a_name_of_the_library_datasets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Part(list[Any]):
+        features: ClassVar[Any] = {"objects": {"category": types.SimpleNamespace(names=["cat", "dog"])}}
+
+    def row(category: int) -> dict[str, Any]:
+        return {"image": Image.new("L", (40, 30)), "objects": {"bbox": [[2, 3, 10, 20]], "category": [category]}}
+
+    library = types.ModuleType("datasets")
+    library.load_dataset = lambda *_: {"train": Part([row(0), row(1)]), "test": Part([row(1)])}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    monkeypatch.setenv("HEADWATER_CACHE", str(tmp_path))
+    found = read(("owner/pets",))
+    assert (found.classes, [each.labels for each in found.training]) == (["cat", "dog"], [[0], [1]])
+    assert found.held_out[0].boxes == [(2, 3, 12, 23)]
+    assert all(Path(each.path).is_file() for each in (*found.training, *found.held_out))
+    library.load_dataset = lambda *_: {"train": Part([row(5)])}  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match="category out of range"):
+        read(("owner/pets",))
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (
+            ["0.png,1,1,50,9,cat", "1.png,1,1,9,9,cat"],
+            r"a\.csv:2: the box .* is 10 pixels outside its image of 40 × 30",
+        ),
+        (["0.png,-9,1,20,9,cat", "1.png,1,1,9,9,cat"], "is 9 pixels outside"),
+        (["0.png,9,1,9,9,cat", "1.png,1,1,9,9,cat"], "has no area"),
+        (["0.png,9,9,1,1,cat", "1.png,1,1,9,9,cat"], "has no area"),
+        (["0.png,nan,1,9,9,cat", "1.png,1,1,9,9,cat"], "has no place"),
+        (["0.png,a,1,9,9,cat"], r"a\.csv:2: 'a, 1, 9, 9' are no four numbers"),
+        (["0.png,1,1,9,9,"], r"a\.csv:2: no label"),
+        (["0.png,1,1,9,9,cat", "9.png,1,1,9,9,cat"], r"a\.csv:3: no image .*9\.png"),
+        (["0.png,1,1,9,9,cat", "1.png,1,1,9,9,dog"], "is held out and has no box to learn from"),
+        (["0.png,,,,,"], "no box to learn from"),
+        (["0.png,1,1,9,9,cat"], "no held-out image has a box"),
+    ],
+)
+def test_a_box_that_cannot_be_is_named_by_its_line(tmp_path: Path, lines: list[str], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        read(_csv(tmp_path, *lines))
+
+
+def test_what_is_a_little_outside_is_clipped_and_an_image_may_be_empty(tmp_path: Path) -> None:
+    found = read(_csv(tmp_path, "0.png,-1,0.5,41,31,cat", "1.png,1,1,9,9,cat", "2.png,,,,,", images=3))
+    boxes_of = {Path(each.path).name: each.boxes for each in (*found.training, *found.held_out)}
+    assert boxes_of == {"0.png": [(0, 0.5, 40, 30)], "1.png": [(1, 1, 9, 9)], "2.png": []}
+
+
+def test_images_that_cannot_be_read_are_counted_and_many_are_an_error(tmp_path: Path) -> None:
+    path = squares(tmp_path, 12)
+    (tmp_path / "3.png").write_bytes(b"\x89PNG no")
+    found = read((str(path),))
+    assert [each.split(":")[0] for each in found.skipped] == [str(tmp_path / "3.png")]
+    assert len(found.training) + len(found.held_out) == 11
+    (tmp_path / "4.png").write_bytes(b"")
+    with pytest.raises(DataError, match="2 of 12 images cannot be read, above 10%"):
+        read((str(path),))
+
+
+def test_a_huge_image_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headwater_recipes.images.decode.MOST_PIXELS", 1000)
+    with pytest.raises(DataError, match="40 × 30 pixels are above 1,000"):
+        read(_csv(tmp_path, "0.png,1,1,9,9,cat", "1.png,1,1,9,9,cat"))
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "b.csv").write_text("image,label\n", encoding="utf-8")
+    (tmp_path / "c.txt").write_text("x", encoding="utf-8")
+    for name, said in (
+        ("a.json", "not in COCO's form"),
+        ("b.csv", "no column 'xmin'"),
+        ("c.txt", "convert it"),
+        ("d.csv", "cannot be read"),
+    ):
+        with pytest.raises(DataError, match=said):
+            read((str(tmp_path / name),))
+    with pytest.raises(DataError, match=r"no file train\.\*"):
+        read((str(tmp_path),))
+
+
+def test_a_run_whose_image_is_gone_says_so(tmp_path: Path) -> None:
+    found = read((str(squares(tmp_path, 10)),))
+    import msgspec
+
+    (tmp_path / data.FILE).write_bytes(msgspec.json.encode(found))
+    assert data.load(tmp_path) == found
+    Path(found.training[0].path).unlink()
+    with pytest.raises(DataError, match="is not where it was when the run began"):
+        data.load(tmp_path)
+    made = data.measures(found.training[1:], lambda path: np.asarray(Image.open(path)))
+    assert 10 < made["size"][0] < 16
+    assert boxes.SLACK < 4
