@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from headwater_recipes.qa.questions import Asked, Question
+from headwater_recipes.qa.questions import QuestionSet, Question
 from headwater_recipes.text import linear
 from headwater_recipes.text.labelled import Labelled, Row
 
@@ -18,7 +18,7 @@ _AROUND = 8
 """Words on either side that count for a span."""
 
 
-def of(asked: Asked) -> dict[str, Any]:
+def of(asked: QuestionSet) -> dict[str, Any]:
     """For ``report.json``."""
     if asked.spans:
         told = [sliding_window(each.question, each.passage) for each in asked.held_out]
@@ -29,7 +29,7 @@ def of(asked: Asked) -> dict[str, Any]:
     return {**linear.baselines(labelled(asked))}
 
 
-def labelled(asked: Asked) -> Labelled:
+def labelled(asked: QuestionSet) -> Labelled:
     """Yes and no as the classes of pairs."""
     training, held_out = (
         tuple(Row(each.question, each.answer, "", each.passage) for each in part) for part in asked[:2]

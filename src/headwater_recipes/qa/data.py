@@ -14,7 +14,7 @@ from headwater.errors import DataError
 from headwater_recipes.common import checkpoint
 from headwater_recipes.common.stages import say, stage
 from headwater_recipes.qa import baselines, model, questions, spans
-from headwater_recipes.qa.questions import Asked, Question
+from headwater_recipes.qa.questions import QuestionSet, Question
 from headwater_recipes.qa.settings import QaSettings
 from headwater_recipes.text import classified
 from headwater_recipes.text.labelled import Row, other_scripts
@@ -63,7 +63,7 @@ def prepare(wanted: QaSettings, console: Console) -> Callable[[Path], None]:
     return fill
 
 
-def _check(asked: Asked, wanted: QaSettings) -> None:
+def _check(asked: QuestionSet, wanted: QaSettings) -> None:
     if len(asked.training) < wanted.workers:
         raise DataError(
             f"{asked.source}: {len(asked.training)} questions to train on, fewer than the {wanted.workers} workers. "
@@ -75,7 +75,7 @@ def _check(asked: Asked, wanted: QaSettings) -> None:
 
 
 def _check_script(
-    asked: Asked, wanted: QaSettings, tokenizer: Any, training: classified.ClassifiedTexts, console: Console
+    asked: QuestionSet, wanted: QaSettings, tokenizer: Any, training: classified.ClassifiedTexts, console: Console
 ) -> None:
     """Text in a script that the encoder has not learnt."""
     if tokenizer.unk_token_id is not None and (training.ids == tokenizer.unk_token_id).mean() > _UNKNOWN:
@@ -95,7 +95,7 @@ def _check_script(
 def _tokens(tokenizer: Any, part: list[Question], of_spans: bool, seq: int) -> classified.ClassifiedTexts:
     if of_spans:
         return spans.encode(tokenizer, part, seq)
-    rows = baselines.labelled(Asked(part, [], spans=False, source="", notes=())).training
+    rows = baselines.labelled(QuestionSet(part, [], spans=False, source="", notes=())).training
     return classified.encode(tokenizer, rows, model.CLASSES, seq).texts
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from headwater_recipes.data.cache import folder
-from headwater_recipes.qa.questions import Asked
+from headwater_recipes.qa.questions import QuestionSet
 from headwater_recipes.qa.settings import QaSettings
 from headwater_recipes.text import encoder
 
 CLASSES = ("no", "yes")
 
 
-def make(settings: QaSettings, asked: Asked) -> tuple[Any, Any]:
+def make(settings: QaSettings, asked: QuestionSet) -> tuple[Any, Any]:
     """The model and its tokenizer. Raises ``DataError`` if there is none such."""
     head, classes = (encoder.SPANS, ()) if asked.spans else (encoder.CLASSES, CLASSES)
     if settings.scratch:

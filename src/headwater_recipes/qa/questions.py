@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
@@ -15,8 +16,14 @@ from headwater.errors import DataError
 from headwater_recipes.data.cache import folder
 from headwater_recipes.text import corpus
 
-HELD_OUT = 10
+HELD_OUT = 5
 """One passage in this many is held out, where the data have no part that is."""
+_RUN = 12
+"""Words in a row by which passages are compared."""
+_START = 30
+"""Words of a passage's beginning that no other text has."""
+_COMPARED = 50
+"""Passages with the same words that another one is compared with at most: a form that all share costs no more."""
 _LEFT_OUT = 0.1
 """A larger share of answers that are not in their passages is an error."""
 _SUFFIXES = (".jsonl", ".json")
@@ -38,7 +45,7 @@ class Question(NamedTuple):
     others: tuple[str, ...] = ()
 
 
-class Asked(NamedTuple):
+class QuestionSet(NamedTuple):
     """Questions to train on and questions held out; ``spans``: of what kind they are; ``notes``: what was left out."""
 
     training: list[Question]
@@ -53,7 +60,7 @@ class _Raw(NamedTuple):
     item: Mapping[str, Any]
 
 
-def read(names: Iterable[str]) -> Asked:
+def read(names: Iterable[str]) -> QuestionSet:
     """What ``--data`` names, with no passage on both sides. Raises ``DataError``."""
     training: list[_Raw] = []
     held_out: list[_Raw] = []
@@ -76,29 +83,61 @@ def read(names: Iterable[str]) -> Asked:
     return _apart(sides[0], sides[1], spans, source, len(left))
 
 
-def _apart(training: list[Question], held_out: list[Question], spans: bool, source: str, left: int) -> Asked:
+def _apart(training: list[Question], held_out: list[Question], spans: bool, source: str, left: int) -> QuestionSet:
     notes = [f"{left:,} questions left out whose answer is not in the passage"] if left else []
+    group = groups(each.passage for each in (*training, *held_out))
     if held_out:
-        aside = {key(each) for each in held_out}
-        kept = [each for each in training if key(each) not in aside]
+        aside = {group[each.passage] for each in held_out}
+        kept = [each for each in training if group[each.passage] not in aside]
         if len(kept) < len(training):
-            notes.append(f"{len(training) - len(kept):,} left out of training whose passage is held out")
+            notes.append(
+                f"{len(training) - len(kept):,} left out of training whose passage, or a version of it, is held out"
+            )
     else:
-        passages = sorted({key(each) for each in training}, key=_mark)
-        aside = set(passages[: max(1, len(passages) // HELD_OUT)])
-        kept = [each for each in training if key(each) not in aside]
-        held_out = [each for each in training if key(each) in aside]
+        aside = _drawn(Counter(group[each.passage] for each in training))
+        kept = [each for each in training if group[each.passage] not in aside]
+        held_out = [each for each in training if group[each.passage] in aside]
     if not kept or not held_out:
         raise DataError(
             f"{source}: {len(kept)} questions to train on and {len(held_out)} held out; there must be some of both. "
-            f"Nothing was started; give more, with different passages."
+            f"Nothing was started; give more, with different passages (versions of one text count as one)."
         )
-    return Asked(kept, held_out, spans, source, tuple(notes))
+    return QuestionSet(kept, held_out, spans, source, tuple(notes))
 
 
-def key(each: Question) -> str:
-    """The same for what may be one passage: its first words, without the title that some sets put before it."""
-    return " ".join(re.findall(r"\w+", each.passage.rpartition(" -- ")[2].casefold())[:30])
+def groups(passages: Iterable[str]) -> dict[str, str]:
+    """For each passage one that stands for all versions of its text: those that begin alike, and those that share half
+    of the runs of ``_RUN`` words of the shorter one. A title that is put before a passage does not count.
+    """
+    root: dict[str, str] = {}
+    many: dict[str, int] = {}
+    having: dict[int, list[str]] = {}  # a run of words → passages that have it
+
+    def top(passage: str) -> str:
+        while root[passage] != passage:
+            passage = root[passage]
+        return passage
+
+    for passage in sorted(set(passages)):
+        words = re.findall(r"\w+", passage.rpartition(" -- ")[2].casefold())
+        runs = {hash(" ".join(words[at : at + _RUN])) for at in range(max(1, len(words) - _RUN + 1))}
+        start = hash(" ".join(["", *words[:_START]]))
+        root[passage], many[passage] = passage, len(runs)
+        shared = Counter(other for run in runs for other in having.get(run, ()))
+        versions = [other for other, count in shared.items() if 2 * count >= min(len(runs), many[other])]
+        for other in (*versions, *having.get(start, ())):
+            root[top(passage)] = top(other)
+        for run in (*runs, start):
+            if len(others := having.setdefault(run, [])) < _COMPARED:
+                others.append(passage)
+    return {passage: top(passage) for passage in root}
+
+
+def _drawn(groups: Mapping[str, int]) -> set[str]:
+    """One in ``HELD_OUT``, whatever their order; the one with most questions is always learnt from."""
+    most = max(groups, key=lambda group: (groups[group], group))
+    others = sorted((group for group in groups if group != most), key=_mark)
+    return set(others[: max(1, len(groups) // HELD_OUT)])
 
 
 def _mark(text: str) -> bytes:
