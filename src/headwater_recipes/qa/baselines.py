@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from headwater_recipes.qa.questions import QuestionSet, Question
+from headwater_recipes.qa.questions import Question, QuestionSet
 from headwater_recipes.text import linear
 from headwater_recipes.text.labelled import Labelled, Row
 

@@ -14,7 +14,7 @@ from headwater.errors import DataError
 from headwater_recipes.common import checkpoint
 from headwater_recipes.common.stages import say, stage
 from headwater_recipes.qa import baselines, model, questions, spans
-from headwater_recipes.qa.questions import QuestionSet, Question
+from headwater_recipes.qa.questions import Question, QuestionSet
 from headwater_recipes.qa.settings import QaSettings
 from headwater_recipes.text import classified
 from headwater_recipes.text.labelled import Row, other_scripts

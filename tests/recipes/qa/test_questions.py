@@ -56,7 +56,7 @@ def test_versions_of_a_text_are_one_passage() -> None:
     text = [f"word{n}" for n in range(60)]
     whole, begun = " ".join(text), " ".join([*text[:30], *(f"more{n}" for n in range(80))])
     edited, half = "It says: " + " ".join(text[10:]), " ".join([*text[30:], *(f"end{n}" for n in range(7))])
-    other = " ".join([*text[30:], *(f"end{n}" for n in range(90))])
+    other = " ".join([*text[45:], *(f"far{n}" for n in range(90))])
     found = questions.groups([whole, begun, edited, half, f"Title -- {whole}", other, "short", "short too"])
     assert found[begun] == found[whole] == found[edited] == found[half] == found[f"Title -- {whole}"]
     assert len({found[each] for each in (whole, other, "short", "short too")}) == 4
