@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import headwater
 from headwater.launch import Process
 from headwater_recipes import listing
-from headwater_recipes.common import checkpoint, claim, job, metrics, schedule
+from headwater_recipes.common import checkpoint, claim, job, metrics, reports, schedule
 from headwater_recipes.common.recipe import Recipe
 from headwater_recipes.common.trainer import Trainer
 from tests.recipes import tiny
@@ -189,13 +189,36 @@ def test_who_takes_a_place_trains_on_where_the_others_are(
     sync: str, rank: int, prepared: Callable[..., Path], tmp_path: Path
 ) -> None:
     """A run that is long enough for a process to start in it."""
-    changes = {"elastic": True, "steps": 8000, "save_every": 500, "validate_every": 500, "log_every": 100}
+    changes = {"elastic": True, "steps": 4000, "save_every": 500, "validate_every": 500, "log_every": 100}
     run = prepared("linear", tmp_path / "run", sync=sync, **changes)
     done = _train(RECIPES["linear"], run, kills=f"worker {rank}")
-    assert 0 < done.board.started[rank].step < 8000
+    assert 0 < done.board.started[rank].step < 4000
     assert 0 < done.board.started[1 - rank].step + 1 < 100
-    assert {each.step for each in done.board.finished.values()} == {8000}
+    assert {each.step for each in done.board.finished.values()} == {4000}
     rows = [row["step"] for row in metrics.read_rows(run) if row["kind"] == "step"]
-    assert rows == list(range(100, 8001, 100))
+    assert rows == list(range(100, 4001, 100))
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     assert report["r2"] == pytest.approx(report["baseline"]["closed_form"]["r2"], abs=0.03)
+
+
+class _Murderer(job.Job[Any]):
+    """Kills rank 1 whenever it begins to train."""
+
+    def _line(self, process: Process, stream: str, line: str) -> None:
+        super()._line(process, stream, line)
+        said = reports.hear(line)
+        if isinstance(said, reports.Started) and said.rank == 1:
+            os.kill(process.pid, signal.SIGKILL)
+
+
+@LONG
+def test_who_dies_again_and_again_ends_the_run_which_is_saved(prepared: Callable[..., Path], tmp_path: Path) -> None:
+    run = prepared("linear", tmp_path / "run", elastic=True, steps=10**9, log_every=100, save_every=10**9)
+    out = io.StringIO()
+    done = _Murderer(RECIPES["linear"], run, Console(file=out, width=150))
+    assert done.run() == 128 + signal.SIGTERM, out.getvalue()
+    assert "w1 has died 4 times; the others are told to save and to end" in out.getvalue()
+    saved = checkpoint.newest(run)
+    assert saved is not None
+    assert f"step {int(saved.name)} is saved in {run}" in out.getvalue()
+    assert int(saved.name) == done.board.finished[0].step

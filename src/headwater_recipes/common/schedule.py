@@ -51,11 +51,14 @@ class Schedule(msgspec.Struct, frozen=True):
 
 
 class Begun(msgspec.Struct, frozen=True):
-    """``step``, ``progress`` and ``elapsed`` at the beginning of a launch, and ``time.monotonic()`` when it began."""
+    """``step``, ``progress`` and ``elapsed`` at the beginning of a launch, the table's ``clock`` then (not 0 if it
+    comes from a snapshot), and ``time.monotonic()``.
+    """
 
     step: int
     progress: float
     elapsed: float
+    clock: int
     monotonic: float
 
 

@@ -48,7 +48,7 @@ class Trainer(Generic[AnySettings]):
         asked = checkpoint.read_state(folder, recipe.settings)
         self.start = asked if found is None else checkpoint.read_state(found, recipe.settings)
         self.settings = s = asked.settings
-        self.begun = 0.0
+        self.begun, self._clock = 0.0, 0
         self.late = self._takes_a_place()
         if self.late:  # values and state are those of the servers
             found = None
@@ -60,8 +60,13 @@ class Trainer(Generic[AnySettings]):
             self.optimizer.load_state_dict(checkpoint.load_optimizer(found))
             for group in self.optimizer.param_groups:
                 group["initial_lr"] = s.lr
-        self._meet("ready")  # nobody pushes while another still writes state
-        self.step = self._reached()
+        met = self._meet("ready")  # nobody pushes while another still writes state
+        self.members = ps.members
+        clock = ps.tables[checkpoint.TABLE].clock
+        self._clock = self._clock if self.late else clock
+        self.step = self.start.step + clock - self._clock
+        if s.elastic and not self.late and (ps.rank == 0 or not met):
+            self._say_begun()
         self._schedule()
 
     def _takes_a_place(self) -> bool:
@@ -73,24 +78,29 @@ class Trainer(Generic[AnySettings]):
             return False
         said = msgspec.json.decode(path.read_bytes(), type=schedule.Begun)
         self.start = msgspec.structs.replace(self.start, step=said.step, progress=said.progress, elapsed=said.elapsed)
-        self.begun = said.monotonic
+        self.begun, self._clock = said.monotonic, said.clock
         return True
 
-    def _meet(self, place: str) -> None:
-        """A barrier. Who comes late does not meet the others, who may have been there; in an elastic run they go on
-        without it.
+    def _say_begun(self) -> None:
+        """For who takes a worker's place from now on."""
+        said = schedule.Begun(self.start.step, self.start.progress, self.start.elapsed, self._clock, time.monotonic())
+        beside = self.folder / f"{schedule.BEGUN}.{self.ps.rank}.new"  # several may say so at once
+        beside.write_bytes(msgspec.json.encode(said))
+        beside.replace(self.folder / schedule.BEGUN)
+
+    def _meet(self, place: str) -> bool:
+        """A barrier; whether all were there. Who comes late does not meet the others, who may have been there; in an
+        elastic run they go on without it.
         """
         if self.late:
-            return
+            return False
         try:
             self.ps.barrier(place)
         except headwater.WorkerLost:
             if not self.settings.elastic:
                 raise
-
-    def _reached(self) -> int:
-        """The run's step, by the clock of the table, which counts from the beginning of the launch."""
-        return self.start.step + self.ps.tables[checkpoint.TABLE].clock
+            return False
+        return True
 
     def _optimizer(self, first_values: Mapping[str, Any] | None) -> headwater.Optimizer:
         s = self.settings
@@ -158,8 +168,7 @@ class Trainer(Generic[AnySettings]):
             self._publish()
         self.begun = time.monotonic()
         if self.ps.rank == 0 and self.settings.elastic:
-            said = schedule.Begun(self.start.step, self.start.progress, self.start.elapsed, self.begun)
-            checkpoint.write_json(self.folder / schedule.BEGUN, said)
+            self._say_begun()
 
     def _step(self) -> bool:
         """Take a step; False if it was not taken, as another worker died in it: it is to be learnt for once more."""
@@ -170,6 +179,9 @@ class Trainer(Generic[AnySettings]):
                 raise
             self.optimizer.zero_grad()
             return False
+        if not self.settings.elastic and self.ps.members != self.members:
+            # The others' step is taken without it, and none that is saved may be of fewer samples than the run's.
+            raise headwater.WorkerLost(f"a worker is gone: step {self.step + 1} is not of all, and is not saved")
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.step += 1
