@@ -40,6 +40,7 @@ JUDGED = {
     "image": ("validation accuracy", "baseline linear"),
     "linear": ("r2", "baseline closed form r2"),
     "lm": ("validation bits per byte", "unigram bits per byte"),
+    "qa": ("accuracy", "baseline tfidf logistic regression accuracy"),
     "sentiment": ("accuracy", "baseline tfidf logistic regression accuracy"),
     "speech": ("accuracy", "baseline MFCC statistics and logistic regression accuracy"),
     "translation": ("bleu", "baseline word by word bleu"),

@@ -156,7 +156,7 @@ def test_an_installation_that_is_older_than_the_files_is_told_so(
         ("serv", "Did you mean 'serve'?"),
         ("lm", "Did you mean 'train lm'?"),
         ("rollback", "Did you mean 'versions rollback'?"),
-        ("train ml", "There is: commands, detection, faces, image, linear, lm, sentiment, speech, translation."),
+        ("train ml", "There is: commands, detection, faces, image, linear, lm, qa, sentiment, speech, translation."),
         ("versions rolback m production", "Did you mean 'rollback'?"),
         ("bench stp", "Did you mean 'step'?"),
         ("benhc", "Did you mean 'bench'?"),

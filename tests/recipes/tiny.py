@@ -108,6 +108,15 @@ def _translation(place: Path) -> dict[str, Any]:
     return {"data": (str(place / "pairs.tsv"),), "vocabulary": 300, "seq": 24, "batch": 4}
 
 
+def _qa(place: Path) -> dict[str, Any]:
+    rows = [
+        {"question": "есть ли снег", "passage": f"письмо {i // 2} {('снег', 'дождь')[i % 2]}", "answer": i % 2 == 0}
+        for i in range(60)
+    ]
+    (place / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return {"data": (str(place / "asked.jsonl"),), "scratch": True, "seq": 32, "batch": 4}
+
+
 _KINDS = {"white": "blanca", "small": "pequeña", "old": "vieja"}
 
 
@@ -119,6 +128,7 @@ TINY: dict[str, Callable[[Path], dict[str, Any]]] = {
     "image": _image,
     "linear": lambda _: {"rows": 200, "features": 3, "batch": 16},
     "lm": _lm,
+    "qa": _qa,
     "sentiment": texts,
     "speech": sounds,
     "translation": _translation,

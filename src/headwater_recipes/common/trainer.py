@@ -61,6 +61,7 @@ class Trainer(Generic[AnySettings]):
             for group in self.optimizer.param_groups:
                 group["initial_lr"] = s.lr
         met = self._meet("ready")  # nobody pushes while another still writes state
+        self.members = ps.members
         clock = ps.tables[checkpoint.TABLE].clock
         self._clock = self._clock if self.late else clock
         self.step = self.start.step + clock - self._clock
@@ -178,6 +179,9 @@ class Trainer(Generic[AnySettings]):
                 raise
             self.optimizer.zero_grad()
             return False
+        if not self.settings.elastic and self.ps.members != self.members:
+            # The others' step is taken without it, and none that is saved may be of fewer samples than the run's.
+            raise headwater.WorkerLost(f"a worker is gone: step {self.step + 1} is not of all, and is not saved")
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.step += 1

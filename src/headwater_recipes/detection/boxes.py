@@ -8,9 +8,9 @@ error.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
-import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -82,15 +82,17 @@ def read(names: Iterable[str]) -> Pictures:
     """What ``--data`` names. Raises ``DataError``."""
     training: list[_Raw] = []
     held_out: list[_Raw] = []
-    given = tuple(names)
+    given = tuple(dict.fromkeys(names))
     for name in given or (TREES,):
         learnt, aside = _sources(name)
         training += learnt
         held_out += aside
+    training, held_out = _merged(training), _merged(held_out)
     if not held_out:
         training, held_out = training[::], training[::_EVERY] if len(training) > 1 else []
         chosen = {id(each) for each in held_out}
         training = [each for each in training if id(each) not in chosen]
+    _check_apart(training, held_out)
     classes = sorted({label for raw in training for label in raw.labels})
     source = ", ".join(Path(name).name for name in given) or TREES
     if not classes:
@@ -106,11 +108,37 @@ def read(names: Iterable[str]) -> Pictures:
             f"{source}: {len(skipped)} of {total} images cannot be read, above {MOST_UNREADABLE:.0%}; the first is "
             f"{skipped[0]}. Nothing was started; mend or remove them."
         )
+    if not any(each.boxes for each in sides[0]):
+        raise DataError(
+            f"{source}: no image to learn from that can be read has a box. Nothing was started; mend it: {skipped[0]}."
+        )
     if not sides[1] or not any(each.boxes for each in sides[1]):
         raise DataError(
             f"{source}: no held-out image has a box, so nothing could be said of the model. Give more images."
         )
     return Pictures(classes, sides[0], sides[1], skipped)
+
+
+def _merged(found: list[_Raw]) -> list[_Raw]:
+    """Each image once, with the boxes of all who name it: half of its boxes would teach that the others are none."""
+    once: dict[Path, _Raw] = {}
+    for each in found:
+        first = once.setdefault(each.path.resolve(), _Raw(each.path, [], [], []))
+        first.boxes += each.boxes
+        first.labels += each.labels
+        first.places += each.places
+    return list(once.values())
+
+
+def _check_apart(training: list[_Raw], held_out: list[_Raw]) -> None:
+    """Raises ``DataError`` for an image on both sides: what is learnt by heart would count as known."""
+    learnt = {each.path.resolve() for each in training}
+    both = [each.path for each in held_out if each.path.resolve() in learnt]
+    if both:
+        raise DataError(
+            f"{both[0]}: this image is held out and learnt from as well, and {len(both) - 1} more are. Nothing was "
+            f"started; name each image on one side only."
+        )
 
 
 def _checked(raw: _Raw, classes: list[str], skipped: list[str]) -> Picture | None:
@@ -218,7 +246,7 @@ def _csv(path: Path, text: str) -> Iterator[_Raw]:
         )
     reader.fieldnames = columns
     found: dict[str, _Raw] = {}
-    for row in reader:
+    for row in _rows(path, reader):
         place = f"{path}:{reader.line_num}"
         image = row["image"] or ""
         raw = found.setdefault(image, _Raw(path.parent / image, [], [], []))
@@ -239,6 +267,15 @@ def _csv(path: Path, text: str) -> Iterator[_Raw]:
     yield from found.values()
 
 
+def _rows(path: Path, reader: csv.DictReader[str]) -> Iterator[dict[str, str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise DataError(
+            f"{path}:{reader.line_num + 1}: {error} (as CSV, see its quotes). Nothing was started; mend the line."
+        ) from error
+
+
 def _coco(path: Path, text: str) -> Iterator[_Raw]:
     """COCO's form (Lin and others 2014): boxes as x, y, width, height; groups that are not told apart are left out."""
     try:
@@ -256,6 +293,8 @@ def _coco(path: Path, text: str) -> Iterator[_Raw]:
             raw.boxes.append((x, y, x + width, y + height))
             raw.labels.append(str(classes[each["category_id"]]))
             raw.places.append(place)
+    except DataError:  # it is a ValueError, and says more
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"--data {path}: not in COCO's form: {error!r}. Nothing was started; or give a .csv file."
@@ -285,7 +324,7 @@ def _hub(name: str) -> tuple[list[_Raw], list[_Raw]]:
     if "train" not in found:
         raise DataError(f"--data {name}: no part 'train', but {', '.join(found)}. Nothing was started; give another.")
     aside = next((part for part in ("test", "validation") if part in found), None)
-    keep = cache.root().parent / "images" / re.sub(r"\W+", "-", name)
+    keep = cache.root().parent / "images" / hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
     learnt, held = (
         [
             _of_row(row, f"{name}, {part} {n}", keep / f"{part}-{n:06}.png", found[part])
@@ -301,7 +340,8 @@ def _hub(name: str) -> tuple[list[_Raw], list[_Raw]]:
 def _of_row(row: Any, place: str, path: Path, table: Any) -> _Raw:
     try:
         objects = row["objects"]
-        category = table.features["objects"]["category"]
+        kind = table.features["objects"]  # before version 4 of datasets a Sequence with the fields in its feature
+        category = getattr(kind, "feature", kind)["category"]
         names = getattr(getattr(category, "feature", category), "names", None)
         labels = [names[each] if names else str(each) for each in objects["category"]]
         boxes = [(x, y, x + width, y + height) for x, y, width, height in objects["bbox"]]

@@ -22,7 +22,7 @@ FILE = "boxes.json"
 
 
 def prepare(wanted: DetectionSettings, console: Console) -> Callable[[Path], None]:
-    """See ``Task.prepare``. Workers read the images where they are; of a ``datasets`` name the run folder has them."""
+    """See ``Task.prepare``. Workers read the images where they are: of a ``datasets`` name in Headwater's cache."""
     with stage(console, "reading the boxes"):
         found = boxes.read(wanted.data)
     if len(found.training) < wanted.workers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +19,8 @@ MOST = 1000
 """Boxes of a tile, and of an image."""
 _KEPT = 0.4
 """A box of which less than this part is in a piece is none of it."""
-_HELD = 64
-"""Images in memory."""
+_HELD = 512 << 20
+"""Bytes of images in memory, beside the one that was read last."""
 
 
 class Tile(NamedTuple):
@@ -31,10 +31,18 @@ class Tile(NamedTuple):
     labels: npt.NDArray[np.int64]
 
 
-@functools.lru_cache(maxsize=_HELD)
+_held: OrderedDict[str, Pixels] = OrderedDict()
+
+
 def pixels_of(path: str) -> Pixels:
     """(H, W, 3) uint8."""
-    return np.asarray(read_image(Path(path)), dtype=np.uint8)
+    if path in _held:
+        _held.move_to_end(path)
+        return _held[path]
+    found = _held[path] = np.asarray(read_image(Path(path)), dtype=np.uint8)
+    while len(_held) > 1 and sum(each.nbytes for each in _held.values()) > _HELD:
+        _held.popitem(last=False)
+    return found
 
 
 def cut(picture: Picture, left: int, top: int, side: int) -> Tile:

@@ -83,8 +83,12 @@ class Classifying(Task[AnyClassifying]):
         batch = self.aside.batch(range(min(_ROWS, len(self.aside))), self.padding)
         model.eval()
         with torch.no_grad():
-            ours, theirs = (logits(each, batch) for each in (model, self.read(self.folder).eval()))
+            ours, theirs = (self.logits(each, batch) for each in (model, self.read(self.folder).eval()))
         return float((ours - theirs).abs().max())
+
+    def logits(self, model: torch.nn.Module, batch: TextBatch) -> torch.Tensor:
+        """(B, …) that the saved model must give too."""
+        return logits(model, batch)
 
     def said(self, model: torch.nn.Module) -> npt.NDArray[np.float32]:
         """(N, C) logits of all held-out texts, in float32."""

@@ -26,13 +26,18 @@ _POOLER = r"(.*\.)?pooler\..*"
 """A head of its own that some encoders bring along, and that not all classifiers have."""
 
 
-def from_pretrained(name: str, classes: Sequence[str], seq: int, seed: int) -> tuple[Any, Any]:
-    """The model, in float32, with a head of its first values; and its tokenizer.
+CLASSES, SPANS = "AutoModelForSequenceClassification", "AutoModelForQuestionAnswering"
+"""Heads, by the class of ``transformers`` that loads them: one class of a text, or the two ends of a span of it."""
+
+
+def from_pretrained(name: str, classes: Sequence[str], seq: int, seed: int, head: str = CLASSES) -> tuple[Any, Any]:
+    """The model, in float32, with a head of its first values; and its tokenizer. ``classes``: none, for spans.
 
     Raises:
         DataError: there is no such model, it cannot be read, or it takes no texts of ``seq`` tokens.
     """
-    from transformers import AutoModel, AutoModelForSequenceClassification
+    import transformers
+    from transformers import AutoModel
 
     words = pretrained.load_tokenizer(name)
     base = pretrained.load(AutoModel, name, dtype=torch.float32, use_safetensors=True, unused=_POOLER)
@@ -40,20 +45,23 @@ def from_pretrained(name: str, classes: Sequence[str], seq: int, seed: int) -> t
     longest = getattr(config, "max_position_embeddings", seq)
     if seq > longest:
         raise DataError(f"--seq {seq}: this model takes {longest} tokens at most. Nothing was started; give fewer.")
-    _name_classes(config, classes)
+    if classes:
+        _name_classes(config, classes)
     config.headwater_frozen_embeddings = True
     torch.manual_seed(seed)
-    made = cast(Any, AutoModelForSequenceClassification).from_config(config)
+    made = getattr(transformers, head).from_config(config)
     made.base_model.load_state_dict(
         {key: value for key, value in base.state_dict().items() if key in made.base_model.state_dict()}
     )
     return made.float(), _padded(words, made)
 
 
-def from_scratch(texts: Sequence[str], classes: Sequence[str], seq: int, seed: int) -> tuple[Any, Any]:
+def from_scratch(
+    texts: Sequence[str], classes: Sequence[str], seq: int, seed: int, head: str = CLASSES
+) -> tuple[Any, Any]:
     """A BERT of 2 layers, 128 wide, and a byte-level BPE that is learnt from the texts, so of any script."""
+    import transformers
     from tokenizers import processors
-    from transformers import BertConfig, BertForSequenceClassification
 
     documents = tuple(corpus.Document(str(index), text) for index, text in enumerate(texts))
     words = tokenizer.train(corpus.Corpus(documents, ()), VOCABULARY)
@@ -66,7 +74,7 @@ def from_scratch(texts: Sequence[str], classes: Sequence[str], seq: int, seed: i
     )
     words.pad_token = tokenizer.END
     torch.manual_seed(seed)
-    config = BertConfig(
+    config = transformers.BertConfig(
         vocab_size=len(words),
         hidden_size=128,
         num_hidden_layers=2,
@@ -75,8 +83,9 @@ def from_scratch(texts: Sequence[str], classes: Sequence[str], seq: int, seed: i
         max_position_embeddings=max(64, seq),
         pad_token_id=0,
     )
-    _name_classes(config, classes)
-    return BertForSequenceClassification(config), words
+    if classes:
+        _name_classes(config, classes)
+    return getattr(transformers, head).from_config(config), words
 
 
 def _name_classes(config: Any, classes: Sequence[str]) -> None:
@@ -92,11 +101,11 @@ def _padded(words: Any, model: Any) -> Any:
     return words
 
 
-def read(folder: Path) -> Any:
-    """The classifier of a run or checkpoint folder, in float32. Raises ``DataError`` if it is not whole."""
-    from transformers import AutoModelForSequenceClassification
+def read(folder: Path, head: str = CLASSES) -> Any:
+    """The model of a run or checkpoint folder, in float32. Raises ``DataError`` if it is not whole."""
+    import transformers
 
-    found = pretrained.load(AutoModelForSequenceClassification, str(folder), dtype=torch.float32, use_safetensors=True)
+    found = pretrained.load(getattr(transformers, head), str(folder), dtype=torch.float32, use_safetensors=True)
     if getattr(found.config, "headwater_frozen_embeddings", False):
         found.get_input_embeddings().requires_grad_(requires_grad=False)
     if getattr(found.config, "max_position_embeddings", _SHORT) <= _SHORT:

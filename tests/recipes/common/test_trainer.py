@@ -151,3 +151,14 @@ def test_the_run_generates_the_same_text_for_the_same_seed(run: Path) -> None:
     assert generate_text(run, "", max_new_tokens=3, temperature=0)
     with pytest.raises(headwater.UsageError, match="max_new_tokens"):
         generate_text(run, "alpha", max_new_tokens=0)
+
+
+def test_a_step_without_a_worker_that_died_is_not_saved(run: Path) -> None:
+    """Of a run that is not elastic: going on with it would not come to what was never interrupted comes to."""
+    with headwater.connect("inproc://", rank=0, world=1, servers=1) as ps:
+        worker = Trainer(RECIPE, run, ps)
+        worker.members -= 1  # as if one had gone since
+        with pytest.raises(headwater.WorkerLost, match="step 1 is not of all, and is not saved"):
+            worker.run()
+        worker.optimizer.close()
+    assert checkpoint.newest(run) is None

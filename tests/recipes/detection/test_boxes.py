@@ -83,9 +83,35 @@ def test_a_name_of_the_library_datasets(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert (found.classes, [each.labels for each in found.training]) == (["cat", "dog"], [[0], [1]])
     assert found.held_out[0].boxes == [(2, 3, 12, 23)]
     assert all(Path(each.path).is_file() for each in (*found.training, *found.held_out))
+    assert not {each.path for each in found.training} & {each.path for each in read(("owner-pets",)).training}
+    old = types.SimpleNamespace(feature=Part.features["objects"])
+    monkeypatch.setattr(Part, "features", {"objects": old})
+    assert read(("owner/pets",)) == found
     library.load_dataset = lambda *_: {"train": Part([row(5)])}  # type: ignore[attr-defined]
     with pytest.raises(DataError, match="category out of range"):
         read(("owner/pets",))
+
+
+def test_an_image_that_two_files_name_is_one_and_none_is_on_both_sides(tmp_path: Path) -> None:
+    (cats,) = _csv(tmp_path, *(f"{n}.png,1,1,9,9,cat" for n in range(12)), images=12)
+    dogs = tmp_path / "dogs.csv"
+    dogs.write_text("\n".join([HEAD, *(f"{n}.png,20,1,29,9,dog" for n in range(12))]), encoding="utf-8")
+    assert read((cats, cats)) == read((cats,))
+    found = read((cats, str(dogs)))
+    assert (len(found.training), len(found.held_out)) == (10, 2)
+    assert all(each.labels == [0, 1] for each in (*found.training, *found.held_out))
+    for part in ("train.csv", "test.csv"):
+        (tmp_path / part).write_bytes(dogs.read_bytes())
+    with pytest.raises(DataError, match=r"0\.png: this image is held out and learnt from as well, and 11 more"):
+        read((str(tmp_path),))
+
+
+def test_boxes_that_no_readable_image_has_to_learn_from_are_an_error(tmp_path: Path) -> None:
+    lines = ["0.png,1,1,9,9,cat", "1.png,1,1,9,9,cat", *(f"{n}.png,,,,," for n in range(2, 12))]
+    given = _csv(tmp_path, *lines, images=12)
+    (tmp_path / "1.png").write_bytes(b"no")
+    with pytest.raises(DataError, match=r"no image to learn from that can be read has a box.*1\.png"):
+        read(given)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +126,8 @@ def test_a_name_of_the_library_datasets(monkeypatch: pytest.MonkeyPatch, tmp_pat
         (["0.png,9,9,1,1,cat", "1.png,1,1,9,9,cat"], "has no area"),
         (["0.png,nan,1,9,9,cat", "1.png,1,1,9,9,cat"], "has no place"),
         (["0.png,a,1,9,9,cat"], r"a\.csv:2: 'a, 1, 9, 9' are no four numbers"),
+        (['0.png,1,1,9,9,"cat'], r"a\.csv:2: unexpected end of data"),
+        (['0.png,1,1,9,9,"cat"x'], r"a\.csv:2: ',' expected after"),
         (["0.png,1,1,9,9,"], r"a\.csv:2: no label"),
         (["0.png,1,1,9,9,cat", "9.png,1,1,9,9,cat"], r"a\.csv:3: no image .*9\.png"),
         (["0.png,1,1,9,9,cat", "1.png,1,1,9,9,dog"], "is held out and has no box to learn from"),
@@ -133,6 +161,13 @@ def test_a_huge_image_is_refused_by_its_header(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("headwater_recipes.images.decode.MOST_PIXELS", 1000)
     with pytest.raises(DataError, match="40 × 30 pixels are above 1,000"):
         read(_csv(tmp_path, "0.png,1,1,9,9,cat", "1.png,1,1,9,9,cat"))
+
+
+def test_an_annotation_of_no_category_is_named(tmp_path: Path) -> None:
+    held = {"categories": [], "images": [], "annotations": [{"image_id": 1, "category_id": 7, "bbox": [1, 1, 2, 2]}]}
+    (tmp_path / "a.json").write_text(json.dumps(held), encoding="utf-8")
+    with pytest.raises(DataError, match=r"^[^(]*a\.json: annotation 0: its category or image is none of the file's"):
+        read((str(tmp_path / "a.json"),))
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

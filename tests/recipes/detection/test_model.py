@@ -151,3 +151,14 @@ def test_green_blobs_are_found_and_a_grid_covers_the_image(tmp_path: Path) -> No
     found = baselines.of(held, held, 1)
     assert report.average_precision(found["green_blobs"], held)["map_50"] > 0.6
     assert len(found["mean_boxes"][0].boxes) == (200 // 30 + (200 % 30 > 15)) * (150 // 30)
+
+
+def test_images_stay_in_memory_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [_picture(tmp_path, [(1, 1, 9, 9)], (40, 30)).path for _ in range(4)]
+    monkeypatch.setattr(tiles, "_HELD", 2 * 40 * 30 * 3)
+    tiles._held.clear()
+    first = tiles.pixels_of(paths[0])
+    assert tiles.pixels_of(paths[0]) is first
+    for path in paths[1:]:
+        tiles.pixels_of(path)
+    assert list(tiles._held) == paths[2:]
