@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from headwater.errors import DataError
+from headwater_recipes.common import hub
+from headwater_recipes.common.unreadable import check_unreadable
 from headwater_recipes.data import cache
 from headwater_recipes.images.decode import Unreadable, read_image
 
@@ -31,7 +33,6 @@ HELD_OUT_TREES = "2019_YELL_2_541000_4977000_image_crop"
 
 SLACK = 2.0
 """Pixels."""
-MOST_UNREADABLE = 0.1
 _EVERY = 10
 """One image in so many is held out, where the data have no part that is."""
 _COLUMNS = ("image", "xmin", "ymin", "xmax", "ymax", "label")
@@ -103,11 +104,7 @@ def read(names: Iterable[str]) -> Pictures:
         for part in (training, held_out)
     ]
     total = len(training) + len(held_out)
-    if len(skipped) > MOST_UNREADABLE * total:
-        raise DataError(
-            f"{source}: {len(skipped)} of {total} images cannot be read, above {MOST_UNREADABLE:.0%}; the first is "
-            f"{skipped[0]}. Nothing was started; mend or remove them."
-        )
+    check_unreadable("images", total, skipped)
     if not any(each.boxes for each in sides[0]):
         raise DataError(
             f"{source}: no image to learn from that can be read has a box. Nothing was started; mend it: {skipped[0]}."
@@ -189,6 +186,8 @@ def _sources(name: str) -> tuple[list[_Raw], list[_Raw]]:
     path = Path(name)
     if name == TREES and not path.exists():
         return _trees(cache.folder(TREES))
+    if hub.is_saved(path):
+        return _hub(name)
     if path.is_dir():
         return list(_file(_part(path, "train"))), list(_file(_part(path, "test", "validation", "val")))
     if path.exists() or path.suffix in _SUFFIXES:
@@ -309,21 +308,8 @@ def _hub(name: str) -> tuple[list[_Raw], list[_Raw]]:
     """A data set of ``datasets`` with columns image and objects (bbox as x, y, width, height; category). Its images
     are written into Headwater's cache, where workers read them.
     """
-    try:
-        import datasets  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise DataError(
-            f"--data {name}: no such file or folder here, and the package datasets, which would look for it on the "
-            f"hub, is not installed. Nothing was started; check the path, or pip install datasets."
-        ) from None
-    path, _, configuration = name.partition(":")
-    try:
-        found = datasets.load_dataset(path, configuration or None)
-    except Exception as error:  # of any kind: network, cache, format
-        raise DataError(f"--data {name}: {error}. Nothing was started; check the name, or give a file.") from error
-    if "train" not in found:
-        raise DataError(f"--data {name}: no part 'train', but {', '.join(found)}. Nothing was started; give another.")
-    aside = next((part for part in ("test", "validation") if part in found), None)
+    found = hub.load(name)
+    aside = next((part for part in hub.HELD_OUT if part in found), None)
     keep = cache.root().parent / "images" / hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
     learnt, held = (
         [

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from headwater.errors import DataError
+from headwater_recipes.common import hub
 from headwater_recipes.data.cache import folder
 from headwater_recipes.text import corpus
 
@@ -154,6 +155,8 @@ def _sources(name: str) -> tuple[list[_Raw], list[_Raw]]:
         return _boolq(folder("boolq"))
     if name == "disflqa":
         return [_known(raw) for raw in _file(folder("disflqa") / "test.jsonl")], []
+    if hub.is_saved(path):
+        return _hub(name)
     if path.is_dir():
         return list(_file(_part(path, "train"))), list(_file(_part(path, "dev", "validation", "test")))
     if path.exists() or path.suffix in _SUFFIXES:
@@ -222,21 +225,8 @@ def _squad(path: Path, text: str) -> Iterator[_Raw]:
 
 
 def _hub(name: str) -> tuple[list[_Raw], list[_Raw]]:
-    try:
-        import datasets  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise DataError(
-            f"--data {name}: no such file or folder here, and the package datasets, which would look for it on the "
-            f"hub, is not installed. Nothing was started; check the path, or pip install datasets."
-        ) from None
-    path, _, configuration = name.partition(":")
-    try:
-        found = datasets.load_dataset(path, configuration or None)
-    except Exception as error:  # of any kind: network, cache, format
-        raise DataError(f"--data {name}: {error}. Nothing was started; check the name, or give a file.") from error
-    if "train" not in found:
-        raise DataError(f"--data {name}: no part 'train', but {', '.join(found)}. Nothing was started; give another.")
-    aside = next((part for part in ("validation", "test") if part in found), None)
+    found = hub.load(name)
+    aside = next((part for part in ("validation", *hub.HELD_OUT) if part in found), None)
     return tuple(  # type: ignore[return-value]
         [_Raw(f"{name}, {part} {number}", row) for number, row in enumerate(found[part])] if part else []
         for part in ("train", aside)
