@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from headwater.errors import UsageError
 from headwater_recipes.common.recipe import About, Recipe
 from headwater_recipes.data.catalog import CATALOG
 
@@ -44,7 +45,7 @@ def found() -> Iterator[Recipe[Any]]:
     for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name):
         try:
             command = point.load()
-        except (ImportError, AttributeError):
+        except (ImportError, AttributeError, UsageError):
             continue
         recipe = getattr(command, "recipe", None)
         if isinstance(recipe, Recipe):

@@ -105,12 +105,17 @@ def test_a_recipe_hangs_where_its_entry_point_says(headwater_command: Command, m
 def test_a_recipe_that_cannot_be_imported_spoils_only_itself(
     headwater_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    points = [EntryPoint("train.toy", "nowhere_at_all:train", plugins.GROUP)]
+    points = [
+        EntryPoint("train.toy", "nowhere_at_all:train", plugins.GROUP),
+        EntryPoint("train.whole", f"{__name__}:_a_recipe", plugins.GROUP),
+    ]
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points if group == plugins.GROUP else [])
     assert headwater_command("--help").code == 0
     assert headwater_command("--version").code == 0
+    assert "(not available: nowhere_at_all:train cannot be imported)" in headwater_command("train", "--help").out
+    assert headwater_command("train", "whole", "--name", "it").out == "trained it\n"
     with pytest.raises(ModuleNotFoundError):
-        app_module.main(["train", "toy"])
+        app_module.main(["train", "toy", "--epochs", "3"])
 
 
 def test_a_package_may_add_a_group(headwater_command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

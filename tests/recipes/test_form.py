@@ -15,7 +15,7 @@ from headwater_recipes.finetune import settings as finetune
 from headwater_recipes.lm import settings as lm
 
 ROOT = Path(headwater_recipes.__file__).parent
-SHARED = {"common", "data", "images", "sound", "text"}
+SHARED = {"common", "data", "images", "sound", "tables", "text"}
 RECIPES = sorted(path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name not in SHARED)
 FILES = {"__init__.py", "commands.py", "settings.py", "data.py", "model.py", "task.py", "report.py"}
 TEXT = re.compile(r"\b(tokens?|tokenizers?|nats|perplexity|transformers|bits_per_byte)\b")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from headwater.cli.mistakes import Group
-from headwater.errors import UsageError
+from headwater.errors import HeadwaterError, UsageError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -73,15 +73,28 @@ def add(app: typer.Typer, called: str | None) -> None:
 def _load(parent: typer.Typer, name: str, point: EntryPoint, called: str | None) -> None:
     try:
         command = point.load()
-    except ImportError:
-        if called is not None:
+    except (ImportError, AttributeError, HeadwaterError) as error:
+        if called == point.name:
             raise
-        parent.command(name, help=f"(not available: {point.value} cannot be imported)")(_nothing)
+        _stand_in(parent, name, point, error)
         return
     if isinstance(command, typer.Typer):
         parent.add_typer(command, name=name, cls=Group)
     else:
         parent.command(name)(command)
+
+
+def _stand_in(parent: typer.Typer, name: str, point: EntryPoint, error: Exception) -> None:
+    """A command that cannot be loaded has a line in the help and fails when it is called; its neighbours work."""
+
+    def fail() -> None:
+        raise error
+
+    settings = {"ignore_unknown_options": True, "allow_extra_args": True}
+    told = f"(not available: {point.value} cannot be imported)"
+    if isinstance(error, HeadwaterError):
+        told = f"(not available: {error})"
+    parent.command(name, help=told, context_settings=settings)(fail)
 
 
 def _miss(app: typer.Typer, name: str, called: str | None) -> None:
@@ -125,7 +138,7 @@ def _recipe_of(point: EntryPoint, name: str) -> Any:
     """The recipe of a command, if it is the one. Others that cannot be loaded are passed over."""
     try:
         recipe = getattr(point.load(), "recipe", None)
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, UsageError):
         if point.name == f"train.{name}":
             raise
         return None

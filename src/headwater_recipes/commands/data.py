@@ -56,8 +56,8 @@ def prepare(wanted: CommandsSettings, console: Console) -> Callable[[Path], None
 
 def _given(wanted: CommandsSettings, console: Console, mel: MelSettings) -> Examples:
     with stage(console, "reading the sounds"):
-        clips = examples.from_folders(wanted.data)
-        return examples.read_all(clips, examples.hold_out(clips, wanted.seed), mel)
+        clips, held = examples.given(wanted.data, wanted.seed)
+        return examples.read_all(clips, held, mel)
 
 
 def _spoken(wanted: CommandsSettings, console: Console, mel: MelSettings) -> tuple[Examples, Examples]:

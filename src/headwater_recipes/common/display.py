@@ -64,7 +64,7 @@ class Lines:
         held = board.validated
         if held is not None and held is not self._validation:
             self._validation = held
-            beside = _GAP + self._wording.headline.format(**held) if self._wording.headline else ""
+            beside = _GAP + self._wording.shown(held) if self._wording.headline else ""
             self.note(f"step {held['step']:>6}  validation loss {held['loss']:.3f}{beside}")
         pause = _pause(board)
         if pause and pause != self._pause:
@@ -192,7 +192,7 @@ def _headline(board: Board, row: dict[str, Any], wording: Wording, width: int) -
     """The figures in lines that are broken between two of them."""
     held = board.validated
     words = figures(row, wording.unit)
-    words += ["validation " + (wording.headline or "loss {loss:.3f}").format(**held)] if held else []
+    words += ["validation " + (wording.shown(held) if wording.headline else f"loss {held['loss']:.3f}")] if held else []
     words += [f"published {board.published}"] if board.published else []
     lines = [words[0]]
     for word in words[1:]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 import msgspec
 
 from headwater.errors import UsageError
+from headwater_recipes.common import hub
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Option:
         short: a second name, ``-w``.
         least, most, above: bounds of a number; ``above`` is not itself allowed, ``most`` goes with ``least``.
         path: the text is a path; it is made absolute, as workers may run elsewhere.
+        named: with ``path``; what is no path here but can be a name of the library ``datasets`` is left as it is.
         fixed: a run that goes on cannot change it, as prepared data hang on it.
     """
 
@@ -32,6 +34,7 @@ class Option:
     most: int | None = None
     above: float | None = None
     path: bool = False
+    named: bool = False
     fixed: bool = False
 
 
@@ -86,14 +89,16 @@ def make_changes(struct: type[msgspec.Struct], given: Mapping[str, Any]) -> dict
             continue
         if field.choices and value not in field.choices:
             raise UsageError(f"{field.flag} {value}: must be one of {', '.join(field.choices)}")
-        changes[field.name] = _plain(value)
+        changes[field.name] = _plain(value, named=field.option.named)
     return changes
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, *, named: bool) -> Any:
     if isinstance(value, list | tuple):
-        return tuple(map(_plain, value))
-    return str(value.resolve()) if isinstance(value, Path) else value
+        return tuple(_plain(each, named=named) for each in value)
+    if isinstance(value, Path):
+        return str(value) if named and hub.is_name(str(value)) else str(value.resolve())
+    return value
 
 
 def check_bounds(settings: msgspec.Struct) -> None:

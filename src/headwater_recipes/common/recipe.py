@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, cast
 
+from headwater.errors import UsageError
 from headwater_recipes.common.settings import AnySettings
 
 if TYPE_CHECKING:
@@ -29,6 +31,13 @@ class Wording(NamedTuple):
     headline: str = ""
     data: str = "data"
     prepared: str = "the prepared data"
+
+    def shown(self, metrics: Mapping[str, float]) -> str:
+        """The headline of a validation's metrics. A mistake in it is shown in its place: it must not end a training."""
+        try:
+            return self.headline.format(**metrics)
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            return f"(headline {self.headline!r}: {error}; there are {', '.join(metrics)})"
 
 
 _PLAIN = Wording()
@@ -82,14 +91,30 @@ class Recipe(Generic[AnySettings]):
     served: str = ""
     about: About | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ``UsageError`` for what would be shown, or found, as something else than is meant."""
+        if self.about is not None and type(self.about.data) is not tuple:
+            raise UsageError(f"recipe {self.name!r}: About.data is a tuple of names, not {self.about.data!r}")
+        if self.wording.headline and "{" not in self.wording.headline:
+            raise UsageError(
+                f"recipe {self.name!r}: Wording.headline is a format of the validation's metrics, as "
+                f"'accuracy {{accuracy:.3f}}', and {self.wording.headline!r} names none"
+            )
+        for field, value in (("task", self.task), ("served", self.served or ":")):
+            if value.count(":") != 1:
+                raise UsageError(f"recipe {self.name!r}: {field}={value!r} must be 'module:Class'")
+
     @property
     def typed(self) -> str:
         """The command."""
         return self.command or f"headwater train {self.name}"
 
     def load(self) -> type[Task[Any]]:
-        """The task's class; loads torch."""
-        return cast("type[Task[Any]]", pkgutil.resolve_name(self.task))
+        """The task's class; loads torch. Raises ``UsageError``: it is another recipe's, or no task."""
+        task = cast("type[Task[Any]]", pkgutil.resolve_name(self.task))
+        if getattr(task, "recipe", None) is not self:
+            raise UsageError(f"recipe {self.name!r}: {self.task} has no line 'recipe = RECIPE' that names this recipe")
+        return task
 
     def load_served(self) -> type[Served]:
         """The class that answers with a run's model; loads torch. ``served`` must not be ""."""

@@ -80,6 +80,13 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         del console
         return changes
 
+    def one_given(self, what: str) -> str:
+        """The only ``--data``: ``what``, "the .csv file". Raises ``UsageError``: none, or several, were given."""
+        if len(self.data) != 1:
+            said = f" {', '.join(self.data)}" if self.data else ""
+            raise UsageError(f"--data{said}: give one, {what}; nothing was started")
+        return self.data[0]
+
     def check(self) -> None:
         """Raises ``UsageError`` for a setting that cannot work."""
         parse_sync(self.sync)

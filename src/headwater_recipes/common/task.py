@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, Self
 
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from headwater.errors import DataError
+from headwater.errors import DataError, UsageError
 from headwater_recipes.common import checkpoint
 from headwater_recipes.common.recipe import Recipe
 from headwater_recipes.common.settings import AnySettings
@@ -30,6 +30,10 @@ class Batch(NamedTuple):
     inputs: Any
     learnt: int
     seen: int
+
+
+_OF_CLASSES = {"prepare": "prepare(cls, settings, console)", "metrics": "metrics(cls, sums)"}
+"""Methods that the launching process calls on a task's class, which it has no object of then."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,18 @@ class Task(ABC, Generic[AnySettings]):
 
     def __init__(self, settings: AnySettings, folder: Path, rank: int = 0, world: int = 1) -> None:
         self.settings, self.folder, self.rank, self.world = settings, folder, rank, world
+
+    def __init_subclass__(cls, **words: Any) -> None:
+        super().__init_subclass__(**words)
+        for name, form in _OF_CLASSES.items():
+            if name in vars(cls) and not isinstance(vars(cls)[name], classmethod | staticmethod):
+                method = f"{cls.__module__}.{cls.__qualname__}.{name}"
+                raise UsageError(f"{method} is called on the class, without a run: write @classmethod and def {form}")
+
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """The task of a run folder, by the settings that the run was begun with. Raises ``DataError``."""
+        return cls(checkpoint.read_state(folder, cls.recipe.settings).settings, folder)
 
     # ---- data ------------------------------------------------------------------------------------
 
@@ -150,11 +166,26 @@ class Task(ABC, Generic[AnySettings]):
         return None
 
     def tell(self, ended: Ended, figures: Mapping[str, Any], console: Console) -> None:
-        """Show the user what came of it, and write more into the folder if there is more."""
-        del figures
-        found = ", ".join(f"{name} {value:.4g}" for name, value in ended.metrics.items())
-        say(console, f"trained {ended.step} steps in {clock(ended.seconds)}; on held-out data: {found}")
-        say(console, f"{self.folder}: model.safetensors, metrics.jsonl, loss.png, report.json", whole=True)
+        """Show the user what came of it, and write more into the folder if there is more.
+
+        Of ``figures`` the numbers are shown, ``baseline`` (names to figures, or to figures by their names) and
+        ``pictures`` (names of files).
+        """
+        say(console, f"trained {ended.step} steps in {clock(ended.seconds)}; on held-out data: {_words(figures)}")
+        for name, value in dict(figures.get("baseline") or {}).items():
+            told = _words(value) if isinstance(value, Mapping) else f"{value:.4g}"
+            say(console, f"  beside it, {name}: {told}")
+        files = ["model.safetensors", *figures.get("pictures", ()), "metrics.jsonl", "loss.png", "report.json"]
+        say(console, f"{self.folder}: {', '.join(files)}", whole=True)
+
+
+_OF_TRAINING = ("step", "training_seconds")
+
+
+def _words(found: Mapping[str, Any]) -> str:
+    """The numbers, by their names."""
+    numbers = {name: value for name, value in found.items() if type(value) in (int, float) and name not in _OF_TRAINING}
+    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
 
 
 def add(parts: Iterable[Sums]) -> dict[str, int | float]:

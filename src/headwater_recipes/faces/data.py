@@ -27,7 +27,7 @@ def prepare(wanted: FacesSettings, console: Console) -> Callable[[Path], None]:
     if len(wanted.data) > 1:
         raise UsageError(f"--data: {len(wanted.data)} folders were given; give the one that holds all people")
     with stage(console, "reading the faces"):
-        source = Path(wanted.data[0]) if wanted.data else cache.folder(ORL)
+        source = wanted.data[0] if wanted.data else cache.folder(ORL)
         people, split, skipped = read_classes(source, wanted.size)
         images = apart(people, split, wanted.seed).check(wanted.workers)
         scale = Scale.of(images.training.pixels)

@@ -30,9 +30,10 @@ class FacesSettings(Training, frozen=True, kw_only=True, forbid_unknown_fields=T
     data: Annotated[
         tuple[str, ...],
         Option(
-            "A folder with a subfolder of images for each person; a quarter of the people is held out. "
-            "Default: the ORL faces.",
+            "A folder with a subfolder of images for each person; a quarter of the people is held out; "
+            "or a name that the library datasets finds (owner/name). Default: the ORL faces.",
             path=True,
+            named=True,
             fixed=True,
         ),
     ] = ()

@@ -60,7 +60,7 @@ def read(wanted: ImageSettings) -> Gathered:
         return Gathered(read_fashion(cache.folder(FASHION), wanted.size))
     if len(wanted.data) > 1:
         raise UsageError(f"--data: {len(wanted.data)} folders were given; give the one that holds all classes")
-    return read_folder(Path(wanted.data[0]), wanted.size)
+    return read_folder(wanted.data[0], wanted.size)
 
 
 def read_fashion(folder: Path, size: int) -> Images:

@@ -32,8 +32,9 @@ class ImageSettings(Training, frozen=True, kw_only=True, forbid_unknown_fields=T
         tuple[str, ...],
         Option(
             "A folder with a subfolder of images for each class (a tenth is held out), or with train/CLASS and "
-            "test/CLASS. Default: Fashion-MNIST.",
+            "test/CLASS; or a name that the library datasets finds (owner/name). Default: Fashion-MNIST.",
             path=True,
+            named=True,
             fixed=True,
         ),
     ] = ()

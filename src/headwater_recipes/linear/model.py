@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from headwater.errors import DataError
-from headwater_recipes.linear.data import Array, Numbers
+from headwater_recipes.tables.table import Array, Numbers
 
 
 class Regression(torch.nn.Module):

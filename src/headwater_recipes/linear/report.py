@@ -14,7 +14,7 @@ from headwater_recipes.common.pictures import new_figure
 from headwater_recipes.common.stages import clock, say
 from headwater_recipes.common.task import Ended
 from headwater_recipes.linear import model
-from headwater_recipes.linear.data import Array, Numbers
+from headwater_recipes.tables.table import Array, Numbers
 
 if TYPE_CHECKING:
     from headwater_recipes.linear.task import Linear

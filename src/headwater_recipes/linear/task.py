@@ -13,6 +13,7 @@ from rich.console import Console
 from headwater_recipes.common.task import Batch, Ended, Sums, Task
 from headwater_recipes.linear import data, model, report
 from headwater_recipes.linear.settings import RECIPE, LinearSettings
+from headwater_recipes.tables.table import Numbers, Split
 
 
 class Linear(Task[LinearSettings]):
@@ -23,7 +24,7 @@ class Linear(Task[LinearSettings]):
 
     def __init__(self, settings: LinearSettings, folder: Path, rank: int = 0, world: int = 1) -> None:
         super().__init__(settings, folder, rank, world)
-        self.split = data.load(folder)
+        self.split = Split.load(folder)
 
     @classmethod
     def prepare(cls, settings: LinearSettings, console: Console) -> Callable[[Path], None]:
@@ -47,7 +48,7 @@ class Linear(Task[LinearSettings]):
         del whole  # it is quick
         return [self._batch(self.split.held_out, np.arange(self.rank, len(self.split.held_out.y), self.world))]
 
-    def _batch(self, part: data.Numbers, rows: Any) -> Batch:
+    def _batch(self, part: Numbers, rows: Any) -> Batch:
         return Batch((torch.from_numpy(part.x[rows]), torch.from_numpy(part.y[rows])), len(rows), len(rows))
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:

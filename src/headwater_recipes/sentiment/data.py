@@ -19,7 +19,7 @@ from rich.console import Console
 
 from headwater import pretrained
 from headwater.errors import DataError
-from headwater_recipes.common import checkpoint
+from headwater_recipes.common import checkpoint, hub
 from headwater_recipes.common.stages import say, stage
 from headwater_recipes.data.cache import folder
 from headwater_recipes.sentiment import model
@@ -109,7 +109,7 @@ def read(wanted: SentimentSettings) -> Labelled:
     training: list[Row] = []
     held_out: list[Row] = []
     for name in wanted.data:
-        if Path(name).exists() or Path(name).suffix:
+        if (Path(name).exists() or Path(name).suffix) and not hub.is_saved(Path(name)):
             rows = labelled.from_paths([Path(name)], columns)
         else:
             rows = names[name]() if name in names else labelled.from_hub(name, columns)

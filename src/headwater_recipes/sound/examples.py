@@ -16,21 +16,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headwater.errors import DataError
+from headwater_recipes.common import hub
+from headwater_recipes.common.unreadable import check_unreadable
 from headwater_recipes.sound.decode import Silent, Unreadable, decode
 from headwater_recipes.sound.features import MelSettings, log_mel
 
 SOUNDS = frozenset({".wav", ".ogg", ".oga", ".opus", ".flac", ".mp3", ".gsm", ".aiff", ".aif", ".au"})
 
-_SHARE = 0.1
-"""Of unreadable files in the data. More is no accident, and an error."""
-
 
 class Clip(NamedTuple):
-    """A file, what is said in it, and who says it."""
+    """A file, what is said in it, and who says it. ``row``: where it is, if it is none of the disk."""
 
     path: Path
     label: str
     speaker: str
+    row: hub.File | None = None
+
+    def read_bytes(self) -> bytes:
+        """Raises ``OSError``."""
+        return self.path.read_bytes() if self.row is None else self.row.read_bytes()
 
 
 Heard = tuple[Clip, Tensor]
@@ -118,11 +122,40 @@ def from_folder(folder: Path) -> list[Clip]:
     return found
 
 
-def from_folders(folders: Sequence[str]) -> list[Clip]:
-    """The one folder that can be given. Raises ``DataError``: there are more, or what ``from_folder`` says."""
-    if len(folders) > 1:
-        raise DataError(f"--data: give one folder, with a subfolder per label, not {len(folders)}; nothing was started")
-    return from_folder(Path(folders[0]))
+def given(data: Sequence[str], seed: int) -> tuple[list[Clip], set[str]]:
+    """The sounds of what a user gave, a folder or a data set's name, and the speakers that are held out.
+
+    Raises ``DataError``: there are more, or what ``from_folder``, ``from_hub`` and ``hold_out`` say.
+    """
+    if len(data) > 1:
+        raise DataError(f"--data: give one folder, with a subfolder per label, not {len(data)}; nothing was started")
+    if hub.finds(data[0]):
+        return from_hub(data[0], seed)
+    clips = from_folder(Path(data[0]))
+    return clips, hold_out(clips, seed)
+
+
+def from_hub(name: str, seed: int) -> tuple[list[Clip], set[str]]:
+    """The sounds of a data set that ``datasets`` finds, and the speakers that are held out.
+
+    The speaker is in a column ``speaker_id`` (or ``speaker``, ``client_id``); else he is found by the file's name, as
+    in ``from_folder``. The data set's own part is held out if none of its speakers is in ``train`` too; otherwise
+    speakers are drawn out of all, as nobody may be on both sides.
+
+    Raises:
+        DataError: what ``hub.files`` and ``hold_out`` say.
+    """
+    found = hub.files(name, "Audio")
+    sides = [[_clip(file) for file in part] for part in (found.training, found.held_out)]
+    learnt, held = ({clip.speaker for clip in side} for side in sides)
+    clips = sides[0] + sides[1]
+    return clips, held if held and not held & learnt else hold_out(clips, seed)
+
+
+def _clip(file: hub.File) -> Clip:
+    stem = "" if file.speaker else file.stem()
+    speaker = file.speaker or (stem.split("_")[0] if "_" in stem else file.place)
+    return Clip(Path(file.place), file.label, speaker, file)
 
 
 def hold_out(clips: Sequence[Clip], seed: int, share: float = 0.2) -> set[str]:
@@ -170,9 +203,13 @@ def read_all(clips: Iterable[Clip], held: set[str], mel: MelSettings, *, names: 
     kept: list[Heard] = []
     left: Counter[str] = Counter()
     seen: set[bytes] = set()
-    worst = ""
+    bad: list[str] = []
     for clip in clips:
-        body = clip.path.read_bytes()
+        try:
+            body = clip.read_bytes()
+        except OSError as error:
+            bad.append(f"{clip.path}: {error}")
+            continue
         digest = hashlib.sha256(body).digest()
         if digest in seen:
             left["again"] += 1
@@ -184,13 +221,12 @@ def read_all(clips: Iterable[Clip], held: set[str], mel: MelSettings, *, names: 
             left["silent"] += 1
             continue
         except Unreadable as error:
-            left["unreadable"] += 1
-            worst = worst or f"{clip.path}: {error}"
+            bad.append(f"{clip.path}: {error}")
             continue
         left["cut"] += sound.cut
         kept.append((clip, log_mel(sound.samples, mel).half()))
-    if left["unreadable"] > _SHARE * len(seen):
-        raise DataError(f"{left['unreadable']} of {len(seen)} sounds cannot be read, as {worst}; nothing was started")
+    check_unreadable("sounds", len(kept) + left["silent"] + len(bad), bad)
+    left["unreadable"] = len(bad)
     return put_together(kept, held, mel, {name: count for name, count in left.items() if count}, names=names)
 
 

@@ -24,8 +24,10 @@ class SoundTraining(Training, frozen=True, kw_only=True, forbid_unknown_fields=T
         tuple[str, ...],
         Option(
             "A folder of your own with a subfolder per label. Its sounds lie in a folder per speaker, or their names "
-            "begin with the speaker and _, as in Speech Commands. Default: see above.",
+            "begin with the speaker and _, as in Speech Commands. Or a name that the library "
+            "datasets finds (owner/name). Default: see above.",
             path=True,
+            named=True,
             fixed=True,
         ),
     ] = ()

@@ -35,8 +35,7 @@ def prepare(wanted: SpeechSettings, console: Console) -> Callable[[Path], None]:
     begun = time.monotonic()
     with stage(console, "reading the sounds"):
         if wanted.data:
-            clips = examples.from_folders(wanted.data)
-            held = examples.hold_out(clips, wanted.seed)
+            clips, held = examples.given(wanted.data, wanted.seed)
         else:
             clips = with_speakers(
                 [clip for name in DATA for clip in clips_of(name, cache.folder(name))], wanted.speakers

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from headwater.errors import DataError
+from headwater_recipes.common import hub
 from headwater_recipes.text import corpus
 
 HELD_OUT = 10
@@ -166,23 +167,10 @@ def from_hub(name: str, columns: Columns) -> tuple[list[Row], list[Row]]:
     Raises:
         DataError: it cannot be had, has no labelled texts, or a label that is none of its classes.
     """
-    try:
-        import datasets  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise DataError(
-            f"--data {name}: no such file or folder here, and the package datasets, which would look for it on the "
-            f"hub, is not installed. Nothing was started; check the path, or pip install datasets."
-        ) from None
-    path, _, configuration = name.partition(":")
-    try:
-        found = datasets.load_dataset(path, configuration or None)
-    except Exception as error:  # of any kind: network, cache, format
-        raise DataError(f"--data {name}: {error}. Nothing was started; check the name, or give a file.") from error
-    if "train" not in found:
-        raise DataError(f"--data {name}: no part 'train', but {', '.join(found)}. Nothing was started; give another.")
+    found = hub.load(name)
     # A part "test" without labels (GLUE's) holds -1.
-    kept = {part: rows for part in ("train", "test", "validation") if (rows := _of_part(name, found, part, columns))}
-    return kept.get("train", []), kept.get("test") or kept.get("validation") or []
+    held_out = (_of_part(name, found, part, columns) for part in hub.HELD_OUT)
+    return _of_part(name, found, "train", columns), next(filter(None, held_out), [])
 
 
 def _of_part(name: str, found: Any, part: str, columns: Columns) -> list[Row]:
@@ -202,12 +190,8 @@ def _of_part(name: str, found: Any, part: str, columns: Columns) -> list[Row]:
     rows = []
     for number, (text, label) in enumerate(zip(table[columns.text], labels, strict=True)):
         place = f"{name}, {part} {number}"
-        if names is not None and (not isinstance(label, int) or not 0 <= label < len(names)):
-            raise DataError(
-                f"{place}: the label {label} is none of its {len(names)} classes. Nothing was started; "
-                f"mend the data set."
-            )
-        rows.append(_row({"text": text, "label": names[label] if names else label}, place, Columns()))
+        named = label if names is None else names[hub.check_class(place, label, names)]
+        rows.append(_row({"text": text, "label": named}, place, Columns()))
     return rows
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from headwater.errors import DataError
+from headwater_recipes.common import hub
 from headwater_recipes.text import corpus
 from headwater_recipes.translation import verses
 from headwater_recipes.translation.settings import TranslationSettings
@@ -37,7 +38,9 @@ def read(wanted: TranslationSettings) -> Parallel:
     if name == "verses":
         return _verses(wanted)
     path = Path(name)
-    if path.is_dir():
+    if hub.is_saved(path):
+        parts = _hub(name, wanted)
+    elif path.is_dir():
         parts = _folder(path, wanted)
     elif path.exists() or path.suffix in (".tsv", ".csv", ".txt"):
         parts = {"training": _tsv(path, wanted)}
@@ -121,20 +124,7 @@ def _tsv(path: Path, wanted: TranslationSettings) -> list[Pair]:
 
 def _hub(name: str, wanted: TranslationSettings) -> dict[str, list[Pair]]:
     """In WMT's form: a column ``translation`` of ``{"en": …, "de": …}``."""
-    try:
-        import datasets  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise DataError(
-            f"--data {name}: no such file or folder here, and the package datasets, which would look for it on the "
-            f"hub, is not installed. Nothing was started; check the path, or pip install datasets."
-        ) from None
-    path, _, configuration = name.partition(":")
-    try:
-        found = datasets.load_dataset(path, configuration or None)
-    except Exception as error:  # of any kind: network, cache, format
-        raise DataError(f"--data {name}: {error}. Nothing was started; check the name, or give a file.") from error
-    if "train" not in found:
-        raise DataError(f"--data {name}: no part 'train', but {', '.join(found)}. Nothing was started; give another.")
+    found = hub.load(name)
     return {part: _rows(name, found[each], wanted) for part, names in _PARTS.items() for each in names if each in found}
 
 

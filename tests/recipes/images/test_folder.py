@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 from PIL import Image
 
 from headwater.errors import DataError
-from headwater_recipes.images.folder import read_folder
+from headwater_recipes.images.folder import read_classes, read_folder
 from headwater_recipes.images.idx import read_idx
 from headwater_recipes.images.store import Images, Scale, Split
+from tests.recipes.hub import BY, write
 
 
 def write_classes(folder: Path, count: int = 10, **colours: str) -> Path:
@@ -139,3 +141,39 @@ def test_an_idx_file(tmp_path: Path) -> None:
         path.write_bytes(bad)
         with pytest.raises(DataError, match=r"x\.gz: "):
             read_idx(path, 3)
+
+
+def _png(colour: str, side: int) -> bytes:
+    body = io.BytesIO()
+    Image.new("RGB", (side, 5), colour).save(body, "PNG")
+    return body.getvalue()
+
+
+@pytest.mark.parametrize("by", BY)
+def test_a_data_set_of_the_library_is_read_as_a_folder_is(
+    by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(_png(colour, 4 + i), f"{i}.png", label) for i in range(20) for label, colour in enumerate(("red", "blue"))]
+    rows[5] = (b"no image", "5.png", 1)
+    name = write(tmp_path / "given", monkeypatch, by, "Image", ["cat", "dog", "emu"], {"train": rows, "test": rows[:2]})
+    found = read_folder(name, 8)
+    assert found.images.classes == ("cat", "dog")  # nothing is there of the third
+    assert found.images.training.labels.tolist() == [0] * 20 + [1] * 19
+    assert (found.images.training.pixels[-1] == [0, 0, 255]).all()
+    assert found.images.held_out.labels.tolist() == [0, 1]
+    assert found.skipped == [f"{name}, train 5: not an image of a known format"]
+    people, split, skipped = read_classes(name, 8)
+    assert (people, len(split.labels), len(skipped)) == (("cat", "dog"), 41, 1)
+
+    name = write(tmp_path / "drawn", monkeypatch, by, "Image", ["cat", "dog"], {"train": rows})
+    images = read_folder(name, 8).images
+    assert len(images.training.labels) + len(images.held_out.labels) == 39
+    assert set(images.held_out.labels) == {0, 1}
+
+
+def test_a_file_that_must_not_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [(_png("red", 4), "a.png", n % 2) for n in range(20)]
+    name = write(
+        tmp_path / "x", monkeypatch, "stand-in", "Image", ["a", "b"], {"train": [*rows, (None, "gone.png", 0)]}
+    )
+    assert "gone.png" in read_folder(name, 8).skipped[0]

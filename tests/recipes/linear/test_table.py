@@ -12,6 +12,7 @@ from headwater.errors import DataError, UsageError
 from headwater_recipes.data.errors import DataMissing
 from headwater_recipes.linear import data, model
 from headwater_recipes.linear.settings import LinearSettings
+from headwater_recipes.tables import table as tables
 from tests.recipes.data import need
 
 CSV = "\ufeffroom, area,price\r\n" + "".join(f"{i},{i * i},{3 * i - 0.5 * i * i + 7}\r\n" for i in range(20))
@@ -31,6 +32,16 @@ def test_a_csv_file_is_a_table(tmp_path: Path) -> None:
     assert table.truth is None
 
 
+def test_any_column_can_be_the_target(tmp_path: Path) -> None:
+    path = tmp_path / "rooms.csv"
+    path.write_text(CSV, encoding="utf-8")
+    table = tables.read_csv(path, "area")
+    assert (table.names, table.target) == (("room", "price"), "area")
+    assert (table.x[3].tolist(), table.y[3]) == ([3, 11.5], 9)
+    with pytest.raises(DataError, match="no column 'garden', but room, area, price; nothing"):
+        tables.read_csv(path, "garden")
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -42,6 +53,7 @@ def test_a_csv_file_is_a_table(tmp_path: Path) -> None:
         ("a,b\n1,2\n\n1,x\n", "row 4, column b: 'x' is no number"),
         ("a,b\n1,\n", "row 2, column b: '' is no number"),
         ("a,b\nnan,1\n", "column a: 'nan' is no number"),
+        ("a,a\n1,2\n", "row 1: two columns are called 'a'"),
     ],
 )
 def test_a_bad_file_is_told_by_row_and_column(text: str, told: str, tmp_path: Path) -> None:
@@ -64,26 +76,26 @@ def test_what_is_no_file_is_told(tmp_path: Path) -> None:
 def test_a_table_that_tells_nothing_is_refused() -> None:
     table = data.generated(60, 3, 1.0, 0)
     with pytest.raises(DataError, match="10 rows: of these 2 are held out, and 3 columns and 9 workers need 9"):
-        data.divide(data.generated(10, 3, 1.0, 0), 0, workers=9)
+        tables.divide(data.generated(10, 3, 1.0, 0), 0, workers=9)
     with pytest.raises(DataError, match=r"6 rows: .* need 5 to train on"):
-        data.divide(data.generated(6, 3, 1.0, 0), 0, workers=1)
+        tables.divide(data.generated(6, 3, 1.0, 0), 0, workers=1)
     table.x[:, 1] = 4
     with pytest.raises(DataError, match="column x2: the same in all rows"):
-        data.divide(table, 0, workers=1)
+        tables.divide(table, 0, workers=1)
     table.y[:] = 4
     with pytest.raises(DataError, match="column x2, y: the same"):
-        data.divide(table, 0, workers=1)
+        tables.divide(table, 0, workers=1)
 
 
 def test_every_row_is_on_one_side_and_the_run_folder_keeps_them(tmp_path: Path) -> None:
     wanted = LinearSettings(rows=50, features=2)
     data.prepare(wanted, Console(quiet=True))(tmp_path)
-    split, table = data.load(tmp_path), data.read(wanted)
+    split, table = tables.Split.load(tmp_path), data.read(wanted)
     assert (len(split.training.y), len(split.held_out.y)) == (40, 10)
     assert sorted([*split.training.y, *split.held_out.y]) == sorted(table.y)
     assert split.training.truth is not None
     assert split.training.truth.tolist() == (table.truth.tolist() if table.truth is not None else None)
-    assert data.divide(table, 1, 1).held_out.y.tolist() != split.held_out.y.tolist()
+    assert tables.divide(table, 1, 1).held_out.y.tolist() != split.held_out.y.tolist()
 
 
 def test_the_closed_form_finds_the_truth_within_its_errors() -> None:
@@ -99,7 +111,7 @@ def test_the_closed_form_finds_the_truth_within_its_errors() -> None:
 
 def test_columns_that_say_the_same_have_a_closed_form_too() -> None:
     table = data.generated(200, 2, 0.1, 0)
-    twice = data.Numbers(np.column_stack([table.x, table.x[:, 0]]), table.y, ("a", "b", "c"), "y")
+    twice = tables.Numbers(np.column_stack([table.x, table.x[:, 0]]), table.y, ("a", "b", "c"), "y")
     beta, _, errors = model.closed_form(twice)
     assert beta[0] == pytest.approx(beta[2])
     assert np.isfinite(errors).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import soundfile
 import torch
 
 from headwater.errors import DataError
-from headwater_recipes.sound.examples import Clip, Examples, from_folder, from_folders, hold_out, read_all
+from headwater_recipes.sound.examples import Clip, Examples, from_folder, given, hold_out, read_all
 from headwater_recipes.sound.features import MelSettings
+from tests.recipes import hub
 
 MEL = MelSettings()
 
@@ -95,7 +97,7 @@ def test_what_cannot_be_heard_is_left_out_and_counted(folder: Path) -> None:
 def test_many_unreadable_files_are_an_error(folder: Path) -> None:
     for number in range(3):
         (folder / "low" / f"bob_broken{number}.ogg").write_bytes(b"no sound" + bytes([number]))
-    with pytest.raises(DataError, match=r"3 of 15 sounds cannot be read, as .*bob_broken0"):
+    with pytest.raises(DataError, match=r"3 of 15 sounds cannot be read, above 10%; the first is .*bob_broken0"):
         read_all(from_folder(folder), {"ann"}, MEL)
 
 
@@ -108,7 +110,7 @@ def test_a_folder_that_holds_nothing_of_use_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1 labels \(one\)"):
         from_folder(tmp_path)
     with pytest.raises(DataError, match="one folder"):
-        from_folders([str(tmp_path), str(tmp_path)])
+        given([str(tmp_path), str(tmp_path)], 0)
 
 
 def test_a_side_without_a_label_is_an_error(folder: Path) -> None:
@@ -116,3 +118,45 @@ def test_a_side_without_a_label_is_an_error(folder: Path) -> None:
         soundfile.write(path, np.zeros(800), 8000)
     with pytest.raises(DataError, match="low without one"):
         read_all(from_folder(folder), {"ann"}, MEL)
+
+
+def _wav(hertz: float) -> bytes:
+    body = io.BytesIO()
+    wave = 0.5 * np.sin(2 * np.pi * hertz * np.arange(2400) / 8000)
+    soundfile.write(body, wave, 8000, format="WAV")
+    return body.getvalue()
+
+
+@pytest.mark.parametrize("by", hub.BY)
+def test_a_data_set_of_the_library_holds_out_its_part_if_nobody_is_on_both_sides(
+    by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(*speakers: str) -> hub.Rows:
+        return [
+            (_wav(hertz + 10 * ord(who[0])), f"{who}_{label}.wav", label)
+            for who in speakers
+            for label, hertz in enumerate((300, 900))
+        ]
+
+    parts = {"train": rows("ann", "bob", "cy"), "test": rows("eve")}
+    name = hub.write(tmp_path / "apart", monkeypatch, by, "Audio", ["low", "high"], parts)
+    clips, held = given([name], 0)
+    assert held == {"eve"}
+    made = read_all(clips, held, MEL)
+    assert made.facts.names == ("high", "low")
+    assert (made.speakers(False), made.speakers(True)) == (["ann", "bob", "cy"], ["eve"])
+    assert len(made.places(False)) == 6
+
+    who = {"train": ["x", "x", "y", "y", "z", "z"], "test": ["x", "x"]}  # a column counts, not the names of files
+    name = hub.write(tmp_path / "mixed", monkeypatch, by, "Audio", ["low", "high"], parts, speaker_id=who)
+    clips, held = given([name], 0)
+    assert len(held) == 1 < len({clip.speaker for clip in clips}) == 3
+    made = read_all(clips, held, MEL)
+    assert not set(made.speakers(False)) & set(made.speakers(True))
+
+
+def test_a_sound_that_must_not_be_read_is_left_out_and_counted(folder: Path) -> None:
+    write(folder / "low" / "eve_9.wav", 350)
+    (folder / "low" / "eve_8.wav").symlink_to(folder / "gone.wav")
+    found = read_all(from_folder(folder), {"ann"}, MEL)
+    assert found.facts.left_out == {"unreadable": 1}
