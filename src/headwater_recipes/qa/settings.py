@@ -26,6 +26,7 @@ class QaSettings(ClassifyingTraining, frozen=True, kw_only=True, forbid_unknown_
     seq: Annotated[int, Option("Tokens of question and passage at most. Default: {default}.", least=32, fixed=True)] = (
         192
     )
+    lr: Annotated[float, Option("Peak learning rate. Default: 1e-4, with --scratch 1e-3.", above=0)] = 1e-4
     batch: Annotated[int, Option("Questions per worker and step. Default: {default}.", least=1)] = 16
 
 
@@ -40,7 +41,8 @@ RECIPE = Recipe(
     Ctrl-C stops and saves; --resume goes on. The run's folder holds a
     model that AutoModelForSequenceClassification (yes or no) or
     AutoModelForQuestionAnswering (spans) loads, its metrics, and
-    answers marked in their passages.
+    answers marked in their passages. Minutes on two cores teach
+    little more than the commoner answer: see docs/qa.md.
     """,
     task="headwater_recipes.qa.task:QuestionAnswering",
     settings=QaSettings,
