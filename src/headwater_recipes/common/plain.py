@@ -218,7 +218,10 @@ def under_ddp(kind: type[Task[Any]], folder: Path, rank: int, store: str, steps:
     torch.set_num_threads(1)
     plain = Plain(kind, folder, [rank], steps, begun=folder, exact=False)
     distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=plain.world)
-    model = _Distributed(plain.model)
+    plain.backward(plain.model, plain.tasks[0], 0)
+    unused = any(p.grad is None for p in plain.model.parameters() if p.requires_grad)
+    plain.optimizer.zero_grad()
+    model = _Distributed(plain.model, find_unused_parameters=unused)
     rate = plain.train(lambda step: plain.backward(model, plain.tasks[0], step))
     distributed.barrier()
     return {"units_per_second": rate * plain.world, "steps": plain.steps}
