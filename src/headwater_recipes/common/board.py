@@ -51,7 +51,7 @@ class Board:
         row = None
         match report:
             case Started():
-                if report.rank in self.started:  # in the place of one that died
+                if report.rank in self.started or report.rank not in self._since:  # in the place of one that died
                     self._since[report.rank] = report.step
                 self.started[report.rank] = report
                 self.doing = ""

@@ -32,7 +32,8 @@ def _grid(picture: Picture, size: Array, label: int) -> Detections:
     x, y = np.meshgrid(
         *(np.arange(each / 2, most, each) for each, most in zip(size, (picture.width, picture.height), strict=True))
     )
-    return _around(np.stack([x.ravel(), y.ravel()], 1), np.ones(x.size), size, label)
+    even = np.linspace(0, x.size - 1, min(x.size, tiles.MOST)).astype(int)
+    return _around(np.stack([x.ravel(), y.ravel()], 1)[even], np.ones(len(even)), size, label)
 
 
 def _blobs(picture: Picture, size: Array, label: int) -> Detections:

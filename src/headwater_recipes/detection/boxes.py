@@ -329,11 +329,13 @@ def _of_row(row: Any, place: str, path: Path, table: Any) -> _Raw:
         kind = table.features["objects"]  # before version 4 of datasets a Sequence with the fields in its feature
         category = getattr(kind, "feature", kind)["category"]
         names = getattr(getattr(category, "feature", category), "names", None)
-        labels = [names[each] if names else str(each) for each in objects["category"]]
+        labels = [names[hub.check_class(place, each, names)] if names else str(each) for each in objects["category"]]
         boxes = [(x, y, x + width, y + height) for x, y, width, height in objects["bbox"]]
         path.parent.mkdir(parents=True, exist_ok=True)
         row["image"].convert("RGB").save(path)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        if len(boxes) != len(labels):
+            raise ValueError(f"{len(boxes)} boxes and {len(labels)} categories")
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise DataError(
             f"{place}: no image with objects (bbox, category), or a category out of range: {error!r}. Nothing was "
             f"started; mend the data set."

@@ -40,8 +40,6 @@ class DetectionServed:
             raise BadInput(f"'threshold' is {json.dumps(least)[:50]}; it is a number of 0 to 1")
         assert isinstance(model, Detector)
         found = tiles.find(model, inputs, max(float(least), 1e-3))
-        if not found.scores.isfinite().all():
-            raise ValueError("the model's scores are not finite: its training has diverged")
         labels = model.settings.labels
         return [
             {

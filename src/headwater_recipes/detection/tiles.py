@@ -123,6 +123,8 @@ def find(model: Detector, pixels: Pixels, least: float) -> Detections:
         padded[: part.shape[0], : part.shape[1]] = part
         with torch.no_grad():
             told = model(model.scale(torch.from_numpy(padded)[None]))
+        if not all(each.isfinite().all() for each in told):
+            raise ValueError("the model's outputs are not finite: its training has diverged")
         found = peaks(told, model.settings.size, least, MOST)[0]
         boxes = found.boxes + torch.tensor([left, top, left, top])
         x, y = ((boxes[:, at] + boxes[:, at + 2]) / 2 for at in (0, 1))

@@ -21,6 +21,8 @@ HELD_OUT = 5
 """One passage in this many is held out, where the data have no part that is."""
 _RUN = 12
 """Words in a row by which passages are compared."""
+_TITLE = 10
+"""Words of a title at most, which some sets put before a passage, with a dash."""
 _START = 30
 """Words of a passage's beginning that no other text has."""
 _COMPARED = 50
@@ -120,7 +122,9 @@ def groups(passages: Iterable[str]) -> dict[str, str]:
         return passage
 
     for passage in sorted(set(passages)):
-        words = re.findall(r"\w+", passage.rpartition(" -- ")[2].casefold())
+        title, dash, rest = passage.partition(" -- ")
+        body = rest if dash and len(title.split()) <= _TITLE else passage
+        words = re.findall(r"\w+", body.casefold())
         runs = {hash(" ".join(words[at : at + _RUN])) for at in range(max(1, len(words) - _RUN + 1))}
         start = hash(" ".join(["", *words[:_START]]))
         root[passage], many[passage] = passage, len(runs)

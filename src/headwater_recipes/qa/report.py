@@ -56,13 +56,20 @@ def of_spans(task: QuestionAnswering, ended: Ended) -> dict[str, Any]:
     places = [(0, 0) if empty and each.nothing > each.score else (each.start, each.end) for each in found]
     told = [question.passage[start:end] for question, (start, end) in zip(asked, places, strict=True)]
     rows = [
-        {"question": q.question, "answer": q.answer, "told": text, "score": round(best.score, 4), "passage": q.passage}
+        {
+            "question": q.question,
+            "answer": q.answer,
+            "told": text,
+            "score": round(best.score if text else best.nothing, 4),
+            "passage": q.passage,
+        }
         for q, text, best in zip(asked, told, found, strict=True)
     ]
     checkpoint.write_json(folder / "answers.json", rows)
     marks = [
         Marked(
-            f"{q.question}\n→ {text or '(no answer)'} ({best.score:.0%}); true: {q.answer or '(no answer)'}",
+            f"{q.question}\n→ {text or '(no answer)'} ({best.score if text else best.nothing:.0%}); "
+            f"true: {q.answer or '(no answer)'}",
             q.passage,
             place,
             (q.start, q.end),

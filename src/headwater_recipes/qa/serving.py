@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +29,7 @@ class ServedAnswers:
 
     def __init__(self, tokenizer: Any, longest: int, *, of_spans: bool) -> None:
         self._tokenizer, self._longest, self._spans = tokenizer, longest, of_spans
+        self._lock = threading.Lock()  # padding and truncation are the tokenizer's own state
 
     @classmethod
     def read(cls, folder: Path) -> tuple[nn.Module, Self]:
@@ -46,7 +48,10 @@ class ServedAnswers:
         empty = parameters.get("handle_impossible_answer", False)
         if not isinstance(empty, bool):
             raise serving.BadInput(f"'handle_impossible_answer' is {json.dumps(empty)[:50]}; it is true or false")
-        question, passage = inputs["question"], inputs["context"]
+        with self._lock:
+            return self._answer(model, inputs["question"], inputs["context"], empty=empty)
+
+    def _answer(self, model: nn.Module, question: str, passage: str, *, empty: bool) -> dict[str, Any]:
         if not self._spans:
             yes = probability_of_yes(model, self._tokenizer, question, passage)
             return {"answer": "yes" if yes > 0.5 else "no", "score": max(yes, 1 - yes), "start": 0, "end": len(passage)}

@@ -120,6 +120,17 @@ def test_nobody_waits_for_a_rank_that_died_until_it_is_there_again() -> None:
     assert (row["loss"], [each["step"] for each in board.rows]) == (1.5, [10, 20, 30, 40, 50])
 
 
+def test_a_rank_that_died_before_it_began_is_waited_for_when_it_has() -> None:
+    board = Board(LanguageModel, 2)
+    board.hear(Started(0, 0, 5, "float32"))
+    assert board.lost(1) == []
+    board.hear(Started(1, 3, 5, "float32"))
+    assert board.hear(_step(0, 10, 4.0)) is None
+    row = board.hear(_step(1, 10, 2.0))
+    assert row is not None
+    assert row["loss"] == 3.0
+
+
 def test_all_held_out_data_are_judged_though_a_rank_died() -> None:
     board = Board(LanguageModel, 2)
     sums = {"nats": 4.0, "tokens": 2, "nbytes": 4}

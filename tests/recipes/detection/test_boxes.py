@@ -87,9 +87,10 @@ def test_a_name_of_the_library_datasets(monkeypatch: pytest.MonkeyPatch, tmp_pat
     old = types.SimpleNamespace(feature=Part.features["objects"])
     monkeypatch.setattr(Part, "features", {"objects": old})
     assert read(("owner/pets",)) == found
-    library.load_dataset = lambda *_: {"train": Part([row(5)])}  # type: ignore[attr-defined]
-    with pytest.raises(DataError, match="category out of range"):
-        read(("owner/pets",))
+    for wrong in (5, -1):  # -1 is what the library writes where there is no label
+        library.load_dataset = lambda *_, wrong=wrong: {"train": Part([row(wrong)])}  # type: ignore[attr-defined]
+        with pytest.raises(DataError, match="is none of its 2 classes"):
+            read(("owner/pets",))
 
 
 def test_an_image_that_two_files_name_is_one_and_none_is_on_both_sides(tmp_path: Path) -> None:

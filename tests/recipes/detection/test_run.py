@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import InferenceClient
 from PIL import Image
 from rich.console import Console
@@ -103,3 +104,11 @@ def test_what_cannot_work_is_refused_before_anything_is_started(tmp_path: Path) 
     assert np.array_equal(first[0], again[0])
     assert not np.array_equal(first[0], other[0])
     assert task.loss(task.build(), task.batches(0)[0]).item() > 0
+
+
+def test_a_detector_that_has_diverged_answers_nothing_that_looks_like_an_answer(run: Path) -> None:
+    model, served = DetectionServed.read(run)
+    with torch.no_grad():
+        next(iter(model.parameters())).fill_(torch.nan)
+    with pytest.raises(ValueError, match="its training has diverged"):
+        served.answer(model, np.zeros((64, 64, 3), np.uint8), {})
