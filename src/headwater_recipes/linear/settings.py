@@ -85,6 +85,6 @@ RECIPE = Recipe(
         model="a table of coefficients",
         metric="R², β",
         baseline="mean, closed form",
-        minutes=0.5,
+        minutes=0.2,
     ),
 )

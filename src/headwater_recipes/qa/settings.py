@@ -53,7 +53,7 @@ RECIPE = Recipe(
         model="MiniLM, 22.7 M parameters (10.9 M trained)",
         metric="accuracy (yes or no), exact match and F1 (spans)",
         baseline="commonest answer, TF-IDF + logistic regression; sliding window",
-        minutes=5,
+        minutes=4.5,
     ),
     served="headwater_recipes.qa.serving:ServedAnswers",
 )

@@ -55,7 +55,7 @@ RECIPE = Recipe(
         model="MiniLM, 22.7 M parameters (10.9 M trained), or BERT from scratch",
         metric="accuracy, macro-F1",
         baseline="commonest class, TF-IDF + logistic regression",
-        minutes=4,
+        minutes=3.5,
     ),
     served="headwater_recipes.text.serving:ServedClassifier",
 )
