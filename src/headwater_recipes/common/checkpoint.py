@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -32,6 +32,9 @@ from headwater.errors import DataError, DiskFull
 from headwater_recipes.common import claim
 from headwater_recipes.common.recipe import Recipe
 from headwater_recipes.common.settings import AnySettings, State, Training
+
+AnyModel = TypeVar("AnyModel", bound=torch.nn.Module)
+AnyStruct = TypeVar("AnyStruct", bound=msgspec.Struct)
 
 _KEEP = 2
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -224,6 +227,39 @@ def write_model(model: Any, folder: Path) -> None:
     # Copies: parameters may be views of one memory, which safetensors takes for tensors that are tied.
     values = {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
     save_file(values, folder / "model.safetensors")
+
+
+def load_model(model: AnyModel, folder: Path) -> AnyModel:
+    """Put the values of ``model.safetensors`` into a model. Raises ``DataError``: missing, damaged or another's."""
+    with _readable(folder):
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Errors of files that are missing, damaged or another model's are ``DataError``."""
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, OSError | RuntimeError | msgspec.MsgspecError)
+        if not known and type(error).__name__ != "SafetensorError":
+            raise
+        raise DataError(f"{folder}: the model cannot be read ({error})") from error
+
+
+def write_network(model: torch.nn.Module, settings: msgspec.Struct, folder: Path) -> None:
+    """``model.safetensors``, and ``config.json``: all that a program needs to make the network."""
+    values = {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
+    save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(settings), indent=2) + b"\n")
+
+
+def read_network(make: Callable[[AnyStruct], AnyModel], kind: type[AnyStruct], folder: Path) -> AnyModel:
+    """What ``write_network`` wrote. Raises ``DataError``: a file is missing, damaged or of another network."""
+    with _readable(folder):
+        model = make(msgspec.json.decode((folder / "config.json").read_bytes(), type=kind))
+    return load_model(model, folder)
 
 
 def save(

@@ -10,9 +10,8 @@ from typing import Any, ClassVar, Generic, NamedTuple, Self
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
-from headwater.errors import DataError, UsageError
+from headwater.errors import UsageError
 from headwater_recipes.common import checkpoint
 from headwater_recipes.common.recipe import Recipe
 from headwater_recipes.common.settings import AnySettings
@@ -125,14 +124,7 @@ class Task(ABC, Generic[AnySettings]):
 
     def read(self, folder: Path) -> torch.nn.Module:
         """The model that ``write`` wrote. Raises ``DataError`` if it is not whole."""
-        model = self.build()
-        try:
-            model.load_state_dict(load_file(folder / "model.safetensors"))
-        except Exception as error:
-            if not isinstance(error, OSError | RuntimeError) and type(error).__name__ != "SafetensorError":
-                raise
-            raise DataError(f"{folder}: the model cannot be read ({error})") from error
-        return model
+        return checkpoint.load_model(self.build(), folder)
 
     # ---- loss and metrics ------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from headwater.errors import DataError
 from headwater_recipes.common import hub
+from headwater_recipes.common.parts import part_file
 from headwater_recipes.common.unreadable import check_unreadable
 from headwater_recipes.data import cache
 from headwater_recipes.images.decode import Unreadable, read_image
@@ -211,14 +212,7 @@ def _trees(place: Path) -> tuple[list[_Raw], list[_Raw]]:
 
 
 def _part(place: Path, *names: str) -> Path:
-    for name in names:
-        for suffix in _SUFFIXES:
-            if (path := place / f"{name}{suffix}").is_file():
-                return path
-    raise DataError(
-        f"--data {place}: no file {' or '.join(f'{name}.*' for name in names)} there ({', '.join(_SUFFIXES)}). A "
-        f"folder holds train.* and test.*. Nothing was started; name a file: of one a tenth of the images is held out."
-    )
+    return part_file(place, names, _SUFFIXES, "test", "a tenth of the images")
 
 
 def _file(path: Path) -> Iterator[_Raw]:
@@ -335,6 +329,8 @@ def _of_row(row: Any, place: str, path: Path, table: Any) -> _Raw:
         row["image"].convert("RGB").save(path)
         if len(boxes) != len(labels):
             raise ValueError(f"{len(boxes)} boxes and {len(labels)} categories")
+    except DataError:  # it is a ValueError, and says more
+        raise
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise DataError(
             f"{place}: no image with objects (bbox, category), or a category out of range: {error!r}. Nothing was "

@@ -14,11 +14,10 @@ from typing import NamedTuple, Self
 
 import msgspec
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from headwater.errors import DataError
+from headwater_recipes.common import checkpoint
 
 STRIDE = 4
 MULTIPLE = 16
@@ -112,23 +111,12 @@ class Detector(nn.Module):
 
     def save_pretrained(self, folder: Path) -> None:
         """``model.safetensors`` and ``config.json``."""
-        values = {name: value.detach().clone().contiguous() for name, value in self.state_dict().items()}
-        save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(self.settings), indent=2) + b"\n")
+        checkpoint.write_network(self, self.settings, folder)
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> Self:
         """Raises ``DataError`` if a file is missing, damaged or not of this network."""
-        try:
-            settings = msgspec.json.decode((folder / "config.json").read_bytes(), type=NetworkSettings)
-            model = cls(settings)
-            model.load_state_dict(load_file(folder / "model.safetensors"))
-        except Exception as error:
-            known = isinstance(error, OSError | RuntimeError | msgspec.MsgspecError)
-            if not known and type(error).__name__ != "SafetensorError":
-                raise
-            raise DataError(f"{folder}: the model cannot be read ({error})") from error
-        return model
+        return checkpoint.read_network(cls, NetworkSettings, folder)
 
 
 def loss(told: Told, boxes: list[Tensor], labels: list[Tensor], size: tuple[float, float]) -> Tensor:

@@ -21,6 +21,8 @@ class DetectionSettings(Training, frozen=True, kw_only=True, forbid_unknown_fiel
             "A .csv file with columns image, xmin, ymin, xmax, ymax, label (images beside it; an image that has no box "
             "is named once, with the others empty), a .json file in COCO's form, a folder with train.* and test.* of "
             "these, or a name that the library datasets finds. Default: trees from the air.",
+            path=True,
+            named=True,
             fixed=True,
         ),
     ] = ()
@@ -35,19 +37,6 @@ class DetectionSettings(Training, frozen=True, kw_only=True, forbid_unknown_fiel
     weight_decay: float = 0.02
     warmup: int = 30
     validate_every: int = 200
-
-    @classmethod
-    def look_up(cls, changes: dict[str, object], console: object) -> dict[str, object]:
-        """What exists here is named by its whole path, as workers may run elsewhere."""
-        from pathlib import Path
-
-        del console
-        found = dict(changes)
-        if "data" in changes:
-            given = changes["data"]
-            assert isinstance(given, tuple)
-            found["data"] = tuple(str(Path(name).resolve()) if Path(name).exists() else name for name in given)
-        return found
 
     def check(self) -> None:
         super().check()

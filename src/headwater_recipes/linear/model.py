@@ -6,10 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from headwater.errors import DataError
+from headwater_recipes.common import checkpoint
 from headwater_recipes.tables.table import Array, Numbers
 
 
@@ -60,12 +58,7 @@ def build(training: Numbers) -> Regression:
 
 def read(folder: Path, features: int) -> Regression:
     """The model of a run folder. Raises ``DataError``: it is not whole."""
-    made = Regression(features)
-    try:
-        made.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"{folder}: the model cannot be read ({error})") from error
-    return made
+    return checkpoint.load_model(Regression(features), folder)
 
 
 def closed_form(training: Numbers) -> tuple[Array, float, Array]:

@@ -14,8 +14,9 @@ import msgspec
 
 from headwater.errors import DataError
 from headwater_recipes.common import hub
+from headwater_recipes.common.parts import part_file
 from headwater_recipes.data.cache import folder
-from headwater_recipes.text import corpus
+from headwater_recipes.text import corpus, labelled
 
 HELD_OUT = 5
 """One passage in this many is held out, where the data have no part that is."""
@@ -185,14 +186,7 @@ def _words(text: str) -> str:
 
 
 def _part(place: Path, *names: str) -> Path:
-    for name in names:
-        for suffix in _SUFFIXES:
-            if (path := place / f"{name}{suffix}").is_file():
-                return path
-    raise DataError(
-        f"--data {place}: no file {' or '.join(f'{name}.*' for name in names)} there ({', '.join(_SUFFIXES)}). A "
-        f"folder holds train.* and dev.*. Nothing was started; name a file: of one a part is held out."
-    )
+    return part_file(place, names, _SUFFIXES, "dev")
 
 
 def _file(path: Path) -> Iterator[_Raw]:
@@ -204,13 +198,8 @@ def _file(path: Path) -> Iterator[_Raw]:
         raise DataError(
             f"--data {path}: questions are in a {' or '.join(_SUFFIXES)} file. Nothing was started; convert it."
         )
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield _Raw(f"{path}:{number}", msgspec.json.decode(line, type=dict[str, Any]))
-            except msgspec.MsgspecError as error:
-                said = f"{path}:{number}: no JSON object ({error}). Nothing was started; mend the line."
-                raise DataError(said) from error
+    for number, item in labelled.json_lines(path, text):
+        yield _Raw(f"{path}:{number}", item)
 
 
 def _squad(path: Path, text: str) -> Iterator[_Raw]:

@@ -7,11 +7,10 @@ from typing import Self
 
 import msgspec
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from headwater.errors import DataError
+from headwater_recipes.common import checkpoint
 from headwater_recipes.sound.features import MelSettings
 
 
@@ -74,23 +73,12 @@ class SoundNetwork(nn.Module):
 
     def save_pretrained(self, folder: Path) -> None:
         """``model.safetensors`` and ``config.json``."""
-        values = {name: value.detach().clone().contiguous() for name, value in self.state_dict().items()}
-        save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(self.settings), indent=2) + b"\n")
+        checkpoint.write_network(self, self.settings, folder)
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> Self:
         """Raises ``DataError`` if a file is missing, damaged or not of this network."""
-        try:
-            settings = msgspec.json.decode((folder / "config.json").read_bytes(), type=NetworkSettings)
-            model = cls(settings)
-            model.load_state_dict(load_file(folder / "model.safetensors"))
-        except Exception as error:
-            known = isinstance(error, OSError | RuntimeError | msgspec.MsgspecError)
-            if not known and type(error).__name__ != "SafetensorError":
-                raise
-            raise DataError(f"{folder}: the model cannot be read ({error})") from error
-        return model
+        return checkpoint.read_network(cls, NetworkSettings, folder)
 
 
 def _stack(x_bcmt: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import msgspec
 
 from headwater.errors import DataError
 from headwater_recipes.common import hub
+from headwater_recipes.common.parts import part_file
 from headwater_recipes.text import corpus
 
 HELD_OUT = 10
@@ -81,14 +82,7 @@ def from_paths(paths: Sequence[Path], columns: Columns) -> tuple[list[Row], list
 
 
 def _split_file(folder: Path, *names: str) -> Path:
-    for name in names:
-        for suffix in _SUFFIXES:
-            if (path := folder / f"{name}{suffix}").is_file():
-                return path
-    raise DataError(
-        f"--data {folder}: no file {' or '.join(f'{name}.*' for name in names)} there ({', '.join(_SUFFIXES)}). A "
-        f"folder holds train.* and test.*. Nothing was started; name a file: of one a part is held out."
-    )
+    return part_file(folder, names, _SUFFIXES, "test")
 
 
 def read(path: Path, columns: Columns) -> list[Row]:
@@ -98,14 +92,15 @@ def read(path: Path, columns: Columns) -> list[Row]:
         raise DataError(
             f"--data {path}: texts with labels are in a {', '.join(_SUFFIXES)} file. Nothing was started; convert it."
         )
-    lines = _jsonl(path, text) if path.suffix == ".jsonl" else _csv(path, text, columns)
+    lines = json_lines(path, text) if path.suffix == ".jsonl" else _csv(path, text, columns)
     rows = [_row(line, f"{path}:{number}", columns) for number, line in lines]
     if not rows:
         raise DataError(f"--data {path}: no row in it. Nothing was started; name a file that holds texts and labels.")
     return rows
 
 
-def _jsonl(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a ``.jsonl`` file by their line, from 1. Raises ``DataError`` with the line that is none."""
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
