@@ -25,6 +25,8 @@ from headwater_recipes.common.settings import AnySettings, State
 from headwater_recipes.common.stages import say, stage
 from headwater_recipes.common.task import Ended
 
+REPORT = "report.json"
+"""The figures of a run that has come to its end."""
 _STATUS_EVERY = 1.0
 RESTARTS = 3
 """How often each worker of an elastic run is started again. One that dies more often would go on to."""
@@ -82,7 +84,7 @@ def _go_on(recipe: Recipe[AnySettings], folder: Path, changes: dict[str, Any]) -
         changes = {"steps": None, **changes}
     wanted = msgspec.structs.replace(state.settings, **changes)
     wanted.check()
-    if _over(state, wanted):
+    if _over(state, wanted) and (folder / REPORT).is_file():  # else it was ended before it was judged
         raise DataError(
             f"{folder} has reached its end (step {state.step}, {state.elapsed / 60:.1f} minutes). Nothing was changed; "
             f"to train on, give a greater total: --steps or --minutes."
@@ -123,7 +125,7 @@ class Job(Generic[AnySettings]):
         self.display: display.Display | None = None
         self._incomplete: set[str] = set()
         console.file = cast("IO[str]", launch.Sturdy(console.file, self._deaf))
-        for name in (schedule.NAME, schedule.ASKED, schedule.BEGUN):  # an earlier launch's, with its stop
+        for name in (schedule.NAME, schedule.ASKED, schedule.BEGUN, REPORT):  # an earlier launch's, with its stop
             (folder / name).unlink(missing_ok=True)
 
     def run(self) -> int:
@@ -267,7 +269,7 @@ class Job(Generic[AnySettings]):
         ended = Ended(done.step, round(done.elapsed, 1), sums, self.task.metrics(sums), rows, done.difference)
         task = self.task(self.settings, self.folder)
         figures = {"step": ended.step, "training_seconds": ended.seconds, **task.figures(ended)}
-        checkpoint.write_json(self.folder / "report.json", figures)
+        checkpoint.write_json(self.folder / REPORT, figures)
         metrics.plot(self.folder, rows, self.recipe.wording, task.baseline(figures))
         say(self.console, "")
         task.tell(ended, figures, self.console)

@@ -49,6 +49,10 @@ class Schedule(msgspec.Struct, frozen=True):
         """Progress at the beginning of ``step``, 0 to 1."""
         return min(1.0, max(0.0, self.progress + (step - self.step) * self.per_step))
 
+    def over(self, step: int) -> bool:
+        """Whether ``step`` is not taken."""
+        return self.stop is not None and step >= self.stop
+
 
 class Begun(msgspec.Struct, frozen=True):
     """``step``, ``progress`` and ``elapsed`` at the beginning of a launch, the table's ``clock`` then (not 0 if it

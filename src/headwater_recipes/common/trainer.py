@@ -28,6 +28,10 @@ from headwater_recipes.common.task import Batch, Task, add
 
 _GLANCE = 1.0
 """Seconds after which the figures between two rows are said again."""
+_END = "end"
+"""Where all meet twice, having trained and having validated. It is one name: who took the place of one that died comes
+for the first time when the others may be there for the second, and nobody waits for who has left.
+"""
 
 
 class Step(NamedTuple):
@@ -60,7 +64,8 @@ class Trainer(Generic[AnySettings]):
             self.optimizer.load_state_dict(checkpoint.load_optimizer(found))
             for group in self.optimizer.param_groups:
                 group["initial_lr"] = s.lr
-        met = self._meet("ready")  # nobody pushes while another still writes state
+        # Nobody pushes while another still writes state. Who comes late writes none, and the others have been there.
+        met = not self.late and self._meet("ready")
         self.members = ps.members
         clock = ps.tables[checkpoint.TABLE].clock
         self._clock = self._clock if self.late else clock
@@ -89,11 +94,7 @@ class Trainer(Generic[AnySettings]):
         beside.replace(self.folder / schedule.BEGUN)
 
     def _meet(self, place: str) -> bool:
-        """A barrier; whether all were there. Who comes late does not meet the others, who may have been there; in an
-        elastic run they go on without it.
-        """
-        if self.late:
-            return False
+        """A barrier; whether all were there. In an elastic run those who are left go on without one that died."""
         try:
             self.ps.barrier(place)
         except headwater.WorkerLost:
@@ -124,7 +125,8 @@ class Trainer(Generic[AnySettings]):
             first = Schedule(start.step, start.step / s.steps, 1 / s.steps, s.steps)
         else:
             assert budget is not None
-            first = Schedule(start.step, min(1.0, start.elapsed / budget), 0.0)
+            over = start.step if start.elapsed >= budget else None  # all that is left is to judge it
+            first = Schedule(start.step, min(1.0, start.elapsed / budget), 0.0, over)
         self.pace = Pace(first, budget)
         self.schedules = ScheduleFile(self.folder, first)
         if self.ps.rank == 0 and not self.late:
@@ -153,11 +155,11 @@ class Trainer(Generic[AnySettings]):
             self._begin()
         self.meter = Meter(self.ps, time.monotonic())
         self.model.train()
-        while not self._over():
+        while not (held := self._followed()).over(self.step):
             taken = self._learn(self.task.batches(self.step))
             if self._step():
                 self._after_step(taken)
-        self._finish()
+        self._finish("stopped" if held.asked else "done")
 
     def _begin(self) -> None:
         """Before the first step of a launch."""
@@ -202,8 +204,8 @@ class Trainer(Generic[AnySettings]):
     def _precision(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16)
 
-    def _over(self) -> bool:
-        """Follow the schedule, which rank 0 makes."""
+    def _followed(self) -> Schedule:
+        """What holds for this step: the schedule, which rank 0 makes."""
         if self.ps.rank == 0:
             self.stopping = self.stopping or self.schedules.stop_asked
             decided = self.pace.decide(self.step, self.elapsed, self.stopping)
@@ -211,10 +213,7 @@ class Trainer(Generic[AnySettings]):
                 self.schedules.publish(decided)
         elif self.stopping:
             self.schedules.ask_to_stop()
-        held = self.schedules.at(self.step)
-        over = held.stop is not None and self.step >= held.stop
-        self.stopping = self.stopping or (over and held.asked)  # it may be that only another rank was told
-        return over
+        return self.schedules.at(self.step)
 
     def _after_step(self, taken: Step) -> None:
         s = self.settings
@@ -285,7 +284,8 @@ class Trainer(Generic[AnySettings]):
         checkpoint.save(self.folder, self.model, self.optimizer.state_dict(), state, self.task.write)
         reports.say(reports.Saved(self.step))
 
-    def _finish(self) -> None:
+    def _finish(self, reason: Literal["done", "stopped"]) -> None:
+        """``reason``: the schedule's, the same for all. Who is told to stop when the end is reached stops there."""
         elapsed, s = self.elapsed, self.settings
         self.optimizer.synchronize()
         if s.publish_every and self.step % s.publish_every:
@@ -293,18 +293,17 @@ class Trainer(Generic[AnySettings]):
         self._settle()
         self._doing("waiting for the other workers")
         table = self.ps.tables[checkpoint.TABLE]
-        self._meet("trained")
+        self._meet(_END)
         table.pull().wait()  # under Stale and Async: what the others pushed last
         difference = None
         if self.ps.rank == 0:
             self._doing("saving")
             self._save()
-            difference = None if self.stopping else self.task.verify(self.model)
-        if not self.stopping:
+            difference = self.task.verify(self.model) if reason == "done" else None
+        if reason == "done":
             self._doing("validating on all held-out data")
             self.validate(whole=True, final=True)
-        self._meet("validated")
-        reason: Literal["done", "stopped"] = "stopped" if self.stopping else "done"
+        self._meet(_END)
         reports.say(reports.Finished(self.ps.rank, self.step, elapsed, reason, difference))
 
 

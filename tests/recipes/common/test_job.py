@@ -164,6 +164,7 @@ def test_going_on_changes_what_may_change_and_forgets_what_was_not_saved(tmp_pat
     assert metrics.read_rows(tmp_path) == rows[:2]
     with pytest.raises(DataError, match="seq=128, which cannot change"):
         job.resume(RECIPE, tmp_path, {"seq": 64})
+    (tmp_path / job.REPORT).write_text("{}", encoding="utf-8")
     with pytest.raises(DataError, match="has reached its end"):
         job.resume(RECIPE, tmp_path, {"minutes": 0.4})
 
@@ -178,6 +179,24 @@ def test_nothing_is_made_when_the_text_cannot_be_used(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     with pytest.raises(DataError, match="not empty"):
         job.prepare(RECIPE, LmSettings(data=(str(corpus),), **TINY), corpus, quiet)
+
+
+def test_a_run_that_ended_before_it_was_judged_is_judged(run: Path) -> None:
+    """Say by a second Ctrl-C: its last step is saved, its report is not written."""
+    state = checkpoint.read_state(run, LmSettings)
+    settings = msgspec.structs.replace(state.settings, workers=2, steps=None, minutes=0.02)
+    checkpoint.write_json(run / "trainer.json", msgspec.structs.replace(state, settings=settings))
+    assert job.Job(RECIPE, run, Console(quiet=True)).run() == 0
+    trained = (run / "model.safetensors").read_bytes()
+    report = json.loads((run / job.REPORT).read_bytes())
+    with pytest.raises(DataError, match="has reached its end"):
+        job.resume(RECIPE, run, {})
+    (run / job.REPORT).unlink()
+    job.resume(RECIPE, run, {})
+    assert job.Job(RECIPE, run, Console(quiet=True)).run() == 0
+    again = json.loads((run / job.REPORT).read_bytes())
+    assert (again["step"], again["validation_loss"]) == (report["step"], report["validation_loss"])
+    assert (run / "model.safetensors").read_bytes() == trained
 
 
 @pytest.mark.parametrize("only_rank0", [False, True])

@@ -115,6 +115,50 @@ def test_a_budget_of_time_ends_a_run(run: Path, capsys: pytest.CaptureFixture[st
     assert finished.step == 2
 
 
+def test_who_is_told_to_stop_at_the_end_comes_to_the_end(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _change(run, steps=2)  # what is asked at a step takes effect two later
+    _train(run, stop=True)
+    said = _said(capsys)
+    assert [each.final for each in said if isinstance(each, reports.Validated)] == [True]
+    assert isinstance(said[-1], reports.Finished)
+    assert (said[-1].step, said[-1].reason) == (2, "done")
+
+
+def test_who_took_the_place_of_rank_0_saves_what_the_others_pushed_last(
+    run: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    _change(run, sync="async", workers=2, steps=4, elastic=True)
+    address, arrived, order = f"inproc://{request.node.name}", threading.Event(), list[str]()
+
+    def other() -> None:
+        with headwater.connect(address, rank=1, world=2, servers=2, timeout=PATIENCE) as ps:
+            worker = Trainer(RECIPE, run, ps)
+            batches = worker.task.batches
+
+            def last_is_late(step: int) -> Any:
+                if step == 3:
+                    arrived.wait(PATIENCE)
+                    order.append("rank 1 learns")
+                return batches(step)
+
+            monkeypatch.setattr(worker.task, "batches", last_is_late)
+            worker.run()
+            worker.optimizer.close()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with headwater.connect(address, rank=0, world=2, servers=2, timeout=PATIENCE) as ps:
+        worker = Trainer(RECIPE, run, ps)
+        worker.late = True
+        meet, save = worker._meet, worker._save
+        monkeypatch.setattr(worker, "_meet", lambda place: (arrived.set(), meet(place))[1])
+        monkeypatch.setattr(worker, "_save", lambda: (order.append("rank 0 saves"), save())[1])
+        worker.run()
+        worker.optimizer.close()
+    thread.join()
+    assert order == ["rank 1 learns", "rank 0 saves"]
+
+
 @pytest.mark.parametrize("sync", ["bulk", "stale:0", "stale:1", "async", "async:0", "async:2"])
 def test_two_workers_end_together_under_every_policy(
     run: Path, sync: str, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
