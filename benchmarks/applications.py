@@ -3,8 +3,8 @@
 Three parts. ``run`` needs a machine that does nothing else: each recipe with its defaults, then the rates of the same
 loop in one plain process with 2 threads, and under DistributedDataParallel over Gloo. ``plain`` is the whole run once
 more in one process with one thread, two recipes at a time; ``seeds`` trains those whose held-out data are few with two
-other seeds. What was measured before of other recipes and parts stays in ``benchmarks/runs/``, which git ignores; the
-page is made of all that is there.
+other seeds. What was measured of a recipe stays in ``benchmarks/applications/NAME.json``, and the page is made of all
+that is there. The runs themselves are in ``benchmarks/runs/``, which git ignores.
 """
 
 from __future__ import annotations
@@ -18,34 +18,65 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from headwater_bench.report import machine
 from headwater_recipes import listing
 from headwater_recipes.common import metrics
 from headwater_recipes.common.recipe import Recipe
+from headwater_recipes.data.catalog import CATALOG
 
 HERE = Path(__file__).parent
-RUNS, DOCS = HERE / "runs", HERE.parent / "docs"
+RESULTS, RUNS, DOCS = HERE / "applications", HERE / "runs", HERE.parent / "docs"
 RATE_STEPS = 60
-FEW = ("detection", "faces", "qa", "speech")
-"""Recipes that are judged on few things."""
+FEW = ("detection", "faces", "linear-diabetes", "qa", "qa-spans", "speech")
+"""What is judged on few things."""
 SEEDS = (1, 2)
 """Beside the default, 0."""
+
+
+class Judged(NamedTuple):
+    """``figure`` by which a recipe is judged, and the ``baseline``'s beside it: their names in ``flat(report)``.
+    ``recipe`` if it has another name, trained with ``data`` other than the default.
+    """
+
+    figure: str
+    baseline: str
+    recipe: str = ""
+    data: str = ""
+
+
 JUDGED = {
-    "commands": ("accuracy", "baseline MFCC and nearest centroid accuracy"),
-    "detection": ("validation map 50", "baseline green blobs map 50"),
-    "faces": ("validation rank 1", "baseline pixels rank 1"),
-    "finetune": ("held out loss", "held out loss before"),
-    "image": ("validation accuracy", "baseline linear"),
-    "linear": ("r2", "baseline closed form r2"),
-    "lm": ("validation bits per byte", "unigram bits per byte"),
-    "qa": ("accuracy", "baseline tfidf logistic regression accuracy"),
-    "sentiment": ("accuracy", "baseline tfidf logistic regression accuracy"),
-    "speech": ("accuracy", "baseline MFCC statistics and logistic regression accuracy"),
-    "translation": ("bleu", "baseline word by word bleu"),
+    "commands": Judged("accuracy", "baseline MFCC and nearest centroid accuracy"),
+    "detection": Judged("validation map 50", "baseline green blobs map 50"),
+    "faces": Judged("validation rank 1", "baseline pixels rank 1"),
+    "finetune": Judged("held out loss", "held out loss before"),
+    "image": Judged("validation accuracy", "baseline linear"),
+    "linear": Judged("r2", "baseline closed form r2"),
+    "linear-diabetes": Judged("r2", "baseline closed form r2", "linear", "diabetes"),
+    "lm": Judged("validation bits per byte", "unigram bits per byte"),
+    "qa": Judged("accuracy", "baseline tfidf logistic regression accuracy"),
+    "qa-spans": Judged("f1", "baseline never an answer f1", "qa", "disflqa"),
+    "sentiment": Judged("accuracy", "baseline tfidf logistic regression accuracy"),
+    "sentiment-topics": Judged("accuracy", "baseline tfidf logistic regression accuracy", "sentiment", "newsgroups"),
+    "speech": Judged("accuracy", "baseline MFCC statistics and logistic regression accuracy"),
+    "translation": Judged("bleu", "baseline word by word bleu"),
 }
-"""The figure by which a recipe is judged, and the baseline's beside it: their names in ``flat(report)``."""
+
+
+class Application(NamedTuple):
+    """A recipe as it is trained here; ``data`` if not with the default."""
+
+    name: str
+    recipe: Recipe[Any]
+    data: str
+
+    @property
+    def typed(self) -> str:
+        """The whole command."""
+        return f"{self.recipe.typed} --data {self.data}" if self.data else self.recipe.typed
+
+
 TOLD = ("step", "training seconds", "largest ", "beta ")
 """Figures that are told elsewhere, or are none of quality."""
 WITHHELD = ("nearest.png", "mistakes.png", "translations.png", "boxes.png")
@@ -64,94 +95,101 @@ with two workers. *±* is the standard deviation over three seeds, where what is
 
 def main() -> None:
     """See the module."""
-    known = {recipe.name: recipe for recipe in listing.found() if recipe.name in JUDGED}
+    known = applications()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(known)}")
     parser.add_argument("--only", choices=["run", "plain", "seeds", "page"], help="default: all, one after another")
     asked = parser.parse_args()
     if strange := [name for name in asked.names if name not in known]:
         parser.error(f"{', '.join(strange)}: there is {', '.join(known)}")
-    recipes = [known[name] for name in asked.names or known]
-    RUNS.mkdir(exist_ok=True)
+    chosen = [known[name] for name in asked.names or known]
+    for place in (RESULTS, RUNS):
+        place.mkdir(exist_ok=True)
     if asked.only in (None, "run"):
-        for recipe in recipes:
-            keep(recipe, run(recipe))
+        for each in chosen:
+            keep(each, run(each))
     if asked.only in (None, "plain"):
         with ThreadPoolExecutor(2) as both:
-            for recipe, found in zip(recipes, both.map(plain, recipes), strict=True):
-                keep(recipe, {"plain": found})
+            for each, found in zip(chosen, both.map(plain, chosen), strict=True):
+                keep(each, {"plain": found})
     if asked.only in (None, "seeds"):
-        for recipe in recipes:
-            if recipe.name in FEW:
-                keep(recipe, {"seeds": [report_of(recipe, trained(recipe, seed)) for seed in SEEDS]})
+        for each in chosen:
+            if each.name in FEW:
+                keep(each, {"seeds": [report_of(each, trained(each, seed)) for seed in SEEDS]})
     write_page(known)
+
+
+def applications() -> dict[str, Application]:
+    """All of them, by name."""
+    recipes = {recipe.name: recipe for recipe in listing.found()}
+    return {name: Application(name, recipes[each.recipe or name], each.data) for name, each in JUDGED.items()}
 
 
 # ---- measuring -------------------------------------------------------------------------------------
 
 
-def folder(recipe: Recipe[Any], seed: int = 0) -> Path:
+def folder(each: Application, seed: int = 0) -> Path:
     """The run's."""
-    return RUNS / (f"{recipe.name}-{seed}" if seed else recipe.name)
+    return RUNS / (f"{each.name}-{seed}" if seed else each.name)
 
 
-def kept(recipe: Recipe[Any]) -> dict[str, Any]:
-    """What was measured last of a recipe; nothing of what was never measured."""
-    path = RUNS / f"recipe-{recipe.name}.json"
+def kept(each: Application) -> dict[str, Any]:
+    """What was measured last; nothing of what was never measured."""
+    path = RESULTS / f"{each.name}.json"
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
 
 
-def keep(recipe: Recipe[Any], found: dict[str, Any]) -> None:
+def keep(each: Application, found: dict[str, Any]) -> None:
     """Beside what other parts have found."""
-    text = json.dumps({**kept(recipe), **found}, indent=1)
-    (RUNS / f"recipe-{recipe.name}.json").write_text(text, encoding="utf-8")
+    text = json.dumps({**kept(each), **found}, indent=1)
+    (RESULTS / f"{each.name}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def trained(recipe: Recipe[Any], seed: int = 0) -> Path:
+def trained(each: Application, seed: int = 0) -> Path:
     """The folder of a run with the defaults, and nothing of one that was there."""
-    place = folder(recipe, seed)
+    place = folder(each, seed)
     shutil.rmtree(place, ignore_errors=True)
-    words = [*recipe.typed.split()[1:], "--run", str(place), "--seed", str(seed)]
+    words = [*each.typed.split()[1:], "--run", str(place), "--seed", str(seed)]
     subprocess.run([sys.executable, "-m", "headwater", *words], check=True)
     return place
 
 
-def report_of(recipe: Recipe[Any], place: Path) -> dict[str, Any]:
+def report_of(each: Application, place: Path) -> dict[str, Any]:
     """``report.json``; a run of another seed is not needed any more."""
     found: dict[str, Any] = json.loads((place / "report.json").read_text(encoding="utf-8"))
-    if place != folder(recipe):
+    if place != folder(each):
         shutil.rmtree(place)
     return found
 
 
-def run(recipe: Recipe[Any]) -> dict[str, Any]:
+def run(each: Application) -> dict[str, Any]:
     """The defaults, and the rates beside them. What other parts have found belongs to the run before."""
-    (RUNS / f"recipe-{recipe.name}.json").unlink(missing_ok=True)
+    (RESULTS / f"{each.name}.json").unlink(missing_ok=True)
     where, begun = machine(), time.monotonic()
-    place = trained(recipe)
+    place = trained(each)
     minutes = (time.monotonic() - begun) / 60
-    report, unit = report_of(recipe, place), recipe.wording.unit
+    report, unit = report_of(each, place), each.recipe.wording.unit
     for picture in shown(report):
         (DOCS / "pictures").mkdir(exist_ok=True)
-        shutil.copy(place / picture, DOCS / "pictures" / f"{recipe.name}-{picture}")
+        shutil.copy(place / picture, DOCS / "pictures" / f"{each.name}-{picture}")
     rates = [row[f"{unit}_per_second"] for row in metrics.read_rows(place) if row["kind"] == "step"]
     quick = ("--rate", "--steps", str(RATE_STEPS))
-    others = [without_servers(recipe, *quick, *more) for more in (("--threads", "2"), ("--ddp",))]
+    others = [without_servers(each, *quick, *more) for more in (("--threads", "2"), ("--ddp",))]
     return {
         "machine": str(where), "minutes": minutes, "report": report, "unit": unit,
         "rates": [statistics.median(rates), *(found and found["units_per_second"] for found in others)],
     }  # fmt: skip
 
 
-def plain(recipe: Recipe[Any]) -> dict[str, Any] | None:
+def plain(each: Application) -> dict[str, Any] | None:
     """The whole run in one process with one thread, as a worker has: the same sums in the same order."""
-    return without_servers(recipe, "--threads", "1")
+    return without_servers(each, "--threads", "1")
 
 
-def without_servers(recipe: Recipe[Any], *words: str) -> dict[str, Any] | None:
+def without_servers(each: Application, *words: str) -> dict[str, Any] | None:
     """``None`` where there is no such run, say of a loop that DistributedDataParallel cannot wrap."""
-    command = [sys.executable, "-m", "headwater_recipes.common.plain", recipe.task, str(folder(recipe)), *words]
+    command = [sys.executable, "-m", "headwater_recipes.common.plain", each.recipe.task, str(folder(each)), *words]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if done.returncode:
         return None
@@ -162,10 +200,10 @@ def without_servers(recipe: Recipe[Any], *words: str) -> dict[str, Any] | None:
 # ---- the page --------------------------------------------------------------------------------------
 
 
-def write_page(known: dict[str, Recipe[Any]]) -> None:
+def write_page(known: dict[str, Application]) -> None:
     """All that has been measured."""
-    recipes = [recipe for recipe in known.values() if "rates" in kept(recipe)]
-    parts = [HEAD, *table(recipes), "", *[section(recipe, kept(recipe)) for recipe in recipes]]
+    measured = [each for each in known.values() if "rates" in kept(each)]
+    parts = [HEAD, *table(measured), "", *[section(each, kept(each)) for each in measured]]
     (DOCS / "applications.md").write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -174,29 +212,30 @@ def shown(report: dict[str, Any]) -> list[str]:
     return [picture for picture in report.get("pictures", ()) if picture not in WITHHELD]
 
 
-def table(recipes: list[Recipe[Any]]) -> list[str]:
+def table(measured: list[Application]) -> list[str]:
     """All of them at a glance."""
     head = ("command", "judged by", "Headwater", "plain", "baseline", "minutes", "a second", "plain", "DDP")
     lines = [f"| {' | '.join(head)} |", "|---|---|---:|---|---|---:|---:|---:|---:|"]
-    for recipe in recipes:
-        found = kept(recipe)
-        name, beside = JUDGED[recipe.name]
+    for each in measured:
+        found = kept(each)
+        name, beside, *_ = JUDGED[each.name]
         baseline = f"{beside.removeprefix('baseline ')} {said(flat(found['report']).get(beside))}"
         rate, *others = map(said, found["rates"])
         cells = [
-            f"`{recipe.typed}`", words(name), spread(found, name), alone(found, name), baseline,
+            f"`{each.typed}`", words(name), spread(found, name), alone(found, name), baseline,
             f"{found['minutes']:.1f}", f"{rate} {found['unit']}", *others,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def section(recipe: Recipe[Any], found: dict[str, Any]) -> str:
-    """A recipe's part of the page."""
-    row, report = listing.row(recipe), found["report"]
+def section(each: Application, found: dict[str, Any]) -> str:
+    """An application's part of the page."""
+    row, report = listing.row(each.recipe), found["report"]
+    data, licence = (each.data, CATALOG[each.data].licence) if each.data else (row.data, row.licence)
     lines = [
-        f"## {row.task.capitalize()}: `{row.command}`", "",
-        f"{row.data} ({row.licence}); {row.model}.",
+        f"## {row.task.capitalize()}: `{each.typed}`", "",
+        f"{data} ({licence}); {row.model}.",
         f"{report['step']:,} steps in {report['training_seconds']:.0f} s, {found['minutes']:.1f} minutes in all.",
         f"Machine: {found['machine']}.", "",
         "| on held-out data | Headwater | plain |", "|---|---:|---:|",
@@ -207,7 +246,7 @@ def section(recipe: Recipe[Any], found: dict[str, Any]) -> str:
     beside = [f"{name.replace('baseline ', '')} {said(figures[name])}" for name in figures if name not in ours]
     lines += ["", f"Baselines: {', '.join(beside)}."] if beside else []
     for picture in shown(report):
-        lines += ["", f"![{picture.partition('.')[0]}](pictures/{recipe.name}-{picture})"]
+        lines += ["", f"![{picture.partition('.')[0]}](pictures/{each.name}-{picture})"]
     return "\n".join([*lines, ""])
 
 
