@@ -25,7 +25,7 @@ class FinetuneSettings(TextTraining, frozen=True, kw_only=True, forbid_unknown_f
     ``accumulate`` of them. ``lora`` is the adapter's rank, 0 for full weights; ``lora_alpha`` 0 stands for twice that.
     """
 
-    MINUTES: ClassVar[float] = 5.0
+    MINUTES: ClassVar[float] = 3.0
 
     model: Annotated[
         str,
@@ -44,8 +44,7 @@ class FinetuneSettings(TextTraining, frozen=True, kw_only=True, forbid_unknown_f
             "Chats (.jsonl) or plain text. Default: docstrings of Python's standard library.", path=True, fixed=True
         ),
     ] = ()
-    workers: int = 1
-    batch: Annotated[int, Option("Examples per worker at once. Default: {default}.", least=1)] = 8
+    batch: Annotated[int, Option("Examples per worker at once. Default: {default}.", least=1)] = 4
     lr: Annotated[float, Option("Peak learning rate. Default: 1e-4, with --lora 1e-3.", above=0)] = FULL_LR
     weight_decay: float = 0.01
     warmup: int = 10
@@ -107,7 +106,7 @@ RECIPE = Recipe(
         model="SmolLM2-135M-Instruct",
         metric="loss per token of the answers",
         baseline="the model before training",
-        minutes=7,
+        minutes=5,
     ),
     patience=600.0,  # a checkpoint is gigabytes, and the machine may be busy; a second Ctrl-C does not wait
 )

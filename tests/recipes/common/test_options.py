@@ -42,9 +42,9 @@ def _helps(recipe: Recipe[Any]) -> dict[str, str]:
 def test_help_says_the_default_of_the_recipe_and_not_of_its_base() -> None:
     many, small, large = _helps(MANY), _helps(lm.RECIPE), _helps(finetune.RECIPE)
     assert [each["workers"] for each in (many, small, large)] == [
-        f"Worker processes. Default: {count}." for count in (7, 2, 1)
+        f"Worker processes. Default: {count}." for count in (7, 2, 2)
     ]
-    assert [each["minutes"].split()[-1] for each in (small, large)] == ["2.5.", "5."]
+    assert [each["minutes"].split()[-1] for each in (small, large)] == ["2.5.", "3."]
     assert many["run"] == "The run's folder. Default: runs/many-DATE-TIME."
     assert all("{" not in text for each in (many, small, large) for text in each.values())
     assert "inner" not in many
