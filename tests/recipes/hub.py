@@ -29,6 +29,9 @@ class Table:
         assert not any(getattr(feature, "decode", False) for feature in self.features.values()), "it would decode"
         return {name: column[key] for name, column in self.columns.items()}
 
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
     def select_columns(self, names: Sequence[str]) -> Table:
         return Table({n: self.columns[n] for n in names}, {n: self.features[n] for n in names})
 

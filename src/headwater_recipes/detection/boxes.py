@@ -10,9 +10,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
+import os
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headwater.errors import DataError
-from headwater_recipes.common import hub
+from headwater_recipes.common import checkpoint, hub
 from headwater_recipes.common.parts import part_file
 from headwater_recipes.common.unreadable import check_unreadable
 from headwater_recipes.data import cache
@@ -72,56 +73,69 @@ class Pictures(msgspec.Struct, frozen=True):
 
 
 class _Raw(msgspec.Struct):
-    """An image's boxes as they were read; ``places`` says where each stood."""
+    """An image's boxes as they were read; ``places`` says where each stood.
+
+    Attributes:
+        name: what it is called in messages.
+        mark: whether it is held out goes by this; the same wherever the data set lies.
+        width, height: pixels, once it was read.
+    """
 
     path: Path
+    name: str
+    mark: str
     boxes: list[tuple[float, float, float, float]]
     labels: list[str]
     places: list[str]
+    width: int = 0
+    height: int = 0
 
 
 def read(names: Iterable[str]) -> Pictures:
     """What ``--data`` names. Raises ``DataError``."""
-    training: list[_Raw] = []
-    held_out: list[_Raw] = []
     given = tuple(dict.fromkeys(names))
-    for name in given or (TREES,):
-        learnt, aside = _sources(name)
-        training += learnt
-        held_out += aside
-    training, held_out = _merged(training), _merged(held_out)
-    if not held_out:
-        training, held_out = training[::], training[::_EVERY] if len(training) > 1 else []
-        chosen = {id(each) for each in held_out}
-        training = [each for each in training if id(each) not in chosen]
+    sources = [_sources(name) for name in given or (TREES,)]
+    training, held_out = (_merged([raw for source in sources for raw in source[side]]) for side in (0, 1))
     _check_apart(training, held_out)
-    classes = sorted({label for raw in training for label in raw.labels})
-    source = ", ".join(Path(name).name for name in given) or TREES
-    if not classes:
-        raise DataError(f"{source}: no box to learn from. Nothing was started; give images with boxes.")
     skipped: list[str] = []
-    sides = [
-        [found for raw in part if (found := _checked(raw, classes, skipped)) is not None]
-        for part in (training, held_out)
-    ]
-    total = len(training) + len(held_out)
-    check_unreadable("images", total, skipped)
-    if not any(each.boxes for each in sides[0]):
+    sides = [[found for raw in part if (found := _readable(raw, skipped))] for part in (training, held_out)]
+    check_unreadable("images", len(training) + len(held_out), skipped)
+    if not held_out:
+        sides = list(_drawn(sides[0]))
+    classes = sorted({label for raw in sides[0] for label in raw.labels})
+    source = ", ".join(Path(name).name for name in given) or TREES
+    bad = f" (an image that cannot be read: {skipped[0]})" if skipped else ""
+    if not classes:
+        raise DataError(f"{source}: no box to learn from{bad}. Nothing was started; give images with boxes.")
+    if not any(each.boxes for each in sides[1]):
         raise DataError(
-            f"{source}: no image to learn from that can be read has a box. Nothing was started; mend it: {skipped[0]}."
+            f"{source}: no held-out image has a box, so nothing could be said of the model{bad}. Give more images."
         )
-    if not sides[1] or not any(each.boxes for each in sides[1]):
-        raise DataError(
-            f"{source}: no held-out image has a box, so nothing could be said of the model. Give more images."
-        )
-    return Pictures(classes, sides[0], sides[1], skipped)
+    training_, held_out_ = ([_picture(raw, classes) for raw in side] for side in sides)
+    return Pictures(classes, training_, held_out_, skipped)
+
+
+def _drawn(found: list[_Raw]) -> tuple[list[_Raw], list[_Raw]]:
+    """Of the images that have boxes a tenth is held out, by their marks: that does not change when others are added, or
+    stand in another order. One at least is, and one is learnt from.
+    """
+    full = sorted((each for each in found if each.boxes), key=lambda each: _digest(each.mark.encode()))
+    aside = [each for each in full if int(_digest(each.mark.encode()), 16) % _EVERY == 0] or full[:1]
+    if len(aside) == len(full):
+        aside = aside[:-1]
+    chosen = {id(each) for each in aside}
+    return [each for each in found if id(each) not in chosen], [each for each in found if id(each) in chosen]
+
+
+def _digest(body: bytes) -> str:
+    return hashlib.blake2b(body, digest_size=8).hexdigest()
 
 
 def _merged(found: list[_Raw]) -> list[_Raw]:
     """Each image once, with the boxes of all who name it: half of its boxes would teach that the others are none."""
     once: dict[Path, _Raw] = {}
     for each in found:
-        first = once.setdefault(each.path.resolve(), _Raw(each.path, [], [], []))
+        first = once.setdefault(each.path.resolve(), _Raw(each.path, each.name, each.mark, [], [], []))
         first.boxes += each.boxes
         first.labels += each.labels
         first.places += each.places
@@ -139,24 +153,30 @@ def _check_apart(training: list[_Raw], held_out: list[_Raw]) -> None:
         )
 
 
-def _checked(raw: _Raw, classes: list[str], skipped: list[str]) -> Picture | None:
+def _readable(raw: _Raw, skipped: list[str]) -> _Raw | None:
+    """With its size. ``skipped`` gains one that cannot be read."""
     if not raw.path.is_file():
         raise DataError(
-            f"{raw.places[0] if raw.places else raw.path}: no image {raw.path}. Nothing was started; check the path."
+            f"{raw.places[0] if raw.places else raw.name}: no image {raw.path}. Nothing was started; check the path."
         )
     try:
         width, height = read_image(raw.path).size
     except Unreadable as error:
-        skipped.append(f"{raw.path}: {error}")
+        skipped.append(f"{raw.name}: {error}")
         return None
+    return msgspec.structs.replace(raw, width=width, height=height)
+
+
+def _picture(raw: _Raw, classes: list[str]) -> Picture:
     found: list[tuple[float, float, float, float]] = []
     for box, label, place in zip(raw.boxes, raw.labels, raw.places, strict=True):
         if label not in classes:
             raise DataError(
-                f"{place}: the label {label!r} is held out and has no box to learn from. Nothing was started."
+                f"{place}: the label {label!r} is held out and has no box to learn from. Nothing was started; give "
+                f"more images that have it, or leave it out."
             )
-        found.append(_inside(box, width, height, place))
-    return Picture(str(raw.path), found, [classes.index(label) for label in raw.labels], width, height)
+        found.append(_inside(box, raw.width, raw.height, place))
+    return Picture(str(raw.path), found, [classes.index(label) for label in raw.labels], raw.width, raw.height)
 
 
 def _inside(
@@ -204,15 +224,20 @@ def _trees(place: Path) -> tuple[list[_Raw], list[_Raw]]:
         for each in ET.parse(path).getroot().iter("object"):
             box = [float(each.findtext(f"bndbox/{edge}") or "nan") for edge in ("xmin", "ymin", "xmax", "ymax")]
             boxes.append((box[0] - 1, box[1] - 1, box[2], box[3]))
-        raw = _Raw(
-            path.with_suffix(".png"), boxes, ["tree"] * len(boxes), [f"{path}: object {n}" for n in range(len(boxes))]
-        )
+        raw = _of_file(place, f"{path.stem}.png")
+        raw.boxes, raw.labels = boxes, ["tree"] * len(boxes)
+        raw.places = [f"{path}: object {n}" for n in range(len(boxes))]
         found[path.stem == HELD_OUT_TREES].append(raw)
     return found
 
 
+def _of_file(folder: Path, image: str) -> _Raw:
+    """Without boxes yet. ``image``: its path as the data have it."""
+    return _Raw(folder / image, str(folder / image), Path(image).as_posix(), [], [], [])
+
+
 def _part(place: Path, *names: str) -> Path:
-    return part_file(place, names, _SUFFIXES, "test", "a tenth of the images")
+    return part_file(place, names, _SUFFIXES, "test", "a tenth of the images with boxes")
 
 
 def _file(path: Path) -> Iterator[_Raw]:
@@ -228,22 +253,25 @@ def _file(path: Path) -> Iterator[_Raw]:
 
 
 def _csv(path: Path, text: str) -> Iterator[_Raw]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    names = {"image_path": "image"}  # deepforest's own name
-    columns = [names.get(name, name) for name in reader.fieldnames or []]
-    missing = [name for name in _COLUMNS if name not in columns]
-    if missing:
+    rows = _rows(path, text)
+    _, head = next(rows, (0, []))
+    columns = ["image" if name == "image_path" else name for name in head]  # deepforest's own name
+    wrong = next((name for name in _COLUMNS if columns.count(name) != 1), None)
+    if wrong is not None:
         raise DataError(
-            f"--data {path}: no column {missing[0]!r}; the first line names {', '.join(columns)[:200]}. Nothing was "
-            f"started; mend it."
+            f"--data {path}: {'several columns' if wrong in columns else 'no column'} {wrong!r}; the first line names "
+            f"{', '.join(columns)[:200]}. Nothing was started; mend it."
         )
-    reader.fieldnames = columns
     found: dict[str, _Raw] = {}
-    for row in _rows(path, reader):
-        place = f"{path}:{reader.line_num}"
-        image = row["image"] or ""
-        raw = found.setdefault(image, _Raw(path.parent / image, [], [], []))
-        values = [row[name] or "" for name in _COLUMNS[1:]]
+    for place, cells in rows:
+        if len(cells) > len(columns):
+            raise DataError(
+                f"{place}: {len(cells)} fields, and the first line names {len(columns)}. Nothing was started; mend the "
+                f"line (a label with commas stands in quotes)."
+            )
+        row = dict(zip(columns, cells, strict=False))
+        image, *values = [row.get(name, "") for name in _COLUMNS]
+        raw = found.setdefault(image, _of_file(path.parent, image))
         if not any(values):
             continue
         try:
@@ -260,38 +288,70 @@ def _csv(path: Path, text: str) -> Iterator[_Raw]:
     yield from found.values()
 
 
-def _rows(path: Path, reader: csv.DictReader[str]) -> Iterator[dict[str, str]]:
+def _rows(path: Path, text: str) -> Iterator[tuple[str, list[str]]]:
+    """The lines that are not empty, the first too, each with its place."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    before = 0  # lines; a quote that is not closed is in the next one, and noticed at the end of the file only
     try:
-        yield from reader
+        for row in reader:
+            before = reader.line_num
+            if row:
+                yield f"{path}:{before}", row
     except csv.Error as error:
         raise DataError(
-            f"{path}:{reader.line_num + 1}: {error} (as CSV, see its quotes). Nothing was started; mend the line."
+            f"{path}:{before + 1}: {error} (as CSV, see its quotes). Nothing was started; mend the line."
         ) from error
+
+
+class _Category(msgspec.Struct):
+    id: int | str
+    name: int | str
+
+
+class _Image(msgspec.Struct):
+    id: int | str
+    file_name: str
+
+
+class _Annotation(msgspec.Struct):
+    image_id: int | str
+    category_id: int | str
+    bbox: tuple[float, float, float, float]
+    iscrowd: bool | int | None = None
+
+
+class _Coco(msgspec.Struct):
+    categories: list[_Category]
+    images: list[_Image]
+    annotations: list[_Annotation]
 
 
 def _coco(path: Path, text: str) -> Iterator[_Raw]:
     """COCO's form (Lin and others 2014): boxes as x, y, width, height; groups that are not told apart are left out."""
     try:
-        held = json.loads(text)
-        classes = {each["id"]: each["name"] for each in held["categories"]}
-        found = {each["id"]: _Raw(path.parent / each["file_name"], [], [], []) for each in held["images"]}
-        for number, each in enumerate(held["annotations"]):
-            if each.get("iscrowd"):
-                continue
-            place = f"{path}: annotation {number}"
-            if each["category_id"] not in classes or each["image_id"] not in found:
-                raise DataError(f"{place}: its category or image is none of the file's. Nothing was started; mend it.")
-            x, y, width, height = map(float, each["bbox"])
-            raw = found[each["image_id"]]
-            raw.boxes.append((x, y, x + width, y + height))
-            raw.labels.append(str(classes[each["category_id"]]))
-            raw.places.append(place)
-    except DataError:  # it is a ValueError, and says more
-        raise
-    except (ValueError, KeyError, TypeError) as error:
+        held = msgspec.json.decode(text, type=_Coco)
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise DataError(
-            f"--data {path}: not in COCO's form: {error!r}. Nothing was started; or give a .csv file."
+            f"--data {path}: not in COCO's form: {error}. Nothing was started; mend it, or give a .csv file."
         ) from error
+    kinds: tuple[tuple[str, list[Any]], ...] = (("categories", held.categories), ("images", held.images))
+    for kind, entries in kinds:
+        twice = next((each for each, count in Counter(each.id for each in entries).items() if count > 1), None)
+        if twice is not None:
+            raise DataError(f"{path}: two of its {kind} have the id {twice!r}. Nothing was started; mend it.")
+    classes = {each.id: str(each.name) for each in held.categories}
+    found = {each.id: _of_file(path.parent, each.file_name) for each in held.images}
+    for number, each in enumerate(held.annotations):
+        if each.iscrowd:
+            continue
+        place = f"{path}: annotation {number}"
+        if each.category_id not in classes or each.image_id not in found:
+            raise DataError(f"{place}: its category or image is none of the file's. Nothing was started; mend it.")
+        x, y, width, height = each.bbox
+        raw = found[each.image_id]
+        raw.boxes.append((x, y, x + width, y + height))
+        raw.labels.append(classes[each.category_id])
+        raw.places.append(place)
     images = path.parent / "images"
     for raw in found.values():
         beside = images / raw.path.name
@@ -300,40 +360,60 @@ def _coco(path: Path, text: str) -> Iterator[_Raw]:
 
 def _hub(name: str) -> tuple[list[_Raw], list[_Raw]]:
     """A data set of ``datasets`` with columns image and objects (bbox as x, y, width, height; category). Its images
-    are written into Headwater's cache, where workers read them.
+    are written into Headwater's cache, where workers read them: by what is in them, so that another version of the data
+    set changes none of a run that goes on.
     """
     found = hub.load(name)
     aside = next((part for part in hub.HELD_OUT if part in found), None)
-    keep = cache.root().parent / "images" / hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
-    learnt, held = (
-        [
-            _of_row(row, f"{name}, {part} {n}", keep / f"{part}-{n:06}.png", found[part])
-            for n, row in enumerate(found[part])
-        ]
-        if part
-        else []
-        for part in ("train", aside)
-    )
+    keep = cache.root().parent / "images" / _digest(name.encode())
+    keep.mkdir(parents=True, exist_ok=True)
+    learnt, held = (_of_part(name, part, found[part], keep) if part else [] for part in ("train", aside))
     return learnt, held
 
 
-def _of_row(row: Any, place: str, path: Path, table: Any) -> _Raw:
+def _of_part(name: str, part: str, table: Any, keep: Path) -> list[_Raw]:
     try:
-        objects = row["objects"]
         kind = table.features["objects"]  # before version 4 of datasets a Sequence with the fields in its feature
         category = getattr(kind, "feature", kind)["category"]
         names = getattr(getattr(category, "feature", category), "names", None)
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"--data {name}: its part {part!r} has no column objects with bbox and category, but "
+            f"{', '.join(table.column_names)}. Nothing was started; give another data set."
+        ) from error
+    images = hub.undecoded(name, part, table, "Image")
+    rows = enumerate(zip(images, table["objects"], strict=True))
+    return [_of_row(image, objects, names, keep / f"{part}-{n:06}") for n, (image, objects) in rows]
+
+
+def _of_row(image: hub.File, objects: Any, names: Sequence[str] | None, beside: Path) -> _Raw:
+    """``beside``: where its image is written, its contents' mark added to the name."""
+    place = str(image)
+    try:
         labels = [names[hub.check_class(place, each, names)] if names else str(each) for each in objects["category"]]
-        boxes = [(x, y, x + width, y + height) for x, y, width, height in objects["bbox"]]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        row["image"].convert("RGB").save(path)
+        corners = (map(float, each) for each in objects["bbox"])
+        boxes = [(x, y, x + width, y + height) for x, y, width, height in corners]
         if len(boxes) != len(labels):
             raise ValueError(f"{len(boxes)} boxes and {len(labels)} categories")
     except DataError:  # it is a ValueError, and says more
         raise
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{place}: no image with objects (bbox, category), or a category out of range: {error!r}. Nothing was "
-            f"started; mend the data set."
+            f"{place}: no objects with a bbox and a category each: {error!r}. Nothing was started; mend the data set."
         ) from error
-    return _Raw(path, boxes, labels, [f"{place}, object {n}" for n in range(len(boxes))])
+    try:
+        body = image.read_bytes()
+    except OSError:
+        body = b""  # is counted as any other that cannot be read
+    mark = _digest(body)
+    path = beside.with_name(f"{beside.name}-{mark}")
+    _keep(path, body)
+    return _Raw(path, place, mark, boxes, labels, [f"{place}, object {n}" for n in range(len(boxes))])
+
+
+def _keep(path: Path, body: bytes) -> None:
+    """Written once and whole, also where two runs begin at the same time."""
+    if not path.exists():
+        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        checkpoint.replace(beside, body)
+        beside.replace(path)
