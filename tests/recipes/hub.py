@@ -23,6 +23,9 @@ class Table:
         self.columns, self.features = columns, features
         self.column_names = list(columns)
 
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
     def __getitem__(self, key: str | int) -> Any:
         if isinstance(key, str):
             return list(self.columns[key])

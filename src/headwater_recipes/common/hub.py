@@ -149,17 +149,28 @@ def files(name: str, kind: Literal["Image", "Audio"]) -> Files:
     return Files(names, training, next(filter(None, held_out), []))
 
 
-def _files(name: str, part: str, table: Any, kind: str) -> list[File]:
+def of_part(name: str, part: str, table: Any, kind: Literal["Image", "Audio"]) -> list[File]:
+    """The images or sounds of a part, in the order of its rows, without classes. Raises ``DataError``: not one column."""
+    bare = _bare(name, table, kind)
+    return [File(f"{name}, {part} {row}", "", "", bare, row) for row in range(len(bare))]
+
+
+def _bare(name: str, table: Any, kind: str) -> Any:
+    """Only that column, not decoded."""
     import datasets
 
     column = _only(name, table, kind, f"no column of the feature {kind}")
+    return table.select_columns([column]).cast_column(column, getattr(datasets, kind)(decode=False))
+
+
+def _files(name: str, part: str, table: Any, kind: str) -> list[File]:
     wanted = _only(name, table, "ClassLabel", "no column of the feature ClassLabel")
     names, labels = _classes(name, table), list(table[wanted])
     if all(label in (None, -1) for label in labels):
         return []
     who = next((each for each in _SPEAKERS if each in table.column_names), None)
     speakers = [str(each) for each in table[who]] if who else [""] * len(labels)
-    bare = table.select_columns([column]).cast_column(column, getattr(datasets, kind)(decode=False))
+    bare = _bare(name, table, kind)
     made = []
     for row, (label, speaker) in enumerate(zip(labels, speakers, strict=True)):
         place = f"{name}, {part} {row}"

@@ -12,7 +12,8 @@ import hashlib
 import io
 import json
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headwater.errors import DataError
-from headwater_recipes.common import hub
+from headwater_recipes.common import checkpoint, hub
 from headwater_recipes.common.parts import part_file
 from headwater_recipes.common.unreadable import check_unreadable
 from headwater_recipes.data import cache
@@ -91,9 +92,7 @@ def read(names: Iterable[str]) -> Pictures:
         held_out += aside
     training, held_out = _merged(training), _merged(held_out)
     if not held_out:
-        training, held_out = training[::], training[::_EVERY] if len(training) > 1 else []
-        chosen = {id(each) for each in held_out}
-        training = [each for each in training if id(each) not in chosen]
+        training, held_out = _apart(training)
     _check_apart(training, held_out)
     classes = sorted({label for raw in training for label in raw.labels})
     source = ", ".join(Path(name).name for name in given) or TREES
@@ -126,6 +125,25 @@ def _merged(found: list[_Raw]) -> list[_Raw]:
         first.labels += each.labels
         first.places += each.places
     return list(once.values())
+
+
+def _apart(found: list[_Raw]) -> tuple[list[_Raw], list[_Raw]]:
+    """Of the images about a tenth, one with boxes at least, drawn by the files' names, so that a file more moves no
+    other to its other side; none that has the only boxes of a class.
+    """
+    left = Counter(label for each in found for label in set(each.labels))
+    held_out: dict[Path, _Raw] = {}
+    for each in sorted(found, key=lambda each: (not each.boxes, _draw(each))):
+        drawn = _draw(each) % _EVERY == 0 or not held_out
+        if drawn and all(left[label] > 1 for label in set(each.labels)) and (each.boxes or held_out):
+            held_out[each.path] = each
+            left.subtract(set(each.labels))
+    return [each for each in found if each.path not in held_out], list(held_out.values())
+
+
+def _draw(raw: _Raw) -> int:
+    body = raw.path.name.encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(body, digest_size=8).digest())
 
 
 def _check_apart(training: list[_Raw], held_out: list[_Raw]) -> None:
@@ -299,41 +317,57 @@ def _coco(path: Path, text: str) -> Iterator[_Raw]:
 
 
 def _hub(name: str) -> tuple[list[_Raw], list[_Raw]]:
-    """A data set of ``datasets`` with columns image and objects (bbox as x, y, width, height; category). Its images
-    are written into Headwater's cache, where workers read them.
+    """A data set of ``datasets`` with columns image and objects (bbox as x, y, width, height; category).
+
+    Its images go into Headwater's cache, where workers read them, and are called there by what they hold: a newer
+    version of the data set changes nothing for a run that goes on.
     """
     found = hub.load(name)
     aside = next((part for part in hub.HELD_OUT if part in found), None)
-    keep = cache.root().parent / "images" / hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
-    learnt, held = (
-        [
-            _of_row(row, f"{name}, {part} {n}", keep / f"{part}-{n:06}.png", found[part])
-            for n, row in enumerate(found[part])
-        ]
-        if part
-        else []
-        for part in ("train", aside)
-    )
-    return learnt, held
+    return _part_of(name, "train", found["train"]), _part_of(name, aside, found[aside]) if aside else []
 
 
-def _of_row(row: Any, place: str, path: Path, table: Any) -> _Raw:
+def _part_of(name: str, part: str, table: Any) -> list[_Raw]:
+    kind = table.features.get("objects")  # before version 4 of datasets a Sequence with the fields in its feature
+    images = hub.of_part(name, part, table, "Image")
+    return [_of_row(image, objects, kind) for image, objects in zip(images, _objects(name, table), strict=True)]
+
+
+def _objects(name: str, table: Any) -> Sequence[Any]:
+    if "objects" not in table.column_names:
+        there = ", ".join(table.column_names)
+        raise DataError(f"--data {name}: no column objects, but {there}. Nothing was started; give another data set.")
+    return list(table["objects"])
+
+
+def _of_row(image: hub.File, objects: Any, kind: Any) -> _Raw:
     try:
-        objects = row["objects"]
-        kind = table.features["objects"]  # before version 4 of datasets a Sequence with the fields in its feature
         category = getattr(kind, "feature", kind)["category"]
         names = getattr(getattr(category, "feature", category), "names", None)
-        labels = [names[hub.check_class(place, each, names)] if names else str(each) for each in objects["category"]]
+        labels = [
+            names[hub.check_class(image.place, each, names)] if names else str(each) for each in objects["category"]
+        ]
         boxes = [(x, y, x + width, y + height) for x, y, width, height in objects["bbox"]]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        row["image"].convert("RGB").save(path)
         if len(boxes) != len(labels):
             raise ValueError(f"{len(boxes)} boxes and {len(labels)} categories")
     except DataError:  # it is a ValueError, and says more
         raise
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise DataError(
-            f"{place}: no image with objects (bbox, category), or a category out of range: {error!r}. Nothing was "
-            f"started; mend the data set."
+            f"{image}: no objects (bbox, category), or a category out of range: {error!r}. Nothing was started; mend "
+            f"the data set."
         ) from error
-    return _Raw(path, boxes, labels, [f"{place}, object {n}" for n in range(len(boxes))])
+    return _Raw(_kept(image), boxes, labels, [f"{image}, object {n}" for n in range(len(boxes))])
+
+
+def _kept(image: hub.File) -> Path:
+    """The cache's copy of an image; of one that has no bytes an empty file of its own, which counts as unreadable."""
+    try:
+        body = image.read_bytes()
+    except OSError:
+        body = b""
+    path = cache.root().parent / "images" / hashlib.blake2b(body or image.place.encode(), digest_size=16).hexdigest()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.replace(path, body)
+    return path
