@@ -150,7 +150,7 @@ def files(name: str, kind: Literal["Image", "Audio"]) -> Files:
 
 
 def of_part(name: str, part: str, table: Any, kind: Literal["Image", "Audio"]) -> list[File]:
-    """The images or sounds of a part, row by row, without classes. Raises ``DataError``: there is not one column of them."""
+    """The images or sounds of a part, row by row, without classes. Raises ``DataError``: not one column of them."""
     bare = _bare(name, table, kind)
     return [File(f"{name}, {part} {row}", "", "", bare, row) for row in range(len(bare))]
 
