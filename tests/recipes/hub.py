@@ -23,14 +23,14 @@ class Table:
         self.columns, self.features = columns, features
         self.column_names = list(columns)
 
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
     def __getitem__(self, key: str | int) -> Any:
         if isinstance(key, str):
             return list(self.columns[key])
         assert not any(getattr(feature, "decode", False) for feature in self.features.values()), "it would decode"
         return {name: column[key] for name, column in self.columns.items()}
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
 
     def select_columns(self, names: Sequence[str]) -> Table:
         return Table({n: self.columns[n] for n in names}, {n: self.features[n] for n in names})

@@ -149,14 +149,14 @@ def files(name: str, kind: Literal["Image", "Audio"]) -> Files:
     return Files(names, training, next(filter(None, held_out), []))
 
 
-def undecoded(name: str, part: str, table: Any, kind: Literal["Image", "Audio"]) -> list[File]:
-    """The images or sounds of a part by their rows, of no class. Raises ``DataError``: not one column of this kind."""
+def of_part(name: str, part: str, table: Any, kind: Literal["Image", "Audio"]) -> list[File]:
+    """The images or sounds of a part, row by row, without classes. Raises ``DataError``: not one column of them."""
     bare = _bare(name, table, kind)
     return [File(f"{name}, {part} {row}", "", "", bare, row) for row in range(len(bare))]
 
 
 def _bare(name: str, table: Any, kind: str) -> Any:
-    """The column of this kind alone, as the bytes of files."""
+    """Only that column, not decoded."""
     import datasets
 
     column = _only(name, table, kind, f"no column of the feature {kind}")
@@ -164,13 +164,13 @@ def _bare(name: str, table: Any, kind: str) -> Any:
 
 
 def _files(name: str, part: str, table: Any, kind: str) -> list[File]:
-    bare = _bare(name, table, kind)
     wanted = _only(name, table, "ClassLabel", "no column of the feature ClassLabel")
     names, labels = _classes(name, table), list(table[wanted])
     if all(label in (None, -1) for label in labels):
         return []
     who = next((each for each in _SPEAKERS if each in table.column_names), None)
     speakers = [str(each) for each in table[who]] if who else [""] * len(labels)
+    bare = _bare(name, table, kind)
     made = []
     for row, (label, speaker) in enumerate(zip(labels, speakers, strict=True)):
         place = f"{name}, {part} {row}"

@@ -73,79 +73,89 @@ class Pictures(msgspec.Struct, frozen=True):
 
 
 class _Raw(msgspec.Struct):
-    """An image's boxes as they were read; ``places`` says where each stood.
-
-    Attributes:
-        name: what it is called in messages.
-        mark: whether it is held out goes by this; the same wherever the data set lies.
-        width, height: pixels, once it was read.
+    """An image's boxes as they were read; ``places`` says where each stood, ``row`` what the image is called where its
+    path is the cache's.
     """
 
     path: Path
-    name: str
-    mark: str
     boxes: list[tuple[float, float, float, float]]
     labels: list[str]
     places: list[str]
-    width: int = 0
-    height: int = 0
+    row: str = ""
 
 
 def read(names: Iterable[str]) -> Pictures:
     """What ``--data`` names. Raises ``DataError``."""
+    training: list[_Raw] = []
+    held_out: list[_Raw] = []
     given = tuple(dict.fromkeys(names))
-    sources = [_sources(name) for name in given or (TREES,)]
-    training, held_out = (_merged([raw for source in sources for raw in source[side]]) for side in (0, 1))
-    _check_apart(training, held_out)
-    skipped: list[str] = []
-    sides = [[found for raw in part if (found := _readable(raw, skipped))] for part in (training, held_out)]
-    check_unreadable("images", len(training) + len(held_out), skipped)
+    for name in given or (TREES,):
+        learnt, aside = _sources(name)
+        training += learnt
+        held_out += aside
+    training, held_out = _merged(training), _merged(held_out)
     if not held_out:
-        sides = list(_drawn(sides[0]))
-    classes = sorted({label for raw in sides[0] for label in raw.labels})
+        training, held_out = _apart(training)
+    _check_apart(training, held_out)
+    classes = sorted({label for raw in training for label in raw.labels})
     source = ", ".join(Path(name).name for name in given) or TREES
-    bad = f" (an image that cannot be read: {skipped[0]})" if skipped else ""
     if not classes:
-        raise DataError(f"{source}: no box to learn from{bad}. Nothing was started; give images with boxes.")
-    if not any(each.boxes for each in sides[1]):
+        raise DataError(f"{source}: no box to learn from. Nothing was started; give images with boxes.")
+    skipped: list[str] = []
+    sides = [
+        [found for raw in part if (found := _checked(raw, classes, skipped)) is not None]
+        for part in (training, held_out)
+    ]
+    total = len(training) + len(held_out)
+    check_unreadable("images", total, skipped)
+    if not any(each.boxes for each in sides[0]):
         raise DataError(
-            f"{source}: no held-out image has a box, so nothing could be said of the model{bad}. Give more images."
+            f"{source}: no image to learn from that can be read has a box. Nothing was started; mend it: {skipped[0]}."
         )
-    training_, held_out_ = ([_picture(raw, classes) for raw in side] for side in sides)
-    return Pictures(classes, training_, held_out_, skipped)
-
-
-def _drawn(found: list[_Raw]) -> tuple[list[_Raw], list[_Raw]]:
-    """Of the images that have boxes a tenth is held out, by their marks: that does not change when others are added, or
-    stand in another order. One at least is, and one is learnt from.
-    """
-    full = sorted((each for each in found if each.boxes), key=lambda each: _digest(each.mark.encode()))
-    aside = [each for each in full if int(_digest(each.mark.encode()), 16) % _EVERY == 0] or full[:1]
-    if len(aside) == len(full):
-        aside = aside[:-1]
-    chosen = {id(each) for each in aside}
-    return [each for each in found if id(each) not in chosen], [each for each in found if id(each) in chosen]
-
-
-def _digest(body: bytes) -> str:
-    return hashlib.blake2b(body, digest_size=8).hexdigest()
+    if not sides[1] or not any(each.boxes for each in sides[1]):
+        raise DataError(
+            f"{source}: no held-out image has a box, so nothing could be said of the model. Give more images."
+        )
+    return Pictures(classes, sides[0], sides[1], skipped)
 
 
 def _merged(found: list[_Raw]) -> list[_Raw]:
     """Each image once, with the boxes of all who name it: half of its boxes would teach that the others are none."""
     once: dict[Path, _Raw] = {}
     for each in found:
-        first = once.setdefault(each.path.resolve(), _Raw(each.path, each.name, each.mark, [], [], []))
-        first.boxes += each.boxes
-        first.labels += each.labels
-        first.places += each.places
+        first = once.setdefault(each.path.resolve(), _Raw(each.path, [], [], [], each.row))
+        known = set(zip(first.boxes, first.labels, strict=True))  # a box that both have is one
+        for box, label, place in zip(each.boxes, each.labels, each.places, strict=True):
+            if (box, label) not in known:
+                first.boxes.append(box)
+                first.labels.append(label)
+                first.places.append(place)
     return list(once.values())
+
+
+def _apart(found: list[_Raw]) -> tuple[list[_Raw], list[_Raw]]:
+    """Of the images about a tenth, one with boxes at least, drawn by the files' names, so that a file more moves no
+    other to its other side; none that has the only boxes of a class.
+    """
+    left = Counter(label for each in found for label in set(each.labels))
+    held_out: dict[Path, _Raw] = {}
+    for each in sorted(found, key=lambda each: (not each.boxes, _draw(each))):
+        drawn = _draw(each) % _EVERY == 0 or not held_out
+        if drawn and all(left[label] > 1 for label in set(each.labels)) and (each.boxes or held_out):
+            held_out[each.path] = each
+            left.subtract(set(each.labels))
+    return [each for each in found if each.path not in held_out], list(held_out.values())
+
+
+def _draw(raw: _Raw) -> int:
+    body = raw.path.name.encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(body, digest_size=8).digest())
 
 
 def _check_apart(training: list[_Raw], held_out: list[_Raw]) -> None:
     """Raises ``DataError`` for an image on both sides: what is learnt by heart would count as known."""
     learnt = {each.path.resolve() for each in training}
-    both = [each.path for each in held_out if each.path.resolve() in learnt]
+    both = [each.row or each.path for each in held_out if each.path.resolve() in learnt]
     if both:
         raise DataError(
             f"{both[0]}: this image is held out and learnt from as well, and {len(both) - 1} more are. Nothing was "
@@ -153,30 +163,24 @@ def _check_apart(training: list[_Raw], held_out: list[_Raw]) -> None:
         )
 
 
-def _readable(raw: _Raw, skipped: list[str]) -> _Raw | None:
-    """With its size. ``skipped`` gains one that cannot be read."""
+def _checked(raw: _Raw, classes: list[str], skipped: list[str]) -> Picture | None:
     if not raw.path.is_file():
         raise DataError(
-            f"{raw.places[0] if raw.places else raw.name}: no image {raw.path}. Nothing was started; check the path."
+            f"{raw.places[0] if raw.places else raw.path}: no image {raw.path}. Nothing was started; check the path."
         )
     try:
         width, height = read_image(raw.path).size
     except Unreadable as error:
-        skipped.append(f"{raw.name}: {error}")
+        skipped.append(f"{raw.row or raw.path}: {error}")
         return None
-    return msgspec.structs.replace(raw, width=width, height=height)
-
-
-def _picture(raw: _Raw, classes: list[str]) -> Picture:
     found: list[tuple[float, float, float, float]] = []
     for box, label, place in zip(raw.boxes, raw.labels, raw.places, strict=True):
         if label not in classes:
             raise DataError(
-                f"{place}: the label {label!r} is held out and has no box to learn from. Nothing was started; give "
-                f"more images that have it, or leave it out."
+                f"{place}: the label {label!r} is held out and has no box to learn from. Nothing was started."
             )
-        found.append(_inside(box, raw.width, raw.height, place))
-    return Picture(str(raw.path), found, [classes.index(label) for label in raw.labels], raw.width, raw.height)
+        found.append(_inside(box, width, height, place))
+    return Picture(str(raw.path), found, [classes.index(label) for label in raw.labels], width, height)
 
 
 def _inside(
@@ -224,20 +228,15 @@ def _trees(place: Path) -> tuple[list[_Raw], list[_Raw]]:
         for each in ET.parse(path).getroot().iter("object"):
             box = [float(each.findtext(f"bndbox/{edge}") or "nan") for edge in ("xmin", "ymin", "xmax", "ymax")]
             boxes.append((box[0] - 1, box[1] - 1, box[2], box[3]))
-        raw = _of_file(place, f"{path.stem}.png")
-        raw.boxes, raw.labels = boxes, ["tree"] * len(boxes)
-        raw.places = [f"{path}: object {n}" for n in range(len(boxes))]
+        raw = _Raw(
+            path.with_suffix(".png"), boxes, ["tree"] * len(boxes), [f"{path}: object {n}" for n in range(len(boxes))]
+        )
         found[path.stem == HELD_OUT_TREES].append(raw)
     return found
 
 
-def _of_file(folder: Path, image: str) -> _Raw:
-    """Without boxes yet. ``image``: its path as the data have it."""
-    return _Raw(folder / image, str(folder / image), Path(image).as_posix(), [], [], [])
-
-
 def _part(place: Path, *names: str) -> Path:
-    return part_file(place, names, _SUFFIXES, "test", "a tenth of the images with boxes")
+    return part_file(place, names, _SUFFIXES, "test", "a tenth of the images")
 
 
 def _file(path: Path) -> Iterator[_Raw]:
@@ -271,7 +270,7 @@ def _csv(path: Path, text: str) -> Iterator[_Raw]:
             )
         row = dict(zip(columns, cells, strict=False))
         image, *values = [row.get(name, "") for name in _COLUMNS]
-        raw = found.setdefault(image, _of_file(path.parent, image))
+        raw = found.setdefault(image, _Raw(path.parent / image, [], [], []))
         if not any(values):
             continue
         try:
@@ -340,7 +339,7 @@ def _coco(path: Path, text: str) -> Iterator[_Raw]:
         if twice is not None:
             raise DataError(f"{path}: two of its {kind} have the id {twice!r}. Nothing was started; mend it.")
     classes = {each.id: str(each.name) for each in held.categories}
-    found = {each.id: _of_file(path.parent, each.file_name) for each in held.images}
+    found = {each.id: _Raw(path.parent / each.file_name, [], [], []) for each in held.images}
     for number, each in enumerate(held.annotations):
         if each.iscrowd:
             continue
@@ -359,61 +358,60 @@ def _coco(path: Path, text: str) -> Iterator[_Raw]:
 
 
 def _hub(name: str) -> tuple[list[_Raw], list[_Raw]]:
-    """A data set of ``datasets`` with columns image and objects (bbox as x, y, width, height; category). Its images
-    are written into Headwater's cache, where workers read them: by what is in them, so that another version of the data
-    set changes none of a run that goes on.
+    """A data set of ``datasets`` with columns image and objects (bbox as x, y, width, height; category).
+
+    Its images go into Headwater's cache, where workers read them, and are called there by what they hold: a newer
+    version of the data set changes nothing for a run that goes on.
     """
     found = hub.load(name)
     aside = next((part for part in hub.HELD_OUT if part in found), None)
-    keep = cache.root().parent / "images" / _digest(name.encode())
-    keep.mkdir(parents=True, exist_ok=True)
-    learnt, held = (_of_part(name, part, found[part], keep) if part else [] for part in ("train", aside))
-    return learnt, held
+    return _part_of(name, "train", found["train"]), _part_of(name, aside, found[aside]) if aside else []
 
 
-def _of_part(name: str, part: str, table: Any, keep: Path) -> list[_Raw]:
+def _part_of(name: str, part: str, table: Any) -> list[_Raw]:
+    kind = table.features.get("objects")  # before version 4 of datasets a Sequence with the fields in its feature
+    images = hub.of_part(name, part, table, "Image")
+    return [_of_row(image, objects, kind) for image, objects in zip(images, _objects(name, table), strict=True)]
+
+
+def _objects(name: str, table: Any) -> Sequence[Any]:
+    if "objects" not in table.column_names:
+        there = ", ".join(table.column_names)
+        raise DataError(f"--data {name}: no column objects, but {there}. Nothing was started; give another data set.")
+    return list(table["objects"])
+
+
+def _of_row(image: hub.File, objects: Any, kind: Any) -> _Raw:
     try:
-        kind = table.features["objects"]  # before version 4 of datasets a Sequence with the fields in its feature
         category = getattr(kind, "feature", kind)["category"]
         names = getattr(getattr(category, "feature", category), "names", None)
-    except (KeyError, TypeError) as error:
-        raise DataError(
-            f"--data {name}: its part {part!r} has no column objects with bbox and category, but "
-            f"{', '.join(table.column_names)}. Nothing was started; give another data set."
-        ) from error
-    images = hub.undecoded(name, part, table, "Image")
-    rows = enumerate(zip(images, table["objects"], strict=True))
-    return [_of_row(image, objects, names, keep / f"{part}-{n:06}") for n, (image, objects) in rows]
-
-
-def _of_row(image: hub.File, objects: Any, names: Sequence[str] | None, beside: Path) -> _Raw:
-    """``beside``: where its image is written, its contents' mark added to the name."""
-    place = str(image)
-    try:
-        labels = [names[hub.check_class(place, each, names)] if names else str(each) for each in objects["category"]]
+        labels = [
+            names[hub.check_class(image.place, each, names)] if names else str(each) for each in objects["category"]
+        ]
         corners = (map(float, each) for each in objects["bbox"])
         boxes = [(x, y, x + width, y + height) for x, y, width, height in corners]
         if len(boxes) != len(labels):
             raise ValueError(f"{len(boxes)} boxes and {len(labels)} categories")
     except DataError:  # it is a ValueError, and says more
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise DataError(
-            f"{place}: no objects with a bbox and a category each: {error!r}. Nothing was started; mend the data set."
+            f"{image}: no objects (bbox, category), or a category out of range: {error!r}. Nothing was started; mend "
+            f"the data set."
         ) from error
+    return _Raw(_kept(image), boxes, labels, [f"{image}, object {n}" for n in range(len(boxes))], str(image))
+
+
+def _kept(image: hub.File) -> Path:
+    """The cache's copy of an image; of one that has no bytes an empty file of its own, which counts as unreadable."""
     try:
         body = image.read_bytes()
     except OSError:
-        body = b""  # is counted as any other that cannot be read
-    mark = _digest(body)
-    path = beside.with_name(f"{beside.name}-{mark}")
-    _keep(path, body)
-    return _Raw(path, place, mark, boxes, labels, [f"{place}, object {n}" for n in range(len(boxes))])
-
-
-def _keep(path: Path, body: bytes) -> None:
-    """Written once and whole, also where two runs begin at the same time."""
+        body = b""
+    path = cache.root().parent / "images" / hashlib.blake2b(body or image.place.encode(), digest_size=16).hexdigest()
     if not path.exists():
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.{os.getpid()}")  # another run may write the same
         checkpoint.replace(beside, body)
         beside.replace(path)
+    return path

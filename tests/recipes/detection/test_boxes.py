@@ -6,8 +6,9 @@ import io
 import json
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from headwater_recipes.detection import boxes, data
 from headwater_recipes.detection.boxes import read
 from tests.recipes import hub
 from tests.recipes.data import need
+from tests.recipes.hub import Table
 from tests.recipes.tiny import squares
 
 HEAD = "image,xmin,ymin,xmax,ymax,label"
@@ -43,11 +45,32 @@ def test_of_the_trees_an_image_taken_elsewhere_is_held_out() -> None:
         assert (picture.corners <= [picture.width, picture.height] * 2).all()
 
 
-def test_a_csv_file_holds_one_image_in_ten_out(tmp_path: Path) -> None:
-    found = read((str(squares(tmp_path, 20)),))
+def test_of_a_csv_file_about_one_image_in_ten_is_held_out(tmp_path: Path) -> None:
+    found = read((str(squares(tmp_path, 40)),))
     assert found.classes == ["round", "square"]
-    assert (len(found.training), len(found.held_out)) == (18, 2)
-    assert not {each.path for each in found.training} & {each.path for each in found.held_out}
+    assert len(found.training) + len(found.held_out) == 40
+    assert 1 <= len(found.held_out) <= 8
+    learnt = {each.path for each in found.training}
+    assert not learnt & {each.path for each in found.held_out}
+    more = read((str(squares(tmp_path, 41)),))
+    assert learnt <= {each.path for each in more.training}
+
+
+def test_a_class_that_is_only_held_out_is_an_error(tmp_path: Path) -> None:
+    for part, line in (("train", "0.png,1,1,9,9,cat"), ("test", "1.png,1,1,9,9,dog")):
+        _csv(tmp_path, line)
+        (tmp_path / "a.csv").rename(tmp_path / f"{part}.csv")
+    with pytest.raises(DataError, match=r"test\.csv:2: the label 'dog' is held out and has no box to learn from"):
+        read((str(tmp_path),))
+
+
+def test_what_is_held_out_has_boxes_and_leaves_some_of_each_class(tmp_path: Path) -> None:
+    lines = [f"{n}.png,,,,," for n in range(20)] + ["20.png,1,1,9,9,cat", "21.png,1,1,9,9,cat", "22.png,1,1,9,9,dog"]
+    found = read(_csv(tmp_path, *lines, images=23))
+    assert [each.labels for each in found.held_out if each.boxes] == [[0]]
+    assert found.classes == ["cat", "dog"]
+    with pytest.raises(DataError, match="no held-out image has a box"):
+        read(_csv(tmp_path, "0.png,1,1,9,9,cat", "1.png,1,1,9,9,dog"))
 
 
 def test_coco_s_form_and_a_folder_with_parts(tmp_path: Path) -> None:
@@ -70,100 +93,77 @@ def test_coco_s_form_and_a_folder_with_parts(tmp_path: Path) -> None:
     assert [Path(each.path).name for each in (*found.training, *found.held_out)] == ["a.png", "b.png"]
 
 
-class _Pets:
-    """Of ``datasets`` what is asked for: "owner/pets" with one image to a row, of its file's bytes."""
+class _Part(Table):
+    """Rows of images and the category of the only object in each."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
-        self.objects: Any = {"category": types.SimpleNamespace(names=["cat", "dog"])}
-        self.parts: dict[str, Any] = {}
-        library = types.ModuleType("datasets")
-        vars(library).update(load_dataset=lambda *_: self.parts, Image=hub.Image)
-        monkeypatch.setitem(sys.modules, "datasets", library)
-        monkeypatch.setenv("HEADWATER_CACHE", str(place))
+    category: ClassVar[Any] = {"category": types.SimpleNamespace(names=["cat", "dog"])}
 
-    def part(self, name: str, *rows: tuple[bytes | None, int]) -> None:
+    def __init__(self, rows: Sequence[tuple[bytes | None, int]], category: Any = None) -> None:
+        boxes = [{"bbox": [[2, 3, 10, 20]], "category": [label]} for _, label in rows]
         images = [{"bytes": body, "path": None} for body, _ in rows]
-        objects = [{"bbox": [[2, 3, 10, 20]], "category": [label]} for _, label in rows]
-        features = {"image": hub.Image(), "objects": self.objects}
-        self.parts[name] = hub.Table({"image": images, "objects": objects}, features)
+        super().__init__(
+            {"image": images, "objects": boxes}, {"image": hub.Image(), "objects": category or self.category}
+        )
 
 
 def _png(grey: int) -> bytes:
-    body = io.BytesIO()
-    Image.new("L", (40, 30), grey).save(body, "PNG")
-    return body.getvalue()
+    held = io.BytesIO()
+    Image.new("L", (40, 30), grey).save(held, "PNG")
+    return held.getvalue()
 
 
-def test_a_name_of_the_library_datasets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pets = _Pets(monkeypatch, tmp_path)
-    pets.part("train", (_png(1), 0), (_png(2), 1))
-    pets.part("test", (_png(3), 1))
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """What stands for ``datasets``."""
+    made: Any = types.ModuleType("datasets")
+    made.Image = hub.Image
+    monkeypatch.setitem(sys.modules, "datasets", made)
+    monkeypatch.setenv("HEADWATER_CACHE", str(tmp_path))
+    return made
+
+
+def test_a_name_of_the_library_datasets(library: Any) -> None:
+    parts = {"train": _Part([(_png(1), 0), (_png(2), 1)]), "test": _Part([(_png(3), 1)])}
+    library.load_dataset = lambda *_: parts
     found = read(("owner/pets",))
     assert (found.classes, [each.labels for each in found.training]) == (["cat", "dog"], [[0], [1]])
     assert found.held_out[0].boxes == [(2, 3, 12, 23)]
-    every = [*found.training, *found.held_out]
-    assert [Path(each.path).read_bytes() for each in every] == [_png(1), _png(2), _png(3)]
-    assert not {each.path for each in found.training} & {each.path for each in read(("owner-pets",)).training}
-    pets.objects = types.SimpleNamespace(feature=pets.objects)
-    pets.part("train", (_png(1), 0), (_png(2), 1))
+    assert all(Path(each.path).is_file() for each in (*found.training, *found.held_out))
+    for part in parts.values():
+        part.features["objects"] = types.SimpleNamespace(feature=_Part.category)
     assert read(("owner/pets",)) == found
     for wrong in (5, -1):  # -1 is what the library writes where there is no label
-        pets.part("train", (_png(1), wrong))
-        with pytest.raises(DataError, match=r"owner/pets, train 0: .*is none of its 2 classes"):
+        library.load_dataset = lambda *_, wrong=wrong: {"train": _Part([(_png(1), wrong)])}
+        with pytest.raises(DataError, match=r"pets, train 0: the label -?\d is none of its 2 classes"):
             read(("owner/pets",))
-    pets.objects = None
-    pets.part("train", (_png(1), 0))
-    with pytest.raises(DataError, match="'train' has no column objects with bbox and category, but image, objects"):
-        read(("owner/pets",))
 
 
-def test_another_version_under_the_same_name_changes_no_image_of_a_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    pets = _Pets(monkeypatch, tmp_path)
-    pets.part("train", (_png(1), 0), (_png(2), 0))
-    pets.part("test", (_png(3), 0))
-    first = read(("owner/pets",))
-    pets.part("train", (_png(4), 0), (_png(2), 0))
-    second = read(("owner/pets",))
-    bodies = [[Path(each.path).read_bytes() for each in found.training] for found in (first, second)]
-    assert bodies == [[_png(1), _png(2)], [_png(4), _png(2)]]
-    assert first.training[1] == second.training[1]
-    assert len([each for each in (tmp_path / "images").rglob("*") if each.is_file()]) == 4  # nothing is left beside
-
-
-def test_images_of_a_data_set_that_cannot_be_read_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pets = _Pets(monkeypatch, tmp_path)
-    rows = [(_png(grey), 0) for grey in range(29)]
-    pets.part("train", *rows, (_png(99)[:50], 0), (None, 0))
-    pets.part("test", *[(_png(grey), 0) for grey in range(50, 53)])
+def test_another_version_of_a_data_set_leaves_the_images_of_the_one_before(library: Any) -> None:
+    library.load_dataset = lambda *_: {"train": _Part([(_png(1), 0), (_png(2), 0)])}
     found = read(("owner/pets",))
-    assert [each.split(":")[0] for each in found.skipped] == ["owner/pets, train 29", "owner/pets, train 30"]
-    assert len(found.training) == 29
-    pets.part("train", *rows[:5], (b"no", 0))
-    pets.part("test", *rows[5:7])
-    with pytest.raises(DataError, match=r"1 of 8 images cannot be read, above 10%; the first is owner/pets, train 5"):
+    before = {each.path: Path(each.path).read_bytes() for each in (*found.training, *found.held_out)}
+    library.load_dataset = lambda *_: {"train": _Part([(_png(4), 0), (_png(5), 0)])}
+    newer = read(("owner/pets",))
+    assert {path: Path(path).read_bytes() for path in before} == before
+    assert not set(before) & {each.path for each in (*newer.training, *newer.held_out)}
+
+
+def test_an_image_of_a_data_set_that_cannot_be_read_is_skipped(library: Any) -> None:
+    rows = [(_png(n), n % 2) for n in range(20)]
+    library.load_dataset = lambda *_: {"train": _Part([*rows, (b"no image", 0)])}
+    found = read(("owner/pets",))
+    assert len(found.skipped) == 1
+    assert found.skipped == ["owner/pets, train 20: not an image of a known format"]
+    library.load_dataset = lambda *_: {"train": _Part([*rows, (None, 0), (None, 1), (None, 1)])}
+    with pytest.raises(DataError, match="3 of 23 images cannot be read"):
         read(("owner/pets",))
-
-
-def test_what_is_held_out_has_boxes_and_does_not_go_by_the_order(tmp_path: Path) -> None:
-    lines = [f"{n}.png,1,1,9,9,cat" if n % 2 else f"{n}.png,,,,," for n in range(60)]
-    (given,) = _csv(tmp_path, *lines, images=60)
-
-    def held_out(*lines: str) -> set[str]:
-        Path(given).write_text("\n".join([HEAD, *lines]), encoding="utf-8")
-        found = read((given,))
-        assert all(each.boxes for each in found.held_out)
-        assert len(found.training) + len(found.held_out) == len(lines)
-        return {Path(each.path).name for each in found.held_out}
-
-    whole = held_out(*lines)
-    assert 1 < len(whole) < 8
-    assert held_out(*reversed(lines)) == whole
-    for fewer in range(1, 6):
-        some = held_out(*lines[fewer:])
-        assert some == {name for name in whole if int(name.removesuffix(".png")) >= fewer}
-    assert all(len(held_out(*lines[at : at + 4])) == 1 for at in range(56))  # two have boxes
+    library.load_dataset = lambda *_: {"train": _Part([(b"no", 0), (_png(1), 1)])}
+    with pytest.raises(DataError, match="1 of 2 images cannot be read"):
+        read(("owner/pets",))
+    bare = Table({"image": [{"bytes": _png(1), "path": None}]}, {"image": hub.Image()})
+    library.load_dataset = lambda *_: {"train": bare}
+    with pytest.raises(DataError, match="no column objects, but image"):
+        read(("owner/pets",))
 
 
 def test_an_image_that_two_files_name_is_one_and_none_is_on_both_sides(tmp_path: Path) -> None:
@@ -171,8 +171,10 @@ def test_an_image_that_two_files_name_is_one_and_none_is_on_both_sides(tmp_path:
     dogs = tmp_path / "dogs.csv"
     dogs.write_text("\n".join([HEAD, *(f"{n}.png,20,1,29,9,dog" for n in range(12))]), encoding="utf-8")
     assert read((cats, cats)) == read((cats,))
+    (tmp_path / "again.csv").write_bytes(Path(cats).read_bytes())
+    assert read((cats, str(tmp_path / "again.csv"))) == read((cats,))
     found = read((cats, str(dogs)))
-    assert (len(found.training), len(found.held_out)) == (11, 1)
+    assert (len(found.training), len(found.held_out)) == (10, 2)
     assert all(each.labels == [0, 1] for each in (*found.training, *found.held_out))
     for part in ("train.csv", "test.csv"):
         (tmp_path / part).write_bytes(dogs.read_bytes())
@@ -183,11 +185,9 @@ def test_an_image_that_two_files_name_is_one_and_none_is_on_both_sides(tmp_path:
 def test_boxes_that_no_readable_image_has_to_learn_from_are_an_error(tmp_path: Path) -> None:
     lines = ["0.png,1,1,9,9,cat", "1.png,1,1,9,9,cat", *(f"{n}.png,,,,," for n in range(2, 12))]
     given = _csv(tmp_path, *lines, images=12)
-    (tmp_path / "1.png").write_bytes(b"no")
-    with pytest.raises(DataError, match=r"no held-out image has a box.*cannot be read: .*1\.png"):
-        read(given)
-    Path(given[0]).write_text("\n".join([HEAD, *lines[1:]]), encoding="utf-8")
-    with pytest.raises(DataError, match=r"no box to learn from.*cannot be read: .*1\.png"):
+    (learnt,) = (each for each in read(given).training if each.boxes)
+    Path(learnt.path).write_bytes(b"no")
+    with pytest.raises(DataError, match=r"no image to learn from that can be read has a box.*\d\.png"):
         read(given)
 
 
@@ -208,7 +208,7 @@ def test_boxes_that_no_readable_image_has_to_learn_from_are_an_error(tmp_path: P
         (["0.png,1,1,9,9,cat, big", "1.png,1,1,9,9,cat"], r"a\.csv:2: 7 fields, and the first line names 6"),
         (["0.png,1,1,9,9,"], r"a\.csv:2: no label"),
         (["0.png,1,1,9,9,cat", "9.png,1,1,9,9,cat"], r"a\.csv:3: no image .*9\.png"),
-        (["0.png,1,1,9,9,cat", "1.png,1,1,9,9,dog"], "is held out and has no box to learn from"),
+        (["0.png,1,1,9,9,cat", "1.png,1,1,9,9,dog"], "no held-out image has a box"),
         (["0.png,,,,,"], "no box to learn from"),
         (["0.png,1,1,9,9,cat"], "no held-out image has a box"),
     ],
