@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,9 +15,27 @@ from headwater_recipes.data.errors import DataMissing
 from headwater_recipes.detection import boxes
 from headwater_recipes.detection.boxes import Picture, Pictures
 from headwater_recipes.detection.settings import DetectionSettings
+from headwater_recipes.images.decode import read_image
 
 FILE = "boxes.json"
-"""The images' paths and their boxes, in the run folder."""
+"""In the run folder, see ``Prepared``."""
+
+
+class Measures(msgspec.Struct, frozen=True):
+    """Of the training images: ``size``, width and height of the mean box in pixels; mean and deviation of each channel,
+    0 to 1.
+    """
+
+    size: tuple[float, float]
+    mean: tuple[float, float, float]
+    deviation: tuple[float, float, float]
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """The images' paths with their boxes, and what was measured of them once, for all workers."""
+
+    pictures: Pictures
+    measures: Measures
 
 
 def prepare(wanted: DetectionSettings, console: Console) -> Callable[[Path], None]:
@@ -37,34 +54,35 @@ def prepare(wanted: DetectionSettings, console: Console) -> Callable[[Path], Non
         if found.skipped
         else ""
     )
+    with stage(console, "measuring boxes and colours"):
+        prepared = Prepared(found, measure(found.training))
     say(console, f"boxes: {', '.join(found.classes[:6])}; {counts[0]} to learn from, {counts[1]} held out{left}")
 
     def fill(folder: Path) -> None:
-        (folder / FILE).write_bytes(msgspec.json.encode(found))
+        (folder / FILE).write_bytes(msgspec.json.encode(prepared))
 
     return fill
 
 
-def load(folder: Path) -> Pictures:
+def load(folder: Path) -> Prepared:
     """What ``prepare`` wrote. Raises ``DataError``: it is missing or damaged, or an image is gone."""
     path = folder / FILE
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=Pictures)
+        found = msgspec.json.decode(path.read_bytes(), type=Prepared)
     except (OSError, msgspec.MsgspecError) as error:
         raise DataError(f"{path}: {error}. The run cannot go on without it; start a new one.") from error
-    gone = next((each.path for each in (*found.training, *found.held_out) if not Path(each.path).is_file()), None)
+    pictures = found.pictures
+    gone = next((each.path for each in (*pictures.training, *pictures.held_out) if not Path(each.path).is_file()), None)
     if gone is not None:
         raise DataMissing(f"{gone}: the image is not where it was when the run began. Put it back, or start a new run.")
     return found
 
 
-def measures(training: list[Picture], pixels: Callable[[str], Any]) -> dict[str, Any]:
-    """Of the training images: the mean box, and mean and deviation of the colours (of up to 50 of them)."""
+def measure(training: list[Picture]) -> Measures:
+    """The boxes of all images, the colours of up to 50."""
     corners = np.concatenate([each.corners for each in training if each.boxes]).astype(np.float64)
-    sample = np.concatenate([pixels(each.path)[::7, ::7].reshape(-1, 3) for each in training[:50]]) / 255
     size = np.exp(np.log(np.maximum(corners[:, 2:] - corners[:, :2], 1)).mean(0))
-    return {
-        "size": tuple(map(float, size)),
-        "mean": tuple(map(float, sample.mean(0))),
-        "deviation": tuple(map(float, np.maximum(sample.std(0), 1 / 255))),
-    }
+    pixels = (np.asarray(read_image(Path(each.path)), dtype=np.uint8) for each in training[:50])
+    sample = np.concatenate([each[::7, ::7].reshape(-1, 3) for each in pixels]) / 255
+    mean, deviation = sample.mean(0), np.maximum(sample.std(0), 1 / 255)
+    return Measures(*(tuple(each.tolist()) for each in (size, mean, deviation)))

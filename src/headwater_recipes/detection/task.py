@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from rich.console import Console
@@ -29,8 +30,8 @@ class Detection(Task[DetectionSettings]):
 
     def __init__(self, settings: DetectionSettings, folder: Path, rank: int = 0, world: int = 1) -> None:
         super().__init__(settings, folder, rank, world)
-        self.pictures = data.load(folder)
-        self._made = data.measures(self.pictures.training, tiles.pixels_of)
+        prepared = data.load(folder)
+        self.pictures, self._measures = prepared.pictures, prepared.measures
 
     @classmethod
     def prepare(cls, settings: DetectionSettings, console: Console) -> Callable[[Path], None]:
@@ -39,7 +40,9 @@ class Detection(Task[DetectionSettings]):
     def build(self) -> torch.nn.Module:
         torch.manual_seed(self.settings.seed)
         labels, s = tuple(self.pictures.classes), self.settings
-        return Detector(NetworkSettings(labels=labels, tile=s.tile, width=s.width, **self._made))
+        return Detector(
+            NetworkSettings(labels=labels, tile=s.tile, width=s.width, **msgspec.structs.asdict(self._measures))
+        )
 
     def batches(self, step: int) -> Sequence[Batch]:
         random = np.random.default_rng([self.settings.seed, step, self.rank])
@@ -58,7 +61,7 @@ class Detection(Task[DetectionSettings]):
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         pixels, boxes, labels = batch.inputs
-        return network.loss(model(_detector(model).scale(pixels)), boxes, labels, self._made["size"]).sum()
+        return network.loss(model(_detector(model).scale(pixels)), boxes, labels, self._measures.size).sum()
 
     def write(self, model: torch.nn.Module, folder: Path) -> None:
         _detector(model).save_pretrained(folder)

@@ -202,19 +202,33 @@ def _file(path: Path) -> Iterator[_Raw]:
         yield _Raw(f"{path}:{number}", item)
 
 
+class _Paragraph(msgspec.Struct):
+    context: str
+    qas: list[dict[str, Any]]
+
+
+class _Article(msgspec.Struct):
+    paragraphs: list[_Paragraph]
+
+
+class _Squad(msgspec.Struct):
+    data: list[_Article]
+
+
 def _squad(path: Path, text: str) -> Iterator[_Raw]:
     """SQuAD's own form (Rajpurkar and others 2016): data, paragraphs, qas."""
     try:
-        for at, article in enumerate(msgspec.json.decode(text)["data"]):
-            for place, paragraph in enumerate(article["paragraphs"]):
-                for qa in paragraph["qas"]:
-                    yield _Raw(f"{path}, data {at}, paragraph {place}", {**qa, "passage": paragraph["context"]})
-    except (msgspec.MsgspecError, KeyError, TypeError) as error:
+        held = msgspec.json.decode(text, type=_Squad)
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise DataError(
-            f"--data {path}: not in SQuAD's form: {error!r}. Nothing was started; it is "
+            f"--data {path}: not in SQuAD's form: {error}. Nothing was started; it is "
             '{"data": [{"paragraphs": [{"context", "qas": [{"question", "answers": [{"text", "answer_start"}]}]}]}]}, '
             "or give a .jsonl file."
         ) from error
+    for at, article in enumerate(held.data):
+        for place, paragraph in enumerate(article.paragraphs):
+            for qa in paragraph.qas:
+                yield _Raw(f"{path}, data {at}, paragraph {place}", {**qa, "passage": paragraph.context})
 
 
 def _hub(name: str) -> tuple[list[_Raw], list[_Raw]]:
@@ -284,6 +298,10 @@ def _answers(raw: _Raw) -> list[tuple[str, int | None]]:
     given = raw.item.get("answers", raw.item.get("answer"))
     if isinstance(given, Mapping) and isinstance(given.get("text"), list):
         starts = given.get("answer_start") or []
+        if not isinstance(starts, list):
+            raise DataError(
+                f"{raw.place}: 'answer_start' is no list beside that of texts. Nothing was started; mend it."
+            )
         given = [{"text": text, "answer_start": at} for text, at in zip_longest(given["text"], starts)]
     if given == [] and "answers" in raw.item:
         return []

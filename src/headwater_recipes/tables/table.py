@@ -72,10 +72,15 @@ def read_csv(path: Path, target: str = "") -> Numbers:
     Raises:
         DataError: it cannot be read, has no such column, or a cell that is no number, by its row and column.
     """
+    lines: list[tuple[int, list[str]]] = []
+    number = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as opened:
-            lines = [(number, row) for number, row in enumerate(csv.reader(opened), 1) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            for number, row in enumerate(csv.reader(opened, strict=True), 1):
+                lines += [(number, row)] if row else []
+    except csv.Error as error:
+        raise DataError(f"{path}, row {number + 1}: {error} (as CSV, see its quotes); nothing was started") from error
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a table ({error}); nothing was started") from error
     if len(lines) < 2 or len(lines[0][1]) < 2:
         raise DataError(f"{path}: needs a row of names, two columns or more, and rows of numbers; nothing was started")

@@ -106,7 +106,7 @@ def json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             yield number, msgspec.json.decode(line, type=dict[str, Any])
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise DataError(
                 f"{path}:{number}: no JSON object ({error}). Nothing was started; mend the line."
             ) from error
@@ -114,6 +114,7 @@ def json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _csv(path: Path, text: str, columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
     before = csv.field_size_limit(_LONGEST)
+    good = 0  # lines; a quote that is not closed is in the next one, and noticed at the end of the file only
     try:
         reader = csv.DictReader(
             text.splitlines(keepends=True), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True
@@ -125,7 +126,15 @@ def _csv(path: Path, text: str, columns: Columns) -> Iterator[tuple[int, dict[st
                 f"--data {path}: no column {' and no column '.join(map(repr, missing))}; the first line names "
                 f"{', '.join(map(repr, named[:8]))}. Nothing was started; say which they are: --text NAME --label NAME."
             )
+        twice = [name for name in columns if named.count(name) > 1]
+        if twice:
+            raise DataError(
+                f"--data {path}: two columns are called {twice[0]!r}, and which is meant nothing says. Nothing was "
+                f"started; mend the first line."
+            )
+        good = reader.line_num
         for line in reader:
+            good = reader.line_num
             if None in line:
                 raise DataError(
                     f"{path}:{reader.line_num}: more fields than the first line names. Nothing was started; mend the "
@@ -133,7 +142,7 @@ def _csv(path: Path, text: str, columns: Columns) -> Iterator[tuple[int, dict[st
                 )
             yield reader.line_num, dict(line)
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.reader.line_num}: {error}. Nothing was started; mend the file.") from error
+        raise DataError(f"{path}:{good + 1}: {error}. Nothing was started; mend the line.") from error
     finally:
         csv.field_size_limit(before)
 

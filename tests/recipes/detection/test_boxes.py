@@ -13,10 +13,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from headwater.errors import DataError
 from headwater_recipes.detection import boxes, data
 from headwater_recipes.detection.boxes import read
+from headwater_recipes.detection.model import Detector
+from headwater_recipes.detection.settings import DetectionSettings
+from headwater_recipes.detection.task import Detection
 from tests.recipes import hub
 from tests.recipes.data import need
 from tests.recipes.hub import Table
@@ -302,14 +306,26 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_image_is_gone_says_so(tmp_path: Path) -> None:
-    found = read((str(squares(tmp_path, 10)),))
-    import msgspec
-
-    (tmp_path / data.FILE).write_bytes(msgspec.json.encode(found))
-    assert data.load(tmp_path) == found
+    data.prepare(DetectionSettings(data=(str(squares(tmp_path, 10)),)), Console(quiet=True))(tmp_path)
+    found = data.load(tmp_path).pictures
+    assert data.load(tmp_path).measures == data.measure(found.training)  # to the last bit
     Path(found.training[0].path).unlink()
     with pytest.raises(DataError, match="is not where it was when the run began"):
         data.load(tmp_path)
-    made = data.measures(found.training[1:], lambda path: np.asarray(Image.open(path)))
-    assert 10 < made["size"][0] < 16
+    made = data.measure(found.training[1:])
+    assert 10 < made.size[0] < 16
+    sample = np.concatenate([np.asarray(Image.open(each.path))[::7, ::7].reshape(-1, 3) for each in found.training[1:]])
+    assert np.allclose((made.mean, made.deviation), (sample.mean(0) / 255, sample.std(0) / 255))
     assert boxes.SLACK < 4
+
+
+def test_workers_read_no_image_to_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured is measured once, before there are workers."""
+    settings = DetectionSettings(data=(str(squares(tmp_path, 10)),), tile=32, width=8)
+    data.prepare(settings, Console(quiet=True))(tmp_path)
+    monkeypatch.setattr("headwater_recipes.images.decode.read_image", None)
+    monkeypatch.setattr("headwater_recipes.detection.tiles.read_image", None)
+    monkeypatch.setattr("headwater_recipes.detection.data.read_image", None)
+    network = Detection(settings, tmp_path).build()
+    assert isinstance(network, Detector)
+    assert network.settings.mean == data.load(tmp_path).measures.mean

@@ -53,6 +53,9 @@ def test_any_column_can_be_the_target(tmp_path: Path) -> None:
         ("a,b\n1,2\n\n1,x\n", "row 4, column b: 'x' is no number"),
         ("a,b\n1,\n", "row 2, column b: '' is no number"),
         ("a,b\nnan,1\n", "column a: 'nan' is no number"),
+        ('"a,b\n1,2\n3,4\n', "row 1: unexpected end of data"),
+        ('a,b\n1,2\n"1"2,3\n', "row 3: ',' expected after"),
+        ('a,b\n1,2\n"3,4\n5,6\n', "row 3: unexpected end of data"),
         ("a,a\n1,2\n", "row 1: two columns are called 'a'"),
     ],
 )

@@ -137,6 +137,10 @@ def test_a_folder_keeps_its_parts_and_loses_what_is_on_both_sides(tmp_path: Path
         ),
         ([{"question": "q", "passage": "p", "answers": {"start": [0]}}], "'answer' is missing, empty or no text"),
         ([{"question": "q", "passage": "p", "answers": {"text": [], "answer_start": [1]}}], "'answer' is missing"),
+        (
+            [{"question": "q", "passage": "p", "answers": {"text": ["p"], "answer_start": 5}}],
+            r"a\.jsonl:1: 'answer_start' is no list",
+        ),
         (_yes_no(1), "1 questions to train on and 0 held out"),
         ([" "], "the file is empty"),
     ],
@@ -146,8 +150,23 @@ def test_what_cannot_be_used_is_named_by_its_line(tmp_path: Path, rows: list[Any
         read([_lines(tmp_path / "a.jsonl", *rows)])
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (5, r"got `int` - at `\$.data`"),
+        ([5], r"got `int` - at `\$.data\[0\]`"),
+        ([{"paragraphs": []}, {"paragraphs": [5]}], r"got `int` - at `\$.data\[1\].paragraphs\[0\]`"),
+        ([{"paragraphs": [{"context": "c", "qas": [5]}]}], r"at `\$.data\[0\].paragraphs\[0\].qas\[0\]`"),
+        ([{"paragraphs": [{"context": None, "qas": []}]}], r"at `\$.data\[0\].paragraphs\[0\].context`"),
+    ],
+)
+def test_an_entry_of_squad_s_that_cannot_be_is_named(tmp_path: Path, data: Any, said: str) -> None:
+    with pytest.raises(DataError, match=rf"a\.json: not in SQuAD's form: .*{said}"):
+        read([_lines(tmp_path / "a.json", {"data": data})])
+
+
 def test_other_files_are_refused_with_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not in SQuAD's form: KeyError"):
+    with pytest.raises(DataError, match=r"not in SQuAD's form: .*missing required field `data`"):
         read([_lines(tmp_path / "a.json", {"version": 2})])
     with pytest.raises(DataError, match=r"in a \.jsonl or \.json file"):
         read([_lines(tmp_path / "a.csv", "question,answer")])
