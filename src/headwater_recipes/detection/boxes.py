@@ -139,7 +139,7 @@ def _apart(found: list[_Raw]) -> tuple[list[_Raw], list[_Raw]]:
     """
     left = Counter(label for each in found for label in set(each.labels))
     held_out: dict[Path, _Raw] = {}
-    for each in sorted(found, key=lambda each: (not each.boxes, _draw(each))):
+    for each in sorted(found, key=lambda each: (not each.boxes, _draw(each) % _EVERY > 0, _draw(each))):
         drawn = _draw(each) % _EVERY == 0 or not held_out
         if drawn and all(left[label] > 1 for label in set(each.labels)) and (each.boxes or held_out):
             held_out[each.path] = each

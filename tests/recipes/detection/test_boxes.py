@@ -60,6 +60,21 @@ def test_of_a_csv_file_about_one_image_in_ten_is_held_out(tmp_path: Path) -> Non
     assert learnt <= {each.path for each in more.training}
 
 
+def test_an_image_less_or_another_order_moves_no_other(tmp_path: Path) -> None:
+    lines = [f"{n}.png,1,1,9,9,cat" for n in range(60)]
+    (given,) = _csv(tmp_path, *lines, images=60)
+
+    def held_out(lines: Sequence[str]) -> set[str]:
+        Path(given).write_text("\n".join([HEAD, *lines]), encoding="utf-8")
+        return {Path(each.path).name for each in read((given,)).held_out}
+
+    whole = held_out(lines)
+    assert len(whole) > 2
+    assert held_out(lines[::-1]) == whole
+    for line in lines:
+        assert held_out([each for each in lines if each != line]) == whole - {line.split(",")[0]}
+
+
 def test_a_class_that_is_only_held_out_is_an_error(tmp_path: Path) -> None:
     for part, line in (("train", "0.png,1,1,9,9,cat"), ("test", "1.png,1,1,9,9,dog")):
         _csv(tmp_path, line)
@@ -178,7 +193,7 @@ def test_an_image_that_two_files_name_is_one_and_none_is_on_both_sides(tmp_path:
     (tmp_path / "again.csv").write_bytes(Path(cats).read_bytes())
     assert read((cats, str(tmp_path / "again.csv"))) == read((cats,))
     found = read((cats, str(dogs)))
-    assert (len(found.training), len(found.held_out)) == (10, 2)
+    assert (len(found.training), len(found.held_out)) == (11, 1)
     assert all(each.labels == [0, 1] for each in (*found.training, *found.held_out))
     for part in ("train.csv", "test.csv"):
         (tmp_path / part).write_bytes(dogs.read_bytes())
